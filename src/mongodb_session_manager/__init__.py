@@ -1,0 +1,73 @@
+"""Keep Strands agents' conversations and state in MongoDB.
+
+Asynchronous code opens a session with `create_mongodb_session_manager_async` or a factory's
+`create_session_manager_async`, synchronous code with `MongoDBSessionManager`, and both pass it to
+`strands.Agent(session_manager=...)`.
+"""
+
+from __future__ import annotations
+
+from ._factory import (
+    MongoDBConnectionPool,
+    MongoDBSessionManagerFactory,
+    close_global_factory,
+    create_mongodb_session_manager,
+    create_mongodb_session_manager_async,
+    get_global_factory,
+    initialize_global_factory,
+)
+from ._manager import AsyncMongoDBSessionManager, MongoDBSessionManager
+from ._repository import AsyncMongoDBSessionRepository
+from ._sync import MongoDBSessionRepository
+from .errors import (
+    AgentNotFoundError,
+    ClientTypeError,
+    ConfigurationError,
+    DatabaseError,
+    DatabaseTimeoutError,
+    DatabaseUnavailableError,
+    EmbeddedServerError,
+    EncodingError,
+    EventLoopError,
+    FactoryNotInitializedError,
+    InvalidArgumentError,
+    MessageNotFoundError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    SessionClosedError,
+    SessionConflictError,
+    SessionExistsError,
+    SessionNotFoundError,
+)
+
+__all__ = [
+    "AgentNotFoundError",
+    "AsyncMongoDBSessionManager",
+    "AsyncMongoDBSessionRepository",
+    "ClientTypeError",
+    "ConfigurationError",
+    "DatabaseError",
+    "DatabaseTimeoutError",
+    "DatabaseUnavailableError",
+    "EmbeddedServerError",
+    "EncodingError",
+    "EventLoopError",
+    "FactoryNotInitializedError",
+    "InvalidArgumentError",
+    "MessageNotFoundError",
+    "MessageTooLargeError",
+    "MongoDBConnectionPool",
+    "MongoDBSessionError",
+    "MongoDBSessionManager",
+    "MongoDBSessionManagerFactory",
+    "MongoDBSessionRepository",
+    "SessionClosedError",
+    "SessionConflictError",
+    "SessionExistsError",
+    "SessionNotFoundError",
+    "close_global_factory",
+    "create_mongodb_session_manager",
+    "create_mongodb_session_manager_async",
+    "get_global_factory",
+    "initialize_global_factory",
+]

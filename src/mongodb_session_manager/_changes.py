@@ -1,0 +1,281 @@
+"""What can happen to the agents of a session, and the one update statement that makes it so. Pure.
+
+Changes are recorded in the order they happen. `fold` gathers what is recorded into one `AgentWrite` per agent,
+`compile_update` turns the writes of all agents into one statement, and `reconcile` says, when that statement matched
+nothing, what is left to do in view of what is stored.
+
+A write is exact: it matches the `next_message_id` it was made for. So a message id is used once, by one writer, and
+whoever was not there first changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, NamedTuple, TypeAlias, cast
+
+from ._documents import Document, StoredMessage, agent_key
+from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
+
+
+@dataclass(frozen=True, slots=True)
+class CreateAgent:
+    """The agent is there, empty; one that exists already is left alone."""
+
+    agent_id: str
+    document: Document
+
+
+@dataclass(frozen=True, slots=True)
+class AppendMessage:
+    """A message follows the others."""
+
+    agent_id: str
+    message: StoredMessage
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceMessage:
+    """A message has another content: merged, updated or redacted."""
+
+    agent_id: str
+    message_id: int
+    fields: Document
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateAgent:
+    """Fields of `agent_data` have new values.
+
+    `expected` is the `next_message_id` that the writer knows; `None` overwrites whatever is there.
+    """
+
+    agent_id: str
+    expected: int | None
+    fields: Document
+    moment: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SetMessageFields:
+    """Fields beside a message's content have new values, like its metrics."""
+
+    agent_id: str
+    message_id: int
+    fields: Document
+
+
+Change: TypeAlias = CreateAgent | AppendMessage | ReplaceMessage | UpdateAgent | SetMessageFields
+
+
+@dataclass
+class AgentWrite:
+    """All recorded changes of one agent, gathered."""
+
+    agent_id: str
+    created: Document | None = None
+    appended: list[StoredMessage] = field(default_factory=list)
+    replaced: dict[int, Document] = field(default_factory=dict)
+    data: Document = field(default_factory=dict)
+    expected: int | None = None
+    moment: datetime | None = None
+
+    def add(self, change: Change) -> None:
+        """Take in the change that happened next."""
+        match change:
+            case CreateAgent(document=document):
+                self.created = document
+                self._touch(document["updated_at"])
+            case AppendMessage(message=message):
+                self.appended.append(message)
+                self._touch(message["updated_at"])
+            case ReplaceMessage(message_id=message_id, fields=fields):
+                self._set_message(message_id, fields)
+                self._touch(fields["updated_at"])
+            case SetMessageFields(message_id=message_id, fields=fields):
+                self._set_message(message_id, fields)
+            case UpdateAgent(expected=expected, fields=fields, moment=moment):
+                self.data.update(fields)
+                self.expected = expected
+                self._touch(moment)
+
+    def _touch(self, moment: datetime) -> None:
+        self.moment = moment if self.moment is None else max(self.moment, moment)
+
+    def _set_message(self, message_id: int, fields: Document) -> None:
+        for position, message in enumerate(self.appended):
+            if message["message_id"] == message_id:
+                self.appended[position] = cast(StoredMessage, {**message, **fields})
+                return
+        self.replaced.setdefault(message_id, {}).update(fields)
+
+    @property
+    def expected_id(self) -> int | None:
+        """The `next_message_id` this write is for; `None` where only messages already stored change."""
+        return self.appended[0]["message_id"] if self.appended else self.expected
+
+
+def fold(changes: Iterable[Change]) -> dict[str, AgentWrite]:
+    """Gather changes, in the order they were recorded, into one write per agent."""
+    writes: dict[str, AgentWrite] = {}
+    for change in changes:
+        writes.setdefault(change.agent_id, AgentWrite(change.agent_id)).add(change)
+    return writes
+
+
+class Update(NamedTuple):
+    """The arguments of one `update_one`."""
+
+    filter: Document
+    update: Document | list[Document]
+    array_filters: list[Document] | None
+
+
+def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
+    """Return the one statement that makes all the writes true, or matches nothing."""
+    condition: Document = {"_id": session_id}
+    sets: Document = {}
+    pushes: dict[str, list[StoredMessage]] = {}
+    replacements: dict[str, dict[int, Document]] = {}
+    moments = []
+    for write in writes:
+        path = f"agents.{agent_key(write.agent_id)}"
+        if write.moment is not None:
+            moments.append(write.moment)
+        if write.created is not None:
+            condition[path] = {"$exists": False}
+            sets[path] = _whole(write)
+            continue
+        if write.expected_id is not None:
+            condition[f"{path}.next_message_id"] = write.expected_id
+        elif write.data:
+            condition[path] = {"$exists": True}
+        if write.replaced:
+            condition[f"{path}.messages.message_id"] = {"$all": sorted(write.replaced)}
+            replacements[f"{path}.messages"] = write.replaced
+        if write.appended:
+            pushes[f"{path}.messages"] = write.appended
+            sets[f"{path}.next_message_id"] = write.appended[-1]["message_id"] + 1
+        sets |= {f"{path}.agent_data.{name}": value for name, value in write.data.items()}
+        if write.moment is not None:
+            sets[f"{path}.updated_at"] = write.moment
+    if moments:
+        sets["updated_at"] = max(moments)
+    if pushes.keys() & replacements.keys():
+        return Update(condition, [{"$set": _pipeline(sets, pushes, replacements)}], None)
+    return _operators(condition, sets, pushes, replacements)
+
+
+def _whole(write: AgentWrite) -> Document:
+    """Return the sub-document of an agent that does not exist yet."""
+    created = write.created or {}
+    return {
+        **created,
+        "agent_data": {**created["agent_data"], **write.data},
+        "updated_at": write.moment or created["updated_at"],
+        "next_message_id": write.appended[-1]["message_id"] + 1 if write.appended else 0,
+        "messages": list(write.appended),
+    }
+
+
+def _operators(
+    condition: Document,
+    sets: Document,
+    pushes: Mapping[str, Sequence[StoredMessage]],
+    replacements: Mapping[str, Mapping[int, Document]],
+) -> Update:
+    array_filters: list[Document] = []
+    for path, messages in replacements.items():
+        for message_id, fields in messages.items():
+            name = f"m{len(array_filters)}"
+            array_filters.append({f"{name}.message_id": message_id})
+            sets |= {f"{path}.$[{name}].{key}": value for key, value in fields.items()}
+    update: Document = {"$set": sets}
+    if pushes:
+        update["$push"] = {path: {"$each": list(messages)} for path, messages in pushes.items()}
+    return Update(condition, update, array_filters or None)
+
+
+def _pipeline(
+    sets: Document,
+    pushes: Mapping[str, Sequence[StoredMessage]],
+    replacements: Mapping[str, Mapping[int, Document]],
+) -> Document:
+    """Say the same as an aggregation, because the operators cannot both push to an array and change its elements."""
+    stage: Document = {path: {"$literal": value} for path, value in sets.items()}
+    for path in pushes.keys() | replacements.keys():
+        branches = [
+            {
+                "case": {"$eq": ["$$message.message_id", message_id]},
+                "then": {"$mergeObjects": ["$$message", {key: {"$literal": value} for key, value in fields.items()}]},
+            }
+            for message_id, fields in replacements.get(path, {}).items()
+        ]
+        kept: Any = {"$ifNull": [f"${path}", []]}
+        if branches:
+            replaced = {"$switch": {"branches": branches, "default": "$$message"}}
+            kept = {"$map": {"input": kept, "as": "message", "in": replaced}}
+        stage[path] = {"$concatArrays": [kept, {"$literal": list(pushes.get(path, ()))}]}
+    return stage
+
+
+@dataclass(frozen=True, slots=True)
+class StoredView:
+    """What has to be known of a stored agent to judge a write that matched nothing.
+
+    Attributes:
+        next_message_id: As stored.
+        messages: By message id, those of `message`, `created_at` that tell a message from another.
+    """
+
+    next_message_id: int
+    messages: Mapping[int, Mapping[str, Any]]
+
+
+def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None:
+    """Return what of `write` is still to be sent, `None` if all of it is stored already.
+
+    Args:
+        write: A write whose statement matched nothing.
+        stored: The agent as it is stored, `None` if there is none.
+
+    Raises:
+        SessionConflictError: Somebody else wrote; nothing of the write is stored.
+        AgentNotFoundError: There is no such agent, and the write would not create it.
+        MessageNotFoundError: A message to be replaced is not there.
+    """
+    if stored is None:
+        if write.created is not None:
+            return write
+        raise AgentNotFoundError(f"the session holds no agent {write.agent_id!r}")
+    if missing := [message_id for message_id in write.replaced if message_id not in stored.messages]:
+        raise MessageNotFoundError(f"agent {write.agent_id!r} holds no message {missing[0]}")
+
+    written = 0
+    while written < len(write.appended) and _is_stored(write.appended[written], stored):
+        written += 1
+    rest = replace(write, created=None, appended=write.appended[written:])
+    if written and not rest.appended:
+        # All messages are stored, by a statement whose acknowledgement was lost. What else it said was stored with
+        # them; saying it again is harmless as long as nobody has written since.
+        rest.expected = write.appended[-1]["message_id"] + 1
+        if stored.next_message_id != rest.expected:
+            return None
+    elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
+        raise SessionConflictError(
+            f"agent {write.agent_id!r}: another writer stored message {stored.next_message_id - 1} after this session "
+            "was loaded, and nothing of this write; open the session with a new manager and repeat the request"
+        )
+    return rest if rest.appended or rest.data or rest.replaced else None
+
+
+def _is_stored(ours: StoredMessage, stored: StoredView) -> bool:
+    """Tell by its tracking id whether a message is stored; one without an id by all of it."""
+    theirs = stored.messages.get(ours["message_id"])
+    if theirs is None:
+        return False
+    tracking_id = ours["message"].get("tracking_id")
+    if tracking_id is not None:
+        return bool(tracking_id == theirs["message"].get("tracking_id"))
+    return bool(ours["message"] == theirs["message"] and ours["created_at"] == theirs.get("created_at"))

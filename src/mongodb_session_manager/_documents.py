@@ -1,0 +1,215 @@
+"""What a session document is: its keys and paths, and how Strands' dataclasses become documents and back. Pure.
+
+_id, session_id          the session id
+application_name         str | null
+session_type             "AGENT"
+created_at, updated_at   BSON dates, UTC
+metadata, feedbacks, guardrail_events
+agents.<agent key>
+    agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
+    created_at, updated_at
+    next_message_id      the id the next message gets; absent in documents of versions before 1.0
+    messages             [{message, message_id, redact_message, created_at, updated_at, event_loop_metrics?}]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, NotRequired, TypedDict
+
+from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
+
+from ._codec import decode, encode
+from .errors import InvalidArgumentError
+
+_MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
+_STATE_DEPTH = 5  # document, agents, key, agent_data, field
+
+Document = dict[str, Any]
+"""A document or a part of one, as the driver takes and gives it."""
+
+
+class StoredMessage(TypedDict):
+    """An element of `messages`."""
+
+    message: Document
+    message_id: int
+    redact_message: Document | None
+    created_at: datetime
+    updated_at: datetime
+    event_loop_metrics: NotRequired[Document]
+
+
+class StoredAgent(TypedDict):
+    """A value of `agents`."""
+
+    agent_data: Document
+    created_at: datetime
+    updated_at: datetime
+    next_message_id: int
+    messages: list[StoredMessage]
+
+
+class StoredSession(TypedDict):
+    """A document of the collection."""
+
+    _id: str
+    session_id: str
+    application_name: str | None
+    session_type: str
+    created_at: datetime
+    updated_at: datetime
+    metadata: Document
+    feedbacks: list[Document]
+    guardrail_events: list[Document]
+    agents: dict[str, StoredAgent]
+
+
+def checked_id(value: object, name: str) -> str:
+    """Return `value` if it can be the id of a session or an agent.
+
+    Raises:
+        InvalidArgumentError: It is not a non-empty `str` that MongoDB can hold.
+    """
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
+    if not value:
+        raise InvalidArgumentError(f"{name} must not be empty")
+    if "\0" in value:
+        raise InvalidArgumentError(f"{name} must not hold a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates") from None
+    return value
+
+
+def agent_key(agent_id: str) -> str:
+    """Return the key of an agent: its id, with `%`, `.` and `$` percent-encoded."""
+    return re.sub(r"[%.$]", lambda match: f"%{ord(match[0]):02X}", checked_id(agent_id, "agent_id"))
+
+
+def agent_id_of(key: str) -> str:
+    """Return the agent id of a key; the inverse of `agent_key`."""
+    return re.sub(r"%(25|2E|24)", lambda match: chr(int(match[1], 16)), key)
+
+
+def now() -> datetime:
+    """Return the present as MongoDB stores it: UTC, whole milliseconds."""
+    present = datetime.now(UTC)
+    return present.replace(microsecond=present.microsecond // 1000 * 1000)
+
+
+def to_date(value: str | datetime | None) -> datetime:
+    """Return the BSON date of an ISO string or datetime; one without a zone is UTC, `None` is the present."""
+    if value is None:
+        return now()
+    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def to_iso(value: str | datetime | None) -> str:
+    """Return the ISO string, in UTC, of a stored date."""
+    return to_date(value).isoformat()
+
+
+def new_session(session_id: str, application_name: str | None, moment: datetime) -> StoredSession:
+    """Return the document of a session in which nothing has happened."""
+    return {
+        "_id": session_id,
+        "session_id": session_id,
+        "application_name": application_name,
+        "session_type": SessionType.AGENT.value,
+        "created_at": moment,
+        "updated_at": moment,
+        "metadata": {},
+        "feedbacks": [],
+        "guardrail_events": [],
+        "agents": {},
+    }
+
+
+def session_from(document: Mapping[str, Any]) -> Session:
+    """Return Strands' view of a session document."""
+    return Session(
+        session_id=document["_id"],
+        session_type=SessionType(document.get("session_type", SessionType.AGENT)),
+        created_at=to_iso(document.get("created_at")),
+        updated_at=to_iso(document.get("updated_at")),
+    )
+
+
+def agent_state(agent: SessionAgent) -> Document:
+    """Return the fields of `agent_data` that follow the agent, encoded."""
+    return {
+        "state": encode(agent.state, depth=_STATE_DEPTH),
+        "conversation_manager_state": encode(agent.conversation_manager_state, depth=_STATE_DEPTH),
+        "_internal_state": encode(agent._internal_state, depth=_STATE_DEPTH),
+        "updated_at": to_date(agent.updated_at),
+    }
+
+
+def new_agent(agent: SessionAgent) -> Document:
+    """Return the sub-document of an agent that has no messages yet."""
+    created_at = to_date(agent.created_at)
+    return {
+        "agent_data": {"agent_id": agent.agent_id, "created_at": created_at, **agent_state(agent)},
+        "created_at": created_at,
+        "updated_at": to_date(agent.updated_at),
+        "next_message_id": 0,
+        "messages": [],
+    }
+
+
+def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
+    """Return Strands' view of a stored agent."""
+    data = stored.get("agent_data") or {}
+    return SessionAgent(
+        agent_id=agent_id,
+        state=decode(data.get("state") or {}),
+        conversation_manager_state=decode(data.get("conversation_manager_state") or {}),
+        _internal_state=decode(data.get("_internal_state") or {}),
+        created_at=to_iso(stored.get("created_at") or data.get("created_at")),
+        updated_at=to_iso(stored.get("updated_at") or data.get("updated_at")),
+    )
+
+
+def message_body(message: SessionMessage) -> Document:
+    """Return the fields of a stored message that a replacement changes; a redaction leaves nothing of the original."""
+    redacted = message.redact_message is not None
+    return {
+        "message": encode(message.to_message(), depth=_MESSAGE_DEPTH),
+        "redact_message": encode(message.redact_message, depth=_MESSAGE_DEPTH) if redacted else None,
+        "updated_at": to_date(message.updated_at),
+    }
+
+
+def stored_message(message: SessionMessage, message_id: int) -> StoredMessage:
+    """Return the element of `messages` for a message."""
+    body = message_body(message)
+    return {
+        "message": body["message"],
+        "message_id": message_id,
+        "redact_message": body["redact_message"],
+        "created_at": to_date(message.created_at),
+        "updated_at": body["updated_at"],
+    }
+
+
+def message_from(stored: Mapping[str, Any], position: int) -> SessionMessage:
+    """Return Strands' view of a stored message; `position` is its id where a document of old holds none."""
+    redacted = stored.get("redact_message")
+    return SessionMessage(
+        message=decode(stored["message"]),
+        message_id=int(stored.get("message_id", position)),
+        redact_message=decode(redacted) if redacted is not None else None,
+        created_at=to_iso(stored.get("created_at")),
+        updated_at=to_iso(stored.get("updated_at")),
+    )
+
+
+def next_message_id(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Return the id that follows those of `messages`, for an agent whose document does not say it."""
+    return max((int(stored.get("message_id", position)) for position, stored in enumerate(messages)), default=-1) + 1

@@ -1,0 +1,285 @@
+"""One client for many sessions: factory, process-wide factory, the original's pool, and one-call constructors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self, TypedDict
+
+from ._connection import Client, Connection, Settings
+from ._documents import checked_id
+from ._loop import Lock
+from ._manager import AsyncMongoDBSessionManager, ManagerOptions, MongoDBSessionManager, SaveOn
+from .errors import ConfigurationError, FactoryNotInitializedError, MongoDBSessionError
+
+
+class ConnectionStats(TypedDict):
+    """The state of a connection at this moment.
+
+    Attributes:
+        status: `"connected"`, or `"disconnected"` if the server does not answer, or `"closed"`.
+        error: Why it is not connected.
+        server_version: Like `"7.0.14"`.
+        pool_config: `maxPoolSize`, `minPoolSize`, `maxIdleTimeMS`, `waitQueueTimeoutMS` (milliseconds).
+        connections_open: Connections to the server; `None` for a borrowed client, whose pool only its owner sees.
+        connections_in_use: Those of them a command is using.
+        wait_queue: Commands that wait for a connection.
+    """
+
+    status: str
+    error: str | None
+    server_version: str | None
+    pool_config: dict[str, Any]
+    connections_open: int | None
+    connections_in_use: int | None
+    wait_queue: int | None
+
+
+async def _stats(connection: Connection) -> ConnectionStats:
+    version, status, error = None, "connected", None
+    try:
+        version = await connection.server_version()
+    except MongoDBSessionError as failure:
+        status, error = "closed" if connection.closed else "disconnected", str(failure)
+    return {"status": status, "error": error, "server_version": version, **connection.pool_stats()}
+
+
+class MongoDBSessionManagerFactory:
+    """Makes session managers that share one client, and so one pool of connections.
+
+    Making a manager costs one command: it opens no connection and builds no index. The factory may be made before the
+    process forks; the child opens a client of its own.
+
+    Args:
+        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
+        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
+        collection_name: The collection of the sessions.
+        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
+        application_name: Stored in sessions that the factory's managers create.
+        metadata_fields: Fields of `metadata` that get an index each.
+        save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
+        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        connection_string: str | None = None,
+        database_name: str | None = None,
+        collection_name: str = "agent_sessions",
+        *,
+        client: Client | None = None,
+        application_name: str | None = None,
+        metadata_fields: Sequence[str] | None = None,
+        save_on: SaveOn = "message",
+        **client_options: Any,
+    ) -> None:
+        self._options = ManagerOptions(
+            database_name=database_name,
+            collection_name=collection_name,
+            application_name=application_name,
+            metadata_fields=metadata_fields,
+            save_on=save_on,
+        )
+        self._connection = Connection(Settings.checked(connection_string, client, client_options))
+        self._options.repository(self._connection)  # refuses what it cannot use now rather than at the first session
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._connection!r}>"
+
+    def create_session_manager(self, session_id: str, **overrides: Any) -> MongoDBSessionManager:
+        """Open a session, with one command.
+
+        Args:
+            session_id: The session; it is created if it is new.
+            **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `save_on` in place
+                of the factory's.
+
+        Raises:
+            ConfigurationError: An override cannot be used.
+            InvalidArgumentError: `session_id` cannot be one.
+            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+        """
+        checked_id(session_id, "session_id")
+        return MongoDBSessionManager._over(self._connection, session_id, self._overridden(overrides))
+
+    async def create_session_manager_async(self, session_id: str, **overrides: Any) -> AsyncMongoDBSessionManager:
+        """Open a session, with one command, without blocking the event loop.
+
+        Args:
+            session_id: The session; it is created if it is new.
+            **overrides: As for `create_session_manager`.
+
+        Raises:
+            ConfigurationError: An override cannot be used.
+            InvalidArgumentError: `session_id` cannot be one.
+            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+        """
+        checked_id(session_id, "session_id")
+        manager = AsyncMongoDBSessionManager._over(self._connection, session_id, self._overridden(overrides))
+        return await manager.open()
+
+    def _overridden(self, overrides: dict[str, Any]) -> ManagerOptions:
+        if unknown := overrides.keys() - ManagerOptions.__dataclass_fields__.keys():
+            raise ConfigurationError(
+                f"{', '.join(sorted(unknown))}: cannot differ from the factory's; what can is "
+                f"{', '.join(ManagerOptions.__dataclass_fields__)}"
+            )
+        return replace(self._options, **overrides)
+
+    def get_connection_stats(self) -> ConnectionStats:
+        """Ask the server for its version and return it with the state of the pool."""
+        return self._connection.portal.call(_stats, self._connection)
+
+    async def get_connection_stats_async(self) -> ConnectionStats:
+        """Ask the server for its version and return it with the state of the pool."""
+        return await self._connection.portal.run(_stats, self._connection)
+
+    def ping(self) -> None:
+        """Raise unless the server answers.
+
+        Raises:
+            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+        """
+        self._connection.portal.call(self._connection.ping)
+
+    async def ping_async(self) -> None:
+        """Raise unless the server answers.
+
+        Raises:
+            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+        """
+        await self._connection.portal.run(self._connection.ping)
+
+    def close(self) -> None:
+        """Wait for writes under way, then close the client if it is the factory's own. Idempotent.
+
+        Managers of the factory cannot be used any more.
+        """
+        self._connection.portal.call(self._connection.aclose)
+
+    async def close_async(self) -> None:
+        """Wait for writes under way, then close the client if it is the factory's own. Idempotent.
+
+        Managers of the factory cannot be used any more.
+        """
+        await self._connection.portal.run(self._connection.aclose)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close_async()
+
+
+def create_mongodb_session_manager(session_id: str, *args: Any, **kwargs: Any) -> MongoDBSessionManager:
+    """Open a session; the arguments are those of `MongoDBSessionManager`."""
+    return MongoDBSessionManager(session_id, *args, **kwargs)
+
+
+async def create_mongodb_session_manager_async(
+    session_id: str, *args: Any, **kwargs: Any
+) -> AsyncMongoDBSessionManager:
+    """Open a session without blocking the event loop; the arguments are those of `AsyncMongoDBSessionManager`."""
+    return await AsyncMongoDBSessionManager(session_id, *args, **kwargs).open()
+
+
+_global_lock = Lock()
+_global_factory: MongoDBSessionManagerFactory | None = None
+
+
+def initialize_global_factory(*args: Any, **kwargs: Any) -> MongoDBSessionManagerFactory:
+    """Make the process-wide factory, close an earlier one, and return it.
+
+    The arguments are those of `MongoDBSessionManagerFactory`.
+    """
+    factory = MongoDBSessionManagerFactory(*args, **kwargs)
+    _exchange(factory)
+    return factory
+
+
+def get_global_factory() -> MongoDBSessionManagerFactory:
+    """Return the process-wide factory.
+
+    Raises:
+        FactoryNotInitializedError: There is none.
+    """
+    if _global_factory is None:
+        raise FactoryNotInitializedError("there is no global factory: call initialize_global_factory(...) first")
+    return _global_factory
+
+
+def close_global_factory() -> None:
+    """Close the process-wide factory, if there is one."""
+    _exchange(None)
+
+
+def _exchange(factory: MongoDBSessionManagerFactory | None) -> None:
+    global _global_factory
+    with _global_lock:
+        earlier, _global_factory = _global_factory, factory
+    if earlier is not None:
+        earlier.close()
+
+
+class MongoDBConnectionPool:
+    """One asynchronous client for the whole process, kept on the library's own event loop.
+
+    What the original offered beside the factory. The client is to be passed on as `client=`; asynchronous code of the
+    caller's own cannot await it, because it belongs to the library's loop.
+    """
+
+    _lock: ClassVar[Any] = Lock()
+    _connection: ClassVar[Connection | None] = None
+
+    @classmethod
+    def initialize(cls, connection_string: str | None = None, **client_options: Any) -> Client:
+        """Return the process's client; the first call, and one with other arguments, makes it.
+
+        Raises:
+            ConfigurationError: An argument cannot be used.
+        """
+        settings = Settings.checked(connection_string, None, client_options)
+        with cls._lock:
+            earlier = current = cls._connection
+            if current is None or current.settings != settings:
+                cls._connection = current = Connection(settings)
+        if earlier is not None and earlier is not current:
+            earlier.portal.call(earlier.aclose)
+        return cls._client_of(current)
+
+    @classmethod
+    def get_client(cls) -> Client | None:
+        """Return the process's client, `None` before `initialize`."""
+        return None if cls._connection is None else cls._client_of(cls._connection)
+
+    @classmethod
+    def get_pool_stats(cls) -> ConnectionStats:
+        """Ask the server for its version and return it with the state of the pool.
+
+        Raises:
+            FactoryNotInitializedError: The pool was not initialised.
+        """
+        if cls._connection is None:
+            raise FactoryNotInitializedError("there is no pool: call MongoDBConnectionPool.initialize(...) first")
+        return cls._connection.portal.call(_stats, cls._connection)
+
+    @classmethod
+    def close(cls) -> None:
+        """Close the process's client, if there is one."""
+        with cls._lock:
+            connection, cls._connection = cls._connection, None
+        if connection is not None:
+            connection.portal.call(connection.aclose)
+
+    @staticmethod
+    def _client_of(connection: Connection) -> Client:
+        return connection.portal.call(connection.client)

@@ -1,0 +1,232 @@
+"""The I/O loop: one event loop on one daemon thread, and the ways to reach it. The only module that knows threads.
+
+An asynchronous MongoDB client works on the event loop it was first used on and on no other. Strands runs every
+synchronous `agent(...)` on a new loop, and a web server has loops of its own. So the client lives on one loop, and
+whoever is elsewhere hops to it through a `Portal`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from .errors import EventLoopError
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+EXIT_TIMEOUT = 5.0
+"""Seconds that the end of the interpreter may wait for writes under way."""
+
+Lock = threading.Lock
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs on the calling thread, if any."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class Portal:
+    """Runs coroutine functions on one event loop, for callers on any thread and any loop.
+
+    What was handed in runs to its end, whatever becomes of the caller: a cancelled request does not cancel the write
+    it had begun. Context variables of the caller are visible to the coroutine.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._under_way: set[Future[Any]] = set()
+
+    def submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start `function(*args, **kwargs)` on the loop and return at once; calls start in the order of submission.
+
+        Raises:
+            EventLoopError: The loop is closed or stopped.
+        """
+        if not self.loop.is_running():
+            raise EventLoopError(
+                "the event loop that the MongoDB client belongs to does not run: create the client on a loop that "
+                "lives as long as its sessions, or pass connection_string and let the library keep a loop of its own"
+            )
+        future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self.loop)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
+
+    def call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `function(*args, **kwargs)` on the loop and block the calling thread until it is done.
+
+        Raises:
+            EventLoopError: The calling thread is the one that runs the loop, so that waiting would never end.
+        """
+        if running_loop() is self.loop:
+            raise EventLoopError(
+                "a synchronous call would wait for the very event loop it blocks: use the asynchronous twin "
+                "(AsyncMongoDBSessionManager, create_session_manager_async, ..._async) on this loop"
+            )
+        return self.submit(function, *args, **kwargs).result()
+
+    async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on."""
+        caller = asyncio.get_running_loop()
+        outcome: asyncio.Future[T] = caller.create_future()
+
+        def hand_over(finished: Future[T]) -> None:
+            with suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
+                caller.call_soon_threadsafe(_copy_outcome, finished, outcome)
+
+        self.submit(function, *args, **kwargs).add_done_callback(hand_over)
+        return await outcome
+
+    def drain(self, timeout: float) -> int:
+        """Block until what was submitted is done, at most `timeout` seconds; return how many calls are not."""
+        end = time.monotonic() + timeout
+        while (waiting := list(self._under_way)) and (left := end - time.monotonic()) > 0:
+            with suppress(BaseException):  # its own caller hears of it
+                waiting[0].exception(left)
+        return len(self._under_way)
+
+
+def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
+    if outcome.done():
+        return
+    if finished.cancelled():
+        outcome.set_exception(EventLoopError("the event loop that the MongoDB client belongs to was stopped"))
+    elif (error := finished.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(finished.result())
+
+
+class Closable(Protocol):
+    """What the end of the interpreter closes."""
+
+    async def aclose(self) -> None:
+        """Store what is pending and release everything."""
+
+
+class _IOThread:
+    """The process's event-loop thread: started by its first user, ended with the interpreter."""
+
+    def __init__(self) -> None:
+        loop = asyncio.new_event_loop()
+        ready = threading.Event()
+        self.portal = Portal(loop)
+        self._thread = threading.Thread(
+            target=self._serve, args=(loop, ready), name="mongodb-session-manager-io", daemon=True
+        )
+        self._thread.start()
+        ready.wait()
+
+    @staticmethod
+    def _serve(loop: asyncio.AbstractEventLoop, ready: threading.Event) -> None:
+        asyncio.set_event_loop(loop)
+        loop.call_soon(ready.set)
+        try:
+            loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def stop(self, timeout: float) -> None:
+        self.portal.loop.call_soon_threadsafe(self.portal.loop.stop)
+        self._thread.join(timeout)
+
+
+_lock = threading.Lock()
+_thread: _IOThread | None = None
+_exiting = False
+_exit_registered = False
+_serial = itertools.count()
+_open_at_exit: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()
+
+
+def io_portal() -> Portal:
+    """Return the portal to the library's own event loop, whose thread the first call starts.
+
+    Raises:
+        EventLoopError: The interpreter is shutting down.
+    """
+    global _thread, _exit_registered
+    with _lock:
+        if _exiting:
+            raise EventLoopError("the interpreter is shutting down: close sessions before the main thread ends")
+        if _thread is None:
+            _thread = _IOThread()
+        if not _exit_registered:
+            # Executors refuse work as soon as the threading module begins to shut down, before `atexit` runs. Motor
+            # needs its executor to write, so the last flush has to come earlier still.
+            getattr(threading, "_register_atexit", atexit.register)(_finish)
+            _exit_registered = True
+        return _thread.portal
+
+
+def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
+    """Return a portal to `loop`, which may be the library's own or anybody's."""
+    with _lock:
+        return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
+
+
+def close_at_exit(resource: Closable, loop: asyncio.AbstractEventLoop) -> None:
+    """Have `resource` closed when the interpreter ends before it was closed or collected.
+
+    Only what lives on the library's own loop is: nobody else's loop runs as late.
+    """
+    if _thread is not None and _thread.portal.loop is loop:
+        _open_at_exit[next(_serial)] = resource
+
+
+def _finish() -> None:
+    global _exiting
+    with _lock:
+        _exiting = True
+        thread = _thread
+    if thread is None:
+        return
+    end = time.monotonic() + EXIT_TIMEOUT
+    with suppress(BaseException):
+        thread.portal.submit(_close_all).result(EXIT_TIMEOUT)
+    if unfinished := thread.portal.drain(max(0.0, end - time.monotonic())):
+        logger.warning("unfinished=<%d> | the interpreter ends before these calls to MongoDB did", unfinished)
+    thread.stop(max(0.1, end - time.monotonic()))
+
+
+async def _close_all() -> None:
+    """Close what is open, the youngest first, because sessions are younger than their connection."""
+    async with asyncio.timeout(EXIT_TIMEOUT):
+        for _, resource in sorted(_open_at_exit.items(), reverse=True):
+            try:
+                await resource.aclose()
+            except Exception as error:
+                logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, error)
+
+
+def _forget_parent() -> None:
+    """Start afresh in a forked child: threads do not survive a fork, and the parent's sessions are the parent's."""
+    global _lock, _thread, _open_at_exit
+    _lock = threading.Lock()
+    _thread = None
+    _open_at_exit = weakref.WeakValueDictionary()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)

@@ -1,0 +1,186 @@
+"""The repository for synchronous callers: each method hands its call to the I/O loop and waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from strands.session.session_repository import SessionRepository
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from ._changes import Change
+from ._connection import Client
+from ._documents import Document
+from ._loop import Portal
+from ._repository import AsyncMongoDBSessionRepository
+from .errors import MongoDBSessionError
+
+
+class MongoDBSessionRepository(SessionRepository):
+    """The synchronous twin of `AsyncMongoDBSessionRepository`: same arguments, same methods, same errors.
+
+    Its methods may be called from any thread. They block it: on a thread that runs an event loop, use the twin.
+
+    Args:
+        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
+        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
+        collection_name: The collection of the sessions.
+        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
+        application_name: Stored in sessions that this repository creates.
+        metadata_fields: Fields of `metadata` that get an index each.
+        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        connection_string: str | None = None,
+        database_name: str | None = None,
+        collection_name: str = "agent_sessions",
+        *,
+        client: Client | None = None,
+        application_name: str | None = None,
+        metadata_fields: Sequence[str] | None = None,
+        **client_options: Any,
+    ) -> None:
+        self._async = AsyncMongoDBSessionRepository(
+            connection_string,
+            database_name,
+            collection_name,
+            client=client,
+            application_name=application_name,
+            metadata_fields=metadata_fields,
+            **client_options,
+        )
+
+    @property
+    def _portal(self) -> Portal:
+        return self._async.portal
+
+    def __repr__(self) -> str:
+        return repr(self._async).replace("Async", "", 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is under way and close the client, if it is the repository's own. Idempotent."""
+        self._portal.call(self._async.close)
+
+    def ping(self) -> None:
+        """Raise unless the server answers.
+
+        Raises:
+            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+        """
+        self._portal.call(self._async.ping)
+
+    def open_session(self, session_id: str) -> Document:
+        """Return what restoring a session needs, from one command that creates the session if it is new.
+
+        The document holds everything but metadata, feedbacks, guardrail events and the metrics of messages. Its
+        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command.
+        """
+        return self._portal.call(self._async.open_session, session_id)
+
+    def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
+        """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Returns:
+            By agent id, why nothing of that agent's changes could be stored: `SessionConflictError`,
+            `AgentNotFoundError`, `MessageNotFoundError` or `SessionNotFoundError`. The changes of all other agents
+            are stored.
+
+        Raises:
+            MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
+        """
+        return self._portal.call(self._async.apply, session_id, changes)
+
+    def create_session(self, session: Session, **kwargs: Any) -> Session:
+        """Create a session.
+
+        Raises:
+            SessionExistsError: There is one of that id.
+        """
+        return self._portal.call(self._async.create_session, session, **kwargs)
+
+    def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
+        """Return a session, `None` if there is none of that id."""
+        return self._portal.call(self._async.read_session, session_id, **kwargs)
+
+    def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Create an agent without messages; one that exists already is left as it is.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        self._portal.call(self._async.create_agent, session_id, session_agent, **kwargs)
+
+    def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
+        """Return an agent, `None` if the session holds none of that id.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return self._portal.call(self._async.read_agent, session_id, agent_id, **kwargs)
+
+    def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Store an agent's state; its creation date and configuration stay.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        self._portal.call(self._async.update_agent, session_id, session_agent, **kwargs)
+
+    def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
+        """Append a message, whose `message_id` must be the one that follows the last.
+
+        Raises:
+            SessionConflictError: The agent has a message of that id already, or not yet the one before it.
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        self._portal.call(self._async.create_message, session_id, agent_id, session_message, **kwargs)
+
+    def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
+        """Return a message, `None` if the agent holds none of that id.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        return self._portal.call(self._async.read_message, session_id, agent_id, message_id, **kwargs)
+
+    def update_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
+        """Replace the content of a stored message; with `redact_message`, nothing of the original is kept.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+            MessageNotFoundError: The agent holds no message of that id.
+        """
+        self._portal.call(self._async.update_message, session_id, agent_id, session_message, **kwargs)
+
+    def list_messages(
+        self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
+    ) -> list[SessionMessage]:
+        """Return messages of an agent, oldest first.
+
+        Args:
+            session_id: The session.
+            agent_id: The agent.
+            limit: At most so many; `None` for all.
+            offset: Leave out so many of the oldest.
+            **kwargs: Accepted because Strands may pass more one day; unused.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        return self._portal.call(self._async.list_messages, session_id, agent_id, limit, offset, **kwargs)

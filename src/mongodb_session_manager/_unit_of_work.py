@@ -1,0 +1,219 @@
+"""A session's loaded state and its recorded changes, as the repository that Strands' session logic calls. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from strands.session.session_repository import SessionRepository
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from ._capture import AgentConfig
+from ._changes import AppendMessage, Change, CreateAgent, ReplaceMessage, SetMessageFields, UpdateAgent
+from ._codec import encode
+from ._documents import (
+    Document,
+    agent_from,
+    agent_id_of,
+    agent_state,
+    checked_id,
+    message_body,
+    message_from,
+    new_agent,
+    now,
+    session_from,
+    stored_message,
+)
+from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError
+
+_METRICS_DEPTH = 6  # document, agents, key, messages, element, event_loop_metrics
+
+
+class _Agent:
+    """What is known of one agent: what was loaded until it is handed over, then where its next message goes."""
+
+    def __init__(self, agent_id: str, stored: Mapping[str, Any] | None) -> None:
+        self.loaded = None if stored is None else agent_from(agent_id, stored)
+        documents = [] if stored is None else stored.get("messages") or []
+        self.messages: list[SessionMessage] | None = [message_from(document, i) for i, document in enumerate(documents)]
+        self.next_message_id: int = 0 if stored is None else stored["next_message_id"]
+        self.message_ids = {
+            tracking_id: message.message_id
+            for message in self.messages
+            if (tracking_id := message.message.get("tracking_id")) is not None
+        }
+        data = {} if stored is None else stored.get("agent_data") or {}
+        self.config = AgentConfig(data.get("model"), data.get("system_prompt"))
+        self.exists = stored is not None
+        self.last_appended: int | None = None
+        self.refusal: MongoDBSessionError | None = None
+        self.refusal_told = False
+
+
+class UnitOfWork(SessionRepository):
+    """One open session.
+
+    Strands reads what was loaded and writes what is recorded. Values are encoded when they are recorded, so that
+    nothing that happens to them later reaches the database. Recorded changes stay until `settle` says what became of
+    them. The log is only ever appended to and cut at its head, which Python does atomically, so recording needs no
+    lock; two threads must not record for one agent at a time, which Strands sees to.
+
+    Args:
+        session_id: The session.
+        document: What `AsyncMongoDBSessionRepository.open_session` returned.
+    """
+
+    def __init__(self, session_id: str, document: Mapping[str, Any]) -> None:
+        self.session_id = session_id
+        self.application_name: str | None = document.get("application_name")
+        self._session = session_from(document)
+        self._agents = {
+            agent_id: _Agent(agent_id, stored)
+            for key, stored in document["agents"].items()
+            for agent_id in (agent_id_of(key),)
+        }
+        self._log: list[Change] = []
+        self._closed = False
+
+    # What flushing needs.
+
+    def pending(self) -> tuple[Change, ...]:
+        """Return what is recorded and not settled, oldest first."""
+        return tuple(self._log)
+
+    def settle(self, count: int, refused: Mapping[str, MongoDBSessionError]) -> None:
+        """Let go of the `count` oldest changes: they are stored but for those of `refused` agents.
+
+        Whatever a refused agent records from then on is refused for the same reason.
+        """
+        for agent_id, error in refused.items():
+            self._agents[agent_id].refusal = error
+        del self._log[:count]
+
+    def raise_refusal(self, agent_id: str | None = None) -> None:
+        """Raise why changes of the agent, or of any, were refused."""
+        for candidate in self._agents if agent_id is None else (agent_id,):
+            agent = self._agents.get(candidate)
+            if agent is not None and agent.refusal is not None:
+                agent.refusal_told = True
+                raise type(agent.refusal)(*agent.refusal.args)
+
+    def raise_untold_refusal(self) -> None:
+        """Raise why changes were refused if nobody was told yet."""
+        for agent_id, agent in self._agents.items():
+            if not agent.refusal_told:
+                self.raise_refusal(agent_id)
+
+    def close(self) -> None:
+        """Refuse to record any more."""
+        self._closed = True
+
+    def release(self, agent_id: str) -> None:
+        """Let go of an agent's loaded messages, which the restored agent holds now."""
+        self._agents[agent_id].messages = None
+
+    # What is recorded beside Strands' own calls.
+
+    def record_config(self, agent_id: str, config: AgentConfig) -> None:
+        """Record the model and system prompt an agent runs with, if they are not those that are stored."""
+        agent = self._agents[agent_id]
+        if agent.config != config:
+            agent.config = config
+            fields = {"model": config.model, "system_prompt": encode(config.system_prompt)}
+            self._record(UpdateAgent(agent_id, agent.next_message_id, fields, now()))
+
+    def record_metrics(self, agent_id: str, metrics: Document | None) -> None:
+        """Record the metrics of an invocation at the last message it appended, if it appended any."""
+        agent = self._agents[agent_id]
+        if metrics is not None and agent.last_appended is not None:
+            fields = {"event_loop_metrics": encode(metrics, depth=_METRICS_DEPTH)}
+            self._record(SetMessageFields(agent_id, agent.last_appended, fields))
+        agent.last_appended = None
+
+    # Strands' repository.
+
+    def create_session(self, session: Session, **kwargs: Any) -> Session:
+        """Return the session: opening has created it."""
+        return session
+
+    def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
+        """Return the session as it was opened."""
+        return self._session
+
+    def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Record a new agent; it is stored together with its first message."""
+        agent_id = checked_id(session_agent.agent_id, "agent_id")
+        document = new_agent(session_agent)
+        self._agents[agent_id] = agent = _Agent(agent_id, None)
+        agent.exists = True
+        self._record(CreateAgent(agent_id, document))
+
+    def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
+        """Return an agent as it was loaded."""
+        agent = self._agents.get(checked_id(agent_id, "agent_id"))
+        return None if agent is None else agent.loaded
+
+    def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Record an agent's state."""
+        agent = self._agent(session_agent.agent_id)
+        self._record(
+            UpdateAgent(session_agent.agent_id, agent.next_message_id, agent_state(session_agent), now()),
+        )
+
+    def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
+        """Record a message: a new one, or another content of the one with the same tracking id.
+
+        The id is given here and written into `session_message`, because behind a conversation manager that has
+        removed all messages Strands would begin again at 0.
+        """
+        agent = self._agent(agent_id)
+        tracking_id = session_message.message.get("tracking_id")
+        known = agent.message_ids.get(tracking_id) if tracking_id is not None else None
+        session_message.message_id = agent.next_message_id if known is None else known
+        if known is not None:
+            self._record(ReplaceMessage(agent_id, known, {**message_body(session_message), "updated_at": now()}))
+            return
+        self._record(AppendMessage(agent_id, stored_message(session_message, session_message.message_id)))
+        agent.last_appended = session_message.message_id
+        agent.next_message_id += 1
+        if tracking_id is not None:
+            agent.message_ids[tracking_id] = session_message.message_id
+
+    def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
+        """Return a message as it was loaded."""
+        return next((message for message in self._loaded(agent_id) if message.message_id == message_id), None)
+
+    def update_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
+        """Record another content of a message."""
+        agent = self._agent(agent_id)
+        if not 0 <= session_message.message_id < agent.next_message_id:
+            raise MessageNotFoundError(f"agent {agent_id!r} holds no message {session_message.message_id}")
+        fields = {**message_body(session_message), "updated_at": now()}
+        self._record(ReplaceMessage(agent_id, session_message.message_id, fields))
+
+    def list_messages(
+        self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
+    ) -> list[SessionMessage]:
+        """Return messages as they were loaded, oldest first, without the `offset` oldest."""
+        return self._loaded(agent_id)[offset:][:limit]
+
+    def _loaded(self, agent_id: str) -> list[SessionMessage]:
+        messages = self._agent(agent_id).messages
+        if messages is None:
+            raise MongoDBSessionError(
+                f"the messages of agent {agent_id!r} are with the restored agent: read agent.messages, or the stored "
+                "ones with MongoDBSessionRepository.list_messages"
+            )
+        return messages
+
+    def _agent(self, agent_id: str) -> _Agent:
+        agent = self._agents.get(agent_id)
+        if agent is None:
+            raise AgentNotFoundError(f"session {self.session_id!r} holds no agent {agent_id!r}")
+        return agent
+
+    def _record(self, change: Change) -> None:
+        if self._closed:
+            raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
+        self.raise_refusal(change.agent_id)
+        self._log.append(change)

@@ -1,0 +1,103 @@
+"""What can go wrong, as one tree.
+
+    MongoDBSessionError                 also strands.types.exceptions.SessionException
+    ├── ConfigurationError              also ValueError: how the library was set up
+    │   └── ClientTypeError             also TypeError: `client=` is no asynchronous client
+    ├── InvalidArgumentError            also ValueError: an argument of a call
+    ├── EncodingError                   also ValueError: a value that cannot be stored
+    ├── MessageTooLargeError            also ValueError: more than one document can hold
+    ├── SessionNotFoundError            also LookupError
+    ├── AgentNotFoundError              also LookupError
+    ├── MessageNotFoundError            also LookupError
+    ├── SessionExistsError              also ValueError
+    ├── SessionConflictError            also RuntimeError: another writer was there first
+    ├── SessionClosedError              also RuntimeError: used before it was opened or after it was closed
+    ├── EventLoopError                  also RuntimeError: called where waiting is impossible
+    ├── FactoryNotInitializedError      also RuntimeError
+    ├── EmbeddedServerError             also RuntimeError: the local mongod for development and tests
+    ├── DatabaseUnavailableError        also ConnectionError: no server, connection lost
+    ├── DatabaseTimeoutError            also TimeoutError: the server or the pool was too slow
+    └── DatabaseError                   the server refused a command
+
+The driver's own error, where there is one, is the `__cause__`. No message holds the password of a connection
+string or the content of a conversation.
+"""
+
+from __future__ import annotations
+
+from strands.types.exceptions import SessionException
+
+
+class MongoDBSessionError(SessionException):
+    """Root of every error this package raises on purpose."""
+
+
+class ConfigurationError(MongoDBSessionError, ValueError):
+    """The connection string, the client or an option cannot be used."""
+
+
+class ClientTypeError(ConfigurationError, TypeError):
+    """`client=` was given something that is not an asynchronous MongoDB client."""
+
+
+class InvalidArgumentError(MongoDBSessionError, ValueError):
+    """An argument was refused before anything was sent."""
+
+
+class EncodingError(MongoDBSessionError, ValueError):
+    """A value has no form that MongoDB can store and that comes back equal."""
+
+
+class MessageTooLargeError(MongoDBSessionError, ValueError):
+    """A write is larger than a MongoDB document may be (16 MiB)."""
+
+
+class SessionNotFoundError(MongoDBSessionError, LookupError):
+    """The session does not exist (any more)."""
+
+
+class AgentNotFoundError(MongoDBSessionError, LookupError):
+    """The session holds no agent of that id."""
+
+
+class MessageNotFoundError(MongoDBSessionError, LookupError):
+    """The agent holds no message of that id."""
+
+
+class SessionExistsError(MongoDBSessionError, ValueError):
+    """A session of that id exists already."""
+
+
+class SessionConflictError(MongoDBSessionError, RuntimeError):
+    """Another writer changed the agent since it was loaded; nothing of this write was stored.
+
+    Like HTTP 409: open the session again with a new manager and a new agent, and repeat the request.
+    """
+
+
+class SessionClosedError(MongoDBSessionError, RuntimeError):
+    """A manager, factory or repository was used before it was opened or after it was closed."""
+
+
+class EventLoopError(MongoDBSessionError, RuntimeError):
+    """A call would have to wait on the very event loop that must do the work, or that loop does not run."""
+
+
+class FactoryNotInitializedError(MongoDBSessionError, RuntimeError):
+    """The process-wide factory was asked for before it was initialised."""
+
+
+class EmbeddedServerError(MongoDBSessionError, RuntimeError):
+    """The embedded mongod could not be found or started."""
+
+
+class DatabaseUnavailableError(MongoDBSessionError, ConnectionError):
+    """No server could be reached, or the connection was lost and did not come back in time."""
+
+
+class DatabaseTimeoutError(MongoDBSessionError, TimeoutError):
+    """The server, or the wait for a free connection of the pool, took longer than it may."""
+
+
+class DatabaseError(MongoDBSessionError):
+    """The server refused a command."""

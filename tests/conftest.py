@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import gc
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pymongo
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from mongodb_session_manager.embedded import EmbeddedMongoDB
+from support import CommandLog
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
+    """Fail a test in which the package blocks a running event loop, its own included; Strands reads files on it."""
+    if request.node.get_closest_marker("may_block"):
+        yield None
+        return
+    with blockbuster_ctx("mongodb_session_manager") as detector:
+        yield detector
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[str]:
+    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1}) as server:
+        yield server.connection_string
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> str:
+    """The connection string of the server under test: `MONGODB_URI`, else an embedded replica set of one."""
+    return os.environ.get("MONGODB_URI") or request.getfixturevalue("embedded")
+
+
+@pytest.fixture(scope="session")
+def standalone() -> Iterator[str]:
+    """The connection string of a server without a replica set, where the driver retries nothing."""
+    with EmbeddedMongoDB(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
+        yield server.connection_string
+
+
+@pytest.fixture(scope="session")
+def driver(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
+    """A plain client, to look at what is stored and to write what others would."""
+    with pymongo.MongoClient(server, tz_aware=True) as client:
+        yield client
+
+
+@pytest.fixture
+def database(driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
+    """The name of a database of the test's own."""
+    name = f"test_{uuid.uuid4().hex}"
+    yield name
+    driver.drop_database(name)
+
+
+@pytest.fixture
+def stored(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> pymongo.collection.Collection[dict[str, Any]]:
+    """The sessions of the test as they are stored."""
+    return driver[database]["agent_sessions"]
+
+
+@pytest.fixture
+def commands() -> CommandLog:
+    """The commands that the clients it is passed to have sent."""
+    return CommandLog()
+
+
+@pytest.fixture
+def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
+    """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted."""
+    with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
+        factory.create_session_manager("warm-up").close()
+        commands.wait_for("createIndexes")
+        commands.clear()
+        yield factory
+    gc.collect()

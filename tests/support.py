@@ -1,0 +1,77 @@
+"""What several test modules use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pymongo
+from pymongo import monitoring
+from strands import Agent
+from strands.session import SessionManager
+
+from scripted_model import ScriptedModel
+
+
+class CommandLog(monitoring.CommandListener):
+    """The names of the commands that were sent, without those that open and close connections."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name not in ("endSessions", "ping", "buildInfo", "hello"):
+            self.names.append(event.command_name)
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+    def clear(self) -> None:
+        self.names.clear()
+
+    def wait_for(self, name: str) -> None:
+        eventually(lambda: name in self.names)
+
+
+def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until `condition()` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def agent(manager: SessionManager | None, *replies: Any, agent_id: str = "agent", **options: Any) -> Agent:
+    """Return an agent with a scripted model that prints nothing."""
+    return Agent(
+        model=ScriptedModel(replies),
+        agent_id=agent_id,
+        session_manager=manager,
+        callback_handler=None,
+        **options,
+    )
+
+
+def texts(messages: list[Any]) -> list[str]:
+    """Return the text of each message, stored or an agent's."""
+    return [
+        "".join(block.get("text", "") for block in message.get("message", message)["content"]) for message in messages
+    ]
+
+
+def message_ids(document: dict[str, Any], agent_key: str = "agent") -> list[int]:
+    return [message["message_id"] for message in document["agents"][agent_key]["messages"]]
+
+
+@contextmanager
+def fail_point(uri: str, **data: Any) -> Iterator[None]:
+    """Have the server fail commands as `failCommand` describes; `times` says how often (default: once)."""
+    mode: Any = {"times": data.pop("times", 1)}
+    with pymongo.MongoClient(uri) as client:
+        client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
+        try:
+            yield
+        finally:
+            client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})

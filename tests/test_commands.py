@@ -1,0 +1,103 @@
+"""What a turn costs: one command to open, one per durable message, nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from strands import tool
+
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from support import CommandLog, agent
+
+pytestmark = pytest.mark.anyio
+
+OPEN, WRITE = "findAndModify", "update"
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+CALL_ADD = {"tool": "add", "input": {"a": 1, "b": 2}}
+
+TURNS = pytest.mark.parametrize(
+    ("save_on", "replies", "writes"),
+    [
+        ("message", ["hello"], 2),
+        ("invocation", ["hello"], 1),
+        ("message", [CALL_ADD, "three"], 4),
+        ("invocation", [CALL_ADD, "three"], 1),
+    ],
+)
+
+
+@TURNS
+@pytest.mark.parametrize("resumed", [False, True])
+def test_sync_turn(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, save_on: str, replies: list, writes: int, resumed: bool
+) -> None:
+    if resumed:
+        with factory.create_session_manager("s") as earlier:
+            agent(earlier, "before", tools=[add])("earlier")
+        commands.clear()
+    manager = factory.create_session_manager("s", save_on=save_on)
+    first = agent(manager, *replies, tools=[add])
+    first("one")
+    manager.sync_agent(first)
+    assert commands.names == [OPEN] + [WRITE] * writes
+
+
+@TURNS
+@pytest.mark.parametrize("resumed", [False, True])
+async def test_async_turn(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, save_on: str, replies: list, writes: int, resumed: bool
+) -> None:
+    if resumed:
+        async with await factory.create_session_manager_async("s") as earlier:
+            await agent(earlier, "before", tools=[add]).invoke_async("earlier")
+        commands.clear()
+    manager = await factory.create_session_manager_async("s", save_on=save_on)
+    first = agent(manager, *replies, tools=[add])
+    await first.invoke_async("one")
+    manager.sync_agent(first)
+    await manager.flush()
+    assert commands.names == [OPEN] + [WRITE] * writes
+
+
+@pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])
+def test_next_turn_of_a_live_agent(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, save_on: str, writes: int
+) -> None:
+    manager = factory.create_session_manager("s", save_on=save_on)
+    live = agent(manager, "one", "two")
+    live("1")
+    commands.clear()
+    live("2")
+    manager.sync_agent(live)
+    assert commands.names == [WRITE] * writes
+
+
+def test_a_manager_from_a_warm_factory_costs_one_command(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog
+) -> None:
+    factory.create_session_manager("s")
+    assert commands.names == [OPEN]
+
+
+async def test_constructing_an_agent_sends_nothing(factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
+    async with await factory.create_session_manager_async("s") as earlier:
+        await agent(earlier, "before").invoke_async("earlier")
+    manager = await factory.create_session_manager_async("s")
+    commands.clear()
+    restored = agent(manager)
+    assert len(restored.messages) == 2
+    assert commands.names == []
+
+
+def test_closing_sends_nothing_when_all_is_stored(factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
+    manager = factory.create_session_manager("s")
+    agent(manager, "hello")("hi")
+    commands.clear()
+    manager.close()
+    assert commands.names == []
