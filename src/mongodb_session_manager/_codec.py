@@ -33,7 +33,7 @@ from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
 from bson.errors import BSONError, InvalidBSON
 
-from mongodb_session_manager.errors import EncodingError
+from .errors import EncodingError
 
 MARKER: Final = "__msm__"
 

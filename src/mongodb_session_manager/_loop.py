@@ -48,8 +48,9 @@ class Portal:
     it had begun. Context variables of the caller are visible to the coroutine.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, is_alive: Callable[[], bool] | None = None) -> None:
         self.loop = loop
+        self._is_alive = is_alive or loop.is_running
         self._under_way: set[Future[Any]] = set()
 
     def submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -58,7 +59,7 @@ class Portal:
         Raises:
             EventLoopError: The loop is closed or stopped.
         """
-        if not self.loop.is_running():
+        if not self._is_alive():
             raise EventLoopError(
                 "the event loop that the MongoDB client belongs to does not run: create the client on a loop that "
                 "lives as long as its sessions, or pass connection_string and let the library keep a loop of its own"
@@ -125,18 +126,15 @@ class _IOThread:
 
     def __init__(self) -> None:
         loop = asyncio.new_event_loop()
-        ready = threading.Event()
-        self.portal = Portal(loop)
-        self._thread = threading.Thread(
-            target=self._serve, args=(loop, ready), name="mongodb-session-manager-io", daemon=True
-        )
+        name = "mongodb-session-manager-io"
+        self._thread = threading.Thread(target=self._serve, args=(loop,), name=name, daemon=True)
+        # The loop takes calls before it runs, so nobody has to wait for the thread.
+        self.portal = Portal(loop, self._thread.is_alive)
         self._thread.start()
-        ready.wait()
 
     @staticmethod
-    def _serve(loop: asyncio.AbstractEventLoop, ready: threading.Event) -> None:
+    def _serve(loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
-        loop.call_soon(ready.set)
         try:
             loop.run_forever()
         finally:
