@@ -7,6 +7,8 @@ Asynchronous code opens a session with `create_mongodb_session_manager_async` or
 
 from __future__ import annotations
 
+from ._async_manager import AsyncMongoDBSessionManager
+from ._capture import GUARDRAIL_STOP_REASONS
 from ._factory import (
     MongoDBConnectionPool,
     MongoDBSessionManagerFactory,
@@ -16,7 +18,7 @@ from ._factory import (
     get_global_factory,
     initialize_global_factory,
 )
-from ._manager import AsyncMongoDBSessionManager, MongoDBSessionManager
+from ._manager import MongoDBSessionManager
 from ._repository import AsyncMongoDBSessionRepository
 from ._sync import MongoDBSessionRepository
 from .errors import (
@@ -41,6 +43,7 @@ from .errors import (
 )
 
 __all__ = [
+    "GUARDRAIL_STOP_REASONS",
     "AgentNotFoundError",
     "AsyncMongoDBSessionManager",
     "AsyncMongoDBSessionRepository",

@@ -62,3 +62,85 @@ def capture_metrics(agent: LocalAgent) -> Document | None:
             for name, tool in metrics.tool_metrics.items()
         },
     }
+
+
+GUARDRAIL_STOP_REASONS = frozenset({"guardrail_intervened", "content_filtered"})
+"""Reasons for which a model stops because a guardrail stepped in."""
+
+_POLICIES = ("contentPolicy", "topicPolicy", "wordPolicy", "sensitiveInformationPolicy", "contextualGroundingPolicy")
+_QUOTING = frozenset({"match", "modelOutput"})
+"""Keys of a guardrail trace whose values quote the conversation."""
+
+
+def summarize_policies(trace: Any) -> dict[str, list[str]]:
+    """Return which policies a guardrail trace of Amazon Bedrock reports as triggered, and by what.
+
+    Args:
+        trace: The trace or any part of it that holds assessments. Shapes:
+            https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_GuardrailAssessment.html
+
+    Returns:
+        By policy name: `"HATE/HIGH"` (type, confidence) for `contentPolicy`, `"Investments/DENY"` (name, type) for
+        `topicPolicy`, `"PROFANITY/BLOCKED"` or `"CUSTOM/BLOCKED"` (list, action) for `wordPolicy`,
+        `"EMAIL/ANONYMIZED"` (type or name of the expression, action) for `sensitiveInformationPolicy`,
+        `"GROUNDING/0.12"` (type, score) for `contextualGroundingPolicy`. The words that matched are left out.
+    """
+    found: dict[str, list[str]] = {}
+    _collect_policies(trace, found)
+    return {policy: found[policy] for policy in _POLICIES if policy in found}
+
+
+def _collect_policies(part: Any, found: dict[str, list[str]]) -> None:
+    if isinstance(part, list):
+        for item in part:
+            _collect_policies(item, found)
+    elif isinstance(part, Mapping):
+        for name, value in part.items():
+            if name not in _POLICIES:
+                _collect_policies(value, found)
+            elif isinstance(value, Mapping):
+                for kind, entries in value.items():
+                    for entry in entries if isinstance(entries, list) else ():
+                        if isinstance(entry, Mapping) and entry.get("action") != "NONE":
+                            summary = _summary(name, kind, entry)
+                            if summary not in found.setdefault(name, []):
+                                found[name].append(summary)
+
+
+def _summary(policy: str, kind: str, entry: Mapping[str, Any]) -> str:
+    match policy, kind:
+        case "contentPolicy", _:
+            parts = (entry.get("type"), entry.get("confidence"))
+        case "topicPolicy", _:
+            parts = (entry.get("name"), entry.get("type"))
+        case "wordPolicy", _:
+            parts = (entry.get("type", "CUSTOM"), entry.get("action"))
+        case "sensitiveInformationPolicy", _:
+            parts = (entry.get("type", entry.get("name")), entry.get("action"))
+        case _:
+            parts = (entry.get("type"), entry.get("score"))
+    return "/".join(str(part) for part in parts if part is not None)
+
+
+def without_quotes(trace: Any) -> Any:
+    """Return a guardrail trace without what it quotes of the conversation, which a redaction must not leave behind."""
+    if isinstance(trace, Mapping):
+        return {key: "[redacted]" if key in _QUOTING else without_quotes(value) for key, value in trace.items()}
+    return [without_quotes(item) for item in trace] if isinstance(trace, list) else trace
+
+
+def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: Any) -> Document:
+    """Return what is stored of a guardrail that stepped in, with the message it redacted."""
+    event: Document = {"action": action, "timestamp": moment}
+    if stop_reason is not None:
+        event["stop_reason"] = stop_reason
+    if trace is not None:
+        if policies := summarize_policies(trace):
+            event["policies_triggered"] = policies
+        event["trace"] = without_quotes(trace)
+    return event
+
+
+def count_tool_calls(message: Mapping[str, Any]) -> int:
+    """Return how many tools a message calls."""
+    return sum("toolUse" in block for block in message["content"])

@@ -10,7 +10,7 @@ whoever was not there first changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -29,10 +29,15 @@ class CreateAgent:
 
 @dataclass(frozen=True, slots=True)
 class AppendMessage:
-    """A message follows the others."""
+    """A message follows the others.
+
+    `usage` is what it adds to the running totals of its agent. They are incremented by the statement that appends, so
+    exactly as often.
+    """
 
     agent_id: str
     message: StoredMessage
+    usage: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,23 @@ class UpdateAgent:
 
 
 @dataclass(frozen=True, slots=True)
+class ObserveConfig:
+    """The agent runs with this model or system prompt; what a user has set stays."""
+
+    agent_id: str
+    expected: int
+    fields: Document
+
+
+@dataclass(frozen=True, slots=True)
+class AddGuardrailEvent:
+    """A guardrail stepped in; `event` is an entry of the session's `guardrail_events`."""
+
+    agent_id: str
+    event: Document
+
+
+@dataclass(frozen=True, slots=True)
 class SetMessageFields:
     """Fields beside a message's content have new values, like its metrics."""
 
@@ -66,7 +88,9 @@ class SetMessageFields:
     fields: Document
 
 
-Change: TypeAlias = CreateAgent | AppendMessage | ReplaceMessage | UpdateAgent | SetMessageFields
+Change: TypeAlias = (
+    CreateAgent | AppendMessage | ReplaceMessage | UpdateAgent | ObserveConfig | AddGuardrailEvent | SetMessageFields
+)
 
 
 @dataclass
@@ -76,8 +100,11 @@ class AgentWrite:
     agent_id: str
     created: Document | None = None
     appended: list[StoredMessage] = field(default_factory=list)
+    usage: dict[int, Mapping[str, int]] = field(default_factory=dict)
     replaced: dict[int, Document] = field(default_factory=dict)
     data: Document = field(default_factory=dict)
+    config: Document = field(default_factory=dict)
+    events: list[Document] = field(default_factory=list)
     expected: int | None = None
     moment: datetime | None = None
 
@@ -87,8 +114,9 @@ class AgentWrite:
             case CreateAgent(document=document):
                 self.created = document
                 self._touch(document["updated_at"])
-            case AppendMessage(message=message):
+            case AppendMessage(message=message, usage=usage):
                 self.appended.append(message)
+                self.usage[message["message_id"]] = usage
                 self._touch(message["updated_at"])
             case ReplaceMessage(message_id=message_id, fields=fields):
                 self._set_message(message_id, fields)
@@ -99,6 +127,11 @@ class AgentWrite:
                 self.data.update(fields)
                 self.expected = expected
                 self._touch(moment)
+            case ObserveConfig(expected=expected, fields=fields):
+                self.config.update(fields)
+                self.expected = expected
+            case AddGuardrailEvent(event=event):
+                self.events.append(event)
 
     def _touch(self, moment: datetime) -> None:
         self.moment = moment if self.moment is None else max(self.moment, moment)
@@ -109,6 +142,15 @@ class AgentWrite:
                 self.appended[position] = cast(StoredMessage, {**message, **fields})
                 return
         self.replaced.setdefault(message_id, {}).update(fields)
+
+    @property
+    def increments(self) -> dict[str, int]:
+        """What the appended messages add to the agent's running totals."""
+        totals: dict[str, int] = {}
+        for message in self.appended:
+            for name, amount in self.usage.get(message["message_id"], {}).items():
+                totals[name] = totals.get(name, 0) + amount
+        return totals
 
     @property
     def expected_id(self) -> int | None:
@@ -132,20 +174,31 @@ class Update(NamedTuple):
     array_filters: list[Document] | None
 
 
+@dataclass
+class _Parts:
+    """A statement in the making: what it does, before it is said in one of MongoDB's two languages."""
+
+    sets: Document = field(default_factory=dict)
+    unless_set: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    increments: dict[str, int] = field(default_factory=dict)
+    pushes: dict[str, list[Any]] = field(default_factory=dict)
+    events: list[Document] = field(default_factory=list)
+    replacements: dict[str, dict[int, Document]] = field(default_factory=dict)
+
+
 def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
     """Return the one statement that makes all the writes true, or matches nothing."""
     condition: Document = {"_id": session_id}
-    sets: Document = {}
-    pushes: dict[str, list[StoredMessage]] = {}
-    replacements: dict[str, dict[int, Document]] = {}
+    parts = _Parts()
     moments = []
     for write in writes:
         path = f"agents.{agent_key(write.agent_id)}"
         if write.moment is not None:
             moments.append(write.moment)
+        parts.events += write.events
         if write.created is not None:
             condition[path] = {"$exists": False}
-            sets[path] = _whole(write)
+            parts.sets[path] = _whole(write)
             continue
         if write.expected_id is not None:
             condition[f"{path}.next_message_id"] = write.expected_id
@@ -153,18 +206,27 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
             condition[path] = {"$exists": True}
         if write.replaced:
             condition[f"{path}.messages.message_id"] = {"$all": sorted(write.replaced)}
-            replacements[f"{path}.messages"] = write.replaced
-        if write.appended:
-            pushes[f"{path}.messages"] = write.appended
-            sets[f"{path}.next_message_id"] = write.appended[-1]["message_id"] + 1
-        sets |= {f"{path}.agent_data.{name}": value for name, value in write.data.items()}
-        if write.moment is not None:
-            sets[f"{path}.updated_at"] = write.moment
+        _add(write, path, parts)
     if moments:
-        sets["updated_at"] = max(moments)
-    if pushes.keys() & replacements.keys():
-        return Update(condition, [{"$set": _pipeline(sets, pushes, replacements)}], None)
-    return _operators(condition, sets, pushes, replacements)
+        parts.sets["updated_at"] = max(moments)
+    if parts.unless_set or parts.pushes.keys() & parts.replacements.keys():
+        return Update(condition, [{"$set": _pipeline(parts)}], None)
+    return _operators(condition, parts)
+
+
+def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
+    if write.replaced:
+        parts.replacements[f"{path}.messages"] = write.replaced
+    if write.appended:
+        parts.pushes[f"{path}.messages"] = list(write.appended)
+        parts.sets[f"{path}.next_message_id"] = write.appended[-1]["message_id"] + 1
+    parts.sets |= {f"{path}.agent_data.{name}": value for name, value in write.data.items()}
+    parts.unless_set |= {
+        f"{path}.agent_data.{name}": (f"{path}.agent_data.config_set", value) for name, value in write.config.items()
+    }
+    parts.increments |= {f"{path}.usage.{name}": amount for name, amount in write.increments.items()}
+    if write.moment is not None:
+        parts.sets[f"{path}.updated_at"] = write.moment
 
 
 def _whole(write: AgentWrite) -> Document:
@@ -172,51 +234,57 @@ def _whole(write: AgentWrite) -> Document:
     created = write.created or {}
     return {
         **created,
-        "agent_data": {**created["agent_data"], **write.data},
+        "agent_data": {**created["agent_data"], **write.config, **write.data},
         "updated_at": write.moment or created["updated_at"],
         "next_message_id": write.appended[-1]["message_id"] + 1 if write.appended else 0,
+        "usage": write.increments,
         "messages": list(write.appended),
     }
 
 
-def _operators(
-    condition: Document,
-    sets: Document,
-    pushes: Mapping[str, Sequence[StoredMessage]],
-    replacements: Mapping[str, Mapping[int, Document]],
-) -> Update:
+def _operators(condition: Document, parts: _Parts) -> Update:
     array_filters: list[Document] = []
-    for path, messages in replacements.items():
+    sets = parts.sets
+    for path, messages in parts.replacements.items():
         for message_id, fields in messages.items():
             name = f"m{len(array_filters)}"
             array_filters.append({f"{name}.message_id": message_id})
             sets |= {f"{path}.$[{name}].{key}": value for key, value in fields.items()}
-    update: Document = {"$set": sets}
-    if pushes:
-        update["$push"] = {path: {"$each": list(messages)} for path, messages in pushes.items()}
-    return Update(condition, update, array_filters or None)
+    pushes = {path: {"$each": values} for path, values in parts.pushes.items()}
+    # An event is added at most once, however often the statement is sent.
+    events = {"guardrail_events": {"$each": parts.events}} if parts.events else {}
+    operators = {"$set": sets, "$push": pushes, "$inc": parts.increments, "$addToSet": events}
+    return Update(condition, {name: fields for name, fields in operators.items() if fields}, array_filters or None)
 
 
-def _pipeline(
-    sets: Document,
-    pushes: Mapping[str, Sequence[StoredMessage]],
-    replacements: Mapping[str, Mapping[int, Document]],
-) -> Document:
-    """Say the same as an aggregation, because the operators cannot both push to an array and change its elements."""
-    stage: Document = {path: {"$literal": value} for path, value in sets.items()}
-    for path in pushes.keys() | replacements.keys():
+def _pipeline(parts: _Parts) -> Document:
+    """Say the same as an aggregation, because the operators cannot both push to an array and change its elements.
+
+    Neither can they set a field depending on another one.
+    """
+    stage: Document = {path: {"$literal": value} for path, value in parts.sets.items()}
+    for path, (already_set, value) in parts.unless_set.items():
+        is_set = {"$in": [path.rpartition(".")[2], {"$ifNull": [f"${already_set}", []]}]}
+        stage[path] = {"$cond": [is_set, f"${path}", {"$literal": value}]}
+    for path, amount in parts.increments.items():
+        stage[path] = {"$add": [{"$ifNull": [f"${path}", 0]}, amount]}
+    for path in parts.pushes.keys() | parts.replacements.keys():
         branches = [
             {
                 "case": {"$eq": ["$$message.message_id", message_id]},
                 "then": {"$mergeObjects": ["$$message", {key: {"$literal": value} for key, value in fields.items()}]},
             }
-            for message_id, fields in replacements.get(path, {}).items()
+            for message_id, fields in parts.replacements.get(path, {}).items()
         ]
         kept: Any = {"$ifNull": [f"${path}", []]}
         if branches:
             replaced = {"$switch": {"branches": branches, "default": "$$message"}}
             kept = {"$map": {"input": kept, "as": "message", "in": replaced}}
-        stage[path] = {"$concatArrays": [kept, {"$literal": list(pushes.get(path, ()))}]}
+        stage[path] = {"$concatArrays": [kept, {"$literal": parts.pushes.get(path, [])}]}
+    if parts.events:
+        known = {"$ifNull": ["$guardrail_events", []]}
+        added = {"$filter": {"input": {"$literal": parts.events}, "cond": {"$not": {"$in": ["$$this", known]}}}}
+        stage["guardrail_events"] = {"$concatArrays": [known, added]}
     return stage
 
 
@@ -267,7 +335,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
             f"agent {write.agent_id!r}: another writer stored message {stored.next_message_id - 1} after this session "
             "was loaded, and nothing of this write; open the session with a new manager and repeat the request"
         )
-    return rest if rest.appended or rest.data or rest.replaced else None
+    return rest if rest.appended or rest.data or rest.config or rest.replaced else None
 
 
 def _is_stored(ours: StoredMessage, stored: StoredView) -> bool:

@@ -9,8 +9,8 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,16 +26,12 @@ from pymongo.read_concern import ReadConcern
 from pymongo.uri_parser import parse_uri
 
 from ._codec import CODEC_OPTIONS
+from ._driver_errors import driver_errors
 from ._loop import Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
     ClientTypeError,
     ConfigurationError,
-    DatabaseError,
-    DatabaseTimeoutError,
-    DatabaseUnavailableError,
     EventLoopError,
-    MessageTooLargeError,
-    MongoDBSessionError,
     SessionClosedError,
 )
 
@@ -44,9 +40,6 @@ logger = logging.getLogger(__name__)
 Client: TypeAlias = "AsyncIOMotorClient[Any] | AsyncMongoClient[Any]"
 
 DEFAULT_DATABASE = "agent_sessions"
-
-# Server error codes: BSONObjectTooLarge and the two older codes of an update that outgrows 16 MiB.
-_TOO_LARGE = {10334, 17419, 17420}
 
 _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", default=False)
 
@@ -404,64 +397,3 @@ def _close_collected(client: Client, loop: asyncio.AbstractEventLoop, pid: int) 
     """End the sockets and threads of a client whose connection was collected without being closed."""
     if pid == os.getpid() and loop.is_running():
         Portal(loop).submit(_close_client, client)
-
-
-def may_be_sent_again(error: Exception) -> bool:
-    """Tell whether the command that failed may be sent again at once; it may or may not have been applied.
-
-    An error that has waited as long as the user allows is final.
-    """
-    return (
-        isinstance(error, driver.PyMongoError)
-        and (isinstance(error, driver.AutoReconnect) or error.has_error_label("RetryableWriteError"))
-        and not isinstance(error, driver.ServerSelectionTimeoutError)
-    )
-
-
-@contextmanager
-def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Iterator[None]:
-    """Raise the driver's errors as ours, but for `passing`, which the caller expects.
-
-    Raises:
-        MongoDBSessionError: The subclass that fits, the driver's error as its cause.
-    """
-    try:
-        yield
-    except passing:
-        raise
-    except driver.PyMongoError as error:
-        raise translate(error) from error
-    except RuntimeError as error:
-        if isinstance(error, MongoDBSessionError) or "after" not in str(error) or "shutdown" not in str(error):
-            raise
-        raise EventLoopError("the interpreter is shutting down: nothing can be sent to MongoDB any more") from error
-
-
-def translate(error: driver.PyMongoError) -> MongoDBSessionError:
-    """Return the error of this package that says the same, without anything that a document holds."""
-    match error:
-        case driver.ServerSelectionTimeoutError():
-            return DatabaseUnavailableError(f"no usable MongoDB server: {_first_line(error)}")
-        case driver.WaitQueueTimeoutError():
-            return DatabaseTimeoutError(f"no free connection in the pool: {_first_line(error)}")
-        case driver.NetworkTimeout() | driver.ExecutionTimeout() | driver.WTimeoutError():
-            return DatabaseTimeoutError(f"MongoDB took too long: {type(error).__name__}")
-        case driver.ConnectionFailure():
-            return DatabaseUnavailableError(f"the connection to MongoDB was lost: {_first_line(error)}")
-        case driver.DocumentTooLarge():
-            return MessageTooLargeError("the write is larger than a MongoDB document may be (16 MiB)")
-        case driver.ConfigurationError():
-            return ConfigurationError(f"the MongoDB client refused its configuration: {_first_line(error)}")
-        case driver.InvalidOperation():
-            return SessionClosedError("the MongoDB client is closed")
-        case driver.OperationFailure() if error.code in _TOO_LARGE:
-            return MessageTooLargeError("the session's document would grow beyond 16 MiB")
-        case driver.OperationFailure():
-            name = (error.details or {}).get("codeName", type(error).__name__)
-            return DatabaseError(f"MongoDB refused the command: {name} (code {error.code})")
-        case _:
-            return DatabaseError(f"MongoDB failed: {type(error).__name__}")
-
-
-def _first_line(error: driver.PyMongoError) -> str:
-    return str(error).splitlines()[0].partition(", Topology Description")[0].partition(", full error")[0]

@@ -27,6 +27,18 @@ from .errors import InvalidArgumentError
 _MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
 _STATE_DEPTH = 5  # document, agents, key, agent_data, field
 
+USAGE = (
+    "inputTokens",
+    "outputTokens",
+    "totalTokens",
+    "cacheReadInputTokens",
+    "cacheWriteInputTokens",
+    "latencyMs",
+    "invocations",
+    "toolCalls",
+)
+"""The running totals of an agent, as Strands and Bedrock name them; `latencyMs` in milliseconds."""
+
 Document = dict[str, Any]
 """A document or a part of one, as the driver takes and gives it."""
 
@@ -39,7 +51,9 @@ class StoredMessage(TypedDict):
     redact_message: Document | None
     created_at: datetime
     updated_at: datetime
+    usage: NotRequired[Document]
     event_loop_metrics: NotRequired[Document]
+    guardrail_event: NotRequired[Document]
 
 
 class StoredAgent(TypedDict):
@@ -49,6 +63,7 @@ class StoredAgent(TypedDict):
     created_at: datetime
     updated_at: datetime
     next_message_id: int
+    usage: NotRequired[Document]
     messages: list[StoredMessage]
 
 
@@ -189,13 +204,26 @@ def message_body(message: SessionMessage) -> Document:
 def stored_message(message: SessionMessage, message_id: int) -> StoredMessage:
     """Return the element of `messages` for a message."""
     body = message_body(message)
-    return {
+    stored: StoredMessage = {
         "message": body["message"],
         "message_id": message_id,
         "redact_message": body["redact_message"],
         "created_at": to_date(message.created_at),
         "updated_at": body["updated_at"],
     }
+    if usage := message_usage(message.message):
+        stored["usage"] = usage
+    return stored
+
+
+def message_usage(message: Mapping[str, Any]) -> Document:
+    """Return what the model reported of the call that produced a message: tokens, and latencies in milliseconds.
+
+    Strands attaches it to assistant messages (`metadata`); empty for others.
+    """
+    metadata = message.get("metadata") or {}
+    reported = {**(metadata.get("usage") or {}), **(metadata.get("metrics") or {})}
+    return {name: value for name, value in reported.items() if isinstance(value, int | float)}
 
 
 def message_from(stored: Mapping[str, Any], position: int) -> SessionMessage:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Self, TypedDict
 
+from ._async_manager import AsyncMongoDBSessionManager
 from ._connection import Client, Connection, Settings
 from ._documents import checked_id
+from ._hooks import Hook
 from ._loop import Lock
-from ._manager import AsyncMongoDBSessionManager, ManagerOptions, MongoDBSessionManager, SaveOn
-from .errors import ConfigurationError, FactoryNotInitializedError, MongoDBSessionError
+from ._manager import MongoDBSessionManager
+from ._session import ManagerOptions, SaveOn, take_hooks
+from .errors import FactoryNotInitializedError, MongoDBSessionError
 
 
 class ConnectionStats(TypedDict):
@@ -57,6 +59,8 @@ class MongoDBSessionManagerFactory:
         client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that the factory's managers create.
         metadata_fields: Fields of `metadata` that get an index each.
+        metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
+        feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
         save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
@@ -73,15 +77,20 @@ class MongoDBSessionManagerFactory:
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
+        metadata_hook: Hook | None = None,
+        feedback_hook: Hook | None = None,
         save_on: SaveOn = "message",
         **client_options: Any,
     ) -> None:
-        self._options = ManagerOptions(
+        self._options = ManagerOptions.checked(
             database_name=database_name,
             collection_name=collection_name,
             application_name=application_name,
             metadata_fields=metadata_fields,
+            metadata_hook=metadata_hook,
+            feedback_hook=feedback_hook,
             save_on=save_on,
+            **take_hooks(client_options),
         )
         self._connection = Connection(Settings.checked(connection_string, client, client_options))
         self._options.repository(self._connection)  # refuses what it cannot use now rather than at the first session
@@ -94,8 +103,8 @@ class MongoDBSessionManagerFactory:
 
         Args:
             session_id: The session; it is created if it is new.
-            **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `save_on` in place
-                of the factory's.
+            **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `metadata_hook`,
+                `feedback_hook`, `save_on` in place of the factory's.
 
         Raises:
             ConfigurationError: An override cannot be used.
@@ -103,7 +112,7 @@ class MongoDBSessionManagerFactory:
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
         checked_id(session_id, "session_id")
-        return MongoDBSessionManager._over(self._connection, session_id, self._overridden(overrides))
+        return MongoDBSessionManager._over(self._connection, session_id, self._options.overridden(overrides))
 
     async def create_session_manager_async(self, session_id: str, **overrides: Any) -> AsyncMongoDBSessionManager:
         """Open a session, with one command, without blocking the event loop.
@@ -118,16 +127,8 @@ class MongoDBSessionManagerFactory:
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
         checked_id(session_id, "session_id")
-        manager = AsyncMongoDBSessionManager._over(self._connection, session_id, self._overridden(overrides))
+        manager = AsyncMongoDBSessionManager._over(self._connection, session_id, self._options.overridden(overrides))
         return await manager.open()
-
-    def _overridden(self, overrides: dict[str, Any]) -> ManagerOptions:
-        if unknown := overrides.keys() - ManagerOptions.__dataclass_fields__.keys():
-            raise ConfigurationError(
-                f"{', '.join(sorted(unknown))}: cannot differ from the factory's; what can is "
-                f"{', '.join(ManagerOptions.__dataclass_fields__)}"
-            )
-        return replace(self._options, **overrides)
 
     def get_connection_stats(self) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool."""

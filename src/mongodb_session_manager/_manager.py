@@ -1,241 +1,25 @@
-"""The session managers: Strands' logic over a unit of work, and when what it recorded is sent.
-
-A callback per event runs Strands' own methods, which record, and then awaits one flush on the loop that holds the
-client. Nothing of it does I/O on the caller's event loop.
-"""
+"""The session manager for synchronous callers."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from strands import Agent
-from strands.hooks import (
-    AfterInvocationEvent,
-    AfterMultiAgentInvocationEvent,
-    AfterNodeCallEvent,
-    AgentInitializedEvent,
-    HookRegistry,
-    MessageAddedEvent,
-    MultiAgentInitializedEvent,
-)
-from strands.session import RepositorySessionManager
-from strands.types.agent import LocalAgent
-from strands.types.content import Message
+from strands.types.tools import AgentTool
 
-from ._capture import capture_config, capture_metrics
+from ._annotations import AgentConfigDict, UsageReport, checked_feedback, checked_keys, checked_metadata
 from ._connection import Client, Connection, Settings
 from ._documents import checked_id
-from ._loop import close_at_exit, running_loop
-from ._repository import AsyncMongoDBSessionRepository
-from ._unit_of_work import UnitOfWork
-from .errors import ConfigurationError, SessionClosedError
+from ._hooks import Hook, Operation, call_hooked
+from ._metadata_tool import MetadataPolicy, blocking_tool
+from ._session import ManagerOptions, SaveOn, SessionManagerBase, take_hooks
+from .errors import InvalidArgumentError
 
-logger = logging.getLogger(__name__)
-
-SaveOn = Literal["message", "invocation"]
-
-_only_recording: ContextVar[bool] = ContextVar("mongodb_session_manager_only_recording", default=False)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-@contextmanager
-def _recording_only() -> Iterator[None]:
-    """Have Strands' synchronous methods record and leave the sending to their caller."""
-    token = _only_recording.set(True)
-    try:
-        yield
-    finally:
-        _only_recording.reset(token)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManagerOptions:
-    """What a manager is told beside the session and the connection; `MongoDBSessionManager` documents each."""
-
-    database_name: str | None = None
-    collection_name: str = "agent_sessions"
-    application_name: str | None = None
-    metadata_fields: Sequence[str] | None = None
-    save_on: SaveOn = "message"
-
-    def __post_init__(self) -> None:
-        if self.save_on not in ("message", "invocation"):
-            raise ConfigurationError(f'save_on must be "message" or "invocation", not {self.save_on!r}')
-
-    def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
-        """Return the repository these options describe."""
-        return AsyncMongoDBSessionRepository._over(
-            connection, self.database_name, self.collection_name, self.application_name, self.metadata_fields
-        )
-
-
-class _SessionManager(RepositorySessionManager):
-    """What both managers share: all but how the caller waits."""
-
-    session_repository: UnitOfWork
-
-    def _prepare(self, session_id: str, connection: Connection, options: ManagerOptions, *, owned: bool) -> None:
-        self.session_id = checked_id(session_id, "session_id")
-        self._connection = connection
-        self._owns_connection = owned
-        self._options = options
-        self._repository = options.repository(connection)
-        self._work: UnitOfWork | None = None
-        self._closed = False
-        self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else "new" if self._work is None else "open"
-        return f"<{type(self).__name__} session_id={self.session_id!r}, {state}>"
-
-    @property
-    def _unit(self) -> UnitOfWork:
-        if self._work is None:
-            raise SessionClosedError(
-                f"session {self.session_id!r} is not open: use `async with manager:` or "
-                "`await create_mongodb_session_manager_async(...)`"
-            )
-        return self._work
-
-    async def _open(self) -> None:
-        """Load the session. Runs on the loop of the client."""
-        document = await self._repository.open_session(self.session_id)
-        close_at_exit(self, asyncio.get_running_loop())
-        work = UnitOfWork(self.session_id, document)
-        super().__init__(self.session_id, work)
-        self._work = work
-
-    # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
-
-    def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
-        """Register what keeps an agent or orchestrator stored."""
-        registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
-        registry.add_callback(MessageAddedEvent, self._on_message_added)
-        registry.add_callback(AfterInvocationEvent, self._on_after_invocation)
-        registry.add_callback(MultiAgentInitializedEvent, lambda event: self.initialize_multi_agent(event.source))
-        registry.add_callback(AfterNodeCallEvent, lambda event: self.sync_multi_agent(event.source))
-        registry.add_callback(AfterMultiAgentInvocationEvent, lambda event: self.sync_multi_agent(event.source))
-
-    def initialize(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Restore an agent from what was loaded, or record it as new. Sends nothing.
-
-        Raises:
-            SessionException: An agent of that id was initialised by this manager before.
-            InvalidArgumentError: The agent's id cannot be stored.
-        """
-        work = self._unit
-        checked_id(agent.agent_id, "agent_id")
-        super().initialize(agent, **kwargs)
-        work.release(agent.agent_id)
-        work.record_config(agent.agent_id, capture_config(agent))
-
-    def append_message(self, message: Message, agent: LocalAgent, **kwargs: Any) -> None:
-        """Append a message to the agent's stored conversation."""
-        self._unit.raise_refusal(agent.agent_id)
-        super().append_message(message, agent, **kwargs)
-        self._settle(agent.agent_id)
-
-    def redact_latest_message(self, redact_message: Message, agent: LocalAgent, **kwargs: Any) -> None:
-        """Store `redact_message` in the place of the agent's latest message."""
-        super().redact_latest_message(redact_message, agent, **kwargs)
-        self._settle(agent.agent_id)
-
-    def sync_agent(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Store the agent's state, if it changed since it was stored last."""
-        self._unit.record_config(agent.agent_id, capture_config(agent))
-        super().sync_agent(agent, **kwargs)
-        self._settle(agent.agent_id)
-
-    async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
-        agent = event.agent
-        with _recording_only():
-            self.append_message(event.message, agent)
-            self.sync_agent(agent)
-        if self._is_due(event.message, agent):
-            await self._flush(agent.agent_id)
-
-    async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
-        agent = event.agent
-        try:
-            with _recording_only():
-                self.sync_agent(agent)
-            self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
-        finally:
-            await self._flush(agent.agent_id)
-
-    def _is_due(self, message: Message, agent: LocalAgent) -> bool:
-        """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
-        if not isinstance(agent, Agent):
-            return True  # no event tells the end of its invocations
-        if self._options.save_on == "invocation":
-            return False
-        return message["role"] == "user" or any("toolUse" in block for block in message["content"])
-
-    # Flushing.
-
-    async def _store(self) -> None:
-        """Send what is recorded, in order, one command at a time. Runs on the loop of the client."""
-        async with self._connection.operation(), self._lock():
-            work = self._unit
-            if changes := work.pending():
-                refused = await self._repository.apply(self.session_id, changes)
-                work.settle(len(changes), refused)
-                for agent_id, error in refused.items():
-                    logger.debug(
-                        "session_id=<%s>, agent_id=<%s>, error=<%s> | refused", self.session_id, agent_id, error
-                    )
-
-    def _lock(self) -> asyncio.Lock:
-        loop = asyncio.get_running_loop()
-        if self._turn is None or self._turn[0] is not loop:  # the first flush, or the first in a forked child
-            self._turn = (loop, asyncio.Lock())
-        return self._turn[1]
-
-    async def _flush(self, agent_id: str | None = None) -> None:
-        """Await that everything recorded is stored; raise what failed."""
-        work = self._unit
-        if work.pending():
-            await self._connection.portal.run(self._store)
-        work.raise_refusal(agent_id)
-
-    def _flush_blocking(self, agent_id: str | None = None) -> None:
-        """Wait until everything recorded is stored; raise what failed."""
-        work = self._unit
-        if work.pending():
-            self._connection.portal.call(self._store)
-        work.raise_refusal(agent_id)
-
-    def _settle(self, agent_id: str) -> None:
-        """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""
-        if _only_recording.get():
-            return
-        if running_loop() is None:
-            self._flush_blocking(agent_id)
-        elif self._unit.pending():
-            self._connection.portal.submit(self._store)
-
-    async def aclose(self) -> None:
-        """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if self._work is not None:
-                self._work.close()
-                if self._work.pending():
-                    await self._store()
-                self._work.raise_untold_refusal()
-        finally:
-            if self._owns_connection:
-                await self._connection.aclose()
-
-
-class MongoDBSessionManager(_SessionManager):
+class MongoDBSessionManager(SessionManagerBase):
     """Keeps the agents of a session in MongoDB; for synchronous code, and for agents that run asynchronously.
 
     Constructing it opens the session: reads it, or creates it if it is new. One manager may serve several agents of
@@ -251,6 +35,8 @@ class MongoDBSessionManager(_SessionManager):
         client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
         application_name: Stored in the session if this manager creates it; never changed afterwards.
         metadata_fields: Fields of `metadata` that get an index each.
+        metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
+        feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
         save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
@@ -270,16 +56,21 @@ class MongoDBSessionManager(_SessionManager):
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
+        metadata_hook: Hook | None = None,
+        feedback_hook: Hook | None = None,
         save_on: SaveOn = "message",
         **client_options: Any,
     ) -> None:
         checked_id(session_id, "session_id")
-        options = ManagerOptions(
+        options = ManagerOptions.checked(
             database_name=database_name,
             collection_name=collection_name,
             application_name=application_name,
             metadata_fields=metadata_fields,
+            metadata_hook=metadata_hook,
+            feedback_hook=feedback_hook,
             save_on=save_on,
+            **take_hooks(client_options),
         )
         connection = Connection(Settings.checked(connection_string, client, client_options))
         self._prepare(session_id, connection, options, owned=True)
@@ -320,6 +111,132 @@ class MongoDBSessionManager(_SessionManager):
         """Return the name the session got at its creation."""
         return self._unit.application_name
 
+    def update_metadata(self, metadata: dict[str, Any]) -> Any:
+        """Set the given keys of the session's metadata and keep the others.
+
+        Args:
+            metadata: Values by key; `a.b` sets `b` within `a`. Dates are stored as BSON dates: UTC, milliseconds.
+
+        Returns:
+            `None`, or what the metadata hook returns.
+
+        Raises:
+            InvalidArgumentError: A key cannot be set.
+            EncodingError: A value cannot be stored.
+        """
+        checked_metadata(metadata)
+        return self._metadata("update", self._repository.update_metadata, metadata=metadata)
+
+    def get_metadata(self) -> Any:
+        """Return `{"metadata": {...}}`, or `{}` if the session does not exist any more."""
+        return self._metadata("get", self._repository.get_metadata)
+
+    def delete_metadata(self, keys: list[str]) -> Any:
+        """Remove keys from the session's metadata; unknown keys are no error.
+
+        Returns:
+            `None`, or what the metadata hook returns.
+
+        Raises:
+            InvalidArgumentError: `keys` is not a list of keys.
+        """
+        return self._metadata("delete", self._repository.delete_metadata, keys=checked_keys(keys))
+
+    def get_metadata_tool(self, read_only: bool = False, allowed_keys: Sequence[str] | None = None) -> AgentTool:
+        """Return the tool `manage_metadata`, through which a model reads and writes the session's metadata.
+
+        Args:
+            read_only: Whether the model may only read.
+            allowed_keys: The keys it may see and change; `None` for all.
+
+        Raises:
+            InvalidArgumentError: `allowed_keys` is not a list of keys.
+        """
+        policy = MetadataPolicy.checked(read_only, allowed_keys)
+        return blocking_tool(policy, self.get_metadata, self.update_metadata, self.delete_metadata)
+
+    def add_feedback(self, feedback: dict[str, Any]) -> Any:
+        """Append feedback, with the present as `created_at`.
+
+        Args:
+            feedback: Any keys; `rating` (`"up"`, `"down"`) and `comment` are the usual ones.
+
+        Returns:
+            `None`, or what the feedback hook returns.
+
+        Raises:
+            InvalidArgumentError: `feedback` is not a dict.
+            EncodingError: A value cannot be stored.
+        """
+        self._check_open()
+        feedback = checked_feedback(feedback)
+        portal, hook, operation = self._connection.portal, self._options.feedback_hook, self._repository.add_feedback
+        return call_hooked(portal, hook, operation, "add", self.session_id, feedback=feedback)
+
+    def get_feedbacks(self) -> list[dict[str, Any]]:
+        """Return the session's feedback, oldest first."""
+        return self._ask(self._repository.get_feedbacks)
+
+    def get_agent_config(self, agent_id: str) -> AgentConfigDict | None:
+        """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent."""
+        return self._ask(self._repository.get_agent_config, agent_id)
+
+    def update_agent_config(
+        self,
+        agent_id: str,
+        model: str | None = None,
+        system_prompt: str | None = None,
+        prompt_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Set what is not `None` of an agent's configuration; it stays until it is set again, whatever the agent runs.
+
+        Raises:
+            InvalidArgumentError: An argument is of the wrong type.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        self._ask(self._repository.update_agent_config, agent_id, model, system_prompt, prompt_metadata)
+        self._keep_config(agent_id, model=model, system_prompt=system_prompt)
+
+    def set_prompt_metadata(self, agent_id: str, prompt_metadata: dict[str, Any]) -> None:
+        """Set an agent's prompt metadata; it stays until it is set again.
+
+        Raises:
+            InvalidArgumentError: `prompt_metadata` is not a dict.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        if not isinstance(prompt_metadata, dict):
+            raise InvalidArgumentError(f"prompt_metadata must be a dict, not {type(prompt_metadata).__name__}")
+        self.update_agent_config(agent_id, prompt_metadata=prompt_metadata)
+
+    def list_agents(self) -> list[AgentConfigDict]:
+        """Return the configuration of every agent of the session."""
+        return self._ask(self._repository.list_agents)
+
+    def get_message_count(self, agent_id: str) -> int:
+        """Return how many messages an agent has ever stored, counted by the server.
+
+        Raises:
+            AgentNotFoundError: The session holds no such agent.
+        """
+        return self._ask(self._repository.get_message_count, agent_id)
+
+    def get_usage(self) -> UsageReport:
+        """Return the session's running totals, per agent and in all: tokens, latency, invocations and tool calls."""
+        return self._ask(self._repository.get_usage)
+
+    def _metadata(self, action: str, operation: Operation, **argument: Any) -> Any:
+        self._check_open()
+        portal, hook = self._connection.portal, self._options.metadata_hook
+        return call_hooked(portal, hook, operation, action, self.session_id, **argument)
+
+    def _ask(
+        self, operation: Callable[Concatenate[str, P], Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Return what the repository says of the session once everything recorded is stored."""
+        self._check_open()
+        self._flush_blocking()
+        return self._connection.portal.call(operation, self.session_id, *args, **kwargs)
+
     def close(self) -> None:
         """Store what is recorded, then close what the manager owns. Idempotent.
 
@@ -328,103 +245,3 @@ class MongoDBSessionManager(_SessionManager):
         """
         if not self._closed:
             self._connection.portal.call(self.aclose)
-
-
-class AsyncMongoDBSessionManager(_SessionManager):
-    """Keeps the agents of a session in MongoDB, without blocking an event loop.
-
-    Open it with `async with` or `await create_mongodb_session_manager_async(...)`; then `Agent(session_manager=...)`
-    restores from what was loaded and sends nothing. One manager may serve several agents of its session,
-    asynchronous ones and synchronous ones, on any thread and any event loop.
-
-    Args:
-        session_id: The session; any non-empty text without NUL.
-        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
-        collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
-        application_name: Stored in the session if this manager creates it; never changed afterwards.
-        metadata_fields: Fields of `metadata` that get an index each.
-        save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
-        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
-
-    Raises:
-        ConfigurationError: An argument cannot be used.
-        InvalidArgumentError: `session_id` cannot be one.
-    """
-
-    def __init__(
-        self,
-        session_id: str,
-        connection_string: str | None = None,
-        database_name: str | None = None,
-        collection_name: str = "agent_sessions",
-        *,
-        client: Client | None = None,
-        application_name: str | None = None,
-        metadata_fields: Sequence[str] | None = None,
-        save_on: SaveOn = "message",
-        **client_options: Any,
-    ) -> None:
-        checked_id(session_id, "session_id")
-        options = ManagerOptions(
-            database_name=database_name,
-            collection_name=collection_name,
-            application_name=application_name,
-            metadata_fields=metadata_fields,
-            save_on=save_on,
-        )
-        connection = Connection(Settings.checked(connection_string, client, client_options))
-        self._prepare(session_id, connection, options, owned=True)
-
-    @classmethod
-    def _over(cls, connection: Connection, session_id: str, options: ManagerOptions) -> Self:
-        """Return a manager, not open yet, over a connection that somebody else closes."""
-        manager = cls.__new__(cls)
-        manager._prepare(session_id, connection, options, owned=False)
-        return manager
-
-    async def open(self) -> Self:
-        """Read the session, or create it if it is new; once it is open, do nothing.
-
-        Raises:
-            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
-        """
-        if self._closed:
-            raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
-        if self._work is None:
-            portal = self._connection.portal
-            try:
-                await portal.run(self._open)
-            except BaseException:
-                if self._owns_connection:
-                    portal.submit(self._connection.aclose)
-                raise
-        return self
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def flush(self) -> None:
-        """Return when everything recorded so far is stored.
-
-        Raises:
-            MongoDBSessionError: What failed. After a lost connection the next flush tries again.
-        """
-        await self._flush()
-
-    async def get_application_name(self) -> str | None:
-        """Return the name the session got at its creation."""
-        return self._unit.application_name
-
-    async def close(self) -> None:
-        """Store what is recorded, then close what the manager owns. Idempotent.
-
-        Raises:
-            MongoDBSessionError: What could not be stored, and was not raised before.
-        """
-        if not self._closed:
-            await self._connection.portal.run(self.aclose)

@@ -8,6 +8,7 @@ from typing import Any, Self
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from ._annotations import AgentConfigDict, UsageReport
 from ._changes import Change
 from ._connection import Client
 from ._documents import Document
@@ -184,3 +185,103 @@ class MongoDBSessionRepository(SessionRepository):
             AgentNotFoundError: The session holds no such agent.
         """
         return self._portal.call(self._async.list_messages, session_id, agent_id, limit, offset, **kwargs)
+
+    def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
+        """Set the given keys of a session's metadata and keep the others.
+
+        Args:
+            session_id: The session.
+            metadata: Values by key; `a.b` sets `b` within `a`. Dates are stored as BSON dates: UTC, milliseconds.
+
+        Raises:
+            InvalidArgumentError: A key cannot be set.
+            EncodingError: A value cannot be stored.
+            SessionNotFoundError: The session does not exist.
+        """
+        self._portal.call(self._async.update_metadata, session_id, metadata)
+
+    def get_metadata(self, session_id: str) -> dict[str, Any]:
+        """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""
+        return self._portal.call(self._async.get_metadata, session_id)
+
+    def delete_metadata(self, session_id: str, keys: list[str]) -> None:
+        """Remove keys from a session's metadata; unknown keys are no error.
+
+        Raises:
+            InvalidArgumentError: `keys` is not a list of keys.
+            SessionNotFoundError: The session does not exist.
+        """
+        self._portal.call(self._async.delete_metadata, session_id, keys)
+
+    def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
+        """Append feedback, with the present as `created_at`.
+
+        Args:
+            session_id: The session.
+            feedback: Any keys; `rating` (`"up"`, `"down"`) and `comment` are the usual ones. Dates are stored as BSON
+                dates: UTC, milliseconds.
+
+        Raises:
+            InvalidArgumentError: `feedback` is not a dict.
+            EncodingError: A value cannot be stored.
+            SessionNotFoundError: The session does not exist.
+        """
+        self._portal.call(self._async.add_feedback, session_id, feedback)
+
+    def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
+        """Return a session's feedback, oldest first.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return self._portal.call(self._async.get_feedbacks, session_id)
+
+    def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
+        """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return self._portal.call(self._async.get_agent_config, session_id, agent_id)
+
+    def list_agents(self, session_id: str) -> list[AgentConfigDict]:
+        """Return the configuration of every agent of a session.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return self._portal.call(self._async.list_agents, session_id)
+
+    def update_agent_config(
+        self,
+        session_id: str,
+        agent_id: str,
+        model: str | None = None,
+        system_prompt: str | None = None,
+        prompt_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Set what is not `None` of an agent's configuration; it stays until it is set again, whatever the agent runs.
+
+        Raises:
+            InvalidArgumentError: An argument is of the wrong type.
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        self._portal.call(self._async.update_agent_config, session_id, agent_id, model, system_prompt, prompt_metadata)
+
+    def get_message_count(self, session_id: str, agent_id: str) -> int:
+        """Return how many messages an agent has ever stored, counted by the server.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+        """
+        return self._portal.call(self._async.get_message_count, session_id, agent_id)
+
+    def get_usage(self, session_id: str) -> UsageReport:
+        """Return the running totals of a session's agents.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return self._portal.call(self._async.get_usage, session_id)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from ._capture import AgentConfig
-from ._changes import AppendMessage, Change, CreateAgent, ReplaceMessage, SetMessageFields, UpdateAgent
-from ._codec import encode
+from ._capture import AgentConfig, count_tool_calls
+from ._changes import (
+    AddGuardrailEvent,
+    AppendMessage,
+    Change,
+    CreateAgent,
+    ObserveConfig,
+    ReplaceMessage,
+    SetMessageFields,
+    UpdateAgent,
+)
+from ._codec import decode, encode
 from ._documents import (
+    USAGE,
     Document,
     agent_from,
     agent_id_of,
@@ -19,6 +29,7 @@ from ._documents import (
     checked_id,
     message_body,
     message_from,
+    message_usage,
     new_agent,
     now,
     session_from,
@@ -43,9 +54,11 @@ class _Agent:
             if (tracking_id := message.message.get("tracking_id")) is not None
         }
         data = {} if stored is None else stored.get("agent_data") or {}
-        self.config = AgentConfig(data.get("model"), data.get("system_prompt"))
+        self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
+        self.set_by_user = set(data.get("config_set") or ())
         self.exists = stored is not None
         self.last_appended: int | None = None
+        self.last_redacted: int | None = None
         self.refusal: MongoDBSessionError | None = None
         self.refusal_told = False
 
@@ -117,10 +130,29 @@ class UnitOfWork(SessionRepository):
     def record_config(self, agent_id: str, config: AgentConfig) -> None:
         """Record the model and system prompt an agent runs with, if they are not those that are stored."""
         agent = self._agents[agent_id]
-        if agent.config != config:
-            agent.config = config
-            fields = {"model": config.model, "system_prompt": encode(config.system_prompt)}
-            self._record(UpdateAgent(agent_id, agent.next_message_id, fields, now()))
+        known, agent.config = agent.config, config
+        fields = {
+            name: encode(value)
+            for name, value in config._asdict().items()
+            if value != getattr(known, name) and name not in agent.set_by_user
+        }
+        if fields:
+            self._record(ObserveConfig(agent_id, agent.next_message_id, fields))
+
+    def keep_config(self, agent_id: str, fields: Iterable[str]) -> None:
+        """Leave fields of an agent's configuration alone from now on, because a user has set them."""
+        if agent_id in self._agents:
+            self._agents[agent_id].set_by_user.update(fields)
+
+    def record_guardrail(self, agent_id: str, event: Document) -> None:
+        """Record that a guardrail stepped in, at the message redacted last and in the session's list."""
+        message_id = self._agent(agent_id).last_redacted
+        if message_id is None:
+            raise MessageNotFoundError(f"agent {agent_id!r} has no redacted message")
+        stored = encode(event, depth=_METRICS_DEPTH)
+        entry = {name: value for name, value in stored.items() if name != "trace"}
+        self._record(SetMessageFields(agent_id, message_id, {"guardrail_event": stored}))
+        self._record(AddGuardrailEvent(agent_id, {**entry, "message_id": message_id, "agent_id": agent_id}))
 
     def record_metrics(self, agent_id: str, metrics: Document | None) -> None:
         """Record the metrics of an invocation at the last message it appended, if it appended any."""
@@ -173,11 +205,28 @@ class UnitOfWork(SessionRepository):
         if known is not None:
             self._record(ReplaceMessage(agent_id, known, {**message_body(session_message), "updated_at": now()}))
             return
-        self._record(AppendMessage(agent_id, stored_message(session_message, session_message.message_id)))
+        message, usage = (
+            stored_message(session_message, session_message.message_id),
+            self._usage(agent, session_message),
+        )
+        self._record(AppendMessage(agent_id, message, usage))
         agent.last_appended = session_message.message_id
         agent.next_message_id += 1
         if tracking_id is not None:
             agent.message_ids[tracking_id] = session_message.message_id
+
+    @staticmethod
+    def _usage(agent: _Agent, session_message: SessionMessage) -> dict[str, int]:
+        """Return what a message adds to its agent's totals; one the agent was built with was paid for elsewhere."""
+        if agent.messages is not None:
+            return {}
+        usage = message_usage(session_message.message)
+        counted = {name: usage[name] for name in USAGE if usage.get(name)}
+        if agent.last_appended is None:
+            counted["invocations"] = 1
+        if calls := count_tool_calls(session_message.message):
+            counted["toolCalls"] = calls
+        return counted
 
     def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
         """Return a message as it was loaded."""
@@ -190,6 +239,8 @@ class UnitOfWork(SessionRepository):
             raise MessageNotFoundError(f"agent {agent_id!r} holds no message {session_message.message_id}")
         fields = {**message_body(session_message), "updated_at": now()}
         self._record(ReplaceMessage(agent_id, session_message.message_id, fields))
+        if session_message.redact_message is not None:
+            agent.last_redacted = session_message.message_id
 
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any

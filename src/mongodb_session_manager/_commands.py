@@ -1,0 +1,150 @@
+"""How commands reach a collection of sessions: sent again after a lost connection, its indexes seen to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Self, TypeVar
+
+from pymongo import IndexModel
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+
+from ._changes import Update
+from ._connection import AsyncCollection, Connection
+from ._documents import Document, agent_key, checked_id
+from ._driver_errors import driver_errors, may_be_sent_again
+from ._loop import Portal
+from .errors import AgentNotFoundError, ConfigurationError, MongoDBSessionError, SessionNotFoundError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PAUSES = (0.05, 0.2, 0.8)
+"""Seconds before a command is sent again after a lost connection, shortened at random by up to half."""
+
+_indexed: set[tuple[object, ...]] = set()
+"""Server or client, database, collection and field of the indexes this process has seen to."""
+
+
+class SessionCollection:
+    """A collection of sessions on a connection: what both halves of the repository send goes through here."""
+
+    _connection: Connection
+
+    @classmethod
+    def _over(
+        cls,
+        connection: Connection,
+        database_name: str | None,
+        collection_name: str,
+        application_name: str | None,
+        metadata_fields: Sequence[str] | None,
+    ) -> Self:
+        """Return a repository over a connection that somebody else closes."""
+        repository = cls.__new__(cls)
+        repository._bind(connection, database_name, collection_name, application_name, metadata_fields)
+        return repository
+
+    def _bind(
+        self,
+        connection: Connection,
+        database_name: str | None,
+        collection_name: str,
+        application_name: str | None,
+        metadata_fields: Sequence[str] | None,
+    ) -> None:
+        self._connection = connection
+        self._database_name = _checked_name(connection.database_name(database_name), "database_name")
+        self._collection_name = _checked_name(collection_name, "collection_name")
+        if application_name is not None and not isinstance(application_name, str):
+            raise ConfigurationError(f"application_name must be a str, not {type(application_name).__name__}")
+        self._application_name = application_name
+        self._metadata_fields = _checked_fields(metadata_fields)
+
+    @property
+    def portal(self) -> Portal:
+        """The way to the event loop of this repository for callers on other threads and loops."""
+        return self._connection.portal
+
+    async def _find(self, session_id: str, projection: Document) -> Document | None:
+        checked_id(session_id, "session_id")
+        async with self._connection.operation():
+            return await self._send(lambda collection: collection.find_one({"_id": session_id}, projection))
+
+    async def _found(self, session_id: str, projection: Document) -> Document:
+        document = await self._find(session_id, projection)
+        if document is None:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        return document
+
+    async def _stored_agent(self, session_id: str, agent_id: str, projection: Document) -> Document:
+        key = agent_key(agent_id)
+        document = await self._found(session_id, {f"agents.{key}.{name}": value for name, value in projection.items()})
+        stored: Document | None = document.get("agents", {}).get(key)
+        if stored is None:
+            raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
+        return stored
+
+    async def _update(self, update: Update) -> bool:
+        """Send an update statement; return whether it matched."""
+        result = await self._send(
+            lambda collection: collection.update_one(update.filter, update.update, array_filters=update.array_filters)
+        )
+        return bool(result.matched_count)
+
+    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
+        """Send a command that may be sent twice, again after a lost connection, and raise our errors."""
+        with driver_errors(passing=DuplicateKeyError):
+            collection = await self._connection.collection(self._database_name, self._collection_name)
+            for pause in _PAUSES:
+                try:
+                    return await command(collection)
+                except PyMongoError as error:
+                    if not may_be_sent_again(error):
+                        raise
+                    logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            return await command(collection)
+
+    def _ensure_indexes(self) -> None:
+        """Build, beside everything else, the indexes that this process has not seen to."""
+        fields = ["created_at", "updated_at", "session_id", "application_name"]
+        fields += [f"metadata.{field}" for field in self._metadata_fields]
+        where = (self._connection.identity, self._database_name, self._collection_name)
+        if missing := [field for field in fields if (*where, field) not in _indexed]:
+            if where not in {entry[:3] for entry in _indexed}:
+                self._connection.when_client_is_collected(_forget_indexes)
+            _indexed.update((*where, field) for field in missing)
+            self._connection.start(self._build_indexes(where, missing))
+
+    async def _build_indexes(self, where: tuple[object, ...], fields: Sequence[str]) -> None:
+        try:
+            await self._send(lambda collection: collection.create_indexes([IndexModel(field) for field in fields]))
+        except MongoDBSessionError as error:
+            if not isinstance(error.__cause__, OperationFailure):
+                _indexed.difference_update((*where, field) for field in fields)
+            logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", fields, error)
+
+
+def _checked_name(value: object, name: str) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ConfigurationError(f"{name} must be a non-empty str without NUL")
+    return value
+
+
+def _checked_fields(fields: Sequence[str] | None) -> tuple[str, ...]:
+    if fields is None:
+        return ()
+    if isinstance(fields, str) or not all(isinstance(field, str) for field in fields):
+        raise ConfigurationError("metadata_fields must be a list of field names")
+    for field in fields:
+        if "\0" in field or any(not part or part.startswith("$") for part in field.split(".")):
+            raise ConfigurationError(f"metadata_fields holds {field!r}, which is not the name of a field")
+    return tuple(dict.fromkeys(fields))
+
+
+def _forget_indexes(identity: object) -> None:
+    _indexed.difference_update({entry for entry in _indexed if entry[0] == identity})

@@ -1,0 +1,310 @@
+"""What both session managers share: Strands' logic over a unit of work, and when what it recorded is sent.
+
+A callback per event runs Strands' own methods, which record, and then awaits one flush on the loop that holds the
+client. Nothing of it does I/O on the caller's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from strands import Agent
+from strands.hooks import (
+    AfterInvocationEvent,
+    AfterMultiAgentInvocationEvent,
+    AfterNodeCallEvent,
+    AgentInitializedEvent,
+    HookRegistry,
+    MessageAddedEvent,
+    MultiAgentInitializedEvent,
+)
+from strands.session import RepositorySessionManager
+from strands.types.agent import LocalAgent
+from strands.types.content import Message
+
+from ._capture import capture_config, capture_metrics, guardrail_event
+from ._connection import Connection
+from ._documents import checked_id, now
+from ._hooks import Hook, checked_hook
+from ._loop import close_at_exit, running_loop
+from ._repository import AsyncMongoDBSessionRepository
+from ._unit_of_work import UnitOfWork
+from .errors import ConfigurationError, SessionClosedError
+
+logger = logging.getLogger(__name__)
+
+SaveOn = Literal["message", "invocation"]
+
+_only_recording: ContextVar[bool] = ContextVar("mongodb_session_manager_only_recording", default=False)
+
+
+@contextmanager
+def _recording_only() -> Iterator[None]:
+    """Have Strands' synchronous methods record and leave the sending to their caller."""
+    token = _only_recording.set(True)
+    try:
+        yield
+    finally:
+        _only_recording.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManagerOptions:
+    """What a manager is told beside the session and the connection; `MongoDBSessionManager` documents each."""
+
+    database_name: str | None = None
+    collection_name: str = "agent_sessions"
+    application_name: str | None = None
+    metadata_fields: Sequence[str] | None = None
+    metadata_hook: Hook | None = None
+    feedback_hook: Hook | None = None
+    save_on: SaveOn = "message"
+
+    @classmethod
+    def checked(cls, **given: Any) -> Self:
+        """Return options from arguments, `metadataHook` and `feedbackHook` among them.
+
+        Raises:
+            ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
+        """
+        return cls(**_renamed(given))
+
+    def overridden(self, given: Mapping[str, Any]) -> Self:
+        """Return these options with others in the place of some.
+
+        Raises:
+            ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
+        """
+        return replace(self, **_renamed(given))
+
+    def __post_init__(self) -> None:
+        checked_hook(self.metadata_hook, "metadata_hook")
+        checked_hook(self.feedback_hook, "feedback_hook")
+        if self.save_on not in ("message", "invocation"):
+            raise ConfigurationError(f'save_on must be "message" or "invocation", not {self.save_on!r}')
+
+    def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
+        """Return the repository these options describe."""
+        return AsyncMongoDBSessionRepository._over(
+            connection, self.database_name, self.collection_name, self.application_name, self.metadata_fields
+        )
+
+
+_SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}
+
+
+def _renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments under the names of the fields of `ManagerOptions`."""
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        field = _SPELLINGS.get(name, name)
+        if field not in ManagerOptions.__dataclass_fields__:
+            raise ConfigurationError(
+                f"{name} cannot be used here; what can is {', '.join(ManagerOptions.__dataclass_fields__)}"
+            )
+        if options.get(field) is not None and value is not None:
+            raise ConfigurationError(f"{field} is given in both spellings")
+        if options.get(field) is None:
+            options[field] = value
+    return options
+
+
+def take_hooks(client_options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the hooks in the original's spelling from client options and return them."""
+    return {name: client_options.pop(name) for name in _SPELLINGS if name in client_options}
+
+
+class SessionManagerBase(RepositorySessionManager):
+    """What both managers share: all but how the caller waits."""
+
+    session_repository: UnitOfWork
+
+    def _prepare(self, session_id: str, connection: Connection, options: ManagerOptions, *, owned: bool) -> None:
+        self.session_id = checked_id(session_id, "session_id")
+        self._connection = connection
+        self._owns_connection = owned
+        self._options = options
+        self._repository = options.repository(connection)
+        self._work: UnitOfWork | None = None
+        self._closed = False
+        self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "new" if self._work is None else "open"
+        return f"<{type(self).__name__} session_id={self.session_id!r}, {state}>"
+
+    @property
+    def _unit(self) -> UnitOfWork:
+        if self._work is None:
+            raise SessionClosedError(
+                f"session {self.session_id!r} is not open: use `async with manager:` or "
+                "`await create_mongodb_session_manager_async(...)`"
+            )
+        return self._work
+
+    async def _open(self) -> None:
+        """Load the session. Runs on the loop of the client."""
+        document = await self._repository.open_session(self.session_id)
+        close_at_exit(self, asyncio.get_running_loop())
+        work = UnitOfWork(self.session_id, document)
+        super().__init__(self.session_id, work)
+        self._work = work
+
+    # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
+
+    def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
+        """Register what keeps an agent or orchestrator stored."""
+        registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
+        registry.add_callback(MessageAddedEvent, self._on_message_added)
+        registry.add_callback(AfterInvocationEvent, self._on_after_invocation)
+        registry.add_callback(MultiAgentInitializedEvent, lambda event: self.initialize_multi_agent(event.source))
+        registry.add_callback(AfterNodeCallEvent, lambda event: self.sync_multi_agent(event.source))
+        registry.add_callback(AfterMultiAgentInvocationEvent, lambda event: self.sync_multi_agent(event.source))
+
+    def initialize(self, agent: LocalAgent, **kwargs: Any) -> None:
+        """Restore an agent from what was loaded, or record it as new. Sends nothing.
+
+        Raises:
+            SessionException: An agent of that id was initialised by this manager before.
+            InvalidArgumentError: The agent's id cannot be stored.
+        """
+        work = self._unit
+        checked_id(agent.agent_id, "agent_id")
+        super().initialize(agent, **kwargs)
+        work.release(agent.agent_id)
+        work.record_config(agent.agent_id, capture_config(agent))
+
+    def append_message(self, message: Message, agent: LocalAgent, **kwargs: Any) -> None:
+        """Append a message to the agent's stored conversation."""
+        self._unit.raise_refusal(agent.agent_id)
+        super().append_message(message, agent, **kwargs)
+        self._settle(agent.agent_id)
+
+    def redact_latest_message(
+        self,
+        redact_message: Message,
+        agent: LocalAgent,
+        action: str = "BLOCKED",
+        stop_reason: str | None = None,
+        guardrail_trace: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Store `redact_message` in the place of the agent's latest message, and that a guardrail stepped in.
+
+        Args:
+            redact_message: What takes the place of the message; nothing of the original stays stored.
+            agent: The agent.
+            action: What the guardrail did.
+            stop_reason: Why the model stopped; see `GUARDRAIL_STOP_REASONS`.
+            guardrail_trace: The trace of Amazon Bedrock; it is stored without what it quotes of the conversation.
+            **kwargs: Accepted because Strands may pass more one day.
+        """
+        work = self._unit
+        event = guardrail_event(action, stop_reason, guardrail_trace, now())
+        with _recording_only():
+            super().redact_latest_message(redact_message, agent, **kwargs)
+            work.record_guardrail(agent.agent_id, event)
+        self._settle(agent.agent_id)
+
+    def sync_agent(self, agent: LocalAgent, **kwargs: Any) -> None:
+        """Store the agent's state, if it changed since it was stored last."""
+        self._unit.record_config(agent.agent_id, capture_config(agent))
+        super().sync_agent(agent, **kwargs)
+        self._settle(agent.agent_id)
+
+    async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
+        agent = event.agent
+        with _recording_only():
+            self.append_message(event.message, agent)
+            self.sync_agent(agent)
+        if self._is_due(event.message, agent):
+            await self._flush(agent.agent_id)
+
+    async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
+        agent = event.agent
+        try:
+            with _recording_only():
+                self.sync_agent(agent)
+            self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
+        finally:
+            await self._flush(agent.agent_id)
+
+    def _is_due(self, message: Message, agent: LocalAgent) -> bool:
+        """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
+        if not isinstance(agent, Agent):
+            return True  # no event tells the end of its invocations
+        if self._options.save_on == "invocation":
+            return False
+        return message["role"] == "user" or any("toolUse" in block for block in message["content"])
+
+    # Flushing.
+
+    async def _store(self) -> None:
+        """Send what is recorded, in order, one command at a time. Runs on the loop of the client."""
+        async with self._connection.operation(), self._lock():
+            work = self._unit
+            if changes := work.pending():
+                refused = await self._repository.apply(self.session_id, changes)
+                work.settle(len(changes), refused)
+                for agent_id, error in refused.items():
+                    logger.debug(
+                        "session_id=<%s>, agent_id=<%s>, error=<%s> | refused", self.session_id, agent_id, error
+                    )
+
+    def _lock(self) -> asyncio.Lock:
+        loop = asyncio.get_running_loop()
+        if self._turn is None or self._turn[0] is not loop:  # the first flush, or the first in a forked child
+            self._turn = (loop, asyncio.Lock())
+        return self._turn[1]
+
+    async def _flush(self, agent_id: str | None = None) -> None:
+        """Await that everything recorded is stored; raise what failed."""
+        work = self._unit
+        if work.pending():
+            await self._connection.portal.run(self._store)
+        work.raise_refusal(agent_id)
+
+    def _flush_blocking(self, agent_id: str | None = None) -> None:
+        """Wait until everything recorded is stored; raise what failed."""
+        work = self._unit
+        if work.pending():
+            self._connection.portal.call(self._store)
+        work.raise_refusal(agent_id)
+
+    def _settle(self, agent_id: str) -> None:
+        """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""
+        if _only_recording.get():
+            return
+        if running_loop() is None:
+            self._flush_blocking(agent_id)
+        elif self._unit.pending():
+            self._connection.portal.submit(self._store)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
+        _ = self._unit
+
+    def _keep_config(self, agent_id: str, **fields: Any) -> None:
+        self._unit.keep_config(agent_id, [name for name, value in fields.items() if value is not None])
+
+    async def aclose(self) -> None:
+        """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._work is not None:
+                self._work.close()
+                if self._work.pending():
+                    await self._store()
+                self._work.raise_untold_refusal()
+        finally:
+            if self._owns_connection:
+                await self._connection.aclose()
