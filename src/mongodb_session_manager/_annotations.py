@@ -8,12 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypedDict
+
+from pymongo import ReturnDocument
 
 from ._changes import Update
 from ._codec import decode, encode
 from ._commands import SessionCollection
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now
+from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, InvalidArgumentError, SessionNotFoundError
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
@@ -135,7 +139,7 @@ class SessionAnnotations(SessionCollection):
             f"metadata.{key}": encode(with_dates(value), depth=_VALUE_DEPTH + key.count("."))
             for key, value in checked_metadata(metadata).items()
         }
-        await self._change(session_id, {"$set": {**sets, "updated_at": now()}})
+        await self._change_metadata(session_id, {"$set": {**sets, "updated_at": now()}})
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
         """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""
@@ -150,7 +154,8 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         unset = {f"metadata.{key}": "" for key in checked_keys(keys)}
-        await self._change(session_id, {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})})
+        update = {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})}
+        await self._change_metadata(session_id, update)
 
     async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
         """Append feedback, with the present as `created_at`.
@@ -268,6 +273,34 @@ class SessionAnnotations(SessionCollection):
         projection = {"agents": {"$arrayToObject": {"$map": {"input": entries, "in": pair}}}}
         agents: dict[str, Document] = (await self._found(session_id, projection))["agents"]
         return agents
+
+    async def _change_metadata(self, session_id: str, update: Document) -> None:
+        """Change metadata, and return fields of it in the same command to whoever asked."""
+        if not (asked := asked_for()):
+            return await self._change(session_id, update)
+        checked_id(session_id, "session_id")
+        projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
+        async with self._connection.operation():
+            document = await self._send(
+                lambda collection: collection.find_one_and_update(
+                    {"_id": session_id}, update, projection=projection, return_document=ReturnDocument.AFTER
+                )
+            )
+        if document is None:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        metadata = document.get("metadata") or {}
+        remove = partial(self._remove_unchanged, session_id)
+        for fields in asked:
+            fields.values = {name: decode(metadata[name]) for name in fields.names if name in metadata}
+            fields.remove = partial(self.portal.run, remove)
+
+    async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
+        """Remove a field of a session's metadata, unless its value is another one by now."""
+        path = f"metadata.{name}"
+        async with self._connection.operation():
+            await self._update(
+                Update({"_id": session_id, path: value}, {"$unset": {path: ""}, "$set": {"updated_at": now()}}, None)
+            )
 
     async def _change(self, session_id: str, update: Document) -> None:
         checked_id(session_id, "session_id")

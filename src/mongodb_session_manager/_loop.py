@@ -18,6 +18,8 @@ import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
+from enum import IntEnum
+from operator import itemgetter
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from .errors import EventLoopError
@@ -29,6 +31,9 @@ T = TypeVar("T")
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of the interpreter may wait for writes under way."""
+
+_EXIT_GRACE = 1.0
+"""Seconds on top of it for whoever finds no time left: to say so, and to let go of its sockets."""
 
 Lock = threading.Lock
 
@@ -114,11 +119,19 @@ def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
         outcome.set_result(finished.result())
 
 
-class Closable(Protocol):
+class ExitOrder(IntEnum):
+    """What the end of the interpreter closes first: the conversation, then what is told of it, then the ways out."""
+
+    SESSIONS = 0
+    NOTIFICATIONS = 1
+    CONNECTIONS = 2
+
+
+class ClosedAtExit(Protocol):
     """What the end of the interpreter closes."""
 
-    async def aclose(self) -> None:
-        """Store what is pending and release everything."""
+    async def aclose_at_exit(self, seconds: float) -> None:
+        """Finish what is pending, within so many seconds; what is closed after it is still open."""
 
 
 class _IOThread:
@@ -155,7 +168,7 @@ _thread: _IOThread | None = None
 _exiting = False
 _exit_registered = False
 _serial = itertools.count()
-_open_at_exit: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()
+_open_at_exit: weakref.WeakValueDictionary[tuple[int, int], ClosedAtExit] = weakref.WeakValueDictionary()
 
 
 def io_portal() -> Portal:
@@ -184,13 +197,13 @@ def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
         return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
 
 
-def close_at_exit(resource: Closable, loop: asyncio.AbstractEventLoop) -> None:
-    """Have `resource` closed when the interpreter ends before it was closed or collected.
+def close_at_exit(resource: ClosedAtExit, loop: asyncio.AbstractEventLoop, order: ExitOrder) -> None:
+    """Have `resource` closed, in its turn, when the interpreter ends before it was closed or collected.
 
     Only what lives on the library's own loop is: nobody else's loop runs as late.
     """
     if _thread is not None and _thread.portal.loop is loop:
-        _open_at_exit[next(_serial)] = resource
+        _open_at_exit[order, -next(_serial)] = resource
 
 
 def _finish() -> None:
@@ -202,20 +215,23 @@ def _finish() -> None:
         return
     end = time.monotonic() + EXIT_TIMEOUT
     with suppress(BaseException):
-        thread.portal.submit(_close_all).result(EXIT_TIMEOUT)
+        thread.portal.submit(_close_all).result(EXIT_TIMEOUT + _EXIT_GRACE)
     if unfinished := thread.portal.drain(max(0.0, end - time.monotonic())):
         logger.warning("unfinished=<%d> | the interpreter ends before these calls to MongoDB did", unfinished)
     thread.stop(max(0.1, end - time.monotonic()))
 
 
 async def _close_all() -> None:
-    """Close what is open, the youngest first, because sessions are younger than their connection."""
-    async with asyncio.timeout(EXIT_TIMEOUT):
-        for _, resource in sorted(_open_at_exit.items(), reverse=True):
-            try:
-                await resource.aclose()
-            except Exception as error:
-                logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, error)
+    """Close what is open in its order, the youngest first; what finds no time left still hears of the end."""
+    end = time.monotonic() + EXIT_TIMEOUT
+    for _, resource in sorted(_open_at_exit.items(), key=itemgetter(0)):
+        left = max(0.0, end - time.monotonic())
+        try:
+            async with asyncio.timeout(left + _EXIT_GRACE / 2):
+                await resource.aclose_at_exit(left)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, reason)
 
 
 def _forget_parent() -> None:

@@ -31,11 +31,12 @@ from strands.types.content import Message
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection
 from ._documents import checked_id, now
-from ._hooks import Hook, checked_hook
-from ._loop import close_at_exit, running_loop
+from ._hooks import Hook, checked_hook, hold, let_go
+from ._loop import ExitOrder, close_at_exit, running_loop
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
 from .errors import ConfigurationError, SessionClosedError
+from .hooks._notify import DRAIN_TIMEOUT, drain
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +152,11 @@ class SessionManagerBase(RepositorySessionManager):
     async def _open(self) -> None:
         """Load the session. Runs on the loop of the client."""
         document = await self._repository.open_session(self.session_id)
-        close_at_exit(self, asyncio.get_running_loop())
+        close_at_exit(self, asyncio.get_running_loop(), ExitOrder.SESSIONS)
         work = UnitOfWork(self.session_id, document)
         super().__init__(self.session_id, work)
         self._work = work
+        hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -294,17 +296,32 @@ class SessionManagerBase(RepositorySessionManager):
     def _keep_config(self, agent_id: str, **fields: Any) -> None:
         self._unit.keep_config(agent_id, [name for name, value in fields.items() if value is not None])
 
-    async def aclose(self) -> None:
-        """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
+    async def aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
+        """Store what is recorded, deliver what hooks left behind, and close what the manager owns.
+
+        Runs on the loop of the client.
+        """
         if self._closed:
             return
-        self._closed = True
         try:
-            if self._work is not None:
-                self._work.close()
-                if self._work.pending():
-                    await self._store()
-                self._work.raise_untold_refusal()
+            await self._close_work()
         finally:
-            if self._owns_connection:
-                await self._connection.aclose()
+            try:
+                await drain(self._connection, notification_timeout, self.session_id)
+                await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
+            finally:
+                if self._owns_connection:
+                    await self._connection.aclose()
+
+    async def aclose_at_exit(self, seconds: float) -> None:
+        """Store what is recorded when the interpreter ends; notifications and connections have their turn later."""
+        if not self._closed:
+            await self._close_work()
+
+    async def _close_work(self) -> None:
+        self._closed = True
+        if self._work is not None:
+            self._work.close()
+            if self._work.pending():
+                await self._store()
+            self._work.raise_untold_refusal()

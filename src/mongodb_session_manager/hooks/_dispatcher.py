@@ -1,0 +1,340 @@
+"""What hooks leave behind to be delivered: in the background, in order, again after a failure, and never unbounded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from contextvars import Context
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import anyio
+
+from .._loop import Lock, Portal
+from ..errors import MongoDBSessionError, NotificationError
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING = 10_000
+"""Notifications that may wait in a process."""
+
+MAX_WAITING_BYTES = 64 * 1024 * 1024
+"""Bytes of messages that may wait in a process."""
+
+_WORKERS = 8
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
+
+
+@dataclass(frozen=True)
+class NotificationEvent:
+    """What `on_error` is told of a notification that was given up.
+
+    Attributes:
+        name: Its name, like `"sqs.metadata_update"`.
+        session_id: The session it tells of.
+        submitted_at: When it was handed in, UTC.
+        tries: How often its delivery was tried.
+        message: What would have been sent, if its sender told.
+    """
+
+    name: str
+    session_id: str
+    submitted_at: datetime
+    tries: int
+    message: str | bytes | None = field(repr=False)
+
+
+OnError = Callable[[NotificationEvent, BaseException], object]
+
+
+def describe(error: BaseException) -> str:
+    """Return what may be logged of any error: its type, because its text may quote a message or a credential."""
+    return str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How hard a delivery is tried.
+
+    Attributes:
+        max_tries: How often at most.
+        time_limit: Seconds for one try.
+        is_worth_retrying: Whether an error may go away by itself.
+        describe: What is logged of an error.
+    """
+
+    max_tries: int = 8
+    time_limit: float = 10.0
+    is_worth_retrying: Callable[[Exception], bool] = lambda error: True
+    describe: Callable[[BaseException], str] = describe
+
+
+@dataclass(eq=False)
+class Source:
+    """Whose notifications are counted together: those of one connection, or those of nobody in particular."""
+
+    submitted: int = 0
+    delivered: int = 0
+    retried: int = 0
+    failed: int = 0
+    waiting: int = 0
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Notification:
+    """One message on its way."""
+
+    name: str
+    session_id: str
+    deliver: Callable[[], Awaitable[object]]
+    source: Source
+    policy: Policy
+    on_error: OnError | None
+    message: str | bytes | None
+    submitted_at: float = field(default_factory=time.time)
+    tries: int = 0
+    number: int = 0
+
+    @property
+    def size(self) -> int:
+        """How much it counts against `MAX_WAITING_BYTES`."""
+        return 0 if self.message is None else len(self.message)
+
+    @property
+    def event(self) -> NotificationEvent:
+        """What is told of it."""
+        submitted_at = datetime.fromtimestamp(self.submitted_at, UTC)
+        return NotificationEvent(self.name, self.session_id, submitted_at, self.tries, self.message)
+
+
+def names_of(notifications: Iterable[Notification]) -> str:
+    """Return the names of notifications for a log line, like `sns.feedback x 1, sqs.metadata_update x 12`."""
+    counted = Counter(notification.name for notification in notifications)
+    return ", ".join(f"{name} x {number}" for name, number in sorted(counted.items()))
+
+
+def give_up(notification: Notification, error: BaseException) -> None:
+    """Tell, once and everywhere, that a notification will not be delivered."""
+    logger.error(
+        "event=<%s>, session_id=<%s>, tries=<%d>, error=<%s> | notification not delivered",
+        notification.name,
+        notification.session_id,
+        notification.tries,
+        notification.policy.describe(error),
+    )
+    if notification.on_error is not None:
+        try:
+            notification.on_error(notification.event, error)
+        except Exception as failure:
+            logger.error("event=<%s>, error=<%s> | on_error failed", notification.name, type(failure).__name__)
+
+
+class Dispatcher:
+    """Delivers notifications on the event loop of `portal`, those of one session one after the other.
+
+    `submit` may be called from any thread. The rest runs on the loop, by a few workers that one task owns: `serve`,
+    which ends when `aclose` says so. A worker takes a session whose turn it is, tries its oldest notification once,
+    and lets go; a session that waits before the next try keeps no worker.
+    """
+
+    def __init__(
+        self,
+        portal: Portal,
+        *,
+        max_waiting: int = MAX_WAITING,
+        max_bytes: int = MAX_WAITING_BYTES,
+        workers: int = _WORKERS,
+    ) -> None:
+        self.portal = portal
+        self._max_waiting, self._max_bytes, self._workers = max_waiting, max_bytes, workers
+        self._lock = Lock()  # over everything that submit touches
+        self._lanes: dict[str, deque[Notification]] = {}
+        self._waiting = self._bytes = self._submitted = 0
+        self._warn_at = self._first_warning = max(1, max_waiting // 10)
+        self._closing = False
+        self._ready: asyncio.Queue[str] = asyncio.Queue()
+        self._pausing: dict[str, asyncio.TimerHandle] = {}
+        self._settled, self._stop, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to deliver, in a context of nobody's: no delivery sees the request of whoever happened to be first."""
+        Context().run(self.portal.submit, self.serve)
+
+    def submit(self, notification: Notification) -> None:
+        """Take a notification and return at once; one that cannot be kept is given up at once."""
+        source, warning = notification.source, False
+        with self._lock:
+            source.submitted += 1
+            refusal = self._refusal(notification)
+            if refusal is None:
+                self._submitted += 1
+                notification.number = self._submitted
+                source.waiting += 1
+                self._waiting += 1
+                self._bytes += notification.size
+                lane = self._lanes.setdefault(notification.session_id, deque())
+                lane.append(notification)
+                if len(lane) == 1:
+                    self.portal.loop.call_soon_threadsafe(self._ready.put_nowait, notification.session_id)
+                if self._waiting >= self._warn_at:
+                    self._warn_at *= 2
+                    warning = True
+            else:
+                source.failed += 1
+        if warning:
+            logger.warning(
+                "waiting=<%d>, oldest_wait=<%.1f s> | notifications come faster than they are delivered",
+                self._waiting,
+                self.oldest_wait(),
+            )
+        if refusal is not None:
+            give_up(notification, NotificationError(refusal))
+
+    def _refusal(self, notification: Notification) -> str | None:
+        if self._closing:
+            return "the process ends"
+        if self._waiting >= self._max_waiting or self._bytes + notification.size > self._max_bytes:
+            return f"{self._waiting} notifications wait already, {self._bytes} bytes"
+        return None
+
+    def oldest_wait(self, source: Source | None = None) -> float:
+        """Return for how many seconds the oldest notification has been waiting."""
+        with self._lock:
+            waiting = (lane[0] for lane in self._lanes.values() if source is None or lane[0].source is source)
+            oldest = min((notification.submitted_at for notification in waiting), default=None)
+        return 0.0 if oldest is None else max(0.0, time.time() - oldest)
+
+    def waiting(self, session_id: str | None = None, source: Source | None = None) -> list[Notification]:
+        """Return what is neither delivered nor given up, of a session and a source or of all."""
+        with self._lock:
+            lanes = self._lanes.values() if session_id is None else [self._lanes.get(session_id, ())]
+            return [entry for lane in lanes for entry in lane if source is None or entry.source is source]
+
+    async def serve(self) -> None:
+        """Deliver until closed."""
+        try:
+            async with anyio.create_task_group() as workers:
+                for _ in range(self._workers):
+                    workers.start_soon(self._work)
+                await self._stop.wait()
+                workers.cancel_scope.cancel()
+        finally:
+            self._ended.set()
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            session_id = await self._ready.get()
+            notification = self._lanes[session_id][0]
+            pause = await self._try(notification)
+            if pause is not None:
+                self._pausing[session_id] = loop.call_later(pause, self._resume, session_id)
+            elif self._take_out(notification):
+                self._ready.put_nowait(session_id)
+
+    def _resume(self, session_id: str) -> None:
+        del self._pausing[session_id]
+        self._ready.put_nowait(session_id)
+
+    async def _try(self, notification: Notification) -> float | None:
+        """Try a delivery once; return after how many seconds it is to be tried again, if it is."""
+        notification.tries += 1
+        policy, source = notification.policy, notification.source
+        try:
+            async with asyncio.timeout(policy.time_limit):
+                await notification.deliver()
+        except BaseException as error:  # whatever a delivery raises, it ends no worker
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
+            worth = isinstance(error, Exception) and policy.is_worth_retrying(error)
+            if worth and notification.tries < policy.max_tries:
+                with self._lock:
+                    source.retried += 1
+                longest: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (notification.tries - 1))
+                pause = longest * random.uniform(0.5, 1.0)
+                logger.debug(
+                    "event=<%s>, tries=<%d>, error=<%s>, pause=<%.2f s> | trying again",
+                    notification.name,
+                    notification.tries,
+                    policy.describe(error),
+                    pause,
+                )
+                return pause
+            with self._lock:
+                source.failed += 1
+            give_up(notification, error)
+        else:
+            with self._lock:
+                source.delivered += 1
+        return None
+
+    def _take_out(self, notification: Notification) -> bool:
+        """Remove the oldest notification of a session; return whether there is a next one."""
+        with self._lock:
+            lane = self._lanes[notification.session_id]
+            lane.popleft()
+            if not lane:
+                del self._lanes[notification.session_id]
+            self._waiting -= 1
+            self._bytes -= notification.size
+            notification.source.waiting -= 1
+            if self._waiting < self._first_warning // 2:
+                self._warn_at = self._first_warning
+        self._settled.set()
+        return bool(lane)
+
+    async def drain(self, seconds: float, session_id: str | None = None, source: Source | None = None) -> None:
+        """Wait until what was submitted before is settled, of a session, of a source, or all; so long at most.
+
+        What pauses before its next try has it now.
+        """
+        last = self._submitted
+
+        def is_pending() -> bool:
+            if session_id is not None:
+                lane = self._lanes.get(session_id)
+                return lane is not None and lane[0].number <= last
+            return bool(source.waiting if source is not None else self._waiting)
+
+        for paused in list(self._pausing) if session_id is None else [session_id] * (session_id in self._pausing):
+            self._pausing[paused].cancel()
+            self._resume(paused)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while is_pending():
+                    self._settled.clear()
+                    await self._settled.wait()
+
+    async def aclose(self, seconds: float) -> None:
+        """Take no more, deliver what waits within so many seconds, give up the rest, and end the workers."""
+        with self._lock:
+            self._closing = True
+        if seconds > 0:
+            await self.drain(seconds)
+        self._stop.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await self._ended.wait()
+        for pausing in self._pausing.values():
+            pausing.cancel()
+        for notification in (left := self.waiting()):
+            self._take_out(notification)
+            with self._lock:
+                notification.source.failed += 1
+            give_up(notification, NotificationError("the process ended before it was delivered"))
+        if left:
+            logger.error("undelivered=<%s> | notifications were lost at the end of the process", names_of(left))
+
+    async def aclose_at_exit(self, seconds: float) -> None:
+        """Close when the interpreter ends."""
+        await self.aclose(seconds)
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from endpoint import Endpoint
+from mongodb_session_manager.hooks import _notify
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "AKIATESTONLYNOTREAL0",
+    "AWS_SECRET_ACCESS_KEY": "not-a-real-secret-key",
+    "AWS_DEFAULT_REGION": "eu-west-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def credentials() -> Iterator[dict[str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        yield CREDENTIALS
+
+
+@pytest.fixture(scope="session")
+def moto(credentials: dict[str, str]) -> Iterator[str]:
+    """The URL of a server that does what AWS does."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def endpoint(moto: str) -> Iterator[Endpoint]:
+    """What a test makes of AWS: it hangs, refuses, answers with errors, and else passes requests on to moto."""
+    with Endpoint(moto) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def a_dispatcher_of_its_own() -> Iterator[None]:
+    """End what a test left behind, so that no other test waits for it."""
+    yield
+    if (dispatcher := _notify._dispatcher) is not None:
+        _notify._dispatcher = None
+        asyncio.run(dispatcher.portal.run(dispatcher.aclose, 0))
+
+
+@dataclass
+class Message:
+    """What arrived in a queue."""
+
+    body: str
+    attributes: dict[str, str]
+    system: dict[str, str]
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.body)
+
+    @property
+    def metadata(self) -> Any:
+        return self.json["metadata"]
+
+
+class Queue:
+    """A queue and what arrives in it."""
+
+    def __init__(self, client: Any, name: str, **attributes: str) -> None:
+        self._client = client
+        self.url: str = client.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
+
+    @property
+    def arn(self) -> str:
+        asked = self._client.get_queue_attributes(QueueUrl=self.url, AttributeNames=["QueueArn"])
+        return str(asked["Attributes"]["QueueArn"])
+
+    def arrived(self) -> list[Message]:
+        """Return, and take out, what is in the queue."""
+        messages: list[Message] = []
+        while True:
+            answer = self._client.receive_message(
+                QueueUrl=self.url, MaxNumberOfMessages=10, AttributeNames=["All"], MessageAttributeNames=["All"]
+            )
+            if not (received := answer.get("Messages")):
+                return messages
+            for message in received:
+                self._client.delete_message(QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"])
+                attributes = message.get("MessageAttributes", {})
+                told = {name: value["StringValue"] for name, value in attributes.items()}
+                messages.append(Message(message["Body"], told, message["Attributes"]))
+
+
+@pytest.fixture
+def sqs(moto: str) -> Iterator[Any]:
+    """A plain client, to see what arrived."""
+    client = boto3.client("sqs", endpoint_url=moto)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def queue(sqs: Any) -> Queue:
+    return Queue(sqs, uuid.uuid4().hex)
+
+
+@pytest.fixture
+def fifo_queue(sqs: Any) -> Queue:
+    return Queue(sqs, f"{uuid.uuid4().hex}.fifo", FifoQueue="true")
+
+
+@dataclass
+class Topic:
+    """A topic, and the queue of its subscriber."""
+
+    arn: str
+    queue: Queue
+
+    def arrived(self) -> list[dict[str, Any]]:
+        """Return, and take out, what the subscriber was notified of."""
+        return [message.json for message in self.queue.arrived()]
+
+
+class Topics:
+    """Makes topics."""
+
+    def __init__(self, sns: Any, sqs: Any) -> None:
+        self._sns, self._sqs = sns, sqs
+
+    def new(self, suffix: str = "") -> Topic:
+        fifo = {"FifoTopic": "true"} if suffix == ".fifo" else {}
+        name = uuid.uuid4().hex + suffix
+        arn = self._sns.create_topic(Name=name, Attributes=fifo)["TopicArn"]
+        queue = Queue(self._sqs, name, **({"FifoQueue": "true"} if fifo else {}))
+        self._sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=queue.arn)
+        return Topic(arn, queue)
+
+
+@pytest.fixture
+def topics(moto: str, sqs: Any) -> Iterator[Topics]:
+    client = boto3.client("sns", endpoint_url=moto)
+    yield Topics(client, sqs)
+    client.close()
