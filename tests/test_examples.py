@@ -29,8 +29,8 @@ def run(block: str, uri: str, database: str) -> dict[str, Any]:
     return namespace
 
 
-def test_the_readme_has_a_sync_and_a_fastapi_quick_start() -> None:
-    assert len(BLOCKS) == 2
+def test_the_readme_has_two_quick_starts_and_a_block_on_aws() -> None:
+    assert len(BLOCKS) == 3
 
 
 def test_sync_quick_start(server: str, database: str) -> None:

@@ -184,8 +184,9 @@ class MongoDBSessionManagerFactory:
 
     async def _aclose(self, notification_timeout: float) -> None:
         try:
-            await drain(self._connection, notification_timeout)
-            await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
+            if not self._connection.closed:
+                await drain(self._connection, notification_timeout)
+                await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
         finally:
             await self._connection.aclose()
 

@@ -23,6 +23,7 @@ try:
     from aiobotocore.config import AioConfig
     from botocore import exceptions as aws
     from botocore.config import Config as Config
+    from botocore.parsers import ResponseParserError
 except ImportError as error:
     raise MissingExtraError(
         "the AWS hooks need aioboto3: pip install 'mongodb-session-manager[aws]'", name=error.name
@@ -70,7 +71,7 @@ def is_worth_retrying(error: Exception) -> bool:
         case aws.ClientError():
             code, status = _code(error), _status(error)
             return code in _PASSING or "Throttl" in code or status == 429 or status >= 500
-        case aws.HTTPClientError() | aws.ResponseParserError() | aws.IncompleteReadError():
+        case aws.ConnectionError() | aws.HTTPClientError() | ResponseParserError() | aws.IncompleteReadError():
             return True
         case aws.MetadataRetrievalError() | aws.CredentialRetrievalError():
             return True
@@ -142,7 +143,8 @@ class _Clients:
 
     async def _open(self, key: _Key) -> tuple[Any, Any]:
         run = self.loop.run_in_executor
-        if (session := key.session or self._session) is None:
+        session: Any = key.session or self._session
+        if session is None:
             session = self._session = await run(None, Session)
         config = AioConfig(**_DEFAULTS)
         if key.config is not None:

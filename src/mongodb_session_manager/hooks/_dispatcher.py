@@ -118,6 +118,14 @@ def names_of(notifications: Iterable[Notification]) -> str:
     return ", ".join(f"{name} x {number}" for name, number in sorted(counted.items()))
 
 
+def _is_worth_retrying(notification: Notification, error: BaseException) -> bool:
+    try:
+        return isinstance(error, Exception) and bool(notification.policy.is_worth_retrying(error))
+    except Exception as failure:
+        logger.error("event=<%s>, error=<%s> | retry_on failed", notification.name, type(failure).__name__)
+        return False
+
+
 def give_up(notification: Notification, error: BaseException) -> None:
     """Tell, once and everywhere, that a notification will not be delivered."""
     logger.error(
@@ -236,6 +244,7 @@ class Dispatcher:
                 self._pausing[session_id] = loop.call_later(pause, self._resume, session_id)
             elif self._take_out(notification):
                 self._ready.put_nowait(session_id)
+            del notification  # it may hold the last reference to a hook
 
     def _resume(self, session_id: str) -> None:
         del self._pausing[session_id]
@@ -251,8 +260,7 @@ class Dispatcher:
         except BaseException as error:  # whatever a delivery raises, it ends no worker
             if isinstance(error, asyncio.CancelledError) and _is_cancelled():
                 raise
-            worth = isinstance(error, Exception) and policy.is_worth_retrying(error)
-            if worth and notification.tries < policy.max_tries:
+            if notification.tries < policy.max_tries and _is_worth_retrying(notification, error):
                 with self._lock:
                     source.retried += 1
                 longest: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (notification.tries - 1))
@@ -261,7 +269,7 @@ class Dispatcher:
                     "event=<%s>, tries=<%d>, error=<%s>, pause=<%.2f s> | trying again",
                     notification.name,
                     notification.tries,
-                    policy.describe(error),
+                    type(error).__name__,
                     pause,
                 )
                 return pause

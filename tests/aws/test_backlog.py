@@ -1,0 +1,63 @@
+"""10,000 updates while AWS answers nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import tracemalloc
+
+import pytest
+
+from conftest import Queue  # type: ignore[attr-defined]
+from endpoint import Endpoint
+from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
+from mongodb_session_manager.hooks import _dispatcher
+from support import CommandLog
+
+UPDATES = 10_000
+
+
+@pytest.mark.anyio
+async def test_a_backlog_is_bounded_seen_and_felt_by_nobody(
+    factory: MongoDBSessionManagerFactory,
+    commands: CommandLog,
+    endpoint: Endpoint,
+    queue: Queue,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    endpoint.hangs()
+    hook = create_metadata_sqs_hook(queue.url, endpoint_url=endpoint.url)
+    managers = [await factory.create_session_manager_async(f"s {number}", metadata_hook=hook) for number in range(20)]
+    for manager in managers:
+        await manager.update_metadata({"n": -1})
+    commands.clear()
+    gc.collect()
+    tracemalloc.start()
+    try:
+
+        async def update(number: int) -> None:
+            await managers[number % 20].update_metadata({"n": number, "text": "x" * 200})
+
+        for start in range(0, UPDATES, 100):
+            await asyncio.gather(*[update(number) for number in range(start, start + 100)])
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    stats = factory.get_notification_stats()
+    assert commands.names == ["update"] * UPDATES  # nobody waited for more than the command
+    assert stats["submitted"] == UPDATES + 20
+    assert stats["waiting"] == _dispatcher.MAX_WAITING
+    assert stats["failed"] == 20  # there was no room for these, which is said of each
+    assert stats["delivered"] == 0
+    assert stats["oldest_wait"] > 0
+    assert held < 60_000_000
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [text.partition(",")[0] for text in warnings] == [f"waiting=<{n}>" for n in (1000, 2000, 4000, 8000)]
+    assert sum("event=<sqs.metadata_update>" in record.getMessage() for record in caplog.records) == 20
+    for number, manager in enumerate(managers):
+        assert (await manager.get_metadata())["metadata"]["n"] == UPDATES - 20 + number
+    for manager in managers:
+        await manager.close(notification_timeout=0)
+    await factory.close_async(notification_timeout=0)
