@@ -48,7 +48,7 @@ from .errors import (
     SessionExistsError,
     SessionNotFoundError,
 )
-from .hooks._dispatcher import NotificationEvent
+from .hooks._notification import NotificationEvent
 from .hooks._notify import notify_later
 
 if TYPE_CHECKING:

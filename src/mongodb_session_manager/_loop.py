@@ -224,14 +224,16 @@ def _finish() -> None:
 async def _close_all() -> None:
     """Close what is open in its order, the youngest first; what finds no time left still hears of the end."""
     end = time.monotonic() + EXIT_TIMEOUT
-    for _, resource in sorted(_open_at_exit.items(), key=itemgetter(0)):
-        left = max(0.0, end - time.monotonic())
-        try:
-            async with asyncio.timeout(left + _EXIT_GRACE / 2):
-                await resource.aclose_at_exit(left)
-        except Exception as error:
-            reason = str(error) or type(error).__name__
-            logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, reason)
+    for order in ExitOrder:  # one after the other, because closing the earlier may open what is later
+        in_turn = sorted((entry for entry in _open_at_exit.items() if entry[0][0] == order), key=itemgetter(0))
+        for _, resource in in_turn:
+            left = max(0.0, end - time.monotonic())
+            try:
+                async with asyncio.timeout(left + _EXIT_GRACE / 2):
+                    await resource.aclose_at_exit(left)
+            except Exception as error:
+                reason = str(error) or type(error).__name__
+                logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, reason)
 
 
 def _forget_parent() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Queue  # type: ignore[attr-defined]
+from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import (
     ConfigurationError,

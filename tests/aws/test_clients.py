@@ -12,7 +12,7 @@ import pytest
 from botocore.config import Config
 
 import mongodb_session_manager
-from conftest import Queue  # type: ignore[attr-defined]
+from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
 from mongodb_session_manager.hooks import _aws

@@ -13,7 +13,7 @@ import aioboto3
 import pytest
 from pymongo.uri_parser import parse_uri
 
-from conftest import Queue, Topics  # type: ignore[attr-defined]
+from arrivals import Queue, Topics
 from endpoint import Endpoint
 from mongodb_session_manager import (
     MongoDBSessionManagerFactory,

@@ -7,7 +7,7 @@ from typing import Any
 import boto3
 import pytest
 
-from conftest import Queue  # type: ignore[attr-defined]
+from arrivals import Queue
 from test_examples import BLOCKS, run
 
 

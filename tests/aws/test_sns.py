@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Topic, Topics  # type: ignore[attr-defined]
+from arrivals import Topic, Topics
 from mongodb_session_manager import ConfigurationError, EncodingError, FeedbackSNSHook, create_feedback_sns_hook
 from support import eventually
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 from bson import Decimal128, ObjectId
 
-from conftest import Queue  # type: ignore[attr-defined]
+from arrivals import Queue
 from mongodb_session_manager import ConfigurationError, create_metadata_sqs_hook
 from support import CommandLog
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from .._loop import ExitOrder, close_at_exit, io_portal
 from ..errors import EventLoopError, MissingExtraError
-from ._dispatcher import Policy
-from ._dispatcher import describe as describe_any
+from ._notification import Policy
+from ._notification import describe as describe_any
 
 try:
     from aioboto3 import Session as Session
@@ -133,9 +133,10 @@ class _Clients:
         if service.is_kept:
             shared.keepers.add(service)
         try:
-            async with self._opening:  # sessions of botocore make one client at a time
-                if shared.client is None:
-                    shared.context, shared.client = await self._open(service.key)
+            if shared.client is None:
+                async with self._opening:  # sessions of botocore make one client at a time
+                    if shared.client is None:
+                        shared.context, shared.client = await self._open(service.key)
             yield shared.client
         finally:
             shared.calls -= 1

@@ -14,7 +14,7 @@ from .._stored_fields import StoredFields, asking_for
 from ..errors import ConfigurationError
 from . import _notify
 from ._aws import POLICY, AwsService
-from ._dispatcher import OnError
+from ._notification import OnError
 
 if TYPE_CHECKING:
     from ._aws import Config, Session

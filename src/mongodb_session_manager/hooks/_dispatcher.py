@@ -7,16 +7,14 @@ import logging
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import anyio
 
 from .._loop import Lock, Portal
-from ..errors import MongoDBSessionError, NotificationError
+from ..errors import NotificationError
+from ._notification import Notification, Source, give_up, names_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,96 +24,9 @@ MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 """Bytes of messages that may wait in a process."""
 
-_WORKERS = 8
+_WORKERS = 16
+_SHARE = 6  # of the workers, for notifications of one name: what hangs for one receiver leaves room for the others
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
-
-
-@dataclass(frozen=True)
-class NotificationEvent:
-    """What `on_error` is told of a notification that was given up.
-
-    Attributes:
-        name: Its name, like `"sqs.metadata_update"`.
-        session_id: The session it tells of.
-        submitted_at: When it was handed in, UTC.
-        tries: How often its delivery was tried.
-        message: What would have been sent, if its sender told.
-    """
-
-    name: str
-    session_id: str
-    submitted_at: datetime
-    tries: int
-    message: str | bytes | None = field(repr=False)
-
-
-OnError = Callable[[NotificationEvent, BaseException], object]
-
-
-def describe(error: BaseException) -> str:
-    """Return what may be logged of any error: its type, because its text may quote a message or a credential."""
-    return str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How hard a delivery is tried.
-
-    Attributes:
-        max_tries: How often at most.
-        time_limit: Seconds for one try.
-        is_worth_retrying: Whether an error may go away by itself.
-        describe: What is logged of an error.
-    """
-
-    max_tries: int = 8
-    time_limit: float = 10.0
-    is_worth_retrying: Callable[[Exception], bool] = lambda error: True
-    describe: Callable[[BaseException], str] = describe
-
-
-@dataclass(eq=False)
-class Source:
-    """Whose notifications are counted together: those of one connection, or those of nobody in particular."""
-
-    submitted: int = 0
-    delivered: int = 0
-    retried: int = 0
-    failed: int = 0
-    waiting: int = 0
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Notification:
-    """One message on its way."""
-
-    name: str
-    session_id: str
-    deliver: Callable[[], Awaitable[object]]
-    source: Source
-    policy: Policy
-    on_error: OnError | None
-    message: str | bytes | None
-    submitted_at: float = field(default_factory=time.time)
-    tries: int = 0
-    number: int = 0
-
-    @property
-    def size(self) -> int:
-        """How much it counts against `MAX_WAITING_BYTES`."""
-        return 0 if self.message is None else len(self.message)
-
-    @property
-    def event(self) -> NotificationEvent:
-        """What is told of it."""
-        submitted_at = datetime.fromtimestamp(self.submitted_at, UTC)
-        return NotificationEvent(self.name, self.session_id, submitted_at, self.tries, self.message)
-
-
-def names_of(notifications: Iterable[Notification]) -> str:
-    """Return the names of notifications for a log line, like `sns.feedback x 1, sqs.metadata_update x 12`."""
-    counted = Counter(notification.name for notification in notifications)
-    return ", ".join(f"{name} x {number}" for name, number in sorted(counted.items()))
 
 
 def _is_worth_retrying(notification: Notification, error: BaseException) -> bool:
@@ -126,28 +37,12 @@ def _is_worth_retrying(notification: Notification, error: BaseException) -> bool
         return False
 
 
-def give_up(notification: Notification, error: BaseException) -> None:
-    """Tell, once and everywhere, that a notification will not be delivered."""
-    logger.error(
-        "event=<%s>, session_id=<%s>, tries=<%d>, error=<%s> | notification not delivered",
-        notification.name,
-        notification.session_id,
-        notification.tries,
-        notification.policy.describe(error),
-    )
-    if notification.on_error is not None:
-        try:
-            notification.on_error(notification.event, error)
-        except Exception as failure:
-            logger.error("event=<%s>, error=<%s> | on_error failed", notification.name, type(failure).__name__)
-
-
 class Dispatcher:
     """Delivers notifications on the event loop of `portal`, those of one session one after the other.
 
     `submit` may be called from any thread. The rest runs on the loop, by a few workers that one task owns: `serve`,
     which ends when `aclose` says so. A worker takes a session whose turn it is, tries its oldest notification once,
-    and lets go; a session that waits before the next try keeps no worker.
+    and lets go; a session that waits before the next try keeps no worker, and those of one name never keep all.
     """
 
     def __init__(
@@ -167,6 +62,8 @@ class Dispatcher:
         self._closing = False
         self._ready: asyncio.Queue[str] = asyncio.Queue()
         self._pausing: dict[str, asyncio.TimerHandle] = {}
+        self._busy: Counter[str] = Counter()
+        self._queueing: dict[str, deque[str]] = {}
         self._settled, self._stop, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def start(self) -> None:
@@ -239,12 +136,29 @@ class Dispatcher:
         while True:
             session_id = await self._ready.get()
             notification = self._lanes[session_id][0]
-            pause = await self._try(notification)
+            if self._busy[notification.name] >= _SHARE:
+                self._queueing.setdefault(notification.name, deque()).append(session_id)
+                continue
+            self._busy[notification.name] += 1
+            try:
+                pause = await self._try(notification)
+            finally:
+                self._free(notification.name)
             if pause is not None:
                 self._pausing[session_id] = loop.call_later(pause, self._resume, session_id)
             elif self._take_out(notification):
                 self._ready.put_nowait(session_id)
             del notification  # it may hold the last reference to a hook
+
+    def _free(self, name: str) -> None:
+        """Let the next session have the worker that notifications of one name have free now."""
+        self._busy[name] -= 1
+        if queueing := self._queueing.get(name):
+            self._ready.put_nowait(queueing.popleft())
+        else:
+            self._queueing.pop(name, None)
+        if not self._busy[name]:
+            del self._busy[name]
 
     def _resume(self, session_id: str) -> None:
         del self._pausing[session_id]

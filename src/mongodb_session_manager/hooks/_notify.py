@@ -12,7 +12,8 @@ from typing import TypedDict
 
 from .._loop import ExitOrder, Lock, close_at_exit, io_portal
 from ..errors import ConfigurationError, EventLoopError, NotificationError
-from ._dispatcher import Dispatcher, Notification, OnError, Policy, Source, describe, give_up, names_of
+from ._dispatcher import Dispatcher
+from ._notification import Notification, OnError, Policy, Source, describe, give_up, names_of
 
 logger = logging.getLogger(__name__)
 

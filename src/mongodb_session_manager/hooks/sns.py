@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from .._stored_fields import StoredFields
 from ._base import AwsHook, calling, checked_text, identity, with_parameters_of
-from ._dispatcher import OnError
 from ._messages import (
     SNS_LIMIT,
     Template,
@@ -18,6 +17,7 @@ from ._messages import (
     subject,
     timestamp,
 )
+from ._notification import OnError
 
 if TYPE_CHECKING:
     from ._aws import Config, Session

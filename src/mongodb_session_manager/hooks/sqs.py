@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._stored_fields import StoredFields
 from ._base import AwsHook, calling, checked_fields, checked_text, identity, updated, with_parameters_of
-from ._dispatcher import OnError
 from ._messages import SQS_LIMIT, attributes, fifo_parameters, metadata_body, selected, size_of
+from ._notification import OnError
 
 if TYPE_CHECKING:
     from ._aws import Config, Session

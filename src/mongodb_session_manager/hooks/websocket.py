@@ -12,8 +12,8 @@ from .._stored_fields import StoredFields
 from ..errors import ConfigurationError, MongoDBSessionError
 from ._aws import is_gone
 from ._base import AwsHook, checked_fields, checked_text, updated, with_parameters_of
-from ._dispatcher import OnError
 from ._messages import WEBSOCKET_LIMIT, metadata_body, selected
+from ._notification import OnError
 
 if TYPE_CHECKING:
     from ._aws import Config, Session
