@@ -10,8 +10,6 @@ from collections import Counter, deque
 from contextlib import suppress
 from contextvars import Context
 
-import anyio
-
 from .._loop import Lock, Portal
 from ..errors import NotificationError
 from ._notification import Notification, Source, give_up, names_of
@@ -123,11 +121,12 @@ class Dispatcher:
     async def serve(self) -> None:
         """Deliver until closed."""
         try:
-            async with anyio.create_task_group() as workers:
-                for _ in range(self._workers):
-                    workers.start_soon(self._work)
+            # asyncio's own, because AnyIO's imports its backend on first use: on this loop, perhaps while forking.
+            async with asyncio.TaskGroup() as group:
+                workers = [group.create_task(self._work()) for _ in range(self._workers)]
                 await self._stop.wait()
-                workers.cancel_scope.cancel()
+                for worker in workers:
+                    worker.cancel()
         finally:
             self._ended.set()
 
