@@ -13,7 +13,7 @@ from moto.server import ThreadedMotoServer
 
 from arrivals import Queue, Topics
 from endpoint import Endpoint
-from mongodb_session_manager.hooks import _notify
+from mongodb_session_manager.hooks import _aws, _notify
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTONLYNOTREAL0",
@@ -58,6 +58,8 @@ def a_dispatcher_of_its_own() -> Iterator[None]:
     if (dispatcher := _notify._dispatcher) is not None:
         _notify._dispatcher = None
         asyncio.run(dispatcher.portal.run(dispatcher.aclose, 0))
+        if (clients := _aws._clients) is not None:
+            asyncio.run(dispatcher.portal.run(clients.aclose_at_exit, 1))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import aioboto3
-import pytest
 from botocore.config import Config
 
 import mongodb_session_manager
@@ -23,12 +22,6 @@ PACKAGE = Path(mongodb_session_manager.__file__).parent
 
 def open_clients() -> int:
     return 0 if _aws._clients is None else sum(shared.client is not None for shared in _aws._clients._shared.values())
-
-
-@pytest.fixture(autouse=True)
-def nothing_open_before() -> None:
-    gc.collect()
-    eventually(lambda: open_clients() == 0)
 
 
 def test_hooks_share_a_client_and_the_last_user_closes_it(moto: str, queue: Queue, server: str, database: str) -> None:
