@@ -199,14 +199,14 @@ class _SessionManager(RepositorySessionManager):
     async def _flush(self, agent_id: str | None = None) -> None:
         """Await that everything recorded is stored; raise what failed."""
         work = self._unit
-        if work.pending():
+        if not work.is_settled:
             await self._connection.portal.run(self._store)
         work.raise_refusal(agent_id)
 
     def _flush_blocking(self, agent_id: str | None = None) -> None:
         """Wait until everything recorded is stored; raise what failed."""
         work = self._unit
-        if work.pending():
+        if not work.is_settled:
             self._connection.portal.call(self._store)
         work.raise_refusal(agent_id)
 
@@ -216,7 +216,7 @@ class _SessionManager(RepositorySessionManager):
             return
         if running_loop() is None:
             self._flush_blocking(agent_id)
-        elif self._unit.pending():
+        elif not self._unit.is_settled:
             self._connection.portal.submit(self._store)
 
     async def aclose(self) -> None:
@@ -227,7 +227,7 @@ class _SessionManager(RepositorySessionManager):
         try:
             if self._work is not None:
                 self._work.close()
-                if self._work.pending():
+                if not self._work.is_settled:
                     await self._store()
                 self._work.raise_untold_refusal()
         finally:

@@ -77,8 +77,20 @@ class UnitOfWork(SessionRepository):
 
     # What flushing needs.
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is recorded that is not settled."""
+        return not self._log
+
     def pending(self) -> tuple[Change, ...]:
-        """Return what is recorded and not settled, oldest first."""
+        """Return what is recorded and not settled, oldest first; one flush at a time may ask.
+
+        What a refused agent recorded while its refusal was on the way is dropped here: it must not be stored behind
+        what another writer has stored.
+        """
+        for position in reversed(range(len(self._log))):
+            if self._agents[self._log[position].agent_id].refusal is not None:
+                del self._log[position]
         return tuple(self._log)
 
     def settle(self, count: int, refused: Mapping[str, MongoDBSessionError]) -> None:
