@@ -238,6 +238,7 @@ def test_a_turn_continues_the_conversation_and_keeps_all_that_is_unknown(
     assert texts(new) == ["And now?", "Still a cat."]
     assert new[1]["event_loop_metrics"]["cycle_metrics"]["cycle_count"] == 1
     assert after["agents"]["agent"]["next_message_id"] == 8
+    assert after["agents"]["agent"]["usage"]["invocations"] == 1
     assert after["updated_at"] > CREATED
     assert after["agents"]["agent"]["updated_at"] > CREATED
 
@@ -248,6 +249,7 @@ def test_a_turn_continues_the_conversation_and_keeps_all_that_is_unknown(
     ours = expected["agents"]["agent"]
     ours["messages"] += new
     ours["next_message_id"] = 8
+    ours["usage"] = after["agents"]["agent"]["usage"]
     ours["updated_at"] = after["agents"]["agent"]["updated_at"]
     for name in ("_internal_state", "conversation_manager_state", "updated_at"):  # Strands may say more today
         ours["agent_data"][name] = after["agents"]["agent"]["agent_data"][name]

@@ -42,13 +42,19 @@ ORDER = [
     "_changes",
     "_capture",
     "_loop",
+    "_driver_errors",
     "_connection",
+    "_commands",
+    "_annotations",
     "_archive",
     "_repository",
     "_sync",
     "_unit_of_work",
-    "_manager",
+    "_hooks",
     "_metadata_tool",
+    "_session",
+    "_manager",
+    "_async_manager",
     "_factory",
     "__init__",
 ]
@@ -59,7 +65,8 @@ BESIDE = {"_embedded_supervisor": set(), "embedded": {"errors", "_embedded_super
 
 
 def test_all_is_sorted_and_without_doubles() -> None:
-    assert package.__all__ == sorted(set(package.__all__))
+    constants_first = sorted(set(package.__all__), key=lambda name: (not name.isupper(), name))
+    assert package.__all__ == constants_first
 
 
 def test_all_is_what_is_public() -> None:
@@ -91,10 +98,12 @@ def test_the_package_is_typed() -> None:
 
 
 def methods(cls: type) -> dict[str, Callable[..., Any]]:
-    """The public methods that a class defines itself."""
+    """The public methods that a class, or a base of it in this package, defines."""
+    own = [base for base in reversed(cls.__mro__) if base.__module__.startswith(f"{package.__name__}.")]
     functions = {
         name: value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        for name, value in vars(cls).items()
+        for base in own
+        for name, value in vars(base).items()
         if not name.startswith("_")
     }
     return {name: value for name, value in functions.items() if inspect.isfunction(value)}

@@ -24,6 +24,7 @@ from mongodb_session_manager._changes import (
     AppendMessage,
     Change,
     CreateAgent,
+    ObserveConfig,
     ReplaceMessage,
     SetMessageFields,
     UpdateAgent,
@@ -361,8 +362,8 @@ def test_a_configuration_is_recorded_when_it_changes() -> None:
     unit.record_config("agent", AgentConfig("m", "q"))
     unit.record_config("agent", AgentConfig("m", "q"))
     (change,) = unit.pending()
-    assert isinstance(change, UpdateAgent)
-    assert (change.expected, change.fields) == (1, {"model": "m", "system_prompt": "q"})
+    assert isinstance(change, ObserveConfig)
+    assert (change.expected, change.fields) == (1, {"system_prompt": "q"})
 
 
 # Settling.

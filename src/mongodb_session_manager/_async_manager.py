@@ -249,4 +249,4 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
         if not self._closed:
-            await self._connection.portal.run(self.aclose)
+            await self._connection.portal.run(self._aclose)

@@ -239,12 +239,13 @@ def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
 def _whole(write: AgentWrite) -> Document:
     """Return the sub-document of an agent that does not exist yet."""
     created = write.created or {}
+    usage = {"usage": write.increments} if write.increments else {}
     return {
         **created,
+        **usage,
         "agent_data": {**created["agent_data"], **write.config, **write.data},
         "updated_at": write.moment or created["updated_at"],
         "next_message_id": write.appended[-1]["message_id"] + 1 if write.appended else 0,
-        "usage": write.increments,
         "messages": list(write.appended),
     }
 

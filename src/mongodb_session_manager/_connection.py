@@ -285,7 +285,7 @@ class Connection:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
         self._finalizer.atexit = False
-        close_at_exit(self, loop)
+        close_at_exit(self.aclose, loop)
         return client
 
     def _leave_parent(self) -> None:

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import EventLoopError
 
@@ -114,13 +114,6 @@ def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
         outcome.set_result(finished.result())
 
 
-class Closable(Protocol):
-    """What the end of the interpreter closes."""
-
-    async def aclose(self) -> None:
-        """Store what is pending and release everything."""
-
-
 class _IOThread:
     """The process's event-loop thread: started by its first user, ended with the interpreter."""
 
@@ -155,7 +148,7 @@ _thread: _IOThread | None = None
 _exiting = False
 _exit_registered = False
 _serial = itertools.count()
-_open_at_exit: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()
+_open_at_exit: dict[int, weakref.WeakMethod[Callable[[], Coroutine[Any, Any, None]]]] = {}
 
 
 def io_portal() -> Portal:
@@ -184,13 +177,14 @@ def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
         return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
 
 
-def close_at_exit(resource: Closable, loop: asyncio.AbstractEventLoop) -> None:
-    """Have `resource` closed when the interpreter ends before it was closed or collected.
+def close_at_exit(close: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.AbstractEventLoop) -> None:
+    """Have a method called when the interpreter ends, unless its object was collected before.
 
-    Only what lives on the library's own loop is: nobody else's loop runs as late.
+    Only what lives on the library's own loop is closed: nobody else's loop runs as late.
     """
     if _thread is not None and _thread.portal.loop is loop:
-        _open_at_exit[next(_serial)] = resource
+        number = next(_serial)
+        _open_at_exit[number] = weakref.WeakMethod(close, lambda _: _open_at_exit.pop(number, None))
 
 
 def _finish() -> None:
@@ -211,19 +205,21 @@ def _finish() -> None:
 async def _close_all() -> None:
     """Close what is open, the youngest first, because sessions are younger than their connection."""
     async with asyncio.timeout(EXIT_TIMEOUT):
-        for _, resource in sorted(_open_at_exit.items(), reverse=True):
+        for _, reference in sorted(_open_at_exit.items(), reverse=True):
+            close = reference()
             try:
-                await resource.aclose()
+                if close is not None:
+                    await close()
             except Exception as error:
-                logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, error)
+                logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, error)
 
 
 def _forget_parent() -> None:
     """Start afresh in a forked child: threads do not survive a fork, and the parent's sessions are the parent's."""
-    global _lock, _thread, _open_at_exit
+    global _lock, _thread
     _lock = threading.Lock()
     _thread = None
-    _open_at_exit = weakref.WeakValueDictionary()
+    _open_at_exit.clear()
 
 
 if hasattr(os, "register_at_fork"):

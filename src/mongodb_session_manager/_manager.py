@@ -244,4 +244,4 @@ class MongoDBSessionManager(SessionManagerBase):
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
         if not self._closed:
-            self._connection.portal.call(self.aclose)
+            self._connection.portal.call(self._aclose)

@@ -151,7 +151,7 @@ class SessionManagerBase(RepositorySessionManager):
     async def _open(self) -> None:
         """Load the session. Runs on the loop of the client."""
         document = await self._repository.open_session(self.session_id)
-        close_at_exit(self, asyncio.get_running_loop())
+        close_at_exit(self._aclose, asyncio.get_running_loop())
         work = UnitOfWork(self.session_id, document)
         super().__init__(self.session_id, work)
         self._work = work
@@ -294,7 +294,7 @@ class SessionManagerBase(RepositorySessionManager):
     def _keep_config(self, agent_id: str, **fields: Any) -> None:
         self._unit.keep_config(agent_id, [name for name, value in fields.items() if value is not None])
 
-    async def aclose(self) -> None:
+    async def _aclose(self) -> None:
         """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
         if self._closed:
             return
