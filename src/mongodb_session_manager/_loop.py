@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_STOPPED = "the event loop that the MongoDB client belongs to was stopped"
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of the interpreter may wait for writes under way."""
@@ -80,7 +82,11 @@ class Portal:
                 "a synchronous call would wait for the very event loop it blocks: use the asynchronous twin "
                 "(AsyncMongoDBSessionManager, create_session_manager_async, ..._async) on this loop"
             )
-        return self.submit(function, *args, **kwargs).result()
+        future = self.submit(function, *args, **kwargs)
+        try:
+            return future.result()
+        except CancelledError:
+            raise EventLoopError(_STOPPED) from None
 
     async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on."""
@@ -107,7 +113,7 @@ def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
     if outcome.done():
         return
     if finished.cancelled():
-        outcome.set_exception(EventLoopError("the event loop that the MongoDB client belongs to was stopped"))
+        outcome.set_exception(EventLoopError(_STOPPED))
     elif (error := finished.exception()) is not None:
         outcome.set_exception(error)
     else:
@@ -157,17 +163,20 @@ def io_portal() -> Portal:
     Raises:
         EventLoopError: The interpreter is shutting down.
     """
-    global _thread, _exit_registered
+    global _thread, _exit_registered, _exiting
     with _lock:
+        if not _exit_registered and not _exiting:
+            # Executors refuse work as soon as the threading module begins to shut down, before `atexit` runs. Motor
+            # needs its executor to write, so the last flush has to come earlier still.
+            try:
+                getattr(threading, "_register_atexit", atexit.register)(_finish)
+            except RuntimeError:
+                _exiting = True
+            _exit_registered = True
         if _exiting:
             raise EventLoopError("the interpreter is shutting down: close sessions before the main thread ends")
         if _thread is None:
             _thread = _IOThread()
-        if not _exit_registered:
-            # Executors refuse work as soon as the threading module begins to shut down, before `atexit` runs. Motor
-            # needs its executor to write, so the last flush has to come earlier still.
-            getattr(threading, "_register_atexit", atexit.register)(_finish)
-            _exit_registered = True
         return _thread.portal
 
 
