@@ -73,13 +73,15 @@ Change: TypeAlias = CreateAgent | AppendMessage | ReplaceMessage | UpdateAgent |
 class AgentWrite:
     """All recorded changes of one agent, gathered.
 
-    `amended` holds what was recorded of `appended` messages after they were: if one of them turns out to be stored
-    already, by a statement whose acknowledgement was lost, this is what that statement may not have known.
+    `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
+    turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the
+    other is what that statement may not have said.
     """
 
     agent_id: str
     created: Document | None = None
     appended: list[StoredMessage] = field(default_factory=list)
+    recorded: dict[int, StoredMessage] = field(default_factory=dict)
     amended: dict[int, Document] = field(default_factory=dict)
     replaced: dict[int, Document] = field(default_factory=dict)
     data: Document = field(default_factory=dict)
@@ -94,6 +96,7 @@ class AgentWrite:
                 self._touch(document["updated_at"])
             case AppendMessage(message=message):
                 self.appended.append(message)
+                self.recorded[message["message_id"]] = message
                 self._touch(message["updated_at"])
             case ReplaceMessage(message_id=message_id, fields=fields):
                 self._set_message(message_id, fields)
@@ -260,7 +263,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         raise MessageNotFoundError(f"agent {write.agent_id!r} holds no message {missing[0]}")
 
     written = 0
-    while written < len(write.appended) and _is_stored(write.appended[written], stored):
+    while written < len(write.appended) and _is_stored(write.recorded[write.appended[written]["message_id"]], stored):
         written += 1
     late = {message["message_id"]: write.amended.get(message["message_id"]) for message in write.appended[:written]}
     replaced = write.replaced | {message_id: fields for message_id, fields in late.items() if fields}

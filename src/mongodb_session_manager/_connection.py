@@ -292,7 +292,7 @@ class Connection:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
         self._finalizer.atexit = False
-        close_at_exit(self, loop)
+        close_at_exit(self.aclose, loop)
         return client
 
     def _leave_parent(self) -> None:
@@ -429,7 +429,7 @@ def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Ite
         yield
     except passing:
         raise
-    except driver.PyMongoError as error:
+    except (driver.PyMongoError, driver.DocumentTooLarge) as error:
         raise translate(error) from error
     except RuntimeError as error:
         if isinstance(error, MongoDBSessionError) or "after" not in str(error) or "shutdown" not in str(error):
@@ -437,7 +437,7 @@ def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Ite
         raise EventLoopError("the interpreter is shutting down: nothing can be sent to MongoDB any more") from error
 
 
-def translate(error: driver.PyMongoError) -> MongoDBSessionError:
+def translate(error: driver.PyMongoError | driver.DocumentTooLarge) -> MongoDBSessionError:
     """Return the error of this package that says the same, without anything that a document holds."""
     match error:
         case driver.ServerSelectionTimeoutError():

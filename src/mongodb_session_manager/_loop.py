@@ -16,9 +16,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import EventLoopError
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_STOPPED = "the event loop that the MongoDB client belongs to was stopped"
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of the interpreter may wait for writes under way."""
@@ -80,7 +82,11 @@ class Portal:
                 "a synchronous call would wait for the very event loop it blocks: use the asynchronous twin "
                 "(AsyncMongoDBSessionManager, create_session_manager_async, ..._async) on this loop"
             )
-        return self.submit(function, *args, **kwargs).result()
+        future = self.submit(function, *args, **kwargs)
+        try:
+            return future.result()
+        except CancelledError:
+            raise EventLoopError(_STOPPED) from None
 
     async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on."""
@@ -107,18 +113,11 @@ def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
     if outcome.done():
         return
     if finished.cancelled():
-        outcome.set_exception(EventLoopError("the event loop that the MongoDB client belongs to was stopped"))
+        outcome.set_exception(EventLoopError(_STOPPED))
     elif (error := finished.exception()) is not None:
         outcome.set_exception(error)
     else:
         outcome.set_result(finished.result())
-
-
-class Closable(Protocol):
-    """What the end of the interpreter closes."""
-
-    async def aclose(self) -> None:
-        """Store what is pending and release everything."""
 
 
 class _IOThread:
@@ -155,7 +154,7 @@ _thread: _IOThread | None = None
 _exiting = False
 _exit_registered = False
 _serial = itertools.count()
-_open_at_exit: weakref.WeakValueDictionary[int, Closable] = weakref.WeakValueDictionary()
+_open_at_exit: dict[int, weakref.WeakMethod[Callable[[], Coroutine[Any, Any, None]]]] = {}
 
 
 def io_portal() -> Portal:
@@ -164,17 +163,20 @@ def io_portal() -> Portal:
     Raises:
         EventLoopError: The interpreter is shutting down.
     """
-    global _thread, _exit_registered
+    global _thread, _exit_registered, _exiting
     with _lock:
+        if not _exit_registered and not _exiting:
+            # Executors refuse work as soon as the threading module begins to shut down, before `atexit` runs. Motor
+            # needs its executor to write, so the last flush has to come earlier still.
+            try:
+                getattr(threading, "_register_atexit", atexit.register)(_finish)
+            except RuntimeError:
+                _exiting = True
+            _exit_registered = True
         if _exiting:
             raise EventLoopError("the interpreter is shutting down: close sessions before the main thread ends")
         if _thread is None:
             _thread = _IOThread()
-        if not _exit_registered:
-            # Executors refuse work as soon as the threading module begins to shut down, before `atexit` runs. Motor
-            # needs its executor to write, so the last flush has to come earlier still.
-            getattr(threading, "_register_atexit", atexit.register)(_finish)
-            _exit_registered = True
         return _thread.portal
 
 
@@ -184,13 +186,14 @@ def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
         return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
 
 
-def close_at_exit(resource: Closable, loop: asyncio.AbstractEventLoop) -> None:
-    """Have `resource` closed when the interpreter ends before it was closed or collected.
+def close_at_exit(close: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.AbstractEventLoop) -> None:
+    """Have a method called when the interpreter ends, unless its object was collected before.
 
-    Only what lives on the library's own loop is: nobody else's loop runs as late.
+    Only what lives on the library's own loop is closed: nobody else's loop runs as late.
     """
     if _thread is not None and _thread.portal.loop is loop:
-        _open_at_exit[next(_serial)] = resource
+        number = next(_serial)
+        _open_at_exit[number] = weakref.WeakMethod(close, lambda _: _open_at_exit.pop(number, None))
 
 
 def _finish() -> None:
@@ -211,19 +214,21 @@ def _finish() -> None:
 async def _close_all() -> None:
     """Close what is open, the youngest first, because sessions are younger than their connection."""
     async with asyncio.timeout(EXIT_TIMEOUT):
-        for _, resource in sorted(_open_at_exit.items(), reverse=True):
+        for _, reference in sorted(_open_at_exit.items(), reverse=True):
+            close = reference()
             try:
-                await resource.aclose()
+                if close is not None:
+                    await close()
             except Exception as error:
-                logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, error)
+                logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, error)
 
 
 def _forget_parent() -> None:
     """Start afresh in a forked child: threads do not survive a fork, and the parent's sessions are the parent's."""
-    global _lock, _thread, _open_at_exit
+    global _lock, _thread
     _lock = threading.Lock()
     _thread = None
-    _open_at_exit = weakref.WeakValueDictionary()
+    _open_at_exit.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -105,7 +105,7 @@ class _SessionManager(RepositorySessionManager):
     async def _open(self) -> None:
         """Load the session. Runs on the loop of the client."""
         document = await self._repository.open_session(self.session_id)
-        close_at_exit(self, asyncio.get_running_loop())
+        close_at_exit(self._aclose, asyncio.get_running_loop())
         work = UnitOfWork(self.session_id, document)
         super().__init__(self.session_id, work)
         self._work = work
@@ -219,7 +219,7 @@ class _SessionManager(RepositorySessionManager):
         elif not self._unit.is_settled:
             self._connection.portal.submit(self._store)
 
-    async def aclose(self) -> None:
+    async def _aclose(self) -> None:
         """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
         if self._closed:
             return
@@ -327,7 +327,7 @@ class MongoDBSessionManager(_SessionManager):
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
         if not self._closed:
-            self._connection.portal.call(self.aclose)
+            self._connection.portal.call(self._aclose)
 
 
 class AsyncMongoDBSessionManager(_SessionManager):
@@ -427,4 +427,4 @@ class AsyncMongoDBSessionManager(_SessionManager):
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
         if not self._closed:
-            await self._connection.portal.run(self.aclose)
+            await self._connection.portal.run(self._aclose)

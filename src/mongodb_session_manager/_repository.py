@@ -49,6 +49,7 @@ from .errors import (
     ConfigurationError,
     DatabaseError,
     InvalidArgumentError,
+    MessageTooLargeError,
     MongoDBSessionError,
     SessionExistsError,
     SessionNotFoundError,
@@ -260,23 +261,36 @@ class AsyncMongoDBSessionRepository:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Returns:
-            By agent id, why nothing of that agent's changes could be stored: `SessionConflictError`,
-            `AgentNotFoundError`, `MessageNotFoundError` or `SessionNotFoundError`. The changes of all other agents
+            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
+            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
             are stored.
 
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
         """
         checked_id(session_id, "session_id")
-        writes = fold(changes)
         refused: dict[str, MongoDBSessionError] = {}
         async with self._connection.operation():
-            for _ in range(_ROUNDS):
-                if not writes:
-                    return refused
+            await self._write(session_id, fold(changes), refused)
+        return refused
+
+    async def _write(
+        self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
+    ) -> None:
+        for _ in range(_ROUNDS):
+            if not writes:
+                return
+            try:
                 if await self._update(compile_update(session_id, writes.values())):
-                    return refused
-                writes = await self._remaining(session_id, writes, refused)
+                    return
+            except MessageTooLargeError as error:
+                if len(writes) == 1:
+                    refused.update(dict.fromkeys(writes, error))
+                else:  # let nobody suffer for another agent's message
+                    for agent_id, write in writes.items():
+                        await self._write(session_id, {agent_id: write}, refused)
+                return
+            writes = await self._remaining(session_id, writes, refused)
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
 
     async def _remaining(

@@ -92,8 +92,8 @@ class MongoDBSessionRepository(SessionRepository):
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Returns:
-            By agent id, why nothing of that agent's changes could be stored: `SessionConflictError`,
-            `AgentNotFoundError`, `MessageNotFoundError` or `SessionNotFoundError`. The changes of all other agents
+            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
+            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
             are stored.
 
         Raises:
