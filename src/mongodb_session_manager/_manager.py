@@ -34,7 +34,7 @@ from ._documents import checked_id
 from ._loop import close_at_exit, running_loop
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
-from .errors import ConfigurationError, SessionClosedError
+from .errors import ConfigurationError, MongoDBSessionError, SessionClosedError
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class _SessionManager(RepositorySessionManager):
         self._repository = options.repository(connection)
         self._work: UnitOfWork | None = None
         self._closed = False
+        self._stopped: dict[str, MongoDBSessionError] = {}
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def __repr__(self) -> str:
@@ -157,16 +158,24 @@ class _SessionManager(RepositorySessionManager):
             self.append_message(event.message, agent)
             self.sync_agent(agent)
         if self._is_due(event.message, agent):
-            await self._flush(agent.agent_id)
+            try:
+                await self._flush(agent.agent_id)
+            except MongoDBSessionError as error:
+                self._stopped[agent.agent_id] = error
+                raise
 
     async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
         agent = event.agent
+        stopped = self._stopped.pop(agent.agent_id, None)
         try:
             with _recording_only():
                 self.sync_agent(agent)
             self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
         finally:
             await self._flush(agent.agent_id)
+        if stopped is not None:
+            # What could not be stored is by now, but the turn did stop; Strands may have wrapped the reason.
+            raise stopped
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
         """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""

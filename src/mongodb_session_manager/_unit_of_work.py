@@ -104,7 +104,7 @@ class UnitOfWork(SessionRepository):
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
         """Raise why changes of the agent, or of any, were refused."""
-        for candidate in self._agents if agent_id is None else (agent_id,):
+        for candidate in tuple(self._agents) if agent_id is None else (agent_id,):
             agent = self._agents.get(candidate)
             if agent is not None and agent.refusal is not None:
                 agent.refusal_told = True
@@ -112,7 +112,7 @@ class UnitOfWork(SessionRepository):
 
     def raise_untold_refusal(self) -> None:
         """Raise why changes were refused if nobody was told yet."""
-        for agent_id, agent in self._agents.items():
+        for agent_id, agent in tuple(self._agents.items()):
             if not agent.refusal_told:
                 self.raise_refusal(agent_id)
 
