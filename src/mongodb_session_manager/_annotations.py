@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import datetime
 from typing import Any, TypedDict
 
 from ._changes import Update
-from ._codec import decode, encode
+from ._codec import MARKER, decode, encode
 from ._commands import SessionCollection
-from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now
-from .errors import AgentNotFoundError, InvalidArgumentError, SessionNotFoundError
+from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
+from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
+_RESERVED = frozenset({MARKER, "__bytes_encoded__"})
 _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 
 
@@ -64,7 +66,9 @@ def checked_keys(keys: object, name: str = "keys") -> list[str]:
     """
     if isinstance(keys, str | bytes | Mapping) or not isinstance(keys, Iterable):
         raise InvalidArgumentError(f"{name} must be a list of str, not {type(keys).__name__}")
-    listed = list(keys)
+    listed: list[Any] = list(keys)
+    with suppress(TypeError):  # an unhashable one is no str, which the next line says
+        listed = list(dict.fromkeys(listed))
     _checked_paths(listed, name)
     return listed
 
@@ -91,6 +95,8 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
                 f"{name} holds the key {path!r}: a key must not be empty, hold NUL, or have a segment between dots "
                 "that is empty or begins with $"
             )
+        if _RESERVED.intersection(parts):
+            raise InvalidArgumentError(f"{name} holds the key {path!r}, a segment of which marks encoded values")
         try:
             path.encode()
         except UnicodeEncodeError:
@@ -102,16 +108,24 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
 
 
-def with_dates(value: Any) -> Any:
-    """Return the value with every datetime as a BSON date, so that it can be queried: UTC, whole milliseconds."""
+def _encoded(value: Any, depth: int) -> Any:
+    """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds."""
+    try:
+        return encode(_with_dates(value), depth=depth)
+    except RecursionError:
+        raise EncodingError("cannot store a value nested deeper than Python's stack allows here") from None
+
+
+def _with_dates(value: Any) -> Any:
     match value:
         case datetime():
-            moment = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-            return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+            with suppress(OverflowError):  # the first or last day of the calendar, in another zone
+                return to_date(value)
+            return value
         case dict():
-            return {key: with_dates(item) for key, item in value.items()}
+            return {key: _with_dates(item) for key, item in value.items()}
         case list():
-            return [with_dates(item) for item in value]
+            return [_with_dates(item) for item in value]
         case _:
             return value
 
@@ -132,15 +146,18 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         sets = {
-            f"metadata.{key}": encode(with_dates(value), depth=_VALUE_DEPTH + key.count("."))
+            f"metadata.{key}": _encoded(value, _VALUE_DEPTH + key.count("."))
             for key, value in checked_metadata(metadata).items()
         }
-        await self._change(session_id, {"$set": {**sets, "updated_at": now()}})
+        if not await self._change_intact(session_id, metadata, {"$set": {**sets, "updated_at": now()}}):
+            raise InvalidArgumentError("metadata holds a key with dots that leads into a stored value that has no keys")
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
         """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""
         document = await self._find(session_id, {"metadata": 1})
-        return {} if document is None else {"metadata": decode(document.get("metadata") or {})}
+        if document is None:
+            return {}
+        return {"metadata": {key: decode(value) for key, value in (document.get("metadata") or {}).items()}}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
         """Remove keys from a session's metadata; unknown keys are no error.
@@ -149,8 +166,10 @@ class SessionAnnotations(SessionCollection):
             InvalidArgumentError: `keys` is not a list of keys.
             SessionNotFoundError: The session does not exist.
         """
-        unset = {f"metadata.{key}": "" for key in checked_keys(keys)}
-        await self._change(session_id, {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})})
+        wanted = checked_keys(keys)
+        while not await self._change_intact(session_id, wanted, _unset(wanted)):
+            stored = (await self._found(session_id, {"metadata": 1})).get("metadata") or {}
+            wanted = [key for key in wanted if not _leads_into_marked(stored, key)]
 
     async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
         """Append feedback, with the present as `created_at`.
@@ -166,7 +185,7 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         moment = now()
-        entry = encode(with_dates({**checked_feedback(feedback), "created_at": moment}), depth=3)
+        entry = _encoded({**checked_feedback(feedback), "created_at": moment}, 3)
         await self._change(session_id, {"$push": {"feedbacks": {"$each": [entry]}}, "$set": {"updated_at": moment}})
 
     async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
@@ -218,10 +237,10 @@ class SessionAnnotations(SessionCollection):
                 raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
         if prompt_metadata is not None and not isinstance(prompt_metadata, dict):
             raise InvalidArgumentError(f"prompt_metadata must be a dict, not {type(prompt_metadata).__name__}")
-        given = {"model": model, "system_prompt": system_prompt, "prompt_metadata": with_dates(prompt_metadata)}
-        given = {name: value for name, value in given.items() if value is not None}
+        fields = {"model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}
+        given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
-        sets = {f"{path}.agent_data.{name}": encode(value, depth=_VALUE_DEPTH + 2) for name, value in given.items()}
+        sets = {f"{path}.agent_data.{name}": _encoded(value, _VALUE_DEPTH + 2) for name, value in given.items()}
         update = {
             "$set": {**sets, "updated_at": now()},
             "$addToSet": {f"{path}.agent_data.config_set": {"$each": sorted(given)}},
@@ -269,11 +288,36 @@ class SessionAnnotations(SessionCollection):
         agents: dict[str, Document] = (await self._found(session_id, projection))["agents"]
         return agents
 
+    async def _change_intact(self, session_id: str, keys: Iterable[str], update: Document) -> bool:
+        """Send an update of metadata; return `False` if a dotted key leads into a value stored in a marked form."""
+        within = {key[:end] for key in keys for end, character in enumerate(key) if character == "."}
+        intact = {f"metadata.{path}.{MARKER}": {"$exists": False} for path in sorted(within)}
+        checked_id(session_id, "session_id")
+        async with self._connection.operation():
+            if await self._update(Update({"_id": session_id, **intact}, update, None)):
+                return True
+            await self._found(session_id, {"created_at": 1})
+            return False
+
     async def _change(self, session_id: str, update: Document) -> None:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             if not await self._update(Update({"_id": session_id}, update, None)):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
+
+
+def _unset(keys: Iterable[str]) -> Document:
+    unset = {f"metadata.{key}": "" for key in keys}
+    return {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})}
+
+
+def _leads_into_marked(stored: Any, key: str) -> bool:
+    """Tell whether a part of a dotted key is stored in a marked form, within which there are no keys of the user's."""
+    for part in key.split(".")[:-1]:
+        stored = stored.get(part) if isinstance(stored, dict) else None
+        if isinstance(stored, dict) and MARKER in stored:
+            return True
+    return False
 
 
 def _config_from(agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:

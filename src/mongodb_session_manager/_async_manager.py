@@ -239,7 +239,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
     ) -> T:
         """Return what the repository says of the session once everything recorded is stored."""
         self._check_open()
-        await self._flush()
+        await self._send()
         return await self._connection.portal.run(operation, self.session_id, *args, **kwargs)
 
     async def close(self) -> None:
@@ -248,5 +248,5 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         Raises:
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
-        if not self._closed:
+        if self._closing is None or not self._closing.done():
             await self._connection.portal.run(self._aclose)

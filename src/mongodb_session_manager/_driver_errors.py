@@ -68,7 +68,7 @@ def translate(error: driver.PyMongoError | driver.DocumentTooLarge) -> MongoDBSe
             return DatabaseUnavailableError(f"the connection to MongoDB was lost: {_first_line(error)}")
         case driver.DocumentTooLarge():
             return MessageTooLargeError("the write is larger than a MongoDB document may be (16 MiB)")
-        case driver.ConfigurationError():
+        case driver.ConfigurationError() | driver.InvalidName():
             return ConfigurationError(f"the MongoDB client refused its configuration: {_first_line(error)}")
         case driver.InvalidOperation():
             return SessionClosedError("the MongoDB client is closed")

@@ -38,12 +38,15 @@ class ConnectionStats(TypedDict):
 
 
 async def _stats(connection: Connection) -> ConnectionStats:
+    pool = connection.pool_stats()  # before the question, which may have to wait for a connection itself
     version, status, error = None, "connected", None
     try:
         version = await connection.server_version()
     except MongoDBSessionError as failure:
         status, error = "closed" if connection.closed else "disconnected", str(failure)
-    return {"status": status, "error": error, "server_version": version, **connection.pool_stats()}
+    if not pool["pool_config"]:
+        pool = connection.pool_stats()
+    return {"status": status, "error": error, "server_version": version, **pool}
 
 
 class MongoDBSessionManagerFactory:
@@ -159,14 +162,14 @@ class MongoDBSessionManagerFactory:
 
         Managers of the factory cannot be used any more.
         """
-        self._connection.portal.call(self._connection.aclose)
+        self._connection.close_blocking()
 
     async def close_async(self) -> None:
         """Wait for writes under way, then close the client if it is the factory's own. Idempotent.
 
         Managers of the factory cannot be used any more.
         """
-        await self._connection.portal.run(self._connection.aclose)
+        await self._connection.close_async()
 
     def __enter__(self) -> Self:
         return self
@@ -254,8 +257,12 @@ class MongoDBConnectionPool:
             if current is None or current.settings != settings:
                 cls._connection = current = Connection(settings)
         if earlier is not None and earlier is not current:
-            earlier.portal.call(earlier.aclose)
-        return cls._client_of(current)
+            earlier.close_blocking()
+        try:
+            return cls._client_of(current)
+        except MongoDBSessionError:
+            cls._connection = None
+            raise
 
     @classmethod
     def get_client(cls) -> Client | None:
@@ -279,7 +286,7 @@ class MongoDBConnectionPool:
         with cls._lock:
             connection, cls._connection = cls._connection, None
         if connection is not None:
-            connection.portal.call(connection.aclose)
+            connection.close_blocking()
 
     @staticmethod
     def _client_of(connection: Connection) -> Client:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+import anyio
 import anyio.to_thread
 
 from ._loop import Portal
@@ -32,6 +33,8 @@ def checked_hook(hook: object, name: str) -> None:
 
 
 def _is_async(hook: Hook) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
     return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(getattr(hook, "__call__", None))  # noqa: B004
 
 
@@ -82,4 +85,6 @@ async def run_hooked(
     if _is_async(hook):
         return await hook(original, action, session_id, **argument)
     waiting = partial(portal.call, operation, session_id)
-    return await anyio.to_thread.run_sync(partial(hook, waiting, action, session_id, **argument))
+    # Not of anyio's 40 threads: hooks that call the manager again would wait for each other's.
+    limiter = anyio.CapacityLimiter(1)
+    return await anyio.to_thread.run_sync(partial(hook, waiting, action, session_id, **argument), limiter=limiter)

@@ -149,7 +149,8 @@ class _IOThread:
         self._thread.join(timeout)
 
 
-_lock = threading.Lock()
+# Reentrant, because the garbage collector may close something while its thread holds the lock.
+_lock = threading.RLock()
 _thread: _IOThread | None = None
 _exiting = False
 _exit_registered = False
@@ -209,12 +210,13 @@ def _finish() -> None:
     if unfinished := thread.portal.drain(max(0.0, end - time.monotonic())):
         logger.warning("unfinished=<%d> | the interpreter ends before these calls to MongoDB did", unfinished)
     thread.stop(max(0.1, end - time.monotonic()))
+    _open_at_exit.clear()
 
 
 async def _close_all() -> None:
     """Close what is open, the youngest first, because sessions are younger than their connection."""
     async with asyncio.timeout(EXIT_TIMEOUT):
-        for _, reference in sorted(_open_at_exit.items(), reverse=True):
+        for _, reference in sorted(_open_at_exit.copy().items(), reverse=True):
             close = reference()
             try:
                 if close is not None:
@@ -226,7 +228,7 @@ async def _close_all() -> None:
 def _forget_parent() -> None:
     """Start afresh in a forked child: threads do not survive a fork, and the parent's sessions are the parent's."""
     global _lock, _thread
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _thread = None
     _open_at_exit.clear()
 

@@ -234,7 +234,7 @@ class MongoDBSessionManager(SessionManagerBase):
     ) -> T:
         """Return what the repository says of the session once everything recorded is stored."""
         self._check_open()
-        self._flush_blocking()
+        self._send_blocking()
         return self._connection.portal.call(operation, self.session_id, *args, **kwargs)
 
     def close(self) -> None:
@@ -243,5 +243,5 @@ class MongoDBSessionManager(SessionManagerBase):
         Raises:
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
-        if not self._closed:
+        if self._closing is None or not self._closing.done():
             self._connection.portal.call(self._aclose)

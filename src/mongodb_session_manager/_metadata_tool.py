@@ -142,7 +142,23 @@ def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:
     if request.action == "delete":
         return f"Metadata deleted: {', '.join(request.keys or ())}."
     visible = policy.visible((result or {}).get("metadata", {}), request.keys)
-    return f"Metadata: {json.dumps(visible, ensure_ascii=False, default=str)}" if visible else "There is no metadata."
+    if not visible:
+        return "There is no metadata."
+    shown = json.dumps(_plain(visible), ensure_ascii=False)
+    return f"Metadata: {shown.encode(errors='replace').decode()}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON shows it best."""
+    match value:
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case str() | int() | float() | None:
+            return value
+        case _:
+            return str(value)
 
 
 def blocking_tool(

@@ -133,6 +133,7 @@ class SessionManagerBase(RepositorySessionManager):
         self._repository = options.repository(connection)
         self._work: UnitOfWork | None = None
         self._closed = False
+        self._closing: asyncio.Task[None] | None = None
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
@@ -151,11 +152,14 @@ class SessionManagerBase(RepositorySessionManager):
 
     async def _open(self) -> None:
         """Load the session. Runs on the loop of the client."""
-        document = await self._repository.open_session(self.session_id)
-        close_at_exit(self._aclose, asyncio.get_running_loop())
-        work = UnitOfWork(self.session_id, document)
-        super().__init__(self.session_id, work)
-        self._work = work
+        async with self._lock():
+            if self._work is not None:
+                return
+            document = await self._repository.open_session(self.session_id)
+            close_at_exit(self._aclose, asyncio.get_running_loop())
+            work = UnitOfWork(self.session_id, document)
+            super().__init__(self.session_id, work)
+            self._work = work
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -274,17 +278,21 @@ class SessionManagerBase(RepositorySessionManager):
 
     async def _flush(self, agent_id: str | None = None) -> None:
         """Await that everything recorded is stored; raise what failed."""
-        work = self._unit
-        if not work.is_settled:
+        await self._send()
+        self._unit.raise_refusal(agent_id)
+
+    async def _send(self) -> None:
+        if not self._unit.is_settled:
             await self._connection.portal.run(self._store)
-        work.raise_refusal(agent_id)
 
     def _flush_blocking(self, agent_id: str | None = None) -> None:
         """Wait until everything recorded is stored; raise what failed."""
-        work = self._unit
-        if not work.is_settled:
+        self._send_blocking()
+        self._unit.raise_refusal(agent_id)
+
+    def _send_blocking(self) -> None:
+        if not self._unit.is_settled:
             self._connection.portal.call(self._store)
-        work.raise_refusal(agent_id)
 
     def _settle(self, agent_id: str) -> None:
         """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""
@@ -305,9 +313,12 @@ class SessionManagerBase(RepositorySessionManager):
 
     async def _aclose(self) -> None:
         """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
-        if self._closed:
-            return
-        self._closed = True
+        if self._closing is None:
+            self._closed = True
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         try:
             if self._work is not None:
                 self._work.close()

@@ -71,7 +71,7 @@ class MongoDBSessionRepository(SessionRepository):
 
     def close(self) -> None:
         """Wait for what is under way and close the client, if it is the repository's own. Idempotent."""
-        self._portal.call(self._async.close)
+        self._async._connection.close_blocking()
 
     def ping(self) -> None:
         """Raise unless the server answers.

@@ -135,7 +135,8 @@ class UnitOfWork(SessionRepository):
 
     def release(self, agent_id: str) -> None:
         """Let go of an agent's loaded messages, which the restored agent holds now."""
-        self._agents[agent_id].messages = None
+        agent = self._agents[agent_id]
+        agent.messages = agent.last_appended = None
 
     # What is recorded beside Strands' own calls.
 
