@@ -175,13 +175,16 @@ def _check_client(client: object) -> None:
 def _check_uri(connection_string: str) -> None:
     if connection_string.startswith("mongodb+srv://"):
         return  # parsing it would ask DNS; the driver does that when it connects
+    refusal = None
+    options: Mapping[str, Any] = {}
     try:
         options = parse_uri(connection_string)["options"]
     except (driver.ConfigurationError, ValueError) as error:
+        refusal = Settings(connection_string).reason(error)
+    if refusal is not None:  # raised here so that the driver's error, which may hold the password, is not its context
         raise ConfigurationError(
-            "connection_string is not mongodb://[user:password@]host[:port]/[database][?options]"
-            f"{Settings(connection_string).reason(error)}"
-        ) from None
+            f"connection_string is not mongodb://[user:password@]host[:port]/[database][?options]{refusal}"
+        )
     if options.get("w") == 0:
         raise ConfigurationError("connection_string has w=0: a session cannot rely on unacknowledged writes")
 
@@ -297,13 +300,14 @@ class Connection:
         make = partial(
             AsyncIOMotorClient, self.settings.connection_string, io_loop=loop, event_listeners=listeners, **options
         )
+        refusal = None
         try:
             # In a thread, because the driver looks at files to describe the machine to the server.
             client: Client = await loop.run_in_executor(None, make)
         except (driver.PyMongoError, ValueError, TypeError, OSError) as error:
-            raise ConfigurationError(
-                f"the MongoDB client refused its configuration{self.settings.reason(error)}"
-            ) from None
+            refusal = self.settings.reason(error)
+        if refusal is not None:  # not within `except`, so that an error that may hold the password is not its context
+            raise ConfigurationError(f"the MongoDB client refused its configuration{refusal}")
         if not _options(client).write_concern.acknowledged:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
