@@ -424,3 +424,10 @@ def test_no_key_leads_out_of_metadata(
         assert isinstance(session.metadata, dict)
 
     attack()
+
+
+def test_a_model_that_may_only_read_is_offered_nothing_else(session: Session) -> None:
+    schema = session.manager.get_metadata_tool(read_only=True).tool_spec["inputSchema"]
+    schema = schema.get("json", schema)
+    assert schema["properties"]["action"]["enum"] == ["get"]
+    assert schema["properties"].keys() == {"action", "keys"}
