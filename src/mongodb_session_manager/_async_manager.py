@@ -248,5 +248,5 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         Raises:
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
-        if self._closing is None or not self._closing.done():
+        if self._closing is None or not self._closing.is_set():
             await self._connection.portal.run(self._aclose)

@@ -243,5 +243,5 @@ class MongoDBSessionManager(SessionManagerBase):
         Raises:
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
-        if self._closing is None or not self._closing.done():
+        if self._closing is None or not self._closing.is_set():
             self._connection.portal.call(self._aclose)

@@ -133,7 +133,7 @@ class SessionManagerBase(RepositorySessionManager):
         self._repository = options.repository(connection)
         self._work: UnitOfWork | None = None
         self._closed = False
-        self._closing: asyncio.Task[None] | None = None
+        self._closing: asyncio.Event | None = None
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
@@ -313,10 +313,15 @@ class SessionManagerBase(RepositorySessionManager):
 
     async def _aclose(self) -> None:
         """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
-        if self._closing is None:
-            self._closed = True
-            self._closing = asyncio.get_running_loop().create_task(self._close())
-        await asyncio.shield(self._closing)
+        if self._closing is not None:
+            await self._closing.wait()
+            return
+        self._closed = True
+        self._closing = asyncio.Event()
+        try:
+            await self._close()
+        finally:
+            self._closing.set()
 
     async def _close(self) -> None:
         try:
