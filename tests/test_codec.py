@@ -476,7 +476,7 @@ def test_where_the_stack_ends_nothing_comes_back_wrong(room: int) -> None:
         ({Label("red"), "red"}, "not distinct"),
         (datetime(2026, 1, 2, tzinfo=timezone(timedelta(microseconds=1))), "offset of less than a second"),
     ],
-    ids=lambda value: repr(value)[:50],
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", repr(value))[:50],
 )
 def test_what_cannot_be_stored_is_refused_without_showing_it(value: Any, message: str) -> None:
     with pytest.raises(EncodingError, match=message) as raised:

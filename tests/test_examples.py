@@ -23,14 +23,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 def run(block: str, uri: str, database: str) -> dict[str, Any]:
     """Execute a block of the README on the test's server and with a scripted model."""
     block = block.replace('"mongodb://localhost:27017/support"', f'"{uri}", "{database}"')
-    block = block.replace("Agent(session", "Agent(model=model(), session")
+    block = block.replace("Agent(session_manager=", "Agent(model=model(), session_manager=")
     namespace: dict[str, Any] = {"model": ScriptedModel}
     exec(compile(block, "README.md", "exec"), namespace)
     return namespace
 
 
-def test_the_readme_has_two_quick_starts_and_a_block_on_aws() -> None:
-    assert len(BLOCKS) == 3
+def test_every_block_of_the_readme_is_run_here() -> None:
+    assert len(BLOCKS) == 4  # the one on AWS by tests/aws
 
 
 def test_sync_quick_start(server: str, database: str) -> None:
@@ -50,6 +50,14 @@ async def test_fastapi_quick_start(server: str, database: str) -> None:
         answer = await client.post("/sessions/s/messages", params={"text": "What is my name?"})
     assert answer.text.strip() == "Your name is Ada."
     await asyncio.to_thread(close_global_factory)
+
+
+def test_metadata_and_feedback(server: str, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(BLOCKS[2], server, database)
+    shown = capsys.readouterr().out
+    assert shown.startswith("ada-1: metadata update\nada-1: metadata get\n")
+    assert "{'metadata': {'customer': 'Ada', 'preferences': {'language': 'en'}}}" in shown
+    assert "'comment': 'quick'" in shown
 
 
 def test_quickstart_example(server: str) -> None:

@@ -7,9 +7,8 @@ Asynchronous code opens a session with `create_mongodb_session_manager_async` or
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+import importlib.util
+import typing
 
 from ._async_manager import AsyncMongoDBSessionManager
 from ._capture import GUARDRAIL_STOP_REASONS
@@ -51,7 +50,7 @@ from .errors import (
 from .hooks._notification import NotificationEvent
 from .hooks._notify import notify_later
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from .hooks.sns import FeedbackSNSHook, create_feedback_sns_hook
     from .hooks.sqs import MetadataSQSHook, create_metadata_sqs_hook
     from .hooks.websocket import MetadataWebSocketHook, create_metadata_websocket_hook
@@ -115,7 +114,7 @@ _WITH_AWS = {
 
 def _has_extra() -> bool:
     try:
-        return find_spec("aioboto3") is not None
+        return importlib.util.find_spec("aioboto3") is not None
     except ImportError:
         return False
 
@@ -124,10 +123,10 @@ if not _has_extra():  # `from mongodb_session_manager import *` takes what is th
     __all__ = [name for name in __all__ if name not in _WITH_AWS]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Import the AWS hooks when they are touched: they need the extra `aws`, and nobody else waits for it."""
     if name in _WITH_AWS:
-        return getattr(import_module(f".hooks.{_WITH_AWS[name]}", __name__), name)
+        return getattr(importlib.import_module(f".hooks.{_WITH_AWS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -137,7 +136,7 @@ def __dir__() -> list[str]:
 
 def _is_importable(module: str) -> bool:
     try:
-        import_module(f".hooks.{module}", __name__)
+        importlib.import_module(f".hooks.{module}", __name__)
     except ImportError:
         return False
     return True

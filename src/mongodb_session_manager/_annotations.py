@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from typing import Any, TypedDict
 
 from pymongo import ReturnDocument
 
 from ._changes import Update
-from ._codec import decode, encode
+from ._codec import MARKER, decode, encode
 from ._commands import SessionCollection
-from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now
+from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
 from ._stored_fields import asked_for
-from .errors import AgentNotFoundError, InvalidArgumentError, SessionNotFoundError
+from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
+_RESERVED = frozenset({MARKER, "__bytes_encoded__"})
 _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 
 
@@ -68,7 +70,9 @@ def checked_keys(keys: object, name: str = "keys") -> list[str]:
     """
     if isinstance(keys, str | bytes | Mapping) or not isinstance(keys, Iterable):
         raise InvalidArgumentError(f"{name} must be a list of str, not {type(keys).__name__}")
-    listed = list(keys)
+    listed: list[Any] = list(keys)
+    with suppress(TypeError):  # an unhashable one is no str, which the next line says
+        listed = list(dict.fromkeys(listed))
     _checked_paths(listed, name)
     return listed
 
@@ -95,6 +99,8 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
                 f"{name} holds the key {path!r}: a key must not be empty, hold NUL, or have a segment between dots "
                 "that is empty or begins with $"
             )
+        if _RESERVED.intersection(parts):
+            raise InvalidArgumentError(f"{name} holds the key {path!r}, a segment of which marks encoded values")
         try:
             path.encode()
         except UnicodeEncodeError:
@@ -106,16 +112,24 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
 
 
-def with_dates(value: Any) -> Any:
-    """Return the value with every datetime as a BSON date, so that it can be queried: UTC, whole milliseconds."""
+def _encoded(value: Any, depth: int) -> Any:
+    """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds."""
+    try:
+        return encode(_with_dates(value), depth=depth)
+    except RecursionError:
+        raise EncodingError("cannot store a value nested deeper than Python's stack allows here") from None
+
+
+def _with_dates(value: Any) -> Any:
     match value:
         case datetime():
-            moment = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-            return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+            with suppress(OverflowError):  # the first or last day of the calendar, in another zone
+                return to_date(value)
+            return value
         case dict():
-            return {key: with_dates(item) for key, item in value.items()}
+            return {key: _with_dates(item) for key, item in value.items()}
         case list():
-            return [with_dates(item) for item in value]
+            return [_with_dates(item) for item in value]
         case _:
             return value
 
@@ -136,15 +150,18 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         sets = {
-            f"metadata.{key}": encode(with_dates(value), depth=_VALUE_DEPTH + key.count("."))
+            f"metadata.{key}": _encoded(value, _VALUE_DEPTH + key.count("."))
             for key, value in checked_metadata(metadata).items()
         }
-        await self._change_metadata(session_id, {"$set": {**sets, "updated_at": now()}})
+        if not await self._change_intact(session_id, metadata, {"$set": {**sets, "updated_at": now()}}):
+            raise InvalidArgumentError("metadata holds a key with dots that leads into a stored value that has no keys")
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
         """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""
         document = await self._find(session_id, {"metadata": 1})
-        return {} if document is None else {"metadata": decode(document.get("metadata") or {})}
+        if document is None:
+            return {}
+        return {"metadata": {key: decode(value) for key, value in (document.get("metadata") or {}).items()}}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
         """Remove keys from a session's metadata; unknown keys are no error.
@@ -153,9 +170,10 @@ class SessionAnnotations(SessionCollection):
             InvalidArgumentError: `keys` is not a list of keys.
             SessionNotFoundError: The session does not exist.
         """
-        unset = {f"metadata.{key}": "" for key in checked_keys(keys)}
-        update = {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})}
-        await self._change_metadata(session_id, update)
+        wanted = checked_keys(keys)
+        while not await self._change_intact(session_id, wanted, _unset(wanted)):
+            stored = (await self._found(session_id, {"metadata": 1})).get("metadata") or {}
+            wanted = [key for key in wanted if not _leads_into_marked(stored, key)]
 
     async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
         """Append feedback, with the present as `created_at`.
@@ -171,7 +189,7 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         moment = now()
-        entry = encode(with_dates({**checked_feedback(feedback), "created_at": moment}), depth=3)
+        entry = _encoded({**checked_feedback(feedback), "created_at": moment}, 3)
         await self._change(session_id, {"$push": {"feedbacks": {"$each": [entry]}}, "$set": {"updated_at": moment}})
 
     async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
@@ -223,10 +241,10 @@ class SessionAnnotations(SessionCollection):
                 raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
         if prompt_metadata is not None and not isinstance(prompt_metadata, dict):
             raise InvalidArgumentError(f"prompt_metadata must be a dict, not {type(prompt_metadata).__name__}")
-        given = {"model": model, "system_prompt": system_prompt, "prompt_metadata": with_dates(prompt_metadata)}
-        given = {name: value for name, value in given.items() if value is not None}
+        fields = {"model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}
+        given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
-        sets = {f"{path}.agent_data.{name}": encode(value, depth=_VALUE_DEPTH + 2) for name, value in given.items()}
+        sets = {f"{path}.agent_data.{name}": _encoded(value, _VALUE_DEPTH + 2) for name, value in given.items()}
         update = {
             "$set": {**sets, "updated_at": now()},
             "$addToSet": {f"{path}.agent_data.config_set": {"$each": sorted(given)}},
@@ -274,39 +292,62 @@ class SessionAnnotations(SessionCollection):
         agents: dict[str, Document] = (await self._found(session_id, projection))["agents"]
         return agents
 
-    async def _change_metadata(self, session_id: str, update: Document) -> None:
-        """Change metadata, and return fields of it in the same command to whoever asked."""
-        if not (asked := asked_for()):
-            return await self._change(session_id, update)
+    async def _change_intact(self, session_id: str, keys: Iterable[str], update: Document) -> bool:
+        """Send an update of metadata; return `False` if a dotted key leads into a value stored in a marked form."""
+        within = {key[:end] for key in keys for end, character in enumerate(key) if character == "."}
+        intact = {f"metadata.{path}.{MARKER}": {"$exists": False} for path in sorted(within)}
         checked_id(session_id, "session_id")
-        projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
         async with self._connection.operation():
-            document = await self._send(
-                lambda collection: collection.find_one_and_update(
-                    {"_id": session_id}, update, projection=projection, return_document=ReturnDocument.AFTER
-                )
+            if await self._change_metadata(session_id, {"_id": session_id, **intact}, update):
+                return True
+            await self._found(session_id, {"created_at": 1})
+            return False
+
+    async def _change_metadata(self, session_id: str, condition: Document, update: Document) -> bool:
+        """Send an update of metadata, which tells fields of the outcome to whoever asked; return whether it matched."""
+        if not (asked := asked_for()):
+            return await self._update(Update(condition, update, None))
+        projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
+        document = await self._send(
+            lambda collection: collection.find_one_and_update(
+                condition, update, projection=projection, return_document=ReturnDocument.AFTER
             )
+        )
         if document is None:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+            return False
         metadata = document.get("metadata") or {}
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
             fields.values = {name: decode(metadata[name]) for name in fields.names if name in metadata}
             fields.remove = partial(self.portal.run, remove)
+        return True
 
     async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
         """Remove a field of a session's metadata, unless its value is another one by now."""
         path = f"metadata.{name}"
+        condition = {"_id": session_id, path: value}
         async with self._connection.operation():
-            await self._update(
-                Update({"_id": session_id, path: value}, {"$unset": {path: ""}, "$set": {"updated_at": now()}}, None)
-            )
+            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": now()}}, None))
 
     async def _change(self, session_id: str, update: Document) -> None:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             if not await self._update(Update({"_id": session_id}, update, None)):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
+
+
+def _unset(keys: Iterable[str]) -> Document:
+    unset = {f"metadata.{key}": "" for key in keys}
+    return {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})}
+
+
+def _leads_into_marked(stored: Any, key: str) -> bool:
+    """Tell whether a part of a dotted key is stored in a marked form, within which there are no keys of the user's."""
+    for part in key.split(".")[:-1]:
+        stored = stored.get(part) if isinstance(stored, dict) else None
+        if isinstance(stored, dict) and MARKER in stored:
+            return True
+    return False
 
 
 def _config_from(agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:

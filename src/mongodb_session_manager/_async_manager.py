@@ -241,7 +241,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
     ) -> T:
         """Return what the repository says of the session once everything recorded is stored."""
         self._check_open()
-        await self._flush()
+        await self._send()
         return await self._connection.portal.run(operation, self.session_id, *args, **kwargs)
 
     async def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
@@ -254,5 +254,5 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         Raises:
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
-        if not self._closed:
-            await self._connection.portal.run(self.aclose, notification_timeout)
+        if self._closing is None or not self._closing.is_set():
+            await self._connection.portal.run(self._aclose, notification_timeout)

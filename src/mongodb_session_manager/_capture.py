@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,8 +69,10 @@ GUARDRAIL_STOP_REASONS = frozenset({"guardrail_intervened", "content_filtered"})
 """Reasons for which a model stops because a guardrail stepped in."""
 
 _POLICIES = ("contentPolicy", "topicPolicy", "wordPolicy", "sensitiveInformationPolicy", "contextualGroundingPolicy")
-_QUOTING = frozenset({"match", "modelOutput"})
-"""Keys of a guardrail trace whose values quote the conversation."""
+_TELLING = frozenset({"action", "confidence", "detected", "filterStrength", "name", "score", "threshold", "type"})
+"""Fields of a guardrail trace that say what was found; any other may quote the conversation."""
+
+_FIELD = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 def summarize_policies(trace: Any) -> dict[str, list[str]]:
@@ -99,23 +102,23 @@ def _collect_policies(part: Any, found: dict[str, list[str]]) -> None:
             if name not in _POLICIES:
                 _collect_policies(value, found)
             elif isinstance(value, Mapping):
-                for kind, entries in value.items():
+                for entries in value.values():
                     for entry in entries if isinstance(entries, list) else ():
-                        if isinstance(entry, Mapping) and entry.get("action") != "NONE":
-                            summary = _summary(name, kind, entry)
-                            if summary not in found.setdefault(name, []):
+                        if isinstance(entry, Mapping) and entry and entry.get("action") != "NONE":
+                            summary = _summary(name, entry)
+                            if summary and summary not in found.setdefault(name, []):
                                 found[name].append(summary)
 
 
-def _summary(policy: str, kind: str, entry: Mapping[str, Any]) -> str:
-    match policy, kind:
-        case "contentPolicy", _:
+def _summary(policy: str, entry: Mapping[str, Any]) -> str:
+    match policy:
+        case "contentPolicy":
             parts = (entry.get("type"), entry.get("confidence"))
-        case "topicPolicy", _:
+        case "topicPolicy":
             parts = (entry.get("name"), entry.get("type"))
-        case "wordPolicy", _:
+        case "wordPolicy":
             parts = (entry.get("type", "CUSTOM"), entry.get("action"))
-        case "sensitiveInformationPolicy", _:
+        case "sensitiveInformationPolicy":
             parts = (entry.get("type", entry.get("name")), entry.get("action"))
         case _:
             parts = (entry.get("type"), entry.get("score"))
@@ -123,10 +126,19 @@ def _summary(policy: str, kind: str, entry: Mapping[str, Any]) -> str:
 
 
 def without_quotes(trace: Any) -> Any:
-    """Return a guardrail trace without what it quotes of the conversation, which a redaction must not leave behind."""
+    """Return a guardrail trace without what it may quote of the conversation, which a redaction must not leave behind.
+
+    What is text stays only in the fields that say what was found.
+    """
     if isinstance(trace, Mapping):
-        return {key: "[redacted]" if key in _QUOTING else without_quotes(value) for key, value in trace.items()}
-    return [without_quotes(item) for item in trace] if isinstance(trace, list) else trace
+        return {
+            key: value if key in _TELLING and isinstance(value, str) else without_quotes(value)
+            for key, value in trace.items()
+            if isinstance(key, str) and _FIELD.fullmatch(key)
+        }
+    if isinstance(trace, list | tuple):
+        return [without_quotes(item) for item in trace]
+    return trace if trace is None or isinstance(trace, bool | int | float) else "[redacted]"
 
 
 def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: Any) -> Document:

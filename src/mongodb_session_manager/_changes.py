@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from ._documents import Document, StoredMessage, agent_key
+from ._documents import Document, StoredMessage, agent_key, checked_id
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 
 
@@ -95,12 +95,19 @@ Change: TypeAlias = (
 
 @dataclass
 class AgentWrite:
-    """All recorded changes of one agent, gathered."""
+    """All recorded changes of one agent, gathered.
+
+    `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
+    turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the
+    other is what that statement may not have said.
+    """
 
     agent_id: str
     created: Document | None = None
     appended: list[StoredMessage] = field(default_factory=list)
     usage: dict[int, Mapping[str, int]] = field(default_factory=dict)
+    recorded: dict[int, StoredMessage] = field(default_factory=dict)
+    amended: dict[int, Document] = field(default_factory=dict)
     replaced: dict[int, Document] = field(default_factory=dict)
     data: Document = field(default_factory=dict)
     config: Document = field(default_factory=dict)
@@ -116,6 +123,7 @@ class AgentWrite:
                 self._touch(document["updated_at"])
             case AppendMessage(message=message, usage=usage):
                 self.appended.append(message)
+                self.recorded[message["message_id"]] = message
                 self.usage[message["message_id"]] = usage
                 self._touch(message["updated_at"])
             case ReplaceMessage(message_id=message_id, fields=fields):
@@ -140,6 +148,7 @@ class AgentWrite:
         for position, message in enumerate(self.appended):
             if message["message_id"] == message_id:
                 self.appended[position] = cast(StoredMessage, {**message, **fields})
+                self.amended.setdefault(message_id, {}).update(fields)
                 return
         self.replaced.setdefault(message_id, {}).update(fields)
 
@@ -162,7 +171,8 @@ def fold(changes: Iterable[Change]) -> dict[str, AgentWrite]:
     """Gather changes, in the order they were recorded, into one write per agent."""
     writes: dict[str, AgentWrite] = {}
     for change in changes:
-        writes.setdefault(change.agent_id, AgentWrite(change.agent_id)).add(change)
+        agent_id = checked_id(change.agent_id, "agent_id")
+        writes.setdefault(agent_id, AgentWrite(agent_id)).add(change)
     return writes
 
 
@@ -232,12 +242,13 @@ def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
 def _whole(write: AgentWrite) -> Document:
     """Return the sub-document of an agent that does not exist yet."""
     created = write.created or {}
+    usage = {"usage": write.increments} if write.increments else {}
     return {
         **created,
+        **usage,
         "agent_data": {**created["agent_data"], **write.config, **write.data},
         "updated_at": write.moment or created["updated_at"],
         "next_message_id": write.appended[-1]["message_id"] + 1 if write.appended else 0,
-        "usage": write.increments,
         "messages": list(write.appended),
     }
 
@@ -321,19 +332,22 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         raise MessageNotFoundError(f"agent {write.agent_id!r} holds no message {missing[0]}")
 
     written = 0
-    while written < len(write.appended) and _is_stored(write.appended[written], stored):
+    while written < len(write.appended) and _is_stored(write.recorded[write.appended[written]["message_id"]], stored):
         written += 1
-    rest = replace(write, created=None, appended=write.appended[written:])
+    late = {message["message_id"]: write.amended.get(message["message_id"]) for message in write.appended[:written]}
+    replaced = write.replaced | {message_id: fields for message_id, fields in late.items() if fields}
+    rest = replace(write, created=None, appended=write.appended[written:], replaced=replaced)
     if written and not rest.appended:
         # All messages are stored, by a statement whose acknowledgement was lost. What else it said was stored with
         # them; saying it again is harmless as long as nobody has written since.
         rest.expected = write.appended[-1]["message_id"] + 1
         if stored.next_message_id != rest.expected:
-            return None
+            rest = AgentWrite(write.agent_id, replaced=replaced, events=write.events, moment=write.moment)
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         raise SessionConflictError(
             f"agent {write.agent_id!r}: another writer stored message {stored.next_message_id - 1} after this session "
-            "was loaded, and nothing of this write; open the session with a new manager and repeat the request"
+            f"was loaded, so what was to follow message {rest.expected_id - 1} was not stored; open the session with a "
+            "new manager and repeat the request"
         )
     return rest if rest.appended or rest.data or rest.config or rest.replaced else None
 

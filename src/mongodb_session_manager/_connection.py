@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -41,6 +42,9 @@ Client: TypeAlias = "AsyncIOMotorClient[Any] | AsyncMongoClient[Any]"
 
 DEFAULT_DATABASE = "agent_sessions"
 
+SOCKET_TIMEOUT_MS = 30_000
+"""How long an owned client waits for an answer unless the user says otherwise; the driver would wait for ever."""
+
 _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", default=False)
 
 
@@ -52,7 +56,6 @@ class AsyncCollection(Protocol):
     async def insert_one(self, *args: Any, **kwargs: Any) -> Any: ...
     async def update_one(self, *args: Any, **kwargs: Any) -> Any: ...
     async def create_indexes(self, *args: Any, **kwargs: Any) -> list[str]: ...
-    def aggregate(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class PoolStats(TypedDict):
@@ -141,6 +144,20 @@ class Settings:
         _check_uri(connection_string)
         return cls(connection_string=connection_string, client_options=dict(client_options))
 
+    def reason(self, error: Exception) -> str:
+        """Return what may be shown of a driver's error, which may quote any part of a string that holds a password."""
+        address = (self.connection_string or "").partition("://")[2]
+        secrets = re.split(r"[:/@?&=]", address.rpartition("@")[0])
+        return "" if any(secret and secret in str(error) for secret in secrets) else f": {error}"
+
+    def bounded_options(self) -> dict[str, Any]:
+        """Return the client options with a bound on the wait for an answer, if there is none."""
+        named = {name.lower() for name in self.client_options} | set(
+            re.findall(r"[?&](\w+)=", (self.connection_string or "").lower())
+        )
+        bound = {} if named & {"sockettimeoutms", "timeoutms"} else {"socketTimeoutMS": SOCKET_TIMEOUT_MS}
+        return {**bound, **self.client_options}
+
 
 def _check_client(client: object) -> None:
     if isinstance(client, AsyncIOMotorClient | AsyncMongoClient):
@@ -157,15 +174,16 @@ def _check_client(client: object) -> None:
 def _check_uri(connection_string: str) -> None:
     if connection_string.startswith("mongodb+srv://"):
         return  # parsing it would ask DNS; the driver does that when it connects
+    refusal = None
+    options: Mapping[str, Any] = {}
     try:
         options = parse_uri(connection_string)["options"]
     except (driver.ConfigurationError, ValueError) as error:
-        credentials = connection_string.partition("://")[2].rpartition("@")[0] or connection_string.partition("://")[2]
-        reason = "" if any(part and part in str(error) for part in credentials.split(":")) else f": {error}"
-        # The driver's text may quote any part of the string, its password too, so it is no cause to show.
+        refusal = Settings(connection_string).reason(error)
+    if refusal is not None:  # raised here so that the driver's error, which may hold the password, is not its context
         raise ConfigurationError(
-            f"connection_string is not mongodb://[user:password@]host[:port]/[database][?options]{reason}"
-        ) from None
+            f"connection_string is not mongodb://[user:password@]host[:port]/[database][?options]{refusal}"
+        )
     if options.get("w") == 0:
         raise ConfigurationError("connection_string has w=0: a session cannot rely on unacknowledged writes")
 
@@ -199,9 +217,7 @@ class Connection:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._client: Client | None = settings.client
-        self._loop = _bound_loop(settings.client) if settings.client is not None else None
-        if settings.client is not None and self._loop is None:
-            self._loop = running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._portal: Portal | None = None
         self._pid = os.getpid()
         self._counter = _PoolCounter()
@@ -225,7 +241,12 @@ class Connection:
     @property
     def portal(self) -> Portal:
         """The portal to the loop that does this connection's I/O for managers, factories and the sync repository."""
-        if self.settings.client is None or self._loop is None:
+        if self.settings.client is None:
+            return io_portal()
+        self._refuse_in_child()
+        if self._loop is None:
+            self._loop = _bound_loop(self.settings.client) or running_loop()
+        if self._loop is None:
             return io_portal()
         if self._portal is None:
             self._portal = portal_to(self._loop)
@@ -260,8 +281,8 @@ class Connection:
         if self._pid != os.getpid():
             self._leave_parent()
         if self._loop is None:
-            self._loop = loop
-        elif self._loop is not loop:
+            self._loop = loop if self.settings.client is None else _bound_loop(self.settings.client) or loop
+        if self._loop is not loop:
             raise EventLoopError(
                 "this connection belongs to another event loop: open one repository per loop, or use the managers, "
                 "which may be called from any"
@@ -273,31 +294,39 @@ class Connection:
         return self._client
 
     async def _open_client(self, loop: asyncio.AbstractEventLoop) -> Client:
-        options = dict(self.settings.client_options)
+        options = self.settings.bounded_options()
         listeners = [*options.pop("event_listeners", ()), self._counter]
         make = partial(
             AsyncIOMotorClient, self.settings.connection_string, io_loop=loop, event_listeners=listeners, **options
         )
-        with driver_errors():
+        refusal = None
+        try:
             # In a thread, because the driver looks at files to describe the machine to the server.
             client: Client = await loop.run_in_executor(None, make)
+        except (driver.PyMongoError, ValueError, TypeError, OSError) as error:
+            refusal = self.settings.reason(error)
+        if refusal is not None:  # not within `except`, so that an error that may hold the password is not its context
+            raise ConfigurationError(f"the MongoDB client refused its configuration{refusal}")
         if not _options(client).write_concern.acknowledged:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
         self._finalizer.atexit = False
-        close_at_exit(self, loop, ExitOrder.CONNECTIONS)
+        close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
         return client
 
     def _leave_parent(self) -> None:
         """Forget, in a forked child, the client whose sockets belong to the parent; keep it from being collected."""
-        if self.settings.client is not None:
-            raise EventLoopError("a borrowed client does not survive os.fork(): create one in the child")
+        self._refuse_in_child()
         self._abandoned += [self._client, self._finalizer]
         if self._finalizer is not None:
             self._finalizer.detach()
         self._client, self._loop, self._finalizer = None, None, None
         self._pid, self._counter, self._operations, self._tasks = os.getpid(), _PoolCounter(), 0, set()
         self._idle, self._opening = asyncio.Event(), asyncio.Lock()
+
+    def _refuse_in_child(self) -> None:
+        if self.settings.client is not None and self._pid != os.getpid():
+            raise EventLoopError("a borrowed client does not survive os.fork(): create one in the child")
 
     async def collection(self, database: str, name: str) -> AsyncCollection:
         """Return a collection that decodes as `_codec` expects and whose writes survive a failover.
@@ -325,6 +354,8 @@ class Connection:
         """
         if self._closing and not _entered.get():
             raise SessionClosedError("the connection is closed: open a new manager or factory")
+        if self._pid != os.getpid():
+            self._leave_parent()
         token = _entered.set(True)
         self._operations += 1
         try:
@@ -372,8 +403,18 @@ class Connection:
             "wait_queue": None if borrowed else self._counter.waiting,
         }
 
+    def close_blocking(self) -> None:
+        """Close from synchronous code; see `aclose`. Does nothing the second time, even when the interpreter ends."""
+        if not self._closing:
+            self.portal.call(self.aclose)
+
+    async def close_async(self) -> None:
+        """Close from any event loop; see `aclose`."""
+        if not self._closing:
+            await self.portal.run(self.aclose)
+
     async def aclose(self) -> None:
-        """Wait for what is under way, then close an owned client. Idempotent."""
+        """Wait for what is under way, then close an owned client. Idempotent. Runs on the loop of the client."""
         self._closing = True
         if self._pid != os.getpid():
             self._leave_parent()
@@ -400,4 +441,4 @@ def _milliseconds(seconds: float | None) -> int | None:
 def _close_collected(client: Client, loop: asyncio.AbstractEventLoop, pid: int) -> None:
     """End the sockets and threads of a client whose connection was collected without being closed."""
     if pid == os.getpid() and loop.is_running():
-        Portal(loop).submit(_close_client, client)
+        portal_to(loop).submit(_close_client, client)

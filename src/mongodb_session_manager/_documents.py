@@ -101,6 +101,17 @@ def checked_id(value: object, name: str) -> str:
     return value
 
 
+def checked_message_id(value: object) -> int:
+    """Return `value` if it can be the id of a message.
+
+    Raises:
+        InvalidArgumentError: It is not a whole number from 0.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidArgumentError("message_id must be an int from 0")
+    return value
+
+
 def agent_key(agent_id: str) -> str:
     """Return the key of an agent: its id, with `%`, `.` and `$` percent-encoded."""
     return re.sub(r"[%.$]", lambda match: f"%{ord(match[0]):02X}", checked_id(agent_id, "agent_id"))
@@ -113,8 +124,7 @@ def agent_id_of(key: str) -> str:
 
 def now() -> datetime:
     """Return the present as MongoDB stores it: UTC, whole milliseconds."""
-    present = datetime.now(UTC)
-    return present.replace(microsecond=present.microsecond // 1000 * 1000)
+    return _to_milliseconds(datetime.now(UTC))
 
 
 def to_date(value: str | datetime | None) -> datetime:
@@ -122,7 +132,12 @@ def to_date(value: str | datetime | None) -> datetime:
     if value is None:
         return now()
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return _to_milliseconds(moment)
+
+
+def _to_milliseconds(moment: datetime) -> datetime:
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
 def to_iso(value: str | datetime | None) -> str:

@@ -47,7 +47,7 @@ def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Ite
         yield
     except passing:
         raise
-    except driver.PyMongoError as error:
+    except (driver.PyMongoError, driver.DocumentTooLarge) as error:
         raise translate(error) from error
     except RuntimeError as error:
         if isinstance(error, MongoDBSessionError) or "after" not in str(error) or "shutdown" not in str(error):
@@ -55,7 +55,7 @@ def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Ite
         raise EventLoopError("the interpreter is shutting down: nothing can be sent to MongoDB any more") from error
 
 
-def translate(error: driver.PyMongoError) -> MongoDBSessionError:
+def translate(error: driver.PyMongoError | driver.DocumentTooLarge) -> MongoDBSessionError:
     """Return the error of this package that says the same, without anything that a document holds."""
     match error:
         case driver.ServerSelectionTimeoutError():
@@ -68,7 +68,7 @@ def translate(error: driver.PyMongoError) -> MongoDBSessionError:
             return DatabaseUnavailableError(f"the connection to MongoDB was lost: {_first_line(error)}")
         case driver.DocumentTooLarge():
             return MessageTooLargeError("the write is larger than a MongoDB document may be (16 MiB)")
-        case driver.ConfigurationError():
+        case driver.ConfigurationError() | driver.InvalidName():
             return ConfigurationError(f"the MongoDB client refused its configuration: {_first_line(error)}")
         case driver.InvalidOperation():
             return SessionClosedError("the MongoDB client is closed")

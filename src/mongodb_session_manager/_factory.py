@@ -39,12 +39,15 @@ class ConnectionStats(TypedDict):
 
 
 async def _stats(connection: Connection) -> ConnectionStats:
+    pool = connection.pool_stats()  # before the question, which may have to wait for a connection itself
     version, status, error = None, "connected", None
     try:
         version = await connection.server_version()
     except MongoDBSessionError as failure:
         status, error = "closed" if connection.closed else "disconnected", str(failure)
-    return {"status": status, "error": error, "server_version": version, **connection.pool_stats()}
+    if not pool["pool_config"]:
+        pool = connection.pool_stats()
+    return {"status": status, "error": error, "server_version": version, **pool}
 
 
 class MongoDBSessionManagerFactory:
@@ -169,7 +172,8 @@ class MongoDBSessionManagerFactory:
             notification_timeout: Seconds to wait for the notifications of all sessions. What is not delivered by then
                 is logged by its name, and tried on as long as the process runs.
         """
-        self._connection.portal.call(self._aclose, notification_timeout)
+        if not self._connection.closed:
+            self._connection.portal.call(self._aclose, notification_timeout)
 
     async def close_async(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Deliver what hooks left behind, wait for writes under way, and close the client if it is the factory's own.
@@ -180,13 +184,13 @@ class MongoDBSessionManagerFactory:
             notification_timeout: Seconds to wait for the notifications of all sessions. What is not delivered by then
                 is logged by its name, and tried on as long as the process runs.
         """
-        await self._connection.portal.run(self._aclose, notification_timeout)
+        if not self._connection.closed:
+            await self._connection.portal.run(self._aclose, notification_timeout)
 
     async def _aclose(self, notification_timeout: float) -> None:
         try:
-            if not self._connection.closed:
-                await drain(self._connection, notification_timeout)
-                await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
+            await drain(self._connection, notification_timeout)
+            await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
         finally:
             await self._connection.aclose()
 
@@ -276,8 +280,12 @@ class MongoDBConnectionPool:
             if current is None or current.settings != settings:
                 cls._connection = current = Connection(settings)
         if earlier is not None and earlier is not current:
-            earlier.portal.call(earlier.aclose)
-        return cls._client_of(current)
+            earlier.close_blocking()
+        try:
+            return cls._client_of(current)
+        except MongoDBSessionError:
+            cls._connection = None
+            raise
 
     @classmethod
     def get_client(cls) -> Client | None:
@@ -301,7 +309,7 @@ class MongoDBConnectionPool:
         with cls._lock:
             connection, cls._connection = cls._connection, None
         if connection is not None:
-            connection.portal.call(connection.aclose)
+            connection.close_blocking()
 
     @staticmethod
     def _client_of(connection: Connection) -> Client:

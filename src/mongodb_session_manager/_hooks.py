@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import anyio
 import anyio.from_thread
 import anyio.to_thread
 
@@ -33,6 +34,8 @@ def checked_hook(hook: object, name: str) -> None:
 
 
 def _is_async(hook: Hook) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
     return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(getattr(hook, "__call__", None))  # noqa: B004
 
 
@@ -83,7 +86,12 @@ async def run_hooked(
     if _is_async(hook):
         return await hook(original, action, session_id, **argument)
     waiting = partial(portal.call, operation, session_id)
-    return await anyio.to_thread.run_sync(partial(hook, waiting, action, session_id, **argument))
+    return await _in_thread(partial(hook, waiting, action, session_id, **argument))
+
+
+async def _in_thread(call: Callable[[], Any]) -> Any:
+    # Not of anyio's 40 threads: hooks that call the manager again would wait for each other's.
+    return await anyio.to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
 
 
 @runtime_checkable
@@ -180,4 +188,4 @@ class _AsyncChain(_ChainBase):
         def waiting(*args: Any, **kwargs: Any) -> Any:
             return anyio.from_thread.run(partial(following, *args, **kwargs))
 
-        return await anyio.to_thread.run_sync(partial(hook, waiting, action, session_id, **argument))
+        return await _in_thread(partial(hook, waiting, action, session_id, **argument))

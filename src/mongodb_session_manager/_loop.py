@@ -16,11 +16,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from enum import IntEnum
-from operator import itemgetter
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import EventLoopError
 
@@ -28,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_STOPPED = "the event loop that the MongoDB client belongs to was stopped"
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of the interpreter may wait for writes under way."""
@@ -85,7 +86,11 @@ class Portal:
                 "a synchronous call would wait for the very event loop it blocks: use the asynchronous twin "
                 "(AsyncMongoDBSessionManager, create_session_manager_async, ..._async) on this loop"
             )
-        return self.submit(function, *args, **kwargs).result()
+        future = self.submit(function, *args, **kwargs)
+        try:
+            return future.result()
+        except CancelledError:
+            raise EventLoopError(_STOPPED) from None
 
     async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on."""
@@ -112,7 +117,7 @@ def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
     if outcome.done():
         return
     if finished.cancelled():
-        outcome.set_exception(EventLoopError("the event loop that the MongoDB client belongs to was stopped"))
+        outcome.set_exception(EventLoopError(_STOPPED))
     elif (error := finished.exception()) is not None:
         outcome.set_exception(error)
     else:
@@ -127,11 +132,8 @@ class ExitOrder(IntEnum):
     CONNECTIONS = 2
 
 
-class ClosedAtExit(Protocol):
-    """What the end of the interpreter closes."""
-
-    async def aclose_at_exit(self, seconds: float) -> None:
-        """Finish what is pending, within so many seconds; what is closed after it is still open."""
+CloseAtExit = Callable[[float], Coroutine[Any, Any, None]]
+"""Finishes what is pending within so many seconds; what is closed after it is still open."""
 
 
 class _IOThread:
@@ -163,12 +165,13 @@ class _IOThread:
         self._thread.join(timeout)
 
 
-_lock = threading.Lock()
+# Reentrant, because the garbage collector may close something while its thread holds the lock.
+_lock = threading.RLock()
 _thread: _IOThread | None = None
 _exiting = False
 _exit_registered = False
 _serial = itertools.count()
-_open_at_exit: weakref.WeakValueDictionary[tuple[int, int], ClosedAtExit] = weakref.WeakValueDictionary()
+_open_at_exit: dict[tuple[ExitOrder, int], weakref.WeakMethod[CloseAtExit]] = {}
 
 
 def io_portal() -> Portal:
@@ -177,17 +180,20 @@ def io_portal() -> Portal:
     Raises:
         EventLoopError: The interpreter is shutting down.
     """
-    global _thread, _exit_registered
+    global _thread, _exit_registered, _exiting
     with _lock:
+        if not _exit_registered and not _exiting:
+            # Executors refuse work as soon as the threading module begins to shut down, before `atexit` runs. Motor
+            # needs its executor to write, so the last flush has to come earlier still.
+            try:
+                getattr(threading, "_register_atexit", atexit.register)(_finish)
+            except RuntimeError:
+                _exiting = True
+            _exit_registered = True
         if _exiting:
             raise EventLoopError("the interpreter is shutting down: close sessions before the main thread ends")
         if _thread is None:
             _thread = _IOThread()
-        if not _exit_registered:
-            # Executors refuse work as soon as the threading module begins to shut down, before `atexit` runs. Motor
-            # needs its executor to write, so the last flush has to come earlier still.
-            getattr(threading, "_register_atexit", atexit.register)(_finish)
-            _exit_registered = True
         return _thread.portal
 
 
@@ -197,13 +203,14 @@ def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
         return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
 
 
-def close_at_exit(resource: ClosedAtExit, loop: asyncio.AbstractEventLoop, order: ExitOrder) -> None:
-    """Have `resource` closed, in its turn, when the interpreter ends before it was closed or collected.
+def close_at_exit(close: CloseAtExit, loop: asyncio.AbstractEventLoop, order: ExitOrder) -> None:
+    """Have a method called, in its turn, when the interpreter ends, unless its object was collected before.
 
-    Only what lives on the library's own loop is: nobody else's loop runs as late.
+    Only what lives on the library's own loop is closed: nobody else's loop runs as late.
     """
     if _thread is not None and _thread.portal.loop is loop:
-        _open_at_exit[order, -next(_serial)] = resource
+        key = order, -next(_serial)
+        _open_at_exit[key] = weakref.WeakMethod(close, lambda _: _open_at_exit.pop(key, None))
 
 
 def _finish() -> None:
@@ -219,29 +226,33 @@ def _finish() -> None:
     if unfinished := thread.portal.drain(max(0.0, end - time.monotonic())):
         logger.warning("unfinished=<%d> | the interpreter ends before these calls to MongoDB did", unfinished)
     thread.stop(max(0.1, end - time.monotonic()))
+    _open_at_exit.clear()
 
 
 async def _close_all() -> None:
     """Close what is open in its order, the youngest first; what finds no time left still hears of the end."""
     end = time.monotonic() + EXIT_TIMEOUT
     for order in ExitOrder:  # one after the other, because closing the earlier may open what is later
-        in_turn = sorted((entry for entry in _open_at_exit.items() if entry[0][0] == order), key=itemgetter(0))
-        for _, resource in in_turn:
+        for key in sorted(key for key in _open_at_exit if key[0] == order):
+            reference = _open_at_exit.pop(key, None)
+            close = None if reference is None else reference()
+            if close is None:
+                continue
             left = max(0.0, end - time.monotonic())
             try:
                 async with asyncio.timeout(left + _EXIT_GRACE / 2):
-                    await resource.aclose_at_exit(left)
+                    await close(left)
             except Exception as error:
                 reason = str(error) or type(error).__name__
-                logger.warning("resource=<%r>, error=<%s> | not closed properly at exit", resource, reason)
+                logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, reason)
 
 
 def _forget_parent() -> None:
     """Start afresh in a forked child: threads do not survive a fork, and the parent's sessions are the parent's."""
-    global _lock, _thread, _open_at_exit
-    _lock = threading.Lock()
+    global _lock, _thread
+    _lock = threading.RLock()
     _thread = None
-    _open_at_exit = weakref.WeakValueDictionary()
+    _open_at_exit.clear()
 
 
 if hasattr(os, "register_at_fork"):

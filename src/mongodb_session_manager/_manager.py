@@ -236,7 +236,7 @@ class MongoDBSessionManager(SessionManagerBase):
     ) -> T:
         """Return what the repository says of the session once everything recorded is stored."""
         self._check_open()
-        self._flush_blocking()
+        self._send_blocking()
         return self._connection.portal.call(operation, self.session_id, *args, **kwargs)
 
     def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
@@ -249,5 +249,5 @@ class MongoDBSessionManager(SessionManagerBase):
         Raises:
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
-        if not self._closed:
-            self._connection.portal.call(self.aclose, notification_timeout)
+        if self._closing is None or not self._closing.is_set():
+            self._connection.portal.call(self._aclose, notification_timeout)

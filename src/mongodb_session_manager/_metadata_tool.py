@@ -13,13 +13,20 @@ from strands.types.tools import AgentTool
 from ._annotations import checked_keys, checked_metadata
 from .errors import InvalidArgumentError
 
+_KEYS = {"type": "array", "items": {"type": "string"}, "description": "the keys to read or to remove"}
+_METADATA = {"type": "object", "description": "the keys to set, with their values"}
 _SCHEMA = {
     "type": "object",
     "properties": {
         "action": {"type": "string", "enum": ["get", "set", "update", "delete"]},
-        "metadata": {"type": "object", "description": "the keys to set, with their values"},
-        "keys": {"type": "array", "items": {"type": "string"}, "description": "the keys to read or to remove"},
+        "metadata": _METADATA,
+        "keys": _KEYS,
     },
+    "required": ["action"],
+}
+_READ_ONLY_SCHEMA = {
+    "type": "object",
+    "properties": {"action": {"type": "string", "enum": ["get"]}, "keys": _KEYS},
     "required": ["action"],
 }
 
@@ -34,7 +41,6 @@ _READ_ONLY_DESCRIPTION = """Read the metadata of this conversation, which outliv
 
 Args:
     action: "get".
-    metadata: Not used.
     keys: Only these keys; all without it.
 """
 
@@ -73,6 +79,11 @@ class MetadataPolicy:
     def description(self) -> str:
         """What the model is told."""
         return _READ_ONLY_DESCRIPTION if self.read_only else _DESCRIPTION
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What the model may send."""
+        return _READ_ONLY_SCHEMA if self.read_only else _SCHEMA
 
     def request(self, action: Any, metadata: Any, keys: Any) -> _Request:
         """Check what a model sends.
@@ -142,7 +153,23 @@ def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:
     if request.action == "delete":
         return f"Metadata deleted: {', '.join(request.keys or ())}."
     visible = policy.visible((result or {}).get("metadata", {}), request.keys)
-    return f"Metadata: {json.dumps(visible, ensure_ascii=False, default=str)}" if visible else "There is no metadata."
+    if not visible:
+        return "There is no metadata."
+    shown = json.dumps(_plain(visible), ensure_ascii=False)
+    return f"Metadata: {shown.encode(errors='replace').decode()}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON shows it best."""
+    match value:
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case str() | int() | float() | None:
+            return value
+        case _:
+            return str(value)
 
 
 def blocking_tool(
@@ -153,7 +180,7 @@ def blocking_tool(
 ) -> AgentTool:
     """Return the tool over a synchronous manager's methods; Strands runs it in a thread."""
 
-    @tool(name="manage_metadata", description=policy.description, inputSchema=_SCHEMA)
+    @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
@@ -173,7 +200,7 @@ def async_tool(
 ) -> AgentTool:
     """Return the tool over an asynchronous manager's methods; Strands awaits it."""
 
-    @tool(name="manage_metadata", description=policy.description, inputSchema=_SCHEMA)
+    @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     async def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)

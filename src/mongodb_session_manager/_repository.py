@@ -31,6 +31,7 @@ from ._documents import (
     agent_key,
     agent_state,
     checked_id,
+    checked_message_id,
     message_body,
     message_from,
     new_agent,
@@ -44,6 +45,7 @@ from ._documents import (
 from .errors import (
     DatabaseError,
     InvalidArgumentError,
+    MessageTooLargeError,
     MongoDBSessionError,
     SessionExistsError,
     SessionNotFoundError,
@@ -159,8 +161,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             for _ in range(_ROUNDS):
                 document = await self._create_or_read(session_id, fresh)
                 agents: dict[str, Document] = document["agents"]
-                unnumbered = {key: agent for key, agent in agents.items() if agent.get("next_message_id") is None}
-                if not unnumbered or await self._number_messages(session_id, unnumbered):
+                unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
+                if not unnumbered or await self._adopt(session_id, agents, unnumbered):
                     self._ensure_indexes()
                     return document
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was opened")
@@ -183,39 +185,67 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
                 return document
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
 
-    async def _number_messages(self, session_id: str, agents: Mapping[str, Document]) -> bool:
-        """Store the `next_message_id` of agents that have none, unless somebody writes to them meanwhile."""
+    async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
+        """Give agents of versions before 1.0 their `next_message_id`, unless somebody writes to them meanwhile.
+
+        Those versions did not encode ids, so an agent whose id holds `%` or `$` moves to its key.
+        """
         condition: Document = {"_id": session_id}
-        sets: Document = {}
-        for key, agent in agents.items():
+        adopted: Document = {}
+        moved = []
+        for old in keys:
+            agent, new = agents[old], agent_key(old)
             messages = agent.get("messages") or []
             agent["next_message_id"] = next_message_id(messages)
-            condition[f"agents.{key}.next_message_id"] = None
-            condition[f"agents.{key}.messages"] = {"$size": len(messages)} if messages else {"$in": [None, []]}
-            sets[f"agents.{key}.next_message_id"] = agent["next_message_id"]
-        return await self._update(Update(condition, {"$set": sets}, None))
+            condition[f"agents.{old}"] = {"$exists": True}
+            condition[f"agents.{old}.next_message_id"] = None
+            condition[f"agents.{old}.messages"] = {"$size": len(messages)} if messages else {"$in": [None, []]}
+            number = {"next_message_id": agent["next_message_id"]}
+            adopted[f"agents.{new}"] = {"$mergeObjects": [f"$agents.{old}", number]}
+            if new != old:
+                condition[f"agents.{new}"] = {"$exists": False}
+                moved.append(old)
+        stages: list[Document] = [{"$set": adopted}]
+        if moved:
+            stages.append({"$unset": [f"agents.{old}" for old in moved]})
+        for old in moved:
+            agents[agent_key(old)] = agents.pop(old)
+        return await self._update(Update(condition, stages, None))
 
     async def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Returns:
-            By agent id, why nothing of that agent's changes could be stored: `SessionConflictError`,
-            `AgentNotFoundError`, `MessageNotFoundError` or `SessionNotFoundError`. The changes of all other agents
+            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
+            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
             are stored.
 
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
         """
         checked_id(session_id, "session_id")
-        writes = fold(changes)
         refused: dict[str, MongoDBSessionError] = {}
         async with self._connection.operation():
-            for _ in range(_ROUNDS):
-                if not writes:
-                    return refused
+            await self._write(session_id, fold(changes), refused)
+        return refused
+
+    async def _write(
+        self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
+    ) -> None:
+        for _ in range(_ROUNDS):
+            if not writes:
+                return
+            try:
                 if await self._update(compile_update(session_id, writes.values())):
-                    return refused
-                writes = await self._remaining(session_id, writes, refused)
+                    return
+            except MessageTooLargeError as error:
+                if len(writes) == 1:
+                    refused.update(dict.fromkeys(writes, error))
+                else:  # let nobody suffer for another agent's message
+                    for agent_id, write in writes.items():
+                        await self._write(session_id, {agent_id: write}, refused)
+                return
+            writes = await self._remaining(session_id, writes, refused)
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
 
     async def _remaining(
@@ -229,8 +259,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
         ]
         document = await self._find(session_id, dict.fromkeys(fields, 1))
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
-        unnumbered = {key: agent for key, agent in agents.items() if agent.get("next_message_id") is None}
-        if unnumbered and not await self._number_messages(session_id, unnumbered):
+        unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
+        if unnumbered and not await self._adopt(session_id, agents, unnumbered):
             return dict(writes)
         remaining: dict[str, AgentWrite] = {}
         for agent_id, write in writes.items():
@@ -310,7 +340,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
         """
-        message = stored_message(session_message, session_message.message_id)
+        message = stored_message(session_message, checked_message_id(session_message.message_id))
         await self._apply_one(session_id, AppendMessage(agent_id, message))
 
     async def read_message(
@@ -324,7 +354,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
         """
         checked_id(session_id, "session_id")
         path = f"agents.{agent_key(agent_id)}.messages"
-        condition = {"_id": session_id, f"{path}.message_id": message_id}
+        condition = {"_id": session_id, f"{path}.message_id": checked_message_id(message_id)}
         async with self._connection.operation():
             document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
             if document is None:
@@ -343,7 +373,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             MessageNotFoundError: The agent holds no message of that id.
         """
         fields = {**message_body(session_message), "updated_at": now()}
-        await self._apply_one(session_id, ReplaceMessage(agent_id, session_message.message_id, fields))
+        message_id = checked_message_id(session_message.message_id)
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any

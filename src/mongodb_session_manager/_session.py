@@ -35,7 +35,7 @@ from ._hooks import Hook, checked_hook, hold, let_go
 from ._loop import ExitOrder, close_at_exit, running_loop
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
-from .errors import ConfigurationError, SessionClosedError
+from .errors import ConfigurationError, MongoDBSessionError, SessionClosedError
 from .hooks._notify import DRAIN_TIMEOUT, drain
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,8 @@ class SessionManagerBase(RepositorySessionManager):
         self._repository = options.repository(connection)
         self._work: UnitOfWork | None = None
         self._closed = False
+        self._closing: asyncio.Event | None = None
+        self._stopped: dict[str, MongoDBSessionError] = {}
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def __repr__(self) -> str:
@@ -151,12 +153,15 @@ class SessionManagerBase(RepositorySessionManager):
 
     async def _open(self) -> None:
         """Load the session. Runs on the loop of the client."""
-        document = await self._repository.open_session(self.session_id)
-        close_at_exit(self, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-        work = UnitOfWork(self.session_id, document)
-        super().__init__(self.session_id, work)
-        self._work = work
-        hold(self, self._options.metadata_hook, self._options.feedback_hook)
+        async with self._lock():
+            if self._work is not None:
+                return
+            document = await self._repository.open_session(self.session_id)
+            close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
+            work = UnitOfWork(self.session_id, document)
+            super().__init__(self.session_id, work)
+            self._work = work
+            hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -226,16 +231,24 @@ class SessionManagerBase(RepositorySessionManager):
             self.append_message(event.message, agent)
             self.sync_agent(agent)
         if self._is_due(event.message, agent):
-            await self._flush(agent.agent_id)
+            try:
+                await self._flush(agent.agent_id)
+            except MongoDBSessionError as error:
+                self._stopped[agent.agent_id] = error
+                raise
 
     async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
         agent = event.agent
+        stopped = self._stopped.pop(agent.agent_id, None)
         try:
             with _recording_only():
                 self.sync_agent(agent)
             self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
         finally:
             await self._flush(agent.agent_id)
+        if stopped is not None:
+            # What could not be stored is by now, but the turn did stop; Strands may have wrapped the reason.
+            raise stopped
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
         """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
@@ -267,17 +280,21 @@ class SessionManagerBase(RepositorySessionManager):
 
     async def _flush(self, agent_id: str | None = None) -> None:
         """Await that everything recorded is stored; raise what failed."""
-        work = self._unit
-        if work.pending():
+        await self._send()
+        self._unit.raise_refusal(agent_id)
+
+    async def _send(self) -> None:
+        if not self._unit.is_settled:
             await self._connection.portal.run(self._store)
-        work.raise_refusal(agent_id)
 
     def _flush_blocking(self, agent_id: str | None = None) -> None:
         """Wait until everything recorded is stored; raise what failed."""
-        work = self._unit
-        if work.pending():
+        self._send_blocking()
+        self._unit.raise_refusal(agent_id)
+
+    def _send_blocking(self) -> None:
+        if not self._unit.is_settled:
             self._connection.portal.call(self._store)
-        work.raise_refusal(agent_id)
 
     def _settle(self, agent_id: str) -> None:
         """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""
@@ -285,7 +302,7 @@ class SessionManagerBase(RepositorySessionManager):
             return
         if running_loop() is None:
             self._flush_blocking(agent_id)
-        elif self._unit.pending():
+        elif not self._unit.is_settled:
             self._connection.portal.submit(self._store)
 
     def _check_open(self) -> None:
@@ -296,13 +313,15 @@ class SessionManagerBase(RepositorySessionManager):
     def _keep_config(self, agent_id: str, **fields: Any) -> None:
         self._unit.keep_config(agent_id, [name for name, value in fields.items() if value is not None])
 
-    async def aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
+    async def _aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Store what is recorded, deliver what hooks left behind, and close what the manager owns.
 
         Runs on the loop of the client.
         """
-        if self._closed:
+        if self._closing is not None:
+            await self._closing.wait()
             return
+        self._closing = asyncio.Event()
         try:
             await self._close_work()
         finally:
@@ -310,18 +329,21 @@ class SessionManagerBase(RepositorySessionManager):
                 await drain(self._connection, notification_timeout, self.session_id)
                 await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
             finally:
-                if self._owns_connection:
-                    await self._connection.aclose()
+                try:
+                    if self._owns_connection:
+                        await self._connection.aclose()
+                finally:
+                    self._closing.set()
 
-    async def aclose_at_exit(self, seconds: float) -> None:
+    async def _aclose_at_exit(self, seconds: float) -> None:
         """Store what is recorded when the interpreter ends; notifications and connections have their turn later."""
-        if not self._closed:
+        if self._closing is None:
             await self._close_work()
 
     async def _close_work(self) -> None:
         self._closed = True
         if self._work is not None:
             self._work.close()
-            if self._work.pending():
+            if not self._work.is_settled:
                 await self._store()
             self._work.raise_untold_refusal()

@@ -71,7 +71,7 @@ class MongoDBSessionRepository(SessionRepository):
 
     def close(self) -> None:
         """Wait for what is under way and close the client, if it is the repository's own. Idempotent."""
-        self._portal.call(self._async.close)
+        self._async._connection.close_blocking()
 
     def ping(self) -> None:
         """Raise unless the server answers.
@@ -93,8 +93,8 @@ class MongoDBSessionRepository(SessionRepository):
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Returns:
-            By agent id, why nothing of that agent's changes could be stored: `SessionConflictError`,
-            `AgentNotFoundError`, `MessageNotFoundError` or `SessionNotFoundError`. The changes of all other agents
+            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
+            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
             are stored.
 
         Raises:

@@ -90,8 +90,20 @@ class UnitOfWork(SessionRepository):
 
     # What flushing needs.
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is recorded that is not settled."""
+        return not self._log
+
     def pending(self) -> tuple[Change, ...]:
-        """Return what is recorded and not settled, oldest first."""
+        """Return what is recorded and not settled, oldest first; one flush at a time may ask.
+
+        What a refused agent recorded while its refusal was on the way is dropped here: it must not be stored behind
+        what another writer has stored.
+        """
+        for position in reversed(range(len(self._log))):
+            if self._agents[self._log[position].agent_id].refusal is not None:
+                del self._log[position]
         return tuple(self._log)
 
     def settle(self, count: int, refused: Mapping[str, MongoDBSessionError]) -> None:
@@ -105,7 +117,7 @@ class UnitOfWork(SessionRepository):
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
         """Raise why changes of the agent, or of any, were refused."""
-        for candidate in self._agents if agent_id is None else (agent_id,):
+        for candidate in tuple(self._agents) if agent_id is None else (agent_id,):
             agent = self._agents.get(candidate)
             if agent is not None and agent.refusal is not None:
                 agent.refusal_told = True
@@ -113,7 +125,7 @@ class UnitOfWork(SessionRepository):
 
     def raise_untold_refusal(self) -> None:
         """Raise why changes were refused if nobody was told yet."""
-        for agent_id, agent in self._agents.items():
+        for agent_id, agent in tuple(self._agents.items()):
             if not agent.refusal_told:
                 self.raise_refusal(agent_id)
 
@@ -123,7 +135,8 @@ class UnitOfWork(SessionRepository):
 
     def release(self, agent_id: str) -> None:
         """Let go of an agent's loaded messages, which the restored agent holds now."""
-        self._agents[agent_id].messages = None
+        agent = self._agents[agent_id]
+        agent.messages = agent.last_appended = None
 
     # What is recorded beside Strands' own calls.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import aioboto3
 import pytest
-from pymongo.uri_parser import parse_uri
 
 from arrivals import Queue, Topics
 from endpoint import Endpoint
@@ -22,20 +21,18 @@ from mongodb_session_manager import (
     create_metadata_sqs_hook,
 )
 from mongodb_session_manager.hooks import _aws
-from proxy import DelayingProxy
+from proxy import Proxy
 from support import CommandLog, eventually
 
 
 @pytest.fixture
 def distant(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory whose server is some milliseconds away."""
-    [(host, port)] = parse_uri(server)["nodelist"]
     with (
-        DelayingProxy(host, port, 0.005) as proxy,
-        MongoDBSessionManagerFactory(
-            f"mongodb://{proxy.address}/?directConnection=true", database, event_listeners=[commands]
-        ) as factory,
+        Proxy(server) as proxy,
+        MongoDBSessionManagerFactory(proxy.uri, database, event_listeners=[commands]) as factory,
     ):
+        proxy.delay = 0.005
         factory.create_session_manager("warm-up").close()
         commands.wait_for("createIndexes")
         commands.clear()

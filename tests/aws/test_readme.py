@@ -20,7 +20,7 @@ def test_aws_notifications(
     topic = sns.create_topic(Name="feedback")["TopicArn"]
     sns.subscribe(TopicArn=topic, Protocol="sqs", Endpoint=subscriber.arn)
     sns.close()
-    shown = run(BLOCKS[2], server, database)
+    shown = run(BLOCKS[3], server, database)
     assert shown["stats"]["failed"] == 0
     [changed], [told] = queue.arrived(), subscriber.arrived()
     assert changed.metadata == {"status": "solved"}

@@ -123,7 +123,7 @@ class _Clients:
         self._shared: dict[_Key, _Shared] = {}
         self._opening = asyncio.Lock()
         self._session: Session | None = None
-        close_at_exit(self, loop, ExitOrder.CONNECTIONS)
+        close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
 
     @asynccontextmanager
     async def lease(self, service: AwsService) -> AsyncIterator[Any]:

@@ -251,10 +251,6 @@ class Dispatcher:
         if left:
             logger.error("undelivered=<%s> | notifications were lost at the end of the process", names_of(left))
 
-    async def aclose_at_exit(self, seconds: float) -> None:
-        """Close when the interpreter ends."""
-        await self.aclose(seconds)
-
 
 def _is_cancelled() -> bool:
     task = asyncio.current_task()

@@ -132,7 +132,7 @@ def _started() -> Dispatcher:
         if _dispatcher is None:
             _dispatcher = Dispatcher(portal)
             _dispatcher.start()
-            close_at_exit(_dispatcher, portal.loop, ExitOrder.NOTIFICATIONS)
+            close_at_exit(_dispatcher.aclose, portal.loop, ExitOrder.NOTIFICATIONS)
         return _dispatcher
 
 

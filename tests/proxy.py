@@ -1,0 +1,255 @@
+"""A TCP proxy in front of a mongod, under the control of a test.
+
+    with Proxy(server) as proxy, MongoDBSessionManagerFactory(proxy.uri) as factory:
+        proxy.delay = 0.1
+        proxy.drop_after_request(command("update"))
+
+It reads the messages of MongoDB's wire protocol and forwards them whole. It runs on a thread and an event loop of its
+own; everything may be called from any thread and is in force when the call returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Self, TypeVar
+
+import pymongo
+
+T = TypeVar("T")
+
+_HEADER = struct.Struct("<iiii")  # length, request id, response to, opcode
+
+
+def command(name: str) -> bytes:
+    """Return bytes that the message of a command holds which names its collection, like `update` or `findAndModify`."""
+    return b"\x02" + name.encode() + b"\0"
+
+
+class _CutError(Exception):
+    """The connection is to be cut."""
+
+
+@dataclass
+class _Rule:
+    """Cut the connection at the next `times` messages that hold `match`."""
+
+    match: bytes
+    after: bool
+    times: int
+    then_refuse: bool = False
+
+
+@dataclass
+class _Connection:
+    client: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+    server: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+    doomed: dict[int, _Rule] = field(default_factory=dict)  # by id, requests whose reply is not to be forwarded
+
+
+class Proxy:
+    """Forwards between clients and the primary of `server`.
+
+    Attributes:
+        uri: The connection string of the server by way of the proxy; drivers stay on that way.
+        request_delay: Seconds each message to the server is held.
+        reply_delay: Seconds each message to a client is held.
+        connections: How many connections were accepted.
+        requests: How many messages came from clients.
+        replies: How many messages came from the server.
+        dropped: How many connections `drop_after_request` and `drop_before_request` have cut.
+    """
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self.request_delay = 0.0
+        self.reply_delay = 0.0
+        self.connections = 0
+        self.requests = 0
+        self.replies = 0
+        self.dropped = 0
+        self._rules: list[_Rule] = []
+        self._refusing = False
+        self._handlers: set[asyncio.Task[None]] = set()
+
+    def __enter__(self) -> Self:
+        with pymongo.MongoClient(self._server) as client:
+            client.admin.command("ping")
+            address = client.address
+        assert address is not None
+        self._address = address
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._serve(ready)), name="proxy in front of mongod", daemon=True
+        )
+        self._thread.start()
+        assert ready.wait(30), "the proxy did not start"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "the proxy did not end"
+
+    # What a test does.
+
+    @property
+    def uri(self) -> str:
+        hosts, _, rest = self._server.partition("://")[2].partition("/")
+        credentials, at, _ = hosts.rpartition("@")
+        database, _, options = rest.partition("?")
+        replaced = ("", "replicaset", "directconnection")
+        kept = [option for option in options.split("&") if option.partition("=")[0].lower() not in replaced]
+        query = "&".join([*kept, "directConnection=true"])
+        return f"mongodb://{credentials}{at}127.0.0.1:{self._port}/{database}?{query}"
+
+    @property
+    def delay(self) -> tuple[float, float]:
+        """Seconds a message is held on its way to the server and to the client; one number sets both."""
+        return self.request_delay, self.reply_delay
+
+    @delay.setter
+    def delay(self, seconds: float | tuple[float, float]) -> None:
+        self.request_delay, self.reply_delay = seconds if isinstance(seconds, tuple) else (seconds, seconds)
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections there are now."""
+        return len(self._handlers)
+
+    def freeze(self) -> None:
+        """Hold every message from now on, connections stay open."""
+        self._do(self._flowing.clear)
+
+    def thaw(self) -> None:
+        """Forward what was held, and everything after it."""
+        self._do(self._flowing.set)
+
+    def refuse(self) -> None:
+        """Cut all connections and refuse new ones, like a server that is down."""
+        self._refusing = True
+        self._do(self._cut_all)
+
+    def accept(self) -> None:
+        """Be reachable again."""
+        self._refusing = False
+
+    def cut(self) -> None:
+        """Cut all connections; new ones are welcome."""
+        self._do(self._cut_all)
+
+    def drop_after_request(self, match: bytes, times: int = 1) -> None:
+        """Have the server apply the next `times` messages with `match`, and cut the connection instead of replying."""
+        self._do(lambda: self._rules.append(_Rule(match, after=True, times=times)))
+
+    def drop_before_request(self, match: bytes, times: int = 1) -> None:
+        """Cut the connection at the next `times` messages with `match`, which never reach the server."""
+        self._do(lambda: self._rules.append(_Rule(match, after=False, times=times)))
+
+    def refuse_after_request(self, match: bytes) -> None:
+        """Like `drop_after_request`, and be unreachable from then on: the server died as soon as it had written."""
+        self._do(lambda: self._rules.append(_Rule(match, after=True, times=1, then_refuse=True)))
+
+    # On the proxy's loop.
+
+    def _do(self, action: Callable[[], T]) -> T:
+        async def run() -> T:
+            return action()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        listener = await asyncio.start_server(self._handle, "127.0.0.1", 0)
+        self._port = listener.sockets[0].getsockname()[1]
+        ready.set()
+        await self._stop.wait()
+        listener.close()
+        self._cut_all()
+        while self._handlers:
+            await asyncio.wait(self._handlers)
+
+    def _cut_all(self) -> None:
+        for handler in self._handlers:
+            handler.cancel()
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._handlers.add(task)
+        writers = [writer]
+        try:
+            if not self._refusing:
+                self.connections += 1
+                server = await asyncio.open_connection(*self._address)
+                writers.append(server[1])
+                await self._pump(_Connection((reader, writer), server))
+        except (OSError, asyncio.CancelledError):
+            pass  # either side hung up, or the test cuts
+        finally:
+            for each in writers:
+                each.transport.abort()
+            for each in writers:
+                with suppress(OSError, asyncio.CancelledError):
+                    await each.wait_closed()
+            self._handlers.discard(task)
+
+    async def _pump(self, connection: _Connection) -> None:
+        """Forward in both directions until one of them ends: by hanging up, by a rule, or because the test cuts."""
+        directions = [
+            asyncio.ensure_future(self._requests(connection)),
+            asyncio.ensure_future(self._replies(connection)),
+        ]
+        try:
+            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for direction in directions:
+                direction.cancel()
+            await asyncio.gather(*directions, return_exceptions=True)
+
+    async def _requests(self, connection: _Connection) -> None:
+        while True:
+            request_id, _, message = await _read(connection.client[0])
+            self.requests += 1
+            rule = next((rule for rule in self._rules if rule.match in message), None)
+            if rule is not None:
+                rule.times -= 1
+                if not rule.times:
+                    self._rules.remove(rule)
+                if not rule.after:
+                    self.dropped += 1
+                    raise _CutError
+                connection.doomed[request_id] = rule
+            await self._forward(message, self.request_delay, connection.server[1])
+
+    async def _replies(self, connection: _Connection) -> None:
+        while True:
+            _, response_to, message = await _read(connection.server[0])
+            self.replies += 1
+            if (rule := connection.doomed.get(response_to)) is not None:
+                self.dropped += 1
+                if rule.then_refuse:
+                    self._refusing = True
+                    self._loop.call_soon(self._cut_all)
+                raise _CutError
+            await self._forward(message, self.reply_delay, connection.client[1])
+
+    async def _forward(self, message: bytes, delay: float, writer: asyncio.StreamWriter) -> None:
+        if delay:
+            await asyncio.sleep(delay)
+        await self._flowing.wait()
+        writer.write(message)
+        await writer.drain()
+
+
+async def _read(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
+    header = await reader.readexactly(_HEADER.size)
+    length, request_id, response_to, _ = _HEADER.unpack(header)
+    return request_id, response_to, header + await reader.readexactly(length - _HEADER.size)

@@ -1,0 +1,424 @@
+"""What the package shows, that its twins agree, and that its modules import downwards only."""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from strands.session import RepositorySessionManager
+from strands.session.session_repository import SessionRepository
+from strands.types.exceptions import SessionException
+
+import mongodb_session_manager as package
+from mongodb_session_manager import (
+    AsyncMongoDBSessionManager,
+    AsyncMongoDBSessionRepository,
+    MongoDBSessionError,
+    MongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    create_mongodb_session_manager,
+    create_mongodb_session_manager_async,
+    errors,
+)
+
+SOURCE = Path(package.__file__).parent
+
+# A module may import those before it. A new module finds its place here.
+ORDER = [
+    "errors",
+    "_codec",
+    "_documents",
+    "_changes",
+    "_capture",
+    "_stored_fields",
+    "_loop",
+    "hooks.__init__",
+    "hooks._notification",
+    "hooks._dispatcher",
+    "hooks._notify",
+    "hooks._messages",
+    "hooks._aws",
+    "hooks._base",
+    "hooks.sns",
+    "hooks.sqs",
+    "hooks.websocket",
+    "_driver_errors",
+    "_connection",
+    "_commands",
+    "_annotations",
+    "_archive",
+    "_repository",
+    "_sync",
+    "_unit_of_work",
+    "_hooks",
+    "_metadata_tool",
+    "_session",
+    "_manager",
+    "_async_manager",
+    "_factory",
+    "__init__",
+]
+BESIDE = {"_embedded_supervisor": set(), "embedded": {"errors", "_embedded_supervisor"}}
+
+
+# Public names.
+
+
+def test_all_is_sorted_and_without_doubles() -> None:
+    constants_first = sorted(set(package.__all__), key=lambda name: (not name.isupper(), name))
+    assert package.__all__ == constants_first
+
+
+def test_all_is_what_is_public() -> None:
+    public = {
+        name
+        for name in dir(package)
+        if not name.startswith("_")
+        and not isinstance(vars(package).get(name), ModuleType | type(__future__.annotations))
+    }
+    assert public == set(package.__all__)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    undocumented = [name for name in package.__all__ if not inspect.getdoc(getattr(package, name))]
+    assert undocumented == []
+
+
+def test_what_strands_expects() -> None:
+    assert issubclass(MongoDBSessionManager, RepositorySessionManager)
+    assert issubclass(AsyncMongoDBSessionManager, RepositorySessionManager)
+    assert issubclass(MongoDBSessionRepository, SessionRepository)
+
+
+def test_the_package_is_typed() -> None:
+    assert (SOURCE / "py.typed").is_file()
+
+
+# Twins.
+
+
+def methods(cls: type) -> dict[str, Callable[..., Any]]:
+    """The public methods that a class, or a base of it in this package, defines."""
+    own = [base for base in reversed(cls.__mro__) if base.__module__.startswith(f"{package.__name__}.")]
+    functions = {
+        name: value.__func__ if isinstance(value, classmethod | staticmethod) else value
+        for base in own
+        for name, value in vars(base).items()
+        if not name.startswith("_")
+    }
+    return {name: value for name, value in functions.items() if inspect.isfunction(value)}
+
+
+def parameters(function: Callable[..., Any]) -> list[tuple[str, str, object]]:
+    """Name, kind and default of each parameter."""
+    return [
+        (parameter.name, parameter.kind.name, parameter.default)
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+
+
+def all_parameters(cls: type) -> dict[str, list[tuple[str, str, object]]]:
+    return {name: parameters(method) for name, method in methods(cls).items()}
+
+
+def test_both_repositories_have_the_same_methods() -> None:
+    assert all_parameters(MongoDBSessionRepository) == all_parameters(AsyncMongoDBSessionRepository)
+    assert parameters(MongoDBSessionRepository) == parameters(AsyncMongoDBSessionRepository)
+
+
+def test_one_repository_awaits_and_the_other_does_not() -> None:
+    assert {name for name, method in methods(AsyncMongoDBSessionRepository).items() if not is_async(method)} == set()
+    assert {name for name, method in methods(MongoDBSessionRepository).items() if is_async(method)} == set()
+
+
+def test_the_repositories_document_the_same() -> None:
+    sync, asynchronous = methods(MongoDBSessionRepository), methods(AsyncMongoDBSessionRepository)
+    assert [name for name in sync if inspect.getdoc(sync[name]) != inspect.getdoc(asynchronous[name])] == []
+
+
+def test_the_repository_has_the_parameters_of_strands() -> None:
+    abstract = SessionRepository.__abstractmethods__
+    assert {name: parameters(getattr(MongoDBSessionRepository, name)) for name in abstract} == {
+        name: parameters(getattr(SessionRepository, name)) for name in abstract
+    }
+
+
+def test_both_managers_have_the_same_methods() -> None:
+    sync, asynchronous = all_parameters(MongoDBSessionManager), all_parameters(AsyncMongoDBSessionManager)
+    assert asynchronous.keys() - sync.keys() == {"open"}
+    assert sync.keys() - asynchronous.keys() == set()
+    assert sync == {name: asynchronous[name] for name in sync}
+    assert parameters(MongoDBSessionManager) == parameters(AsyncMongoDBSessionManager)
+
+
+def test_one_manager_awaits_and_the_other_does_not() -> None:
+    sync, asynchronous = methods(MongoDBSessionManager), methods(AsyncMongoDBSessionManager)
+    assert {name for name, method in sync.items() if is_async(method)} == set()
+    # The tool is made without asking the database.
+    waiting = {"append_message", "initialize", "redact_latest_message", "register_hooks", "sync_agent"}
+    assert {name for name, method in asynchronous.items() if not is_async(method)} == waiting | {"get_metadata_tool"}
+
+
+def test_what_strands_calls_is_synchronous_on_both_managers() -> None:
+    names = ("initialize", "append_message", "redact_latest_message", "sync_agent", "register_hooks")
+    for cls in (MongoDBSessionManager, AsyncMongoDBSessionManager):
+        for name in names:
+            assert not is_async(getattr(cls, name))
+            assert accepts_as_much(getattr(cls, name), getattr(RepositorySessionManager, name))
+
+
+def test_the_managers_are_context_managers() -> None:
+    assert hasattr(MongoDBSessionManager, "__enter__")
+    assert not hasattr(MongoDBSessionManager, "__aenter__")
+    assert hasattr(AsyncMongoDBSessionManager, "__aenter__")
+    assert not hasattr(AsyncMongoDBSessionManager, "__enter__")
+
+
+def test_the_factory_has_each_method_twice() -> None:
+    found = methods(MongoDBSessionManagerFactory)
+    del found["get_notification_stats"]  # counted in this process, nobody waits for it
+    blocking = {name for name in found if not name.endswith("_async")}
+    assert blocking == {"create_session_manager", "get_connection_stats", "ping", "close"}
+    assert found.keys() == blocking | {f"{name}_async" for name in blocking}
+    for name in blocking:
+        twin = found[f"{name}_async"]
+        assert parameters(twin) == parameters(found[name])
+        assert is_async(twin)
+        assert not is_async(found[name])
+
+
+def test_the_one_call_constructors_are_twins() -> None:
+    assert parameters(create_mongodb_session_manager_async) == parameters(create_mongodb_session_manager)
+    assert is_async(create_mongodb_session_manager_async)
+    assert not is_async(create_mongodb_session_manager)
+
+
+def test_a_factory_takes_what_a_manager_takes_but_the_session() -> None:
+    assert parameters(MongoDBSessionManagerFactory) == parameters(MongoDBSessionManager)[1:]
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function)
+
+
+def accepts_as_much(ours: Callable[..., Any], theirs: Callable[..., Any]) -> bool:
+    """Tell whether each parameter of `theirs` is one of `ours`, in the same place."""
+    required = [parameter for parameter in parameters(theirs) if parameter[1] != "VAR_KEYWORD"]
+    return parameters(ours)[: len(required)] == required and parameters(ours)[-1][1] == "VAR_KEYWORD"
+
+
+# Errors.
+
+BRANCH = re.compile(r"^(?P<trunk>[ │]*)[├└]── (?P<name>\w+)(?: +also (?P<builtin>\w+))?")
+
+
+def drawn_tree() -> dict[str, tuple[str, str | None]]:
+    """Of each error in the docstring's tree but the root: its parent and the builtin it also is."""
+    lines = (errors.__doc__ or "").splitlines()
+    path = ["MongoDBSessionError"]
+    tree = {}
+    for line in lines:
+        if found := BRANCH.match(line):
+            depth = len(found["trunk"]) // 4
+            path[depth:] = [found["name"]]
+            tree[found["name"]] = (path[depth - 1], found["builtin"])
+    return tree
+
+
+def raised() -> dict[str, type[BaseException]]:
+    return {
+        name: value
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and value.__module__ == errors.__name__
+    }
+
+
+def test_the_tree_of_errors_is_as_drawn() -> None:
+    classes = raised()
+    assert "    MongoDBSessionError                 also strands.types.exceptions.SessionException" in (
+        errors.__doc__ or ""
+    )
+    assert MongoDBSessionError.__bases__ == (SessionException,)
+    assert {name: [base.__name__ for base in cls.__bases__] for name, cls in classes.items()} == {
+        "MongoDBSessionError": ["SessionException"],
+        **{name: [parent] + [builtin] * bool(builtin) for name, (parent, builtin) in drawn_tree().items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "builtin"),
+    [
+        ("ConfigurationError", ValueError),
+        ("ClientTypeError", TypeError),
+        ("ClientTypeError", ValueError),
+        ("InvalidArgumentError", ValueError),
+        ("MessageTooLargeError", ValueError),
+        ("SessionNotFoundError", LookupError),
+        ("AgentNotFoundError", LookupError),
+        ("SessionConflictError", RuntimeError),
+        ("SessionClosedError", RuntimeError),
+        ("FactoryNotInitializedError", RuntimeError),
+        ("DatabaseUnavailableError", ConnectionError),
+        ("DatabaseTimeoutError", TimeoutError),
+    ],
+)
+def test_errors_are_what_a_python_user_expects(name: str, builtin: type[Exception]) -> None:
+    assert issubclass(raised()[name], builtin)
+
+
+def test_every_error_is_public_and_of_the_one_root() -> None:
+    assert raised().keys() - set(package.__all__) == set()
+    for cls in raised().values():
+        assert issubclass(cls, MongoDBSessionError)
+        assert issubclass(cls, SessionException)
+        assert str(cls("what happened")) == "what happened"
+
+
+# Imports.
+
+
+def modules() -> dict[str, Path]:
+    """The modules of the package by the name that `ORDER` gives them; those of a subpackage by the subpackage's."""
+    return {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The absolute names that a module imports, wherever in it; `from a import b` counts as `a` and `a.b`."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    parts = [package.__name__, *module.split(".")][:-1]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = parts[: len(parts) - node.level + 1] if node.level else []
+            origin = [*origin, *([node.module] if node.module else [])]
+            found.add(".".join(origin))
+            found.update(".".join([*origin, alias.name]) for alias in node.names)
+    return frozenset(found)
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of the package that a module imports."""
+    known = modules()
+    prefix = f"{package.__name__}."
+    names = {name.removeprefix(prefix) for name in imports(module) if name.startswith(prefix)}
+    return {known_name for name in names for known_name in (name, f"{name}.__init__") if known_name in known} - {module}
+
+
+def imported_by(name: str) -> set[str]:
+    """The modules of the package that import `name` or something in it."""
+    return {
+        module
+        for module in modules()
+        if any(imported == name or imported.startswith(f"{name}.") for imported in imports(module))
+    }
+
+
+def test_the_walk_sees_imports() -> None:
+    assert own_imports("_documents") == {"_codec", "errors"}
+    assert own_imports("_codec") == {"errors"}  # by its absolute name
+    assert "pymongo.errors.DuplicateKeyError" in imports("_repository")
+
+
+def test_every_module_has_its_place() -> None:
+    assert modules().keys() - set(ORDER) - BESIDE.keys() == set()
+
+
+def test_imports_run_downwards() -> None:
+    upwards = {
+        (module, imported)
+        for position, module in enumerate(ORDER)
+        if module in modules()
+        for imported in own_imports(module) - set(ORDER[:position])
+    }
+    assert upwards == set()
+
+
+@pytest.mark.parametrize("module", BESIDE)
+def test_the_embedded_server_stands_beside(module: str) -> None:
+    assert own_imports(module) <= BESIDE[module]
+    assert [other for other in ORDER if other in modules() and module in own_imports(other)] == []
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def walk(module: str, way: tuple[str, ...]) -> Iterator[str]:
+        if module in way:
+            yield " -> ".join([*way[way.index(module) :], module])
+        elif module not in done:
+            for imported in sorted(own_imports(module)):
+                yield from walk(imported, (*way, module))
+            done.add(module)
+
+    assert [circle for module in modules() for circle in walk(module, ())] == []
+
+
+def test_one_module_knows_motor() -> None:
+    assert imported_by("motor") == {"_connection"}
+
+
+def test_one_module_knows_aws() -> None:
+    assert imported_by("aioboto3") == {"hooks._aws"}
+    assert imported_by("aiobotocore") | imported_by("botocore") | imported_by("boto3") == {"hooks._aws"}
+
+
+def test_one_module_knows_threads() -> None:
+    assert imported_by("threading") | imported_by("concurrent") | imported_by("_thread") == {"_loop"}
+
+
+def test_one_module_knows_clients() -> None:
+    clients = {"pymongo.MongoClient", "pymongo.AsyncMongoClient", "pymongo.asynchronous", "pymongo.synchronous"}
+    assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
+
+
+@pytest.mark.parametrize("module", ["errors", "_codec", "_documents", "_changes", "_capture", "_stored_fields"])
+def test_pure_modules_do_no_io(module: str) -> None:
+    roots = {name.split(".")[0] for name in imports(module)}
+    assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
+
+
+@pytest.mark.parametrize("module", ["_documents", "_changes", "_capture", "_unit_of_work"])
+def test_one_pure_module_knows_bson(module: str) -> None:
+    assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()
+
+
+def test_the_unit_of_work_does_no_io() -> None:
+    roots = {name.split(".")[0] for name in imports("_unit_of_work")}
+    assert roots & {"asyncio", "anyio", "motor", "threading", "concurrent"} == set()
+
+
+def test_importing_the_package_imports_what_it_needs_and_no_more() -> None:
+    program = (
+        "import sys, mongodb_session_manager\n"
+        "for name in sorted(sys.modules):\n"
+        "    if name.split('.')[0] in ('aioboto3', 'aiobotocore', 'anyio', 'motor', 'mongodb_session_manager'):\n"
+        "        print(name)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    loaded = set(run.stdout.split())
+    assert "mongodb_session_manager._manager" in loaded
+    assert "mongodb_session_manager.embedded" not in loaded
+    assert not any(name.startswith(("aioboto3", "aiobotocore")) for name in loaded)
+    assert loaded & aws_modules() == set()
+
+
+def aws_modules() -> set[str]:
+    """The modules of the package that import the AWS client."""
+    return {f"{package.__name__}.{module}" for module in imported_by("aioboto3") | imported_by("aiobotocore")}
