@@ -338,7 +338,11 @@ class SessionManagerBase(RepositorySessionManager):
     async def _aclose_at_exit(self, seconds: float) -> None:
         """Store what is recorded when the interpreter ends; notifications and connections have their turn later."""
         if self._closing is None:
-            await self._close_work()
+            self._closing = asyncio.Event()
+            try:
+                await self._close_work()
+            finally:
+                self._closing.set()
 
     async def _close_work(self) -> None:
         self._closed = True
