@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 0 whether or not the budgets are kept: numbers are for people to judge.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if unknown := set(options.measures) - set(MEASURES):
+        parser.error(f"no such measure: {', '.join(sorted(unknown))}")
     # Where nobody looks at a terminal, lines may be as long as the tables are wide.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 190)
     if options.markdown is not None:

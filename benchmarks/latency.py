@@ -6,6 +6,10 @@ import asyncio
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
+
+import pymongo
+from pymongo.collection import Collection
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
 
@@ -17,9 +21,12 @@ from ._results import Cell, Finding, Spread
 _NONE_SYNC = "none, synchronous"
 _LIBRARY_SYNC = "library, synchronous"
 
-_CONTENDERS = (NONE, LIBRARY, PER_INVOCATION, FILE, SNAPSHOT, _NONE_SYNC, _LIBRARY_SYNC)
+_WRITE = "one write, PyMongo"
+
+_CONTENDERS = (_WRITE, NONE, LIBRARY, PER_INVOCATION, FILE, SNAPSHOT, _NONE_SYNC, _LIBRARY_SYNC)
 _DESCRIPTIONS = {
     **DESCRIPTIONS,
+    _WRITE: "an update of a small document by PyMongo's MongoClient, acknowledged by a majority: what nobody can beat",
     _NONE_SYNC: 'the same with `agent("...")`, for which Strands starts a thread and an event loop each time',
     _LIBRARY_SYNC: 'MongoDBSessionManager from a factory, with `agent("...")`',
 }
@@ -49,6 +56,8 @@ async def measure(bench: Bench) -> Finding:
 
         async def sample(key: tuple[float, str]) -> _Sample:
             seconds, name = key
+            if name == _WRITE:
+                return await asyncio.to_thread(_write, uri[seconds], turns)
             if name in (_NONE_SYNC, _LIBRARY_SYNC):
                 return await asyncio.to_thread(_synchronous, name, uri[seconds], turns)
             return await _asynchronous(name, uri[seconds], turns)
@@ -63,14 +72,16 @@ def _row(
     seconds: float, name: str, samples: list[_Sample], found: dict[tuple[float, str], list[_Sample]]
 ) -> dict[str, Cell]:
     base = found[seconds, _NONE_SYNC if name in (_NONE_SYNC, _LIBRARY_SYNC) else NONE]
-    added = Spread.of((one.turn - other.turn) * 1e3 for one, other in zip(samples, base, strict=True))
+    writes = [one.turn for one in found[seconds, _WRITE]]
+    added = [one.turn - other.turn for one, other in zip(samples, base, strict=True)]
+    compared = name not in (_WRITE, NONE, _NONE_SYNC)
     return {
         "round trip, ms": seconds * 1e3,
         "contender": name,
-        "opening, ms": Spread.of(one.opening * 1e3 for one in samples),
+        "opening, ms": Spread.of(one.opening * 1e3 for one in samples) if name != _WRITE else None,
         "turn, ms": Spread.of(one.turn * 1e3 for one in samples),
-        "added to a turn, ms": added,
-        "added, round trips": added.median / seconds / 1e3 if seconds else None,
+        "added to a turn, ms": Spread.of(value * 1e3 for value in added) if compared else None,
+        "added, × one write": Spread.of_ratios(added, writes) if compared else None,
     }
 
 
@@ -89,6 +100,18 @@ async def _asynchronous(name: str, uri: str, turns: int) -> _Sample:
                 await live.invoke_async("And now?")
                 took.append(time.perf_counter() - start)
     return _Sample(opening, statistics.median(took))
+
+
+def _write(uri: str, turns: int) -> _Sample:
+    client: pymongo.MongoClient[dict[str, Any]]
+    with pymongo.MongoClient(uri, w="majority") as client:
+        collection: Collection[dict[str, Any]] = client[DATABASE]["writes"]
+        took = []
+        for _ in range(turns + 1):  # the first opens the connection
+            start = time.perf_counter()
+            collection.update_one({"_id": 1}, {"$inc": {"count": 1}}, upsert=True)
+            took.append(time.perf_counter() - start)
+    return _Sample(0.0, statistics.median(took[1:]))
 
 
 def _synchronous(name: str, uri: str, turns: int) -> _Sample:
