@@ -24,7 +24,7 @@ def proxies(port: int, round_trips: Sequence[float]) -> Iterator[list[int]]:
         port: The local port of the server.
         round_trips: Seconds that the proxy adds to a round trip, half on the way there and half on the way back.
     """
-    command = [sys.executable, "-m", "benchmarks._proxy", str(port), *map(str, round_trips)]
+    command = [sys.executable, "-I", __file__, str(port), *map(str, round_trips)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
