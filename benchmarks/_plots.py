@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from ._report import Run
 from ._results import Cell, Finding, Spread
@@ -60,21 +61,22 @@ def _latency(figure: Figure, finding: Finding) -> None:
 
 def _streams(figure: Figure, finding: Finding) -> None:
     cases = list(dict.fromkeys(row["case"] for row in finding.rows))
-    for axes, column in zip(figure.subplots(1, 2, sharey=True), ("× none", "lag p99, ms"), strict=True):
+    left, right = figure.subplots(1, 2, sharey=True)
+    right.set_xscale("log")
+    for axes, column in ((left, "× none"), (right, "lag p99, ms")):
         ticks, labels = [], []
-        place = 0.0
+        place = 1.0
         for number, case in enumerate(cases):
+            left.text(0, place - 0.7, str(case), transform=left.get_yaxis_transform(), fontsize=8, weight="bold")
             for row in (row for row in finding.rows if row["case"] == case):
                 axes.barh(place, _middle(row[column]), xerr=_errors([row[column]]), color=f"C{number}", capsize=2)
                 ticks.append(place)
                 labels.append(str(row["contender"]))
                 place += 1
-            axes.text(1, place - 0.3, str(case), transform=axes.get_yaxis_transform(), ha="right", fontsize=7)
             place += 1
         axes.set_yticks(ticks, labels)
         axes.set_xlabel("turns/s, × no session manager" if column == "× none" else "event-loop lag p99, ms")
-        if not axes.yaxis_inverted():
-            axes.invert_yaxis()
+    left.set_ylim(place - 1, 0)
     figure.set_size_inches(9, 0.22 * place + 0.8)
 
 
@@ -91,6 +93,13 @@ def _growth(figure: Figure, finding: Finding) -> None:
             axes.errorbar(sizes, [_middle(cell) for cell in cells], _errors(cells), marker="o", ms=3, label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        for formatted in (
+            axes.xaxis.set_major_formatter,
+            axes.yaxis.set_major_formatter,
+            axes.yaxis.set_minor_formatter,
+        ):
+            formatted(StrMethodFormatter("{x:,g}"))
         axes.set_xlabel("messages of 4 KB")
         axes.legend(frameon=False, fontsize=7)
 
@@ -115,7 +124,9 @@ _PICTURES: dict[str, Callable[[Figure, Finding], None]] = {
 
 def _lines(axes: Axes, finding: Finding, across: str, column: str, by: str) -> None:
     for name in dict.fromkeys(row[by] for row in finding.rows):
-        rows = [row for row in finding.rows if row[by] == name]
+        rows = [row for row in finding.rows if row[by] == name and row[column] is not None]
+        if not rows:
+            continue
         cells = [row[column] for row in rows]
         xs = [_middle(row[across]) for row in rows]
         axes.errorbar(xs, [_middle(cell) for cell in cells], _errors(cells), marker="o", ms=3, label=str(name))

@@ -65,7 +65,7 @@ def print_tables(run: Run, console: Console) -> None:
 def markdown(run: Run) -> str:
     """Return the run as Markdown: the machine, the budgets, then every table."""
     lines = [f"Measured on {run.date}; where there is a range, the median of the rounds and (lowest–highest).", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in run.machine.items()) + ".", ""]
+    lines += ["; ".join(f"{name}: {value}" for name, value in run.machine.items()) + ".", ""]
     budgets = [budget for finding in run.findings.values() for budget in finding.budgets]
     if budgets:
         lines += ["| budget | promised | measured | kept |", "|---|---|---|---|"]
