@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ._report import Run
 from ._results import Cell, Finding, Spread
@@ -94,12 +94,10 @@ def _growth(figure: Figure, finding: Finding) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        for formatted in (
-            axes.xaxis.set_major_formatter,
-            axes.yaxis.set_major_formatter,
-            axes.yaxis.set_minor_formatter,
-        ):
-            formatted(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.set_xlabel("messages of 4 KB")
         axes.legend(frameon=False, fontsize=7)
 
@@ -123,13 +121,14 @@ _PICTURES: dict[str, Callable[[Figure, Finding], None]] = {
 
 
 def _lines(axes: Axes, finding: Finding, across: str, column: str, by: str) -> None:
-    for name in dict.fromkeys(row[by] for row in finding.rows):
+    for number, name in enumerate(dict.fromkeys(row[by] for row in finding.rows)):
         rows = [row for row in finding.rows if row[by] == name and row[column] is not None]
         if not rows:
             continue
         cells = [row[column] for row in rows]
         xs = [_middle(row[across]) for row in rows]
-        axes.errorbar(xs, [_middle(cell) for cell in cells], _errors(cells), marker="o", ms=3, label=str(name))
+        medians = [_middle(cell) for cell in cells]
+        axes.errorbar(xs, medians, _errors(cells), marker="o", ms=3, color=f"C{number}", label=str(name))
 
 
 def _middle(cell: Cell) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ._results import Finding, Spread, shown
+from ._results import Finding, shown
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def markdown(run: Run) -> str:
         ]
     for finding in run.findings.values():
         names = list(finding.rows[0])
-        marks = ["---:" if isinstance(finding.rows[0][name], int | float | Spread) else "---" for name in names]
+        marks = ["---" if isinstance(finding.rows[0][name], str) else "---:" for name in names]
         lines += ["", f"### {finding.title}", "", f"| {' | '.join(names)} |", f"|{'|'.join(marks)}|"]
         lines += [f"| {' | '.join(shown(row.get(name)) for name in names)} |" for row in finding.rows]
     return "\n".join(lines) + "\n"
