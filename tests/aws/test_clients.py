@@ -109,17 +109,17 @@ def test_a_client_whose_opening_was_given_up_is_used_by_the_next(
             "sqs", region_name=None, endpoint_url=moto, aws_session=aioboto3.Session(), config=None
         )
 
-        async def send(text: str) -> None:
+        async def send(service: _aws.AwsService, text: str) -> None:
             await service.call("send_message", QueueUrl=queue.url, MessageBody=text)
 
-        cancelled = io_portal().submit(send, "cancelled")
+        cancelled = io_portal().submit(send, service, "cancelled")
         eventually(lambda: handler.asked)
         cancelled.cancel()
         handler.may_answer.set()
-        io_portal().call(send, "sent")
+        io_portal().call(send, service, "sent")
         assert handler.asked == ["/credentials"]
         assert open_clients() == 1
-        del service, send, cancelled
+        del service, cancelled
         gc.collect()
         eventually(lambda: open_clients() == 0)
         server.shutdown()
