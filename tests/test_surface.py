@@ -39,6 +39,7 @@ ORDER = [
     "errors",
     "_codec",
     "_documents",
+    "_references",
     "_changes",
     "_capture",
     "_loop",
@@ -46,6 +47,7 @@ ORDER = [
     "_connection",
     "_commands",
     "_annotations",
+    "_attachments",
     "_archive",
     "_repository",
     "_sync",
@@ -370,13 +372,13 @@ def test_one_module_knows_clients() -> None:
     assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
 
 
-@pytest.mark.parametrize("module", ["errors", "_codec", "_documents", "_changes", "_capture"])
+@pytest.mark.parametrize("module", ["errors", "_codec", "_documents", "_references", "_changes", "_capture"])
 def test_pure_modules_do_no_io(module: str) -> None:
     roots = {name.split(".")[0] for name in imports(module)}
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-@pytest.mark.parametrize("module", ["_documents", "_changes", "_capture", "_unit_of_work"])
+@pytest.mark.parametrize("module", ["_documents", "_references", "_changes", "_capture", "_unit_of_work"])
 def test_one_pure_module_knows_bson(module: str) -> None:
     assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()
 

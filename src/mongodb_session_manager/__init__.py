@@ -23,6 +23,7 @@ from ._repository import AsyncMongoDBSessionRepository
 from ._sync import MongoDBSessionRepository
 from .errors import (
     AgentNotFoundError,
+    AttachmentError,
     ClientTypeError,
     ConfigurationError,
     DatabaseError,
@@ -47,6 +48,7 @@ __all__ = [
     "AgentNotFoundError",
     "AsyncMongoDBSessionManager",
     "AsyncMongoDBSessionRepository",
+    "AttachmentError",
     "ClientTypeError",
     "ConfigurationError",
     "DatabaseError",
