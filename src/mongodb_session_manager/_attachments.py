@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -85,7 +84,7 @@ class Attachments:
         self._connection = connection
         self._database_name = database_name
         self._collection_name = collection_name
-        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known: dict[str, _Known] = {}
 
     def _collection(self, suffix: str) -> SessionCollection:
         name = f"{self._collection_name}{suffix}"
@@ -100,6 +99,10 @@ class Attachments:
         return self._collection("_attachments.files")
 
     @cached_property
+    def _archive(self) -> SessionCollection:
+        return self._collection("_archive")
+
+    @cached_property
     def _chunks(self) -> SessionCollection:
         return self._collection("_attachments.chunks")
 
@@ -109,7 +112,7 @@ class Attachments:
         self._known[session_id] = known = _Known(document.get("attachments_generation") or 0)
         known.add(references)
         if len(self._known) > _KNOWN_SESSIONS:
-            self._known.popitem(last=False)
+            del self._known[next(iter(self._known))]
 
     # Storing.
 
@@ -198,8 +201,8 @@ class Attachments:
 
         If it is interrupted, the next call for the session removes what is left.
         """
-        anything = {"_id": {"$gte": {"session_id": session_id}, "$lte": {"session_id": session_id, "sha256": MaxKey()}}}
-        if await self._files._send(lambda files: files.find_one(anything, {"_id": 1})) is None:
+        files = {"_id": _within(session_id, "sha256")}
+        if await self._files._send(lambda collection: collection.find_one(files, {"_id": 1})) is None:
             return
         document = await self._sessions._send(
             lambda sessions: sessions.find_one_and_update(
@@ -211,22 +214,15 @@ class Attachments:
         )
         if document is None:
             return
-        used = {
-            reference for agent in document["attachments"] for reference in references_of({"attachments": _flat(agent)})
-        }
+        # What is moved to the archive meanwhile was in the head.
+        used = {reference for messages in document["attachments"] for reference in _parsed(messages)}
         self.learn(session_id, document, used)
-        generation = document["attachments_generation"]
+        used |= await self._archive._send(lambda archive: _archived(archive, session_id))
         kept = [_file_id(session_id, reference) for reference in used]
+        earlier = {"$lt": document["attachments_generation"]}
+        chunks = {"_id": _within_chunks(session_id), "files_id": {"$nin": kept}, "files_id.generation": earlier}
+        files = {"_id": {**files["_id"], "$nin": kept}, "_id.generation": earlier}
         # Chunks first: an entry in `.files` is how what is left after an interruption is found again.
-        chunks = {
-            "_id": {
-                "$gte": {"file": {"session_id": session_id}},
-                "$lte": {"file": {"session_id": session_id, "sha256": MaxKey()}},
-            },
-            "files_id": {"$nin": kept},
-            "files_id.generation": {"$lt": generation},
-        }
-        files = {"_id": {**anything["_id"], "$nin": kept}, "_id.generation": {"$lt": generation}}
         await self._chunks._send(lambda collection: collection.delete_many(chunks))
         await self._files._send(lambda collection: collection.delete_many(files))
 
@@ -235,8 +231,18 @@ def _file_id(session_id: str, reference: Reference) -> Document:
     return {"session_id": session_id, "sha256": reference.sha256, "generation": reference.generation}
 
 
-def _flat(lists: Iterable[Any]) -> list[Any]:
-    return [member for members in lists if isinstance(members, list) for member in members]
+def _within(session_id: str, following: str) -> Document:
+    """Return the range of all ids that begin with a session's, and go on with the field `following`."""
+    return {"$gte": {"session_id": session_id}, "$lte": {"session_id": session_id, following: MaxKey()}}
+
+
+def _within_chunks(session_id: str) -> Document:
+    return {operator: {"file": bound} for operator, bound in _within(session_id, "sha256").items()}
+
+
+def _parsed(messages: Iterable[Any]) -> set[Reference]:
+    """Return what the `attachments` of several messages list."""
+    return {reference for listed in messages for reference in references_of({"attachments": listed})}
 
 
 def _set_aside(messages: Iterable[Mapping[str, Any]]) -> Iterable[bytes]:
@@ -250,6 +256,16 @@ def _digests(blobs: Mapping[int, bytes]) -> dict[int, str]:
 async def _insert(collection: SessionCollection, document: Document) -> None:
     with suppress(DuplicateKeyError):  # the same, by somebody else or an attempt whose acknowledgement was lost
         await collection._send(lambda target: target.insert_one(document))
+
+
+async def _archived(archive: AsyncCollection, session_id: str) -> set[Reference]:
+    """Return what the archived messages of a session refer to."""
+    buckets = archive.find({"_id": _within(session_id, "agent")}, {"messages.attachments": 1})
+    return {
+        reference
+        async for bucket in buckets
+        for reference in _parsed(message.get("attachments") for message in bucket["messages"])
+    }
 
 
 async def _file_ids(files: AsyncCollection, condition: Document) -> list[Document]:
