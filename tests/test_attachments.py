@@ -671,35 +671,40 @@ def fail_at_delete(server: str, number: int, call: Callable[[], object]) -> None
 def test_who_knows_an_attachment_that_somebody_removed_stores_it_again(
     factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver
 ) -> None:
-    live = agent(factory.create_session_manager("s"), "1", "2")
-    live(asking(image(LARGE)))
+    live = agent(factory.create_session_manager("s"), "1", "2", "3", "4")
     with MongoDBSessionRepository(server, database) as repository:
-        redacted = repository.list_messages("s", "agent")[0]
-        redacted.redact_message = {"role": "user", "content": [{"text": "[gone]"}]}
-        repository.update_message("s", "agent", redacted)
-    assert hashes(driver, database) == set()
+        for number in range(3):
+            live(asking(image(LARGE)))
+            redacted = repository.list_messages("s", "agent")[2 * number]
+            assert redacted.message["content"] == asking(image(LARGE))
+            redacted.redact_message = {"role": "user", "content": [{"text": "[gone]"}]}
+            repository.update_message("s", "agent", redacted)
+            assert hashes(driver, database) == set()
     live(asking(image(LARGE)))
-    assert restored(factory)[2:] == conversation(live)[2:]
+    assert restored(factory)[6:] == conversation(live)[6:]
     assert hashes(driver, database) == {sha256(LARGE)}
 
 
 def test_removing_while_others_append(server: str, database: str, factory: MongoDBSessionManagerFactory) -> None:
+    """One agent stores and removes again and again what others store for good."""
+    images = [image(content(2 * KIB, seed)) for seed in range(15)]
+    options: dict[str, Any] = {"max_inline_attachment_bytes": 1000}
     stop = threading.Event()
 
     def redact() -> int:
         turns = 0
-        with MongoDBSessionManager("s", server, database, max_inline_attachment_bytes=1000) as manager:
-            live = agent(manager, *[Redaction("[gone]")] * 40, agent_id="redacting")
-            while not stop.is_set() and turns < 40:
-                live(asking(image(SMALL)))
+        with MongoDBSessionManager("s", server, database, **options) as manager:
+            live = agent(manager, *[Redaction("[gone]")] * 100, agent_id="redacting")
+            while not stop.is_set() and turns < 100:
+                live(asking(*images))
                 turns += 1
         return turns
 
     def append(number: int) -> list[Any]:
-        with MongoDBSessionManager("s", server, database, max_inline_attachment_bytes=1000) as manager:
-            live = agent(manager, *map(str, range(15)), agent_id=f"agent-{number}")
-            for _ in range(15):
-                live(asking(image(SMALL)))
+        with MongoDBSessionManager("s", server, database, **options) as manager:
+            live = agent(manager, *[""] * len(images), agent_id=f"agent-{number}")
+            for one in images:
+                live(asking(one))
             return conversation(live)
 
     with ThreadPoolExecutor(3) as threads:
