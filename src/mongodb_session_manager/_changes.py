@@ -10,7 +10,7 @@ whoever was not there first changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -42,11 +42,15 @@ class AppendMessage:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceMessage:
-    """A message has another content: merged, updated or redacted."""
+    """A message has another content: merged, updated or redacted.
+
+    `frees` says that what it replaces may have had attachments, which then are to be removed.
+    """
 
     agent_id: str
     message_id: int
     fields: Document
+    frees: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,8 @@ class AgentWrite:
 
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
     turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the
-    other is what that statement may not have said.
+    other is what that statement may not have said. `generation` is the one in which attachments of the messages are
+    stored, `None` if they have none.
     """
 
     agent_id: str
@@ -114,6 +119,8 @@ class AgentWrite:
     events: list[Document] = field(default_factory=list)
     expected: int | None = None
     moment: datetime | None = None
+    generation: int | None = None
+    frees: bool = False
 
     def add(self, change: Change) -> None:
         """Take in the change that happened next."""
@@ -126,8 +133,9 @@ class AgentWrite:
                 self.recorded[message["message_id"]] = message
                 self.usage[message["message_id"]] = usage
                 self._touch(message["updated_at"])
-            case ReplaceMessage(message_id=message_id, fields=fields):
+            case ReplaceMessage(message_id=message_id, fields=fields, frees=frees):
                 self._set_message(message_id, fields)
+                self.frees |= frees
                 self._touch(fields["updated_at"])
             case SetMessageFields(message_id=message_id, fields=fields):
                 self._set_message(message_id, fields)
@@ -151,6 +159,20 @@ class AgentWrite:
                 self.amended.setdefault(message_id, {}).update(fields)
                 return
         self.replaced.setdefault(message_id, {}).update(fields)
+
+    def contents(self) -> list[Mapping[str, Any]]:
+        """Return the messages, and fields of messages, that are to be stored."""
+        return [*self.appended, *self.replaced.values()]
+
+    def earlier_contents(self) -> list[Mapping[str, Any]]:
+        """Return what may have been stored by a statement whose acknowledgement was lost."""
+        return [*self.recorded.values(), *self.amended.values()]
+
+    def exchange(self, new: Callable[[Mapping[str, Any]], Any]) -> None:
+        """Put `new(...)` in the place of each message and of the fields of each."""
+        self.appended = list(map(new, self.appended))
+        for messages in (self.recorded, self.replaced, self.amended):
+            messages.update({message_id: new(message) for message_id, message in messages.items()})
 
     @property
     def increments(self) -> dict[str, int]:
@@ -206,6 +228,8 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         if write.moment is not None:
             moments.append(write.moment)
         parts.events += write.events
+        if write.generation is not None:
+            condition["attachments_generation"] = write.generation or None
         if write.created is not None:
             condition[path] = {"$exists": False}
             parts.sets[path] = _whole(write)
@@ -342,7 +366,13 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         # them; saying it again is harmless as long as nobody has written since.
         rest.expected = write.appended[-1]["message_id"] + 1
         if stored.next_message_id != rest.expected:
-            rest = AgentWrite(write.agent_id, replaced=replaced, events=write.events, moment=write.moment)
+            rest = AgentWrite(
+                write.agent_id,
+                replaced=replaced,
+                events=write.events,
+                moment=write.moment,
+                generation=write.generation,
+            )
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         raise SessionConflictError(
             f"agent {write.agent_id!r}: another writer stored message {stored.next_message_id - 1} after this session "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Self, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
@@ -42,10 +42,11 @@ class SessionCollection:
         collection_name: str,
         application_name: str | None,
         metadata_fields: Sequence[str] | None,
+        **options: Any,
     ) -> Self:
         """Return a repository over a connection that somebody else closes."""
         repository = cls.__new__(cls)
-        repository._bind(connection, database_name, collection_name, application_name, metadata_fields)
+        repository._bind(connection, database_name, collection_name, application_name, metadata_fields, **options)
         return repository
 
     def _bind(
@@ -113,20 +114,25 @@ class SessionCollection:
         """Build, beside everything else, the indexes that this process has not seen to."""
         fields = ["created_at", "updated_at", "session_id", "application_name"]
         fields += [f"metadata.{field}" for field in self._metadata_fields]
+        self._ensure({field: IndexModel(field) for field in fields})
+
+    def _ensure(self, indexes: Mapping[str, IndexModel]) -> None:
         where = (self._connection.identity, self._database_name, self._collection_name)
-        if missing := [field for field in fields if (*where, field) not in _indexed]:
+        if missing := [field for field in indexes if (*where, field) not in _indexed]:
             if where not in {entry[:3] for entry in _indexed}:
                 self._connection.when_client_is_collected(_forget_indexes)
             _indexed.update((*where, field) for field in missing)
-            self._connection.start(self._build_indexes(where, missing))
+            self._connection.start(self._build_indexes(where, {field: indexes[field] for field in missing}))
 
-    async def _build_indexes(self, where: tuple[object, ...], fields: Sequence[str]) -> None:
+    async def _build_indexes(self, where: tuple[object, ...], fields: Mapping[str, IndexModel]) -> None:
         try:
-            await self._send(lambda collection: collection.create_indexes([IndexModel(field) for field in fields]))
+            await self._send(lambda collection: collection.create_indexes(list(fields.values())))
         except MongoDBSessionError as error:
             if not isinstance(error.__cause__, OperationFailure):
                 _indexed.difference_update((*where, field) for field in fields)
-            logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", fields, error)
+            logger.warning(
+                "fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", list(fields), error
+            )
 
 
 def _checked_name(value: object, name: str) -> str:

@@ -9,7 +9,9 @@ agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
     created_at, updated_at
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
-    messages             [{message, message_id, redact_message, created_at, updated_at, event_loop_metrics?}]
+    messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
+                           event_loop_metrics?}]
+attachments_generation   how often attachments were removed; absent for 0
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class StoredMessage(TypedDict):
     redact_message: Document | None
     created_at: datetime
     updated_at: datetime
+    attachments: NotRequired[list[Any]]
     usage: NotRequired[Document]
     event_loop_metrics: NotRequired[Document]
     guardrail_event: NotRequired[Document]

@@ -11,6 +11,7 @@ from ._documents import checked_id
 from ._hooks import Hook, hold, let_go
 from ._loop import Lock
 from ._manager import MongoDBSessionManager
+from ._references import MAX_INLINE_ATTACHMENT_BYTES
 from ._session import ManagerOptions, SaveOn, take_hooks
 from .errors import FactoryNotInitializedError, MongoDBSessionError
 from .hooks._notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
@@ -66,6 +67,8 @@ class MongoDBSessionManagerFactory:
         metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
         feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
         save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
+            in GridFS, in the bucket `<collection_name>_attachments`.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -84,6 +87,7 @@ class MongoDBSessionManagerFactory:
         metadata_hook: Hook | None = None,
         feedback_hook: Hook | None = None,
         save_on: SaveOn = "message",
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         **client_options: Any,
     ) -> None:
         self._options = ManagerOptions.checked(
@@ -94,6 +98,7 @@ class MongoDBSessionManagerFactory:
             metadata_hook=metadata_hook,
             feedback_hook=feedback_hook,
             save_on=save_on,
+            max_inline_attachment_bytes=max_inline_attachment_bytes,
             **take_hooks(client_options),
         )
         self._connection = Connection(Settings.checked(connection_string, client, client_options))
@@ -109,7 +114,7 @@ class MongoDBSessionManagerFactory:
         Args:
             session_id: The session; it is created if it is new.
             **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `metadata_hook`,
-                `feedback_hook`, `save_on` in place of the factory's.
+                `feedback_hook`, `save_on`, `max_inline_attachment_bytes` in place of the factory's.
 
         Raises:
             ConfigurationError: An override cannot be used.

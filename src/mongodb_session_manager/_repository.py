@@ -11,6 +11,7 @@ from pymongo.errors import DuplicateKeyError
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
+from ._attachments import Attachments, StaleAttachments
 from ._changes import (
     AgentWrite,
     AppendMessage,
@@ -28,6 +29,7 @@ from ._connection import Client, Connection, Settings
 from ._documents import (
     Document,
     agent_from,
+    agent_id_of,
     agent_key,
     agent_state,
     checked_id,
@@ -42,6 +44,7 @@ from ._documents import (
     stored_message,
     to_date,
 )
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
 from .errors import (
     DatabaseError,
     InvalidArgumentError,
@@ -64,6 +67,7 @@ _RESTORE: Document = {
     "session_type": 1,
     "created_at": 1,
     "updated_at": 1,
+    "attachments_generation": 1,
     # All agents, each message without its metrics: they grow with the conversation and nobody restores them.
     "agents": {
         "$arrayToObject": {
@@ -105,6 +109,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
         client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that this repository creates.
         metadata_fields: Fields of `metadata` that get an index each.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
+            in GridFS, in the bucket `<collection_name>_attachments`.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -120,10 +126,23 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         **client_options: Any,
     ) -> None:
         connection = Connection(Settings.checked(connection_string, client, client_options))
-        self._bind(connection, database_name, collection_name, application_name, metadata_fields)
+        self._bind(
+            connection,
+            database_name,
+            collection_name,
+            application_name,
+            metadata_fields,
+            max_inline_attachment_bytes=max_inline_attachment_bytes,
+        )
+
+    def _bind(self, *args: Any, max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES) -> None:
+        super()._bind(*args)
+        self._max_inline = checked_inline_bytes(max_inline_attachment_bytes)
+        self._attachments = Attachments(self._connection, self._database_name, self._collection_name)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._database_name}.{self._collection_name}, {self._connection!r})"
@@ -152,7 +171,11 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
         """Return what restoring a session needs, from one command that creates the session if it is new.
 
         The document holds everything but metadata, feedbacks, guardrail events and the metrics of messages. Its
-        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command.
+        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command. Attachments of
+        messages are read in one more.
+
+        Raises:
+            AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
         fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, now()))
@@ -164,6 +187,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
                 unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
                 if not unnumbered or await self._adopt(session_id, agents, unnumbered):
                     self._ensure_indexes()
+                    await self._restore_attachments(session_id, document)
                     return document
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was opened")
 
@@ -212,6 +236,13 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             agents[agent_key(old)] = agents.pop(old)
         return await self._update(Update(condition, stages, None))
 
+    async def _restore_attachments(self, session_id: str, document: Document) -> None:
+        """Put attachments back into all messages of a document, and remember that they are there."""
+        messages = {agent_id_of(key): agent.get("messages") or [] for key, agent in document["agents"].items()}
+        stored = [reference for elements in messages.values() for e in elements for reference in references_of(e)]
+        self._attachments.learn(session_id, document, stored)
+        await self._attachments.restore(session_id, messages)
+
     async def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
 
@@ -224,10 +255,21 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
         """
         checked_id(session_id, "session_id")
-        refused: dict[str, MongoDBSessionError] = {}
+        changes = tuple(changes)
         async with self._connection.operation():
-            await self._write(session_id, fold(changes), refused)
-        return refused
+            for _ in range(_ROUNDS):
+                refused: dict[str, MongoDBSessionError] = {}
+                writes = fold(changes)
+                await self._attachments.store(session_id, writes.values())
+                try:
+                    await self._write(session_id, writes, refused)
+                except StaleAttachments as stale:
+                    self._attachments.learn(session_id, stale.document)
+                    continue
+                if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
+                    await self._attachments.remove_unreferenced(session_id)
+                return refused
+        raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
 
     async def _write(
         self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
@@ -257,7 +299,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             for agent_id in writes
             for field in ("next_message_id", "messages.message_id", "messages.message", "messages.created_at")
         ]
-        document = await self._find(session_id, dict.fromkeys(fields, 1))
+        document = await self._find(session_id, dict.fromkeys([*fields, "attachments_generation"], 1))
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
         unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
         if unnumbered and not await self._adopt(session_id, agents, unnumbered):
@@ -273,6 +315,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
                 refused[agent_id] = error
             else:
                 if rest is not None:
+                    if rest.generation not in (None, document.get("attachments_generation") or 0):
+                        raise StaleAttachments(document)
                     remaining[agent_id] = rest
         return remaining
 
@@ -339,9 +383,10 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             SessionConflictError: The agent has a message of that id already, or not yet the one before it.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
         message = stored_message(session_message, checked_message_id(session_message.message_id))
-        await self._apply_one(session_id, AppendMessage(agent_id, message))
+        await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline)))
 
     async def read_message(
         self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
@@ -351,6 +396,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
         path = f"agents.{agent_key(agent_id)}.messages"
@@ -360,7 +406,9 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             if document is None:
                 await self._stored_agent(session_id, agent_id, {"created_at": 1})
                 return None
-        return message_from(document["agents"][agent_key(agent_id)]["messages"][0], message_id)
+        messages = document["agents"][agent_key(agent_id)]["messages"]
+        await self._attachments.restore(session_id, {agent_id: messages})
+        return message_from(messages[0], message_id)
 
     async def update_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
@@ -371,10 +419,12 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageNotFoundError: The agent holds no message of that id.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
-        fields = {**message_body(session_message), "updated_at": now()}
+        fields = {**message_body(session_message), "attachments": [], "updated_at": now()}
         message_id = checked_message_id(session_message.message_id)
-        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields))
+        fields = set_aside(fields, self._max_inline)
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, frees=True))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
@@ -391,6 +441,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         if offset < 0 or (limit is not None and limit < 0):
             raise InvalidArgumentError("limit and offset must not be negative")
@@ -399,6 +450,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations):
             return []
         wanted = {"messages": {"$slice": [offset, limit if limit is not None else 2**31 - 1]}, "created_at": 1}
         messages = (await self._stored_agent(session_id, agent_id, wanted)).get("messages", [])
+        await self._attachments.restore(session_id, {agent_id: messages})
         return [message_from(message, offset + position) for position, message in enumerate(messages)]
 
     async def _apply_one(self, session_id: str, change: Change) -> None:

@@ -33,9 +33,10 @@ from ._connection import Connection
 from ._documents import checked_id, now
 from ._hooks import Hook, checked_hook, hold, let_go
 from ._loop import ExitOrder, close_at_exit, running_loop
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
-from .errors import ConfigurationError, MongoDBSessionError, SessionClosedError
+from .errors import ConfigurationError, MessageTooLargeError, MongoDBSessionError, SessionClosedError
 from .hooks._notify import DRAIN_TIMEOUT, drain
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class ManagerOptions:
     metadata_hook: Hook | None = None
     feedback_hook: Hook | None = None
     save_on: SaveOn = "message"
+    max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
 
     @classmethod
     def checked(cls, **given: Any) -> Self:
@@ -89,11 +91,17 @@ class ManagerOptions:
         checked_hook(self.feedback_hook, "feedback_hook")
         if self.save_on not in ("message", "invocation"):
             raise ConfigurationError(f'save_on must be "message" or "invocation", not {self.save_on!r}')
+        checked_inline_bytes(self.max_inline_attachment_bytes)
 
     def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
         """Return the repository these options describe."""
         return AsyncMongoDBSessionRepository._over(
-            connection, self.database_name, self.collection_name, self.application_name, self.metadata_fields
+            connection,
+            self.database_name,
+            self.collection_name,
+            self.application_name,
+            self.metadata_fields,
+            max_inline_attachment_bytes=self.max_inline_attachment_bytes,
         )
 
 
@@ -158,7 +166,7 @@ class SessionManagerBase(RepositorySessionManager):
                 return
             document = await self._repository.open_session(self.session_id)
             close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-            work = UnitOfWork(self.session_id, document)
+            work = UnitOfWork(self.session_id, document, self._options.max_inline_attachment_bytes)
             super().__init__(self.session_id, work)
             self._work = work
             hold(self, self._options.metadata_hook, self._options.feedback_hook)
@@ -227,15 +235,26 @@ class SessionManagerBase(RepositorySessionManager):
 
     async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
         agent = event.agent
-        with _recording_only():
-            self.append_message(event.message, agent)
-            self.sync_agent(agent)
-        if self._is_due(event.message, agent):
-            try:
+        try:
+            with _recording_only():
+                self._append_added(event.message, agent)
+                self.sync_agent(agent)
+            if self._is_due(event.message, agent):
                 await self._flush(agent.agent_id)
-            except MongoDBSessionError as error:
-                self._stopped[agent.agent_id] = error
-                raise
+        except MongoDBSessionError as error:
+            self._stopped[agent.agent_id] = error
+            raise
+
+    def _append_added(self, message: Message, agent: LocalAgent) -> None:
+        """Append a message, or take it out of the agent's again if it is too large, so that the agent can go on."""
+        known = self._unit.knows(agent.agent_id, message)
+        try:
+            self.append_message(message, agent)
+        except MessageTooLargeError:
+            # What was known stays as it is stored; the agent alone knows what was merged into it.
+            if not known and agent.messages and agent.messages[-1] is message:
+                agent.messages.pop()
+            raise
 
     async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
         agent = event.agent

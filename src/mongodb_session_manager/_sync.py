@@ -13,6 +13,7 @@ from ._changes import Change
 from ._connection import Client
 from ._documents import Document
 from ._loop import Portal
+from ._references import MAX_INLINE_ATTACHMENT_BYTES
 from ._repository import AsyncMongoDBSessionRepository
 from .errors import MongoDBSessionError
 
@@ -29,6 +30,8 @@ class MongoDBSessionRepository(SessionRepository):
         client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that this repository creates.
         metadata_fields: Fields of `metadata` that get an index each.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
+            in GridFS, in the bucket `<collection_name>_attachments`.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -44,6 +47,7 @@ class MongoDBSessionRepository(SessionRepository):
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         **client_options: Any,
     ) -> None:
         self._async = AsyncMongoDBSessionRepository(
@@ -53,6 +57,7 @@ class MongoDBSessionRepository(SessionRepository):
             client=client,
             application_name=application_name,
             metadata_fields=metadata_fields,
+            max_inline_attachment_bytes=max_inline_attachment_bytes,
             **client_options,
         )
 
@@ -85,7 +90,11 @@ class MongoDBSessionRepository(SessionRepository):
         """Return what restoring a session needs, from one command that creates the session if it is new.
 
         The document holds everything but metadata, feedbacks, guardrail events and the metrics of messages. Its
-        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command.
+        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command. Attachments of
+        messages are read in one more.
+
+        Raises:
+            AttachmentError: An attachment is missing or damaged.
         """
         return self._portal.call(self._async.open_session, session_id)
 
@@ -146,6 +155,7 @@ class MongoDBSessionRepository(SessionRepository):
             SessionConflictError: The agent has a message of that id already, or not yet the one before it.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
         self._portal.call(self._async.create_message, session_id, agent_id, session_message, **kwargs)
 
@@ -155,6 +165,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         return self._portal.call(self._async.read_message, session_id, agent_id, message_id, **kwargs)
 
@@ -165,6 +176,7 @@ class MongoDBSessionRepository(SessionRepository):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageNotFoundError: The agent holds no message of that id.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
         self._portal.call(self._async.update_message, session_id, agent_id, session_message, **kwargs)
 
@@ -183,6 +195,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         return self._portal.call(self._async.list_messages, session_id, agent_id, limit, offset, **kwargs)
 

@@ -35,6 +35,7 @@ from ._documents import (
     session_from,
     stored_message,
 )
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
 from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError
 
 _METRICS_DEPTH = 6  # document, agents, key, messages, element, event_loop_metrics
@@ -47,7 +48,13 @@ class _Agent:
         self.loaded = None if stored is None else agent_from(agent_id, stored)
         documents = [] if stored is None else stored.get("messages") or []
         self.messages: list[SessionMessage] | None = [message_from(document, i) for i, document in enumerate(documents)]
+        self.with_attachments = {
+            message.message_id
+            for message, document in zip(self.messages, documents, strict=True)
+            if document.get("attachments")
+        }
         self.next_message_id: int = 0 if stored is None else stored["next_message_id"]
+        self.first_loaded = self.messages[0].message_id if self.messages else self.next_message_id
         self.message_ids = {
             tracking_id: message.message_id
             for message in self.messages
@@ -74,9 +81,12 @@ class UnitOfWork(SessionRepository):
     Args:
         session_id: The session.
         document: What `AsyncMongoDBSessionRepository.open_session` returned.
+        max_inline: How many bytes of attachments of a message stay in the document.
     """
 
-    def __init__(self, session_id: str, document: Mapping[str, Any]) -> None:
+    def __init__(
+        self, session_id: str, document: Mapping[str, Any], max_inline: int = MAX_INLINE_ATTACHMENT_BYTES
+    ) -> None:
         self.session_id = session_id
         self.application_name: str | None = document.get("application_name")
         self._session = session_from(document)
@@ -85,6 +95,7 @@ class UnitOfWork(SessionRepository):
             for key, stored in document["agents"].items()
             for agent_id in (agent_id_of(key),)
         }
+        self._max_inline = max_inline
         self._log: list[Change] = []
         self._closed = False
 
@@ -210,19 +221,21 @@ class UnitOfWork(SessionRepository):
 
         The id is given here and written into `session_message`, because behind a conversation manager that has
         removed all messages Strands would begin again at 0.
+
+        Raises:
+            MessageTooLargeError: The message cannot be stored. Nothing is recorded; the next one gets the id.
         """
         agent = self._agent(agent_id)
         tracking_id = session_message.message.get("tracking_id")
         known = agent.message_ids.get(tracking_id) if tracking_id is not None else None
         session_message.message_id = agent.next_message_id if known is None else known
         if known is not None:
-            self._record(ReplaceMessage(agent_id, known, {**message_body(session_message), "updated_at": now()}))
+            self._replace(agent_id, known, session_message)
             return
-        message, usage = (
-            stored_message(session_message, session_message.message_id),
-            self._usage(agent, session_message),
-        )
-        self._record(AppendMessage(agent_id, message, usage))
+        message = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
+        self._record(AppendMessage(agent_id, message, self._usage(agent, session_message)))
+        if message.get("attachments"):
+            agent.with_attachments.add(session_message.message_id)
         agent.last_appended = session_message.message_id
         agent.next_message_id += 1
         if tracking_id is not None:
@@ -250,10 +263,23 @@ class UnitOfWork(SessionRepository):
         agent = self._agent(agent_id)
         if not 0 <= session_message.message_id < agent.next_message_id:
             raise MessageNotFoundError(f"agent {agent_id!r} holds no message {session_message.message_id}")
-        fields = {**message_body(session_message), "updated_at": now()}
-        self._record(ReplaceMessage(agent_id, session_message.message_id, fields))
+        self._replace(agent_id, session_message.message_id, session_message)
         if session_message.redact_message is not None:
             agent.last_redacted = session_message.message_id
+
+    def _replace(self, agent_id: str, message_id: int, session_message: SessionMessage) -> None:
+        agent = self._agents[agent_id]
+        fields = set_aside({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        frees = message_id in agent.with_attachments or message_id < agent.first_loaded
+        if frees:
+            fields.setdefault("attachments", [])
+        self._record(ReplaceMessage(agent_id, message_id, fields, frees))
+        if fields.get("attachments"):
+            agent.with_attachments.add(message_id)
+
+    def knows(self, agent_id: str, message: Mapping[str, Any]) -> bool:
+        """Tell whether a message is stored or recorded, by its tracking id."""
+        return message.get("tracking_id") in self._agent(agent_id).message_ids
 
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
