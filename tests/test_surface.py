@@ -40,6 +40,7 @@ ORDER = [
     "_codec",
     "_documents",
     "_changes",
+    "_buckets",
     "_capture",
     "_loop",
     "_driver_errors",
@@ -370,13 +371,13 @@ def test_one_module_knows_clients() -> None:
     assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
 
 
-@pytest.mark.parametrize("module", ["errors", "_codec", "_documents", "_changes", "_capture"])
+@pytest.mark.parametrize("module", ["errors", "_codec", "_documents", "_changes", "_buckets", "_capture"])
 def test_pure_modules_do_no_io(module: str) -> None:
     roots = {name.split(".")[0] for name in imports(module)}
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-@pytest.mark.parametrize("module", ["_documents", "_changes", "_capture", "_unit_of_work"])
+@pytest.mark.parametrize("module", ["_documents", "_changes", "_buckets", "_capture", "_unit_of_work"])
 def test_one_pure_module_knows_bson(module: str) -> None:
     assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()
 

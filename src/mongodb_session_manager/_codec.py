@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -99,6 +99,11 @@ def decode(stored: Any) -> Any:
         return _decode(stored)
     except RecursionError:
         raise EncodingError("cannot read a value nested deeper than Python's stack allows here") from None
+
+
+def stored_size(document: Mapping[str, Any]) -> int:
+    """Return how many bytes an encoded document takes in MongoDB."""
+    return len(bson.encode(document, codec_options=CODEC_OPTIONS))
 
 
 class _RefusedError(Exception):

@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
+from ._buckets import Head, Limits
 from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, agent_key, checked_id
@@ -42,10 +43,20 @@ class SessionCollection:
         collection_name: str,
         application_name: str | None,
         metadata_fields: Sequence[str] | None,
+        max_embedded_messages: int,
+        max_embedded_bytes: int,
     ) -> Self:
         """Return a repository over a connection that somebody else closes."""
         repository = cls.__new__(cls)
-        repository._bind(connection, database_name, collection_name, application_name, metadata_fields)
+        repository._bind(
+            connection,
+            database_name,
+            collection_name,
+            application_name,
+            metadata_fields,
+            max_embedded_messages,
+            max_embedded_bytes,
+        )
         return repository
 
     def _bind(
@@ -55,6 +66,8 @@ class SessionCollection:
         collection_name: str,
         application_name: str | None,
         metadata_fields: Sequence[str] | None,
+        max_embedded_messages: int,
+        max_embedded_bytes: int,
     ) -> None:
         self._connection = connection
         self._database_name = _checked_name(connection.database_name(database_name), "database_name")
@@ -63,6 +76,9 @@ class SessionCollection:
             raise ConfigurationError(f"application_name must be a str, not {type(application_name).__name__}")
         self._application_name = application_name
         self._metadata_fields = _checked_fields(metadata_fields)
+        self._limits = Limits.checked(max_embedded_messages, max_embedded_bytes)
+        self._archive_name = f"{self._collection_name}_archive"
+        self._heads: dict[tuple[str, str], Head] = {}
 
     @property
     def portal(self) -> Portal:
@@ -80,10 +96,11 @@ class SessionCollection:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
         return document
 
-    async def _stored_agent(self, session_id: str, agent_id: str, projection: Document) -> Document:
-        key = agent_key(agent_id)
-        document = await self._found(session_id, {f"agents.{key}.{name}": value for name, value in projection.items()})
-        stored: Document | None = document.get("agents", {}).get(key)
+    async def _stored_agent(self, session_id: str, agent_id: str, fields: Document) -> Document:
+        """Return values of aggregation expressions by name, for an agent that must be there."""
+        is_there = {"$eq": [{"$type": f"$agents.{agent_key(agent_id)}"}, "object"]}
+        document = await self._found(session_id, {"_id": 0, "agent": {"$cond": [is_there, fields, None]}})
+        stored: Document | None = document["agent"]
         if stored is None:
             raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
         return stored
@@ -95,10 +112,13 @@ class SessionCollection:
         )
         return bool(result.matched_count)
 
-    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
-        """Send a command that may be sent twice, again after a lost connection, and raise our errors."""
+    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]], name: str | None = None) -> T:
+        """Send a command that may be sent twice, again after a lost connection, and raise our errors.
+
+        It goes to the collection of that `name`, by default the one of the sessions.
+        """
         with driver_errors(passing=DuplicateKeyError):
-            collection = await self._connection.collection(self._database_name, self._collection_name)
+            collection = await self._connection.collection(self._database_name, name or self._collection_name)
             for pause in _PAUSES:
                 try:
                     return await command(collection)

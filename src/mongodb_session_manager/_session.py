@@ -28,6 +28,7 @@ from strands.session import RepositorySessionManager
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
 
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection
 from ._documents import checked_id, now
@@ -65,6 +66,8 @@ class ManagerOptions:
     metadata_hook: Hook | None = None
     feedback_hook: Hook | None = None
     save_on: SaveOn = "message"
+    max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
+    max_embedded_bytes: int = MAX_EMBEDDED_BYTES
 
     @classmethod
     def checked(cls, **given: Any) -> Self:
@@ -92,7 +95,13 @@ class ManagerOptions:
     def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
         """Return the repository these options describe."""
         return AsyncMongoDBSessionRepository._over(
-            connection, self.database_name, self.collection_name, self.application_name, self.metadata_fields
+            connection,
+            self.database_name,
+            self.collection_name,
+            self.application_name,
+            self.metadata_fields,
+            self.max_embedded_messages,
+            self.max_embedded_bytes,
         )
 
 

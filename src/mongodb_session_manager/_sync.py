@@ -9,6 +9,7 @@ from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import AgentConfigDict, UsageReport
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._changes import Change
 from ._connection import Client
 from ._documents import Document
@@ -29,6 +30,8 @@ class MongoDBSessionRepository(SessionRepository):
         client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that this repository creates.
         metadata_fields: Fields of `metadata` that get an index each.
+        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
+        max_embedded_bytes: How many bytes of them it holds.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -44,6 +47,8 @@ class MongoDBSessionRepository(SessionRepository):
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
         **client_options: Any,
     ) -> None:
         self._async = AsyncMongoDBSessionRepository(
@@ -53,6 +58,8 @@ class MongoDBSessionRepository(SessionRepository):
             client=client,
             application_name=application_name,
             metadata_fields=metadata_fields,
+            max_embedded_messages=max_embedded_messages,
+            max_embedded_bytes=max_embedded_bytes,
             **client_options,
         )
 
