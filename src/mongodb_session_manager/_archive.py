@@ -190,7 +190,7 @@ class SessionArchive(SessionCollection):
         }
 
     async def _archived_message(self, session_id: str, key: str, message_id: int) -> Document | None:
-        for condition in holding_message(session_id, key, message_id):
+        for condition in holding_message(session_id, key, message_id, self._head(session_id, key)):
             bucket = await self._find_bucket(condition, {"messages.$": 1})
             if bucket is not None:
                 message: Document = bucket["messages"][0]
@@ -199,7 +199,7 @@ class SessionArchive(SessionCollection):
 
     async def _change_archived(self, session_id: str, key: str, message_id: int, fields: Document) -> None:
         """Set fields of a message in the bucket that holds it, if one does."""
-        for condition in holding_message(session_id, key, message_id):
+        for condition in holding_message(session_id, key, message_id, self._head(session_id, key)):
             if await self._change_bucket(change_in_bucket(condition, message_id, fields)):
                 return
 

@@ -71,6 +71,11 @@ class Head:
         """How many messages there are."""
         return self.next_id - self.below
 
+    @property
+    def is_regular(self) -> bool:
+        """Whether every id is the position of its message, as versions since 1.0 store them."""
+        return self.learned and self.below == self.archived
+
     def learn(self, numbers: Mapping[str, Any]) -> None:
         """Take over what `head_numbers` has brought."""
         self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
@@ -247,10 +252,10 @@ def holding_positions(session_id: str, key: str, begin: int, end: int) -> Docume
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
 
-def holding_message(session_id: str, key: str, message_id: int) -> list[Document]:
+def holding_message(session_id: str, key: str, message_id: int, head: Head) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
-    The first looks where a message is whose id is its position; the second everywhere.
+    The first looks where a message is whose id is its position; the second, if there may be others, everywhere.
     """
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
     return [
@@ -258,7 +263,7 @@ def holding_message(session_id: str, key: str, message_id: int) -> list[Document
             "_id": {"$gte": bucket_id(session_id, key, low), "$lte": bucket_id(session_id, key, high)},
             "messages.message_id": message_id,
         }
-        for low, high in ranges
+        for low, high in ranges[: 1 if head.is_regular else 2]
     ]
 
 

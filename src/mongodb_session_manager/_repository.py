@@ -314,6 +314,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
         if unnumbered and not await self._adopt(session_id, agents, unnumbered):
             return dict(writes)
         remaining: dict[str, AgentWrite] = {}
+        for key, agent in agents.items():
+            self._head(session_id, key).next_id = agent["next_message_id"]
         for agent_id, write in writes.items():
             if document is None:
                 refused[agent_id] = SessionNotFoundError(f"session {session_id!r} does not exist any more")
