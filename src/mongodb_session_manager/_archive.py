@@ -76,9 +76,21 @@ class SessionArchive(SessionCollection):
 
     def _move_beside(self, session_id: str, key: str, head: Head) -> None:
         loop = asyncio.get_running_loop()
-        if head.moving is not loop:  # after a fork the parent's loop is not the child's
-            head.moving = loop
+        if not self._is_moving(head):
+            head.moving = loop.create_future()
             self._connection.start(self._move_old(session_id, key, head))
+
+    @staticmethod
+    def _is_moving(head: Head) -> bool:
+        # After a fork what the parent was doing is not under way in the child.
+        return head.moving is not None and head.moving.get_loop() is asyncio.get_running_loop()
+
+    async def _let_move(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
+        """Wait for the bucket that is being moved if a writer is so fast that a head is at twice its limits."""
+        for write in writes:
+            head = self._heads.get((session_id, agent_key(write.agent_id)))
+            if head is not None and write.appended and self._is_moving(head) and self._limits.exceeded(head, 2):
+                await asyncio.wait({head.moving})
 
     # Moving.
 
@@ -93,12 +105,15 @@ class SessionArchive(SessionCollection):
                     return
                 if not await self._move(session_id, key, head, self._limits.step(head)):
                     tries += 1
+                head.moving.set_result(None)
+                head.moving = asyncio.get_running_loop().create_future()
         except MongoDBSessionError as error:
             head.certain = False
             logger.warning(
                 "session_id=<%s>, error=<%s> | old messages not moved, the next append tries again", session_id, error
             )
         finally:
+            head.moving.set_result(None)
             head.moving = None
 
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:

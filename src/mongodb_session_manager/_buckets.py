@@ -54,7 +54,7 @@ class Head:
         size: Bytes of all, at least.
         learned: Whether the server was ever asked.
         certain: Whether nothing but appends has happened since.
-        moving: The event loop that moves messages out of it at this moment.
+        moving: A future that is done when the bucket that is being moved is.
     """
 
     archived: int = 0
@@ -64,7 +64,7 @@ class Head:
     size: int = 0
     learned: bool = False
     certain: bool = False
-    moving: object = None
+    moving: Any = None
 
     @property
     def count(self) -> int:
@@ -118,9 +118,9 @@ class Limits:
             raise ConfigurationError(f"max_embedded_bytes must be at most {_MOST_EMBEDDED_BYTES}")
         return limits
 
-    def exceeded(self, head: Head) -> bool:
+    def exceeded(self, head: Head, times: int = 1) -> bool:
         """Tell whether messages have to move; the newest stays, whatever its size."""
-        return head.count > 1 and (head.count > self.messages or head.size > self.size)
+        return head.count > 1 and (head.count > times * self.messages or head.size > times * self.size)
 
     def step(self, head: Head) -> Step:
         """Return the move after which half of what is allowed is left."""

@@ -275,6 +275,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
         for _ in range(_ROUNDS):
             if not writes:
                 break
+            await self._let_move(session_id, writes.values())
             try:
                 if await self._update_with_room(session_id, compile_update(session_id, writes.values())):
                     for agent_id, write in writes.items():
