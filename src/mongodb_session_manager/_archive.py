@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pymongo import ReturnDocument
 from pymongo.errors import DocumentTooLarge, DuplicateKeyError, OperationFailure
 
 from ._buckets import (
@@ -33,7 +32,7 @@ from ._buckets import (
 from ._changes import AgentWrite, Update
 from ._codec import stored_size
 from ._commands import SessionCollection
-from ._connection import AsyncCollection, run_pipeline
+from ._connection import AsyncCollection, find_and_modify, run_pipeline
 from ._documents import Document, agent_key
 from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
 
@@ -131,15 +130,8 @@ class SessionArchive(SessionCollection):
             await self._outrun(session_id, key, as_known)
             head.certain = False
             return False
-        statement = cut(session_id, key, as_known, step)
-        numbers = await self._send(
-            lambda collection: collection.find_one_and_update(
-                statement.filter,
-                statement.update,
-                projection=numbers_of(key),
-                return_document=ReturnDocument.AFTER,
-            )
-        )
+        query, update, _ = cut(session_id, key, as_known, step)
+        numbers = await self._send(lambda collection: find_and_modify(collection, query, update, numbers_of(key)))
         if numbers is None:
             head.certain = False
             return False

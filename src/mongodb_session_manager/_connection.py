@@ -59,6 +59,32 @@ class AsyncCollection(Protocol):
     async def create_indexes(self, *args: Any, **kwargs: Any) -> list[str]: ...
     def find(self, *args: Any, **kwargs: Any) -> AsyncIterator[dict[str, Any]]: ...
     def aggregate(self, *args: Any, **kwargs: Any) -> Any: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def database(self) -> Any: ...
+    @property
+    def write_concern(self) -> WriteConcern: ...
+
+
+async def find_and_modify(
+    collection: AsyncCollection, query: Mapping[str, Any], update: Any, fields: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Send a findAndModify that the driver does not send again by itself; return the new document's `fields`.
+
+    For one that the driver may send again, the server keeps a copy of the whole document: a session of 15 MB would be
+    written twice.
+    """
+    command = {
+        "findAndModify": collection.name,
+        "query": query,
+        "update": update,
+        "fields": fields,
+        "new": True,
+        "writeConcern": collection.write_concern.document,
+    }
+    found: dict[str, Any] | None = (await collection.database.command(command))["value"]
+    return found
 
 
 async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[str, Any]]) -> None:
