@@ -173,6 +173,9 @@ def test_metrics_count_and_move_too(server: str, database: str, stored: Stored) 
         eventually(lambda: head(stored).get("archived", 0) > 0)
         eventually(lambda: len(bson.encode(head(stored))) < 11_500)
         assert told(repository.list_messages("s", "agent")) == expected(10)
+        loaded = repository.open_session("s")["agents"]["agent"]["messages"]
+        assert [message["message_id"] for message in loaded] == list(range(10))
+        assert not any("event_loop_metrics" in message for message in loaded)
     bucket = archive_of(stored).find_one()
     assert bucket["messages"][0]["event_loop_metrics"] == {"n": "x" * 2000}
 

@@ -26,6 +26,7 @@ from mongodb_session_manager import (
     initialize_global_factory,
 )
 from mongodb_session_manager._buckets import MERGE_REFUSED, Head, Limits, cut, merge
+from proxy import Proxy, command
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_archive import (
     SECRET,
@@ -235,14 +236,14 @@ def test_a_message_that_moves_while_it_is_replaced_is_replaced(
 # Commands that fail.
 
 
-@pytest.mark.parametrize("command", ["aggregate", "findAndModify"])
+@pytest.mark.parametrize("failing", ["aggregate", "findAndModify"])
 @pytest.mark.parametrize("failure", [REFUSED, BROKEN, LOST], ids=["refused", "broken", "lost"])
 @pytest.mark.parametrize("times", [1, 50])
 @pytest.mark.parametrize("where", ["embedded", "standalone"])
 def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
     request: pytest.FixtureRequest,
     database: str,
-    command: str,
+    failing: str,
     failure: dict[str, Any],
     times: int,
     where: str,
@@ -255,7 +256,7 @@ def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
             begin(repository)
             repository.create_message("s", "agent", said(0, SECRET))
             append(repository, *range(1, 8))
-            with fail_point(uri, failCommands=[command], times=times, appName=database, **failure):
+            with fail_point(uri, failCommands=[failing], times=times, appName=database, **failure):
                 append(repository, 8)
                 append(repository, 9)
                 assert repository.get_message_count("s", "agent") == 10
@@ -267,6 +268,31 @@ def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
             assert everything(stored) == [SECRET, *expected(11, 1)]
         client.drop_database(database)
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["aggregate", "findAndModify"])
+@pytest.mark.parametrize("where", ["embedded", "standalone"])
+def test_a_move_whose_acknowledgement_is_lost_is_done_once(
+    request: pytest.FixtureRequest, database: str, lost: str, where: str
+) -> None:
+    uri = request.getfixturevalue(where)
+    with (
+        pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client,
+        Proxy(uri) as proxy,
+        MongoDBSessionRepository(proxy.uri, database, **SMALL) as repository,
+    ):
+        stored = client[database]["agent_sessions"]
+        begin(repository)
+        append(repository, *range(8))
+        eventually(lambda: not repository._async._connection._tasks)
+        proxy.drop_after_request(command(lost))
+        append(repository, 8)
+        settled(stored)
+        eventually(lambda: not repository._async._connection._tasks)
+        assert proxy.dropped == 1
+        assert head(stored)["archived"] == 5
+        assert everything(stored) == told(repository.list_messages("s", "agent")) == expected(9)
+        client.drop_database(database)
 
 
 def test_who_may_not_write_the_archive_keeps_everything_in_the_session(
@@ -444,7 +470,7 @@ def test_fifteen_megabytes_come_under_the_bound_with_the_first_append(
         assert manager.get_message_count("agent") == 3652
     assert everything(stored) == [*old, "question", "answer"]
     assert max(len(bson.encode(bucket)) for bucket in archive_of(stored).find()) < 2_200_000
-    assert stored.find_one()["session_viewer_password"] == "correct horse"
+    assert stored.find_one({"_id": "s"})["session_viewer_password"] == "correct horse"
 
 
 @pytest.mark.usefixtures("large")
