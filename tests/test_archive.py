@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import bson
@@ -11,6 +12,7 @@ import pymongo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo.collection import Collection
 from strands.agent.conversation_manager import NullConversationManager, SlidingWindowConversationManager
 from strands.types.session import Session, SessionAgent, SessionMessage
@@ -72,7 +74,7 @@ def archive_of(stored: Stored) -> Stored:
 def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
     """Read what is stored, without the library: the valid buckets in order, then the head."""
     document = head(stored, agent_id)
-    condition = {"_id.session_id": "s", "_id.agent": agent_key(agent_id)}
+    condition = {"_id.session_id": "s", "_id.agent": agent_key(agent_id), "_id.since": document.get("created_at")}
     buckets = sorted(archive_of(stored).find(condition), key=lambda bucket: bucket["_id"]["first"])
     valid = [bucket for bucket in buckets if bucket["_id"]["first"] < document.get("archived", 0)]
     return texts([message for part in [*valid, document] for message in part["messages"]])
@@ -129,7 +131,8 @@ def test_the_older_half_moves_into_a_bucket(repository: MongoDBSessionRepository
     assert [message["message_id"] for message in head(stored)["messages"]] == [5, 6, 7, 8]
     assert head(stored)["archived"] == 5
     (bucket,) = archive_of(stored).find()
-    assert list(bucket["_id"].items()) == [("session_id", "s"), ("agent", "agent"), ("first", 0)]
+    since = head(stored)["created_at"]
+    assert list(bucket["_id"].items()) == [("session_id", "s"), ("agent", "agent"), ("since", since), ("first", 0)]
     assert (bucket["session_id"], bucket["last"]) == ("s", 4)
     assert bucket["messages"] == whole[:5]
 
@@ -297,6 +300,27 @@ async def test_the_async_repository_reads_and_changes_the_same(
     assert everything(stored) == [*expected(7), "changed", *expected(50, 8)]
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("client_class", [pymongo.AsyncMongoClient, AsyncIOMotorClient])
+async def test_a_borrowed_client_of_either_driver_archives(
+    server: str, database: str, stored: Stored, client_class: Any
+) -> None:
+    client = client_class(server)
+    async with AsyncMongoDBSessionRepository(database_name=database, client=client, **SMALL) as repository:
+        await repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        await repository.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for message_id in range(30):
+            await repository.create_message("s", "agent", said(message_id))
+        await repository.update_message("s", "agent", said(0, "changed"))
+        assert told(await repository.list_messages("s", "agent")) == ["changed", *expected(30, 1)]
+    assert len(head(stored)["messages"]) <= 8
+    assert everything(stored) == ["changed", *expected(30, 1)]
+    if client_class is pymongo.AsyncMongoClient:
+        await client.close()
+    else:
+        await asyncio.to_thread(client.close)
+
+
 # Restoring.
 
 
@@ -385,6 +409,22 @@ def test_what_was_not_loaded_is_not_taken_for_nothing(long: MongoDBSessionReposi
     assert told(work.list_messages("s", "agent", offset=25)) == expected(30, 25)
     with pytest.raises(Exception, match="25 oldest messages of agent 'agent' were not loaded"):
         work.list_messages("s", "agent")
+
+
+def test_a_session_that_was_deleted_does_not_come_back_in_one_of_the_same_id(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    stored.delete_one({"_id": "s"})
+    long.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+    later = (datetime.fromisoformat(MOMENT) + timedelta(days=1)).isoformat()
+    long.create_agent("s", SessionAgent("agent", {}, {}, {}, later, later))
+    fresh = [f"new {n}" for n in range(40)]
+    for n, text in enumerate(fresh):
+        long.create_message("s", "agent", said(n, text))
+        assert long.read_message("s", "agent", 0).message["content"] == [{"text": "new 0"}]
+    settled(stored)
+    assert told(long.list_messages("s", "agent")) == fresh
+    assert texts(long.open_session("s")["agents"]["agent"]["messages"]) == fresh
 
 
 # Changing what is archived.

@@ -63,6 +63,7 @@ class Other:
         self.head = Head(next_id=document["next_message_id"])
         self.head.learn(
             {
+                "created_at": document["created_at"],
                 "archived": document.get("archived", 0),
                 "revision": document.get("revision", 0),
                 "next_message_id": document["next_message_id"],
@@ -199,8 +200,9 @@ def test_a_left_over_of_a_higher_revision_is_outrun(archiving: MongoDBSessionRep
     """As when the sessions were restored from an older backup than the archive."""
     begin(archiving)
     append(archiving, *range(8))
-    left_over = {"_id": {"session_id": "s", "agent": "agent", "first": 0}, "session_id": "s", "revision": 70, "last": 2}
-    archive_of(stored).insert_one({**left_over, "messages": []})
+    _id = {"session_id": "s", "agent": "agent", "since": head(stored)["created_at"], "first": 0}
+    left_over = {"_id": _id, "session_id": "s", "revision": 70, "last": 2, "messages": []}
+    archive_of(stored).insert_one(left_over)
     append(archiving, 8)
     settled(stored)
     assert head(stored)["revision"] > 70

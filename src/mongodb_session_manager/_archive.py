@@ -1,7 +1,7 @@
 """Moving the old messages of a long conversation out of its session document, and reaching them there.
 
-`_buckets` says what is stored and in which order. A move runs beside the conversation: no turn waits for it, unless
-the session document is so full that the next message does not fit.
+`_buckets` says what is stored and in which order. A move runs beside the conversation. A turn waits for one bucket
+only if the session document has no room for the next message, or an agent has twice as much in it as it should.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class SessionArchive(SessionCollection):
             key = agent_key(write.agent_id)
             head = self._head(session_id, key)
             if write.created is not None:
-                head.learn({"archived": 0, "revision": 0, "next_message_id": 0, "count": 0, "bytes": 0})
+                empty = {"archived": 0, "revision": 0, "next_message_id": 0, "count": 0, "bytes": 0}
+                head.learn({**empty, "created_at": write.created["created_at"]})
             if write.replaced:
                 head.revision += 1
                 head.certain = False
@@ -135,7 +136,9 @@ class SessionArchive(SessionCollection):
         if numbers is None:
             head.certain = False
             return False
+        newest = head.next_id
         head.learn(numbers["head"])
+        head.next_id = max(head.next_id, newest)  # an append that came later may have been acknowledged earlier
         return True
 
     async def _ask_head(self, session_id: str, key: str, head: Head) -> bool:
@@ -148,7 +151,9 @@ class SessionArchive(SessionCollection):
 
     async def _outrun(self, session_id: str, key: str, head: Head) -> None:
         """Have the next `merge` replace a bucket that this one was not allowed to replace."""
-        bucket = await self._find_bucket({"_id": bucket_id(session_id, key, head.archived)}, {"revision": 1})
+        bucket = await self._find_bucket(
+            {"_id": bucket_id(session_id, key, head.since, head.archived)}, {"revision": 1}
+        )
         await self._update(outrun(session_id, key, head, 0 if bucket is None else int(bucket["revision"])))
 
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
@@ -169,6 +174,9 @@ class SessionArchive(SessionCollection):
             if numbers is None:
                 return False
             head = self._head(session_id, numbers["key"])
+            if self._is_moving(head):
+                await asyncio.wait({head.moving})
+                return True
             head.learn(numbers)
             if await self._move(session_id, numbers["key"], head, everything(head)):
                 return True
@@ -176,15 +184,15 @@ class SessionArchive(SessionCollection):
 
     # Reaching what was moved.
 
-    async def _archived(self, session_id: str, wanted: Mapping[str, tuple[int, int]]) -> dict[str, list[Document]]:
+    async def _archived(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return archived messages without their metrics, oldest first, from one query.
 
         Args:
             session_id: The session.
-            wanted: By agent key, the positions to begin with and to end before.
+            wanted: By agent key, when the agent was created, and the positions to begin with and to end before.
         """
         found: dict[str, dict[int, Document]] = {key: {} for key in wanted}
-        condition = {"$or": [holding_positions(session_id, key, *positions) for key, positions in wanted.items()]}
+        condition = {"$or": [holding_positions(session_id, key, *which) for key, which in wanted.items()]}
 
         async def read(archive: AsyncCollection) -> None:
             async for bucket in archive.find(condition, {"messages.event_loop_metrics": 0}):
@@ -192,12 +200,14 @@ class SessionArchive(SessionCollection):
 
         await self._send(read, self._archive_name)
         return {
-            key: _joined(session_id, [found[key][first] for first in sorted(found[key])], *positions)
-            for key, positions in wanted.items()
+            key: _joined(session_id, [found[key][first] for first in sorted(found[key])], begin, end)
+            for key, (_, begin, end) in wanted.items()
         }
 
-    async def _archived_message(self, session_id: str, key: str, message_id: int) -> Document | None:
-        for condition in holding_message(session_id, key, message_id, self._head(session_id, key)):
+    async def _archived_message(self, session_id: str, key: str, message_id: int, since: Any) -> Document | None:
+        """Return a message of an agent that was created at `since`, `None` if no bucket holds it."""
+        head = replace(self._head(session_id, key), since=since)
+        for condition in holding_message(session_id, key, message_id, head):
             bucket = await self._find_bucket(condition, {"messages.$": 1})
             if bucket is not None:
                 message: Document = bucket["messages"][0]
@@ -206,7 +216,10 @@ class SessionArchive(SessionCollection):
 
     async def _change_archived(self, session_id: str, key: str, message_id: int, fields: Document) -> None:
         """Set fields of a message in the bucket that holds it, if one does."""
-        for condition in holding_message(session_id, key, message_id, self._head(session_id, key)):
+        head = self._head(session_id, key)
+        if not head.learned and not await self._ask_head(session_id, key, head):
+            return
+        for condition in holding_message(session_id, key, message_id, head):
             if await self._change_bucket(change_in_bucket(condition, message_id, fields)):
                 return
 

@@ -2,15 +2,16 @@
 
 The session document keeps an agent's newest messages, its head. Older ones are in `<collection>_archive`:
 
-    _id          {session_id, agent: <agent key>, first: <position>}
+    _id          {session_id, agent: <agent key>, since: <the agent's created_at>, first: <position>}
     session_id   as in `_id`
     revision     the head's when the bucket was made; it grows with every change of a message in the bucket
     last         the position of the last message
     messages     as they were in the session document
 
-A position counts the messages of an agent from 0; unlike an id it says where a message is, whatever a version before
-1.0 has stored. In the agent's sub-document, `archived` is the position of the head's first message and `revision`
-grows with every change of a message in the head, but not with an append.
+`since` keeps the agent apart from one of a session of the same id that somebody has deleted. A position counts the
+messages of an agent from 0; unlike an id it says where a message is, whatever a version before 1.0 has stored. In the
+agent's sub-document, `archived` is the position of the head's first message and `revision` grows with every change of
+a message in the head, but not with an append.
 
 A move takes two statements and brings no message to the client. `merge` copies the oldest messages into the bucket
 that begins at `archived`; `cut` takes them out of the head and adds their number to `archived`. Both match the same
@@ -47,6 +48,7 @@ class Head:
     """What is known of the messages of an agent in the session document.
 
     Attributes:
+        since: When the agent was created.
         archived: The position of the first one.
         revision: Of the head.
         below: Ids below the first one's, that is `archived` unless a version before 1.0 left gaps.
@@ -57,6 +59,7 @@ class Head:
         moving: A future that is done when the bucket that is being moved is.
     """
 
+    since: Any = None
     archived: int = 0
     revision: int = 0
     below: int = 0
@@ -78,6 +81,7 @@ class Head:
 
     def learn(self, numbers: Mapping[str, Any]) -> None:
         """Take over what `head_numbers` has brought."""
+        self.since = numbers.get("created_at")
         self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
         self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
         self.below = self.next_id - int(numbers["count"])
@@ -138,6 +142,7 @@ def head_numbers(path: str) -> Document:
     """Return the expression for what `Head.learn` takes; `path` leads to the agent and begins with `$`."""
     messages = {"$ifNull": [f"{path}.messages", []]}
     return {
+        "created_at": f"{path}.created_at",
         "archived": {"$ifNull": [f"{path}.archived", 0]},
         "revision": {"$ifNull": [f"{path}.revision", 0]},
         "next_message_id": f"{path}.next_message_id",
@@ -171,6 +176,7 @@ def _unchanged(session_id: str, key: str, head: Head) -> Document:
     return {
         "_id": session_id,
         f"agents.{key}.messages.0": {"$exists": True},
+        f"agents.{key}.created_at": head.since,
         **{f"agents.{key}.{name}": value or {"$in": [None, 0]} for name, value in numbers.items()},
     }
 
@@ -201,7 +207,7 @@ def merge(session_id: str, key: str, head: Head, step: Step, archive: str) -> li
     """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in."""
     messages = f"$agents.{key}.messages"
     bucket = {
-        "_id": {"session_id": "$_id", "agent": {"$literal": key}, "first": {"$literal": head.archived}},
+        "_id": {"$literal": bucket_id(session_id, key, head.since, head.archived)},
         "session_id": "$_id",
         "revision": {"$literal": head.revision},
         "last": {"$add": [f"${_TAKEN}", head.archived - 1]},
@@ -241,14 +247,14 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
     return Update(_unchanged(session_id, key, head), {"$set": {f"agents.{key}.revision": higher}}, None)
 
 
-def bucket_id(session_id: str, key: str, first: int) -> Document:
+def bucket_id(session_id: str, key: str, since: Any, first: int) -> Document:
     """Return the `_id` of a bucket. Ids of one agent are in the order of its messages."""
-    return {"session_id": session_id, "agent": key, "first": first}
+    return {"session_id": session_id, "agent": key, "since": since, "first": first}
 
 
-def holding_positions(session_id: str, key: str, begin: int, end: int) -> Document:
+def holding_positions(session_id: str, key: str, since: Any, begin: int, end: int) -> Document:
     """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived."""
-    low, high = (bucket_id(session_id, key, first) for first in (begin - BUCKET_MESSAGES, end))
+    low, high = (bucket_id(session_id, key, since, first) for first in (begin - BUCKET_MESSAGES, end))
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
 
@@ -260,7 +266,10 @@ def holding_message(session_id: str, key: str, message_id: int, head: Head) -> l
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
     return [
         {
-            "_id": {"$gte": bucket_id(session_id, key, low), "$lte": bucket_id(session_id, key, high)},
+            "_id": {
+                "$gte": bucket_id(session_id, key, head.since, low),
+                "$lte": bucket_id(session_id, key, head.since, high),
+            },
             "messages.message_id": message_id,
         }
         for low, high in ranges[: 1 if head.is_regular else 2]

@@ -81,7 +81,6 @@ _RESTORE: Document = {
                     "k": "$$agent.k",
                     "v": {
                         "agent_data": "$$agent.v.agent_data",
-                        "created_at": "$$agent.v.created_at",
                         "updated_at": "$$agent.v.updated_at",
                         **head_numbers("$$agent.v"),
                         "messages": {
@@ -196,11 +195,11 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
             self._head(session_id, key).learn(agent)
             removed = removed_messages(agent)
             if removed < agent["archived"]:
-                wanted[key] = (removed, agent["archived"])
+                wanted[key] = (agent.get("created_at"), removed, agent["archived"])
         if wanted:
             for key, messages in (await self._archived(session_id, wanted)).items():
                 agents[key]["messages"] = messages + agents[key]["messages"]
-                agents[key]["archived"] = wanted[key][0]
+                _, agents[key]["archived"], _ = wanted[key]
 
     async def _create_or_read(self, session_id: str, fresh: Document) -> Document:
         for _ in range(_ROUNDS):
@@ -307,7 +306,14 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
 
         What has to change in the archive goes to `archived`.
         """
-        names = ("next_message_id", "archived", "messages.message_id", "messages.message", "messages.created_at")
+        names = (
+            "created_at",
+            "next_message_id",
+            "archived",
+            "messages.message_id",
+            "messages.message",
+            "messages.created_at",
+        )
         fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
         document = await self._find(session_id, dict.fromkeys(fields, 1))
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
@@ -316,16 +322,17 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
             return dict(writes)
         remaining: dict[str, AgentWrite] = {}
         for key, agent in agents.items():
-            self._head(session_id, key).next_id = agent["next_message_id"]
+            head = self._head(session_id, key)
+            head.since, head.next_id = agent.get("created_at"), agent["next_message_id"]
         for agent_id, write in writes.items():
             if document is None:
                 refused[agent_id] = SessionNotFoundError(f"session {session_id!r} does not exist any more")
                 continue
             stored = agents.get(agent_key(agent_id))
-            head = _messages_by_id(stored)
-            older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, head)
+            newer = _messages_by_id(stored)
+            older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
             try:
-                view = None if stored is None else StoredView(stored["next_message_id"], {**older, **head})
+                view = None if stored is None else StoredView(stored["next_message_id"], {**older, **newer})
                 rest = reconcile(write, view)
             except MongoDBSessionError as error:
                 refused[agent_id] = error
@@ -340,16 +347,17 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
         return remaining
 
     async def _sought(
-        self, session_id: str, agent_id: str, write: AgentWrite, stored: Document, head: Mapping[int, Document]
+        self, session_id: str, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
     ) -> dict[int, Document]:
         """Return those messages of a write that are archived, by id."""
         if not stored.get("archived"):
             return {}
-        ids = {*write.replaced, *write.recorded} - head.keys()
+        ids = {*write.replaced, *write.recorded} - newer.keys()
         found = {}
         for message_id in ids:
             if message_id < stored["next_message_id"]:
-                message = await self._archived_message(session_id, agent_key(agent_id), message_id)
+                since = stored.get("created_at")
+                message = await self._archived_message(session_id, agent_key(agent_id), message_id, since)
                 if message is not None:
                     found[message_id] = message
         return found
@@ -438,8 +446,11 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
             document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
             if document is not None:
                 return message_from(document["agents"][key]["messages"][0], message_id)
-            stored = await self._stored_agent(session_id, agent_id, {"archived": f"$agents.{key}.archived"})
-            older = await self._archived_message(session_id, key, message_id) if stored.get("archived") else None
+            wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
+            stored = await self._stored_agent(session_id, agent_id, wanted)
+            older = None
+            if stored.get("archived"):
+                older = await self._archived_message(session_id, key, message_id, stored.get("created_at"))
         return None if older is None else message_from(older, message_id)
 
     async def update_message(
@@ -484,12 +495,20 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
             ]
         }
         sliced = {"$slice": [{"$ifNull": [f"{path}.messages", []]}, begin, {"$max": [1, count]}]}
-        wanted = {"archived": position, "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]}}
+        created_at = f"{path}.created_at"
+        wanted = {
+            "created_at": created_at,
+            "archived": position,
+            "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
+        }
         async with self._connection.operation():
             stored = await self._stored_agent(session_id, agent_id, wanted)
             archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
             key = agent_key(agent_id)
-            older = (await self._archived(session_id, {key: (offset, archived)}))[key] if offset < archived else []
+            older = []
+            if offset < archived:
+                which = (stored.get("created_at"), offset, archived)
+                older = (await self._archived(session_id, {key: which}))[key]
         return [message_from(message, n) for n, message in enumerate(older + stored["messages"], offset)]
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
