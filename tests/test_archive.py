@@ -301,6 +301,7 @@ async def test_the_async_repository_reads_and_changes_the_same(
 
 
 @pytest.mark.anyio
+@pytest.mark.may_block  # PyMongo's asynchronous client looks for files of the machine when it connects
 @pytest.mark.parametrize("client_class", [pymongo.AsyncMongoClient, AsyncIOMotorClient])
 async def test_a_borrowed_client_of_either_driver_archives(
     server: str, database: str, stored: Stored, client_class: Any
