@@ -41,6 +41,7 @@ ORDER = [
     "_documents",
     "_references",
     "_changes",
+    "_buckets",
     "_capture",
     "_stored_fields",
     "_loop",
@@ -387,15 +388,16 @@ def test_one_module_knows_clients() -> None:
     assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
 
 
-@pytest.mark.parametrize(
-    "module", ["errors", "_codec", "_documents", "_references", "_changes", "_capture", "_stored_fields"]
-)
+PURE = ["errors", "_codec", "_documents", "_references", "_changes", "_buckets", "_capture", "_stored_fields"]
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_pure_modules_do_no_io(module: str) -> None:
     roots = {name.split(".")[0] for name in imports(module)}
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-@pytest.mark.parametrize("module", ["_documents", "_references", "_changes", "_capture", "_unit_of_work"])
+@pytest.mark.parametrize("module", ["_documents", "_references", "_changes", "_buckets", "_capture", "_unit_of_work"])
 def test_one_pure_module_knows_bson(module: str) -> None:
     assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()
 

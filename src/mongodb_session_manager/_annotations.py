@@ -263,12 +263,8 @@ class SessionAnnotations(SessionCollection):
             AgentNotFoundError: The session holds no such agent.
         """
         path = f"$agents.{agent_key(agent_id)}"
-        count = {
-            "$cond": [{"$eq": [{"$type": path}, "object"]}, {"$size": {"$ifNull": [f"{path}.messages", []]}}, None]
-        }
-        messages: int | None = (await self._found(session_id, {"messages": count})).get("messages")
-        if messages is None:
-            raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
+        count = {"$add": [{"$ifNull": [f"{path}.archived", 0]}, {"$size": {"$ifNull": [f"{path}.messages", []]}}]}
+        messages: int = (await self._stored_agent(session_id, agent_id, {"messages": count}))["messages"]
         return messages
 
     async def get_usage(self, session_id: str) -> UsageReport:

@@ -184,6 +184,13 @@ class AgentWrite:
         return totals
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to send."""
+        return not (
+            self.created or self.appended or self.replaced or self.data or self.config or self.events or self.moment
+        )
+
+    @property
     def expected_id(self) -> int | None:
         """The `next_message_id` this write is for; `None` where only messages already stored change."""
         return self.appended[0]["message_id"] if self.appended else self.expected
@@ -251,6 +258,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
 def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
     if write.replaced:
         parts.replacements[f"{path}.messages"] = write.replaced
+        parts.increments[f"{path}.revision"] = 1
     if write.appended:
         parts.pushes[f"{path}.messages"] = list(write.appended)
         parts.sets[f"{path}.next_message_id"] = write.appended[-1]["message_id"] + 1

@@ -81,10 +81,11 @@ class SessionCollection:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
         return document
 
-    async def _stored_agent(self, session_id: str, agent_id: str, projection: Document) -> Document:
-        key = agent_key(agent_id)
-        document = await self._found(session_id, {f"agents.{key}.{name}": value for name, value in projection.items()})
-        stored: Document | None = document.get("agents", {}).get(key)
+    async def _stored_agent(self, session_id: str, agent_id: str, fields: Document) -> Document:
+        """Return values of aggregation expressions by name, for an agent that must be there."""
+        is_there = {"$eq": [{"$type": f"$agents.{agent_key(agent_id)}"}, "object"]}
+        document = await self._found(session_id, {"_id": 0, "agent": {"$cond": [is_there, fields, None]}})
+        stored: Document | None = document["agent"]
         if stored is None:
             raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
         return stored
@@ -96,10 +97,13 @@ class SessionCollection:
         )
         return bool(result.matched_count)
 
-    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
-        """Send a command that may be sent twice, again after a lost connection, and raise our errors."""
+    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]], name: str | None = None) -> T:
+        """Send a command that may be sent twice, again after a lost connection, and raise our errors.
+
+        It goes to the collection of that `name`, by default the one of the sessions.
+        """
         with driver_errors(passing=DuplicateKeyError):
-            collection = await self._connection.collection(self._database_name, self._collection_name)
+            collection = await self._connection.collection(self._database_name, name or self._collection_name)
             for pause in _PAUSES:
                 try:
                     return await command(collection)

@@ -9,6 +9,7 @@ agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
     created_at, updated_at
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
+    archived, revision   see `_buckets`; absent where nothing was moved, or replaced
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
 attachments_generation   how often attachments were removed; absent for 0
@@ -66,6 +67,8 @@ class StoredAgent(TypedDict):
     created_at: datetime
     updated_at: datetime
     next_message_id: int
+    archived: NotRequired[int]
+    revision: NotRequired[int]
     usage: NotRequired[Document]
     messages: list[StoredMessage]
 
@@ -256,6 +259,28 @@ def message_from(stored: Mapping[str, Any], position: int) -> SessionMessage:
     )
 
 
-def next_message_id(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Return the id that follows those of `messages`, for an agent whose document does not say it."""
-    return max((int(stored.get("message_id", position)) for position, stored in enumerate(messages)), default=-1) + 1
+def removed_messages(stored: Mapping[str, Any]) -> int:
+    """Return how many of an agent's oldest messages its conversation manager has removed, and restoring leaves out."""
+    state = decode((stored.get("agent_data") or {}).get("conversation_manager_state") or {})
+    removed = state.get("removed_message_count")
+    return max(removed, 0) if isinstance(removed, int) else 0
+
+
+def with_ids(messages: str, first: int) -> Document:
+    """Return the aggregation expression for `messages` in which each has an id: its position, if it has no other.
+
+    The first of them is at position `first`.
+    """
+    message = {"$arrayElemAt": [messages, {"$subtract": ["$$position", first]}]}
+    positions = {"$range": [first, {"$add": [first, {"$size": messages}]}]}
+    merged = {"$mergeObjects": [{"message_id": "$$position"}, message]}
+    return {"$map": {"input": positions, "as": "position", "in": merged}}
+
+
+def next_message_id(messages: Iterable[Mapping[str, Any]], first: int = 0) -> int:
+    """Return the id that follows those of `messages`, for an agent whose document does not say it.
+
+    The first of `messages` is at position `first`.
+    """
+    ids = (int(stored.get("message_id", position)) for position, stored in enumerate(messages, first))
+    return max(ids, default=first - 1) + 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self, TypedDict
 
 from ._async_manager import AsyncMongoDBSessionManager
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._connection import Client, Connection, Settings
 from ._documents import checked_id
 from ._hooks import Hook, hold, let_go
@@ -69,6 +70,8 @@ class MongoDBSessionManagerFactory:
         save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
         max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
             in GridFS, in the bucket `<collection_name>_attachments`.
+        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
+        max_embedded_bytes: How many bytes of them it holds.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -88,6 +91,8 @@ class MongoDBSessionManagerFactory:
         feedback_hook: Hook | None = None,
         save_on: SaveOn = "message",
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
         **client_options: Any,
     ) -> None:
         self._options = ManagerOptions.checked(
@@ -99,6 +104,8 @@ class MongoDBSessionManagerFactory:
             feedback_hook=feedback_hook,
             save_on=save_on,
             max_inline_attachment_bytes=max_inline_attachment_bytes,
+            max_embedded_messages=max_embedded_messages,
+            max_embedded_bytes=max_embedded_bytes,
             **take_hooks(client_options),
         )
         self._connection = Connection(Settings.checked(connection_string, client, client_options))
@@ -114,7 +121,8 @@ class MongoDBSessionManagerFactory:
         Args:
             session_id: The session; it is created if it is new.
             **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `metadata_hook`,
-                `feedback_hook`, `save_on`, `max_inline_attachment_bytes` in place of the factory's.
+                `feedback_hook`, `save_on`, `max_inline_attachment_bytes`, `max_embedded_messages`,
+                `max_embedded_bytes` in place of the factory's.
 
         Raises:
             ConfigurationError: An override cannot be used.

@@ -28,6 +28,7 @@ from strands.session import RepositorySessionManager
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
 
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection
 from ._documents import checked_id, now
@@ -68,6 +69,8 @@ class ManagerOptions:
     feedback_hook: Hook | None = None
     save_on: SaveOn = "message"
     max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
+    max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
+    max_embedded_bytes: int = MAX_EMBEDDED_BYTES
 
     @classmethod
     def checked(cls, **given: Any) -> Self:
@@ -102,6 +105,8 @@ class ManagerOptions:
             self.application_name,
             self.metadata_fields,
             max_inline_attachment_bytes=self.max_inline_attachment_bytes,
+            max_embedded_messages=self.max_embedded_messages,
+            max_embedded_bytes=self.max_embedded_bytes,
         )
 
 

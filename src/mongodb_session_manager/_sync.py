@@ -9,6 +9,7 @@ from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import AgentConfigDict, UsageReport
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._changes import Change
 from ._connection import Client
 from ._documents import Document
@@ -32,6 +33,8 @@ class MongoDBSessionRepository(SessionRepository):
         metadata_fields: Fields of `metadata` that get an index each.
         max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
             in GridFS, in the bucket `<collection_name>_attachments`.
+        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
+        max_embedded_bytes: How many bytes of them it holds.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -48,6 +51,8 @@ class MongoDBSessionRepository(SessionRepository):
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
         **client_options: Any,
     ) -> None:
         self._async = AsyncMongoDBSessionRepository(
@@ -58,6 +63,8 @@ class MongoDBSessionRepository(SessionRepository):
             application_name=application_name,
             metadata_fields=metadata_fields,
             max_inline_attachment_bytes=max_inline_attachment_bytes,
+            max_embedded_messages=max_embedded_messages,
+            max_embedded_bytes=max_embedded_bytes,
             **client_options,
         )
 
@@ -89,9 +96,11 @@ class MongoDBSessionRepository(SessionRepository):
     def open_session(self, session_id: str) -> Document:
         """Return what restoring a session needs, from one command that creates the session if it is new.
 
-        The document holds everything but metadata, feedbacks, guardrail events and the metrics of messages. Its
-        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command. Attachments of
-        messages are read in one more.
+        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and archived
+        messages that the agents' conversation managers have removed. `archived` is the position of an agent's first
+        message in it. Archived messages that restoring needs come with a second command, and attachments of messages
+        with one more. The first opening of an agent of a version before 1.0 gives it its `next_message_id`, in another
+        command.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.

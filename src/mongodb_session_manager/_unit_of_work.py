@@ -38,6 +38,9 @@ from ._documents import (
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
 from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError
 
+_REMEMBERED = 1024
+"""Of how many messages, beside those that were loaded, it is known that the same tracking id is no new message."""
+
 _METRICS_DEPTH = 6  # document, agents, key, messages, element, event_loop_metrics
 
 
@@ -47,7 +50,10 @@ class _Agent:
     def __init__(self, agent_id: str, stored: Mapping[str, Any] | None) -> None:
         self.loaded = None if stored is None else agent_from(agent_id, stored)
         documents = [] if stored is None else stored.get("messages") or []
-        self.messages: list[SessionMessage] | None = [message_from(document, i) for i, document in enumerate(documents)]
+        self.first: int = 0 if stored is None else stored.get("archived", 0)
+        self.messages: list[SessionMessage] | None = [
+            message_from(document, position) for position, document in enumerate(documents, self.first)
+        ]
         self.with_attachments = {
             message.message_id
             for message, document in zip(self.messages, documents, strict=True)
@@ -60,6 +66,7 @@ class _Agent:
             for message in self.messages
             if (tracking_id := message.message.get("tracking_id")) is not None
         }
+        self.remembered = max(_REMEMBERED, len(self.message_ids))
         data = {} if stored is None else stored.get("agent_data") or {}
         self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = set(data.get("config_set") or ())
@@ -240,6 +247,8 @@ class UnitOfWork(SessionRepository):
         agent.next_message_id += 1
         if tracking_id is not None:
             agent.message_ids[tracking_id] = session_message.message_id
+            if len(agent.message_ids) > agent.remembered:
+                del agent.message_ids[next(iter(agent.message_ids))]
 
     @staticmethod
     def _usage(agent: _Agent, session_message: SessionMessage) -> dict[str, int]:
@@ -285,7 +294,13 @@ class UnitOfWork(SessionRepository):
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
         """Return messages as they were loaded, oldest first, without the `offset` oldest."""
-        return self._loaded(agent_id)[offset:][:limit]
+        messages, first = self._loaded(agent_id), self._agent(agent_id).first
+        if offset < first:
+            raise MongoDBSessionError(
+                f"the {first} oldest messages of agent {agent_id!r} were not loaded, because its conversation manager "
+                "has removed them: read them with MongoDBSessionRepository.list_messages"
+            )
+        return messages[offset - first :][:limit]
 
     def _loaded(self, agent_id: str) -> list[SessionMessage]:
         messages = self._agent(agent_id).messages
