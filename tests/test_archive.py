@@ -21,6 +21,7 @@ from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
     DatabaseError,
     MessageNotFoundError,
+    MongoDBSessionError,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
     SessionConflictError,
@@ -377,7 +378,7 @@ def test_restoring_reads_the_buckets_above_the_offset_only(
         restored = agent(manager, conversation_manager=SlidingWindowConversationManager(window_size=100))
         assert texts(restored.messages) == expected(30, 12)
     document = long.open_session("s")["agents"]["agent"]
-    assert document["archived"] == 12
+    assert document["first"] == 12
     assert [message["message_id"] for message in document["messages"]] == list(range(12, 30))
 
 
@@ -402,14 +403,22 @@ def test_an_open_session_remembers_a_bounded_number_of_tracking_ids() -> None:
     assert change.message_id == 4999
 
 
-def test_what_was_not_loaded_is_not_taken_for_nothing(long: MongoDBSessionRepository, stored: Stored) -> None:
-    state = {"removed_message_count": 26}
+@pytest.mark.parametrize("removed", [0, 24, 25, 26, 29, 30, 2**40, -1, 1.5, "3", True, None])
+def test_only_what_the_conversation_manager_has_left_is_loaded(
+    long: MongoDBSessionRepository, stored: Stored, removed: Any
+) -> None:
+    state = {"removed_message_count": removed}
     stored.update_one({"_id": "s"}, {"$set": {"agents.agent.agent_data.conversation_manager_state": state}})
-    work = UnitOfWork("s", long.open_session("s"))
-    assert told(work.list_messages("s", "agent", offset=26)) == expected(30, 26)
-    assert told(work.list_messages("s", "agent", offset=25)) == expected(30, 25)
-    with pytest.raises(Exception, match="25 oldest messages of agent 'agent' were not loaded"):
-        work.list_messages("s", "agent")
+    first = min(max(removed, 0), 30) if type(removed) is int else 0
+    document = long.open_session("s")
+    assert document["agents"]["agent"]["first"] == first
+    assert [message["message_id"] for message in document["agents"]["agent"]["messages"]] == list(range(first, 30))
+    work = UnitOfWork("s", document)
+    assert told(work.list_messages("s", "agent", offset=first)) == expected(30, first)
+    assert told(work.list_messages("s", "agent", limit=1, offset=first)) == expected(30, first)[:1]
+    if first:
+        with pytest.raises(MongoDBSessionError, match=f"the {first} oldest messages of agent 'agent'"):
+            work.list_messages("s", "agent", offset=first - 1)
 
 
 def test_a_session_that_was_deleted_does_not_come_back_in_one_of_the_same_id(

@@ -47,6 +47,7 @@ from ._documents import (
     session_from,
     stored_message,
     to_date,
+    to_restore,
     with_ids,
 )
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
@@ -89,7 +90,7 @@ _RESTORE: Document = {
                         **head_numbers("$$agent.v"),
                         "messages": {
                             "$map": {
-                                "input": {"$ifNull": ["$$agent.v.messages", []]},
+                                "input": to_restore("$$agent.v"),
                                 "as": "message",
                                 "in": {"$unsetField": {"field": "event_loop_metrics", "input": "$$message"}},
                             }
@@ -191,8 +192,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
     async def open_session(self, session_id: str) -> Document:
         """Return what restoring a session needs, from one command that creates the session if it is new.
 
-        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and archived
-        messages that the agents' conversation managers have removed. `archived` is the position of an agent's first
+        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
+        messages that the agents' conversation managers have removed; `first` is the position of an agent's first
         message in it. Archived messages that restoring needs come with a second command, and attachments of messages
         with one more. The first opening of an agent of a version before 1.0 gives it its `next_message_id`, in another
         command.
@@ -220,13 +221,14 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
         wanted = {}
         for key, agent in agents.items():
             self._head(session_id, key).learn(agent)
-            removed = removed_messages(agent)
-            if removed < agent["archived"]:
-                wanted[key] = (agent.get("created_at"), removed, agent["archived"])
+            removed, archived = removed_messages(agent), agent["archived"]
+            agent["first"] = archived + agent["count"] - len(agent["messages"])
+            if removed < archived:
+                wanted[key] = (agent.get("created_at"), removed, archived)
+                agent["first"] = removed
         if wanted:
             for key, messages in (await self._archived(session_id, wanted)).items():
                 agents[key]["messages"] = messages + agents[key]["messages"]
-                _, agents[key]["archived"], _ = wanted[key]
 
     async def _create_or_read(self, session_id: str, fresh: Document) -> Document:
         for _ in range(_ROUNDS):

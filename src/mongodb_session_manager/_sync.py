@@ -96,8 +96,8 @@ class MongoDBSessionRepository(SessionRepository):
     def open_session(self, session_id: str) -> Document:
         """Return what restoring a session needs, from one command that creates the session if it is new.
 
-        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and archived
-        messages that the agents' conversation managers have removed. `archived` is the position of an agent's first
+        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
+        messages that the agents' conversation managers have removed; `first` is the position of an agent's first
         message in it. Archived messages that restoring needs come with a second command, and attachments of messages
         with one more. The first opening of an agent of a version before 1.0 gives it its `next_message_id`, in another
         command.

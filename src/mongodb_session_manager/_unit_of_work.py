@@ -50,7 +50,7 @@ class _Agent:
     def __init__(self, agent_id: str, stored: Mapping[str, Any] | None) -> None:
         self.loaded = None if stored is None else agent_from(agent_id, stored)
         documents = [] if stored is None else stored.get("messages") or []
-        self.first: int = 0 if stored is None else stored.get("archived", 0)
+        self.first: int = 0 if stored is None else stored.get("first", 0)
         self.messages: list[SessionMessage] | None = [
             message_from(document, position) for position, document in enumerate(documents, self.first)
         ]
@@ -297,8 +297,8 @@ class UnitOfWork(SessionRepository):
         messages, first = self._loaded(agent_id), self._agent(agent_id).first
         if offset < first:
             raise MongoDBSessionError(
-                f"the {first} oldest messages of agent {agent_id!r} were not loaded, because its conversation manager "
-                "has removed them: read them with MongoDBSessionRepository.list_messages"
+                f"the {first} oldest messages of agent {agent_id!r}, which its conversation manager has removed, were "
+                "not loaded: read them with MongoDBSessionRepository.list_messages"
             )
         return messages[offset - first :][:limit]
 
