@@ -310,12 +310,14 @@ def test_a_replaced_message_leaves_nothing_behind(
     ]
 
 
-def test_replacing_a_message_in_a_session_without_attachments_counts_no_generation(
+def test_replacing_a_message_in_a_session_without_attachments_leaves_no_trace_of_any(
     repository: MongoDBSessionRepository, stored: Any
 ) -> None:
     repository.create_message("s", "agent", said())
     repository.update_message("s", "agent", said({"text": "more"}))
-    assert "attachments_generation" not in stored.find_one({"_id": "s"})
+    document = stored.find_one({"_id": "s"})
+    assert "attachments_generation" not in document
+    assert "attachments" not in document["agents"]["agent"]["messages"][0]
 
 
 # What it costs.

@@ -196,13 +196,17 @@ class Attachments:
 
     # Removing.
 
+    async def has_any(self, session_id: str) -> bool:
+        """Tell whether a session has attachments."""
+        condition = {"_id": _within(session_id, "sha256")}
+        return await self._files._send(lambda files: files.find_one(condition, {"_id": 1})) is not None
+
     async def remove_unreferenced(self, session_id: str) -> None:
         """Remove the attachments that no message of a session refers to.
 
         If it is interrupted, the next call for the session removes what is left.
         """
-        files = {"_id": _within(session_id, "sha256")}
-        if await self._files._send(lambda collection: collection.find_one(files, {"_id": 1})) is None:
+        if not await self.has_any(session_id):
             return
         document = await self._sessions._send(
             lambda sessions: sessions.find_one_and_update(
@@ -221,7 +225,7 @@ class Attachments:
         kept = [_file_id(session_id, reference) for reference in used]
         earlier = {"$lt": document["attachments_generation"]}
         chunks = {"_id": _within_chunks(session_id), "files_id": {"$nin": kept}, "files_id.generation": earlier}
-        files = {"_id": {**files["_id"], "$nin": kept}, "_id.generation": earlier}
+        files = {"_id": {**_within(session_id, "sha256"), "$nin": kept}, "_id.generation": earlier}
         # Chunks first: an entry in `.files` is how what is left after an interruption is found again.
         await self._chunks._send(lambda collection: collection.delete_many(chunks))
         await self._files._send(lambda collection: collection.delete_many(files))

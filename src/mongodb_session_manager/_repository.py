@@ -520,10 +520,15 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
             MessageNotFoundError: The agent holds no message of that id.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
-        fields = {**message_body(session_message), "attachments": [], "updated_at": now()}
+        checked_id(session_id, "session_id")
+        checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        fields = set_aside(fields, self._max_inline)
-        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, frees=True))
+        fields = set_aside({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        async with self._connection.operation():
+            frees = await self._attachments.has_any(session_id)
+            if frees:
+                fields.setdefault("attachments", [])
+            await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, frees))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
