@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import random
 import threading
@@ -14,9 +16,11 @@ import bson
 import pymongo
 import pytest
 from pymongo.errors import OperationFailure
+from strands.types.session import Session, SessionAgent, SessionMessage
 
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
+    AsyncMongoDBSessionRepository,
     ConfigurationError,
     MessageTooLargeError,
     MongoDBSessionManager,
@@ -26,9 +30,12 @@ from mongodb_session_manager import (
     initialize_global_factory,
 )
 from mongodb_session_manager._buckets import MERGE_REFUSED, Head, Limits, cut, merge
+from mongodb_session_manager._changes import AppendMessage, ReplaceMessage
+from mongodb_session_manager._documents import stored_message
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_archive import (
+    MOMENT,
     SECRET,
     SMALL,
     Driver,
@@ -310,7 +317,60 @@ def test_who_may_not_write_the_archive_keeps_everything_in_the_session(
     assert {record.levelno for record in caplog.records if "old messages" in record.message} == {logging.WARNING}
 
 
+@pytest.mark.parametrize("slow", ["aggregate", "findAndModify"])
+def test_a_writer_does_not_outrun_a_slow_archive(embedded: str, database: str, driver: Driver, slow: str) -> None:
+    with (
+        pymongo.MongoClient[dict[str, Any]](embedded) as client,
+        MongoDBSessionRepository(embedded, database, appname=database, **SMALL) as repository,
+    ):
+        stored = client[database]["agent_sessions"]
+        begin(repository)
+        with fail_point(
+            embedded, failCommands=[slow], appName=database, blockConnection=True, blockTimeMS=300, times=1000
+        ):
+            for message_id in range(50):
+                append(repository, message_id)
+                assert len(head(stored)["messages"]) <= 17
+        settled(stored)
+        assert everything(stored) == expected(50)
+        client.drop_database(database)
+
+
 # Concurrency.
+
+
+class Overtaken(AsyncMongoDBSessionRepository):
+    """Finds that somebody else has written just before it sends something again."""
+
+    async def _remaining(self, *args: Any) -> Any:
+        remaining = await super()._remaining(*args)
+        async with AsyncMongoDBSessionRepository(
+            self._connection.settings.connection_string, self._database_name
+        ) as other:
+            with contextlib.suppress(SessionConflictError):
+                await other.create_message(
+                    "s", "agent", SessionMessage(said(20, "theirs").message | {"tracking_id": "x"}, 20)
+                )
+        return remaining
+
+
+@pytest.mark.anyio
+async def test_who_is_overtaken_in_between_changes_nothing_in_the_archive(
+    server: str, database: str, stored: Stored
+) -> None:
+    async with Overtaken(server, database, **SMALL) as repository:
+        await repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        await repository.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for message_id in range(20):
+            await repository.create_message("s", "agent", said(message_id))
+        await asyncio.to_thread(eventually, lambda: head(stored).get("archived", 0) > 3)
+        changes = [
+            ReplaceMessage("agent", 3, {"message": said(3, "stale").message, "updated_at": OLD}),
+            AppendMessage("agent", stored_message(said(20), 20)),
+        ]
+        refused = await repository.apply("s", changes)
+    assert isinstance(refused["agent"], SessionConflictError)
+    assert everything(stored) == [*expected(20), "theirs"]
 
 
 def test_appending_replacing_redacting_and_reading_while_everything_moves(

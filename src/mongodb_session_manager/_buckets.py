@@ -15,10 +15,10 @@ a message in the head, but not with an append.
 
 A move takes two statements and brings no message to the client. `merge` copies the oldest messages into the bucket
 that begins at `archived`; `cut` takes them out of the head and adds their number to `archived`. Both match the same
-`revision`, and what they take depends only on messages that cannot change without changing it. A bucket that begins
-at `archived` or later is the left-over of a move that did not come to its end: nobody reads it, and the next move
-replaces it. `merge` refuses to replace a bucket of a higher revision, or an unlike one of the same, so that a
-statement that was stuck on its way cannot undo what happened since; `outrun` is the answer to that.
+`archived` and `revision`, and what they take depends only on messages that cannot change without changing these. A
+bucket that begins at `archived` or later is the left-over of a move that did not come to its end: nobody reads it, and
+the next move replaces it. `merge` refuses to replace a bucket of a higher revision, or an unlike one of the same, so
+that a statement that was stuck on its way cannot undo what happened since; `outrun` is the answer to that.
 """
 
 from __future__ import annotations
@@ -235,7 +235,6 @@ def cut(session_id: str, key: str, head: Head, step: Step) -> Update:
     sets = {
         f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
         f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},
-        f"{path}.revision": {"$literal": head.revision + 1},
     }
     stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
     return Update(_unchanged(session_id, key, head), stages, None)
