@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -31,7 +31,7 @@ from mongodb_session_manager import (
 from scripted_model import Redaction
 from support import agent, fail_point
 
-LIMITS = {"max_embedded_messages": 6, "max_embedded_bytes": 4096}
+LIMITS = {"max_embedded_messages": 4, "max_embedded_bytes": 4096}
 WHOLE, WINDOWED = AGENTS = ("whole", "windowed")
 
 slots = st.sampled_from(["first", "second"])
@@ -94,9 +94,11 @@ class Session(RuleBasedStateMachine):
 
     # What users do.
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(before=st.integers(0, 8))
+    def begin(self, before: int) -> None:
         self.open("first")
+        for agent_id in AGENTS:
+            self.turns("first", agent_id, ["before"] * before)
         self.open("second")
 
     @rule(slot=slots)
@@ -106,10 +108,10 @@ class Session(RuleBasedStateMachine):
         seen = {agent_id: len(conversation) for agent_id, conversation in self.conversations.items()}
         self.slots[slot] = Slot(self.factory.create_session_manager(self.session_id), seen)
 
-    @rule(slot=slots, agent_id=agent_ids, text=words, answer=words)
-    def turn(self, slot: str, agent_id: str, text: str, answer: str) -> None:
-        said = ("user", [text]), ("assistant", [answer or "..."])
-        self._turn(slot, agent_id, text, [answer or "..."], *said)
+    @rule(slot=slots, agent_id=agent_ids, texts=st.lists(words, min_size=1, max_size=6))
+    def turns(self, slot: str, agent_id: str, texts: list[str]) -> None:
+        for text in texts:
+            self._turn(slot, agent_id, text, ["answer"], ("user", [text]), ("assistant", ["answer"]))
 
     @rule(slot=slots, agent_id=agent_ids, at=words)
     def turn_with_a_tool(self, slot: str, agent_id: str, at: str) -> None:
@@ -149,6 +151,11 @@ class Session(RuleBasedStateMachine):
         conversation = self.conversations[WHOLE]
         plain = [n for n, (_, blocks) in enumerate(conversation) if all(isinstance(block, str) for block in blocks)]
         position = data.draw(st.sampled_from(plain))
+        event(
+            "replaced in the archive"
+            if position < len(conversation) - LIMITS["max_embedded_messages"]
+            else "in the head"
+        )
         role, _ = conversation[position]
         message: Any = {"role": role, "content": [{"text": text}]}
         other: Any = {"role": role, "content": [{"text": "original"}]}
@@ -170,14 +177,13 @@ class Session(RuleBasedStateMachine):
     def crash_in_a_move(self, slot: str, agent_id: str, before: str, text: str) -> None:
         """The process ends before the command that copies old messages, or before the one that cuts them out."""
         with fail_point(self.server, failCommands=[before], errorCode=8):
-            self.turn(slot, agent_id, text, "answer") if self._is_current(slot, agent_id) else None
+            if self.slots[slot].seen[agent_id] == len(self.conversations[agent_id]):
+                self.turns(slot, agent_id, [text])
             self.factory.close()
         self.factory = self.new_factory()
         self.slots.clear()
-        self.begin()
-
-    def _is_current(self, slot: str, agent_id: str) -> bool:
-        return self.slots[slot].seen[agent_id] == len(self.conversations[agent_id])
+        self.open("first")
+        self.open("second")
 
     # What they find.
 
