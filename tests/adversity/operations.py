@@ -120,8 +120,7 @@ class Async:
     ) -> None:
         async def cancel() -> None:
             task = asyncio.create_task(work)
-            while not begun():
-                await asyncio.sleep(0.005)
+            await asyncio.to_thread(eventually, begun)
             task.cancel()
             if not lingers:
                 await asyncio.wait({task}, timeout=30)
@@ -249,7 +248,7 @@ async def sync(session: Session) -> None:
 
 
 async def metadata(session: Session) -> None:
-    await result_of(session.manager.update_metadata({"colour": "green"}))
+    await result_of(session.manager.update_metadata({"n": 1}))
 
 
 async def feedback(session: Session) -> None:
@@ -268,10 +267,6 @@ async def close(session: Session) -> None:
     await session.close()
 
 
-def stored_messages(document: Document, text: str) -> int:
-    return texts(document["agents"]["agent"]["messages"]).count(text)
-
-
 def redactions(document: Document) -> int:
     """Count the guardrail's entries; there is one if, and only if, the message is redacted."""
     events, redacted = document["guardrail_events"], "hello" not in str(document)
@@ -279,33 +274,27 @@ def redactions(document: Document) -> int:
     return len(events)
 
 
+def op(document: Document) -> int:
+    return texts(document["agents"]["agent"]["messages"]).count("op")
+
+
+def state(document: Document) -> int:
+    return int(document["agents"]["agent"]["agent_data"]["state"] == {"colour": "green"})
+
+
+AND_OP = ["hi", "hello", "op"]
+
 OPERATIONS = {
-    "open": Operation(open_session, "findAndModify", lambda document: 1, recorded=False),
-    "append": Operation(append, "update", lambda document: stored_messages(document, "op"), ["hi", "hello", "op"]),
-    "turn": Operation(
-        turn,
-        "update",
-        lambda document: stored_messages(document, "op"),
-        ["hi", "hello", "op", "answer"],
-        lingers=True,  # the turn's last hook stores what the turn has recorded
-    ),
-    "sync": Operation(
-        sync, "update", lambda document: int(document["agents"]["agent"]["agent_data"]["state"] == {"colour": "green"})
-    ),
-    "metadata": Operation(
-        metadata, "update", lambda document: int(document["metadata"] == {"colour": "green"}), recorded=False
-    ),
+    "open": Operation(open_session, "findAndModify", lambda document: 1, [], recorded=False),
+    "append": Operation(append, "update", op, AND_OP),
+    # A cancelled one ends with a hook that stores what the turn has recorded.
+    "turn": Operation(turn, "update", op, [*AND_OP, "answer"], lingers=True),
+    "sync": Operation(sync, "update", state),
+    "metadata": Operation(metadata, "update", lambda document: document["metadata"].get("n", 0), recorded=False),
     "feedback": Operation(
         feedback, "update", lambda document: len(document["feedbacks"]), recorded=False, repeatable=False
     ),
     "redaction": Operation(redaction, "update", redactions, ["hi", "[redacted]"]),
-    "close": Operation(close, "update", lambda document: stored_messages(document, "op"), ["hi", "hello", "op"]),
-    "close-own": Operation(
-        close,
-        "update",
-        lambda document: stored_messages(document, "op"),
-        ["hi", "hello", "op"],
-        recorded=False,
-        repeatable=False,
-    ),
+    "close": Operation(close, "update", op, AND_OP),
+    "close-own": Operation(close, "update", op, AND_OP, recorded=False, repeatable=False),
 }
