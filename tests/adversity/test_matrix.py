@@ -18,18 +18,18 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pymongo
 import pytest
 from leaks import nothing_left
 from operations import OPERATIONS, Api, Async, Operation, Session, Sync
 from pymongo.errors import WaitQueueTimeoutError
+from sites import Site, answers
 
 from mongodb_session_manager import DatabaseTimeoutError, DatabaseUnavailableError, MongoDBSessionManagerFactory
-from proxy import Proxy, command
+from proxy import command
 from support import agent, eventually, texts
 
 EXPECTED = """
@@ -47,7 +47,7 @@ close-own  down    ok      ok      down!       slow?  slow! ok      down       s
 
 ERRORS = {"down": DatabaseUnavailableError, "slow": DatabaseTimeoutError}
 
-RETRIES_OF_THE_DRIVER = ("dropped", "unacked", "died")
+RETRIES_OF_THE_DRIVER = ("dropped", "unacked")
 """Faults that a driver meets with a retry of its own on a replica set, and without on a standalone server."""
 
 
@@ -74,66 +74,6 @@ def cells() -> list[Cell]:
         for fault, expected in zip(header, row, strict=True)
         if expected != "-"
     ]
-
-
-@dataclass
-class Site:
-    """A server, a proxy in front of it, and a collection of the module's own.
-
-    Attributes:
-        template: A session that holds `hi`, `hello`.
-    """
-
-    client: pymongo.MongoClient[dict[str, Any]]
-    proxy: Proxy
-    database: str
-    template: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def collection(self) -> pymongo.collection.Collection[dict[str, Any]]:
-        return self.client[self.database]["agent_sessions"]
-
-    def fail(self, times: int, **data: Any) -> int:
-        """Have the next commands fail as `failCommand` describes, or none; return how many have failed ever."""
-        mode: Any = {"times": times} if times else "off"
-        count: int = self.client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})[
-            "count"
-        ]
-        return count
-
-
-@contextmanager
-def a_site(server: str) -> Iterator[Site]:
-    database = f"test_{uuid.uuid4().hex}"
-    with pymongo.MongoClient(server, tz_aware=True) as client, Proxy(server) as proxy:
-        with MongoDBSessionManagerFactory(proxy.uri, database) as factory:  # builds the indexes
-            agent(factory.create_session_manager("s"), "hello")("hi")
-        site = Site(client, proxy, database)
-        template = site.collection.find_one({"_id": "s"})
-        assert template is not None
-        site.template = template
-        yield site
-        client.drop_database(database)
-
-
-@pytest.fixture(scope="module")
-def replica_set_site(server: str) -> Iterator[Site]:
-    with a_site(server) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def standalone_site(standalone: str) -> Iterator[Site]:
-    with a_site(standalone) as site:
-        yield site
-
-
-@pytest.fixture(autouse=True)
-def retries_come_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the driver look for a lost server at once, and the library send again sooner."""
-    monkeypatch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
-    monkeypatch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
-    monkeypatch.setattr("mongodb_session_manager._commands._PAUSES", (0.01, 0.02, 0.05))
 
 
 # The faults. Each is in force while its context is open, and checks at the end that it did happen.
@@ -281,7 +221,7 @@ def check(cell: Cell, api: Api, site: Site) -> None:
         session = Session(session_id, api, factory, own, site.collection)
         operation = OPERATIONS[cell.operation]
         if cell.operation != "open":
-            site.collection.insert_one({**site.template, "_id": session_id, "session_id": session_id})
+            site.copy_template(session_id)
             api.run(session.open_owning() if cell.operation == "close-own" else session.open())
             session.agent = agent(session.manager)
             assert texts(session.agent.messages) == session.conversation == ["hi", "hello"]
@@ -298,10 +238,6 @@ def check(cell: Cell, api: Api, site: Site) -> None:
 
 def make_own(session_id: str, site: Site, options: dict[str, Any], kind: Callable[..., Any]) -> Any:
     return kind(session_id, site.proxy.uri, site.database, **options)
-
-
-def answers(factory: MongoDBSessionManagerFactory) -> bool:
-    return factory.get_connection_stats()["status"] == "connected"
 
 
 def count(session: Session, operation: Operation) -> int:
