@@ -19,8 +19,9 @@
     ├── DatabaseTimeoutError            also TimeoutError: the server or the pool was too slow
     └── DatabaseError                   the server refused a command
 
-The driver's own error, where there is one, is the `__cause__`. No message holds the password of a connection
-string or the content of a conversation.
+The driver's own error, where there is one, is the `__cause__`. Where it is unknown whether the command was carried
+out, the message says so; a flush may be repeated then, and stores everything once. No message holds the password of a
+connection string or the content of a conversation.
 """
 
 from __future__ import annotations

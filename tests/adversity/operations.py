@@ -154,14 +154,15 @@ class Session:
     collection: Stored
     manager: Any = None
     agent: Agent | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = field(default=None, repr=False)
 
     async def open(self) -> None:
         """Open the session with a new manager of the factory, without an agent."""
         if self.api.name == "sync":
-            self.manager = self.factory.create_session_manager(self.session_id)
+            self.manager = self.factory.create_session_manager(self.session_id, **self.options)
         else:
-            self.manager = await self.factory.create_session_manager_async(self.session_id)
+            self.manager = await self.factory.create_session_manager_async(self.session_id, **self.options)
 
     async def open_owning(self) -> None:
         """Open the session with a new manager that has a connection of its own."""
@@ -216,6 +217,7 @@ class Operation:
         recorded: Whether it is kept when it fails, to be stored by a flush.
         repeatable: Whether doing it again, though it is unknown if it was done, is harmless.
         lingers: Whether a cancelled caller is only released when the command is done.
+        options: What the session's managers are opened with.
     """
 
     act: Callable[[Session], Awaitable[None]]
@@ -225,6 +227,7 @@ class Operation:
     recorded: bool = True
     repeatable: bool = True
     lingers: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 async def open_session(session: Session) -> None:

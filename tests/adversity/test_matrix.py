@@ -30,7 +30,7 @@ from sites import Site, answers
 
 from mongodb_session_manager import DatabaseTimeoutError, DatabaseUnavailableError, MongoDBSessionManagerFactory
 from proxy import command
-from support import agent, eventually, texts
+from support import CommandLog, agent, eventually, texts
 
 EXPECTED = """
            refused dropped unacked died        frozen mute  demoted no-primary write-concern pool cancelled
@@ -217,9 +217,9 @@ def check(cell: Cell, api: Api, site: Site) -> None:
         MongoDBSessionManagerFactory(site.proxy.uri, site.database, **options) as factory,
     ):
         eventually(lambda: answers(factory))
-        own = partial(make_own, session_id, site, options)
-        session = Session(session_id, api, factory, own, site.collection)
         operation = OPERATIONS[cell.operation]
+        own = partial(make_own, session_id, site, options)
+        session = Session(session_id, api, factory, own, site.collection, options=operation.options)
         if cell.operation != "open":
             site.copy_template(session_id)
             api.run(session.open_owning() if cell.operation == "close-own" else session.open())
@@ -280,11 +280,11 @@ def go_on(session: Session, operation: Operation, cell: Cell) -> None:
     conversation = list(operation.conversation)
     if cell.operation == "turn" and not (done and (cell.fault != "cancelled" or session.api.name == "sync")):
         conversation.remove("answer")  # the model was never asked
-    if expected.endswith("?"):  # what got stuck arrives late
-        eventually(lambda: count(session, operation) == 1)
     if not done and operation.recorded:
-        run(session.flush())
-    elif (not done and operation.repeatable) or (lost and cell.operation != "close-own"):
+        run(session.flush())  # while, if it got stuck, it arrives late
+    elif expected.endswith("?"):
+        eventually(lambda: count(session, operation) == 1)
+    if (not done and not operation.recorded and operation.repeatable) or (lost and cell.operation == "feedback"):
         run(operation.act(session))
     if lost and cell.operation == "close-own":
         assert count(session, operation) == 0
@@ -303,3 +303,18 @@ def go_on(session: Session, operation: Operation, cell: Cell) -> None:
     run(session.close())
     run(session.open())
     assert texts(agent(session.manager).messages) == [*conversation, "next", "fine"]
+
+
+def test_what_was_waited_for_as_long_as_allowed_is_not_sent_again(standalone_site: Site) -> None:
+    site, session_id, commands = standalone_site, f"s-{uuid.uuid4().hex}", CommandLog()
+    site.proxy.reset()
+    site.copy_template(session_id)
+    with MongoDBSessionManagerFactory(
+        site.proxy.uri, site.database, event_listeners=[commands], **IMPATIENT
+    ) as factory:
+        manager = factory.create_session_manager(session_id)
+        site.proxy.freeze_after_request(command("update"))
+        with pytest.raises(DatabaseTimeoutError, match="unknown whether"):
+            manager.add_feedback({"rating": "up"})
+        assert commands.names.count("update") == 1
+        site.proxy.thaw()
