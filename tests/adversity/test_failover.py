@@ -7,7 +7,8 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ def rounds(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def replica_set() -> Iterator[EmbeddedMongoDB]:
-    with EmbeddedMongoDB(members=3) as servers:
+    with EmbeddedMongoDB(members=3, server_parameters={"enableTestCommands": 1}) as servers:
         yield servers
 
 
@@ -152,9 +153,9 @@ def test_failover(replica_set: EmbeddedMongoDB, rounds: int) -> None:
         living.append(threads.submit(asyncio.run, all_live()))
         try:
             for _ in range(rounds):
-                all_have_turns(users)
-                fail_over(replica_set, users)
-            all_have_turns(users)
+                all_have_turns(users, living)
+                fail_over(replica_set, users, living)
+            all_have_turns(users, living)
         finally:
             stop.set()
         for life in living:
@@ -162,22 +163,41 @@ def test_failover(replica_set: EmbeddedMongoDB, rounds: int) -> None:
     check(replica_set, users, hasty)
 
 
-def all_have_turns(users: list[User]) -> None:
+def all_have_turns(users: list[User], living: list[Future[None]]) -> None:
     """Wait until every user has had another two messages stored."""
     before = [len(user.acknowledged) for user in users]
-    eventually(
-        lambda: all(len(user.acknowledged) >= count + 2 for user, count in zip(users, before, strict=True)), seconds=120
-    )
+
+    def all_had() -> bool:
+        for life in living:
+            if life.done():
+                life.result()
+        return all(len(user.acknowledged) >= count + 2 for user, count in zip(users, before, strict=True))
+
+    eventually(all_had, seconds=120)
 
 
-def fail_over(replica_set: EmbeddedMongoDB, users: list[User]) -> None:
-    """Kill the primary while turns are under way, have the others go on with a new one, and bring it back."""
+def fail_over(replica_set: EmbeddedMongoDB, users: list[User], living: list[Future[None]]) -> None:
+    """Kill the primary with writes that no other member has, have the others go on, and bring it back."""
     killed = replica_set.primary()
-    eventually(lambda: any(user.in_turn for user in users))
-    replica_set.kill(killed)
+    others = [port for member, port in enumerate(replica_set.ports) if member != killed]
+    with replication_stopped(others):
+        time.sleep(0.5)  # enough for everybody to begin a turn
+        assert any(user.in_turn for user in users)
+        replica_set.kill(killed)
     assert replica_set.primary() != killed
-    all_have_turns(users)
+    all_have_turns(users, living)
     replica_set.restart(killed)
+
+
+@contextmanager
+def replication_stopped(ports: list[int]) -> Iterator[None]:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(pymongo.MongoClient("127.0.0.1", port, directConnection=True)) for port in ports]
+        for mode in ("alwaysOn", "off"):
+            for client in clients:
+                client.admin.command({"configureFailPoint": "stopReplProducer", "mode": mode})
+            if mode == "alwaysOn":
+                yield
 
 
 def check(replica_set: EmbeddedMongoDB, users: list[User], hasty: MongoDBSessionManagerFactory) -> None:
