@@ -181,8 +181,7 @@ def fail_over(replica_set: EmbeddedMongoDB, users: list[User], living: list[Futu
     killed = replica_set.primary()
     others = [port for member, port in enumerate(replica_set.ports) if member != killed]
     with replication_stopped(others):
-        time.sleep(0.5)  # enough for everybody to begin a turn
-        assert any(user.in_turn for user in users)
+        eventually(lambda: all(user.in_turn for user in users))  # nothing can be acknowledged now
         replica_set.kill(killed)
     assert replica_set.primary() != killed
     all_have_turns(users, living)
