@@ -292,9 +292,9 @@ class Proxy:
             self.frozen += 1
             self._flowing.clear()
             return
+        self.dropped += 1
         writer.write(message[: rule.kept])
         await writer.drain()
-        self.dropped += 1
         if rule.then_refuse:
             self._loop.call_soon(self._go_away)
         raise _CutError
