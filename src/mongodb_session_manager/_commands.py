@@ -14,7 +14,7 @@ from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, agent_key, checked_id
-from ._driver_errors import driver_errors, may_be_sent_again
+from ._driver_errors import driver_errors, may_be_sent_again, may_have_been_applied
 from ._loop import Portal
 from .errors import AgentNotFoundError, ConfigurationError, MongoDBSessionError, SessionNotFoundError
 
@@ -102,7 +102,7 @@ class SessionCollection:
 
         It goes to the collection of that `name`, by default the one of the sessions.
         """
-        with driver_errors(passing=DuplicateKeyError):
+        with driver_errors(passing=DuplicateKeyError) as attempts:
             collection = await self._connection.collection(self._database_name, name or self._collection_name)
             for pause in _PAUSES:
                 try:
@@ -110,6 +110,7 @@ class SessionCollection:
                 except PyMongoError as error:
                     if not may_be_sent_again(error):
                         raise
+                    attempts.unknown |= may_have_been_applied(error)
                     logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
                     await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             return await command(collection)

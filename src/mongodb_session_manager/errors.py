@@ -22,8 +22,9 @@
     └── DatabaseError                   the server refused a command
         └── AttachmentError             bytes of a message are missing, or are not those that were stored
 
-The driver's own error, where there is one, is the `__cause__`. No message holds the password of a connection
-string or the content of a conversation.
+The driver's own error, where there is one, is the `__cause__`. Where it is unknown whether the command was carried
+out, the message says so; a flush may be repeated then, and stores everything once. No message holds the password of a
+connection string or the content of a conversation.
 """
 
 from __future__ import annotations
