@@ -11,11 +11,12 @@ from strands import Agent, tool
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from mongodb_session_manager import (
+    DatabaseError,
     MessageTooLargeError,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
 )
-from support import CommandLog, agent, message_ids, texts
+from support import CommandLog, agent, fail_point, message_ids, texts
 
 SAVE_ON = pytest.mark.parametrize("save_on", ["message", "invocation"])
 TOO_LONG = "a" * (15 * 1024 * 1024)
@@ -118,6 +119,36 @@ def test_the_largest_message_is_stored(factory: MongoDBSessionManagerFactory) ->
     text = TOO_LONG[:-1000]
     live(text)
     assert restored(factory) == [[{"text": text}], [{"text": "1"}]]
+
+
+@SAVE_ON
+def test_messages_that_do_not_fit_into_one_document_together(
+    factory: MongoDBSessionManagerFactory, stored: Any, save_on: str
+) -> None:
+    said = [letter * (9 * 1024 * 1024) for letter in "abcd"]
+    live = agent(factory.create_session_manager("s", save_on=save_on), said[1], said[3], "5")
+    live(said[0])
+    live(said[2])
+    live("4")
+    assert restored(factory) == [[{"text": text}] for text in [*said, "4", "5"]]
+
+
+def test_what_made_room_for_the_next_can_be_redacted(server: str, embedded: str, database: str, stored: Any) -> None:
+    """Also if it was copied to the archive, and the process ended before it was taken out of the session."""
+    large = "secret" * (9 * 1024 * 1024 // 6)
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        first = factory.create_session_manager("s")
+        live = agent(first)
+        first.append_message({"role": "user", "content": [{"text": large}]}, live)
+        with fail_point(embedded, failCommands=["findAndModify"], errorCode=8), pytest.raises(DatabaseError):
+            first.append_message({"role": "assistant", "content": [{"text": large}]}, live)
+    archive = stored.database["agent_sessions_archive"]
+    assert archive.count_documents({}) == 1
+    with MongoDBSessionRepository(server, database) as repository:
+        gone = {"role": "user", "content": [{"text": "[gone]"}]}
+        repository.update_message("s", "agent", SessionMessage(gone, 0, gone))
+        assert texts([message.to_message() for message in repository.list_messages("s", "agent")]) == ["[gone]"]
+    assert archive.count_documents({"messages.message.content.text": large}) == 0
 
 
 def test_a_replacement_that_is_too_large_leaves_what_is_stored(

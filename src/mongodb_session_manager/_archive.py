@@ -171,11 +171,11 @@ class SessionArchive(SessionCollection):
                     raise
 
     async def _make_room(self, session_id: str) -> bool:
-        """Move messages of the agent that has most in the session document; return `False` if none has old ones."""
+        """Move messages of the agent that has most in the session document; return `False` if none has any."""
         for _ in range(_TRIES):
             document = await self._send(lambda collection: collection.find_one({"_id": session_id}, NUMBERS_OF_ALL))
             heads: list[Document] = [] if document is None else document["heads"]
-            numbers = max((head for head in heads if head["count"] > 1), key=lambda head: head["bytes"], default=None)
+            numbers = max((head for head in heads if head["count"]), key=lambda head: head["bytes"], default=None)
             if numbers is None:
                 return False
             head = self._head(session_id, numbers["key"])
@@ -241,14 +241,15 @@ class SessionArchive(SessionCollection):
     def _copies(self, session_id: str, write: AgentWrite) -> dict[int, Document]:
         """Return those replacements in a head of which a left-over bucket may hold what they replace.
 
-        No bucket holds the newest message. So only who replaces an older one, which hardly happens, has to look.
+        No bucket holds the newest message, unless it alone is so large that it had to make room for the next. So only
+        who replaces such a one or an older one, which hardly happens, has to look.
         """
         head = self._heads.get((session_id, agent_key(write.agent_id)))
         following = write.expected_id if write.expected_id is not None else head and head.next_id
         return {
             message_id: fields
             for message_id, fields in write.replaced.items()
-            if "message" in fields and message_id + 1 != following
+            if "message" in fields and (message_id + 1 != following or head is None or head.size > self._limits.size)
         }
 
 

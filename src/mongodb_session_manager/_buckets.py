@@ -134,8 +134,9 @@ class Limits:
 
 
 def everything(head: Head) -> Step:
-    """Return the move that leaves only the newest message."""
-    return Step(head.count - 1, 0, min(head.count - 1, BUCKET_MESSAGES))
+    """Return the move that leaves only the newest message, or none where that is the only one."""
+    older = max(1, head.count - 1)
+    return Step(older, 0, min(older, BUCKET_MESSAGES))
 
 
 def head_numbers(path: str) -> Document:

@@ -10,13 +10,17 @@ whoever was not there first changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from ._codec import stored_size
 from ._documents import Document, StoredMessage, agent_key, checked_id
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
+
+_PART_BYTES = 15 * 1024 * 1024
+"""A statement may hold 16 MiB; the rest is for what is not a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +207,27 @@ def fold(changes: Iterable[Change]) -> dict[str, AgentWrite]:
         agent_id = checked_id(change.agent_id, "agent_id")
         writes.setdefault(agent_id, AgentWrite(agent_id)).add(change)
     return writes
+
+
+def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
+    """Split changes, in order, into parts whose messages fit into one statement together; nearly always one."""
+    part: list[Change] = []
+    size = 0
+    for change in changes:
+        match change:
+            case AppendMessage(message=content):
+                added = stored_size(content)
+            case ReplaceMessage(fields=fields):
+                added = stored_size(fields)
+            case _:
+                added = 0
+        if size and added and size + added > _PART_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(change)
+        size += added
+    if part:
+        yield part
 
 
 class Update(NamedTuple):

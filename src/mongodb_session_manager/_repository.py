@@ -26,6 +26,7 @@ from ._changes import (
     UpdateAgent,
     compile_update,
     fold,
+    in_parts,
     reconcile,
 )
 from ._connection import Client, Connection, Settings
@@ -298,20 +299,26 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, SessionArchive):
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
         """
         checked_id(session_id, "session_id")
-        changes = tuple(changes)
+        refused: dict[str, MongoDBSessionError] = {}
         async with self._connection.operation():
-            for _ in range(_ROUNDS):
-                refused: dict[str, MongoDBSessionError] = {}
-                writes = fold(changes)
-                await self._attachments.store(session_id, writes.values())
-                try:
-                    await self._write(session_id, writes, refused)
-                except StaleAttachments as stale:
-                    self._attachments.learn(session_id, stale.document)
-                    continue
-                if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
-                    await self._attachments.remove_unreferenced(session_id)
-                return refused
+            for part in in_parts(changes):
+                changed = [change for change in part if change.agent_id not in refused]
+                refused |= await self._apply_part(session_id, changed)
+        return refused
+
+    async def _apply_part(self, session_id: str, changes: Sequence[Change]) -> dict[str, MongoDBSessionError]:
+        for _ in range(_ROUNDS):
+            refused: dict[str, MongoDBSessionError] = {}
+            writes = fold(changes)
+            await self._attachments.store(session_id, writes.values())
+            try:
+                await self._write(session_id, writes, refused)
+            except StaleAttachments as stale:
+                self._attachments.learn(session_id, stale.document)
+                continue
+            if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
+                await self._attachments.remove_unreferenced(session_id)
+            return refused
         raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
 
     async def _write(
