@@ -146,7 +146,7 @@ def test_what_a_session_document_holds_but_the_head_stays_as_it_is(
     settled(stored)
     after = stored.find_one({"_id": "s"})
     for document in (before, after):
-        for name in ("messages", "archived", "revision", "next_message_id", "updated_at"):
+        for name in ("messages", "archived", "next_message_id", "updated_at"):
             del document["agents"]["agent"][name]
         del document["updated_at"]
     assert after == before
@@ -345,6 +345,23 @@ def test_behind_a_window_one_command_restores_and_no_bucket_is_read(
     restored("question 20")
     assert everything(stored)[-3:] == ["answer 19", "question 20", "answer"]
     assert manager.get_message_count("agent") == 42
+
+
+def test_what_a_window_shows_stays_in_the_session_document(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    """Half of what is allowed would be less than the window."""
+    manager = factory.create_session_manager("s", max_embedded_bytes=20_000)
+    window = SlidingWindowConversationManager(window_size=12, per_turn=False)
+    live = agent(manager, *["answer " + "x" * 700] * 40, conversation_manager=window)
+    for n in range(40):
+        live(f"question {n} " + "x" * 700)
+        eventually(lambda: not manager._connection._tasks)
+        commands.clear()
+        document = factory.create_session_manager("s")._repository._heads["s", "agent"]
+        assert commands.names == ["findAndModify"]
+        assert document.size <= 20_000
+    assert archive_of(stored).count_documents({}) > 2
 
 
 def test_without_a_window_one_more_query_restores_all_agents(

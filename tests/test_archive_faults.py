@@ -76,6 +76,7 @@ class Other:
                 "next_message_id": document["next_message_id"],
                 "count": len(document["messages"]),
                 "bytes": 0,
+                "removed": 0,
             }
         )
         self.step = self.limits.step(self.head)

@@ -34,7 +34,7 @@ from ._changes import AgentWrite, Update
 from ._codec import stored_size
 from ._commands import SessionCollection
 from ._connection import AsyncCollection, find_and_modify, run_pipeline
-from ._documents import Document, agent_key
+from ._documents import Document, agent_key, removed_messages
 from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,10 @@ class SessionArchive(SessionCollection):
             key = agent_key(write.agent_id)
             head = self._head(session_id, key)
             if write.created is not None:
-                empty = {"archived": 0, "revision": 0, "next_message_id": 0, "count": 0, "bytes": 0}
+                empty = dict.fromkeys(("archived", "revision", "next_message_id", "count", "bytes", "removed"), 0)
                 head.learn({**empty, "created_at": write.created["created_at"]})
+            if "conversation_manager_state" in write.data:
+                head.removed = removed_messages({"agent_data": write.data})
             if write.replaced:
                 head.revision += 1
                 head.certain = False

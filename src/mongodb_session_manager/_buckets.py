@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from ._changes import Update
-from ._documents import Document
+from ._documents import Document, stored_removed
 from .errors import ConfigurationError
 
 MAX_EMBEDDED_MESSAGES = 128
@@ -54,6 +54,7 @@ class Head:
         below: Ids below the first one's, that is `archived` unless a version before 1.0 left gaps.
         next_id: The id of the next message.
         size: Bytes of all, at least.
+        removed: How many of the agent's oldest messages its conversation manager has removed.
         learned: Whether the server was ever asked.
         certain: Whether nothing but appends has happened since.
         moving: A future that is done when the bucket that is being moved is.
@@ -65,6 +66,7 @@ class Head:
     below: int = 0
     next_id: int = 0
     size: int = 0
+    removed: int = 0
     learned: bool = False
     certain: bool = False
     moving: Any = None
@@ -85,7 +87,7 @@ class Head:
         self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
         self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
         self.below = self.next_id - int(numbers["count"])
-        self.size = int(numbers["bytes"])
+        self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
         self.learned = self.certain = True
 
 
@@ -127,10 +129,16 @@ class Limits:
         return head.count > 1 and (head.count > times * self.messages or head.size > times * self.size)
 
     def step(self, head: Head) -> Step:
-        """Return the move after which half of what is allowed is left."""
+        """Return the move after which half of what is allowed is left.
+
+        What restoring the agent needs stays if that is at most three quarters, so that it is in the session document.
+        """
+        kept = head.archived + head.count - head.removed
+        stays = kept <= self.messages * 3 // 4 and head.size * kept // head.count <= self.size * 3 // 4
+        most = head.count - kept if stays and 0 < kept < head.count else head.count - 1
         messages = head.count - self.messages // 2 if head.count > self.messages else 0
         size = head.size - self.size // 2 if head.size > self.size else 0
-        return Step(messages, size, min(head.count - 1, BUCKET_MESSAGES))
+        return Step(messages, size, min(most, BUCKET_MESSAGES))
 
 
 def everything(head: Head) -> Step:
@@ -149,6 +157,7 @@ def head_numbers(path: str) -> Document:
         "next_message_id": f"{path}.next_message_id",
         "count": {"$size": messages},
         "bytes": {"$bsonSize": {"m": messages}},
+        "removed": stored_removed(path),
     }
 
 

@@ -266,15 +266,19 @@ def removed_messages(stored: Mapping[str, Any]) -> int:
     return max(removed, 0) if type(removed) is int else 0
 
 
+def stored_removed(agent: str) -> Document:
+    """Return the aggregation expression for `removed_messages`; `agent` is the path of the agent, with `$`."""
+    removed = f"{agent}.agent_data.conversation_manager_state.removed_message_count"
+    return {"$cond": [{"$in": [{"$type": removed}, ["int", "long"]]}, {"$max": [removed, 0]}, 0]}
+
+
 def to_restore(agent: str) -> Document:
     """Return the aggregation expression for the messages of an agent that `removed_messages` leaves.
 
     All of them where `next_message_id` has to be found out yet. `agent` is the path of the agent, with `$`.
     """
     messages = {"$ifNull": [f"{agent}.messages", []]}
-    stored = f"{agent}.agent_data.conversation_manager_state.removed_message_count"
-    is_whole = {"$in": [{"$type": stored}, ["int", "long"]]}
-    removed = {"$subtract": [{"$cond": [is_whole, stored, 0]}, {"$ifNull": [f"{agent}.archived", 0]}]}
+    removed = {"$subtract": [stored_removed(agent), {"$ifNull": [f"{agent}.archived", 0]}]}
     begin = {"$min": [{"$max": [removed, 0]}, {"$size": messages}]}
     is_numbered = {"$gte": [f"{agent}.next_message_id", 0]}
     return {"$cond": [is_numbered, {"$slice": [messages, begin, 2**31 - 1]}, messages]}
