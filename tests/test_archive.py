@@ -542,8 +542,8 @@ def test_the_newest_message_costs_no_look_into_the_archive(
 ) -> None:
     commands.clear()
     long.update_message("s", "agent", redacted(29))
-    assert commands.names == ["update", "find"]  # the one for attachments that nobody refers to any more
+    assert commands.names == ["find", "update"]  # the one asks whether the session has attachments
     commands.clear()
     long.update_message("s", "agent", redacted(28))
-    assert commands.names == ["update", "update", "find"]
+    assert commands.names == ["find", "update", "update"]
     assert everything(stored)[-2:] == ["[redacted]", "[redacted]"]
