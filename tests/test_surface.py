@@ -61,6 +61,7 @@ ORDER = [
     "_annotations",
     "_attachments",
     "_archive",
+    "_writes",
     "_repository",
     "_sync",
     "_unit_of_work",
