@@ -36,8 +36,9 @@ class SessionWrites(SessionArchive):
         refused: dict[str, MongoDBSessionError] = {}
         async with self._connection.operation():
             for part in in_parts(changes):
-                changed = [change for change in part if change.agent_id not in refused]
-                refused |= await self._apply_part(session_id, changed)
+                if refused:
+                    part = [change for change in part if change.agent_id not in refused]
+                refused |= await self._apply_part(session_id, part)
         return refused
 
     async def _apply_part(self, session_id: str, changes: Sequence[Change]) -> dict[str, MongoDBSessionError]:
