@@ -40,6 +40,7 @@ ORDER = [
     "_codec",
     "_documents",
     "_changes",
+    "_multi_agents",
     "_capture",
     "_stored_fields",
     "_loop",
@@ -57,12 +58,14 @@ ORDER = [
     "_connection",
     "_commands",
     "_annotations",
+    "_multi_agent_states",
     "_archive",
     "_repository",
     "_sync",
     "_unit_of_work",
     "_hooks",
     "_metadata_tool",
+    "_orchestration",
     "_session",
     "_manager",
     "_async_manager",
@@ -385,13 +388,15 @@ def test_one_module_knows_clients() -> None:
     assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
 
 
-@pytest.mark.parametrize("module", ["errors", "_codec", "_documents", "_changes", "_capture", "_stored_fields"])
+@pytest.mark.parametrize(
+    "module", ["errors", "_codec", "_documents", "_changes", "_multi_agents", "_capture", "_stored_fields"]
+)
 def test_pure_modules_do_no_io(module: str) -> None:
     roots = {name.split(".")[0] for name in imports(module)}
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-@pytest.mark.parametrize("module", ["_documents", "_changes", "_capture", "_unit_of_work"])
+@pytest.mark.parametrize("module", ["_documents", "_changes", "_multi_agents", "_capture", "_unit_of_work"])
 def test_one_pure_module_knows_bson(module: str) -> None:
     assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()
 

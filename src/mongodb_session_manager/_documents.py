@@ -10,6 +10,7 @@ agents.<agent key>
     created_at, updated_at
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
     messages             [{message, message_id, redact_message, created_at, updated_at, event_loop_metrics?}]
+multi_agents.<key>       see `_multi_agents`
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from ._documents import (
     stored_message,
     to_date,
 )
+from ._multi_agent_states import MultiAgentStates
 from .errors import (
     DatabaseError,
     InvalidArgumentError,
@@ -64,6 +65,7 @@ _RESTORE: Document = {
     "session_type": 1,
     "created_at": 1,
     "updated_at": 1,
+    "multi_agents": 1,
     # All agents, each message without its metrics: they grow with the conversation and nobody restores them.
     "agents": {
         "$arrayToObject": {
@@ -92,7 +94,7 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations):
+class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
