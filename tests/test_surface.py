@@ -170,11 +170,13 @@ def test_one_manager_awaits_and_the_other_does_not() -> None:
     assert {name for name, method in sync.items() if is_async(method)} == set()
     # The tool is made without asking the database.
     waiting = {"append_message", "initialize", "redact_latest_message", "register_hooks", "sync_agent"}
+    waiting |= {"initialize_multi_agent", "sync_multi_agent"}
     assert {name for name, method in asynchronous.items() if not is_async(method)} == waiting | {"get_metadata_tool"}
 
 
 def test_what_strands_calls_is_synchronous_on_both_managers() -> None:
-    names = ("initialize", "append_message", "redact_latest_message", "sync_agent", "register_hooks")
+    names = ["initialize", "append_message", "redact_latest_message", "sync_agent", "register_hooks"]
+    names += ["initialize_multi_agent", "sync_multi_agent"]
     for cls in (MongoDBSessionManager, AsyncMongoDBSessionManager):
         for name in names:
             assert not is_async(getattr(cls, name))
