@@ -17,6 +17,7 @@ from strands.bidi.hooks.events import BidiAgentStopEvent
 from strands.hooks import (
     AfterInvocationEvent,
     AgentInitializedEvent,
+    BeforeInvocationEvent,
     HookRegistry,
     MessageAddedEvent,
     MessageUpdatedEvent,
@@ -120,6 +121,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._work: UnitOfWork | None = None
         self._closed = False
         self._closing: asyncio.Event | None = None
+        self._invoked: set[str] = set()
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
@@ -154,6 +156,7 @@ class SessionManagerBase(OrchestratorSessionManager):
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         """Register what keeps an agent or orchestrator stored."""
         registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
+        registry.add_callback(BeforeInvocationEvent, lambda event: self._invoked.add(event.agent.agent_id))
         registry.add_callback(MessageAddedEvent, self._on_message_added)
         registry.add_callback(MessageUpdatedEvent, self._on_message_updated)
         registry.add_callback(AfterInvocationEvent, self._on_after_invocation)
@@ -234,6 +237,7 @@ class SessionManagerBase(OrchestratorSessionManager):
 
     async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
         agent = event.agent
+        self._invoked.discard(agent.agent_id)
         stopped = self._stopped.pop(agent.agent_id, None)
         try:
             with recording_only():
@@ -249,9 +253,11 @@ class SessionManagerBase(OrchestratorSessionManager):
         """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
         if not isinstance(agent, Agent):
             return True  # no event tells the end of its invocations
-        if self._options.save_on == "invocation":
-            return False
-        return message["role"] == "user" or any("toolUse" in block for block in message["content"])
+        saves_messages = self._options.save_on == "message"
+        is_last = message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
+        if agent.agent_id not in self._invoked:
+            return is_last or saves_messages  # a tool that the application calls: nothing tells the end of that
+        return saves_messages and not is_last
 
     # Flushing.
 
