@@ -159,7 +159,7 @@ class Cut:
     """Where a conversation was cut.
 
     Attributes:
-        session_id: The copy.
+        document: The session as it was, under another id.
         turn: In which turn.
         is_over: Whether that turn was over.
         added: How many messages that turn had added.
@@ -167,7 +167,7 @@ class Cut:
         messages: What the agent held.
     """
 
-    session_id: str
+    document: dict[str, Any]
     turn: int
     is_over: bool
     added: int
@@ -277,16 +277,15 @@ class Reference(Play):
         if not is_over and told == self._told:
             return  # what was said last is stored at the end of the turn: a process killed here leaves the cut before
         self._told = told
-        copy_id = f"{self._session_id}/{self._turn}/{self._count}/{is_over}"
-        self._stored.insert_one({**document, "_id": copy_id, "session_id": copy_id})
+        document["_id"] = document["session_id"] = f"{self._session_id}/{self._turn}/{self._count}/{is_over}"
         messages = copy.deepcopy(self.agent.messages)
-        self.cuts.append(Cut(copy_id, self._turn, is_over, self._count, len(self.model.calls), messages))
+        self.cuts.append(Cut(document, self._turn, is_over, self._count, len(self.model.calls), messages))
 
 
 async def resumed(kind: Kind, conversation: Conversation, management: str, reference: Reference, cut: Cut) -> Play:
     """Return the play that goes on from a cut."""
     play = Play(kind, conversation, management, cut.calls)
-    await play.begin(await kind.open(cut.session_id))
+    await play.begin(await kind.open(cut.document["_id"]))
     first = cut.turn + 1
     if not cut.is_over:
         # The caller sends again what did not arrive; else the agent goes on with what it has.
@@ -312,7 +311,9 @@ async def test_a_conversation_cut_at_every_message(
     first = 0 if conversation is CONVERSATIONS[0] else len(BEFORE[0]) - 1
     cuts = [cut for cut in reference.cuts if cut.turn > first or (cut.turn == first and cut.is_over) or not first]
     assert len(cuts) > len(conversation.turns)
-    for cut in cuts if EVERY_CUT else cuts[kind.share :: 3]:
+    cuts = cuts if EVERY_CUT else cuts[kind.share :: 3]
+    stored.insert_many(cut.document for cut in cuts)
+    for cut in cuts:
         again = await resumed(kind, conversation, management, reference, cut)
         where = f"cut in turn {cut.turn} after {cut.added} messages, over: {cut.is_over}"
         if management != "context manager":  # which changes what the agent holds, when the model is called
