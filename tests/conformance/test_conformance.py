@@ -313,13 +313,16 @@ async def test_a_conversation_cut_at_every_message(
     assert len(cuts) > len(conversation.turns)
     cuts = cuts if EVERY_CUT else cuts[kind.share :: 3]
     stored.insert_many(cut.document for cut in cuts)
-    for cut in cuts:
+
+    async def go_on(cut: Cut) -> None:
         again = await resumed(kind, conversation, management, reference, cut)
         where = f"cut in turn {cut.turn} after {cut.added} messages, over: {cut.is_over}"
         if management != "context manager":  # which changes what the agent holds, when the model is called
             assert again.restored == cut.messages, where
         assert comparable(again.model.calls) == comparable(reference.model.calls[cut.calls :]), where
         assert again.outcomes == reference.outcomes[len(reference.outcomes) - len(again.outcomes) :], where
+
+    await asyncio.gather(*map(go_on, cuts))
 
 
 _alone: dict[tuple[str, str], Play] = {}
