@@ -562,9 +562,12 @@ def test_a_human_who_says_no(api: Any, factory: MongoDBSessionManagerFactory, st
 
 
 @BOTH
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "old"])
 def test_of_two_writers_the_second_is_refused(
-    api: Any, factory: MongoDBSessionManagerFactory, stored: Stored, kind: str
+    api: Any, factory: MongoDBSessionManagerFactory, stored: Stored, kind: str, exists: bool
 ) -> None:
+    if exists:
+        api.run(api.open(factory), Trio(kind).build, "an earlier task")
     first, second = api.open(factory), api.open(factory)
     api.run(first, Trio(kind).build, "the task")
     before = stored.find_one({"_id": "s"})
