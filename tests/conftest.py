@@ -15,6 +15,12 @@ from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-adversity", action="store_true", help="fail over ten times and kill twenty processes instead of a few"
+    )
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

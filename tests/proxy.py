@@ -11,16 +11,15 @@ own; everything may be called from any thread and is in force when the call retu
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Any, Self
 
 import pymongo
-
-T = TypeVar("T")
 
 _HEADER = struct.Struct("<iiii")  # length, request id, response to, opcode
 
@@ -36,11 +35,17 @@ class _CutError(Exception):
 
 @dataclass
 class _Rule:
-    """Cut the connection at the next `times` messages that hold `match`."""
+    """What befalls the next `times` requests that hold `match`, or, with `after`, the replies to them.
+
+    Either the connection is cut once `kept` bytes are forwarded, counted from the end if negative, or with `freeze`
+    everything freezes.
+    """
 
     match: bytes
     after: bool
-    times: int
+    times: int = 1
+    kept: int = 0
+    freeze: bool = False
     then_refuse: bool = False
 
 
@@ -48,7 +53,7 @@ class _Rule:
 class _Connection:
     client: tuple[asyncio.StreamReader, asyncio.StreamWriter]
     server: tuple[asyncio.StreamReader, asyncio.StreamWriter]
-    doomed: dict[int, _Rule] = field(default_factory=dict)  # by id, requests whose reply is not to be forwarded
+    doomed: dict[int, _Rule] = field(default_factory=dict)  # by id, requests with a rule for their reply
 
 
 class Proxy:
@@ -58,22 +63,25 @@ class Proxy:
         uri: The connection string of the server by way of the proxy; drivers stay on that way.
         request_delay: Seconds each message to the server is held.
         reply_delay: Seconds each message to a client is held.
+        bytes_per_second: How fast each connection forwards, per direction; `None` for at once.
         connections: How many connections were accepted.
         requests: How many messages came from clients.
         replies: How many messages came from the server.
-        dropped: How many connections `drop_after_request` and `drop_before_request` have cut.
+        dropped: How many connections `drop_...`, `cut_...` and `refuse_after_request` have cut.
+        frozen: How often `freeze_before_request` and `freeze_after_request` have frozen everything.
     """
 
     def __init__(self, server: str) -> None:
         self._server = server
         self.request_delay = 0.0
         self.reply_delay = 0.0
+        self.bytes_per_second: float | None = None
         self.connections = 0
         self.requests = 0
         self.replies = 0
         self.dropped = 0
+        self.frozen = 0
         self._rules: list[_Rule] = []
-        self._refusing = False
         self._handlers: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> Self:
@@ -105,7 +113,7 @@ class Proxy:
         replaced = ("", "replicaset", "directconnection")
         kept = [option for option in options.split("&") if option.partition("=")[0].lower() not in replaced]
         query = "&".join([*kept, "directConnection=true"])
-        return f"mongodb://{credentials}{at}127.0.0.1:{self._port}/{database}?{query}"
+        return f"mongodb://{credentials}{at}127.0.0.1:{self.port}/{database}?{query}"
 
     @property
     def delay(self) -> tuple[float, float]:
@@ -126,17 +134,16 @@ class Proxy:
         self._do(self._flowing.clear)
 
     def thaw(self) -> None:
-        """Forward what was held, and everything after it."""
+        """Forward what was held, and everything after it; what a client no longer waits for reaches the server, too."""
         self._do(self._flowing.set)
 
     def refuse(self) -> None:
         """Cut all connections and refuse new ones, like a server that is down."""
-        self._refusing = True
-        self._do(self._cut_all)
+        self._do(self._go_away)
 
     def accept(self) -> None:
         """Be reachable again."""
-        self._refusing = False
+        self._run(self._listen())
 
     def cut(self) -> None:
         """Cut all connections; new ones are welcome."""
@@ -144,37 +151,79 @@ class Proxy:
 
     def drop_after_request(self, match: bytes, times: int = 1) -> None:
         """Have the server apply the next `times` messages with `match`, and cut the connection instead of replying."""
-        self._do(lambda: self._rules.append(_Rule(match, after=True, times=times)))
+        self._add(_Rule(match, after=True, times=times))
 
     def drop_before_request(self, match: bytes, times: int = 1) -> None:
         """Cut the connection at the next `times` messages with `match`, which never reach the server."""
-        self._do(lambda: self._rules.append(_Rule(match, after=False, times=times)))
+        self._add(_Rule(match, after=False, times=times))
+
+    def cut_request(self, match: bytes, kept: int) -> None:
+        """Cut the connection after `kept` bytes of the next message with `match`; negative ones count from its end."""
+        self._add(_Rule(match, after=False, kept=kept))
+
+    def cut_reply(self, match: bytes, kept: int) -> None:
+        """Cut the connection after `kept` bytes of the reply to the next message with `match`."""
+        self._add(_Rule(match, after=True, kept=kept))
+
+    def freeze_before_request(self, match: bytes) -> None:
+        """Freeze when the next message with `match` comes, which is held like everything from then on."""
+        self._add(_Rule(match, after=False, freeze=True))
+
+    def freeze_after_request(self, match: bytes) -> None:
+        """Have the server apply the next message with `match`, and freeze when its reply comes."""
+        self._add(_Rule(match, after=True, freeze=True))
 
     def refuse_after_request(self, match: bytes) -> None:
         """Like `drop_after_request`, and be unreachable from then on: the server died as soon as it had written."""
-        self._do(lambda: self._rules.append(_Rule(match, after=True, times=1, then_refuse=True)))
+        self._add(_Rule(match, after=True, then_refuse=True))
+
+    def reset(self) -> None:
+        """Be transparent again; forget all rules and counts."""
+        self.delay, self.bytes_per_second = 0.0, None
+        self._do(self._rules.clear)
+        self.thaw()
+        self.accept()
+        self.connections = self.requests = self.replies = self.dropped = self.frozen = 0
 
     # On the proxy's loop.
 
-    def _do(self, action: Callable[[], T]) -> T:
-        async def run() -> T:
-            return action()
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)
+    def _do(self, action: Callable[[], object]) -> None:
+        async def run() -> None:
+            action()
+
+        self._run(run())
+
+    def _add(self, rule: _Rule) -> None:
+        self._do(lambda: self._rules.append(rule))
 
     async def _serve(self, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._flowing = asyncio.Event()
         self._flowing.set()
-        listener = await asyncio.start_server(self._handle, "127.0.0.1", 0)
-        self._port = listener.sockets[0].getsockname()[1]
-        ready.set()
-        await self._stop.wait()
-        listener.close()
+        # One that never listens keeps the port while connections are refused.
+        with _bound(0) as reserved:
+            self.port = reserved.getsockname()[1]
+            self._listener: asyncio.Server | None = None
+            await self._listen()
+            ready.set()
+            await self._stop.wait()
+            self._go_away()
+            while self._handlers:
+                await asyncio.wait(self._handlers)
+
+    async def _listen(self) -> None:
+        if self._listener is None:
+            self._listener = await asyncio.start_server(self._handle, sock=_bound(self.port))
+
+    def _go_away(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         self._cut_all()
-        while self._handlers:
-            await asyncio.wait(self._handlers)
 
     def _cut_all(self) -> None:
         for handler in self._handlers:
@@ -186,11 +235,12 @@ class Proxy:
         self._handlers.add(task)
         writers = [writer]
         try:
-            if not self._refusing:
-                self.connections += 1
-                server = await asyncio.open_connection(*self._address)
-                writers.append(server[1])
-                await self._pump(_Connection((reader, writer), server))
+            self.connections += 1
+            server = await asyncio.open_connection(*self._address)
+            writers.append(server[1])
+            for each in writers:
+                each.transport.set_write_buffer_limits(high=0)  # so that a message is sent when `drain` returns
+            await self._pump(_Connection((reader, writer), server))
         except (OSError, asyncio.CancelledError):
             pass  # either side hung up, or the test cuts
         finally:
@@ -223,10 +273,10 @@ class Proxy:
                 rule.times -= 1
                 if not rule.times:
                     self._rules.remove(rule)
-                if not rule.after:
-                    self.dropped += 1
-                    raise _CutError
-                connection.doomed[request_id] = rule
+                if rule.after:
+                    connection.doomed[request_id] = rule
+                else:
+                    await self._meet(rule, message, connection.server[1])
             await self._forward(message, self.request_delay, connection.server[1])
 
     async def _replies(self, connection: _Connection) -> None:
@@ -234,19 +284,38 @@ class Proxy:
             _, response_to, message = await _read(connection.server[0])
             self.replies += 1
             if (rule := connection.doomed.get(response_to)) is not None:
-                self.dropped += 1
-                if rule.then_refuse:
-                    self._refusing = True
-                    self._loop.call_soon(self._cut_all)
-                raise _CutError
+                await self._meet(rule, message, connection.client[1])
             await self._forward(message, self.reply_delay, connection.client[1])
+
+    async def _meet(self, rule: _Rule, message: bytes, writer: asyncio.StreamWriter) -> None:
+        if rule.freeze:
+            self.frozen += 1
+            self._flowing.clear()
+            return
+        self.dropped += 1
+        writer.write(message[: rule.kept])
+        await writer.drain()
+        if rule.then_refuse:
+            self._loop.call_soon(self._go_away)
+        raise _CutError
 
     async def _forward(self, message: bytes, delay: float, writer: asyncio.StreamWriter) -> None:
         if delay:
             await asyncio.sleep(delay)
         await self._flowing.wait()
-        writer.write(message)
-        await writer.drain()
+        step = len(message) if self.bytes_per_second is None else max(1, int(self.bytes_per_second / 100))
+        for start in range(0, len(message), step):
+            writer.write(message[start : start + step])
+            await writer.drain()
+            if self.bytes_per_second is not None:
+                await asyncio.sleep(step / self.bytes_per_second)
+
+
+def _bound(port: int) -> socket.socket:
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(("127.0.0.1", port))
+    return bound
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:

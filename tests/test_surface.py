@@ -39,8 +39,10 @@ ORDER = [
     "errors",
     "_codec",
     "_documents",
+    "_references",
     "_changes",
     "_multi_agents",
+    "_buckets",
     "_capture",
     "_stored_fields",
     "_loop",
@@ -59,6 +61,7 @@ ORDER = [
     "_commands",
     "_annotations",
     "_multi_agent_states",
+    "_attachments",
     "_archive",
     "_repository",
     "_sync",
@@ -391,15 +394,28 @@ def test_one_module_knows_clients() -> None:
     assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
 
 
-@pytest.mark.parametrize(
-    "module", ["errors", "_codec", "_documents", "_changes", "_multi_agents", "_capture", "_stored_fields"]
-)
+PURE = [
+    "errors",
+    "_codec",
+    "_documents",
+    "_references",
+    "_changes",
+    "_multi_agents",
+    "_buckets",
+    "_capture",
+    "_stored_fields",
+]
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_pure_modules_do_no_io(module: str) -> None:
     roots = {name.split(".")[0] for name in imports(module)}
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-@pytest.mark.parametrize("module", ["_documents", "_changes", "_multi_agents", "_capture", "_unit_of_work"])
+@pytest.mark.parametrize(
+    "module", ["_documents", "_references", "_changes", "_multi_agents", "_buckets", "_capture", "_unit_of_work"]
+)
 def test_one_pure_module_knows_bson(module: str) -> None:
     assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()
 

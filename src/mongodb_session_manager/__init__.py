@@ -27,6 +27,7 @@ from ._repository import AsyncMongoDBSessionRepository
 from ._sync import MongoDBSessionRepository
 from .errors import (
     AgentNotFoundError,
+    AttachmentError,
     ClientTypeError,
     ConfigurationError,
     DatabaseError,
@@ -60,6 +61,7 @@ __all__ = [
     "AgentNotFoundError",
     "AsyncMongoDBSessionManager",
     "AsyncMongoDBSessionRepository",
+    "AttachmentError",
     "ClientTypeError",
     "ConfigurationError",
     "DatabaseError",

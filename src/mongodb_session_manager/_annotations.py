@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypedDict
 
@@ -134,6 +134,16 @@ def _with_dates(value: Any) -> Any:
             return value
 
 
+_latest = datetime.min.replace(tzinfo=UTC)
+
+
+def _moment_of_its_own() -> datetime:
+    """Return the present, later than any it returned before: it tells equal feedback from each other."""
+    global _latest
+    _latest = max(now(), _latest + timedelta(milliseconds=1))
+    return _latest
+
+
 class SessionAnnotations(SessionCollection):
     """The half of the repository that is not the conversation."""
 
@@ -188,9 +198,10 @@ class SessionAnnotations(SessionCollection):
             EncodingError: A value cannot be stored.
             SessionNotFoundError: The session does not exist.
         """
-        moment = now()
+        moment = _moment_of_its_own()
         entry = _encoded({**checked_feedback(feedback), "created_at": moment}, 3)
-        await self._change(session_id, {"$push": {"feedbacks": {"$each": [entry]}}, "$set": {"updated_at": moment}})
+        # A set, so that it is added at most once, however often the command is sent.
+        await self._change(session_id, {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}})
 
     async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
         """Return a session's feedback, oldest first.
@@ -263,12 +274,8 @@ class SessionAnnotations(SessionCollection):
             AgentNotFoundError: The session holds no such agent.
         """
         path = f"$agents.{agent_key(agent_id)}"
-        count = {
-            "$cond": [{"$eq": [{"$type": path}, "object"]}, {"$size": {"$ifNull": [f"{path}.messages", []]}}, None]
-        }
-        messages: int | None = (await self._found(session_id, {"messages": count})).get("messages")
-        if messages is None:
-            raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
+        count = {"$add": [{"$ifNull": [f"{path}.archived", 0]}, {"$size": {"$ifNull": [f"{path}.messages", []]}}]}
+        messages: int = (await self._stored_agent(session_id, agent_id, {"messages": count}))["messages"]
         return messages
 
     async def get_usage(self, session_id: str) -> UsageReport:

@@ -8,10 +8,12 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from strands.types.tools import AgentTool
 
 from ._annotations import AgentConfigDict, UsageReport, checked_feedback, checked_keys, checked_metadata
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._connection import Client, Connection, Settings
 from ._documents import checked_id
 from ._hooks import Hook, Operation, run_hooked
 from ._metadata_tool import MetadataPolicy, async_tool
+from ._references import MAX_INLINE_ATTACHMENT_BYTES
 from ._session import ManagerOptions, SaveOn, SessionManagerBase, take_hooks
 from .errors import InvalidArgumentError, SessionClosedError
 from .hooks._notify import DRAIN_TIMEOUT, in_the_name_of
@@ -38,6 +40,10 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
         feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
         save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
+            in GridFS, in the bucket `<collection_name>_attachments`.
+        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
+        max_embedded_bytes: How many bytes of them it holds.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -58,6 +64,9 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         metadata_hook: Hook | None = None,
         feedback_hook: Hook | None = None,
         save_on: SaveOn = "message",
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
         **client_options: Any,
     ) -> None:
         checked_id(session_id, "session_id")
@@ -69,6 +78,9 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             metadata_hook=metadata_hook,
             feedback_hook=feedback_hook,
             save_on=save_on,
+            max_inline_attachment_bytes=max_inline_attachment_bytes,
+            max_embedded_messages=max_embedded_messages,
+            max_embedded_bytes=max_embedded_bytes,
             **take_hooks(client_options),
         )
         connection = Connection(Settings.checked(connection_string, client, client_options))

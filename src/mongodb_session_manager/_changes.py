@@ -10,13 +10,17 @@ whoever was not there first changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from ._codec import stored_size
 from ._documents import Document, StoredMessage, agent_key, checked_id
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
+
+_PART_BYTES = 15 * 1024 * 1024
+"""A statement may hold 16 MiB; the rest is for what is not a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,15 @@ class AppendMessage:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceMessage:
-    """A message has another content: merged, updated or redacted."""
+    """A message has another content: merged, updated or redacted.
+
+    `frees` says that what it replaces may have had attachments, which then are to be removed.
+    """
 
     agent_id: str
     message_id: int
     fields: Document
+    frees: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,8 @@ class AgentWrite:
 
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
     turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the
-    other is what that statement may not have said.
+    other is what that statement may not have said. `generation` is the one in which attachments of the messages are
+    stored, `None` if they have none.
     """
 
     agent_id: str
@@ -114,6 +123,8 @@ class AgentWrite:
     events: list[Document] = field(default_factory=list)
     expected: int | None = None
     moment: datetime | None = None
+    generation: int | None = None
+    frees: bool = False
 
     def add(self, change: Change) -> None:
         """Take in the change that happened next."""
@@ -126,8 +137,9 @@ class AgentWrite:
                 self.recorded[message["message_id"]] = message
                 self.usage[message["message_id"]] = usage
                 self._touch(message["updated_at"])
-            case ReplaceMessage(message_id=message_id, fields=fields):
+            case ReplaceMessage(message_id=message_id, fields=fields, frees=frees):
                 self._set_message(message_id, fields)
+                self.frees |= frees
                 self._touch(fields["updated_at"])
             case SetMessageFields(message_id=message_id, fields=fields):
                 self._set_message(message_id, fields)
@@ -152,6 +164,20 @@ class AgentWrite:
                 return
         self.replaced.setdefault(message_id, {}).update(fields)
 
+    def contents(self) -> list[Mapping[str, Any]]:
+        """Return the messages, and fields of messages, that are to be stored."""
+        return [*self.appended, *self.replaced.values()]
+
+    def earlier_contents(self) -> list[Mapping[str, Any]]:
+        """Return what may have been stored by a statement whose acknowledgement was lost."""
+        return [*self.recorded.values(), *self.amended.values()]
+
+    def exchange(self, new: Callable[[Mapping[str, Any]], Any]) -> None:
+        """Put `new(...)` in the place of each message and of the fields of each."""
+        self.appended = list(map(new, self.appended))
+        for messages in (self.recorded, self.replaced, self.amended):
+            messages.update({message_id: new(message) for message_id, message in messages.items()})
+
     @property
     def increments(self) -> dict[str, int]:
         """What the appended messages add to the agent's running totals."""
@@ -160,6 +186,13 @@ class AgentWrite:
             for name, amount in self.usage.get(message["message_id"], {}).items():
                 totals[name] = totals.get(name, 0) + amount
         return totals
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to send."""
+        return not (
+            self.created or self.appended or self.replaced or self.data or self.config or self.events or self.moment
+        )
 
     @property
     def expected_id(self) -> int | None:
@@ -174,6 +207,27 @@ def fold(changes: Iterable[Change]) -> dict[str, AgentWrite]:
         agent_id = checked_id(change.agent_id, "agent_id")
         writes.setdefault(agent_id, AgentWrite(agent_id)).add(change)
     return writes
+
+
+def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
+    """Split changes, in order, into parts whose messages fit into one statement together; nearly always one."""
+    part: list[Change] = []
+    size = 0
+    for change in changes:
+        match change:
+            case AppendMessage(message=content):
+                added = stored_size(content)
+            case ReplaceMessage(fields=fields):
+                added = stored_size(fields)
+            case _:
+                added = 0
+        if size and added and size + added > _PART_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(change)
+        size += added
+    if part:
+        yield part
 
 
 class Update(NamedTuple):
@@ -206,6 +260,8 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         if write.moment is not None:
             moments.append(write.moment)
         parts.events += write.events
+        if write.generation is not None:
+            condition["attachments_generation"] = write.generation or None
         if write.created is not None:
             condition[path] = {"$exists": False}
             parts.sets[path] = _whole(write)
@@ -227,6 +283,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
 def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
     if write.replaced:
         parts.replacements[f"{path}.messages"] = write.replaced
+        parts.increments[f"{path}.revision"] = 1
     if write.appended:
         parts.pushes[f"{path}.messages"] = list(write.appended)
         parts.sets[f"{path}.next_message_id"] = write.appended[-1]["message_id"] + 1
@@ -342,7 +399,13 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         # them; saying it again is harmless as long as nobody has written since.
         rest.expected = write.appended[-1]["message_id"] + 1
         if stored.next_message_id != rest.expected:
-            rest = AgentWrite(write.agent_id, replaced=replaced, events=write.events, moment=write.moment)
+            rest = AgentWrite(
+                write.agent_id,
+                replaced=replaced,
+                events=write.events,
+                moment=write.moment,
+                generation=write.generation,
+            )
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         raise SessionConflictError(
             f"agent {write.agent_id!r}: another writer stored message {stored.next_message_id - 1} after this session "

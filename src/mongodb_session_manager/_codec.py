@@ -11,6 +11,7 @@ What BSON holds is stored as it is, so that a conversation reads naturally in th
     "binary"                     subtype and data of a `Binary` that BSON decoding would turn into something else
     "tuple", "set", "frozenset"  list of the members
     "dict"                       list of [key, value] pairs: a dict that BSON cannot hold or would not give back
+    "attachment"                 text: never seen here, because `_references` exchanges it for bytes before decoding
     "bson"                       BSON of `{"v": <value>}`: what lies deeper than MongoDB can hold
 
 Subclasses of what is stored (an `Enum` of strings, `OrderedDict`, a named tuple) come back as their base.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -312,6 +313,11 @@ def _segment(key: Any) -> str:
 
 def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def stored_size(document: Mapping[str, Any]) -> int:
+    """Return how many bytes of BSON an encoded dict takes."""
+    return len(bson.encode(document, codec_options=CODEC_OPTIONS))
 
 
 def _dump(value: Any) -> bytes:

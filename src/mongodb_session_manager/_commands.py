@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Self, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
@@ -14,7 +14,7 @@ from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, agent_key, checked_id
-from ._driver_errors import driver_errors, may_be_sent_again
+from ._driver_errors import driver_errors, may_be_sent_again, may_have_been_applied
 from ._loop import Portal
 from .errors import AgentNotFoundError, ConfigurationError, MongoDBSessionError, SessionNotFoundError
 
@@ -42,10 +42,11 @@ class SessionCollection:
         collection_name: str,
         application_name: str | None,
         metadata_fields: Sequence[str] | None,
+        **options: Any,
     ) -> Self:
         """Return a repository over a connection that somebody else closes."""
         repository = cls.__new__(cls)
-        repository._bind(connection, database_name, collection_name, application_name, metadata_fields)
+        repository._bind(connection, database_name, collection_name, application_name, metadata_fields, **options)
         return repository
 
     def _bind(
@@ -80,10 +81,11 @@ class SessionCollection:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
         return document
 
-    async def _stored_agent(self, session_id: str, agent_id: str, projection: Document) -> Document:
-        key = agent_key(agent_id)
-        document = await self._found(session_id, {f"agents.{key}.{name}": value for name, value in projection.items()})
-        stored: Document | None = document.get("agents", {}).get(key)
+    async def _stored_agent(self, session_id: str, agent_id: str, fields: Document) -> Document:
+        """Return values of aggregation expressions by name, for an agent that must be there."""
+        is_there = {"$eq": [{"$type": f"$agents.{agent_key(agent_id)}"}, "object"]}
+        document = await self._found(session_id, {"_id": 0, "agent": {"$cond": [is_there, fields, None]}})
+        stored: Document | None = document["agent"]
         if stored is None:
             raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
         return stored
@@ -95,16 +97,20 @@ class SessionCollection:
         )
         return bool(result.matched_count)
 
-    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
-        """Send a command that may be sent twice, again after a lost connection, and raise our errors."""
-        with driver_errors(passing=DuplicateKeyError):
-            collection = await self._connection.collection(self._database_name, self._collection_name)
+    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]], name: str | None = None) -> T:
+        """Send a command that may be sent twice, again after a lost connection, and raise our errors.
+
+        It goes to the collection of that `name`, by default the one of the sessions.
+        """
+        with driver_errors(passing=DuplicateKeyError) as attempts:
+            collection = await self._connection.collection(self._database_name, name or self._collection_name)
             for pause in _PAUSES:
                 try:
                     return await command(collection)
                 except PyMongoError as error:
                     if not may_be_sent_again(error):
                         raise
+                    attempts.unknown |= may_have_been_applied(error)
                     logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
                     await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             return await command(collection)
@@ -113,20 +119,25 @@ class SessionCollection:
         """Build, beside everything else, the indexes that this process has not seen to."""
         fields = ["created_at", "updated_at", "session_id", "application_name"]
         fields += [f"metadata.{field}" for field in self._metadata_fields]
+        self._ensure({field: IndexModel(field) for field in fields})
+
+    def _ensure(self, indexes: Mapping[str, IndexModel]) -> None:
         where = (self._connection.identity, self._database_name, self._collection_name)
-        if missing := [field for field in fields if (*where, field) not in _indexed]:
+        if missing := [field for field in indexes if (*where, field) not in _indexed]:
             if where not in {entry[:3] for entry in _indexed}:
                 self._connection.when_client_is_collected(_forget_indexes)
             _indexed.update((*where, field) for field in missing)
-            self._connection.start(self._build_indexes(where, missing))
+            self._connection.start(self._build_indexes(where, {field: indexes[field] for field in missing}))
 
-    async def _build_indexes(self, where: tuple[object, ...], fields: Sequence[str]) -> None:
+    async def _build_indexes(self, where: tuple[object, ...], fields: Mapping[str, IndexModel]) -> None:
         try:
-            await self._send(lambda collection: collection.create_indexes([IndexModel(field) for field in fields]))
+            await self._send(lambda collection: collection.create_indexes(list(fields.values())))
         except MongoDBSessionError as error:
             if not isinstance(error.__cause__, OperationFailure):
                 _indexed.difference_update((*where, field) for field in fields)
-            logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", fields, error)
+            logger.warning(
+                "fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", list(fields), error
+            )
 
 
 def _checked_name(value: object, name: str) -> str:

@@ -6,11 +6,12 @@ Everything above sees collections whose methods are awaited, and does not know w
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import re
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -51,11 +52,49 @@ _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", defau
 class AsyncCollection(Protocol):
     """The part of a driver's collection that the repository uses; every call is awaited on the client's loop."""
 
+    def find(self, *args: Any, **kwargs: Any) -> AsyncIterator[dict[str, Any]]: ...
     async def find_one(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None: ...
     async def find_one_and_update(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None: ...
     async def insert_one(self, *args: Any, **kwargs: Any) -> Any: ...
     async def update_one(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def delete_many(self, *args: Any, **kwargs: Any) -> Any: ...
     async def create_indexes(self, *args: Any, **kwargs: Any) -> list[str]: ...
+    def aggregate(self, *args: Any, **kwargs: Any) -> Any: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def database(self) -> Any: ...
+    @property
+    def write_concern(self) -> WriteConcern: ...
+
+
+async def find_and_modify(
+    collection: AsyncCollection, query: Mapping[str, Any], update: Any, fields: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Send a findAndModify that the driver does not send again by itself; return the new document's `fields`.
+
+    For one that the driver may send again, the server keeps a copy of the whole document: a session of 15 MB would be
+    written twice.
+    """
+    command = {
+        "findAndModify": collection.name,
+        "query": query,
+        "update": update,
+        "fields": fields,
+        "new": True,
+        "writeConcern": collection.write_concern.document,
+    }
+    found: dict[str, Any] | None = (await collection.database.command(command))["value"]
+    return found
+
+
+async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[str, Any]]) -> None:
+    """Run an aggregation that stores its result."""
+    cursor = collection.aggregate(pipeline)
+    if inspect.isawaitable(cursor):  # PyMongo's; Motor sends the command when its cursor is iterated
+        cursor = await cursor
+    async for _ in cursor:
+        pass
 
 
 class PoolStats(TypedDict):
@@ -418,11 +457,12 @@ class Connection:
         self._closing = True
         if self._pid != os.getpid():
             self._leave_parent()
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
-        while self._operations:
-            self._idle.clear()
-            await self._idle.wait()
+        while self._tasks or self._operations:
+            if self._tasks:
+                await asyncio.wait(set(self._tasks))
+            else:  # an operation may start a task
+                self._idle.clear()
+                await self._idle.wait()
         if self.settings.client is None and (client := self._client) is not None:
             self._client = None
             if self._finalizer is not None:

@@ -9,7 +9,10 @@ agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
     created_at, updated_at
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
-    messages             [{message, message_id, redact_message, created_at, updated_at, event_loop_metrics?}]
+    archived, revision   see `_buckets`; absent where nothing was moved, or replaced
+    messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
+                           event_loop_metrics?}]
+attachments_generation   how often attachments were removed; absent for 0
 multi_agents.<key>       see `_multi_agents`
 """
 
@@ -52,6 +55,7 @@ class StoredMessage(TypedDict):
     redact_message: Document | None
     created_at: datetime
     updated_at: datetime
+    attachments: NotRequired[list[Any]]
     usage: NotRequired[Document]
     event_loop_metrics: NotRequired[Document]
     guardrail_event: NotRequired[Document]
@@ -64,6 +68,8 @@ class StoredAgent(TypedDict):
     created_at: datetime
     updated_at: datetime
     next_message_id: int
+    archived: NotRequired[int]
+    revision: NotRequired[int]
     usage: NotRequired[Document]
     messages: list[StoredMessage]
 
@@ -254,6 +260,46 @@ def message_from(stored: Mapping[str, Any], position: int) -> SessionMessage:
     )
 
 
-def next_message_id(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Return the id that follows those of `messages`, for an agent whose document does not say it."""
-    return max((int(stored.get("message_id", position)) for position, stored in enumerate(messages)), default=-1) + 1
+def removed_messages(stored: Mapping[str, Any]) -> int:
+    """Return how many of an agent's oldest messages its conversation manager has removed, and restoring leaves out."""
+    state = decode((stored.get("agent_data") or {}).get("conversation_manager_state") or {})
+    removed = state.get("removed_message_count")
+    return max(removed, 0) if type(removed) is int else 0
+
+
+def stored_removed(agent: str) -> Document:
+    """Return the aggregation expression for `removed_messages`; `agent` is the path of the agent, with `$`."""
+    removed = f"{agent}.agent_data.conversation_manager_state.removed_message_count"
+    return {"$cond": [{"$in": [{"$type": removed}, ["int", "long"]]}, {"$max": [removed, 0]}, 0]}
+
+
+def to_restore(agent: str) -> Document:
+    """Return the aggregation expression for the messages of an agent that `removed_messages` leaves.
+
+    All of them where `next_message_id` has to be found out yet. `agent` is the path of the agent, with `$`.
+    """
+    messages = {"$ifNull": [f"{agent}.messages", []]}
+    removed = {"$subtract": [stored_removed(agent), {"$ifNull": [f"{agent}.archived", 0]}]}
+    begin = {"$min": [{"$max": [removed, 0]}, {"$size": messages}]}
+    is_numbered = {"$gte": [f"{agent}.next_message_id", 0]}
+    return {"$cond": [is_numbered, {"$slice": [messages, begin, 2**31 - 1]}, messages]}
+
+
+def with_ids(messages: str, first: int) -> Document:
+    """Return the aggregation expression for `messages` in which each has an id: its position, if it has no other.
+
+    The first of them is at position `first`.
+    """
+    message = {"$arrayElemAt": [messages, {"$subtract": ["$$position", first]}]}
+    positions = {"$range": [first, {"$add": [first, {"$size": messages}]}]}
+    merged = {"$mergeObjects": [{"message_id": "$$position"}, message]}
+    return {"$map": {"input": positions, "as": "position", "in": merged}}
+
+
+def next_message_id(messages: Iterable[Mapping[str, Any]], first: int = 0) -> int:
+    """Return the id that follows those of `messages`, for an agent whose document does not say it.
+
+    The first of `messages` is at position `first`.
+    """
+    ids = (int(stored.get("message_id", position)) for position, stored in enumerate(messages, first))
+    return max(ids, default=first - 1) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from pymongo import errors as driver
 
@@ -27,28 +28,52 @@ _NO_SUCH_PATH = 28
 def may_be_sent_again(error: Exception) -> bool:
     """Tell whether the command that failed may be sent again at once; it may or may not have been applied.
 
-    An error that has waited as long as the user allows is final.
+    An error that has waited as long as the user allows is final; on a replica set the driver has sent the command a
+    second time by then.
     """
     return (
         isinstance(error, driver.PyMongoError)
         and (isinstance(error, driver.AutoReconnect) or error.has_error_label("RetryableWriteError"))
-        and not isinstance(error, driver.ServerSelectionTimeoutError)
+        and not isinstance(error, driver.ServerSelectionTimeoutError | driver.NetworkTimeout)
     )
 
 
+def may_have_been_applied(error: Exception) -> bool:
+    """Tell whether the server may have carried out the command that failed."""
+    lost = isinstance(error, driver.AutoReconnect) and not isinstance(error, driver.ServerSelectionTimeoutError)
+    return lost or isinstance(error, driver.WriteConcernError)
+
+
+@dataclass
+class Attempts:
+    """What is known of a command that is sent several times.
+
+    Attributes:
+        unknown: Whether one of them may have been carried out though it failed.
+    """
+
+    unknown: bool = False
+
+
 @contextmanager
-def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Iterator[None]:
+def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Iterator[Attempts]:
     """Raise the driver's errors as ours, but for `passing`, which the caller expects.
+
+    The error says so if it is unknown whether the command was carried out, by this or an earlier attempt.
 
     Raises:
         MongoDBSessionError: The subclass that fits, the driver's error as its cause.
     """
+    attempts = Attempts()
     try:
-        yield
+        yield attempts
     except passing:
         raise
     except (driver.PyMongoError, driver.DocumentTooLarge) as error:
-        raise translate(error) from error
+        translated = translate(error)
+        if attempts.unknown or may_have_been_applied(error):
+            translated = type(translated)(f"{translated}; it is unknown whether the command was carried out")
+        raise translated from error
     except RuntimeError as error:
         if isinstance(error, MongoDBSessionError) or "after" not in str(error) or "shutdown" not in str(error):
             raise

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self, TypedDict
 
 from ._async_manager import AsyncMongoDBSessionManager
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._connection import Client, Connection, Settings
 from ._documents import checked_id
 from ._hooks import Hook, hold, let_go
 from ._loop import Lock
 from ._manager import MongoDBSessionManager
+from ._references import MAX_INLINE_ATTACHMENT_BYTES
 from ._session import ManagerOptions, SaveOn, take_hooks
 from .errors import FactoryNotInitializedError, MongoDBSessionError
 from .hooks._notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
@@ -66,6 +68,10 @@ class MongoDBSessionManagerFactory:
         metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
         feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
         save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
+            in GridFS, in the bucket `<collection_name>_attachments`.
+        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
+        max_embedded_bytes: How many bytes of them it holds.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -84,6 +90,9 @@ class MongoDBSessionManagerFactory:
         metadata_hook: Hook | None = None,
         feedback_hook: Hook | None = None,
         save_on: SaveOn = "message",
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
         **client_options: Any,
     ) -> None:
         self._options = ManagerOptions.checked(
@@ -94,6 +103,9 @@ class MongoDBSessionManagerFactory:
             metadata_hook=metadata_hook,
             feedback_hook=feedback_hook,
             save_on=save_on,
+            max_inline_attachment_bytes=max_inline_attachment_bytes,
+            max_embedded_messages=max_embedded_messages,
+            max_embedded_bytes=max_embedded_bytes,
             **take_hooks(client_options),
         )
         self._connection = Connection(Settings.checked(connection_string, client, client_options))
@@ -109,7 +121,8 @@ class MongoDBSessionManagerFactory:
         Args:
             session_id: The session; it is created if it is new.
             **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `metadata_hook`,
-                `feedback_hook`, `save_on` in place of the factory's.
+                `feedback_hook`, `save_on`, `max_inline_attachment_bytes`, `max_embedded_messages`,
+                `max_embedded_bytes` in place of the factory's.
 
         Raises:
             ConfigurationError: An override cannot be used.

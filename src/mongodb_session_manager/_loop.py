@@ -36,6 +36,8 @@ EXIT_TIMEOUT = 5.0
 _EXIT_GRACE = 1.0
 """Seconds on top of it for whoever finds no time left: to say so, and to let go of its sockets."""
 
+_POLL = 0.005  # seconds
+
 Lock = threading.Lock
 
 
@@ -57,7 +59,7 @@ class Portal:
     def __init__(self, loop: asyncio.AbstractEventLoop, is_alive: Callable[[], bool] | None = None) -> None:
         self.loop = loop
         self._is_alive = is_alive or loop.is_running
-        self._under_way: set[Future[Any]] = set()
+        self._under_way: set[Future[Any] | asyncio.Task[Any]] = set()
 
     def submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start `function(*args, **kwargs)` on the loop and return at once; calls start in the order of submission.
@@ -95,6 +97,11 @@ class Portal:
     async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on."""
         caller = asyncio.get_running_loop()
+        if caller is self.loop:  # as with a client of the caller's own: nowhere to go
+            task = caller.create_task(function(*args, **kwargs))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+            return await asyncio.shield(task)
         outcome: asyncio.Future[T] = caller.create_future()
 
         def hand_over(finished: Future[T]) -> None:
@@ -107,9 +114,8 @@ class Portal:
     def drain(self, timeout: float) -> int:
         """Block until what was submitted is done, at most `timeout` seconds; return how many calls are not."""
         end = time.monotonic() + timeout
-        while (waiting := list(self._under_way)) and (left := end - time.monotonic()) > 0:
-            with suppress(BaseException):  # its own caller hears of it
-                waiting[0].exception(left)
+        while self._under_way and time.monotonic() < end:
+            time.sleep(_POLL)
         return len(self._under_way)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from pymongo import ReturnDocument
@@ -11,6 +12,9 @@ from pymongo.errors import DuplicateKeyError
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
+from ._archive import SessionArchive
+from ._attachments import Attachments, StaleAttachments
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits, head_numbers
 from ._changes import (
     AgentWrite,
     AppendMessage,
@@ -22,12 +26,14 @@ from ._changes import (
     UpdateAgent,
     compile_update,
     fold,
+    in_parts,
     reconcile,
 )
 from ._connection import Client, Connection, Settings
 from ._documents import (
     Document,
     agent_from,
+    agent_id_of,
     agent_key,
     agent_state,
     checked_id,
@@ -38,11 +44,15 @@ from ._documents import (
     new_session,
     next_message_id,
     now,
+    removed_messages,
     session_from,
     stored_message,
     to_date,
+    to_restore,
+    with_ids,
 )
 from ._multi_agent_states import MultiAgentStates
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
 from .errors import (
     DatabaseError,
     InvalidArgumentError,
@@ -56,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ALL = 2**31 - 1
+
 _ROUNDS = 8
 """How often a write may find the session changed under its hands before it gives up."""
 
@@ -66,6 +78,7 @@ _RESTORE: Document = {
     "created_at": 1,
     "updated_at": 1,
     "multi_agents": 1,
+    "attachments_generation": 1,
     # All agents, each message without its metrics: they grow with the conversation and nobody restores them.
     "agents": {
         "$arrayToObject": {
@@ -76,12 +89,11 @@ _RESTORE: Document = {
                     "k": "$$agent.k",
                     "v": {
                         "agent_data": "$$agent.v.agent_data",
-                        "created_at": "$$agent.v.created_at",
                         "updated_at": "$$agent.v.updated_at",
-                        "next_message_id": "$$agent.v.next_message_id",
+                        **head_numbers("$$agent.v"),
                         "messages": {
                             "$map": {
-                                "input": {"$ifNull": ["$$agent.v.messages", []]},
+                                "input": to_restore("$$agent.v"),
                                 "as": "message",
                                 "in": {"$unsetField": {"field": "event_loop_metrics", "input": "$$message"}},
                             }
@@ -94,7 +106,7 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
+class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionArchive):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
@@ -107,6 +119,10 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
         client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that this repository creates.
         metadata_fields: Fields of `metadata` that get an index each.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
+            in GridFS, in the bucket `<collection_name>_attachments`.
+        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
+        max_embedded_bytes: How many bytes of them it holds.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -122,10 +138,36 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
         **client_options: Any,
     ) -> None:
         connection = Connection(Settings.checked(connection_string, client, client_options))
-        self._bind(connection, database_name, collection_name, application_name, metadata_fields)
+        self._bind(
+            connection,
+            database_name,
+            collection_name,
+            application_name,
+            metadata_fields,
+            max_inline_attachment_bytes=max_inline_attachment_bytes,
+            max_embedded_messages=max_embedded_messages,
+            max_embedded_bytes=max_embedded_bytes,
+        )
+
+    def _bind(
+        self,
+        *args: Any,
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+    ) -> None:
+        super()._bind(*args)
+        self._max_inline = checked_inline_bytes(max_inline_attachment_bytes)
+        self._attachments = Attachments(self._connection, self._database_name, self._collection_name)
+        self._limits = Limits.checked(max_embedded_messages, max_embedded_bytes)
+        self._archive_name = f"{self._collection_name}_archive"
+        self._heads = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._database_name}.{self._collection_name}, {self._connection!r})"
@@ -153,8 +195,14 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
     async def open_session(self, session_id: str) -> Document:
         """Return what restoring a session needs, from one command that creates the session if it is new.
 
-        The document holds everything but metadata, feedbacks, guardrail events and the metrics of messages. Its
-        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command.
+        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
+        messages that the agents' conversation managers have removed; `first` is the position of an agent's first
+        message in it. Archived messages that restoring needs come with a second command, and attachments of messages
+        with one more. The first opening of an agent of a version before 1.0 gives it its `next_message_id`, in another
+        command.
+
+        Raises:
+            AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
         fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, now()))
@@ -166,8 +214,24 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
                 unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
                 if not unnumbered or await self._adopt(session_id, agents, unnumbered):
                     self._ensure_indexes()
+                    await self._restore_archived(session_id, agents)
+                    await self._restore_attachments(session_id, document)
                     return document
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was opened")
+
+    async def _restore_archived(self, session_id: str, agents: dict[str, Document]) -> None:
+        """Put before the messages of each agent those archived ones that restoring it needs."""
+        wanted = {}
+        for key, agent in agents.items():
+            self._head(session_id, key).learn(agent)
+            removed, archived = removed_messages(agent), agent["archived"]
+            agent["first"] = archived + agent["count"] - len(agent["messages"])
+            if removed < archived:
+                wanted[key] = (agent.get("created_at"), removed, archived)
+                agent["first"] = removed
+        if wanted:
+            for key, messages in (await self._archived(session_id, wanted)).items():
+                agents[key]["messages"] = messages + agents[key]["messages"]
 
     async def _create_or_read(self, session_id: str, fresh: Document) -> Document:
         for _ in range(_ROUNDS):
@@ -197,13 +261,17 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
         moved = []
         for old in keys:
             agent, new = agents[old], agent_key(old)
-            messages = agent.get("messages") or []
-            agent["next_message_id"] = next_message_id(messages)
+            messages, archived = agent.get("messages") or [], agent.get("archived") or 0
+            agent["next_message_id"] = next_message_id(messages, archived)
             condition[f"agents.{old}"] = {"$exists": True}
             condition[f"agents.{old}.next_message_id"] = None
+            condition[f"agents.{old}.archived"] = archived or {"$in": [None, 0]}
             condition[f"agents.{old}.messages"] = {"$size": len(messages)} if messages else {"$in": [None, []]}
-            number = {"next_message_id": agent["next_message_id"]}
-            adopted[f"agents.{new}"] = {"$mergeObjects": [f"$agents.{old}", number]}
+            gained = {"next_message_id": agent["next_message_id"]}
+            if any("message_id" not in message for message in messages):
+                gained["messages"] = with_ids(f"$agents.{old}.messages", archived)
+                agent["messages"] = [{"message_id": n, **message} for n, message in enumerate(messages, archived)]
+            adopted[f"agents.{new}"] = {"$mergeObjects": [f"$agents.{old}", gained]}
             if new != old:
                 condition[f"agents.{new}"] = {"$exists": False}
                 moved.append(old)
@@ -212,7 +280,14 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
             stages.append({"$unset": [f"agents.{old}" for old in moved]})
         for old in moved:
             agents[agent_key(old)] = agents.pop(old)
-        return await self._update(Update(condition, stages, None))
+        return await self._update_with_room(session_id, Update(condition, stages, None))
+
+    async def _restore_attachments(self, session_id: str, document: Document) -> None:
+        """Put attachments back into all messages of a document, and remember that they are there."""
+        messages = {agent_id_of(key): agent.get("messages") or [] for key, agent in document["agents"].items()}
+        stored = [reference for elements in messages.values() for e in elements for reference in references_of(e)]
+        self._attachments.learn(session_id, document, stored)
+        await self._attachments.restore(session_id, messages)
 
     async def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
@@ -228,55 +303,122 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
         checked_id(session_id, "session_id")
         refused: dict[str, MongoDBSessionError] = {}
         async with self._connection.operation():
-            await self._write(session_id, fold(changes), refused)
+            for part in in_parts(changes):
+                changed = [change for change in part if change.agent_id not in refused]
+                refused |= await self._apply_part(session_id, changed)
         return refused
+
+    async def _apply_part(self, session_id: str, changes: Sequence[Change]) -> dict[str, MongoDBSessionError]:
+        for _ in range(_ROUNDS):
+            refused: dict[str, MongoDBSessionError] = {}
+            writes = fold(changes)
+            await self._attachments.store(session_id, writes.values())
+            try:
+                await self._write(session_id, writes, refused)
+            except StaleAttachments as stale:
+                self._attachments.learn(session_id, stale.document)
+                continue
+            if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
+                await self._attachments.remove_unreferenced(session_id)
+            return refused
+        raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
 
     async def _write(
         self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
     ) -> None:
+        archived: dict[str, dict[int, Document]] = {}
         for _ in range(_ROUNDS):
             if not writes:
-                return
+                break
+            await self._let_move(session_id, writes.values())
             try:
-                if await self._update(compile_update(session_id, writes.values())):
-                    return
+                if await self._update_with_room(session_id, compile_update(session_id, writes.values())):
+                    for agent_id, write in writes.items():
+                        archived.setdefault(agent_id, {}).update(self._copies(session_id, write))
+                    self._written(session_id, writes.values())
+                    break
             except MessageTooLargeError as error:
                 if len(writes) == 1:
                     refused.update(dict.fromkeys(writes, error))
                 else:  # let nobody suffer for another agent's message
                     for agent_id, write in writes.items():
                         await self._write(session_id, {agent_id: write}, refused)
-                return
-            writes = await self._remaining(session_id, writes, refused)
-        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+                break
+            writes = await self._remaining(session_id, writes, refused, archived)
+        else:
+            raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+        for agent_id in archived.keys() - refused.keys():
+            for message_id, fields in archived[agent_id].items():
+                await self._change_archived(session_id, agent_key(agent_id), message_id, fields)
 
     async def _remaining(
-        self, session_id: str, writes: Mapping[str, AgentWrite], refused: dict[str, MongoDBSessionError]
+        self,
+        session_id: str,
+        writes: Mapping[str, AgentWrite],
+        refused: dict[str, MongoDBSessionError],
+        archived: dict[str, dict[int, Document]],
     ) -> dict[str, AgentWrite]:
-        """Compare writes that matched nothing with what is stored; return those to send, note those refused."""
-        fields = [
-            f"agents.{agent_key(agent_id)}.{field}"
-            for agent_id in writes
-            for field in ("next_message_id", "messages.message_id", "messages.message", "messages.created_at")
-        ]
-        document = await self._find(session_id, dict.fromkeys(fields, 1))
+        """Compare writes that matched nothing with what is stored; return those to send, note those refused.
+
+        What has to change in the archive goes to `archived`.
+        """
+        names = (
+            "created_at",
+            "next_message_id",
+            "archived",
+            "messages.message_id",
+            "messages.message",
+            "messages.created_at",
+        )
+        fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
+        document = await self._find(session_id, dict.fromkeys([*fields, "attachments_generation"], 1))
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
         unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
         if unnumbered and not await self._adopt(session_id, agents, unnumbered):
             return dict(writes)
         remaining: dict[str, AgentWrite] = {}
+        for key, agent in agents.items():
+            head = self._head(session_id, key)
+            head.since, head.next_id = agent.get("created_at"), agent["next_message_id"]
         for agent_id, write in writes.items():
             if document is None:
                 refused[agent_id] = SessionNotFoundError(f"session {session_id!r} does not exist any more")
                 continue
+            stored = agents.get(agent_key(agent_id))
+            newer = _messages_by_id(stored)
+            older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
             try:
-                rest = reconcile(write, _view(agents.get(agent_key(agent_id))))
+                view = None if stored is None else StoredView(stored["next_message_id"], {**older, **newer})
+                rest = reconcile(write, view)
             except MongoDBSessionError as error:
                 refused[agent_id] = error
-            else:
-                if rest is not None:
+                continue
+            if rest is not None:
+                if rest.generation not in (None, document.get("attachments_generation") or 0):
+                    raise StaleAttachments(document)
+                changes = archived.setdefault(agent_id, {})
+                for message_id in rest.replaced.keys() & older.keys():
+                    changes.setdefault(message_id, {}).update(rest.replaced[message_id])
+                rest = replace(rest, replaced={n: rest.replaced[n] for n in rest.replaced if n not in older})
+                if not rest.is_empty:
                     remaining[agent_id] = rest
         return remaining
+
+    async def _sought(
+        self, session_id: str, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
+    ) -> dict[int, Document]:
+        """Return those messages of a write that are archived, by id."""
+        if not stored.get("archived"):
+            return {}
+        ids = {*write.replaced, *write.recorded} - newer.keys()
+        found = {}
+        for message_id in ids:
+            if message_id < stored["next_message_id"]:
+                since = stored.get("created_at")
+                message = await self._archived_message(session_id, agent_key(agent_id), message_id, since)
+                if message is not None:
+                    found[message_id] = message
+        return found
 
     # Strands' own repository methods.
 
@@ -341,9 +483,10 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
             SessionConflictError: The agent has a message of that id already, or not yet the one before it.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
         message = stored_message(session_message, checked_message_id(session_message.message_id))
-        await self._apply_one(session_id, AppendMessage(agent_id, message))
+        await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline)))
 
     async def read_message(
         self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
@@ -353,16 +496,27 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
-        path = f"agents.{agent_key(agent_id)}.messages"
+        key = agent_key(agent_id)
+        path = f"agents.{key}.messages"
         condition = {"_id": session_id, f"{path}.message_id": checked_message_id(message_id)}
         async with self._connection.operation():
             document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
-            if document is None:
-                await self._stored_agent(session_id, agent_id, {"created_at": 1})
-                return None
-        return message_from(document["agents"][agent_key(agent_id)]["messages"][0], message_id)
+            if document is not None:
+                messages = document["agents"][key]["messages"]
+            else:
+                wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
+                stored = await self._stored_agent(session_id, agent_id, wanted)
+                older = None
+                if stored.get("archived"):
+                    older = await self._archived_message(session_id, key, message_id, stored.get("created_at"))
+                if older is None:
+                    return None
+                messages = [older]
+            await self._attachments.restore(session_id, {agent_id: messages})
+        return message_from(messages[0], message_id)
 
     async def update_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
@@ -373,10 +527,17 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageNotFoundError: The agent holds no message of that id.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
-        fields = {**message_body(session_message), "updated_at": now()}
+        checked_id(session_id, "session_id")
+        checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields))
+        fields = set_aside({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        async with self._connection.operation():
+            frees = await self._attachments.has_any(session_id)
+            if frees:
+                fields.setdefault("attachments", [])
+            await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, frees))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
@@ -393,24 +554,43 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         if offset < 0 or (limit is not None and limit < 0):
             raise InvalidArgumentError("limit and offset must not be negative")
-        if limit == 0:
-            await self._stored_agent(session_id, agent_id, {"created_at": 1})
-            return []
-        wanted = {"messages": {"$slice": [offset, limit if limit is not None else 2**31 - 1]}, "created_at": 1}
-        messages = (await self._stored_agent(session_id, agent_id, wanted)).get("messages", [])
-        return [message_from(message, offset + position) for position, message in enumerate(messages)]
+        path = f"$agents.{agent_key(agent_id)}"
+        position = {"$ifNull": [f"{path}.archived", 0]}
+        begin = {"$max": [0, {"$subtract": [offset, position]}]}
+        count = {
+            "$min": [
+                _ALL,
+                {"$subtract": [{"$subtract": [offset + (_ALL if limit is None else limit), position]}, begin]},
+            ]
+        }
+        sliced = {"$slice": [{"$ifNull": [f"{path}.messages", []]}, begin, {"$max": [1, count]}]}
+        created_at = f"{path}.created_at"
+        wanted = {
+            "created_at": created_at,
+            "archived": position,
+            "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
+        }
+        async with self._connection.operation():
+            stored = await self._stored_agent(session_id, agent_id, wanted)
+            archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
+            key = agent_key(agent_id)
+            older = []
+            if offset < archived:
+                which = (stored.get("created_at"), offset, archived)
+                older = (await self._archived(session_id, {key: which}))[key]
+            messages = older + stored["messages"]
+            await self._attachments.restore(session_id, {agent_id: messages})
+        return [message_from(message, n) for n, message in enumerate(messages, offset)]
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self.apply(session_id, (change,))).values():
             raise error
 
 
-def _view(stored: Mapping[str, Any] | None) -> StoredView | None:
-    if stored is None:
-        return None
-    messages = stored.get("messages") or []
-    by_id = {message.get("message_id", position): message for position, message in enumerate(messages)}
-    return StoredView(stored["next_message_id"], by_id)
+def _messages_by_id(stored: Mapping[str, Any] | None) -> dict[int, Document]:
+    messages = enumerate((stored or {}).get("messages") or [])
+    return {message.get("message_id", position): message for position, message in messages}

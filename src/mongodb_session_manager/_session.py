@@ -25,15 +25,17 @@ from strands.hooks import (
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
 
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection
 from ._documents import checked_id, now
 from ._hooks import Hook, checked_hook, hold, let_go
 from ._loop import ExitOrder, close_at_exit, running_loop
 from ._orchestration import OrchestratorSessionManager, is_recording_only, recording_only
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
-from .errors import ConfigurationError, MongoDBSessionError, SessionClosedError
+from .errors import ConfigurationError, MessageTooLargeError, MongoDBSessionError, SessionClosedError
 from .hooks._notify import DRAIN_TIMEOUT, drain
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ class ManagerOptions:
     metadata_hook: Hook | None = None
     feedback_hook: Hook | None = None
     save_on: SaveOn = "message"
+    max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
+    max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
+    max_embedded_bytes: int = MAX_EMBEDDED_BYTES
 
     @classmethod
     def checked(cls, **given: Any) -> Self:
@@ -75,11 +80,19 @@ class ManagerOptions:
         checked_hook(self.feedback_hook, "feedback_hook")
         if self.save_on not in ("message", "invocation"):
             raise ConfigurationError(f'save_on must be "message" or "invocation", not {self.save_on!r}')
+        checked_inline_bytes(self.max_inline_attachment_bytes)
 
     def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
         """Return the repository these options describe."""
         return AsyncMongoDBSessionRepository._over(
-            connection, self.database_name, self.collection_name, self.application_name, self.metadata_fields
+            connection,
+            self.database_name,
+            self.collection_name,
+            self.application_name,
+            self.metadata_fields,
+            max_inline_attachment_bytes=self.max_inline_attachment_bytes,
+            max_embedded_messages=self.max_embedded_messages,
+            max_embedded_bytes=self.max_embedded_bytes,
         )
 
 
@@ -146,7 +159,7 @@ class SessionManagerBase(OrchestratorSessionManager):
                 return
             document = await self._repository.open_session(self.session_id)
             close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-            work = UnitOfWork(self.session_id, document)
+            work = UnitOfWork(self.session_id, document, self._options.max_inline_attachment_bytes)
             super().__init__(self.session_id, work)
             self._work = work
             hold(self, self._options.metadata_hook, self._options.feedback_hook)
@@ -216,15 +229,26 @@ class SessionManagerBase(OrchestratorSessionManager):
 
     async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
         agent = event.agent
-        with recording_only():
-            self.append_message(event.message, agent)
-            self.sync_agent(agent)
-        if self._is_due(event.message, agent):
-            try:
+        try:
+            with recording_only():
+                self._append_added(event.message, agent)
+                self.sync_agent(agent)
+            if self._is_due(event.message, agent):
                 await self._flush(agent.agent_id)
-            except MongoDBSessionError as error:
-                self._stopped[agent.agent_id] = error
-                raise
+        except MongoDBSessionError as error:
+            self._stopped[agent.agent_id] = error
+            raise
+
+    def _append_added(self, message: Message, agent: LocalAgent) -> None:
+        """Append a message, or take it out of the agent's again if it is too large, so that the agent can go on."""
+        known = self._unit.knows(agent.agent_id, message)
+        try:
+            self.append_message(message, agent)
+        except MessageTooLargeError:
+            # What was known stays as it is stored; the agent alone knows what was merged into it.
+            if not known and agent.messages and agent.messages[-1] is message:
+                agent.messages.pop()
+            raise
 
     async def _on_message_updated(self, event: MessageUpdatedEvent[LocalAgent]) -> None:
         self._unit.record_replacement(event.agent.agent_id, event.tracking_id, event.message)
@@ -345,7 +369,11 @@ class SessionManagerBase(OrchestratorSessionManager):
     async def _aclose_at_exit(self, seconds: float) -> None:
         """Store what is recorded when the interpreter ends; notifications and connections have their turn later."""
         if self._closing is None:
-            await self._close_work()
+            self._closing = asyncio.Event()
+            try:
+                await self._close_work()
+            finally:
+                self._closing.set()
 
     async def _close_work(self) -> None:
         self._closed = True

@@ -9,11 +9,13 @@ from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import AgentConfigDict, UsageReport
+from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._changes import Change
 from ._connection import Client
 from ._documents import Document
 from ._loop import Portal
 from ._multi_agents import MultiAgentWrite
+from ._references import MAX_INLINE_ATTACHMENT_BYTES
 from ._repository import AsyncMongoDBSessionRepository
 from .errors import MongoDBSessionError
 
@@ -33,6 +35,10 @@ class MongoDBSessionRepository(SessionRepository):
         client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that this repository creates.
         metadata_fields: Fields of `metadata` that get an index each.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
+            in GridFS, in the bucket `<collection_name>_attachments`.
+        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
+        max_embedded_bytes: How many bytes of them it holds.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -48,6 +54,9 @@ class MongoDBSessionRepository(SessionRepository):
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
+        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
         **client_options: Any,
     ) -> None:
         self._async = AsyncMongoDBSessionRepository(
@@ -57,6 +66,9 @@ class MongoDBSessionRepository(SessionRepository):
             client=client,
             application_name=application_name,
             metadata_fields=metadata_fields,
+            max_inline_attachment_bytes=max_inline_attachment_bytes,
+            max_embedded_messages=max_embedded_messages,
+            max_embedded_bytes=max_embedded_bytes,
             **client_options,
         )
 
@@ -88,8 +100,14 @@ class MongoDBSessionRepository(SessionRepository):
     def open_session(self, session_id: str) -> Document:
         """Return what restoring a session needs, from one command that creates the session if it is new.
 
-        The document holds everything but metadata, feedbacks, guardrail events and the metrics of messages. Its
-        first opening gives an agent of a version before 1.0 its `next_message_id`, in a second command.
+        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
+        messages that the agents' conversation managers have removed; `first` is the position of an agent's first
+        message in it. Archived messages that restoring needs come with a second command, and attachments of messages
+        with one more. The first opening of an agent of a version before 1.0 gives it its `next_message_id`, in another
+        command.
+
+        Raises:
+            AttachmentError: An attachment is missing or damaged.
         """
         return self._portal.call(self._async.open_session, session_id)
 
@@ -150,6 +168,7 @@ class MongoDBSessionRepository(SessionRepository):
             SessionConflictError: The agent has a message of that id already, or not yet the one before it.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
         self._portal.call(self._async.create_message, session_id, agent_id, session_message, **kwargs)
 
@@ -159,6 +178,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         return self._portal.call(self._async.read_message, session_id, agent_id, message_id, **kwargs)
 
@@ -169,6 +189,7 @@ class MongoDBSessionRepository(SessionRepository):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageNotFoundError: The agent holds no message of that id.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
         """
         self._portal.call(self._async.update_message, session_id, agent_id, session_message, **kwargs)
 
@@ -187,6 +208,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
         """
         return self._portal.call(self._async.list_messages, session_id, agent_id, limit, offset, **kwargs)
 

@@ -37,10 +37,14 @@ from ._documents import (
     stored_message,
 )
 from ._multi_agents import MultiAgents
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
 from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
+
+_REMEMBERED = 1024
+"""Of how many messages, beside those that were loaded, it is known that the same tracking id is no new message."""
 
 _METRICS_DEPTH = 6  # document, agents, key, messages, element, event_loop_metrics
 
@@ -51,13 +55,23 @@ class _Agent:
     def __init__(self, agent_id: str, stored: Mapping[str, Any] | None) -> None:
         self.loaded = None if stored is None else agent_from(agent_id, stored)
         documents = [] if stored is None else stored.get("messages") or []
-        self.messages: list[SessionMessage] | None = [message_from(document, i) for i, document in enumerate(documents)]
+        self.first: int = 0 if stored is None else stored.get("first", 0)
+        self.messages: list[SessionMessage] | None = [
+            message_from(document, position) for position, document in enumerate(documents, self.first)
+        ]
+        self.with_attachments = {
+            message.message_id
+            for message, document in zip(self.messages, documents, strict=True)
+            if document.get("attachments")
+        }
         self.next_message_id: int = 0 if stored is None else stored["next_message_id"]
+        self.first_loaded = self.messages[0].message_id if self.messages else self.next_message_id
         self.message_ids = {
             tracking_id: message.message_id
             for message in self.messages
             if (tracking_id := message.message.get("tracking_id")) is not None
         }
+        self.remembered = max(_REMEMBERED, len(self.message_ids))
         data = {} if stored is None else stored.get("agent_data") or {}
         self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = set(data.get("config_set") or ())
@@ -79,9 +93,12 @@ class UnitOfWork(SessionRepository):
     Args:
         session_id: The session.
         document: What `AsyncMongoDBSessionRepository.open_session` returned.
+        max_inline: How many bytes of attachments of a message stay in the document.
     """
 
-    def __init__(self, session_id: str, document: Mapping[str, Any]) -> None:
+    def __init__(
+        self, session_id: str, document: Mapping[str, Any], max_inline: int = MAX_INLINE_ATTACHMENT_BYTES
+    ) -> None:
         self.session_id = session_id
         self.application_name: str | None = document.get("application_name")
         self._session = session_from(document)
@@ -91,6 +108,7 @@ class UnitOfWork(SessionRepository):
             for agent_id in (agent_id_of(key),)
         }
         self.multi_agents = MultiAgents(document.get("multi_agents") or {})
+        self._max_inline = max_inline
         self._log: list[Change] = []
         self._closed = False
 
@@ -226,23 +244,27 @@ class UnitOfWork(SessionRepository):
 
         The id is given here and written into `session_message`, because behind a conversation manager that has
         removed all messages Strands would begin again at 0.
+
+        Raises:
+            MessageTooLargeError: The message cannot be stored. Nothing is recorded; the next one gets the id.
         """
         agent = self._agent(agent_id)
         tracking_id = session_message.message.get("tracking_id")
         known = agent.message_ids.get(tracking_id) if tracking_id is not None else None
         session_message.message_id = agent.next_message_id if known is None else known
         if known is not None:
-            self._record(ReplaceMessage(agent_id, known, {**message_body(session_message), "updated_at": now()}))
+            self._replace(agent_id, known, session_message)
             return
-        message, usage = (
-            stored_message(session_message, session_message.message_id),
-            self._usage(agent, session_message),
-        )
-        self._record(AppendMessage(agent_id, message, usage))
+        message = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
+        self._record(AppendMessage(agent_id, message, self._usage(agent, session_message)))
+        if message.get("attachments"):
+            agent.with_attachments.add(session_message.message_id)
         agent.last_appended = session_message.message_id
         agent.next_message_id += 1
         if tracking_id is not None:
             agent.message_ids[tracking_id] = session_message.message_id
+            if len(agent.message_ids) > agent.remembered:
+                del agent.message_ids[next(iter(agent.message_ids))]
 
     @staticmethod
     def _usage(agent: _Agent, session_message: SessionMessage) -> dict[str, int]:
@@ -266,16 +288,35 @@ class UnitOfWork(SessionRepository):
         agent = self._agent(agent_id)
         if not 0 <= session_message.message_id < agent.next_message_id:
             raise MessageNotFoundError(f"agent {agent_id!r} holds no message {session_message.message_id}")
-        fields = {**message_body(session_message), "updated_at": now()}
-        self._record(ReplaceMessage(agent_id, session_message.message_id, fields))
+        self._replace(agent_id, session_message.message_id, session_message)
         if session_message.redact_message is not None:
             agent.last_redacted = session_message.message_id
+
+    def _replace(self, agent_id: str, message_id: int, session_message: SessionMessage) -> None:
+        agent = self._agents[agent_id]
+        fields = set_aside({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        frees = message_id in agent.with_attachments or message_id < agent.first_loaded
+        if frees:
+            fields.setdefault("attachments", [])
+        self._record(ReplaceMessage(agent_id, message_id, fields, frees))
+        if fields.get("attachments"):
+            agent.with_attachments.add(message_id)
+
+    def knows(self, agent_id: str, message: Mapping[str, Any]) -> bool:
+        """Tell whether a message is stored or recorded, by its tracking id."""
+        return message.get("tracking_id") in self._agent(agent_id).message_ids
 
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
         """Return messages as they were loaded, oldest first, without the `offset` oldest."""
-        return self._loaded(agent_id)[offset:][:limit]
+        messages, first = self._loaded(agent_id), self._agent(agent_id).first
+        if offset < first:
+            raise MongoDBSessionError(
+                f"the {first} oldest messages of agent {agent_id!r}, which its conversation manager has removed, were "
+                "not loaded: read them with MongoDBSessionRepository.list_messages"
+            )
+        return messages[offset - first :][:limit]
 
     def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Record a new graph or swarm; it is stored together with what happens to it first."""

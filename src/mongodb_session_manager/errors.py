@@ -20,9 +20,11 @@
     ├── DatabaseUnavailableError        also ConnectionError: no server, connection lost
     ├── DatabaseTimeoutError            also TimeoutError: the server or the pool was too slow
     └── DatabaseError                   the server refused a command
+        └── AttachmentError             bytes of a message are missing, or are not those that were stored
 
-The driver's own error, where there is one, is the `__cause__`. No message holds the password of a connection
-string or the content of a conversation.
+The driver's own error, where there is one, is the `__cause__`. Where it is unknown whether the command was carried
+out, the message says so; a flush may be repeated then, and stores everything once. No message holds the password of a
+connection string or the content of a conversation.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ class EncodingError(MongoDBSessionError, ValueError):
 
 
 class MessageTooLargeError(MongoDBSessionError, ValueError):
-    """A write is larger than a MongoDB document may be (16 MiB)."""
+    """A message is larger, without its attachments, than can be stored; it was not.
+
+    The conversation goes on without it. Or a write is larger than a MongoDB document may be (16 MiB).
+    """
 
 
 class SessionNotFoundError(MongoDBSessionError, LookupError):
@@ -111,3 +116,7 @@ class DatabaseTimeoutError(MongoDBSessionError, TimeoutError):
 
 class DatabaseError(MongoDBSessionError):
     """The server refused a command."""
+
+
+class AttachmentError(DatabaseError):
+    """An attachment of a message is missing in GridFS, or is not what was stored."""

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ast
 import gc
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import aioboto3
+import pytest
 from botocore.config import Config
 
 import mongodb_session_manager
 from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
+from mongodb_session_manager._loop import io_portal
 from mongodb_session_manager.hooks import _aws
 from support import eventually
 
@@ -21,7 +26,8 @@ PACKAGE = Path(mongodb_session_manager.__file__).parent
 
 
 def open_clients() -> int:
-    return 0 if _aws._clients is None else sum(shared.client is not None for shared in _aws._clients._shared.values())
+    shared = [] if _aws._clients is None else _aws._clients._shared.values()
+    return sum(each.opening is not None and each.opening.done() and not each.has_failed for each in shared)
 
 
 def test_hooks_share_a_client_and_the_last_user_closes_it(moto: str, queue: Queue, server: str, database: str) -> None:
@@ -69,6 +75,56 @@ def test_connections_are_reused(factory: Any, endpoint: Endpoint, queue: Queue) 
         for number in range(20):
             manager.update_metadata({"n": number})
     assert (len(endpoint.requests), endpoint.connections) == (20, 1)
+
+
+class Credentials(BaseHTTPRequestHandler):
+    """Gives out credentials like the agent of a container service, when it may."""
+
+    may_answer: threading.Event
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.may_answer.wait(30)
+        given = {"AccessKeyId": "AKIATEST", "SecretAccessKey": "s", "Token": "t", "Expiration": "2100-01-01T00:00:00Z"}
+        content = json.dumps(given).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_client_whose_opening_was_given_up_is_used_by_the_next(
+    factory: Any, moto: str, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = type("Handler", (Credentials,), {"may_answer": threading.Event(), "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        serving.start()
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{server.server_port}/credentials")
+        service = _aws.AwsService(
+            "sqs", region_name=None, endpoint_url=moto, aws_session=aioboto3.Session(), config=None
+        )
+
+        async def send(service: _aws.AwsService, text: str) -> None:
+            await service.call("send_message", QueueUrl=queue.url, MessageBody=text)
+
+        cancelled = io_portal().submit(send, service, "cancelled")
+        eventually(lambda: handler.asked)
+        cancelled.cancel()
+        handler.may_answer.set()
+        io_portal().call(send, service, "sent")
+        assert handler.asked == ["/credentials"]
+        assert open_clients() == 1
+        del service, cancelled
+        gc.collect()
+        eventually(lambda: open_clients() == 0)
+        server.shutdown()
+        serving.join()
+    assert [message.body for message in queue.arrived()] == ["sent"]
 
 
 def test_a_hook_within_another_keeps_its_client_until_it_is_collected(factory: Any, moto: str, queue: Queue) -> None:

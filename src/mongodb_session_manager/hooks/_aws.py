@@ -107,12 +107,31 @@ class _Key:
 
 @dataclass(eq=False)
 class _Shared:
-    """A client, and who keeps it open."""
+    """A client, and who keeps it open.
+
+    Its opening is a task of its own: a call that is cancelled meanwhile leaves it to the next one.
+    """
 
     calls: int = 0
     keepers: weakref.WeakSet[AwsService] = field(default_factory=weakref.WeakSet)
-    context: Any = None
-    client: Any = None
+    opening: asyncio.Task[tuple[Any, Any]] | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether opening it was tried and did not succeed."""
+        return self.opening is not None and self.opening.done() and _has_failed(self.opening)
+
+    async def close(self) -> None:
+        """Close the client, once it is open."""
+        if self.opening is not None:
+            await asyncio.wait([self.opening])
+            if not self.has_failed:
+                context, _ = self.opening.result()
+                await context.__aexit__(None, None, None)
+
+
+def _has_failed(opening: asyncio.Task[Any]) -> bool:
+    return opening.cancelled() or opening.exception() is not None
 
 
 class _Clients:
@@ -121,7 +140,7 @@ class _Clients:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._shared: dict[_Key, _Shared] = {}
-        self._opening = asyncio.Lock()
+        self._one_by_one = asyncio.Lock()
         self._session: Session | None = None
         close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
 
@@ -133,27 +152,30 @@ class _Clients:
         if service.is_kept:
             shared.keepers.add(service)
         try:
-            if shared.client is None:
-                async with self._opening:  # sessions of botocore make one client at a time
-                    if shared.client is None:
-                        shared.context, shared.client = await self._open(service.key)
-            yield shared.client
+            if shared.opening is None or shared.has_failed:
+                shared.opening = self.loop.create_task(self._open(service.key))
+                shared.opening.add_done_callback(_has_failed)  # asyncio would log a failure nobody waits for any more
+            _, client = await asyncio.shield(shared.opening)
+            yield client
         finally:
             shared.calls -= 1
             await self.close_unused(service.key)
 
     async def _open(self, key: _Key) -> tuple[Any, Any]:
         run = self.loop.run_in_executor
-        session: Any = key.session or self._session
-        if session is None:
-            session = self._session = await run(None, Session)
-        config = AioConfig(**_DEFAULTS)
-        if key.config is not None:
-            config = config.merge(key.config)
-        context = session.client(key.service, region_name=key.region_name, endpoint_url=key.endpoint_url, config=config)
-        # In a thread, because opening reads the description of the service, certificates and credentials from disk.
-        # No request is sent there, and the client opens its sockets where it is used.
-        return context, await run(None, asyncio.run, asyncio.wait_for(context.__aenter__(), _OPENING))
+        async with self._one_by_one:  # sessions of botocore make one client at a time
+            session: Any = key.session or self._session
+            if session is None:
+                session = self._session = await run(None, Session)
+            config = AioConfig(**_DEFAULTS)
+            if key.config is not None:
+                config = config.merge(key.config)
+            context = session.client(
+                key.service, region_name=key.region_name, endpoint_url=key.endpoint_url, config=config
+            )
+            # In a thread, because opening reads the description of the service, certificates and credentials from
+            # disk. The client opens its sockets where it is used.
+            return context, await run(None, asyncio.run, asyncio.wait_for(context.__aenter__(), _OPENING))
 
     async def let_go(self, service: AwsService) -> None:
         """Note that a service needs its client no more."""
@@ -166,15 +188,12 @@ class _Clients:
         shared = self._shared.get(key)
         if shared is not None and not shared.calls and not shared.keepers:
             del self._shared[key]
-            if shared.client is not None:
-                await shared.context.__aexit__(None, None, None)
+            await shared.close()
 
     async def aclose_at_exit(self, seconds: float) -> None:
         """Close every client when the interpreter ends."""
-        for shared in self._shared.values():
-            if shared.client is not None:
-                await shared.context.__aexit__(None, None, None)
-        self._shared.clear()
+        while self._shared:
+            await self._shared.popitem()[1].close()
 
 
 _clients: _Clients | None = None

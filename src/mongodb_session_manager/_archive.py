@@ -1,0 +1,268 @@
+"""Moving the old messages of a long conversation out of its session document, and reaching them there.
+
+`_buckets` says what is stored and in which order. A move runs beside the conversation. A turn waits for one bucket
+only if the session document has no room for the next message, or an agent has twice as much in it as it should.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pymongo.errors import DocumentTooLarge, DuplicateKeyError, OperationFailure
+
+from ._buckets import (
+    MERGE_REFUSED,
+    NUMBERS_OF_ALL,
+    Head,
+    Limits,
+    Step,
+    bucket_id,
+    change_in_bucket,
+    cut,
+    everything,
+    holding_message,
+    holding_positions,
+    merge,
+    numbers_of,
+    outrun,
+)
+from ._changes import AgentWrite, Update
+from ._codec import stored_size
+from ._commands import SessionCollection
+from ._connection import AsyncCollection, find_and_modify, run_pipeline
+from ._documents import Document, agent_key, removed_messages
+from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 8
+"""How often a move begins again because somebody else changed the head, before it is left to the next append."""
+
+_KNOWN_HEADS = 4096
+
+
+class SessionArchive(SessionCollection):
+    """The part of the repository that keeps the session documents small."""
+
+    _limits: Limits
+    _archive_name: str
+    _heads: dict[tuple[str, str], Head]
+
+    # Knowing when.
+
+    def _head(self, session_id: str, key: str) -> Head:
+        """Return what is known of a head; what was used last is kept longest."""
+        head = self._heads.pop((session_id, key), None) or Head()
+        self._heads[session_id, key] = head
+        if len(self._heads) > _KNOWN_HEADS:
+            del self._heads[next(iter(self._heads))]
+        return head
+
+    def _written(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
+        """Note what was stored, and start to move what is too much."""
+        for write in writes:
+            key = agent_key(write.agent_id)
+            head = self._head(session_id, key)
+            if write.created is not None:
+                empty = dict.fromkeys(("archived", "revision", "next_message_id", "count", "bytes", "removed"), 0)
+                head.learn({**empty, "created_at": write.created["created_at"]})
+            if "conversation_manager_state" in write.data:
+                head.removed = removed_messages({"agent_data": write.data})
+            if write.replaced:
+                head.revision += 1
+                head.certain = False
+            if write.appended:
+                head.next_id = max(head.next_id, write.appended[-1]["message_id"] + 1)
+                head.size += sum(stored_size(message) for message in write.appended)
+                if not head.learned or self._limits.exceeded(head):
+                    self._move_beside(session_id, key, head)
+
+    def _move_beside(self, session_id: str, key: str, head: Head) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._is_moving(head):
+            head.moving = loop.create_future()
+            self._connection.start(self._move_old(session_id, key, head))
+
+    @staticmethod
+    def _is_moving(head: Head) -> bool:
+        # After a fork what the parent was doing is not under way in the child.
+        return head.moving is not None and head.moving.get_loop() is asyncio.get_running_loop()
+
+    async def _let_move(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
+        """Wait for the bucket that is being moved if a writer is so fast that a head is at twice its limits."""
+        for write in writes:
+            head = self._heads.get((session_id, agent_key(write.agent_id)))
+            if head is not None and write.appended and self._is_moving(head) and self._limits.exceeded(head, 2):
+                await asyncio.wait({head.moving})
+
+    # Moving.
+
+    async def _move_old(self, session_id: str, key: str, head: Head) -> None:
+        """Move messages until the head is within its limits. What fails is tried again at the next append."""
+        tries = 0
+        try:
+            while tries < _TRIES:
+                if not head.certain and not await self._ask_head(session_id, key, head):
+                    return
+                if not self._limits.exceeded(head):
+                    return
+                if not await self._move(session_id, key, head, self._limits.step(head)):
+                    tries += 1
+                head.moving.set_result(None)
+                head.moving = asyncio.get_running_loop().create_future()
+        except MongoDBSessionError as error:
+            head.certain = False
+            logger.warning(
+                "session_id=<%s>, error=<%s> | old messages not moved, the next append tries again", session_id, error
+            )
+        finally:
+            head.moving.set_result(None)
+            head.moving = None
+
+    async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
+        """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as."""
+        as_known = replace(head)  # what is stored meanwhile must not change the second statement
+        pipeline = merge(session_id, key, as_known, step, self._archive_name)
+        try:
+            await self._send(lambda collection: run_pipeline(collection, pipeline))
+        except DuplicateKeyError:
+            head.certain = False  # another process made the same bucket in the same moment
+            return False
+        except DatabaseError as error:
+            if not isinstance(error.__cause__, OperationFailure) or error.__cause__.code != MERGE_REFUSED:
+                raise
+            await self._outrun(session_id, key, as_known)
+            head.certain = False
+            return False
+        query, update, _ = cut(session_id, key, as_known, step)
+        numbers = await self._send(lambda collection: find_and_modify(collection, query, update, numbers_of(key)))
+        if numbers is None:
+            head.certain = False
+            return False
+        newest = head.next_id
+        head.learn(numbers["head"])
+        head.next_id = max(head.next_id, newest)  # an append that came later may have been acknowledged earlier
+        return True
+
+    async def _ask_head(self, session_id: str, key: str, head: Head) -> bool:
+        """Read the numbers of a head; return `False` if it is gone."""
+        document = await self._send(lambda collection: collection.find_one({"_id": session_id}, numbers_of(key)))
+        if document is None or document["head"] is None:
+            return False
+        head.learn(document["head"])
+        return True
+
+    async def _outrun(self, session_id: str, key: str, head: Head) -> None:
+        """Have the next `merge` replace a bucket that this one was not allowed to replace."""
+        bucket = await self._find_bucket(
+            {"_id": bucket_id(session_id, key, head.since, head.archived)}, {"revision": 1}
+        )
+        await self._update(outrun(session_id, key, head, 0 if bucket is None else int(bucket["revision"])))
+
+    async def _update_with_room(self, session_id: str, update: Update) -> bool:
+        """Send an update of a session that may have no room left; make room where there is none."""
+        while True:
+            try:
+                return await self._update(update)
+            except MessageTooLargeError as error:
+                if isinstance(error.__cause__, DocumentTooLarge) or not await self._make_room(session_id):
+                    raise
+
+    async def _make_room(self, session_id: str) -> bool:
+        """Move messages of the agent that has most in the session document; return `False` if none has any."""
+        for _ in range(_TRIES):
+            document = await self._send(lambda collection: collection.find_one({"_id": session_id}, NUMBERS_OF_ALL))
+            heads: list[Document] = [] if document is None else document["heads"]
+            numbers = max((head for head in heads if head["count"]), key=lambda head: head["bytes"], default=None)
+            if numbers is None:
+                return False
+            head = self._head(session_id, numbers["key"])
+            if self._is_moving(head):
+                await asyncio.wait({head.moving})
+                return True
+            head.learn(numbers)
+            if await self._move(session_id, numbers["key"], head, everything(head)):
+                return True
+        return False
+
+    # Reaching what was moved.
+
+    async def _archived(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
+        """Return archived messages without their metrics, oldest first, from one query.
+
+        Args:
+            session_id: The session.
+            wanted: By agent key, when the agent was created, and the positions to begin with and to end before.
+        """
+        found: dict[str, dict[int, Document]] = {key: {} for key in wanted}
+        condition = {"$or": [holding_positions(session_id, key, *which) for key, which in wanted.items()]}
+
+        async def read(archive: AsyncCollection) -> None:
+            async for bucket in archive.find(condition, {"messages.event_loop_metrics": 0}):
+                found[bucket["_id"]["agent"]][bucket["_id"]["first"]] = bucket
+
+        await self._send(read, self._archive_name)
+        return {
+            key: _joined(session_id, [found[key][first] for first in sorted(found[key])], begin, end)
+            for key, (_, begin, end) in wanted.items()
+        }
+
+    async def _archived_message(self, session_id: str, key: str, message_id: int, since: Any) -> Document | None:
+        """Return a message of an agent that was created at `since`, `None` if no bucket holds it."""
+        head = replace(self._head(session_id, key), since=since)
+        for condition in holding_message(session_id, key, message_id, head):
+            bucket = await self._find_bucket(condition, {"messages.$": 1})
+            if bucket is not None:
+                message: Document = bucket["messages"][0]
+                return message
+        return None
+
+    async def _change_archived(self, session_id: str, key: str, message_id: int, fields: Document) -> None:
+        """Set fields of a message in the bucket that holds it, if one does."""
+        head = self._head(session_id, key)
+        if not head.learned and not await self._ask_head(session_id, key, head):
+            return
+        for condition in holding_message(session_id, key, message_id, head):
+            if await self._change_bucket(change_in_bucket(condition, message_id, fields)):
+                return
+
+    async def _find_bucket(self, condition: Document, projection: Document) -> Document | None:
+        return await self._send(lambda archive: archive.find_one(condition, projection), self._archive_name)
+
+    async def _change_bucket(self, change: Update) -> bool:
+        result = await self._send(
+            lambda archive: archive.update_one(change.filter, change.update, array_filters=change.array_filters),
+            self._archive_name,
+        )
+        return bool(result.matched_count)
+
+    def _copies(self, session_id: str, write: AgentWrite) -> dict[int, Document]:
+        """Return those replacements in a head of which a left-over bucket may hold what they replace.
+
+        No bucket holds the newest message, unless it alone is so large that it had to make room for the next. So only
+        who replaces such a one or an older one, which hardly happens, has to look.
+        """
+        head = self._heads.get((session_id, agent_key(write.agent_id)))
+        following = write.expected_id if write.expected_id is not None else head and head.next_id
+        return {
+            message_id: fields
+            for message_id, fields in write.replaced.items()
+            if "message" in fields and (message_id + 1 != following or head is None or head.size > self._limits.size)
+        }
+
+
+def _joined(session_id: str, buckets: Iterable[Document], begin: int, end: int) -> list[Document]:
+    """Return the messages at positions from `begin` to below `end`, of which none may be missing."""
+    messages: list[Any] = []
+    for bucket in buckets:
+        first = bucket["_id"]["first"]
+        if first > begin + len(messages):
+            break
+        messages += bucket["messages"][begin + len(messages) - first : end - first]
+    if len(messages) < end - begin:
+        raise DatabaseError(f"session {session_id!r}: message {begin + len(messages)} is missing in its archive")
+    return messages

@@ -1,0 +1,302 @@
+"""Large attachments of messages, in the GridFS bucket `<collection>_attachments`; any GridFS client reads it.
+
+A file's `_id` is `{session_id, sha256, generation}`, that of a chunk `{file, n}`: what a session holds once is stored
+once, all of a session lies in one range of either index, and storing anything again changes nothing. The entry in
+`.files` is written last, so a file that has one is whole, and whoever finds none stores all of it.
+
+Files are stored before the message that refers to them, and removed when no message of the session does any more. So
+that nobody refers to a file while somebody else removes it, the session's document counts generations: removing begins
+with a new one, and a message with attachments is only stored in the generation in which its writer made sure of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from bson import MaxKey
+from pymongo import IndexModel, ReturnDocument
+from pymongo.errors import DuplicateKeyError
+
+from ._changes import AgentWrite
+from ._commands import SessionCollection
+from ._connection import AsyncCollection, Connection
+from ._documents import Document, now
+from ._references import Reference, attached, detached, references_of
+from .errors import AttachmentError
+
+CHUNK_BYTES = 2 * 1024 * 1024
+
+_KNOWN_SESSIONS = 64
+_KNOWN_FILES = 256
+
+_CHUNK_INDEX = IndexModel([("files_id", 1), ("n", 1)], unique=True)
+
+_REFERENCES: Document = {
+    "attachments_generation": 1,
+    "attachments": {
+        "$map": {
+            "input": {"$objectToArray": {"$ifNull": ["$agents", {}]}},
+            "in": {"$ifNull": ["$$this.v.messages.attachments", []]},
+        }
+    },
+}
+
+
+class StaleAttachments(Exception):
+    """Attachments were removed since a writer made sure of its own; `document` is the session, read since then."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.document = document
+
+
+@dataclass
+class _Known:
+    """Files that are there, by SHA-256, as long as the session's generation is this one."""
+
+    generation: int = 0
+    files: dict[str, Reference] = field(default_factory=dict)
+
+    def add(self, references: Iterable[Reference]) -> None:
+        for reference in references:
+            self.files.pop(reference.sha256, None)
+            self.files[reference.sha256] = reference
+            if len(self.files) > _KNOWN_FILES:
+                del self.files[next(iter(self.files))]
+
+
+class Attachments:
+    """The attachments of a collection of sessions.
+
+    Args:
+        connection: The connection of the sessions.
+        database_name: Their database.
+        collection_name: Their collection.
+    """
+
+    def __init__(self, connection: Connection, database_name: str, collection_name: str) -> None:
+        self._connection = connection
+        self._database_name = database_name
+        self._collection_name = collection_name
+        self._known: dict[str, _Known] = {}
+
+    def _collection(self, suffix: str) -> SessionCollection:
+        name = f"{self._collection_name}{suffix}"
+        return SessionCollection._over(self._connection, self._database_name, name, None, None)
+
+    @cached_property
+    def _sessions(self) -> SessionCollection:
+        return self._collection("")
+
+    @cached_property
+    def _files(self) -> SessionCollection:
+        return self._collection("_attachments.files")
+
+    @cached_property
+    def _archive(self) -> SessionCollection:
+        return self._collection("_archive")
+
+    @cached_property
+    def _chunks(self) -> SessionCollection:
+        return self._collection("_attachments.chunks")
+
+    def learn(self, session_id: str, document: Mapping[str, Any], references: Iterable[Reference] = ()) -> None:
+        """Take note of a session's generation and of what it refers to, read in one command."""
+        self._known.pop(session_id, None)
+        self._known[session_id] = known = _Known(document.get("attachments_generation") or 0)
+        known.add(references)
+        if len(self._known) > _KNOWN_SESSIONS:
+            del self._known[next(iter(self._known))]
+
+    # Storing.
+
+    async def store(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
+        """Store what was set aside from the messages of writes, and put references into the writes."""
+        writes = [write for write in writes if any(_set_aside([*write.contents(), *write.earlier_contents()]))]
+        if not writes:
+            return
+        if session_id not in self._known:
+            self.learn(session_id, {})  # if it is not the first generation, the session will tell
+        known = self._known[session_id]
+        needed = {id(data): data for write in writes for data in _set_aside(write.contents())}
+        aside = needed | {id(data): data for write in writes for data in _set_aside(write.earlier_contents())}
+        digests = await asyncio.to_thread(_digests, aside)
+        sent = {digests[key]: data for key, data in needed.items()}
+        stored = await self._ensure_stored(session_id, known, sent)
+        references = {
+            key: str(stored.get(sha256) or Reference(sha256, len(aside[key]), known.generation))
+            for key, sha256 in digests.items()
+        }
+        for write in writes:
+            write.exchange(lambda message: detached(message, references) if message.get("attachments") else message)
+            write.generation = known.generation
+
+    async def _ensure_stored(self, session_id: str, known: _Known, blobs: Mapping[str, bytes]) -> dict[str, Reference]:
+        """Store what is not there of contents by SHA-256; return what to refer to."""
+        stored = {sha256: known.files[sha256] for sha256 in blobs if sha256 in known.files}
+        new = {sha256: Reference(sha256, len(blobs[sha256]), known.generation) for sha256 in blobs.keys() - stored}
+        if new:
+            condition = {"_id": {"$in": [_file_id(session_id, reference) for reference in new.values()]}}
+            there = await self._files._send(lambda files: _file_ids(files, condition))
+            for sha256, reference in new.items():
+                if (file := _file_id(session_id, reference)) not in there:
+                    await self._upload(file, blobs[sha256])
+        known.add(new.values())
+        known.add(stored.values())
+        return stored | new
+
+    async def _upload(self, file: Document, data: bytes) -> None:
+        self._chunks._ensure({"files_id,n": _CHUNK_INDEX})
+        for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+            await _insert(
+                self._chunks,
+                {"_id": {"file": file, "n": n}, "files_id": file, "n": n, "data": data[start : start + CHUNK_BYTES]},
+            )
+        entry = {
+            "_id": file,
+            "length": len(data),
+            "chunkSize": CHUNK_BYTES,
+            "uploadDate": now(),
+            "filename": file["sha256"],
+        }
+        await _insert(self._files, entry)
+
+    # Reading.
+
+    async def restore(self, session_id: str, messages: Mapping[str, list[Document]]) -> None:
+        """Put the bytes back into the stored messages of agents, by agent id, in place.
+
+        Raises:
+            AttachmentError: An attachment is missing or is not what was stored.
+        """
+        wanted: dict[Reference, str] = {}
+        for agent_id, elements in messages.items():
+            for position, element in enumerate(elements):
+                for reference in references_of(element):
+                    wanted.setdefault(reference, f"message {element.get('message_id', position)} of agent {agent_id!r}")
+        if not wanted:
+            return
+        async with self._connection.operation():
+            parts = await self._chunks._send(lambda chunks: _parts(chunks, session_id, wanted))
+            blobs = await asyncio.to_thread(_joined, parts)
+        for reference, where in wanted.items():
+            if str(reference) not in blobs:
+                raise AttachmentError(
+                    f"session {session_id!r}: {where} holds an attachment of {reference.length} bytes that is missing "
+                    f"or damaged in {self._collection_name}_attachments (SHA-256 {reference.sha256})"
+                )
+        for elements in messages.values():
+            elements[:] = [attached(element, blobs) if references_of(element) else element for element in elements]
+
+    # Removing.
+
+    async def has_any(self, session_id: str) -> bool:
+        """Tell whether a session has attachments."""
+        condition = {"_id": _within(session_id, "sha256")}
+        return await self._files._send(lambda files: files.find_one(condition, {"_id": 1})) is not None
+
+    async def remove_unreferenced(self, session_id: str) -> None:
+        """Remove the attachments that no message of a session refers to.
+
+        If it is interrupted, the next call for the session removes what is left.
+        """
+        if not await self.has_any(session_id):
+            return
+        document = await self._sessions._send(
+            lambda sessions: sessions.find_one_and_update(
+                {"_id": session_id},
+                {"$inc": {"attachments_generation": 1}},
+                projection=_REFERENCES,
+                return_document=ReturnDocument.AFTER,
+            )
+        )
+        if document is None:
+            return
+        # What is moved to the archive meanwhile was in the head.
+        used = {reference for messages in document["attachments"] for reference in _parsed(messages)}
+        self.learn(session_id, document, used)
+        used |= await self._archive._send(lambda archive: _archived(archive, session_id))
+        kept = [_file_id(session_id, reference) for reference in used]
+        earlier = {"$lt": document["attachments_generation"]}
+        chunks = {"_id": _within_chunks(session_id), "files_id": {"$nin": kept}, "files_id.generation": earlier}
+        files = {"_id": {**_within(session_id, "sha256"), "$nin": kept}, "_id.generation": earlier}
+        # Chunks first: an entry in `.files` is how what is left after an interruption is found again.
+        await self._chunks._send(lambda collection: collection.delete_many(chunks))
+        await self._files._send(lambda collection: collection.delete_many(files))
+
+
+def _file_id(session_id: str, reference: Reference) -> Document:
+    return {"session_id": session_id, "sha256": reference.sha256, "generation": reference.generation}
+
+
+def _within(session_id: str, following: str) -> Document:
+    """Return the range of all ids that begin with a session's, and go on with the field `following`."""
+    return {"$gte": {"session_id": session_id}, "$lte": {"session_id": session_id, following: MaxKey()}}
+
+
+def _within_chunks(session_id: str) -> Document:
+    return {operator: {"file": bound} for operator, bound in _within(session_id, "sha256").items()}
+
+
+def _parsed(messages: Iterable[Any]) -> set[Reference]:
+    """Return what the `attachments` of several messages list."""
+    return {reference for listed in messages for reference in references_of({"attachments": listed})}
+
+
+def _set_aside(messages: Iterable[Mapping[str, Any]]) -> Iterable[bytes]:
+    return (data for message in messages for data in message.get("attachments") or ())
+
+
+def _digests(blobs: Mapping[int, bytes]) -> dict[int, str]:
+    return {key: hashlib.sha256(data).hexdigest() for key, data in blobs.items()}
+
+
+async def _insert(collection: SessionCollection, document: Document) -> None:
+    with suppress(DuplicateKeyError):  # the same, by somebody else or an attempt whose acknowledgement was lost
+        await collection._send(lambda target: target.insert_one(document))
+
+
+async def _archived(archive: AsyncCollection, session_id: str) -> set[Reference]:
+    """Return what the archived messages of a session refer to."""
+    buckets = archive.find({"_id": _within(session_id, "agent")}, {"messages.attachments": 1})
+    return {
+        reference
+        async for bucket in buckets
+        for reference in _parsed(message.get("attachments") for message in bucket["messages"])
+    }
+
+
+async def _file_ids(files: AsyncCollection, condition: Document) -> list[Document]:
+    return [entry["_id"] async for entry in files.find(condition, {"_id": 1})]
+
+
+async def _parts(
+    chunks: AsyncCollection, session_id: str, references: Iterable[Reference]
+) -> dict[Reference, list[bytes]]:
+    """Return the chunks of several files, in order, from one query."""
+    parts: dict[tuple[str, int], tuple[Reference, list[bytes]]] = {}
+    ranges = []
+    for reference in references:
+        parts[reference.sha256, reference.generation] = (reference, [])
+        file = _file_id(session_id, reference)
+        ranges.append({"_id": {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}})
+    async for chunk in chunks.find({"$or": ranges}, sort=[("_id", 1)]):
+        file = chunk["files_id"]
+        parts[file["sha256"], file["generation"]][1].append(chunk["data"])
+    return dict(parts.values())
+
+
+def _joined(parts: dict[Reference, list[bytes]]) -> dict[str, bytes]:
+    """Return the contents that are what their references say, by reference."""
+    blobs = {}
+    for reference in tuple(parts):
+        data = b"".join(parts.pop(reference))
+        if len(data) == reference.length and hashlib.sha256(data).hexdigest() == reference.sha256:
+            blobs[str(reference)] = data
+    return blobs

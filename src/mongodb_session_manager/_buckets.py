@@ -1,0 +1,291 @@
+"""How the old messages of a long conversation are laid out: heads, buckets, and the statements that move them. Pure.
+
+The session document keeps an agent's newest messages, its head. Older ones are in `<collection>_archive`:
+
+    _id          {session_id, agent: <agent key>, since: <the agent's created_at>, first: <position>}
+    session_id   as in `_id`
+    revision     the head's when the bucket was made; it grows with every change of a message in the bucket
+    last         the position of the last message
+    messages     as they were in the session document
+
+`since` keeps the agent apart from one of a session of the same id that somebody has deleted. A position counts the
+messages of an agent from 0; unlike an id it says where a message is, whatever a version before 1.0 has stored. In the
+agent's sub-document, `archived` is the position of the head's first message and `revision` grows with every change of
+a message in the head, but not with an append.
+
+A move takes two statements and brings no message to the client. `merge` copies the oldest messages into the bucket
+that begins at `archived`; `cut` takes them out of the head and adds their number to `archived`. Both match the same
+`archived` and `revision`, and what they take depends only on messages that cannot change without changing these. A
+bucket that begins at `archived` or later is the left-over of a move that did not come to its end: nobody reads it, and
+the next move replaces it. `merge` refuses to replace a bucket of a higher revision, or an unlike one of the same, so
+that a statement that was stuck on its way cannot undo what happened since; `outrun` is the answer to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+from ._changes import Update
+from ._documents import Document, stored_removed
+from .errors import ConfigurationError
+
+MAX_EMBEDDED_MESSAGES = 128
+MAX_EMBEDDED_BYTES = 256 * 1024
+
+BUCKET_MESSAGES = 1024
+"""No bucket holds more, so the one that holds a position begins at most so far below it."""
+
+_BUCKET_BYTES = 2 * 1024 * 1024
+_MOST_EMBEDDED_BYTES = 8 * 1024 * 1024
+_ALL = 2**31 - 1
+_TAKEN = "__taken__"
+
+
+@dataclass
+class Head:
+    """What is known of the messages of an agent in the session document.
+
+    Attributes:
+        since: When the agent was created.
+        archived: The position of the first one.
+        revision: Of the head.
+        below: Ids below the first one's, that is `archived` unless a version before 1.0 left gaps.
+        next_id: The id of the next message.
+        size: Bytes of all, at least.
+        removed: How many of the agent's oldest messages its conversation manager has removed.
+        learned: Whether the server was ever asked.
+        certain: Whether nothing but appends has happened since.
+        moving: A future that is done when the bucket that is being moved is.
+    """
+
+    since: Any = None
+    archived: int = 0
+    revision: int = 0
+    below: int = 0
+    next_id: int = 0
+    size: int = 0
+    removed: int = 0
+    learned: bool = False
+    certain: bool = False
+    moving: Any = None
+
+    @property
+    def count(self) -> int:
+        """How many messages there are."""
+        return self.next_id - self.below
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether every id is the position of its message, as versions since 1.0 store them."""
+        return self.learned and self.below == self.archived
+
+    def learn(self, numbers: Mapping[str, Any]) -> None:
+        """Take over what `head_numbers` has brought."""
+        self.since = numbers.get("created_at")
+        self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
+        self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
+        self.below = self.next_id - int(numbers["count"])
+        self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
+        self.learned = self.certain = True
+
+
+class Step(NamedTuple):
+    """How much a move takes: the oldest messages until both numbers are reached, but no more than `most`."""
+
+    messages: int
+    size: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many messages, and how many bytes of them, an agent has in the session document at most."""
+
+    messages: int
+    size: int
+
+    @classmethod
+    def checked(cls, max_embedded_messages: object, max_embedded_bytes: object) -> Self:
+        """Return limits that can be used.
+
+        Raises:
+            ConfigurationError: One cannot.
+        """
+        for name, value in (
+            ("max_embedded_messages", max_embedded_messages),
+            ("max_embedded_bytes", max_embedded_bytes),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{name} must be an int from 1")
+        limits = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
+        if limits.size > _MOST_EMBEDDED_BYTES:
+            raise ConfigurationError(f"max_embedded_bytes must be at most {_MOST_EMBEDDED_BYTES}")
+        return limits
+
+    def exceeded(self, head: Head, times: int = 1) -> bool:
+        """Tell whether messages have to move; the newest stays, whatever its size."""
+        return head.count > 1 and (head.count > times * self.messages or head.size > times * self.size)
+
+    def step(self, head: Head) -> Step:
+        """Return the move after which half of what is allowed is left.
+
+        What restoring the agent needs stays if that is at most three quarters, so that it is in the session document.
+        """
+        kept = head.archived + head.count - head.removed
+        stays = kept <= self.messages * 3 // 4 and head.size * kept // head.count <= self.size * 3 // 4
+        most = head.count - kept if stays and 0 < kept < head.count else head.count - 1
+        messages = head.count - self.messages // 2 if head.count > self.messages else 0
+        size = head.size - self.size // 2 if head.size > self.size else 0
+        return Step(messages, size, min(most, BUCKET_MESSAGES))
+
+
+def everything(head: Head) -> Step:
+    """Return the move that leaves only the newest message, or none where that is the only one."""
+    older = max(1, head.count - 1)
+    return Step(older, 0, min(older, BUCKET_MESSAGES))
+
+
+def head_numbers(path: str) -> Document:
+    """Return the expression for what `Head.learn` takes; `path` leads to the agent and begins with `$`."""
+    messages = {"$ifNull": [f"{path}.messages", []]}
+    return {
+        "created_at": f"{path}.created_at",
+        "archived": {"$ifNull": [f"{path}.archived", 0]},
+        "revision": {"$ifNull": [f"{path}.revision", 0]},
+        "next_message_id": f"{path}.next_message_id",
+        "count": {"$size": messages},
+        "bytes": {"$bsonSize": {"m": messages}},
+        "removed": stored_removed(path),
+    }
+
+
+def numbers_of(key: str) -> Document:
+    """Return the projection that brings the `head` of an agent; `null` if there is no such agent."""
+    path = f"$agents.{key}"
+    return {"_id": 0, "head": {"$cond": [{"$eq": [{"$type": path}, "object"]}, head_numbers(path), None]}}
+
+
+NUMBERS_OF_ALL: Document = {
+    "_id": 0,
+    "heads": {
+        "$map": {
+            "input": {"$objectToArray": {"$ifNull": ["$agents", {}]}},
+            "as": "agent",
+            "in": {"key": "$$agent.k", **head_numbers("$$agent.v")},
+        }
+    },
+}
+"""The projection that brings the `heads` of all agents, each with its `key`."""
+
+
+def _unchanged(session_id: str, key: str, head: Head) -> Document:
+    """Return the filter that matches while the head's messages are those `head` was told of, and others after them."""
+    numbers = {"archived": head.archived, "revision": head.revision}
+    return {
+        "_id": session_id,
+        f"agents.{key}.messages.0": {"$exists": True},
+        f"agents.{key}.created_at": head.since,
+        **{f"agents.{key}.{name}": value or {"$in": [None, 0]} for name, value in numbers.items()},
+    }
+
+
+def _taken(messages: str, step: Step) -> Document:
+    """Return the expression for how many of `messages` a step takes: at least one."""
+    size = {"$add": ["$$value.size", {"$bsonSize": "$$this"}]}
+    wanted = {"$or": [{"$lt": ["$$value.count", step.messages]}, {"$lt": ["$$value.size", step.size]}]}
+    fits = {"$or": [{"$eq": ["$$value.count", 0]}, {"$lte": [size, _BUCKET_BYTES]}]}
+    more = {
+        "$cond": [
+            {"$and": ["$$value.more", wanted, fits]},
+            {"count": {"$add": ["$$value.count", 1]}, "size": size, "more": True},
+            {"count": "$$value.count", "size": "$$value.size", "more": False},
+        ]
+    }
+    counted = {
+        "$reduce": {
+            "input": {"$slice": [messages, step.most]},
+            "initialValue": {"count": 0, "size": 0, "more": True},
+            "in": more,
+        }
+    }
+    return {"$max": [1, {"$getField": {"field": "count", "input": counted}}]}
+
+
+def merge(session_id: str, key: str, head: Head, step: Step, archive: str) -> list[Document]:
+    """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in."""
+    messages = f"$agents.{key}.messages"
+    bucket = {
+        "_id": {"$literal": bucket_id(session_id, key, head.since, head.archived)},
+        "session_id": "$_id",
+        "revision": {"$literal": head.revision},
+        "last": {"$add": [f"${_TAKEN}", head.archived - 1]},
+        "messages": {"$slice": [messages, f"${_TAKEN}"]},
+    }
+    newer = {"$gt": ["$$new.revision", "$revision"]}
+    alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
+    # There is no way to say "fail"; but changing the _id is an error (ImmutableField).
+    replace_or_fail = {"$replaceWith": {"$cond": [{"$or": [newer, alike]}, "$$new", {"_id": None}]}}
+    return [
+        {"$match": _unchanged(session_id, key, head)},
+        {"$set": {_TAKEN: _taken(messages, step)}},
+        {"$project": bucket},
+        {"$merge": {"into": archive, "on": "_id", "whenMatched": [replace_or_fail], "whenNotMatched": "insert"}},
+    ]
+
+
+MERGE_REFUSED = 66
+"""The server's error code for a bucket that `merge` must not replace."""
+
+
+def cut(session_id: str, key: str, head: Head, step: Step) -> Update:
+    """Return the update that takes out of a head what `merge` copied."""
+    path = f"agents.{key}"
+    sets = {
+        f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
+        f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},
+    }
+    stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
+    return Update(_unchanged(session_id, key, head), stages, None)
+
+
+def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
+    """Return the update that gives a head a higher revision than a left-over bucket that `merge` must not replace."""
+    higher = max(head.revision, revision) + 1
+    return Update(_unchanged(session_id, key, head), {"$set": {f"agents.{key}.revision": higher}}, None)
+
+
+def bucket_id(session_id: str, key: str, since: Any, first: int) -> Document:
+    """Return the `_id` of a bucket. Ids of one agent are in the order of its messages."""
+    return {"session_id": session_id, "agent": key, "since": since, "first": first}
+
+
+def holding_positions(session_id: str, key: str, since: Any, begin: int, end: int) -> Document:
+    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived."""
+    low, high = (bucket_id(session_id, key, since, first) for first in (begin - BUCKET_MESSAGES, end))
+    return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
+
+
+def holding_message(session_id: str, key: str, message_id: int, head: Head) -> list[Document]:
+    """Return filters for the bucket that holds a message, to be tried in turn.
+
+    The first looks where a message is whose id is its position; the second, if there may be others, everywhere.
+    """
+    ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
+    return [
+        {
+            "_id": {
+                "$gte": bucket_id(session_id, key, head.since, low),
+                "$lte": bucket_id(session_id, key, head.since, high),
+            },
+            "messages.message_id": message_id,
+        }
+        for low, high in ranges[: 1 if head.is_regular else 2]
+    ]
+
+
+def change_in_bucket(condition: Document, message_id: int, fields: Document) -> Update:
+    """Return the update that sets fields of a message in the bucket that `condition` finds."""
+    sets = {f"messages.$[message].{name}": value for name, value in fields.items()}
+    return Update(condition, {"$set": sets, "$inc": {"revision": 1}}, [{"message.message_id": message_id}])

@@ -1,0 +1,146 @@
+"""How a message refers to bytes that are kept outside of its session's document, and how large it may be. Pure.
+
+A message whose bytes together exceed a bound is recorded with them beside it, under `attachments`. When it is stored,
+the bytes are in GridFS, and its element of `messages` holds
+
+    message, redact_message   {"__msm__": "attachment", "v": <reference>} in the place of the bytes
+    attachments               [<reference>]
+
+A reference is text, `<SHA-256>:<length>:<generation>`; `_attachments` says what a generation is. The codec escapes
+whatever looks like this in a message, so it stands for bytes wherever it stands for anything; and it is exchanged
+only where `attachments` lists it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Self, TypeVar, cast
+
+from ._codec import MARKER, stored_size
+from ._documents import Document
+from .errors import ConfigurationError, MessageTooLargeError
+
+T = TypeVar("T", bound=Mapping[str, Any])
+
+MAX_INLINE_ATTACHMENT_BYTES = 256 * 1024
+"""How many bytes the images, documents and videos of one message may hold together and stay in the document."""
+
+MAX_MESSAGE_BYTES = 15 * 1024 * 1024
+"""How large the BSON of one message may be without its attachments.
+
+A document of MongoDB holds 16 MiB. The rest is for what the document holds beside the message.
+"""
+
+_TAG = "attachment"
+_WORTHWHILE = 128
+"""Bytes that a reference takes at most; no fewer are worth being kept outside."""
+_FORM = re.compile(r"([0-9a-f]{64}):([0-9]{1,18}):([0-9]{1,18})")
+
+
+class Reference(NamedTuple):
+    """What a message says of bytes that are kept outside."""
+
+    sha256: str
+    length: int
+    generation: int
+
+    def __str__(self) -> str:
+        return f"{self.sha256}:{self.length}:{self.generation}"
+
+    @classmethod
+    def parse(cls, text: object) -> Self | None:
+        """Return the reference that `text` is, if it is one."""
+        match = _FORM.fullmatch(text) if isinstance(text, str) else None
+        return None if match is None else cls(match[1], int(match[2]), int(match[3]))
+
+
+def checked_inline_bytes(value: object) -> int:
+    """Return `value` if it can be `max_inline_attachment_bytes`.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_MESSAGE_BYTES:
+        raise ConfigurationError(f"max_inline_attachment_bytes must be an int from 0 to {MAX_MESSAGE_BYTES}")
+    return value
+
+
+def set_aside(fields: T, max_inline: int) -> T:
+    """Return the fields of a message, with the bytes that are to be kept outside listed under `attachments`.
+
+    Raises:
+        MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
+    """
+    found = _bytes_in(fields.values())
+    if sum(map(len, found.values())) > max_inline:
+        references = {key: str(Reference("0" * 64, len(data), 0)) for key, data in found.items()}
+        fields = cast(T, {**fields, "attachments": list(found.values())})
+        size = stored_size(detached(fields, references))
+    else:
+        size = stored_size(fields)
+    if size > MAX_MESSAGE_BYTES:
+        raise MessageTooLargeError(
+            f"a message of {size} bytes, its attachments not counted, is larger than a message may be "
+            f"({MAX_MESSAGE_BYTES} bytes); it was not stored"
+        )
+    return fields
+
+
+def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:
+    """Return the bytes within values that are worth being kept outside, by identity."""
+    found: dict[int, bytes] = {}
+    left = list(values)
+    while left:
+        value = left.pop()
+        kind = type(value)
+        if kind is dict:
+            left.extend(value.values())
+        elif kind is list:
+            left.extend(value)
+        elif kind is bytes and len(value) > _WORTHWHILE:
+            found[id(value)] = value
+    return found
+
+
+def detached(fields: Mapping[str, Any], references: Mapping[int, str]) -> Document:
+    """Return the fields of a message with references, by identity of the bytes, in the place of what was set aside."""
+
+    def refer(value: Any) -> Any:
+        if type(value) is bytes and (reference := references.get(id(value))) is not None:
+            return {MARKER: _TAG, "v": reference}
+        return value
+
+    listed = sorted({references[id(data)] for data in fields["attachments"]})
+    return {**_exchanged(fields, refer), "attachments": listed}
+
+
+def references_of(stored: Mapping[str, Any]) -> list[Reference]:
+    """Return what a stored message refers to."""
+    listed = stored.get("attachments")
+    found = map(Reference.parse, listed if isinstance(listed, list) else ())
+    return [reference for reference in found if reference is not None]
+
+
+def attached(stored: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Document:
+    """Return a stored message with bytes, by reference, where they belong; the inverse of `detached`."""
+
+    def fetch(value: Any) -> Any:
+        if type(value) is dict and value.get(MARKER) == _TAG and type(value.get("v")) is str:
+            return blobs.get(value["v"], value)
+        return value
+
+    return _exchanged(stored, fetch)
+
+
+def _exchanged(fields: Mapping[str, Any], exchange: Callable[[Any], Any]) -> Document:
+    def walk(value: Any) -> Any:
+        new = exchange(value)
+        if new is not value:
+            return new
+        if type(value) is dict:
+            return {key: walk(item) for key, item in value.items()}
+        return list(map(walk, value)) if type(value) is list else value
+
+    content = {name: walk(fields[name]) for name in ("message", "redact_message") if name in fields}
+    return {**fields, **content}

@@ -1,0 +1,129 @@
+"""What goes wrong. Each fault is in force while its context is open, and checks at the end that it did happen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+from operations import Session
+from pymongo.errors import WaitQueueTimeoutError
+from sites import Site
+
+from proxy import command
+from support import eventually
+
+Fault = Callable[[Site, Session, str], AbstractContextManager[None]]
+
+SHORT = {"serverSelectionTimeoutMS": 200}
+IMPATIENT = {"serverSelectionTimeoutMS": 200, "socketTimeoutMS": 300, "connectTimeoutMS": 300}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "refused": SHORT,
+    "died": SHORT,
+    "frozen": IMPATIENT,
+    "mute": IMPATIENT,
+    "pool": {"maxPoolSize": 1, "waitQueueTimeoutMS": 100},
+}
+
+
+@contextmanager
+def refused(site: Site, session: Session, name: str) -> Iterator[None]:
+    """No connection can be made."""
+    site.proxy.refuse()
+    yield
+    assert session.error is not None
+    assert "Connection refused" in str(session.error.__cause__)
+    site.proxy.accept()
+
+
+@contextmanager
+def dropped(site: Site, session: Session, name: str) -> Iterator[None]:
+    """The connection is lost before the server has the command, and once more when it is sent again."""
+    site.proxy.drop_before_request(command(name), 2)
+    yield
+    assert site.proxy.dropped == 2
+
+
+@contextmanager
+def unacked(site: Site, session: Session, name: str) -> Iterator[None]:
+    """The connection is lost after the server has carried out the command, and once more when it is sent again."""
+    site.proxy.drop_after_request(command(name), 2)
+    yield
+    assert site.proxy.dropped == 2
+
+
+@contextmanager
+def died(site: Site, session: Session, name: str) -> Iterator[None]:
+    """The server carries out the command and is gone."""
+    site.proxy.refuse_after_request(command(name))
+    yield
+    assert site.proxy.dropped == 1
+    site.proxy.accept()
+
+
+@contextmanager
+def frozen(site: Site, session: Session, name: str) -> Iterator[None]:
+    """The command and everything after it gets stuck on its way, and arrives when nobody waits any more."""
+    site.proxy.freeze_before_request(command(name))
+    yield
+    assert site.proxy.frozen == 1
+    site.proxy.thaw()
+
+
+@contextmanager
+def mute(site: Site, session: Session, name: str) -> Iterator[None]:
+    """The server carries out the command, and its reply and everything after it gets stuck."""
+    site.proxy.freeze_after_request(command(name))
+    yield
+    assert site.proxy.frozen == 1
+    site.proxy.thaw()
+
+
+@contextmanager
+def failing(
+    site: Site, session: Session, name: str, *, times: int, at_least: int | None = None, **data: Any
+) -> Iterator[None]:
+    before = site.fail(times, failCommands=[name], appName=session.session_id, **data)
+    yield
+    assert times >= site.fail(0) - before >= (at_least or times)
+
+
+@contextmanager
+def pool(site: Site, session: Session, name: str) -> Iterator[None]:
+    """The pool's only connection waits for the reply to somebody else's command."""
+    site.proxy.freeze_before_request(b"\x10ping\0")
+    other = threading.Thread(target=session.factory.ping)
+    other.start()
+    eventually(lambda: site.proxy.frozen)
+    yield
+    assert session.error is not None
+    assert isinstance(session.error.__cause__, WaitQueueTimeoutError)
+    site.proxy.thaw()
+    other.join(30)
+
+
+NOT_PRIMARY = {"errorCode": 10107}
+WRITE_CONCERN = {
+    "writeConcernError": {
+        "code": 64,
+        "codeName": "WriteConcernTimeout",
+        "errmsg": "waiting for replication timed out",
+        "errInfo": {"wtimeout": True},
+    }
+}
+
+FAULTS: dict[str, Fault] = {
+    "refused": refused,
+    "dropped": dropped,
+    "unacked": unacked,
+    "died": died,
+    "frozen": frozen,
+    "mute": mute,
+    "demoted": partial(failing, times=2, **NOT_PRIMARY),
+    "no-primary": partial(failing, times=1000, at_least=4, **NOT_PRIMARY),
+    "write-concern": partial(failing, times=1, **WRITE_CONCERN),
+    "pool": pool,
+    "cancelled": frozen,
+}

@@ -1,0 +1,118 @@
+"""Moving old messages into the archive meets every fault: nobody notices, nothing is lost, and it comes to its end.
+
+`EXPECTED` says what has become of the move while the fault is still there, by the command that the fault meets:
+
+    moved    the messages are in the archive
+    kept     they are in the session's document, and are moved after the next append
+"""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import closing
+
+import pytest
+from faults import FAULTS, OPTIONS
+from leaks import nothing_left
+from operations import Api, Async, Session, Sync, message
+from sites import Site, answers
+
+from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
+from proxy import command
+from support import agent, eventually, texts
+
+EXPECTED = """
+              dropped unacked died  frozen mute  demoted no-primary write-concern
+aggregate     moved   moved   kept  kept   kept  moved   kept       kept
+findAndModify moved   moved   moved kept   moved moved   kept       moved
+"""
+
+HEADER, *ROWS = (line.split() for line in EXPECTED.strip().splitlines())
+CELLS = [
+    pytest.param(name, fault, expected, id=f"{name}-{fault}")
+    for name, *row in ROWS
+    for fault, expected in zip(HEADER, row, strict=True)
+]
+
+
+async def append(session: Session, text: str) -> None:
+    session.manager.append_message(message(text), session.agent)
+    if session.api.name == "sync":
+        session.manager.flush()
+    else:
+        await session.manager.flush()
+
+
+def archived(session: Session) -> int:
+    document = session.document
+    assert document is not None
+    position: int = document["agents"]["agent"].get("archived", 0)
+    return position
+
+
+def is_moving(factory: MongoDBSessionManagerFactory) -> bool:
+    return bool(factory._connection._tasks)
+
+
+def everything(session_id: str, site: Site) -> list[str]:
+    with closing(MongoDBSessionRepository(site.proxy.uri, site.database)) as repository:
+        listed = repository.list_messages(session_id, "agent")
+    assert [one.message_id for one in listed] == list(range(len(listed)))
+    return texts([one.to_message() for one in listed])
+
+
+@pytest.mark.parametrize("api", [Sync, Async], ids=["sync", "async"])
+@pytest.mark.parametrize(("name", "fault", "expected"), CELLS)
+def test_a_move_meets_a_fault(name: str, fault: str, expected: str, api: type[Api], replica_set_site: Site) -> None:
+    check(name, fault, expected, api(), replica_set_site)
+
+
+@pytest.mark.parametrize("name", ["aggregate", "findAndModify"])
+@pytest.mark.parametrize("fault", ["dropped", "unacked"])
+def test_a_move_meets_a_fault_on_a_standalone_server(name: str, fault: str, standalone_site: Site) -> None:
+    check(name, fault, "moved", Sync(), standalone_site)
+
+
+def check(name: str, fault: str, expected: str, api: Api, site: Site) -> None:
+    session_id = f"s-{uuid.uuid4().hex}"
+    options = {"appName": session_id, **OPTIONS.get(fault, {})}
+    site.proxy.reset()
+    with (
+        nothing_left(site.proxy),
+        closing(api),
+        MongoDBSessionManagerFactory(site.proxy.uri, site.database, max_embedded_messages=2, **options) as factory,
+    ):
+        eventually(lambda: answers(factory))
+        site.copy_template(session_id)
+        session = Session(session_id, api, factory, lambda kind: None, site.collection)
+        api.run(session.open())
+        session.agent = agent(session.manager)
+        with FAULTS[fault](site, session, name):
+            api.run(append(session, "third"))
+            eventually(lambda: not is_moving(factory))
+            assert archived(session) == {"moved": 2, "kept": 0}[expected]
+        eventually(lambda: answers(factory))
+        assert everything(session_id, site) == ["hi", "hello", "third"]
+        api.run(append(session, "fourth"))
+        api.run(append(session, "fifth"))
+        eventually(lambda: archived(session) >= 2 and not is_moving(factory))
+        assert everything(session_id, site) == ["hi", "hello", "third", "fourth", "fifth"]
+        api.run(session.close())
+        assert api.tasks() == set()
+
+
+@pytest.mark.parametrize("name", ["aggregate", "findAndModify"])
+def test_closing_waits_for_a_move(name: str, replica_set_site: Site) -> None:
+    site, session_id = replica_set_site, f"s-{uuid.uuid4().hex}"
+    site.proxy.reset()
+    site.copy_template(session_id)
+    with MongoDBSessionManagerFactory(site.proxy.uri, site.database, max_embedded_messages=2) as factory:
+        session = Session(session_id, Sync(), factory, lambda kind: None, site.collection)
+        session.api.run(session.open())
+        session.agent = agent(session.manager)
+        site.proxy.freeze_before_request(command(name))
+        session.api.run(append(session, "third"))
+        eventually(lambda: site.proxy.frozen)
+        assert archived(session) == 0
+        site.proxy.thaw()
+    assert archived(session) == 2

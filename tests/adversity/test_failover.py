@@ -1,0 +1,222 @@
+"""The primary of a replica set is killed and comes back while twenty agents have turns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pymongo
+import pytest
+from strands import Agent
+
+from mongodb_session_manager import (
+    DatabaseTimeoutError,
+    DatabaseUnavailableError,
+    MongoDBSessionManagerFactory,
+)
+from mongodb_session_manager.embedded import EmbeddedMongoDB
+from support import agent, eventually, message_ids, texts
+
+LOST = (DatabaseUnavailableError, DatabaseTimeoutError)
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> int:
+    return 10 if request.config.getoption("--full-adversity") else 1
+
+
+@pytest.fixture
+def replica_set() -> Iterator[EmbeddedMongoDB]:
+    with EmbeddedMongoDB(members=3, server_parameters={"enableTestCommands": 1}) as servers:
+        yield servers
+
+
+@dataclass
+class User:
+    """Has turns, one after the other, each with a text of its own, and goes on when one fails.
+
+    Attributes:
+        keeps: Whether it goes on with the manager and agent it has, like a desktop application, or opens the session
+            with new ones for each turn, like a web server.
+        acknowledged: What it could know to be stored.
+        said: Everything it and its agent said.
+        failed: How many turns raised.
+        in_turn: Whether it has a turn at this moment.
+    """
+
+    session_id: str
+    factory: MongoDBSessionManagerFactory
+    stop: threading.Event
+    keeps: bool
+    acknowledged: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    failed: int = 0
+    in_turn: bool = False
+
+    def next_turn(self, asked: Agent) -> str:
+        """Script the agent's next turn and return what to ask."""
+        text = f"{self.session_id}-{len(self.said)}"
+        self.said.append(text)
+
+        def answer(_: object) -> str:
+            self.acknowledged.append(text)  # or the model would not be called
+            self.said.append(text + "-answered")
+            return text + "-answered"
+
+        asked.model.replies.clear()
+        asked.model.replies.append(answer)
+        return text
+
+    def answered(self) -> None:
+        self.acknowledged.append(self.said[-1])
+
+
+class SyncUser(User):
+    def live(self) -> None:
+        manager: Any = None
+        while not self.stop.is_set():
+            try:
+                self.in_turn = True
+                if self.keeps:
+                    if manager is None:
+                        manager = self.factory.create_session_manager(self.session_id)
+                        asked = agent(manager)
+                    asked(self.next_turn(asked))
+                else:
+                    with self.factory.create_session_manager(self.session_id) as manager:
+                        asked = agent(manager)
+                        asked(self.next_turn(asked))
+                self.answered()
+            except LOST:
+                self.failed += 1
+            self.in_turn = False
+            time.sleep(random.uniform(0.05, 0.2))
+        if self.keeps:
+            manager.flush()
+            manager.close()
+            assert texts(asked.messages) == self.said[-len(asked.messages) :]
+
+
+class AsyncUser(User):
+    async def live(self) -> None:
+        manager: Any = None
+        while not self.stop.is_set():
+            try:
+                self.in_turn = True
+                if self.keeps:
+                    if manager is None:
+                        manager = await self.factory.create_session_manager_async(self.session_id)
+                        asked = agent(manager)
+                    await asked.invoke_async(self.next_turn(asked))
+                else:
+                    async with await self.factory.create_session_manager_async(self.session_id) as manager:
+                        asked = agent(manager)
+                        await asked.invoke_async(self.next_turn(asked))
+                self.answered()
+            except LOST:
+                self.failed += 1
+            self.in_turn = False
+            await asyncio.sleep(random.uniform(0.05, 0.2))
+        if self.keeps:
+            await manager.flush()
+            await manager.close()
+            assert texts(asked.messages) == self.said[-len(asked.messages) :]
+
+
+@pytest.mark.timeout(900)
+def test_failover(replica_set: EmbeddedMongoDB, rounds: int) -> None:
+    uri, stop = replica_set.connection_string, threading.Event()
+    with (
+        MongoDBSessionManagerFactory(uri, "failover") as patient,
+        MongoDBSessionManagerFactory(uri, "failover", serverSelectionTimeoutMS=500) as hasty,
+        ThreadPoolExecutor(11) as threads,
+    ):
+        factories = [patient, patient, hasty, hasty, hasty]
+        users: list[User] = [
+            kind(f"{kind.__name__}-{'same' if keeps else 'new'}-manager-{number}", factory, stop, keeps)
+            for kind in (SyncUser, AsyncUser)
+            for keeps in (True, False)
+            for number, factory in enumerate(factories)
+        ]
+
+        async def all_live() -> None:
+            await asyncio.gather(*(user.live() for user in users if isinstance(user, AsyncUser)))
+
+        living = [threads.submit(user.live) for user in users if isinstance(user, SyncUser)]
+        living.append(threads.submit(asyncio.run, all_live()))
+        try:
+            for _ in range(rounds):
+                all_have_turns(users, living)
+                fail_over(replica_set, users, living)
+            all_have_turns(users, living)
+        finally:
+            stop.set()
+        for life in living:
+            life.result(60)
+    check(replica_set, users, hasty)
+
+
+def all_have_turns(users: list[User], living: list[Future[None]]) -> None:
+    """Wait until every user has had another two messages stored."""
+    before = [len(user.acknowledged) for user in users]
+
+    def all_had() -> bool:
+        for life in living:
+            if life.done():
+                life.result()
+        return all(len(user.acknowledged) >= count + 2 for user, count in zip(users, before, strict=True))
+
+    eventually(all_had, seconds=120)
+
+
+def fail_over(replica_set: EmbeddedMongoDB, users: list[User], living: list[Future[None]]) -> None:
+    """Kill the primary with writes that no other member has, have the others go on, and bring it back."""
+    killed = replica_set.primary()
+    others = [port for member, port in enumerate(replica_set.ports) if member != killed]
+    with replication_stopped(others):
+        eventually(lambda: all(user.in_turn for user in users))  # nothing can be acknowledged now
+        replica_set.kill(killed)
+    assert replica_set.primary() != killed
+    all_have_turns(users, living)
+    replica_set.restart(killed)
+
+
+@contextmanager
+def replication_stopped(ports: list[int]) -> Iterator[None]:
+    with ExitStack() as stack:
+        clients = [stack.enter_context(pymongo.MongoClient("127.0.0.1", port, directConnection=True)) for port in ports]
+        for mode in ("alwaysOn", "off"):
+            for client in clients:
+                client.admin.command({"configureFailPoint": "stopReplProducer", "mode": mode})
+            if mode == "alwaysOn":
+                yield
+
+
+def check(replica_set: EmbeddedMongoDB, users: list[User], hasty: MongoDBSessionManagerFactory) -> None:
+    with pymongo.MongoClient(replica_set.connection_string) as client:
+        documents = {document["_id"]: document for document in client["failover"]["agent_sessions"].find()}
+    assert documents.keys() == {user.session_id for user in users}
+    for user in users:
+        stored = documents[user.session_id]["agents"]["agent"]
+        conversation = texts(stored["messages"])
+        assert message_ids(documents[user.session_id]) == list(range(len(conversation)))
+        assert stored["next_message_id"] == len(conversation)
+        assert all(entry.keys() >= {"message", "message_id", "created_at"} for entry in stored["messages"])
+        assert len(set(conversation)) == len(conversation)
+        known = set(user.acknowledged)
+        assert [text for text in conversation if text in known] == user.acknowledged
+        order = {text: position for position, text in enumerate(user.said)}
+        assert conversation == sorted(conversation, key=order.__getitem__)
+        if user.keeps:
+            assert conversation == user.said
+    acknowledged = sum(len(user.acknowledged) for user in users)
+    print(f"{acknowledged} messages acknowledged, {sum(user.failed for user in users)} turns failed")
+    failed = sum(user.failed for user in users if user.factory is hasty)
+    assert failed, "nobody noticed the failover"

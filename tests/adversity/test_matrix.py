@@ -1,0 +1,203 @@
+"""Every operation meets every fault: stored exactly once or a clear error, then all goes on, and nothing is left.
+
+`EXPECTED` says what each operation comes to, cell by cell:
+
+    ok       it succeeds, and is stored once
+    down     DatabaseUnavailableError, not stored
+    down?    DatabaseUnavailableError that says it is unknown, and it is not stored while the fault lasts
+    down!    DatabaseUnavailableError that says it is unknown, and it is stored
+    down+    the same, of a later attempt that does not know of the one that has stored it
+    slow, slow?, slow!    the same with DatabaseTimeoutError
+    x/y      with the synchronous manager / with the asynchronous one, whose flush sends again what was sent before it
+    -        cannot happen
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from faults import FAULTS, IMPATIENT, OPTIONS
+from leaks import nothing_left
+from operations import OPERATIONS, Api, Async, Operation, Session, Sync
+from sites import Site, answers
+
+from mongodb_session_manager import DatabaseTimeoutError, DatabaseUnavailableError, MongoDBSessionManagerFactory
+from proxy import command
+from support import CommandLog, agent, eventually, texts
+
+EXPECTED = """
+           refused dropped unacked died        frozen mute  demoted no-primary write-concern pool cancelled
+open       down    ok      ok      down!       slow?  slow! ok      down       slow!         slow ok
+append     down    ok      ok      down!/down+ slow?  slow! ok      down       slow!/ok      slow ok
+turn       down    ok      ok      down+       slow?  slow! ok      down       slow!         slow ok
+sync       down    ok      ok      down!/down+ slow?  slow! ok      down       slow!/ok      slow ok
+metadata   down    ok      ok      down!       slow?  slow! ok      down       slow!         slow ok
+feedback   down    ok      ok      down!       slow?  slow! ok      down       slow!         slow ok
+redaction  down    ok      ok      down!/down+ slow?  slow! ok      down       slow!/ok      slow ok
+close      down    ok      ok      down!       slow?  slow! ok      down       slow!         slow ok
+close-own  down    ok      ok      down!       slow?  slow! ok      down       slow!         -    ok
+"""
+
+ERRORS = {"down": DatabaseUnavailableError, "slow": DatabaseTimeoutError}
+
+RETRIES_OF_THE_DRIVER = ("dropped", "unacked")
+"""Faults that a driver meets with a retry of its own on a replica set, and without on a standalone server."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    operation: str
+    fault: str
+    outcome: str
+
+    def expected(self, api: Api) -> str:
+        """Return what it comes to with one kind of manager."""
+        sync, _, asynchronous = self.outcome.partition("/")
+        return asynchronous or sync if api.name == "async" else sync
+
+    def __str__(self) -> str:
+        return f"{self.operation}-{self.fault}"
+
+
+def cells() -> list[Cell]:
+    header, *rows = (line.split() for line in EXPECTED.strip().splitlines())
+    return [
+        Cell(operation, fault, expected)
+        for operation, *row in rows
+        for fault, expected in zip(header, row, strict=True)
+        if expected != "-"
+    ]
+
+
+# A cell.
+
+
+@pytest.mark.parametrize("api", [Sync, Async], ids=["sync", "async"])
+@pytest.mark.parametrize("cell", cells(), ids=str)
+def test_on_a_replica_set(cell: Cell, api: type[Api], replica_set_site: Site) -> None:
+    check(cell, api(), replica_set_site)
+
+
+@pytest.mark.parametrize("api", [Sync, Async], ids=["sync", "async"])
+@pytest.mark.parametrize("cell", [cell for cell in cells() if cell.fault in RETRIES_OF_THE_DRIVER], ids=str)
+def test_on_a_standalone_server(cell: Cell, api: type[Api], standalone_site: Site) -> None:
+    check(cell, api(), standalone_site)
+
+
+def check(cell: Cell, api: Api, site: Site) -> None:
+    session_id = f"s-{uuid.uuid4().hex}"
+    options = {"appName": session_id, **OPTIONS.get(cell.fault, {})}
+    site.proxy.reset()
+    with (
+        nothing_left(site.proxy),
+        closing(api),
+        MongoDBSessionManagerFactory(site.proxy.uri, site.database, **options) as factory,
+    ):
+        eventually(lambda: answers(factory))
+        operation = OPERATIONS[cell.operation]
+        own = partial(make_own, session_id, site, options)
+        session = Session(session_id, api, factory, own, site.collection, options=operation.options)
+        if cell.operation != "open":
+            site.copy_template(session_id)
+            api.run(session.open_owning() if cell.operation == "close-own" else session.open())
+            session.agent = agent(session.manager)
+            assert texts(session.agent.messages) == session.conversation == ["hi", "hello"]
+        with FAULTS[cell.fault](site, session, operation.command):
+            if cell.fault == "cancelled":
+                cancel(session, operation, site)
+            else:
+                meet(session, operation, cell.expected(api))
+        eventually(lambda: answers(factory))
+        go_on(session, operation, cell)
+        api.run(session.close())
+        assert api.tasks() == set()
+
+
+def make_own(session_id: str, site: Site, options: dict[str, Any], kind: Callable[..., Any]) -> Any:
+    return kind(session_id, site.proxy.uri, site.database, **options)
+
+
+def count(session: Session, operation: Operation) -> int:
+    """Return how often the effect of the operation is stored."""
+    document = session.document
+    return 0 if document is None else operation.count(document)
+
+
+def meet(session: Session, operation: Operation, expected: str) -> None:
+    """Do the operation while the fault is in force."""
+    if expected == "ok":
+        session.api.run(operation.act(session))
+        assert count(session, operation) == 1
+        return
+    with pytest.raises(ERRORS[expected[:4]]) as raised:
+        session.api.run(operation.act(session))
+    session.error = raised.value
+    assert count(session, operation) == (expected[-1] in "!+")
+    if expected[-1] in "?!":
+        assert "unknown whether" in str(raised.value)
+
+
+def cancel(session: Session, operation: Operation, site: Site) -> None:
+    """Have the caller of the operation go away while its command is on the way; it is carried out all the same."""
+
+    def lift() -> None:
+        assert count(session, operation) == 0
+        site.proxy.thaw()
+
+    session.api.interrupt(operation.act(session), lambda: site.proxy.frozen > 0, lift, lingers=operation.lingers)
+    eventually(lambda: count(session, operation) == 1)
+
+
+def go_on(session: Session, operation: Operation, cell: Cell) -> None:
+    """Check that what failed is stored once, now or when it is done again, and have one more turn."""
+    run = session.api.run
+    expected = cell.expected(session.api)
+    done = expected == "ok"
+    lost = expected[-1] not in "k?!+"
+    conversation = list(operation.conversation)
+    if cell.operation == "turn" and not (done and (cell.fault != "cancelled" or session.api.name == "sync")):
+        conversation.remove("answer")  # the model was never asked
+    if not done and operation.recorded:
+        run(session.flush())  # while, if it got stuck, it arrives late
+    elif expected.endswith("?"):
+        eventually(lambda: count(session, operation) == 1)
+    if (not done and not operation.recorded and operation.repeatable) or (lost and cell.operation == "feedback"):
+        run(operation.act(session))
+    if lost and cell.operation == "close-own":
+        assert count(session, operation) == 0
+        conversation.remove("op")
+    else:
+        assert count(session, operation) == 1
+    if cell.operation == "open" and session.manager is None:
+        run(session.open())
+    if operation.act is OPERATIONS["close"].act:
+        run(session.close())
+        run(session.open())
+        session.agent = None
+    run(session.ask("next", "fine"))
+    assert session.conversation == [*conversation, "next", "fine"]
+    assert session.collection.count_documents({"_id": session.session_id}) == 1
+    run(session.close())
+    run(session.open())
+    assert texts(agent(session.manager).messages) == [*conversation, "next", "fine"]
+
+
+def test_what_was_waited_for_as_long_as_allowed_is_not_sent_again(standalone_site: Site) -> None:
+    site, session_id, commands = standalone_site, f"s-{uuid.uuid4().hex}", CommandLog()
+    site.proxy.reset()
+    site.copy_template(session_id)
+    with MongoDBSessionManagerFactory(
+        site.proxy.uri, site.database, event_listeners=[commands], **IMPATIENT
+    ) as factory:
+        manager = factory.create_session_manager(session_id)
+        site.proxy.freeze_after_request(command("update"))
+        with pytest.raises(DatabaseTimeoutError, match="unknown whether"):
+            manager.add_feedback({"rating": "up"})
+        assert commands.names.count("update") == 1
+        site.proxy.thaw()

@@ -1,0 +1,549 @@
+"""Long sessions: old messages move out of the session document, and nobody who reads or changes them can tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import bson
+import pymongo
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo.collection import Collection
+from strands.agent.conversation_manager import NullConversationManager, SlidingWindowConversationManager
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from mongodb_session_manager import (
+    AsyncMongoDBSessionRepository,
+    DatabaseError,
+    MessageNotFoundError,
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionConflictError,
+)
+from mongodb_session_manager._changes import AddGuardrailEvent, AppendMessage, SetMessageFields
+from mongodb_session_manager._documents import agent_key, stored_message
+from mongodb_session_manager._unit_of_work import UnitOfWork
+from support import CommandLog, agent, eventually, texts
+
+Stored = Collection[dict[str, Any]]
+Driver = pymongo.MongoClient[dict[str, Any]]
+
+MOMENT = "2026-11-22T12:00:00+00:00"
+SECRET = "my card is 4111-1111"
+SMALL = {"max_embedded_messages": 8}
+
+
+def said(message_id: int, text: str | None = None, role: str | None = None) -> SessionMessage:
+    role = role or ("user", "assistant")[message_id % 2]
+    body: Any = {
+        "role": role,
+        "content": [{"text": f"text {message_id}" if text is None else text}],
+        "tracking_id": f"t{message_id}",
+    }
+    return SessionMessage(body, message_id, None, MOMENT, MOMENT)
+
+
+def redacted(message_id: int, text: str = "[redacted]") -> SessionMessage:
+    message = said(message_id, SECRET)
+    message.redact_message = {"role": "user", "content": [{"text": text}]}
+    return message
+
+
+def told(messages: list[SessionMessage]) -> list[str]:
+    return texts([message.to_message() for message in messages])
+
+
+def expected(count: int, begin: int = 0) -> list[str]:
+    return [f"text {n}" for n in range(begin, count)]
+
+
+def head(stored: Stored, agent_id: str = "agent") -> dict[str, Any]:
+    found: dict[str, Any] = stored.find_one({"_id": "s"})["agents"][agent_key(agent_id)]
+    return found
+
+
+def archive_of(stored: Stored) -> Stored:
+    return stored.database["agent_sessions_archive"]
+
+
+def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
+    """Read what is stored, without the library: the valid buckets in order, then the head."""
+    document = head(stored, agent_id)
+    condition = {"_id.session_id": "s", "_id.agent": agent_key(agent_id), "_id.since": document.get("created_at")}
+    buckets = sorted(archive_of(stored).find(condition), key=lambda bucket: bucket["_id"]["first"])
+    valid = [bucket for bucket in buckets if bucket["_id"]["first"] < document.get("archived", 0)]
+    return texts([message for part in [*valid, document] for message in part["messages"]])
+
+
+def settled(stored: Stored, limit: int = 8, agent_id: str = "agent") -> None:
+    """Wait until the head is within its limit."""
+    eventually(lambda: len(head(stored, agent_id)["messages"]) <= limit)
+
+
+def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bool:
+    names = driver[database].list_collection_names()
+    assert "agent_sessions" in names
+    return any(text.encode() in batch for name in names for batch in driver[database][name].find_raw_batches())
+
+
+@pytest.fixture
+def repository(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database, event_listeners=[commands], **SMALL) as repository:
+        yield repository
+
+
+def begin(repository: MongoDBSessionRepository, agent_id: str = "agent") -> None:
+    repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+    repository.create_agent("s", SessionAgent(agent_id, {}, {}, {}, MOMENT, MOMENT))
+
+
+def append(repository: MongoDBSessionRepository, *message_ids: int, agent_id: str = "agent") -> None:
+    for message_id in message_ids:
+        repository.create_message("s", agent_id, said(message_id))
+
+
+@pytest.fixture
+def long(repository: MongoDBSessionRepository, stored: Stored) -> MongoDBSessionRepository:
+    """A repository with a session of 30 messages, of which 24 are archived in four buckets."""
+    begin(repository)
+    for message_id in range(30):
+        append(repository, message_id)
+        settled(stored)
+    assert head(stored)["archived"] == 25
+    return repository
+
+
+# What is stored.
+
+
+def test_the_older_half_moves_into_a_bucket(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    begin(repository)
+    append(repository, *range(8))
+    assert "archived" not in head(stored)
+    whole = head(stored)["messages"]
+    append(repository, 8)
+    settled(stored)
+    assert [message["message_id"] for message in head(stored)["messages"]] == [5, 6, 7, 8]
+    assert head(stored)["archived"] == 5
+    (bucket,) = archive_of(stored).find()
+    since = head(stored)["created_at"]
+    assert list(bucket["_id"].items()) == [("session_id", "s"), ("agent", "agent"), ("since", since), ("first", 0)]
+    assert (bucket["session_id"], bucket["last"]) == ("s", 4)
+    assert bucket["messages"] == whole[:5]
+
+
+def test_what_a_session_document_holds_but_the_head_stays_as_it_is(
+    long: MongoDBSessionRepository, stored: Stored
+) -> None:
+    before = stored.find_one({"_id": "s"})
+    append(long, 30, 31, 32, 33)
+    settled(stored)
+    after = stored.find_one({"_id": "s"})
+    for document in (before, after):
+        for name in ("messages", "archived", "next_message_id", "updated_at"):
+            del document["agents"]["agent"][name]
+        del document["updated_at"]
+    assert after == before
+
+
+def test_many_bytes_move_as_many_messages_do(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionRepository(server, database, max_embedded_bytes=10_000) as repository:
+        begin(repository)
+        for message_id in range(40):
+            repository.create_message("s", "agent", said(message_id, f"{message_id} " + "x" * 1000))
+        eventually(lambda: len(bson.encode(head(stored))) < 11_500)
+        messages = repository.list_messages("s", "agent")
+    assert [message.message_id for message in messages] == list(range(40))
+    assert head(stored)["archived"] > 0
+
+
+def test_metrics_count_and_move_too(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionRepository(server, database, max_embedded_bytes=10_000) as repository:
+        begin(repository)
+        for message_id in range(10):
+            repository.apply(
+                "s",
+                [
+                    AppendMessage("agent", stored_message(said(message_id), message_id)),
+                    SetMessageFields("agent", message_id, {"event_loop_metrics": {"n": "x" * 2000}}),
+                ],
+            )
+        eventually(lambda: head(stored).get("archived", 0) > 0)
+        eventually(lambda: len(bson.encode(head(stored))) < 11_500)
+        assert told(repository.list_messages("s", "agent")) == expected(10)
+        loaded = repository.open_session("s")["agents"]["agent"]["messages"]
+        assert [message["message_id"] for message in loaded] == list(range(10))
+        assert not any("event_loop_metrics" in message for message in loaded)
+    bucket = archive_of(stored).find_one()
+    assert bucket["messages"][0]["event_loop_metrics"] == {"n": "x" * 2000}
+
+
+def test_the_newest_message_stays_however_large(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionRepository(server, database, max_embedded_bytes=1000) as repository:
+        begin(repository)
+        for message_id in range(4):
+            repository.create_message("s", "agent", said(message_id, f"{message_id}" + "x" * 5000))
+            eventually(lambda wanted=message_id: head(stored).get("archived", 0) == wanted)
+        assert len(head(stored)["messages"]) == 1
+        assert [message.message_id for message in repository.list_messages("s", "agent")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("agent_id", ["a.b", "$x", "50%", "日本", "0", "archived"])
+def test_agents_of_one_session_have_their_own_archives(
+    repository: MongoDBSessionRepository, stored: Stored, agent_id: str
+) -> None:
+    begin(repository)
+    repository.create_agent("s", SessionAgent(agent_id, {}, {}, {}, MOMENT, MOMENT))
+    append(repository, *range(12))
+    append(repository, *range(20), agent_id=agent_id)
+    settled(stored)
+    settled(stored, agent_id=agent_id)
+    assert told(repository.list_messages("s", "agent")) == expected(12)
+    assert told(repository.list_messages("s", agent_id)) == expected(20)
+    assert everything(stored, agent_id) == expected(20)
+    document = repository.open_session("s")
+    assert texts(document["agents"][agent_key(agent_id)]["messages"]) == expected(20)
+    assert texts(document["agents"]["agent"]["messages"]) == expected(12)
+
+
+def test_ten_thousand_messages(server: str, database: str, stored: Stored) -> None:
+    """40 MB in one session, whose document stays small all the while."""
+    text = "x" * 4000
+    sizes = []
+    with MongoDBSessionRepository(server, database) as repository:
+        begin(repository)
+        for first in range(0, 10_000, 10):
+            messages = [stored_message(said(n, f"{n} {text}"), n) for n in range(first, first + 10)]
+            assert repository.apply("s", [AppendMessage("agent", message) for message in messages]) == {}
+            if first % 250 == 0:
+                (size,) = stored.aggregate([{"$project": {"size": {"$bsonSize": "$$ROOT"}}}])
+                sizes.append(size["size"])
+        assert max(sizes) < 600_000
+        assert repository.get_message_count("s", "agent") == 10_000
+        assert [m.message_id for m in repository.list_messages("s", "agent", 3, 4998)] == [4998, 4999, 5000]
+        assert repository.read_message("s", "agent", 77).to_message()["content"][0]["text"] == f"77 {text}"
+        repository.update_message("s", "agent", said(77, "shorter"))
+        listed = repository.list_messages("s", "agent")
+    assert [message.message_id for message in listed] == list(range(10_000))
+    assert [n for n in range(10_000) if told([listed[n]]) != [f"{n} {text}"]] == [77]
+
+
+# Reading.
+
+
+def test_reading_one(long: MongoDBSessionRepository) -> None:
+    for message_id in (0, 4, 5, 9, 10, 24, 25, 29):
+        assert long.read_message("s", "agent", message_id) == said(message_id)
+    assert long.read_message("s", "agent", 30) is None
+
+
+def test_counting_loads_nothing(long: MongoDBSessionRepository, commands: CommandLog) -> None:
+    commands.clear()
+    assert long.get_message_count("s", "agent") == 30
+    assert commands.names == ["find"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "offset", "asked"),
+    [
+        (5, 25, ["find"]),
+        (None, 25, ["find"]),
+        (10, 40, ["find"]),
+        (0, 0, ["find"]),
+        (1, 24, ["find", "find"]),
+        (None, 0, ["find", "find"]),
+        (3, 7, ["find", "find"]),
+    ],
+)
+def test_listing_asks_the_archive_only_for_what_is_there(
+    long: MongoDBSessionRepository, commands: CommandLog, limit: int | None, offset: int, asked: list[str]
+) -> None:
+    commands.clear()
+    assert told(long.list_messages("s", "agent", limit, offset)) == expected(30)[offset:][:limit]
+    assert commands.names == asked
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(limit=st.none() | st.integers(0, 40), offset=st.integers(0, 40))
+def test_any_part_of_a_conversation_is_that_part_of_the_list(
+    long: MongoDBSessionRepository, limit: int | None, offset: int
+) -> None:
+    assert long.list_messages("s", "agent", limit, offset) == [said(n) for n in range(30)][offset:][:limit]
+
+
+def test_a_part_of_the_archive_that_is_missing_is_an_error(long: MongoDBSessionRepository, stored: Stored) -> None:
+    archive_of(stored).delete_one({"_id.first": 5})
+    with pytest.raises(DatabaseError, match="message 5 is missing"):
+        long.list_messages("s", "agent")
+    assert told(long.list_messages("s", "agent", offset=10)) == expected(30, 10)
+    assert told(long.list_messages("s", "agent", limit=5)) == expected(5)
+
+
+@pytest.mark.anyio
+async def test_the_async_repository_reads_and_changes_the_same(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    async with AsyncMongoDBSessionRepository(server, database, **SMALL) as repository:
+        assert told(await repository.list_messages("s", "agent", 20, 3)) == expected(23, 3)
+        assert await repository.read_message("s", "agent", 7) == said(7)
+        await repository.update_message("s", "agent", said(7, "changed"))
+        assert told(await repository.list_messages("s", "agent", 2, 7)) == ["changed", "text 8"]
+        assert await repository.get_message_count("s", "agent") == 30
+        for message_id in range(30, 50):
+            await repository.create_message("s", "agent", said(message_id))
+    assert len(head(stored)["messages"]) <= 8  # closing waited for the last move
+    assert everything(stored) == [*expected(7), "changed", *expected(50, 8)]
+
+
+@pytest.mark.anyio
+@pytest.mark.may_block  # PyMongo's asynchronous client looks for files of the machine when it connects
+@pytest.mark.parametrize("client_class", [pymongo.AsyncMongoClient, AsyncIOMotorClient])
+async def test_a_borrowed_client_of_either_driver_archives(
+    server: str, database: str, stored: Stored, client_class: Any
+) -> None:
+    client = client_class(server)
+    async with AsyncMongoDBSessionRepository(database_name=database, client=client, **SMALL) as repository:
+        await repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        await repository.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for message_id in range(30):
+            await repository.create_message("s", "agent", said(message_id))
+        await repository.update_message("s", "agent", said(0, "changed"))
+        assert told(await repository.list_messages("s", "agent")) == ["changed", *expected(30, 1)]
+    assert len(head(stored)["messages"]) <= 8
+    assert everything(stored) == ["changed", *expected(30, 1)]
+    if client_class is pymongo.AsyncMongoClient:
+        await client.close()
+    else:
+        await asyncio.to_thread(client.close)
+
+
+# Restoring.
+
+
+def test_behind_a_window_one_command_restores_and_no_bucket_is_read(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    manager = factory.create_session_manager("s", **SMALL)
+    window = SlidingWindowConversationManager(window_size=4, per_turn=False)
+    live = agent(manager, *[f"answer {n}" for n in range(20)], conversation_manager=window)
+    for n in range(20):
+        live(f"question {n}")
+    settled(stored)
+    eventually(lambda: commands.names.count("aggregate") == len(list(archive_of(stored).find())))
+    manager.close()
+    commands.clear()
+    manager = factory.create_session_manager("s", **SMALL)
+    restored = agent(manager, "answer", conversation_manager=SlidingWindowConversationManager(window_size=4))
+    assert texts(restored.messages) == ["question 18", "answer 18", "question 19", "answer 19"]
+    assert commands.names == ["findAndModify"]
+    restored("question 20")
+    assert everything(stored)[-3:] == ["answer 19", "question 20", "answer"]
+    assert manager.get_message_count("agent") == 42
+
+
+def test_what_a_window_shows_stays_in_the_session_document(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    """Half of what is allowed would be less than the window."""
+    manager = factory.create_session_manager("s", max_embedded_bytes=20_000)
+    window = SlidingWindowConversationManager(window_size=12, per_turn=False)
+    live = agent(manager, *["answer " + "x" * 700] * 40, conversation_manager=window)
+    for n in range(40):
+        live(f"question {n} " + "x" * 700)
+        eventually(lambda: not manager._connection._tasks)
+        commands.clear()
+        document = factory.create_session_manager("s")._repository._heads["s", "agent"]
+        assert commands.names == ["findAndModify"]
+        assert document.size <= 20_000
+    assert archive_of(stored).count_documents({}) > 2
+
+
+def test_without_a_window_one_more_query_restores_all_agents(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    said_by_all = [f"{kind} {n}" for n in range(15) for kind in ("question", "answer")]
+    with factory.create_session_manager("s", **SMALL) as manager:
+        for agent_id in ("one", "two"):
+            replies = [f"answer {n}" for n in range(15)]
+            live = agent(manager, *replies, agent_id=agent_id, conversation_manager=NullConversationManager())
+            for n in range(15):
+                live(f"question {n}")
+            settled(stored, agent_id=agent_id)
+            assert everything(stored, agent_id) == said_by_all
+    commands.clear()
+    with factory.create_session_manager("s", **SMALL) as manager:
+        for agent_id in ("one", "two"):
+            live = agent(manager, agent_id=agent_id, conversation_manager=NullConversationManager())
+            assert texts(live.messages) == said_by_all
+    assert commands.names == ["findAndModify", "find"]
+
+
+def test_restoring_reads_the_buckets_above_the_offset_only(
+    factory: MongoDBSessionManagerFactory, long: MongoDBSessionRepository, stored: Stored
+) -> None:
+    """Buckets below are not even there."""
+    state = {"__name__": "SlidingWindowConversationManager", "removed_message_count": 12, "model_call_count": 0}
+    stored.update_one({"_id": "s"}, {"$set": {"agents.agent.agent_data.conversation_manager_state": state}})
+    archive_of(stored).delete_many({"_id.first": {"$lt": 10}})
+    with factory.create_session_manager("s", **SMALL) as manager:
+        restored = agent(manager, conversation_manager=SlidingWindowConversationManager(window_size=100))
+        assert texts(restored.messages) == expected(30, 12)
+    document = long.open_session("s")["agents"]["agent"]
+    assert document["first"] == 12
+    assert [message["message_id"] for message in document["messages"]] == list(range(12, 30))
+
+
+def test_a_restored_archived_message_with_a_known_tracking_id_is_replaced(
+    long: MongoDBSessionRepository, stored: Stored
+) -> None:
+    work = UnitOfWork("s", long.open_session("s"))
+    work.create_message("s", "agent", said(3, "merged"))
+    assert long.apply("s", work.pending()) == {}
+    assert everything(stored) == [*expected(3), "merged", *expected(30, 4)]
+
+
+def test_an_open_session_remembers_a_bounded_number_of_tracking_ids() -> None:
+    work = UnitOfWork("s", {"_id": "s", "agents": {}})
+    work.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+    for message_id in range(5000):
+        work.create_message("s", "agent", said(message_id))
+        work.settle(len(work.pending()), {})
+    assert len(work._agents["agent"].message_ids) == 1024
+    work.create_message("s", "agent", said(4999, "merged"))
+    (change,) = work.pending()
+    assert change.message_id == 4999
+
+
+@pytest.mark.parametrize("removed", [0, 24, 25, 26, 29, 30, 2**40, -1, 1.5, "3", True, None])
+def test_only_what_the_conversation_manager_has_left_is_loaded(
+    long: MongoDBSessionRepository, stored: Stored, removed: Any
+) -> None:
+    state = {"removed_message_count": removed}
+    stored.update_one({"_id": "s"}, {"$set": {"agents.agent.agent_data.conversation_manager_state": state}})
+    first = min(max(removed, 0), 30) if type(removed) is int else 0
+    document = long.open_session("s")
+    assert document["agents"]["agent"]["first"] == first
+    assert [message["message_id"] for message in document["agents"]["agent"]["messages"]] == list(range(first, 30))
+    work = UnitOfWork("s", document)
+    assert told(work.list_messages("s", "agent", offset=first)) == expected(30, first)
+    assert told(work.list_messages("s", "agent", limit=1, offset=first)) == expected(30, first)[:1]
+    if first:
+        with pytest.raises(MongoDBSessionError, match=f"the {first} oldest messages of agent 'agent'"):
+            work.list_messages("s", "agent", offset=first - 1)
+
+
+def test_a_session_that_was_deleted_does_not_come_back_in_one_of_the_same_id(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    stored.delete_one({"_id": "s"})
+    long.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+    later = (datetime.fromisoformat(MOMENT) + timedelta(days=1)).isoformat()
+    long.create_agent("s", SessionAgent("agent", {}, {}, {}, later, later))
+    fresh = [f"new {n}" for n in range(40)]
+    for n, text in enumerate(fresh):
+        long.create_message("s", "agent", said(n, text))
+        assert long.read_message("s", "agent", 0).message["content"] == [{"text": "new 0"}]
+    settled(stored)
+    assert told(long.list_messages("s", "agent")) == fresh
+    assert texts(long.open_session("s")["agents"]["agent"]["messages"]) == fresh
+
+
+# Changing what is archived.
+
+
+@pytest.mark.parametrize("message_id", [0, 4, 5, 24])
+def test_an_archived_message_is_replaced(long: MongoDBSessionRepository, stored: Stored, message_id: int) -> None:
+    long.update_message("s", "agent", said(message_id, "changed"))
+    wanted = [*expected(message_id), "changed", *expected(30, message_id + 1)]
+    assert everything(stored) == told(long.list_messages("s", "agent")) == wanted
+
+
+def test_what_is_redacted_in_the_archive_is_gone(
+    repository: MongoDBSessionRepository, stored: Stored, driver: Driver, database: str
+) -> None:
+    begin(repository)
+    repository.create_message("s", "agent", said(0, SECRET))
+    append(repository, *range(1, 20))
+    settled(stored)
+    assert in_database(driver, database)
+    repository.update_message("s", "agent", redacted(0))
+    assert not in_database(driver, database)
+    assert told(repository.list_messages("s", "agent", 2)) == ["[redacted]", "text 1"]
+
+
+def test_a_guardrail_event_on_an_archived_message(long: MongoDBSessionRepository, stored: Stored) -> None:
+    event = {"action": "BLOCKED", "timestamp": datetime(2026, 1, 1, tzinfo=UTC)}
+    changes = [
+        SetMessageFields("agent", 7, {"guardrail_event": event}),
+        AddGuardrailEvent("agent", {**event, "message_id": 7, "agent_id": "agent"}),
+    ]
+    for _ in range(2):  # as after a lost acknowledgement
+        assert long.apply("s", changes) == {}
+    assert stored.find_one()["guardrail_events"] == [{**event, "message_id": 7, "agent_id": "agent"}]
+    bucket = archive_of(stored).find_one({"_id.first": 5})
+    assert [message.get("guardrail_event") for message in bucket["messages"]] == [None, None, event, None, None]
+
+
+def test_changes_in_the_archive_and_in_the_head_go_together(long: MongoDBSessionRepository, stored: Stored) -> None:
+    work = UnitOfWork("s", long.open_session("s"))
+    work.update_message("s", "agent", said(2, "old"))
+    work.update_message("s", "agent", said(28, "new"))
+    work.create_message("s", "agent", said(30))
+    assert long.apply("s", work.pending()) == {}
+    wanted = expected(31)
+    wanted[2], wanted[28] = "old", "new"
+    assert everything(stored) == wanted
+
+
+def test_a_refused_writer_changes_nothing_in_the_archive(long: MongoDBSessionRepository, stored: Stored) -> None:
+    work = UnitOfWork("s", long.open_session("s"))
+    append(long, 30)
+    work.update_message("s", "agent", said(2, "stale"))
+    work.create_message("s", "agent", said(30, "mine"))
+    work.create_message("s", "agent", SessionMessage({**said(31).message, "tracking_id": "mine"}, 31))
+    stored.update_one(
+        {"_id": "s"},
+        {"$set": {"agents.agent.messages.$[m].message.tracking_id": "theirs"}},
+        array_filters=[{"m.message_id": 30}],
+    )
+    refused = long.apply("s", work.pending())
+    assert isinstance(refused["agent"], SessionConflictError)
+    assert everything(stored) == expected(31)
+
+
+def test_a_message_that_is_nowhere_is_not_found(long: MongoDBSessionRepository, stored: Stored) -> None:
+    with pytest.raises(MessageNotFoundError):
+        long.update_message("s", "agent", said(30))
+    archive_of(stored).delete_one({"_id.first": 5})
+    with pytest.raises(MessageNotFoundError):
+        long.update_message("s", "agent", said(7))
+
+
+def test_an_append_whose_acknowledgement_was_lost_is_known_in_the_archive(
+    long: MongoDBSessionRepository, stored: Stored
+) -> None:
+    """The message was stored and archived before the writer asks again."""
+    changes = [AppendMessage("agent", stored_message(said(n), n)) for n in range(28, 40)]
+    assert long.apply("s", changes[2:]) == {}
+    eventually(lambda: head(stored)["archived"] > 30)
+    settled(stored)
+    assert long.apply("s", changes[2:]) == {}
+    assert everything(stored) == expected(40)
+
+
+def test_the_newest_message_costs_no_look_into_the_archive(
+    long: MongoDBSessionRepository, stored: Stored, commands: CommandLog
+) -> None:
+    commands.clear()
+    long.update_message("s", "agent", redacted(29))
+    assert commands.names == ["find", "update"]  # the one asks whether the session has attachments
+    commands.clear()
+    long.update_message("s", "agent", redacted(28))
+    assert commands.names == ["find", "update", "update"]
+    assert everything(stored)[-2:] == ["[redacted]", "[redacted]"]

@@ -1,0 +1,650 @@
+"""Whatever stops the archive half way, or comes in between, no message is lost, doubled or brought back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import bson
+import pymongo
+import pytest
+from pymongo.errors import OperationFailure
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from mongodb_session_manager import (
+    AsyncMongoDBSessionManager,
+    AsyncMongoDBSessionRepository,
+    ConfigurationError,
+    MessageTooLargeError,
+    MongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionConflictError,
+    initialize_global_factory,
+)
+from mongodb_session_manager._buckets import MERGE_REFUSED, Head, Limits, cut, merge
+from mongodb_session_manager._changes import AppendMessage, ReplaceMessage
+from mongodb_session_manager._documents import stored_message
+from proxy import Proxy, command
+from support import CommandLog, agent, eventually, fail_point, texts
+from test_archive import (
+    MOMENT,
+    SECRET,
+    SMALL,
+    Driver,
+    Stored,
+    append,
+    archive_of,
+    begin,
+    everything,
+    expected,
+    head,
+    in_database,
+    redacted,
+    said,
+    settled,
+    told,
+)
+
+LOST = {
+    "errorLabels": ["RetryableWriteError"],
+    "writeConcernError": {"code": 6, "errmsg": "the write is done, its acknowledgement is lost"},
+}
+REFUSED = {"errorCode": 8000}
+BROKEN = {"closeConnection": True}
+
+
+class Other:
+    """Another process that moves messages, one command at a time."""
+
+    def __init__(self, stored: Stored, limit: int = 8) -> None:
+        self.stored, self.limits = stored, Limits(limit, 2**20)
+        document = head(stored)
+        self.head = Head(next_id=document["next_message_id"])
+        self.head.learn(
+            {
+                "created_at": document["created_at"],
+                "archived": document.get("archived", 0),
+                "revision": document.get("revision", 0),
+                "next_message_id": document["next_message_id"],
+                "count": len(document["messages"]),
+                "bytes": 0,
+                "removed": 0,
+            }
+        )
+        self.step = self.limits.step(self.head)
+
+    def merge(self) -> None:
+        self.stored.aggregate(merge("s", "agent", self.head, self.step, "agent_sessions_archive"))
+
+    def cut(self) -> bool:
+        statement = cut("s", "agent", self.head, self.step)
+        return bool(self.stored.update_one(statement.filter, statement.update).matched_count)
+
+
+@pytest.fixture
+def repository(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionRepository]:
+    """A repository that archives nothing of the short conversations here."""
+    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
+        yield repository
+
+
+@pytest.fixture
+def archiving(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        yield repository
+
+
+# Crashes between the two commands.
+
+
+def test_a_move_that_stopped_half_way_is_invisible(
+    repository: MongoDBSessionRepository, archiving: MongoDBSessionRepository, stored: Stored
+) -> None:
+    begin(repository)
+    append(repository, *range(20))
+    Other(stored).merge()
+    assert archive_of(stored).count_documents({}) == 1
+    assert told(archiving.list_messages("s", "agent")) == expected(20)
+    assert archiving.get_message_count("s", "agent") == 20
+    assert texts(archiving.open_session("s")["agents"]["agent"]["messages"]) == expected(20)
+    append(archiving, *range(20, 30))
+    settled(stored)
+    assert everything(stored) == told(archiving.list_messages("s", "agent")) == expected(30)
+
+
+def test_the_next_move_replaces_what_one_that_stopped_has_left(
+    repository: MongoDBSessionRepository, archiving: MongoDBSessionRepository, stored: Stored, driver: Driver
+) -> None:
+    begin(repository)
+    append(repository, *range(20))
+    Other(stored).merge()
+    repository.update_message("s", "agent", said(19, "changed"))  # so the half that moves next is another one
+    append(repository, *range(20, 25))
+    append(archiving, 25)
+    settled(stored)
+    assert everything(stored) == [*expected(19), "changed", *expected(26, 20)]
+    buckets = list(archive_of(stored).find())
+    assert sum(len(bucket["messages"]) for bucket in buckets) == head(stored)["archived"]
+
+
+@pytest.mark.parametrize("message_id", [0, 5, 15, 19])
+def test_what_is_redacted_in_the_head_is_in_no_bucket_of_a_move_that_stopped(
+    repository: MongoDBSessionRepository, stored: Stored, driver: Driver, database: str, message_id: int
+) -> None:
+    begin(repository)
+    for n in range(20):
+        repository.create_message("s", "agent", said(n, SECRET if n == message_id else None))
+    other = Other(stored)
+    other.merge()
+    repository.update_message("s", "agent", redacted(message_id))
+    assert not in_database(driver, database)
+    assert not other.cut()
+    wanted = expected(20)
+    wanted[message_id] = "[redacted]"
+    assert told(repository.list_messages("s", "agent")) == wanted
+
+
+def test_a_copy_that_comes_late_does_not_bring_back_what_was_redacted(
+    repository: MongoDBSessionRepository, stored: Stored, driver: Driver, database: str
+) -> None:
+    """A copy reads the head and is then stuck; somebody else does the same move; then the message is redacted."""
+    begin(repository)
+    repository.create_message("s", "agent", said(0, SECRET))
+    append(repository, *range(1, 20))
+    before = head(stored)
+    first, second = Other(stored), Other(stored)
+    second.merge()
+    assert second.cut()
+    repository.update_message("s", "agent", redacted(0))
+    # What the stuck copy has read is put back for it to read.
+    after = stored.find_one({"_id": "s"})
+    stored.update_one({"_id": "s"}, {"$set": {"agents.agent": before}})
+    with pytest.raises(OperationFailure) as refused:
+        first.merge()
+    assert refused.value.code == MERGE_REFUSED
+    stored.replace_one({"_id": "s"}, after)
+    assert not first.cut()
+    assert not in_database(driver, database)
+    assert everything(stored) == ["[redacted]", *expected(20, 1)]
+
+
+@pytest.mark.parametrize("first_cuts", [True, False])
+def test_two_that_move_unlike_halves_lose_nothing(
+    repository: MongoDBSessionRepository, stored: Stored, first_cuts: bool
+) -> None:
+    begin(repository)
+    append(repository, *range(20))
+    first, second = Other(stored, 8), Other(stored, 16)
+    first.merge()
+    with pytest.raises(OperationFailure) as refused:
+        second.merge()
+    assert refused.value.code == MERGE_REFUSED
+    if first_cuts:
+        assert first.cut()
+    assert everything(stored) == expected(20)
+    assert told(repository.list_messages("s", "agent")) == expected(20)
+
+
+def test_two_that_move_the_same_move_it_once(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    begin(repository)
+    append(repository, *range(20))
+    first, second = Other(stored), Other(stored)
+    first.merge()
+    second.merge()
+    assert second.cut()
+    assert not first.cut()
+    assert everything(stored) == expected(20)
+
+
+def test_a_left_over_of_a_higher_revision_is_outrun(archiving: MongoDBSessionRepository, stored: Stored) -> None:
+    """As when the sessions were restored from an older backup than the archive."""
+    begin(archiving)
+    append(archiving, *range(8))
+    _id = {"session_id": "s", "agent": "agent", "since": head(stored)["created_at"], "first": 0}
+    left_over = {"_id": _id, "session_id": "s", "revision": 70, "last": 2, "messages": []}
+    archive_of(stored).insert_one(left_over)
+    append(archiving, 8)
+    settled(stored)
+    assert head(stored)["revision"] > 70
+    assert everything(stored) == told(archiving.list_messages("s", "agent")) == expected(9)
+
+
+def test_an_append_between_the_two_commands_stays(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    begin(repository)
+    append(repository, *range(20))
+    other = Other(stored)
+    other.merge()
+    append(repository, 20, 21)
+    assert other.cut()
+    assert everything(stored) == told(repository.list_messages("s", "agent")) == expected(22)
+
+
+def test_a_message_that_moves_while_it_is_replaced_is_replaced(
+    repository: MongoDBSessionRepository, stored: Stored, commands: CommandLog
+) -> None:
+    """The replacement knows the head as it was before the move."""
+    begin(repository)
+    append(repository, *range(20))
+    other = Other(stored)
+    other.merge()
+    assert other.cut()
+    commands.clear()
+    repository.update_message("s", "agent", said(3, "changed"))
+    assert everything(stored) == [*expected(3), "changed", *expected(20, 4)]
+    # Are there attachments? The head has it not; it is looked for; it is changed where it is.
+    assert commands.names[:3] == ["find", "update", "find"]
+
+
+# Commands that fail.
+
+
+@pytest.mark.parametrize("failing", ["aggregate", "findAndModify"])
+@pytest.mark.parametrize("failure", [REFUSED, BROKEN, LOST], ids=["refused", "broken", "lost"])
+@pytest.mark.parametrize("times", [1, 50])
+@pytest.mark.parametrize("where", ["embedded", "standalone"])
+def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
+    request: pytest.FixtureRequest,
+    database: str,
+    failing: str,
+    failure: dict[str, Any],
+    times: int,
+    where: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    uri = request.getfixturevalue(where)
+    with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client:
+        stored = client[database]["agent_sessions"]
+        with MongoDBSessionRepository(uri, database, appname=database, **SMALL) as repository:
+            begin(repository)
+            repository.create_message("s", "agent", said(0, SECRET))
+            append(repository, *range(1, 8))
+            with fail_point(uri, failCommands=[failing], times=times, appName=database, **failure):
+                append(repository, 8)
+                append(repository, 9)
+                assert repository.get_message_count("s", "agent") == 10
+                assert told(repository.list_messages("s", "agent")) == [SECRET, *expected(10, 1)]
+            eventually(lambda: not repository._async._connection._tasks)
+            append(repository, 10)
+            settled(stored)
+            assert told(repository.list_messages("s", "agent")) == [SECRET, *expected(11, 1)]
+            assert everything(stored) == [SECRET, *expected(11, 1)]
+        client.drop_database(database)
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["aggregate", "findAndModify"])
+@pytest.mark.parametrize("where", ["embedded", "standalone"])
+def test_a_move_whose_acknowledgement_is_lost_is_done_once(
+    request: pytest.FixtureRequest, database: str, lost: str, where: str
+) -> None:
+    uri = request.getfixturevalue(where)
+    with (
+        pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client,
+        Proxy(uri) as proxy,
+        MongoDBSessionRepository(proxy.uri, database, **SMALL) as repository,
+    ):
+        stored = client[database]["agent_sessions"]
+        begin(repository)
+        append(repository, *range(8))
+        eventually(lambda: not repository._async._connection._tasks)
+        proxy.drop_after_request(command(lost))
+        append(repository, 8)
+        settled(stored)
+        eventually(lambda: not repository._async._connection._tasks)
+        assert proxy.dropped == 1
+        assert head(stored)["archived"] == 5
+        assert everything(stored) == told(repository.list_messages("s", "agent")) == expected(9)
+        client.drop_database(database)
+
+
+def test_who_may_not_write_the_archive_keeps_everything_in_the_session(
+    server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored.database.create_collection("agent_sessions_archive", validator={"never": {"$exists": True}})
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        begin(repository)
+        append(repository, *range(30))
+        assert told(repository.list_messages("s", "agent")) == expected(30)
+    assert len(head(stored)["messages"]) == 30
+    assert "old messages not moved, the next append tries again" in caplog.text
+    assert {record.levelno for record in caplog.records if "old messages" in record.message} == {logging.WARNING}
+
+
+@pytest.mark.parametrize("slow", ["aggregate", "findAndModify"])
+def test_a_writer_does_not_outrun_a_slow_archive(embedded: str, database: str, driver: Driver, slow: str) -> None:
+    with (
+        pymongo.MongoClient[dict[str, Any]](embedded) as client,
+        MongoDBSessionRepository(embedded, database, appname=database, **SMALL) as repository,
+    ):
+        stored = client[database]["agent_sessions"]
+        begin(repository)
+        with fail_point(
+            embedded, failCommands=[slow], appName=database, blockConnection=True, blockTimeMS=300, times=1000
+        ):
+            for message_id in range(50):
+                append(repository, message_id)
+                assert len(head(stored)["messages"]) <= 17
+        settled(stored)
+        assert everything(stored) == expected(50)
+        client.drop_database(database)
+
+
+# Concurrency.
+
+
+class Overtaken(AsyncMongoDBSessionRepository):
+    """Finds that somebody else has written just before it sends something again."""
+
+    async def _remaining(self, *args: Any) -> Any:
+        remaining = await super()._remaining(*args)
+        async with AsyncMongoDBSessionRepository(
+            self._connection.settings.connection_string, self._database_name
+        ) as other:
+            with contextlib.suppress(SessionConflictError):
+                await other.create_message(
+                    "s", "agent", SessionMessage(said(20, "theirs").message | {"tracking_id": "x"}, 20)
+                )
+        return remaining
+
+
+@pytest.mark.anyio
+async def test_who_is_overtaken_in_between_changes_nothing_in_the_archive(
+    server: str, database: str, stored: Stored
+) -> None:
+    async with Overtaken(server, database, **SMALL) as repository:
+        await repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        await repository.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for message_id in range(20):
+            await repository.create_message("s", "agent", said(message_id))
+        await asyncio.to_thread(eventually, lambda: head(stored).get("archived", 0) > 3)
+        changes = [
+            ReplaceMessage("agent", 3, {"message": said(3, "stale").message, "updated_at": OLD}),
+            AppendMessage("agent", stored_message(said(20), 20)),
+        ]
+        refused = await repository.apply("s", changes)
+    assert isinstance(refused["agent"], SessionConflictError)
+    assert everything(stored) == [*expected(20), "theirs"]
+
+
+def test_appending_replacing_redacting_and_reading_while_everything_moves(
+    server: str, database: str, stored: Stored, driver: Driver
+) -> None:
+    """One writer appends; others, from other processes' view, replace and read all the time."""
+    total = 300
+    with (
+        MongoDBSessionRepository(server, database, max_embedded_messages=4) as writer,
+        MongoDBSessionRepository(server, database, max_embedded_messages=6) as changer,
+        MongoDBSessionRepository(server, database, max_embedded_messages=4) as reader,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        begin(writer)
+        append(writer, 0)
+        appended, done = [1], threading.Event()
+        changed: dict[int, str] = {}
+
+        def change() -> None:
+            order = random.Random(7)
+            while not done.is_set():
+                message_id = order.choice([order.randrange(appended[0]), max(0, appended[0] - order.randrange(1, 6))])
+                text = f"changed {order.random()}"
+                changer.update_message("s", "agent", said(message_id, text))
+                changed[message_id] = text
+
+        def read() -> None:
+            while not done.is_set():
+                before = appended[0]
+                messages = reader.list_messages("s", "agent")
+                assert [message.message_id for message in messages] == list(range(len(messages)))
+                assert len(messages) >= before
+                assert reader.get_message_count("s", "agent") >= len(messages)
+                assert reader.read_message("s", "agent", before - 1).message_id == before - 1
+
+        work = [threads.submit(change), threads.submit(read)]
+        for message_id in range(1, total):
+            append(writer, message_id)
+            appended[0] = message_id + 1
+        done.set()
+        for future in work:
+            future.result()
+        settled(stored, 4)
+        wanted = [changed.get(n, f"text {n}") for n in range(total)]
+        assert told(reader.list_messages("s", "agent")) == wanted
+    assert everything(stored) == wanted
+    assert head(stored)["archived"] >= total - 4
+
+
+def test_two_writers_of_a_long_session_are_exact(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    winners, losers = (factory.create_session_manager("s", **SMALL) for _ in range(2))
+    winner, loser = agent(winners, *[f"w{n}" for n in range(10)]), agent(losers, "l")
+    for n in range(10):
+        winner(f"q{n}")
+    with pytest.raises(SessionConflictError):
+        loser("mine")
+    settled(stored)
+    assert everything(stored) == [text for n in range(10) for text in (f"q{n}", f"w{n}")]
+
+
+# What it costs.
+
+
+def test_the_archive_costs_nothing_until_it_acts_and_two_commands_then(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    manager = factory.create_session_manager("s", max_embedded_messages=10)
+    live = agent(manager, *["answer"] * 30)
+    for _ in range(5):
+        live("question")
+    assert commands.names == ["findAndModify"] + ["update"] * 10
+    for _ in range(25):
+        live("question")
+    settled(stored, 10)
+    eventually(lambda: commands.names.count("findAndModify") == 1 + archive_of(stored).count_documents({}))
+    moves = archive_of(stored).count_documents({})
+    assert 7 <= moves <= 10
+    assert sorted(commands.names) == sorted(
+        ["findAndModify"] + ["update"] * 60 + ["aggregate", "findAndModify"] * moves
+    )
+
+
+def test_a_manager_per_turn_archives_too(server: str, database: str, stored: Stored) -> None:
+    """Closing waits for the move that the last append has begun."""
+    for n in range(12):
+        with MongoDBSessionManager("s", server, database, max_embedded_messages=4) as manager:
+            agent(manager, "answer")(f"question {n}")
+        assert len(head(stored)["messages"]) <= 4
+    assert len(everything(stored)) == 24
+
+
+# Documents of the original.
+
+OLD = datetime(2024, 11, 5, tzinfo=UTC)
+OLD_MANAGER = {"__name__": "SlidingWindowConversationManager", "removed_message_count": 0, "model_call_count": 0}
+
+
+def old_document(texts: list[str], *, ids: bool = True) -> dict[str, Any]:
+    messages = [
+        {
+            "message": {"role": ("user", "assistant")[n % 2], "content": [{"text": text}]},
+            **({"message_id": n} if ids else {}),
+            "redact_message": None,
+            "created_at": OLD,
+            "updated_at": OLD,
+        }
+        for n, text in enumerate(texts)
+    ]
+    return {
+        "_id": "s",
+        "session_id": "s",
+        "application_name": None,
+        "session_type": "AGENT",
+        "created_at": OLD,
+        "updated_at": OLD,
+        "metadata": {},
+        "feedbacks": [],
+        "guardrail_events": [],
+        "agents": {
+            "agent": {
+                "agent_data": {"agent_id": "agent", "state": {}, "conversation_manager_state": OLD_MANAGER},
+                "created_at": OLD,
+                "updated_at": OLD,
+                "messages": messages,
+            }
+        },
+        "session_viewer_password": "correct horse",
+    }
+
+
+def size(stored: Stored) -> int:
+    return len(bson.encode(stored.find_one({"_id": "s"})))
+
+
+@pytest.fixture
+def large(driver: Driver) -> None:
+    """Give the server room for documents of 16 MB; an embedded one has little."""
+    driver.admin.command({"setParameter": 1, "wiredTigerEngineRuntimeConfig": "cache_size=1G"})
+
+
+def fifteen_megabytes() -> list[str]:
+    return [f"{n} " + "x" * 4000 for n in range(3650)]
+
+
+@pytest.mark.usefixtures("large")
+def test_fifteen_megabytes_come_under_the_bound_with_the_first_append(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    old = fifteen_megabytes()
+    stored.insert_one(old_document(old))
+    assert size(stored) > 15_000_000
+    with factory.create_session_manager("s") as manager:
+        live = agent(manager, "answer")
+        commands.clear()
+        live("question")
+        eventually(lambda: size(stored) < 300_000)
+        eventually(lambda: commands.names.count("findAndModify") == commands.names.count("aggregate"))
+        assert commands.names.count("aggregate") <= 12
+        assert manager.get_message_count("agent") == 3652
+    assert everything(stored) == [*old, "question", "answer"]
+    assert max(len(bson.encode(bucket)) for bucket in archive_of(stored).find()) < 2_200_000
+    assert stored.find_one({"_id": "s"})["session_viewer_password"] == "correct horse"
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("room", [10, 5_000])
+def test_a_document_without_room_gets_some(factory: MongoDBSessionManagerFactory, stored: Stored, room: int) -> None:
+    old = fifteen_megabytes()
+    document = old_document(old)
+    old.append("y" * (16 * 1024 * 1024 - len(bson.encode(document)) - room - 300))
+    document = old_document(old)
+    document["filler"] = "z" * (16 * 1024 * 1024 - len(bson.encode(document)) - room - 13)
+    stored.insert_one(document)
+    with factory.create_session_manager("s") as manager:
+        agent(manager, "answer " + "b" * 6_000_000)("question " + "a" * 6_000_000)
+        eventually(lambda: size(stored) < 8_000_000)
+    assert [text[:8] for text in everything(stored)] == [*[text[:8] for text in old], "question", "answer b"]
+    assert everything(stored)[:3651] == old
+
+
+def test_a_message_that_fits_in_no_document_is_refused_and_moves_nothing(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    manager = factory.create_session_manager("s")
+    live = agent(manager, "one", "two", "three")
+    live("hello")
+    with pytest.raises(MessageTooLargeError):
+        live("x" * 17_000_000)
+    assert "aggregate" not in commands.names
+    assert everything(stored) == ["hello", "one"]
+
+
+@pytest.mark.usefixtures("large")
+def test_many_agents_in_a_document_without_room(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    """Each of them is within its limits."""
+    document = old_document([])
+    for n in range(70):
+        messages = old_document([f"{n} {i} " + "x" * 11_000 for i in range(21)])["agents"]["agent"]["messages"]
+        document["agents"][f"a{n}"] = {
+            **document["agents"]["agent"],
+            "next_message_id": 21,
+            "messages": messages,
+        }
+    stored.insert_one(document)
+    assert 16_000_000 < size(stored) < 16 * 1024 * 1024
+    repository.create_message("s", "a3", said(21, "y" * 900_000))
+    assert size(stored) < 16 * 1024 * 1024
+    assert len(repository.list_messages("s", "a3")) == 22
+    for n in range(70):
+        assert [text.split("x")[0] for text in everything(stored, f"a{n}")][:21] == [f"{n} {i} " for i in range(21)]
+
+
+def test_messages_without_ids_have_their_positions(archiving: MongoDBSessionRepository, stored: Stored) -> None:
+    stored.insert_one(old_document([f"text {n}" for n in range(20)], ids=False))
+    archiving.open_session("s")
+    append(archiving, 20)
+    settled(stored)
+    archiving.update_message("s", "agent", said(3, "changed"))
+    archiving.update_message("s", "agent", said(19, "changed too"))
+    wanted = [*expected(3), "changed", *expected(19, 4), "changed too", "text 20"]
+    assert everything(stored) == told(archiving.list_messages("s", "agent")) == wanted
+    assert [message.message_id for message in archiving.list_messages("s", "agent")] == list(range(21))
+
+
+def test_ids_with_gaps_and_doubles_are_found_and_nothing_is_lost(
+    archiving: MongoDBSessionRepository, stored: Stored
+) -> None:
+    document = old_document([f"text {n}" for n in range(12)])
+    for message, message_id in zip(
+        document["agents"]["agent"]["messages"], [4, 4, 9, 9, 10, 2000, 2001, 2002, 2003, 2004, 2005, 2006], strict=True
+    ):
+        message["message_id"] = message_id
+    stored.insert_one(document)
+    archiving.open_session("s")
+    archiving.create_message("s", "agent", said(2007, "new"))
+    settled(stored)
+    assert head(stored)["archived"] > 6
+    assert everything(stored) == told(archiving.list_messages("s", "agent")) == [*expected(12), "new"]
+    archiving.update_message("s", "agent", said(2000, "changed"))
+    assert archiving.read_message("s", "agent", 2000).to_message()["content"] == [{"text": "changed"}]
+    assert told(archiving.list_messages("s", "agent", 3, 4)) == ["text 4", "changed", "text 6"]
+
+
+# Options.
+
+
+@pytest.mark.parametrize("name", ["max_embedded_messages", "max_embedded_bytes"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda server, factory, **options: MongoDBSessionRepository(server, **options),
+        lambda server, factory, **options: MongoDBSessionManager("s", server, **options),
+        lambda server, factory, **options: AsyncMongoDBSessionManager("s", server, **options),
+        lambda server, factory, **options: MongoDBSessionManagerFactory(server, **options),
+        lambda server, factory, **options: initialize_global_factory(server, **options),
+        lambda server, factory, **options: factory.create_session_manager("s", **options),
+    ],
+    ids=["repository", "manager", "async manager", "factory", "global factory", "override"],
+)
+def test_limits_that_cannot_be_are_refused(
+    server: str, factory: MongoDBSessionManagerFactory, make: Callable[..., Any], name: str
+) -> None:
+    for value in [0, -1, 1.5, "128", True, None, *([2**40] if name == "max_embedded_bytes" else [])]:
+        with pytest.raises(ConfigurationError, match=name):
+            make(server, factory, **{name: value})
+
+
+def test_limits_of_a_factory_hold_unless_overridden(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=4) as factory:
+        for session_id, options in (("s", {}), ("t", {"max_embedded_messages": 100})):
+            with factory.create_session_manager(session_id, **options) as manager:
+                live = agent(manager, *["answer"] * 6)
+                for _ in range(6):
+                    live("question")
+    assert len(head(stored)["messages"]) <= 4
+    assert len(stored.find_one({"_id": "t"})["agents"]["agent"]["messages"]) == 12
