@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import statistics
 import time
 import tracemalloc
@@ -35,8 +34,6 @@ _SMALL = 10
 _LARGE = 1_000
 """From here on one session is measured in all rounds, because growing a new one for each would take too long."""
 _BATCH = 40
-_WITHOUT_ARCHIVE = 3_000
-"""Messages of 4 KB that fit into one document, with some to spare."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,10 @@ class _Plan:
 
     @classmethod
     def chosen(cls, quick: bool) -> _Plan:
-        """Return how far to go: as far as the library in this checkout can."""
+        """Return how far to go."""
         if quick:
             return cls((_SMALL, 60), 1, 2, 2)
-        archive = "max_embedded_messages" in inspect.signature(MongoDBSessionManagerFactory).parameters
-        return cls((_SMALL, 100, 1_000, 10_000 if archive else _WITHOUT_ARCHIVE), 8, 4, 8)
+        return cls((_SMALL, 100, 1_000, 10_000), 8, 4, 8)
 
 
 @dataclass

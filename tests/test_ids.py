@@ -160,16 +160,20 @@ def arguments(**ids: Any) -> dict[str, Any]:
         "changes": [AppendMessage(agent_id, stored_message(message("hi"), 0))],
         "limit": None,
         "offset": 0,
+        "metadata": {"n": 1},
+        "keys": ["n"],
+        "feedback": {"rating": "up"},
+        "model": "model",
+        "system_prompt": "Be brief.",
+        "prompt_metadata": {"version": 1},
     }
 
 
 def methods_taking(*names: str) -> list[str]:
     return [
         name
-        for name, method in vars(AsyncMongoDBSessionRepository).items()
-        if inspect.isfunction(method)
-        and not name.startswith("_")
-        and set(names) & {*inspect.signature(method).parameters}
+        for name, method in inspect.getmembers(AsyncMongoDBSessionRepository, inspect.isfunction)
+        if not name.startswith("_") and set(names) & {*inspect.signature(method).parameters}
     ]
 
 

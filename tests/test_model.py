@@ -214,7 +214,7 @@ def test_a_session_is_what_the_model_says(server: str, database: str) -> None:
     run_state_machine_as_test(
         lambda: Session(server, database),
         settings=settings(
-            max_examples=20,
+            max_examples=15,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

@@ -617,6 +617,7 @@ def child():
 
 joined(in_child(child, os._exit))
 agent(factory.create_session_manager("parent"), "hello")("hi")
+factory.close()
 if {bound == "application"}:
     loop.call_soon_threadsafe(loop.stop)
     while loop.is_running():

@@ -63,6 +63,7 @@ ORDER = [
     "_multi_agent_states",
     "_attachments",
     "_archive",
+    "_writes",
     "_repository",
     "_sync",
     "_unit_of_work",

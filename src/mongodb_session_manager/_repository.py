@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, Self, TypeVar
 
 from pymongo import ReturnDocument
@@ -12,22 +11,14 @@ from pymongo.errors import DuplicateKeyError
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
-from ._archive import SessionArchive
-from ._attachments import Attachments, StaleAttachments
+from ._attachments import Attachments
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits, head_numbers
 from ._changes import (
-    AgentWrite,
     AppendMessage,
     Change,
     CreateAgent,
     ReplaceMessage,
-    StoredView,
-    Update,
     UpdateAgent,
-    compile_update,
-    fold,
-    in_parts,
-    reconcile,
 )
 from ._connection import Client, Connection, Settings
 from ._documents import (
@@ -42,24 +33,20 @@ from ._documents import (
     message_from,
     new_agent,
     new_session,
-    next_message_id,
     now,
     removed_messages,
     session_from,
     stored_message,
     to_date,
     to_restore,
-    with_ids,
 )
 from ._multi_agent_states import MultiAgentStates
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
+from ._writes import ROUNDS, SessionWrites
 from .errors import (
     DatabaseError,
     InvalidArgumentError,
-    MessageTooLargeError,
-    MongoDBSessionError,
     SessionExistsError,
-    SessionNotFoundError,
 )
 
 logger = logging.getLogger(__name__)
@@ -67,9 +54,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ALL = 2**31 - 1
-
-_ROUNDS = 8
-"""How often a write may find the session changed under its hands before it gives up."""
 
 _RESTORE: Document = {
     "session_id": 1,
@@ -106,7 +90,7 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionArchive):
+class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionWrites):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
@@ -208,7 +192,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, now()))
         fresh.pop("_id")
         async with self._connection.operation():
-            for _ in range(_ROUNDS):
+            for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id, fresh)
                 agents: dict[str, Document] = document["agents"]
                 unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
@@ -234,7 +218,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
                 agents[key]["messages"] = messages + agents[key]["messages"]
 
     async def _create_or_read(self, session_id: str, fresh: Document) -> Document:
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             try:
                 document = await self._send(
                     lambda collection: collection.find_one_and_update(
@@ -251,174 +235,12 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
                 return document
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
 
-    async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
-        """Give agents of versions before 1.0 their `next_message_id`, unless somebody writes to them meanwhile.
-
-        Those versions did not encode ids, so an agent whose id holds `%` or `$` moves to its key.
-        """
-        condition: Document = {"_id": session_id}
-        adopted: Document = {}
-        moved = []
-        for old in keys:
-            agent, new = agents[old], agent_key(old)
-            messages, archived = agent.get("messages") or [], agent.get("archived") or 0
-            agent["next_message_id"] = next_message_id(messages, archived)
-            condition[f"agents.{old}"] = {"$exists": True}
-            condition[f"agents.{old}.next_message_id"] = None
-            condition[f"agents.{old}.archived"] = archived or {"$in": [None, 0]}
-            condition[f"agents.{old}.messages"] = {"$size": len(messages)} if messages else {"$in": [None, []]}
-            gained = {"next_message_id": agent["next_message_id"]}
-            if any("message_id" not in message for message in messages):
-                gained["messages"] = with_ids(f"$agents.{old}.messages", archived)
-                agent["messages"] = [{"message_id": n, **message} for n, message in enumerate(messages, archived)]
-            adopted[f"agents.{new}"] = {"$mergeObjects": [f"$agents.{old}", gained]}
-            if new != old:
-                condition[f"agents.{new}"] = {"$exists": False}
-                moved.append(old)
-        stages: list[Document] = [{"$set": adopted}]
-        if moved:
-            stages.append({"$unset": [f"agents.{old}" for old in moved]})
-        for old in moved:
-            agents[agent_key(old)] = agents.pop(old)
-        return await self._update_with_room(session_id, Update(condition, stages, None))
-
     async def _restore_attachments(self, session_id: str, document: Document) -> None:
         """Put attachments back into all messages of a document, and remember that they are there."""
         messages = {agent_id_of(key): agent.get("messages") or [] for key, agent in document["agents"].items()}
         stored = [reference for elements in messages.values() for e in elements for reference in references_of(e)]
         self._attachments.learn(session_id, document, stored)
         await self._attachments.restore(session_id, messages)
-
-    async def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
-        """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
-
-        Returns:
-            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
-            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
-            are stored.
-
-        Raises:
-            MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
-        """
-        checked_id(session_id, "session_id")
-        refused: dict[str, MongoDBSessionError] = {}
-        async with self._connection.operation():
-            for part in in_parts(changes):
-                changed = [change for change in part if change.agent_id not in refused]
-                refused |= await self._apply_part(session_id, changed)
-        return refused
-
-    async def _apply_part(self, session_id: str, changes: Sequence[Change]) -> dict[str, MongoDBSessionError]:
-        for _ in range(_ROUNDS):
-            refused: dict[str, MongoDBSessionError] = {}
-            writes = fold(changes)
-            await self._attachments.store(session_id, writes.values())
-            try:
-                await self._write(session_id, writes, refused)
-            except StaleAttachments as stale:
-                self._attachments.learn(session_id, stale.document)
-                continue
-            if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
-                await self._attachments.remove_unreferenced(session_id)
-            return refused
-        raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
-
-    async def _write(
-        self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
-    ) -> None:
-        archived: dict[str, dict[int, Document]] = {}
-        for _ in range(_ROUNDS):
-            if not writes:
-                break
-            await self._let_move(session_id, writes.values())
-            try:
-                if await self._update_with_room(session_id, compile_update(session_id, writes.values())):
-                    for agent_id, write in writes.items():
-                        archived.setdefault(agent_id, {}).update(self._copies(session_id, write))
-                    self._written(session_id, writes.values())
-                    break
-            except MessageTooLargeError as error:
-                if len(writes) == 1:
-                    refused.update(dict.fromkeys(writes, error))
-                else:  # let nobody suffer for another agent's message
-                    for agent_id, write in writes.items():
-                        await self._write(session_id, {agent_id: write}, refused)
-                break
-            writes = await self._remaining(session_id, writes, refused, archived)
-        else:
-            raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
-        for agent_id in archived.keys() - refused.keys():
-            for message_id, fields in archived[agent_id].items():
-                await self._change_archived(session_id, agent_key(agent_id), message_id, fields)
-
-    async def _remaining(
-        self,
-        session_id: str,
-        writes: Mapping[str, AgentWrite],
-        refused: dict[str, MongoDBSessionError],
-        archived: dict[str, dict[int, Document]],
-    ) -> dict[str, AgentWrite]:
-        """Compare writes that matched nothing with what is stored; return those to send, note those refused.
-
-        What has to change in the archive goes to `archived`.
-        """
-        names = (
-            "created_at",
-            "next_message_id",
-            "archived",
-            "messages.message_id",
-            "messages.message",
-            "messages.created_at",
-        )
-        fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
-        document = await self._find(session_id, dict.fromkeys([*fields, "attachments_generation"], 1))
-        agents: dict[str, Document] = {} if document is None else document.get("agents", {})
-        unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
-        if unnumbered and not await self._adopt(session_id, agents, unnumbered):
-            return dict(writes)
-        remaining: dict[str, AgentWrite] = {}
-        for key, agent in agents.items():
-            head = self._head(session_id, key)
-            head.since, head.next_id = agent.get("created_at"), agent["next_message_id"]
-        for agent_id, write in writes.items():
-            if document is None:
-                refused[agent_id] = SessionNotFoundError(f"session {session_id!r} does not exist any more")
-                continue
-            stored = agents.get(agent_key(agent_id))
-            newer = _messages_by_id(stored)
-            older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
-            try:
-                view = None if stored is None else StoredView(stored["next_message_id"], {**older, **newer})
-                rest = reconcile(write, view)
-            except MongoDBSessionError as error:
-                refused[agent_id] = error
-                continue
-            if rest is not None:
-                if rest.generation not in (None, document.get("attachments_generation") or 0):
-                    raise StaleAttachments(document)
-                changes = archived.setdefault(agent_id, {})
-                for message_id in rest.replaced.keys() & older.keys():
-                    changes.setdefault(message_id, {}).update(rest.replaced[message_id])
-                rest = replace(rest, replaced={n: rest.replaced[n] for n in rest.replaced if n not in older})
-                if not rest.is_empty:
-                    remaining[agent_id] = rest
-        return remaining
-
-    async def _sought(
-        self, session_id: str, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
-    ) -> dict[int, Document]:
-        """Return those messages of a write that are archived, by id."""
-        if not stored.get("archived"):
-            return {}
-        ids = {*write.replaced, *write.recorded} - newer.keys()
-        found = {}
-        for message_id in ids:
-            if message_id < stored["next_message_id"]:
-                since = stored.get("created_at")
-                message = await self._archived_message(session_id, agent_key(agent_id), message_id, since)
-                if message is not None:
-                    found[message_id] = message
-        return found
 
     # Strands' own repository methods.
 
@@ -589,8 +411,3 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self.apply(session_id, (change,))).values():
             raise error
-
-
-def _messages_by_id(stored: Mapping[str, Any] | None) -> dict[int, Document]:
-    messages = enumerate((stored or {}).get("messages") or [])
-    return {message.get("message_id", position): message for position, message in messages}

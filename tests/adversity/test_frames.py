@@ -91,7 +91,7 @@ def test_a_large_message_over_a_slow_line(replica_set_site: Site) -> None:
     site.copy_template(session_id)
     large = "a" * 400_000
     with MongoDBSessionManagerFactory(
-        site.proxy.uri, site.database, socketTimeoutMS=1000, connectTimeoutMS=1000
+        site.proxy.uri, site.database, max_embedded_bytes=2**20, socketTimeoutMS=1000, connectTimeoutMS=1000
     ) as factory:
         manager = factory.create_session_manager(session_id)
         asked = agent(manager)

@@ -59,7 +59,7 @@ def a_dispatcher_of_its_own() -> Iterator[None]:
         _notify._dispatcher = None
         asyncio.run(dispatcher.portal.run(dispatcher.aclose, 0))
         if (clients := _aws._clients) is not None:
-            asyncio.run(dispatcher.portal.run(clients.aclose_at_exit, 1))
+            asyncio.run(dispatcher.portal.run(clients.aclose_at_exit, 30))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 _OPENING = 10.0
 """Seconds that opening a client may take: it reads files, and may ask for credentials."""
+
+_LETTING_GO = 0.4
+"""Seconds that a call which is cancelled may take to end when no time is left."""
 
 _DEFAULTS: dict[str, Any] = {"retries": {"total_max_attempts": 1}, "connect_timeout": 5, "read_timeout": 10}
 """The dispatcher tries again, so the client does not."""
@@ -140,6 +144,7 @@ class _Clients:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._shared: dict[_Key, _Shared] = {}
+        self._calling: Counter[asyncio.Task[Any]] = Counter()
         self._one_by_one = asyncio.Lock()
         self._session: Session | None = None
         close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
@@ -149,6 +154,9 @@ class _Clients:
         """Lend the client of a service, opened if nobody had it open."""
         shared = self._shared.setdefault(service.key, _Shared())
         shared.calls += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._calling[task] += 1
         if service.is_kept:
             shared.keepers.add(service)
         try:
@@ -159,6 +167,7 @@ class _Clients:
             yield client
         finally:
             shared.calls -= 1
+            self._calling -= Counter([task])  # which leaves nothing at zero
             await self.close_unused(service.key)
 
     async def _open(self, key: _Key) -> tuple[Any, Any]:
@@ -191,7 +200,9 @@ class _Clients:
             await shared.close()
 
     async def aclose_at_exit(self, seconds: float) -> None:
-        """Close every client when the interpreter ends."""
+        """Close every client when the interpreter ends, once the calls that were given up have let go of it."""
+        if self._calling:
+            await asyncio.wait(set(self._calling), timeout=max(seconds, _LETTING_GO))
         while self._shared:
             await self._shared.popitem()[1].close()
 
