@@ -22,7 +22,7 @@ from strands.types.tools import ToolContext
 from mongodb_session_manager import AsyncMongoDBSessionManager, MongoDBSessionError, MongoDBSessionManagerFactory
 from proxy import Proxy
 from scripted_model import Redaction, ScriptedModel
-from support import agent, eventually, message_ids, texts
+from support import CommandLog, agent, eventually, message_ids, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -339,6 +339,29 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
 
 
 # What becomes of messages.
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("save_on", "writes"), [("message", 4), ("invocation", 1)])
+async def test_a_tool_that_the_application_calls_is_stored_when_the_call_returns(
+    kind: Kind,
+    factory: MongoDBSessionManagerFactory,
+    stored: Stored,
+    commands: CommandLog,
+    save_on: str,
+    writes: int,
+) -> None:
+    """It belongs to no invocation, so nothing tells its end."""
+    asked = agent(await kind.open(factory, save_on=save_on), "hello", "fine", tools=[add])
+    for count in (1, 2):
+        commands.clear()
+        await asyncio.to_thread(asked.tool.add, a=1, b=2)
+        assert commands.names == ["update"] * writes
+        assert len(conversation(stored)) == 6 * count - 2
+        assert conversation(stored)[-1] == "agent.tool.add was called."
+        await kind.ask(asked, "hi")
+    resumed = agent(await kind.open(factory))
+    assert resumed.messages == asked.messages
 
 
 @pytest.mark.anyio

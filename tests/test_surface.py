@@ -41,6 +41,7 @@ ORDER = [
     "_documents",
     "_references",
     "_changes",
+    "_multi_agents",
     "_buckets",
     "_capture",
     "_stored_fields",
@@ -59,6 +60,7 @@ ORDER = [
     "_connection",
     "_commands",
     "_annotations",
+    "_multi_agent_states",
     "_attachments",
     "_archive",
     "_writes",
@@ -67,6 +69,7 @@ ORDER = [
     "_unit_of_work",
     "_hooks",
     "_metadata_tool",
+    "_orchestration",
     "_session",
     "_manager",
     "_async_manager",
@@ -152,9 +155,10 @@ def test_the_repositories_document_the_same() -> None:
 
 
 def test_the_repository_has_the_parameters_of_strands() -> None:
-    abstract = SessionRepository.__abstractmethods__
-    assert {name: parameters(getattr(MongoDBSessionRepository, name)) for name in abstract} == {
-        name: parameters(getattr(SessionRepository, name)) for name in abstract
+    names = {name for name in vars(SessionRepository) if not name.startswith("_")}
+    assert names >= {"create_session", "list_messages", "create_multi_agent", "update_multi_agent"}
+    assert {name: parameters(getattr(MongoDBSessionRepository, name)) for name in names} == {
+        name: parameters(getattr(SessionRepository, name)) for name in names
     }
 
 
@@ -171,11 +175,13 @@ def test_one_manager_awaits_and_the_other_does_not() -> None:
     assert {name for name, method in sync.items() if is_async(method)} == set()
     # The tool is made without asking the database.
     waiting = {"append_message", "initialize", "redact_latest_message", "register_hooks", "sync_agent"}
+    waiting |= {"initialize_multi_agent", "sync_multi_agent"}
     assert {name for name, method in asynchronous.items() if not is_async(method)} == waiting | {"get_metadata_tool"}
 
 
 def test_what_strands_calls_is_synchronous_on_both_managers() -> None:
-    names = ("initialize", "append_message", "redact_latest_message", "sync_agent", "register_hooks")
+    names = ["initialize", "append_message", "redact_latest_message", "sync_agent", "register_hooks"]
+    names += ["initialize_multi_agent", "sync_multi_agent"]
     for cls in (MongoDBSessionManager, AsyncMongoDBSessionManager):
         for name in names:
             assert not is_async(getattr(cls, name))
@@ -389,7 +395,17 @@ def test_one_module_knows_clients() -> None:
     assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
 
 
-PURE = ["errors", "_codec", "_documents", "_references", "_changes", "_buckets", "_capture", "_stored_fields"]
+PURE = [
+    "errors",
+    "_codec",
+    "_documents",
+    "_references",
+    "_changes",
+    "_multi_agents",
+    "_buckets",
+    "_capture",
+    "_stored_fields",
+]
 
 
 @pytest.mark.parametrize("module", PURE)
@@ -398,7 +414,9 @@ def test_pure_modules_do_no_io(module: str) -> None:
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-@pytest.mark.parametrize("module", ["_documents", "_references", "_changes", "_buckets", "_capture", "_unit_of_work"])
+@pytest.mark.parametrize(
+    "module", ["_documents", "_references", "_changes", "_multi_agents", "_buckets", "_capture", "_unit_of_work"]
+)
 def test_one_pure_module_knows_bson(module: str) -> None:
     assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()
 

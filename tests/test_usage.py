@@ -16,16 +16,7 @@ import pytest
 from pymongo.collection import Collection
 from strands import Agent, tool
 from strands.bidi import BidiAgent
-from strands.bidi.models import BidiModel
-from strands.bidi.types.events import (
-    BidiResponseStartEvent,
-    BidiResponseStopEvent,
-    BidiTextDeltaEvent,
-    BidiTextStartEvent,
-    BidiTextStopEvent,
-    BidiToolUseBlocksEvent,
-    BidiUsageEvent,
-)
+from strands.bidi.types.events import BidiResponseStopEvent
 from strands.types.exceptions import EventLoopException
 
 from mongodb_session_manager import (
@@ -33,6 +24,8 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
 )
+from scripted_bidi import ScriptedBidiModel, said
+from scripted_bidi import calls as call_of
 from scripted_model import ScriptedModel
 from support import CommandLog, agent, fail_point, message_ids, texts
 
@@ -445,46 +438,6 @@ def test_event_loop_metrics(session: Session, stored: Stored, save_on: str) -> N
 # A kind of agent without metrics.
 
 
-class ScriptedBidiModel(BidiModel):
-    """Says what it is told to, once it is sent a message."""
-
-    def __init__(self, *turns: list[Any]) -> None:
-        self._turns = list(turns)
-        self._events: asyncio.Queue[Any] = asyncio.Queue()
-
-    def update_config(self, **model_config: Any) -> None: ...
-
-    def get_config(self) -> dict[str, Any]:
-        return {"model_id": "scripted-bidi"}
-
-    async def start(self, *args: Any, **kwargs: Any) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    async def send(self, content: Any) -> None:
-        if self._turns:
-            for event in self._turns.pop(0):
-                self._events.put_nowait(event)
-
-    async def receive(self) -> AsyncGenerator[Any, None]:
-        while True:
-            yield await self._events.get()
-
-
-def said(text: str, content_id: str) -> list[Any]:
-    return [
-        BidiResponseStartEvent(f"response {content_id}"),
-        BidiTextStartEvent(content_id),
-        BidiTextDeltaEvent(text, content_id),
-        BidiTextStopEvent(content_id),
-        BidiUsageEvent(10, 5, 15),
-        BidiResponseStopEvent(f"response {content_id}"),
-    ]
-
-
-CALL_ADD = BidiToolUseBlocksEvent([{"toolUseId": "t1", "name": "add", "input": {"a": 1, "b": 2}}])
-
-
 @pytest.mark.anyio
 @pytest.mark.may_block
 @pytest.mark.parametrize("is_async", [False, True], ids=["manager", "async manager"])
@@ -496,7 +449,7 @@ async def test_a_bidirectional_agent_has_no_metrics_and_does_not_fail(
         manager: Any = await factory.create_session_manager_async("s", save_on=save_on)
     else:
         manager = await asyncio.to_thread(factory.create_session_manager, "s", save_on=save_on)
-    model = ScriptedBidiModel(said("Hello.", "c1"), [CALL_ADD], said("Three.", "c2"))
+    model = ScriptedBidiModel(said("Hello.", "c1"), call_of("add", "t1", a=1, b=2), said("Three.", "c2"))
     async with BidiAgent(model, tools=[add], agent_id="bidi", session_manager=manager) as live:
         for text in ("hi", "1 + 2?"):
             await live.send(text)

@@ -13,6 +13,7 @@ agents.<agent key>
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
 attachments_generation   how often attachments were removed; absent for 0
+multi_agents.<key>       see `_multi_agents`
 """
 
 from __future__ import annotations

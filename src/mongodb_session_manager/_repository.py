@@ -40,6 +40,7 @@ from ._documents import (
     to_date,
     to_restore,
 )
+from ._multi_agent_states import MultiAgentStates
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
 from ._writes import ROUNDS, SessionWrites
 from .errors import (
@@ -60,6 +61,7 @@ _RESTORE: Document = {
     "session_type": 1,
     "created_at": 1,
     "updated_at": 1,
+    "multi_agents": 1,
     "attachments_generation": 1,
     # All agents, each message without its metrics: they grow with the conversation and nobody restores them.
     "agents": {
@@ -88,7 +90,7 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations, SessionWrites):
+class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionWrites):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of

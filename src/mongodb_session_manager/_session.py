@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from strands import Agent
+from strands.bidi.hooks.events import BidiAgentStopEvent
 from strands.hooks import (
     AfterInvocationEvent,
-    AfterMultiAgentInvocationEvent,
-    AfterNodeCallEvent,
     AgentInitializedEvent,
+    BeforeInvocationEvent,
     HookRegistry,
     MessageAddedEvent,
-    MultiAgentInitializedEvent,
+    MessageUpdatedEvent,
 )
-from strands.session import RepositorySessionManager
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
 
@@ -34,6 +31,7 @@ from ._connection import Connection
 from ._documents import checked_id, now
 from ._hooks import Hook, checked_hook, hold, let_go
 from ._loop import ExitOrder, close_at_exit, running_loop
+from ._orchestration import OrchestratorSessionManager, is_recording_only, recording_only
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
@@ -43,18 +41,6 @@ from .hooks._notify import DRAIN_TIMEOUT, drain
 logger = logging.getLogger(__name__)
 
 SaveOn = Literal["message", "invocation"]
-
-_only_recording: ContextVar[bool] = ContextVar("mongodb_session_manager_only_recording", default=False)
-
-
-@contextmanager
-def _recording_only() -> Iterator[None]:
-    """Have Strands' synchronous methods record and leave the sending to their caller."""
-    token = _only_recording.set(True)
-    try:
-        yield
-    finally:
-        _only_recording.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +120,7 @@ def take_hooks(client_options: dict[str, Any]) -> dict[str, Any]:
     return {name: client_options.pop(name) for name in _SPELLINGS if name in client_options}
 
 
-class SessionManagerBase(RepositorySessionManager):
+class SessionManagerBase(OrchestratorSessionManager):
     """What both managers share: all but how the caller waits."""
 
     session_repository: UnitOfWork
@@ -148,7 +134,9 @@ class SessionManagerBase(RepositorySessionManager):
         self._work: UnitOfWork | None = None
         self._closed = False
         self._closing: asyncio.Event | None = None
+        self._invoked: set[str] = set()
         self._stopped: dict[str, MongoDBSessionError] = {}
+        self._stopped_multi_agents = {}
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     def __repr__(self) -> str:
@@ -181,11 +169,12 @@ class SessionManagerBase(RepositorySessionManager):
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         """Register what keeps an agent or orchestrator stored."""
         registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
+        registry.add_callback(BeforeInvocationEvent, lambda event: self._invoked.add(event.agent.agent_id))
         registry.add_callback(MessageAddedEvent, self._on_message_added)
+        registry.add_callback(MessageUpdatedEvent, self._on_message_updated)
         registry.add_callback(AfterInvocationEvent, self._on_after_invocation)
-        registry.add_callback(MultiAgentInitializedEvent, lambda event: self.initialize_multi_agent(event.source))
-        registry.add_callback(AfterNodeCallEvent, lambda event: self.sync_multi_agent(event.source))
-        registry.add_callback(AfterMultiAgentInvocationEvent, lambda event: self.sync_multi_agent(event.source))
+        registry.add_callback(BidiAgentStopEvent, self._on_stop)
+        self._register_multi_agent_hooks(registry, each_node=self._options.save_on == "message")
 
     def initialize(self, agent: LocalAgent, **kwargs: Any) -> None:
         """Restore an agent from what was loaded, or record it as new. Sends nothing.
@@ -227,7 +216,7 @@ class SessionManagerBase(RepositorySessionManager):
         """
         work = self._unit
         event = guardrail_event(action, stop_reason, guardrail_trace, now())
-        with _recording_only():
+        with recording_only():
             super().redact_latest_message(redact_message, agent, **kwargs)
             work.record_guardrail(agent.agent_id, event)
         self._settle(agent.agent_id)
@@ -241,7 +230,7 @@ class SessionManagerBase(RepositorySessionManager):
     async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
         agent = event.agent
         try:
-            with _recording_only():
+            with recording_only():
                 self._append_added(event.message, agent)
                 self.sync_agent(agent)
             if self._is_due(event.message, agent):
@@ -261,11 +250,21 @@ class SessionManagerBase(RepositorySessionManager):
                 agent.messages.pop()
             raise
 
+    async def _on_message_updated(self, event: MessageUpdatedEvent[LocalAgent]) -> None:
+        self._unit.record_replacement(event.agent.agent_id, event.tracking_id, event.message)
+        await self._flush(event.agent.agent_id)
+
+    async def _on_stop(self, event: BidiAgentStopEvent) -> None:
+        with recording_only():
+            self.sync_agent(event.agent)
+        await self._flush(event.agent.agent_id)
+
     async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
         agent = event.agent
+        self._invoked.discard(agent.agent_id)
         stopped = self._stopped.pop(agent.agent_id, None)
         try:
-            with _recording_only():
+            with recording_only():
                 self.sync_agent(agent)
             self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
         finally:
@@ -278,9 +277,11 @@ class SessionManagerBase(RepositorySessionManager):
         """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
         if not isinstance(agent, Agent):
             return True  # no event tells the end of its invocations
-        if self._options.save_on == "invocation":
-            return False
-        return message["role"] == "user" or any("toolUse" in block for block in message["content"])
+        saves_messages = self._options.save_on == "message"
+        is_last = message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
+        if agent.agent_id not in self._invoked:
+            return is_last or saves_messages  # a tool that the application calls: nothing tells the end of that
+        return saves_messages and not is_last
 
     # Flushing.
 
@@ -295,6 +296,8 @@ class SessionManagerBase(RepositorySessionManager):
                     logger.debug(
                         "session_id=<%s>, agent_id=<%s>, error=<%s> | refused", self.session_id, agent_id, error
                     )
+            for write in work.multi_agents.pending():
+                work.multi_agents.settle(write, await self._repository.apply_multi_agent(self.session_id, write))
 
     def _lock(self) -> asyncio.Lock:
         loop = asyncio.get_running_loop()
@@ -311,21 +314,25 @@ class SessionManagerBase(RepositorySessionManager):
         if not self._unit.is_settled:
             await self._connection.portal.run(self._store)
 
-    def _flush_blocking(self, agent_id: str | None = None) -> None:
+    def _flush_blocking(self) -> None:
         """Wait until everything recorded is stored; raise what failed."""
         self._send_blocking()
-        self._unit.raise_refusal(agent_id)
+        self._unit.raise_refusal()
 
     def _send_blocking(self) -> None:
         if not self._unit.is_settled:
             self._connection.portal.call(self._store)
 
-    def _settle(self, agent_id: str) -> None:
+    def _settle(self, agent_id: str | None = None, *, multi_agent_id: str | None = None) -> None:
         """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""
-        if _only_recording.get():
+        if is_recording_only():
             return
         if running_loop() is None:
-            self._flush_blocking(agent_id)
+            self._send_blocking()
+            if agent_id is not None:
+                self._unit.raise_refusal(agent_id)
+            if multi_agent_id is not None:
+                self._unit.multi_agents.raise_refusal(multi_agent_id)
         elif not self._unit.is_settled:
             self._connection.portal.submit(self._store)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
@@ -14,9 +14,13 @@ from ._changes import Change
 from ._connection import Client
 from ._documents import Document
 from ._loop import Portal
+from ._multi_agents import MultiAgentWrite
 from ._references import MAX_INLINE_ATTACHMENT_BYTES
 from ._repository import AsyncMongoDBSessionRepository
 from .errors import MongoDBSessionError
+
+if TYPE_CHECKING:
+    from strands.multiagent import MultiAgentBase
 
 
 class MongoDBSessionRepository(SessionRepository):
@@ -207,6 +211,45 @@ class MongoDBSessionRepository(SessionRepository):
             AttachmentError: An attachment is missing or damaged.
         """
         return self._portal.call(self._async.list_messages, session_id, agent_id, limit, offset, **kwargs)
+
+    def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Store a graph or swarm; one that exists already is left as it is.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            EncodingError: Its state cannot be stored.
+        """
+        self._portal.call(self._async.create_multi_agent, session_id, multi_agent, **kwargs)
+
+    def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
+        """Return the state of a graph or swarm, `None` if the session holds none of that id.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return self._portal.call(self._async.read_multi_agent, session_id, multi_agent_id, **kwargs)
+
+    def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Store the state of a graph or swarm, whatever is there.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such graph or swarm.
+            EncodingError: Its state cannot be stored.
+        """
+        self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
+
+    def apply_multi_agent(self, session_id: str, write: MultiAgentWrite) -> MongoDBSessionError | None:
+        """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Returns:
+            Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
+            `MessageTooLargeError`; `None` once it is stored.
+
+        Raises:
+            MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
+        """
+        return self._portal.call(self._async.apply_multi_agent, session_id, write)
 
     def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set the given keys of a session's metadata and keep the others.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strands.session.session_repository import SessionRepository
+from strands.types.content import Message
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._capture import AgentConfig, count_tool_calls
@@ -35,8 +36,12 @@ from ._documents import (
     session_from,
     stored_message,
 )
+from ._multi_agents import MultiAgents
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
 from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError
+
+if TYPE_CHECKING:
+    from strands.multiagent import MultiAgentBase
 
 _REMEMBERED = 1024
 """Of how many messages, beside those that were loaded, it is known that the same tracking id is no new message."""
@@ -102,6 +107,7 @@ class UnitOfWork(SessionRepository):
             for key, stored in document["agents"].items()
             for agent_id in (agent_id_of(key),)
         }
+        self.multi_agents = MultiAgents(document.get("multi_agents") or {})
         self._max_inline = max_inline
         self._log: list[Change] = []
         self._closed = False
@@ -111,7 +117,7 @@ class UnitOfWork(SessionRepository):
     @property
     def is_settled(self) -> bool:
         """Whether nothing is recorded that is not settled."""
-        return not self._log
+        return not self._log and self.multi_agents.is_settled
 
     def pending(self) -> tuple[Change, ...]:
         """Return what is recorded and not settled, oldest first; one flush at a time may ask.
@@ -134,18 +140,21 @@ class UnitOfWork(SessionRepository):
         del self._log[:count]
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
-        """Raise why changes of the agent, or of any, were refused."""
+        """Raise why changes of the agent, or of anything, were refused."""
         for candidate in tuple(self._agents) if agent_id is None else (agent_id,):
             agent = self._agents.get(candidate)
             if agent is not None and agent.refusal is not None:
                 agent.refusal_told = True
                 raise type(agent.refusal)(*agent.refusal.args)
+        if agent_id is None:
+            self.multi_agents.raise_refusal()
 
     def raise_untold_refusal(self) -> None:
         """Raise why changes were refused if nobody was told yet."""
         for agent_id, agent in tuple(self._agents.items()):
             if not agent.refusal_told:
                 self.raise_refusal(agent_id)
+        self.multi_agents.raise_refusal(untold=True)
 
     def close(self) -> None:
         """Refuse to record any more."""
@@ -192,6 +201,13 @@ class UnitOfWork(SessionRepository):
             fields = {"event_loop_metrics": encode(metrics, depth=_METRICS_DEPTH)}
             self._record(SetMessageFields(agent_id, agent.last_appended, fields))
         agent.last_appended = None
+
+    def record_replacement(self, agent_id: str, tracking_id: str, message: Message) -> None:
+        """Record another content of the message with that tracking id."""
+        message_id = self._agent(agent_id).message_ids.get(tracking_id)
+        if message_id is None:
+            raise MessageNotFoundError(f"agent {agent_id!r} holds no message with tracking id {tracking_id!r}")
+        self.update_message(self.session_id, agent_id, SessionMessage.from_message(message, message_id))
 
     # Strands' repository.
 
@@ -302,6 +318,20 @@ class UnitOfWork(SessionRepository):
             )
         return messages[offset - first :][:limit]
 
+    def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Record a new graph or swarm; it is stored together with what happens to it first."""
+        self._check_open()
+        self.multi_agents.create(multi_agent.id, multi_agent.serialize_state())
+
+    def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
+        """Return the state of a graph or swarm as it was loaded or recorded last."""
+        return self.multi_agents.read(multi_agent_id)
+
+    def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Record the state of a graph or swarm, if it is another one."""
+        self._check_open()
+        self.multi_agents.update(multi_agent.id, multi_agent.serialize_state())
+
     def _loaded(self, agent_id: str) -> list[SessionMessage]:
         messages = self._agent(agent_id).messages
         if messages is None:
@@ -317,8 +347,11 @@ class UnitOfWork(SessionRepository):
             raise AgentNotFoundError(f"session {self.session_id!r} holds no agent {agent_id!r}")
         return agent
 
-    def _record(self, change: Change) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
+
+    def _record(self, change: Change) -> None:
+        self._check_open()
         self.raise_refusal(change.agent_id)
         self._log.append(change)

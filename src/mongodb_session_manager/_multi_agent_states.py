@@ -1,0 +1,99 @@
+"""The half of the repository that stores the states of orchestrators, Strands' graphs and swarms."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from ._codec import decode
+from ._commands import SessionCollection
+from ._documents import Document, checked_id
+from ._multi_agents import MultiAgentWrite, compile_overwrite, compile_write, first_write, path_of, reconcile_write
+from .errors import AgentNotFoundError, DatabaseError, MessageTooLargeError, MongoDBSessionError, SessionNotFoundError
+
+if TYPE_CHECKING:
+    from strands.multiagent import MultiAgentBase
+
+_ROUNDS = 8
+"""How often a write may find the orchestrator changed under its hands before it gives up."""
+
+
+class MultiAgentStates(SessionCollection):
+    """What a repository does with `multi_agents` of a session document."""
+
+    async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Store a graph or swarm; one that exists already is left as it is.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            EncodingError: Its state cannot be stored.
+        """
+        checked_id(session_id, "session_id")
+        write = first_write(multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
+        async with self._connection.operation():
+            if not await self._update(compile_write(session_id, write)):
+                await self._found(session_id, {"_id": 1})
+
+    async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
+        """Return the state of a graph or swarm, `None` if the session holds none of that id.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
+        return None if stored is None else decode(stored["state"])
+
+    async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Store the state of a graph or swarm, whatever is there.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such graph or swarm.
+            EncodingError: Its state cannot be stored.
+        """
+        checked_id(session_id, "session_id")
+        writer = uuid.uuid4().hex
+        update = compile_overwrite(session_id, multi_agent.id, multi_agent.serialize_state(), writer)
+        async with self._connection.operation():
+            if not await self._update(update):
+                stored = await self._stored_multi_agent(session_id, multi_agent.id, "writer")
+                if stored is None:
+                    raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
+
+    async def apply_multi_agent(self, session_id: str, write: MultiAgentWrite) -> MongoDBSessionError | None:
+        """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Returns:
+            Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
+            `MessageTooLargeError`; `None` once it is stored.
+
+        Raises:
+            MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
+        """
+        checked_id(session_id, "session_id")
+        rest: MultiAgentWrite | None = write
+        async with self._connection.operation():
+            for _ in range(_ROUNDS):
+                if rest is None:
+                    return None
+                try:
+                    if await self._update(compile_write(session_id, rest)):
+                        return None
+                    stored = await self._stored_multi_agent(session_id, write.multi_agent_id, "revision", "writer")
+                except (MessageTooLargeError, SessionNotFoundError) as error:
+                    return error
+                try:
+                    rest = reconcile_write(rest, stored)
+                except MongoDBSessionError as error:
+                    return error
+        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+
+    async def _stored_multi_agent(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
+        path = path_of(multi_agent_id)
+        found: Any = await self._found(session_id, {f"{path}.{field}": 1 for field in fields})
+        for name in path.split("."):
+            found = found.get(name)
+            if found is None:
+                return None
+        stored: Document = found
+        return stored

@@ -1,0 +1,353 @@
+"""A conversation may be cut at any message and go on in another process: the model does not notice.
+
+Each conversation of the table is played once to its end. Whenever something of it was stored, the session is copied as
+it is at that moment, which is what is left if the process is killed there. Each copy is then resumed by a fresh manager
+and agent and played to its end, too. What the model is sent must be what it would have been sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pymongo
+import pytest
+from strands import Agent
+from strands.agent.conversation_manager import (
+    NullConversationManager,
+    SlidingWindowConversationManager,
+    SummarizingConversationManager,
+)
+from strands.experimental.context_manager import Offload
+from strands.hooks import MessageAddedEvent
+
+from conversations import CONVERSATIONS, TOOLS, Conversation, Turn
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from recording_model import RecordingModel, overflow
+
+Stored = pymongo.collection.Collection[dict[str, Any]]
+
+# Strands reads files on the event loop when it makes an agent.
+pytestmark = [pytest.mark.anyio, pytest.mark.may_block]
+
+EVERY_CUT = bool(os.environ.get("EVERY_CUT"))
+
+
+# How an agent is used.
+
+
+class Kind:
+    """Opens managers and calls agents, from a running event loop."""
+
+    share = 0
+
+    def __init__(self, factory: MongoDBSessionManagerFactory) -> None:
+        self._factory = factory
+
+    async def open(self, session_id: str) -> Any:
+        return await self._factory.create_session_manager_async(session_id)
+
+    async def make(self, build: Callable[[], Agent]) -> Agent:
+        return build()
+
+    async def call(self, agent: Agent, prompt: Any, options: dict[str, Any]) -> Any:
+        return await agent.invoke_async(prompt, **options)
+
+    async def direct(self, agent: Agent, turn: Callable[[Agent], Any]) -> None:
+        turn(agent)
+
+    async def sync(self, manager: Any, agent: Agent) -> None:
+        manager.sync_agent(agent)
+        await manager.flush()
+
+
+class Streamed(Kind):
+    share = 1
+
+    async def call(self, agent: Agent, prompt: Any, options: dict[str, Any]) -> Any:
+        async for event in agent.stream_async(prompt, **options):
+            last = event
+        return last["result"]
+
+
+class Sync(Kind):
+    """The synchronous manager on threads without an event loop."""
+
+    share = 2
+
+    async def open(self, session_id: str) -> Any:
+        return await asyncio.to_thread(self._factory.create_session_manager, session_id)
+
+    async def make(self, build: Callable[[], Agent]) -> Agent:
+        return await asyncio.to_thread(build)
+
+    async def call(self, agent: Agent, prompt: Any, options: dict[str, Any]) -> Any:
+        return await asyncio.to_thread(agent, prompt, **options)
+
+    async def direct(self, agent: Agent, turn: Callable[[Agent], Any]) -> None:
+        await asyncio.to_thread(turn, agent)
+
+    async def sync(self, manager: Any, agent: Agent) -> None:
+        await asyncio.to_thread(manager.sync_agent, agent)
+
+
+@pytest.fixture(scope="module")
+def module_factory(server: str) -> Iterator[tuple[MongoDBSessionManagerFactory, Stored]]:
+    name = f"test_{uuid.uuid4().hex}"
+    with pymongo.MongoClient(server) as client, MongoDBSessionManagerFactory(server, name) as factory:
+        yield factory, client[name]["agent_sessions"]
+        client.drop_database(name)
+
+
+@pytest.fixture
+def stored(module_factory: tuple[MongoDBSessionManagerFactory, Stored]) -> Stored:
+    return module_factory[1]
+
+
+@pytest.fixture(params=[Sync, Kind, Streamed], ids=["sync", "async", "streamed"])
+def kind(request: pytest.FixtureRequest, module_factory: tuple[MongoDBSessionManagerFactory, Stored]) -> Kind:
+    made: Kind = request.param(module_factory[0])
+    return made
+
+
+# How its conversation is managed. Each conversation begins with some turns and ends with one too long for the model.
+
+BEFORE = (["hello", "my name is Ada"], ["Hello.", "Hello Ada."])
+AFTER = (["what is my name?", "bye"], [overflow(), "You are Ada.", "Ada.", "Bye."])
+
+
+@dataclass(frozen=True)
+class Management:
+    """Attributes: further arguments of the agent, and whether it knows what to do when the model is sent too much."""
+
+    options: Callable[[], dict[str, Any]]
+    overflows: bool = True
+
+
+MANAGEMENTS = {
+    "null": Management(lambda: {"conversation_manager": NullConversationManager()}),
+    "sliding window": Management(
+        lambda: {"conversation_manager": SlidingWindowConversationManager(4, should_truncate_results=False)}
+    ),
+    "sliding window per turn": Management(
+        lambda: {"conversation_manager": SlidingWindowConversationManager(3, False, per_turn=2)}
+    ),
+    "summarizing": Management(
+        lambda: {"conversation_manager": SummarizingConversationManager(0.5, preserve_recent_messages=2)}
+    ),
+    "context manager": Management(
+        lambda: {
+            "context_manager": {
+                "strategies": [Offload.truncate("tool_results", {"preview_tokens": 2}).when(threshold=3)]
+            }
+        },
+        overflows=False,
+    ),
+}
+
+
+# Playing.
+
+
+@dataclass
+class Cut:
+    """Where a conversation was cut.
+
+    Attributes:
+        document: The session as it was, under another id.
+        turn: In which turn.
+        is_over: Whether that turn was over.
+        added: How many messages that turn had added.
+        calls: How often the model had been called.
+        messages: What the agent held.
+    """
+
+    document: dict[str, Any]
+    turn: int
+    is_over: bool
+    added: int
+    calls: int
+    messages: list[Any]
+
+
+class Play:
+    """A conversation played by one agent.
+
+    Args:
+        kind: How the agent is used.
+        conversation: What is said.
+        management: How the conversation is managed.
+        calls: How often the model was called before.
+    """
+
+    def __init__(self, kind: Kind, conversation: Conversation, management: str, calls: int = 0) -> None:
+        self._kind, self._conversation, self._management = kind, conversation, MANAGEMENTS[management]
+        ends = AFTER if self._management.overflows and not conversation.stateful else ([], [])
+        turns = [*BEFORE[0], *conversation.turns, *ends[0]]
+        # What the provider keeps is not restored as messages, so such a conversation goes on after a turn only.
+        self.turns = [turn if isinstance(turn, Turn) else Turn(turn, whole=conversation.stateful) for turn in turns]
+        replies = [*BEFORE[1], *conversation.replies, *ends[1]]
+        self.model = RecordingModel(replies[calls:], stateful=conversation.stateful)
+        self.outcomes: list[str] = []
+        self.prompts: list[Any] = []
+        self.restored: list[Any] = []
+
+    async def begin(self, manager: Any) -> Agent:
+        self._manager = manager
+
+        def build() -> Agent:
+            options = {} if self._conversation.stateful else self._management.options()
+            options |= {"system_prompt": "Be kind."} | self._conversation.options()
+            return Agent(
+                model=self.model,
+                tools=TOOLS,
+                agent_id="agent",
+                session_manager=manager,
+                callback_handler=None,
+                retry_strategy=None,
+                load_tools_from_directory=False,
+                **options,
+            )
+
+        self.agent = self.model.agent = await self._kind.make(build)
+        self.restored = copy.deepcopy(self.agent.messages)
+        return self.agent
+
+    async def play(self) -> None:
+        """Take all turns, and note what they began with."""
+        result = None
+        for number, turn in enumerate(self.turns):
+            self.prompts.append(turn.prompt(result) if callable(turn.prompt) else turn.prompt)
+            result = await self.take(turn, copy.deepcopy(self.prompts[-1]))
+            self.has_taken(number)
+
+    def has_taken(self, number: int) -> None:
+        """Hear that a turn is over."""
+
+    async def take(self, turn: Turn, prompt: Any) -> Any:
+        """Take a turn and note how it ends."""
+        try:
+            if turn.direct is not None:
+                await self._kind.direct(self.agent, turn.direct)
+                if self._manager is not None:  # no event says that the window was moved by that
+                    await self._kind.sync(self._manager, self.agent)
+                return None
+            result = await self._kind.call(self.agent, prompt, turn.options)
+        except Exception as error:
+            self.outcomes.append(type(error).__name__)
+            return None
+        self.outcomes.append(result.stop_reason)
+        return result
+
+
+class Reference(Play):
+    """A play with a session manager, copied whenever something was stored; `cuts` are the copies."""
+
+    async def copy_all(self, session_id: str, stored: Stored) -> None:
+        self._session_id, self._stored = session_id, stored
+        self._told: Any = None
+        self._turn = self._count = 0
+        self.cuts: list[Cut] = []
+        agent = await self.begin(await self._kind.open(session_id))
+        agent.hooks.add_callback(MessageAddedEvent, self._added)  # once the session manager has stored it
+        await self.play()
+
+    def _added(self, event: MessageAddedEvent) -> None:
+        self._count += 1
+        if not self.turns[self._turn].whole:
+            self._cut(is_over=False)
+
+    def has_taken(self, number: int) -> None:
+        last = self.cuts[-1] if self.cuts else None
+        was_last = last is not None and not last.is_over and last.calls == len(self.model.calls)
+        if was_last and not any("toolUse" in block for block in last.messages[-1]["content"]):
+            self.cuts.pop()  # the turn was through with that message, which does not say so
+        self._cut(is_over=True)
+        self._turn, self._count = number + 1, 0
+
+    def _cut(self, *, is_over: bool) -> None:
+        document = self._stored.find_one({"_id": self._session_id})
+        assert document is not None
+        told = [element["message"] for element in document["agents"]["agent"]["messages"]]
+        if not is_over and told == self._told:
+            return  # what was said last is stored at the end of the turn: a process killed here leaves the cut before
+        self._told = told
+        document["_id"] = document["session_id"] = f"{self._session_id}/{self._turn}/{self._count}/{is_over}"
+        messages = copy.deepcopy(self.agent.messages)
+        self.cuts.append(Cut(document, self._turn, is_over, self._count, len(self.model.calls), messages))
+
+
+async def resumed(kind: Kind, conversation: Conversation, management: str, reference: Reference, cut: Cut) -> Play:
+    """Return the play that goes on from a cut."""
+    play = Play(kind, conversation, management, cut.calls)
+    await play.begin(await kind.open(cut.document["_id"]))
+    first = cut.turn + 1
+    if not cut.is_over:
+        # The caller sends again what did not arrive; else the agent goes on with what it has.
+        prompt = reference.prompts[cut.turn]
+        is_messages = isinstance(prompt, list) and "role" in prompt[0]
+        rest = prompt[cut.added :] if is_messages else []
+        await play.take(play.turns[cut.turn], copy.deepcopy(rest) or None)
+    for number in range(first, len(play.turns)):
+        await play.take(play.turns[number], copy.deepcopy(reference.prompts[number]))
+    return play
+
+
+@pytest.mark.parametrize("management", MANAGEMENTS)
+@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda conversation: conversation.name)
+async def test_a_conversation_cut_at_every_message(
+    kind: Kind, stored: Stored, conversation: Conversation, management: str
+) -> None:
+    alone, reference = await played_alone(kind, conversation, management), Reference(kind, conversation, management)
+    await reference.copy_all(f"{conversation.name}, {management}, {uuid.uuid4().hex}", stored)
+    assert comparable(reference.model.calls) == comparable(alone.model.calls)
+    assert reference.outcomes == alone.outcomes
+    # What all conversations begin with is cut in the first one.
+    first = 0 if conversation is CONVERSATIONS[0] else len(BEFORE[0]) - 1
+    cuts = [cut for cut in reference.cuts if cut.turn > first or (cut.turn == first and cut.is_over) or not first]
+    assert len(cuts) > len(conversation.turns)
+    cuts = cuts if EVERY_CUT else cuts[kind.share :: 3]
+    stored.insert_many(cut.document for cut in cuts)
+
+    async def go_on(cut: Cut) -> None:
+        again = await resumed(kind, conversation, management, reference, cut)
+        where = f"cut in turn {cut.turn} after {cut.added} messages, over: {cut.is_over}"
+        if management != "context manager":  # which changes what the agent holds, when the model is called
+            assert again.restored == cut.messages, where
+        assert comparable(again.model.calls) == comparable(reference.model.calls[cut.calls :]), where
+        assert again.outcomes == reference.outcomes[len(reference.outcomes) - len(again.outcomes) :], where
+
+    await asyncio.gather(*map(go_on, cuts))
+
+
+_alone: dict[tuple[str, str], Play] = {}
+
+
+async def played_alone(kind: Kind, conversation: Conversation, management: str) -> Play:
+    """Return the play of an agent without a session manager."""
+    key = (conversation.name, management)
+    if key not in _alone:
+        play = Play(kind, conversation, management)
+        await play.begin(None)
+        await play.play()
+        _alone[key] = play
+    return _alone[key]
+
+
+def comparable(value: Any) -> Any:
+    """Leave out what no model is sent, and the ids that Strands makes up for tools that the application calls."""
+    if isinstance(value, dict):
+        hidden = ("tracking_id", "metadata") if "role" in value else ()
+        return {
+            key: comparable(item) for key, item in value.items() if key not in hidden and not _is_made_up(key, item)
+        }
+    return [comparable(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_made_up(key: str, value: Any) -> bool:
+    return key == "toolUseId" and value.startswith("tooluse_")

@@ -1,0 +1,103 @@
+"""What no session manager of Strands restores: here, too, an agent goes on as with Strands' own on files.
+
+Each test says what differs from the uninterrupted conversation. When it fails because nothing differs any more, Strands
+has learnt it, and the conversation belongs into the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from strands import Agent, tool
+from strands.agent.conversation_manager import SlidingWindowConversationManager
+from strands.session import FileSessionManager
+
+from conversations import use
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from recording_model import RecordingModel, overflow
+from test_conformance import comparable
+
+Managers = Callable[[], Any] | None
+
+
+@tool
+def tell() -> str:
+    """Tell a long story."""
+    return "once upon a time " * 60
+
+
+def sent_afterwards(
+    options: Callable[[], dict[str, Any]], before: list[str], after: list[str], replies: list[Any], managers: Managers
+) -> Any:
+    """Return what the model is sent after a restart; without managers there is none."""
+    model = RecordingModel(replies)
+
+    def make() -> Agent:
+        return Agent(
+            model=model,
+            tools=[tell],
+            agent_id="agent",
+            session_manager=None if managers is None else managers(),
+            callback_handler=None,
+            load_tools_from_directory=False,
+            **options(),
+        )
+
+    agent = make()
+    for prompt in before:
+        agent(prompt)
+    calls = len(model.calls)
+    agent = agent if managers is None else make()
+    for prompt in after:
+        agent(prompt)
+    return [comparable(call["messages"]) for call in model.calls[calls:]]
+
+
+@pytest.fixture
+def managers(factory: MongoDBSessionManagerFactory, tmp_path: Path) -> list[Managers]:
+    return [
+        None,
+        lambda: factory.create_session_manager("s"),
+        lambda: FileSessionManager("s", str(tmp_path)),
+    ]
+
+
+STORY = [[use("tell", "t1")], "A story.", overflow(), "It was long.", "Bye."]
+
+
+def test_tool_results_that_the_window_has_cut_come_back_whole(managers: list[Managers]) -> None:
+    """It changes them in the agent, and tells nobody."""
+    uninterrupted, ours, files = (
+        sent_afterwards(lambda: {}, ["tell", "how was it?"], ["bye"], STORY, each) for each in managers
+    )
+    assert ours == files
+    assert "[truncated:" in str(uninterrupted)
+    assert "[truncated:" not in str(ours)
+    assert str(ours).count("once upon a time") == 60
+
+
+def test_what_the_context_manager_has_cut_comes_back_whole(managers: list[Managers]) -> None:
+    """It cuts it again when it is too much again."""
+    options: Callable[[], dict[str, Any]] = lambda: {"context_manager": {"strategies": []}}  # noqa: E731
+    uninterrupted, ours, files = (
+        sent_afterwards(options, ["tell", "how was it?"], ["bye"], STORY, each) for each in managers
+    )
+    assert ours == files
+    assert str(uninterrupted).count("once upon a time") < 60
+    assert str(ours).count("once upon a time") == 60
+
+
+def test_a_window_forgets_what_it_has_pinned(managers: list[Managers]) -> None:
+    """What was removed is counted, and so many messages are left out from the beginning."""
+
+    def options() -> dict[str, Any]:
+        return {"conversation_manager": SlidingWindowConversationManager(4, pin_first=1)}
+
+    before, replies = ["I am Ada", "two", "three"], ["1", "2", "3", "4"]
+    uninterrupted, ours, files = (sent_afterwards(options, before, ["who am I?"], replies, each) for each in managers)
+    assert ours == files
+    assert "I am Ada" in str(uninterrupted)
+    assert "I am Ada" not in str(ours)
