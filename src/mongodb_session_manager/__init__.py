@@ -20,6 +20,7 @@ from ._factory import (
 )
 from ._manager import MongoDBSessionManager
 from ._repository import AsyncMongoDBSessionRepository
+from ._storage import MongoDBStorage
 from ._sync import MongoDBSessionRepository
 from .errors import (
     AgentNotFoundError,
@@ -64,6 +65,7 @@ __all__ = [
     "MongoDBSessionManager",
     "MongoDBSessionManagerFactory",
     "MongoDBSessionRepository",
+    "MongoDBStorage",
     "SessionClosedError",
     "SessionConflictError",
     "SessionExistsError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Self, TypeVar
 
 from pymongo import IndexModel
@@ -26,7 +26,10 @@ _PAUSES = (0.05, 0.2, 0.8)
 """Seconds before a command is sent again after a lost connection, shortened at random by up to half."""
 
 _indexed: set[tuple[object, ...]] = set()
-"""Server or client, database, collection and field of the indexes this process has seen to."""
+"""Server or client, database, collection and fields of the indexes this process has seen to."""
+
+Fields = tuple[str, ...]
+"""The fields of an index, in their order, ascending."""
 
 
 class SessionCollection:
@@ -57,8 +60,8 @@ class SessionCollection:
         metadata_fields: Sequence[str] | None,
     ) -> None:
         self._connection = connection
-        self._database_name = _checked_name(connection.database_name(database_name), "database_name")
-        self._collection_name = _checked_name(collection_name, "collection_name")
+        self._database_name = checked_name(connection.database_name(database_name), "database_name")
+        self._collection_name = checked_name(collection_name, "collection_name")
         if application_name is not None and not isinstance(application_name, str):
             raise ConfigurationError(f"application_name must be a str, not {type(application_name).__name__}")
         self._application_name = application_name
@@ -97,39 +100,62 @@ class SessionCollection:
 
     async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
         """Send a command that may be sent twice, again after a lost connection, and raise our errors."""
-        with driver_errors(passing=DuplicateKeyError):
-            collection = await self._connection.collection(self._database_name, self._collection_name)
-            for pause in _PAUSES:
-                try:
-                    return await command(collection)
-                except PyMongoError as error:
-                    if not may_be_sent_again(error):
-                        raise
-                    logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            return await command(collection)
+        return await send(self._connection, self._database_name, self._collection_name, command)
 
     def _ensure_indexes(self) -> None:
         """Build, beside everything else, the indexes that this process has not seen to."""
-        fields = ["created_at", "updated_at", "session_id", "application_name"]
-        fields += [f"metadata.{field}" for field in self._metadata_fields]
-        where = (self._connection.identity, self._database_name, self._collection_name)
-        if missing := [field for field in fields if (*where, field) not in _indexed]:
-            if where not in {entry[:3] for entry in _indexed}:
-                self._connection.when_client_is_collected(_forget_indexes)
-            _indexed.update((*where, field) for field in missing)
-            self._connection.start(self._build_indexes(where, missing))
-
-    async def _build_indexes(self, where: tuple[object, ...], fields: Sequence[str]) -> None:
-        try:
-            await self._send(lambda collection: collection.create_indexes([IndexModel(field) for field in fields]))
-        except MongoDBSessionError as error:
-            if not isinstance(error.__cause__, OperationFailure):
-                _indexed.difference_update((*where, field) for field in fields)
-            logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", fields, error)
+        fields: list[Fields] = [("created_at",), ("updated_at",), ("session_id",), ("application_name",)]
+        fields += [(f"metadata.{field}",) for field in self._metadata_fields]
+        ensure_indexes(self._connection, self._database_name, self._collection_name, fields)
 
 
-def _checked_name(value: object, name: str) -> str:
+async def send(
+    connection: Connection, database: str, name: str, command: Callable[[AsyncCollection], Awaitable[T]]
+) -> T:
+    """Send a command that may be sent twice, again after a lost connection, and raise our errors.
+
+    A `DuplicateKeyError` is left to the caller, who expects it.
+    """
+    with driver_errors(passing=DuplicateKeyError):
+        collection = await connection.collection(database, name)
+        for pause in _PAUSES:
+            try:
+                return await command(collection)
+            except PyMongoError as error:
+                if not may_be_sent_again(error):
+                    raise
+                logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        return await command(collection)
+
+
+def ensure_indexes(
+    connection: Connection, database: str, name: str, wanted: Iterable[Fields], *, unique: bool = False
+) -> None:
+    """Build, beside everything else, the indexes of a collection that this process has not seen to."""
+    where = (connection.identity, database, name)
+    if missing := [fields for fields in wanted if (*where, fields) not in _indexed]:
+        if where not in {entry[:3] for entry in _indexed}:
+            connection.when_client_is_collected(_forget_indexes)
+        _indexed.update((*where, fields) for fields in missing)
+        connection.start(_build_indexes(connection, database, name, missing, unique))
+
+
+async def _build_indexes(
+    connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
+) -> None:
+    options = {"unique": True} if unique else {}
+    indexes = [IndexModel([(field, 1) for field in fields], **options) for fields in wanted]
+    try:
+        await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
+    except MongoDBSessionError as error:
+        if not isinstance(error.__cause__, OperationFailure):
+            _indexed.difference_update((connection.identity, database, name, fields) for fields in wanted)
+        shown = ["+".join(fields) for fields in wanted]
+        logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", shown, error)
+
+
+def checked_name(value: object, name: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigurationError(f"{name} must be a non-empty str without NUL")
     return value

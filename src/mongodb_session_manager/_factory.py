@@ -12,7 +12,8 @@ from ._hooks import Hook
 from ._loop import Lock
 from ._manager import MongoDBSessionManager
 from ._session import ManagerOptions, SaveOn, take_hooks
-from .errors import FactoryNotInitializedError, MongoDBSessionError
+from ._storage import MongoDBStorage
+from .errors import ConfigurationError, FactoryNotInitializedError, MongoDBSessionError
 
 
 class ConnectionStats(TypedDict):
@@ -132,6 +133,22 @@ class MongoDBSessionManagerFactory:
         checked_id(session_id, "session_id")
         manager = AsyncMongoDBSessionManager._over(self._connection, session_id, self._options.overridden(overrides))
         return await manager.open()
+
+    def create_storage(
+        self, collection_name: str = "agent_storage", *, database_name: str | None = None
+    ) -> MongoDBStorage:
+        """Return a Strands `Storage` on the factory's client; sends nothing.
+
+        Args:
+            collection_name: The collection of the values, another than that of the sessions.
+            database_name: `None` takes the factory's.
+
+        Raises:
+            ConfigurationError: An argument cannot be used.
+        """
+        if collection_name == self._options.collection_name:
+            raise ConfigurationError(f"collection_name {collection_name!r} is where the factory keeps its sessions")
+        return MongoDBStorage._over(self._connection, database_name or self._options.database_name, collection_name)
 
     def get_connection_stats(self) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool."""
