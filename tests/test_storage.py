@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, monitoring
 from strands import Agent, tool
-from strands.multiagent import GraphBuilder
+from strands.experimental.context_manager import ContextManager, Offload
 from strands.session import SnapshotSessionManager
 from strands.storage import InMemoryStorage, LocalFileStorage, Storage
 from strands.types.exceptions import StorageError
@@ -147,7 +147,7 @@ def view(storage: Any, prefix: str) -> Any:
 def test_it_does_what_strands_in_memory_storage_does(
     server: str, database: str, values: Database, small_files: None
 ) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(OPERATIONS)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -169,7 +169,7 @@ def test_it_does_what_strands_in_memory_storage_does(
 
 
 def test_it_does_what_strands_file_storage_does(server: str, database: str, tmp_path: Path, small_files: None) -> None:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(PLAIN)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -260,12 +260,12 @@ async def test_listing_reads_no_more_than_the_keys_it_returns(server: str, datab
 # Values of any size.
 
 
-@pytest.mark.parametrize("size", [0, 1, 15 * MEGABYTE, 15 * MEGABYTE + 1, 40 * MEGABYTE])
+@pytest.mark.parametrize("size", [0, 1, 4 * MEGABYTE, 4 * MEGABYTE + 1, 40 * MEGABYTE])
 async def test_a_value_of_any_size(storage: MongoDBStorage, values: Database, size: int) -> None:
     data = content("value", size)
     await storage.write("big/value", data)
     assert await storage.read("big/value") == data
-    assert nothing_but(values, *["big/value"] * (size > 15 * MEGABYTE))
+    assert nothing_but(values, *["big/value"] * (size > 4 * MEGABYTE))
     await storage.delete("big/value")
     assert await storage.read("big/value") is None
     assert nothing_but(values)
@@ -323,7 +323,7 @@ async def test_readers_see_the_old_value_or_the_new_one(
         await writer.write("key", versions[0])
         written = asyncio.Event()
         readers = [asyncio.ensure_future(read()) for _ in range(4)]
-        for number in range(80):
+        for number in range(24):
             await writer.write("key", versions[number % 4])
         written.set()
         seen = set().union(*await asyncio.gather(*readers))
@@ -555,7 +555,8 @@ async def test_from_many_loops_and_threads_without_a_thread_of_its_own(server: s
         assert ours == ["mongodb-session-manager-io"]
 
 
-@pytest.mark.parametrize("kind", [AsyncIOMotorClient, AsyncMongoClient])
+# PyMongo looks at files when an AsyncMongoClient is first used.
+@pytest.mark.parametrize("kind", [AsyncIOMotorClient, pytest.param(AsyncMongoClient, marks=pytest.mark.may_block)])
 async def test_over_a_borrowed_client(server: str, database: str, small_files: None, kind: type[Any]) -> None:
     client = kind(server)
     async with MongoDBStorage(database_name=database, client=client) as storage:
@@ -620,6 +621,7 @@ def add(a: int, b: int) -> int:
 
 RESUME = """
 import asyncio, sys
+from strands.experimental.context_manager import ContextManager, Offload
 from strands.session import SnapshotSessionManager
 from mongodb_session_manager import MongoDBStorage
 from support import agent
@@ -682,38 +684,34 @@ def test_a_snapshot_beyond_16_megabytes(server: str, database: str, values: Data
     assert files(values)[0]["length"] > 16 * MEGABYTE
 
 
+@pytest.mark.filterwarnings("ignore:context_window_limit is not set")
 def test_an_agents_own_storage_keeps_its_session_and_what_it_offloads(server: str, database: str) -> None:
     """Without storage of their own, the session manager and the context manager take the agent's."""
+    offload = Offload.truncate("tool_results", {"preview_tokens": 10}).when(threshold=100)
+
+    @tool
+    def report() -> str:
+        """Return much."""
+        return "word " * 2000
 
     def make(*replies: Any) -> Agent:
-        return agent(SnapshotSessionManager("s"), *replies, storage=storage, context_manager="auto")
+        context = ContextManager(strategies=[offload])
+        return agent(SnapshotSessionManager("s"), *replies, storage=storage, context_manager=context, tools=[report])
 
     with MongoDBStorage(server, database) as storage:
-        first = make("Hello!")
-        first("My name is Ada.")
+        first = make({"tool": "report", "input": {}}, "Done.")
+        first("Report.")
         keys = asyncio.run(storage.list(""))
-        assert keys == ["session/s/scopes/agent/agent/snapshots/snapshot_latest.json"]
+        assert "session/s/scopes/agent/agent/snapshots/snapshot_latest.json" in keys
+        offloaded = [key for key in keys if key.startswith("context/s/scopes/agent/agent/")]
+        assert offloaded
+        assert b"word word" in (asyncio.run(storage.read(offloaded[0])) or b"")
         resumed = make()
         assert resumed.messages == first.messages
-        assert str(resumed("What is my name?")).strip() == "Your name is Ada."
+        assert "word " * 2000 not in str(resumed.messages)
 
 
 def test_a_view_given_to_strands_is_its_whole_prefix(server: str, database: str) -> None:
     with MongoDBStorage(server, database) as storage:
         agent(SnapshotSessionManager("s", storage=storage.namespace("mine")), "Hello!")("Hi.")
         assert asyncio.run(storage.list("")) == ["mine/s/scopes/agent/agent/snapshots/snapshot_latest.json"]
-
-
-def test_a_graph_resumes(server: str, database: str) -> None:
-    def make(storage: MongoDBStorage, *replies: Any) -> Any:
-        builder = GraphBuilder()
-        builder.add_node(Agent(model=ScriptedModel(replies[:1]), callback_handler=None, name="one"), "one")
-        builder.add_node(Agent(model=ScriptedModel(replies[1:]), callback_handler=None, name="two"), "two")
-        builder.add_edge("one", "two")
-        builder.set_session_manager(SnapshotSessionManager("s", storage=storage))
-        return builder.build()
-
-    with MongoDBStorage(server, database) as storage:
-        make(storage, "First.", "Second.")("Go.")
-        keys = asyncio.run(storage.list("session/s/scopes/multiAgent/"))
-        assert len(keys) == 1

@@ -28,8 +28,12 @@ from .errors import DatabaseError, InvalidArgumentError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-INLINE_LIMIT = 15 * 1024 * 1024
-"""Bytes up to which a value is stored in the document of its key; a document holds 16 MiB with its key."""
+INLINE_LIMIT = 4 * 1024 * 1024
+"""Bytes up to which a value is stored in the document of its key.
+
+A document may hold 16 MiB, but a server with a small cache (256 MiB) refuses now and then to replace one as large:
+"transaction is too large and will not fit in the storage engine cache".
+"""
 
 _ROUNDS = 8
 """How often a value may be found changed by others while it is written before the write gives up."""
@@ -46,7 +50,7 @@ class MongoDBStorage(Storage[str, str]):
 
     Keys and errors are as Strands says of its own backends: `/` separates, runs of it count as one, those at either
     end do not count; a backslash or a segment `..` is refused; what goes wrong is a `StorageError`, one of this
-    package. A value may have any size: beyond 15 MiB it goes to the GridFS bucket `<collection_name>_blobs`. Whoever
+    package. A value may have any size: beyond 4 MiB it goes to the GridFS bucket `<collection_name>_blobs`. Whoever
     reads while a value is replaced gets the old one or the new one, whole, even if the writer dies half-way.
 
     Its coroutines may be awaited on any event loop. With `client=`, they run on the loop of the client, which must not
