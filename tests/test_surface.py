@@ -46,10 +46,12 @@ ORDER = [
     "_loop",
     "_driver_errors",
     "_connection",
+    "_pool",
     "_commands",
     "_blobs",
     "_storage",
     "_annotations",
+    "_finding",
     "_archive",
     "_repository",
     "_sync",
@@ -196,7 +198,9 @@ def test_the_managers_are_context_managers() -> None:
 def test_the_factory_has_each_method_twice() -> None:
     found = methods(MongoDBSessionManagerFactory)
     blocking = {name for name in found if not name.endswith("_async")}
-    assert blocking == {"create_session_manager", "create_storage", "get_connection_stats", "ping", "close"}
+    finding = {"list_sessions", "count_sessions", "session_exists"}
+    others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "close"}
+    assert blocking == finding | others
     blocking -= {"create_storage"}  # which waits for nothing
     assert found.keys() == blocking | {f"{name}_async" for name in blocking} | {"create_storage"}
     for name in blocking:
@@ -204,6 +208,12 @@ def test_the_factory_has_each_method_twice() -> None:
         assert parameters(twin) == parameters(found[name])
         assert is_async(twin)
         assert not is_async(found[name])
+
+
+def test_a_factory_finds_as_a_repository_does() -> None:
+    theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
+    for name in ("list_sessions", "count_sessions", "session_exists"):
+        assert ours[name] == theirs[name]
 
 
 def test_the_one_call_constructors_are_twins() -> None:

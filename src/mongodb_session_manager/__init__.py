@@ -10,7 +10,6 @@ from __future__ import annotations
 from ._async_manager import AsyncMongoDBSessionManager
 from ._capture import GUARDRAIL_STOP_REASONS
 from ._factory import (
-    MongoDBConnectionPool,
     MongoDBSessionManagerFactory,
     close_global_factory,
     create_mongodb_session_manager,
@@ -18,7 +17,9 @@ from ._factory import (
     get_global_factory,
     initialize_global_factory,
 )
+from ._finding import SessionPage, SessionSummary
 from ._manager import MongoDBSessionManager
+from ._pool import MongoDBConnectionPool
 from ._repository import AsyncMongoDBSessionRepository
 from ._storage import MongoDBStorage
 from ._sync import MongoDBSessionRepository
@@ -70,6 +71,8 @@ __all__ = [
     "SessionConflictError",
     "SessionExistsError",
     "SessionNotFoundError",
+    "SessionPage",
+    "SessionSummary",
     "close_global_factory",
     "create_mongodb_session_manager",
     "create_mongodb_session_manager_async",

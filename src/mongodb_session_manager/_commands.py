@@ -28,6 +28,9 @@ _PAUSES = (0.05, 0.2, 0.8)
 _indexed: set[tuple[object, ...]] = set()
 """Server or client, database, collection and fields of the indexes this process has seen to."""
 
+_MOST_INDEXES = 63
+"""What MongoDB allows for a collection, without the index of `_id`."""
+
 Fields = tuple[str, ...]
 """The fields of an index, in their order, ascending."""
 
@@ -66,6 +69,7 @@ class SessionCollection:
             raise ConfigurationError(f"application_name must be a str, not {type(application_name).__name__}")
         self._application_name = application_name
         self._metadata_fields = _checked_fields(metadata_fields)
+        self._indexes = session_indexes(self._metadata_fields)
 
     @property
     def portal(self) -> Portal:
@@ -104,9 +108,20 @@ class SessionCollection:
 
     def _ensure_indexes(self) -> None:
         """Build, beside everything else, the indexes that this process has not seen to."""
-        fields: list[Fields] = [("created_at",), ("updated_at",), ("session_id",), ("application_name",)]
-        fields += [(f"metadata.{field}",) for field in self._metadata_fields]
-        ensure_indexes(self._connection, self._database_name, self._collection_name, fields)
+        ensure_indexes(self._connection, self._database_name, self._collection_name, self._indexes)
+
+
+def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
+    """Return the indexes of a collection of sessions.
+
+    Beside one for each field, there is one for each date within what a list may be narrowed to. The server refuses all
+    of them if they are too many, so with many metadata fields the last ones have none of the latter.
+    """
+    narrowed = ["application_name", *(f"metadata.{field}" for field in metadata_fields)]
+    indexes: list[Fields] = [("created_at",), ("updated_at",), ("session_id",), *((path,) for path in narrowed)]
+    for date in ("updated_at", "created_at"):
+        indexes += [(date, "_id"), *((path, date, "_id") for path in narrowed)]
+    return indexes[:_MOST_INDEXES]
 
 
 async def send(

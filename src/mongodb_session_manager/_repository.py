@@ -42,6 +42,7 @@ from ._documents import (
     stored_message,
     to_date,
 )
+from ._finding import SessionFinding
 from .errors import (
     DatabaseError,
     InvalidArgumentError,
@@ -92,7 +93,7 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations):
+class AsyncMongoDBSessionRepository(SessionAnnotations, SessionFinding):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
