@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -458,23 +459,30 @@ async def test_a_writer_that_slept_too_long_gives_up(
     assert await storage.read("key") == b"old"
 
 
+def command_on(name: str, collection: str) -> bytes:
+    """Return bytes that no command but this one on this collection holds."""
+    return command(name) + struct.pack("<i", len(collection) + 1) + collection.encode() + b"\0"
+
+
 @pytest.mark.parametrize("size", [5, 500])
 @pytest.mark.parametrize("after", [5, 500, None])
+@pytest.mark.parametrize("part", ["", "_blobs.files", "_blobs.chunks"])
 async def test_a_lost_reply_does_not_lose_the_value(
-    standalone: str, database: str, small_files: None, size: int, after: int | None
+    standalone: str, database: str, small_files: None, size: int, after: int | None, part: str
 ) -> None:
+    """On a server that is no replica set, where the driver itself sends nothing again."""
     with Proxy(standalone) as proxy, pymongo.MongoClient[dict[str, Any]](standalone) as client:
         async with MongoDBStorage(proxy.uri, database) as storage:
             await storage.write("key", b"o" * size)
-            for name in (b"update", b"delete", b"insert"):
-                proxy.drop_after_request(command(name.decode()))
+            for name in ("insert", "update", "delete"):
+                proxy.drop_after_request(command_on(name, f"agent_storage{part}"))
             if after is None:
                 await storage.delete("key")
             else:
                 await storage.write("key", b"n" * after)
             assert await storage.read("key") == (None if after is None else b"n" * after)
             assert nothing_but(client[database], *["key"] * ((after or 0) > 100))
-        assert proxy.dropped >= 1
+        assert proxy.dropped >= 1 or (part and max(size, after or 0) == 5)
         client.drop_database(database)
 
 
