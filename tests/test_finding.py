@@ -72,6 +72,7 @@ def all_pages(repository: Any, **arguments: Any) -> list[str]:
     found, cursor = [], None
     while True:
         page = repository.list_sessions(**arguments, cursor=cursor)
+        assert not set(found) & set(ids(page))
         found += ids(page)
         if (cursor := page.next_cursor) is None:
             return found
