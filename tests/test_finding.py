@@ -534,6 +534,16 @@ def test_a_range_of_the_orders_date_reads_only_its_page(many: Any) -> None:
     assert [cost(database, asked)[0] for asked in sent.commands] == [11, 11]
 
 
+def test_of_several_indexes_the_server_chooses(many: Any) -> None:
+    factory, sent, database = many
+    sent.commands.clear()
+    both = factory.list_sessions(application_name="usual", metadata={"tenant": 8}, order="created_at", limit=10)
+    assert ids(both) == [f"s{number:06}" for number in range(8, 10_008, 1_000)]
+    (asked,) = sent.commands
+    assert "hint" not in asked
+    assert cost(database, asked)[0] <= 100
+
+
 def test_all_pages_together_are_all_sessions(many: Any) -> None:
     factory, _, _ = many
     assert all_pages(factory, metadata={"tenant": 7}, order="created_at", limit=30) == [
