@@ -232,6 +232,18 @@ async def test_a_cancelled_caller_does_not_cancel_the_work(portal: Portal) -> No
 
 
 @pytest.mark.anyio
+async def test_a_cancelled_caller_on_the_same_loop_does_not_cancel_the_work() -> None:
+    gate = Gate()
+    caller = asyncio.create_task(portal_to(asyncio.get_running_loop()).run(gate.work))
+    await until(gate.begun.is_set)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    gate.open.set()
+    await until(gate.ended.is_set)
+
+
+@pytest.mark.anyio
 async def test_a_caller_that_lost_patience_does_not_cancel_the_work(portal: Portal) -> None:
     gate = Gate()
     with pytest.raises(TimeoutError):
@@ -366,6 +378,22 @@ def test_drain_waits_for_what_is_under_way() -> None:
         gate.open.set()
         assert portal.drain(30) == 0
         assert future.result(0) == "done"
+
+
+def test_drain_waits_for_what_the_loop_itself_has_handed_in() -> None:
+    gate = Gate()
+    with serving_loop() as loop:
+        portal = Portal(loop)
+
+        async def leave_behind() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(portal.run(gate.work), 0.05)
+
+        portal.call(leave_behind)
+        assert portal.drain(0.05) == 1
+        gate.open.set()
+        assert portal.drain(30) == 0
+        assert gate.ended.is_set()
 
 
 def test_drain_hears_of_no_failure() -> None:

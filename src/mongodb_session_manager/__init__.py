@@ -7,6 +7,9 @@ Asynchronous code opens a session with `create_mongodb_session_manager_async` or
 
 from __future__ import annotations
 
+import importlib.util
+import typing
+
 from ._async_manager import AsyncMongoDBSessionManager
 from ._capture import GUARDRAIL_STOP_REASONS
 from ._factory import (
@@ -18,6 +21,7 @@ from ._factory import (
     initialize_global_factory,
 )
 from ._finding import SessionPage, SessionSummary
+from ._hooks import chain_hooks
 from ._manager import MongoDBSessionManager
 from ._pool import MongoDBConnectionPool
 from ._repository import AsyncMongoDBSessionRepository
@@ -37,12 +41,21 @@ from .errors import (
     InvalidArgumentError,
     MessageNotFoundError,
     MessageTooLargeError,
+    MissingExtraError,
     MongoDBSessionError,
+    NotificationError,
     SessionClosedError,
     SessionConflictError,
     SessionExistsError,
     SessionNotFoundError,
 )
+from .hooks._notification import NotificationEvent
+from .hooks._notify import notify_later
+
+if typing.TYPE_CHECKING:
+    from .hooks.sns import FeedbackSNSHook, create_feedback_sns_hook
+    from .hooks.sqs import MetadataSQSHook, create_metadata_sqs_hook
+    from .hooks.websocket import MetadataWebSocketHook, create_metadata_websocket_hook
 
 __all__ = [
     "GUARDRAIL_STOP_REASONS",
@@ -58,24 +71,92 @@ __all__ = [
     "EncodingError",
     "EventLoopError",
     "FactoryNotInitializedError",
+    "FeedbackSNSHook",
     "InvalidArgumentError",
     "MessageNotFoundError",
     "MessageTooLargeError",
+    "MetadataSQSHook",
+    "MetadataWebSocketHook",
+    "MissingExtraError",
     "MongoDBConnectionPool",
     "MongoDBSessionError",
     "MongoDBSessionManager",
     "MongoDBSessionManagerFactory",
     "MongoDBSessionRepository",
     "MongoDBStorage",
+    "NotificationError",
+    "NotificationEvent",
     "SessionClosedError",
     "SessionConflictError",
     "SessionExistsError",
     "SessionNotFoundError",
     "SessionPage",
     "SessionSummary",
+    "chain_hooks",
     "close_global_factory",
+    "create_feedback_sns_hook",
+    "create_metadata_sqs_hook",
+    "create_metadata_websocket_hook",
     "create_mongodb_session_manager",
     "create_mongodb_session_manager_async",
     "get_global_factory",
     "initialize_global_factory",
+    "is_feedback_sns_hook_available",
+    "is_metadata_sqs_hook_available",
+    "is_metadata_websocket_hook_available",
+    "notify_later",
 ]
+
+_WITH_AWS = {
+    "FeedbackSNSHook": "sns",
+    "MetadataSQSHook": "sqs",
+    "MetadataWebSocketHook": "websocket",
+    "create_feedback_sns_hook": "sns",
+    "create_metadata_sqs_hook": "sqs",
+    "create_metadata_websocket_hook": "websocket",
+}
+
+
+def _has_extra() -> bool:
+    try:
+        return importlib.util.find_spec("aioboto3") is not None
+    except ImportError:
+        return False
+
+
+if not _has_extra():  # `from mongodb_session_manager import *` takes what is there
+    __all__ = [name for name in __all__ if name not in _WITH_AWS]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """Import the AWS hooks when they are touched: they need the extra `aws`, and nobody else waits for it."""
+    if name in _WITH_AWS:
+        return getattr(importlib.import_module(f".hooks.{_WITH_AWS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WITH_AWS})
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        importlib.import_module(f".hooks.{module}", __name__)
+    except ImportError:
+        return False
+    return True
+
+
+def is_feedback_sns_hook_available() -> bool:
+    """Return whether the extra `aws` is installed, which the SNS hook needs."""
+    return _is_importable("sns")
+
+
+def is_metadata_sqs_hook_available() -> bool:
+    """Return whether the extra `aws` is installed, which the SQS hook needs."""
+    return _is_importable("sqs")
+
+
+def is_metadata_websocket_hook_available() -> bool:
+    """Return whether the extra `aws` is installed, which the WebSocket hook needs."""
+    return _is_importable("websocket")

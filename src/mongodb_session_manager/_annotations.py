@@ -9,12 +9,16 @@ import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, TypedDict
+
+from pymongo import ReturnDocument
 
 from ._changes import Update
 from ._codec import MARKER, decode, encode
 from ._commands import SessionCollection
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
+from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
@@ -294,10 +298,36 @@ class SessionAnnotations(SessionCollection):
         intact = {f"metadata.{path}.{MARKER}": {"$exists": False} for path in sorted(within)}
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            if await self._update(Update({"_id": session_id, **intact}, update, None)):
+            if await self._change_metadata(session_id, {"_id": session_id, **intact}, update):
                 return True
             await self._found(session_id, {"created_at": 1})
             return False
+
+    async def _change_metadata(self, session_id: str, condition: Document, update: Document) -> bool:
+        """Send an update of metadata, which tells fields of the outcome to whoever asked; return whether it matched."""
+        if not (asked := asked_for()):
+            return await self._update(Update(condition, update, None))
+        projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
+        document = await self._send(
+            lambda collection: collection.find_one_and_update(
+                condition, update, projection=projection, return_document=ReturnDocument.AFTER
+            )
+        )
+        if document is None:
+            return False
+        metadata = document.get("metadata") or {}
+        remove = partial(self._remove_unchanged, session_id)
+        for fields in asked:
+            fields.values = {name: decode(metadata[name]) for name in fields.names if name in metadata}
+            fields.remove = partial(self.portal.run, remove)
+        return True
+
+    async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
+        """Remove a field of a session's metadata, unless its value is another one by now."""
+        path = f"metadata.{name}"
+        condition = {"_id": session_id, path: value}
+        async with self._connection.operation():
+            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": now()}}, None))
 
     async def _change(self, session_id: str, update: Document) -> None:
         checked_id(session_id, "session_id")

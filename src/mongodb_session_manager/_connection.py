@@ -28,7 +28,7 @@ from pymongo.uri_parser import parse_uri
 
 from ._codec import CODEC_OPTIONS
 from ._driver_errors import driver_errors
-from ._loop import Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
+from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
     ClientTypeError,
     ConfigurationError,
@@ -323,7 +323,7 @@ class Connection:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
         self._finalizer.atexit = False
-        close_at_exit(self.aclose, loop)
+        close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
         return client
 
     def _leave_parent(self) -> None:
@@ -440,6 +440,10 @@ class Connection:
             if self._finalizer is not None:
                 self._finalizer.detach()
             await _close_client(client)
+
+    async def aclose_at_exit(self, seconds: float) -> None:
+        """Close when the interpreter ends."""
+        await self.aclose()
 
 
 def _milliseconds(seconds: float | None) -> int | None:

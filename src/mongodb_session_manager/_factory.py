@@ -10,13 +10,14 @@ from ._async_manager import AsyncMongoDBSessionManager
 from ._connection import Client, Connection, Settings
 from ._documents import checked_id
 from ._finding import Order, SessionPage
-from ._hooks import Hook
+from ._hooks import Hook, hold, let_go
 from ._loop import Lock
 from ._manager import MongoDBSessionManager
 from ._pool import ConnectionStats, connection_stats
 from ._session import ManagerOptions, SaveOn, take_hooks
 from ._storage import MongoDBStorage
 from .errors import ConfigurationError, FactoryNotInitializedError
+from .hooks._notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 
 
 class MongoDBSessionManagerFactory:
@@ -67,6 +68,7 @@ class MongoDBSessionManagerFactory:
         )
         self._connection = Connection(Settings.checked(connection_string, client, client_options))
         self._repository = self._options.repository(self._connection)  # refuses now what it cannot use
+        hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._connection!r}>"
@@ -211,6 +213,10 @@ class MongoDBSessionManagerFactory:
         """Ask the server for its version and return it with the state of the pool."""
         return await self._connection.portal.run(connection_stats, self._connection)
 
+    def get_notification_stats(self) -> NotificationStats:
+        """Return what became of the notifications that hooks of the factory's sessions submitted in this process."""
+        return stats_of(self._connection)
+
     def ping(self) -> None:
         """Raise unless the server answers.
 
@@ -227,19 +233,36 @@ class MongoDBSessionManagerFactory:
         """
         await self._connection.portal.run(self._connection.ping)
 
-    def close(self) -> None:
-        """Wait for writes under way, then close the client if it is the factory's own. Idempotent.
+    def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
+        """Deliver what hooks left behind, wait for writes under way, and close the client if it is the factory's own.
 
-        Managers of the factory cannot be used any more.
+        Idempotent. Managers of the factory cannot be used any more.
+
+        Args:
+            notification_timeout: Seconds to wait for the notifications of all sessions. What is not delivered by then
+                is logged by its name, and tried on as long as the process runs.
         """
-        self._connection.close_blocking()
+        if not self._connection.closed:
+            self._connection.portal.call(self._aclose, notification_timeout)
 
-    async def close_async(self) -> None:
-        """Wait for writes under way, then close the client if it is the factory's own. Idempotent.
+    async def close_async(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
+        """Deliver what hooks left behind, wait for writes under way, and close the client if it is the factory's own.
 
-        Managers of the factory cannot be used any more.
+        Idempotent. Managers of the factory cannot be used any more.
+
+        Args:
+            notification_timeout: Seconds to wait for the notifications of all sessions. What is not delivered by then
+                is logged by its name, and tried on as long as the process runs.
         """
-        await self._connection.close_async()
+        if not self._connection.closed:
+            await self._connection.portal.run(self._aclose, notification_timeout)
+
+    async def _aclose(self, notification_timeout: float) -> None:
+        try:
+            await drain(self._connection, notification_timeout)
+            await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
+        finally:
+            await self._connection.aclose()
 
     def __enter__(self) -> Self:
         return self

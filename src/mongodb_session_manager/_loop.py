@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from enum import IntEnum
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import EventLoopError
@@ -31,6 +32,11 @@ _STOPPED = "the event loop that the MongoDB client belongs to was stopped"
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of the interpreter may wait for writes under way."""
+
+_EXIT_GRACE = 1.0
+"""Seconds on top of it for whoever finds no time left: to say so, and to let go of its sockets."""
+
+_POLL = 0.005  # seconds
 
 Lock = threading.Lock
 
@@ -53,7 +59,7 @@ class Portal:
     def __init__(self, loop: asyncio.AbstractEventLoop, is_alive: Callable[[], bool] | None = None) -> None:
         self.loop = loop
         self._is_alive = is_alive or loop.is_running
-        self._under_way: set[Future[Any]] = set()
+        self._under_way: set[Future[Any] | asyncio.Task[Any]] = set()
 
     def submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start `function(*args, **kwargs)` on the loop and return at once; calls start in the order of submission.
@@ -91,6 +97,11 @@ class Portal:
     async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on."""
         caller = asyncio.get_running_loop()
+        if caller is self.loop:  # as with a client of the caller's own: nowhere to go
+            task = caller.create_task(function(*args, **kwargs))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+            return await asyncio.shield(task)
         outcome: asyncio.Future[T] = caller.create_future()
 
         def hand_over(finished: Future[T]) -> None:
@@ -118,9 +129,8 @@ class Portal:
     def drain(self, timeout: float) -> int:
         """Block until what was submitted is done, at most `timeout` seconds; return how many calls are not."""
         end = time.monotonic() + timeout
-        while (waiting := list(self._under_way)) and (left := end - time.monotonic()) > 0:
-            with suppress(BaseException):  # its own caller hears of it
-                waiting[0].exception(left)
+        while self._under_way and time.monotonic() < end:
+            time.sleep(_POLL)
         return len(self._under_way)
 
 
@@ -136,6 +146,18 @@ def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
         outcome.set_exception(error)
     else:
         outcome.set_result(finished.result())
+
+
+class ExitOrder(IntEnum):
+    """What the end of the interpreter closes first: the conversation, then what is told of it, then the ways out."""
+
+    SESSIONS = 0
+    NOTIFICATIONS = 1
+    CONNECTIONS = 2
+
+
+CloseAtExit = Callable[[float], Coroutine[Any, Any, None]]
+"""Finishes what is pending within so many seconds; what is closed after it is still open."""
 
 
 class _IOThread:
@@ -173,7 +195,7 @@ _thread: _IOThread | None = None
 _exiting = False
 _exit_registered = False
 _serial = itertools.count()
-_open_at_exit: dict[int, weakref.WeakMethod[Callable[[], Coroutine[Any, Any, None]]]] = {}
+_open_at_exit: dict[tuple[ExitOrder, int], weakref.WeakMethod[CloseAtExit]] = {}
 
 
 def io_portal() -> Portal:
@@ -205,14 +227,14 @@ def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
         return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
 
 
-def close_at_exit(close: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.AbstractEventLoop) -> None:
-    """Have a method called when the interpreter ends, unless its object was collected before.
+def close_at_exit(close: CloseAtExit, loop: asyncio.AbstractEventLoop, order: ExitOrder) -> None:
+    """Have a method called, in its turn, when the interpreter ends, unless its object was collected before.
 
     Only what lives on the library's own loop is closed: nobody else's loop runs as late.
     """
     if _thread is not None and _thread.portal.loop is loop:
-        number = next(_serial)
-        _open_at_exit[number] = weakref.WeakMethod(close, lambda _: _open_at_exit.pop(number, None))
+        key = order, -next(_serial)
+        _open_at_exit[key] = weakref.WeakMethod(close, lambda _: _open_at_exit.pop(key, None))
 
 
 def _finish() -> None:
@@ -224,7 +246,7 @@ def _finish() -> None:
         return
     end = time.monotonic() + EXIT_TIMEOUT
     with suppress(BaseException):
-        thread.portal.submit(_close_all).result(EXIT_TIMEOUT)
+        thread.portal.submit(_close_all).result(EXIT_TIMEOUT + _EXIT_GRACE)
     if unfinished := thread.portal.drain(max(0.0, end - time.monotonic())):
         logger.warning("unfinished=<%d> | the interpreter ends before these calls to MongoDB did", unfinished)
     thread.stop(max(0.1, end - time.monotonic()))
@@ -232,15 +254,21 @@ def _finish() -> None:
 
 
 async def _close_all() -> None:
-    """Close what is open, the youngest first, because sessions are younger than their connection."""
-    async with asyncio.timeout(EXIT_TIMEOUT):
-        for _, reference in sorted(_open_at_exit.copy().items(), reverse=True):
-            close = reference()
+    """Close what is open in its order, the youngest first; what finds no time left still hears of the end."""
+    end = time.monotonic() + EXIT_TIMEOUT
+    for order in ExitOrder:  # one after the other, because closing the earlier may open what is later
+        for key in sorted(key for key in _open_at_exit if key[0] == order):
+            reference = _open_at_exit.pop(key, None)
+            close = None if reference is None else reference()
+            if close is None:
+                continue
+            left = max(0.0, end - time.monotonic())
             try:
-                if close is not None:
-                    await close()
+                async with asyncio.timeout(left + _EXIT_GRACE / 2):
+                    await close(left)
             except Exception as error:
-                logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, error)
+                reason = str(error) or type(error).__name__
+                logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, reason)
 
 
 def _forget_parent() -> None:

@@ -14,6 +14,7 @@ from ._hooks import Hook, Operation, call_hooked
 from ._metadata_tool import MetadataPolicy, blocking_tool
 from ._session import ManagerOptions, SaveOn, SessionManagerBase, take_hooks
 from .errors import InvalidArgumentError
+from .hooks._notify import DRAIN_TIMEOUT, in_the_name_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -168,10 +169,8 @@ class MongoDBSessionManager(SessionManagerBase):
             InvalidArgumentError: `feedback` is not a dict.
             EncodingError: A value cannot be stored.
         """
-        self._check_open()
-        feedback = checked_feedback(feedback)
-        portal, hook, operation = self._connection.portal, self._options.feedback_hook, self._repository.add_feedback
-        return call_hooked(portal, hook, operation, "add", self.session_id, feedback=feedback)
+        hook, operation = self._options.feedback_hook, self._repository.add_feedback
+        return self._hooked(hook, operation, "add", feedback=checked_feedback(feedback))
 
     def get_feedbacks(self) -> list[dict[str, Any]]:
         """Return the session's feedback, oldest first."""
@@ -225,9 +224,12 @@ class MongoDBSessionManager(SessionManagerBase):
         return self._ask(self._repository.get_usage)
 
     def _metadata(self, action: str, operation: Operation, **argument: Any) -> Any:
+        return self._hooked(self._options.metadata_hook, operation, action, **argument)
+
+    def _hooked(self, hook: Hook | None, operation: Operation, action: str, **argument: Any) -> Any:
         self._check_open()
-        portal, hook = self._connection.portal, self._options.metadata_hook
-        return call_hooked(portal, hook, operation, action, self.session_id, **argument)
+        with in_the_name_of(self._connection):
+            return call_hooked(self._connection.portal, hook, operation, action, self.session_id, **argument)
 
     def _ask(
         self, operation: Callable[Concatenate[str, P], Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
@@ -237,11 +239,15 @@ class MongoDBSessionManager(SessionManagerBase):
         self._send_blocking()
         return self._connection.portal.call(operation, self.session_id, *args, **kwargs)
 
-    def close(self) -> None:
-        """Store what is recorded, then close what the manager owns. Idempotent.
+    def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
+        """Store what is recorded, deliver what hooks left behind, and close what the manager owns. Idempotent.
+
+        Args:
+            notification_timeout: Seconds to wait for the session's notifications. What is not delivered by then is
+                logged by its name, and tried on as long as the process runs.
 
         Raises:
             MongoDBSessionError: What could not be stored, and was not raised before.
         """
         if self._closing is None or not self._closing.is_set():
-            self._connection.portal.call(self._aclose)
+            self._connection.portal.call(self._aclose, notification_timeout)

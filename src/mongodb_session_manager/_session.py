@@ -31,11 +31,12 @@ from strands.types.content import Message
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection
 from ._documents import checked_id, now
-from ._hooks import Hook, checked_hook
-from ._loop import close_at_exit, running_loop
+from ._hooks import Hook, checked_hook, hold, let_go
+from ._loop import ExitOrder, close_at_exit, running_loop
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
 from .errors import ConfigurationError, MongoDBSessionError, SessionClosedError
+from .hooks._notify import DRAIN_TIMEOUT, drain
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +157,11 @@ class SessionManagerBase(RepositorySessionManager):
             if self._work is not None:
                 return
             document = await self._repository.open_session(self.session_id)
-            close_at_exit(self._aclose, asyncio.get_running_loop())
+            close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
             work = UnitOfWork(self.session_id, document)
             super().__init__(self.session_id, work)
             self._work = work
+            hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -311,25 +313,41 @@ class SessionManagerBase(RepositorySessionManager):
     def _keep_config(self, agent_id: str, **fields: Any) -> None:
         self._unit.keep_config(agent_id, [name for name, value in fields.items() if value is not None])
 
-    async def _aclose(self) -> None:
-        """Store what is recorded and close what the manager owns. Runs on the loop of the client."""
+    async def _aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
+        """Store what is recorded, deliver what hooks left behind, and close what the manager owns.
+
+        Runs on the loop of the client.
+        """
         if self._closing is not None:
             await self._closing.wait()
             return
-        self._closed = True
         self._closing = asyncio.Event()
         try:
-            await self._close()
+            await self._close_work()
         finally:
-            self._closing.set()
+            try:
+                await drain(self._connection, notification_timeout, self.session_id)
+                await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
+            finally:
+                try:
+                    if self._owns_connection:
+                        await self._connection.aclose()
+                finally:
+                    self._closing.set()
 
-    async def _close(self) -> None:
-        try:
-            if self._work is not None:
-                self._work.close()
-                if not self._work.is_settled:
-                    await self._store()
-                self._work.raise_untold_refusal()
-        finally:
-            if self._owns_connection:
-                await self._connection.aclose()
+    async def _aclose_at_exit(self, seconds: float) -> None:
+        """Store what is recorded when the interpreter ends; notifications and connections have their turn later."""
+        if self._closing is None:
+            self._closing = asyncio.Event()
+            try:
+                await self._close_work()
+            finally:
+                self._closing.set()
+
+    async def _close_work(self) -> None:
+        self._closed = True
+        if self._work is not None:
+            self._work.close()
+            if not self._work.is_settled:
+                await self._store()
+            self._work.raise_untold_refusal()

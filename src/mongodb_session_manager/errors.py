@@ -15,6 +15,8 @@
     ├── EventLoopError                  also RuntimeError: called where waiting is impossible
     ├── FactoryNotInitializedError      also RuntimeError
     ├── EmbeddedServerError             also RuntimeError: the local mongod for development and tests
+    ├── MissingExtraError               also ImportError: a part of the package that was not installed
+    ├── NotificationError               also RuntimeError: a notification was given up without being tried to the end
     ├── DatabaseUnavailableError        also ConnectionError: no server, connection lost
     ├── DatabaseTimeoutError            also TimeoutError: the server or the pool was too slow
     └── DatabaseError                   the server refused a command
@@ -89,6 +91,14 @@ class FactoryNotInitializedError(MongoDBSessionError, RuntimeError):
 
 class EmbeddedServerError(MongoDBSessionError, RuntimeError):
     """The embedded mongod could not be found or started."""
+
+
+class MissingExtraError(MongoDBSessionError, ImportError):
+    """Something needs packages that come with an extra, like `mongodb-session-manager[aws]`."""
+
+
+class NotificationError(MongoDBSessionError, RuntimeError):
+    """A notification was given up: too many wait already, or the process ended first."""
 
 
 class DatabaseUnavailableError(MongoDBSessionError, ConnectionError):

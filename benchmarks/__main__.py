@@ -1,0 +1,102 @@
+"""Run the measures: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from mongodb_session_manager.embedded import EmbeddedMongoDB
+
+from . import _machine, commands, growth, latency, portal, streams
+from ._bench import Bench
+from ._report import Run, markdown, print_tables
+from ._results import Finding
+
+MEASURES: Mapping[str, Callable[[Bench], Awaitable[Finding]]] = {
+    "commands": commands.measure,
+    "latency": latency.measure,
+    "streams": streams.measure,
+    "growth": growth.measure,
+    "portal": portal.measure,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the measures that are asked for and tell what came out; return the exit status.
+
+    The status is 0 whether or not the budgets are kept: numbers are for people to judge.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if unknown := set(options.measures) - set(MEASURES):
+        parser.error(f"no such measure: {', '.join(sorted(unknown))}")
+    # Where nobody looks at a terminal, lines may be as long as the tables are wide.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 190)
+    if options.markdown is not None:
+        print(markdown(Run.read(options.markdown)), end="")
+        return 0
+    run = _run(options.measures or list(MEASURES), options.quick, console)
+    print_tables(run, console)
+    if options.json is not None:
+        run.write(options.json)
+    if options.plots is not None:
+        from ._plots import draw  # here, because drawing needs a library that measuring does not
+
+        for path in draw(run, options.plots):
+            console.print(f"wrote {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure the library beside its alternatives, on embedded servers and without a network.",
+    )
+    parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"of {', '.join(MEASURES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="only show that the measures work; the numbers are void")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was measured to this file")
+    parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="draw what was measured, as SVG")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="measure nothing; print such a file as Markdown")
+    return parser
+
+
+def _run(names: Sequence[str], quick: bool, console: Console) -> Run:
+    # The servers of all networks are on this machine, so the driver has nothing to say that a reader needs.
+    logging.disable(logging.WARNING)
+    findings: dict[str, Finding] = {}
+    columns = TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress, EmbeddedMongoDB() as server:
+        machine = _machine.describe(server.connection_string)
+        tasks = {name: progress.add_task(name, start=False, total=None) for name in names}
+        for name in names:
+            bench = _bench(server, quick, progress, tasks[name])
+            findings[name] = asyncio.run(_measured(MEASURES[name], bench))
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Run(today, quick, machine, findings)
+
+
+def _bench(server: EmbeddedMongoDB, quick: bool, progress: Progress, task: TaskID) -> Bench:
+    def begin(steps: int) -> None:
+        progress.start_task(task)
+        progress.update(task, total=steps)
+
+    return Bench(server, quick, begin, lambda: progress.advance(task))
+
+
+async def _measured(measure: Callable[[Bench], Awaitable[Finding]], bench: Bench) -> Finding:
+    return await measure(bench)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)

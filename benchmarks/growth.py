@@ -1,0 +1,309 @@
+"""What a conversation costs as it grows: to append, open, redact and hold."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import statistics
+import time
+import tracemalloc
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from strands import Agent
+from strands.agent.conversation_manager import SlidingWindowConversationManager
+from strands.types.content import Message
+from strands.types.session import SessionMessage
+
+from mongodb_session_manager import (
+    AsyncMongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+)
+
+from ._bench import Bench, new_id
+from ._contenders import DATABASE
+from ._model import agent
+from ._results import Budget, Cell, Finding, Spread
+
+_BYTES = 4096
+_WINDOW = 40
+_SMALL = 10
+_LARGE = 1_000
+"""From here on one session is measured in all rounds, because growing a new one for each would take too long."""
+_BATCH = 40
+_WITHOUT_ARCHIVE = 3_000
+"""Messages of 4 KB that fit into one document, with some to spare."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How far to go.
+
+    Attributes:
+        sizes: Messages at which to measure.
+        rounds: How often.
+        sessions: How many sessions share the appends of a round, so that they stay near the size.
+        appends: Messages appended to each.
+    """
+
+    sizes: tuple[int, ...]
+    rounds: int
+    sessions: int
+    appends: int
+
+    @classmethod
+    def chosen(cls, quick: bool) -> _Plan:
+        """Return how far to go: as far as the library in this checkout can."""
+        if quick:
+            return cls((_SMALL, 60), 1, 2, 2)
+        archive = "max_embedded_messages" in inspect.signature(MongoDBSessionManagerFactory).parameters
+        return cls((_SMALL, 100, 1_000, 10_000 if archive else _WITHOUT_ARCHIVE), 8, 4, 8)
+
+
+@dataclass
+class _Found:
+    """What was measured at one size, a value for each round; seconds or bytes."""
+
+    appends: list[list[float]] = field(default_factory=list)
+    small_appends: list[list[float]] = field(default_factory=list)
+    reopen: list[float] = field(default_factory=list)
+    windowed: list[float] = field(default_factory=list)
+    short: list[float] = field(default_factory=list)  # opening a session that is as long as the window
+    redact_latest: list[float] = field(default_factory=list)
+    redact_first: list[float] = field(default_factory=list)
+    held: int = 0
+    held_short: int = 0
+
+
+async def measure(bench: Bench) -> Finding:
+    """Let one session grow and measure it at each size, beside sessions that stay small."""
+    plan = _Plan.chosen(bench.quick)
+    bench.begin(len(plan.sizes) * (plan.rounds + 1))
+    found: dict[int, _Found] = {}
+    with bench.networks([0.0]) as (uri,):
+        async with MongoDBSessionManagerFactory(uri, DATABASE) as factory:
+            short = new_id()
+            first = _Session(factory, short)
+            await first.grown_to(_WINDOW)
+            await first.close()
+            grown = _Session(factory, new_id())
+            for size in plan.sizes:
+                if size >= _LARGE:
+                    await grown.grown_to(size)
+                found[size] = await _at_size(bench, plan, factory, size, grown, short, uri)
+            await grown.close()
+    rows = [_row(size, one) for size, one in found.items()]
+    setting = {
+        "message, bytes": _BYTES,
+        "window": _WINDOW,
+        "appends each round": plan.sessions * plan.appends,
+        "rounds": plan.rounds,
+        "network": "none, so that the cost of the server and of the process shows",
+    }
+    return Finding("Growth of a conversation", setting, rows, _budgets(max(plan.sizes), found[max(plan.sizes)]))
+
+
+class _Session:
+    """A session whose agent's conversation grows without a model."""
+
+    def __init__(self, factory: MongoDBSessionManagerFactory, session_id: str) -> None:
+        self.session_id = session_id
+        self.size = 0
+        self._factory = factory
+        self._manager: AsyncMongoDBSessionManager | None = None
+        self._agent: Agent | None = None
+
+    async def _open(self) -> tuple[AsyncMongoDBSessionManager, Agent]:
+        if self._manager is None or self._agent is None:
+            self._manager = await self._factory.create_session_manager_async(self.session_id)
+            self._agent = _agent(self._manager)
+        return self._manager, self._agent
+
+    async def grown_to(self, size: int) -> None:
+        """Append messages until there are `size`, many in a command."""
+        manager, holder = await self._open()
+        while self.size < size:
+            for _ in range(min(_BATCH, size - self.size)):
+                manager.append_message(_message(self.size), holder)
+                self.size += 1
+            await manager.flush()
+        await self.window_begins_at(0)
+
+    async def append(self) -> float:
+        """Append a message, in a command of its own; return how long that took."""
+        manager, holder = await self._open()
+        message = _message(self.size)
+        start = time.perf_counter()
+        manager.append_message(message, holder)
+        await manager.flush()
+        self.size += 1
+        return time.perf_counter() - start
+
+    async def redact_latest(self) -> float:
+        """Redact the latest message; return how long that took."""
+        manager, holder = await self._open()
+        start = time.perf_counter()
+        manager.redact_latest_message({"role": "user", "content": [{"text": "[redacted]"}]}, holder)
+        await manager.flush()
+        return time.perf_counter() - start
+
+    async def close(self) -> None:
+        """Close the session's manager."""
+        manager, _ = await self._open()
+        await manager.close()
+
+    async def window_begins_at(self, removed: int) -> None:
+        """Have the conversation manager restore only what follows the `removed` oldest messages."""
+        manager, holder = await self._open()
+        holder.conversation_manager.removed_message_count = removed
+        manager.sync_agent(holder)
+        await manager.flush()
+
+
+async def _at_size(
+    bench: Bench,
+    plan: _Plan,
+    factory: MongoDBSessionManagerFactory,
+    size: int,
+    large: _Session,
+    short: str,
+    uri: str,
+) -> _Found:
+    found = _Found()
+    for _ in range(plan.rounds):
+        appends, small = await _appends(plan, factory, _SMALL, 0)
+        await small.close()
+        found.small_appends.append(appends)
+        if size < _LARGE:
+            # From one size to the next, so that what happens once in so many messages happens as often as it does.
+            appends, grown = await _appends(plan, factory, size, plan.appends)
+        else:
+            appends, grown = [await large.append() for _ in range(plan.sessions * plan.appends)], large
+        found.appends.append(appends)
+        await grown.window_begins_at(0)
+        found.reopen.append(await _opening(factory, grown.session_id))
+        await grown.window_begins_at(max(0, grown.size - _WINDOW))
+        found.windowed.append(await _opening(factory, grown.session_id))
+        found.short.append(await _opening(factory, short))
+        found.redact_latest.append(await grown.redact_latest())
+        found.redact_first.append(await asyncio.to_thread(_redact_first, uri, grown.session_id))
+        if grown is not large:
+            await grown.close()
+        bench.step()
+    found.held = await _held(lambda: _reopened(factory, grown.session_id))
+    found.held_short = await _held(lambda: _reopened(factory, short))
+    bench.step()
+    return found
+
+
+async def _appends(
+    plan: _Plan, factory: MongoDBSessionManagerFactory, size: int, apart: int
+) -> tuple[list[float], _Session]:
+    """Append to new sessions, the first grown to `size`, each other `apart` more; return the times and the last."""
+    appends: list[float] = []
+    for number in range(plan.sessions):
+        session = _Session(factory, new_id())
+        await session.grown_to(size + number * apart)
+        appends += [await session.append() for _ in range(plan.appends)]
+        if number < plan.sessions - 1:
+            await session.close()
+    return appends, session
+
+
+async def _reopened(factory: MongoDBSessionManagerFactory, session_id: str) -> Any:
+    manager = await factory.create_session_manager_async(session_id)
+    return manager, _agent(manager)
+
+
+async def _opening(factory: MongoDBSessionManagerFactory, session_id: str) -> float:
+    """Return how long it takes to open a session and restore its agent."""
+    start = time.perf_counter()
+    manager, _ = await _reopened(factory, session_id)
+    took = time.perf_counter() - start
+    await manager.close()
+    return took
+
+
+async def _held(build: Callable[[], Awaitable[Any]]) -> int:
+    """Return how many bytes of Python objects what `build` returns keeps alive."""
+    gc.collect()
+    tracemalloc.start()
+    kept = await build()
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    await kept[0].close()
+    return held
+
+
+def _redact_first(uri: str, session_id: str) -> float:
+    """Redact the oldest message, as an application would that was asked to forget it."""
+    redacted: Message = {"role": "user", "content": [{"text": "[redacted]"}]}
+    with MongoDBSessionRepository(uri, DATABASE) as repository:
+        repository.ping()
+        start = time.perf_counter()
+        repository.update_message(session_id, "agent", SessionMessage(_message(0), 0, redact_message=redacted))
+        return time.perf_counter() - start
+
+
+def _agent(manager: AsyncMongoDBSessionManager) -> Agent:
+    return agent(manager, conversation_manager=SlidingWindowConversationManager(window_size=_WINDOW))
+
+
+def _message(number: int) -> Message:
+    return {
+        "role": "assistant" if number % 2 else "user",
+        "content": [{"text": f"{number} ".ljust(_BYTES, "x")}],
+        "tracking_id": str(uuid.uuid4()),
+    }
+
+
+def _row(size: int, found: _Found) -> dict[str, Cell]:
+    return {
+        "messages": size,
+        "append, ms": _ms(statistics.median(each) for each in found.appends),
+        "append, mean × small": _mean_ratio(found),
+        "append, median × small": Spread.of_ratios(
+            [statistics.median(each) for each in found.appends],
+            [statistics.median(each) for each in found.small_appends],
+        ),
+        "reopen whole, ms": _ms(found.reopen),
+        "reopen window, ms": _ms(found.windowed),
+        "reopen window × short": Spread.of_ratios(found.windowed, found.short),
+        "redact latest, ms": _ms(found.redact_latest),
+        "redact first, ms": _ms(found.redact_first),
+        "held, KB": round(found.held / 1024),
+        "held, short session, KB": round(found.held_short / 1024),
+    }
+
+
+def _ms(seconds: Any) -> Spread:
+    return Spread.of(value * 1e3 for value in seconds)
+
+
+def _mean_ratio(found: _Found) -> Spread:
+    """Return the ratio of means, in which what now and then costs more, like moving old messages, has its share."""
+    means = [[statistics.fmean(each) for each in appends] for appends in (found.appends, found.small_appends)]
+    return Spread.of_ratios(*means)
+
+
+def _budgets(size: int, found: _Found) -> list[Budget]:
+    return [
+        Budget.at_most(f"append at {size:,} messages of 4 KB against at 10, mean", 1.5, _mean_ratio(found), " ×"),
+        Budget.at_most(
+            f"reopening {size:,} messages behind a sliding window against a session of {_WINDOW}",
+            2.0,
+            Spread.of_ratios(found.windowed, found.short),
+            " ×",
+        ),
+        Budget.at_most(
+            f"memory of an open session of {size:,} messages behind a sliding window against one of {_WINDOW}",
+            2.0,
+            found.held / found.held_short,
+            " ×",
+        ),
+    ]

@@ -1,0 +1,171 @@
+"""Many agents stream at once in one process, as in a web server: how many turns, and how long the event loop stalls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+
+from strands import Agent
+
+from ._bench import Bench, new_id
+from ._contenders import (
+    DESCRIPTIONS,
+    FILE,
+    LIBRARY,
+    MOTOR,
+    NONE,
+    PER_INVOCATION,
+    PYMONGO,
+    SNAPSHOT,
+    Contender,
+    contender,
+)
+from ._model import Pace, agent
+from ._results import Budget, Cell, Finding, Spread, percentile
+
+ROUND_TRIP = 0.005
+TICK = 0.005
+
+PACED = Pace(tokens=75, seconds=0.005, parsed=5)
+"""At this pace, 50 streams without a session manager make about 109 turns a second and idle half the time."""
+
+PRESSED = Pace(tokens=40, seconds=0.0, parsed=20)
+"""The model takes no time, so all that counts is what a turn costs the processor."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """How a set of contenders is measured."""
+
+    name: str
+    contenders: tuple[str, ...]
+    pace: Pace
+    streams: int
+    turns: int
+    rounds: int
+    live: bool = False
+
+
+_ALL = (NONE, LIBRARY, PER_INVOCATION, MOTOR, PYMONGO, FILE, SNAPSHOT)
+_DRIVERS = (NONE, LIBRARY, MOTOR, PYMONGO)
+_FEWER = (NONE, LIBRARY, PYMONGO, FILE, SNAPSHOT)
+
+FRESH_50 = "50 streams, a new agent for each request"
+
+CASES = (
+    _Case(FRESH_50, _ALL, PACED, 50, 4, 7),
+    _Case("50 streams, live agents", _DRIVERS, PACED, 50, 4, 5, live=True),
+    _Case("50 streams, a model that takes no time", _FEWER, PRESSED, 50, 4, 5),
+    _Case("200 streams, a new agent for each request", _FEWER, PACED, 200, 3, 5),
+)
+_QUICK = (_Case(FRESH_50, (NONE, LIBRARY), Pace(3, 0.001, 1), 3, 2, 2),)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    turns_per_second: float
+    processor_ms: float
+    lag_p50: float
+    lag_p99: float
+    lag_max: float
+
+
+async def measure(bench: Bench) -> Finding:
+    """Measure streams of each contender, in rounds."""
+    cases = _QUICK if bench.quick else CASES
+    bench.begin(sum(case.rounds * len(case.contenders) for case in cases))
+    rows: list[dict[str, Cell]] = []
+    budgets = []
+    with bench.networks([ROUND_TRIP]) as (uri,):
+        for case in cases:
+
+            async def sample(name: str, case: _Case = case) -> _Sample:
+                async with contender(name, uri) as subject:
+                    return await _streams(subject, case)
+
+            found = await bench.rounds(case.contenders, case.rounds, sample)
+            rows += [_row(case, name, samples, found[NONE]) for name, samples in found.items()]
+            if case.name == FRESH_50:
+                ours = _ratio(found[LIBRARY], found[NONE])
+                lag = Spread.of(one.lag_p99 for one in found[LIBRARY])
+                budgets = [
+                    Budget.at_least("50 streams, 5 ms: turns/s against no session manager", 0.55, ours, " ×"),
+                    Budget.at_most("50 streams, 5 ms: event-loop lag, p99", 120, lag, " ms"),
+                ]
+    setting = {
+        "round trip": ROUND_TRIP,
+        "tick of the lag meter": TICK,
+        "cases": [asdict(case) for case in cases],
+        "contenders": DESCRIPTIONS,
+    }
+    return Finding("Concurrent streams", setting, rows, budgets)
+
+
+def _ratio(samples: list[_Sample], base: list[_Sample]) -> Spread:
+    return Spread.of_ratios([one.turns_per_second for one in samples], [one.turns_per_second for one in base])
+
+
+def _row(case: _Case, name: str, samples: list[_Sample], base: list[_Sample]) -> dict[str, Cell]:
+    return {
+        "case": case.name,
+        "contender": name,
+        "turns/s": Spread.of(one.turns_per_second for one in samples),
+        "× none": _ratio(samples, base),
+        "lag p50, ms": Spread.of(one.lag_p50 for one in samples),
+        "lag p99, ms": Spread.of(one.lag_p99 for one in samples),
+        "lag max, ms": Spread.of(one.lag_max for one in samples),
+        "processor/turn, ms": Spread.of(one.processor_ms for one in samples),
+    }
+
+
+async def _streams(subject: Contender, case: _Case) -> _Sample:
+    sessions = [new_id() for _ in range(case.streams)]
+    async with contextlib.AsyncExitStack() as stack:
+        agents: dict[str, Agent] = {}
+        if case.live:
+            for session_id in sessions:
+                manager = await stack.enter_async_context(subject.session(session_id))
+                agents[session_id] = agent(manager, case.pace)
+
+        async def stream(session_id: str) -> None:
+            for _ in range(case.turns):
+                if case.live:
+                    await _turn(agents[session_id])
+                    continue
+                async with subject.session(session_id) as manager:
+                    await _turn(agent(manager, case.pace))
+
+        async with _lag_meter() as lags:
+            processor, start = time.process_time(), time.perf_counter()
+            await asyncio.gather(*map(stream, sessions))
+            took, used = time.perf_counter() - start, time.process_time() - processor
+    turns = case.streams * case.turns
+    return _Sample(turns / took, used / turns * 1e3, percentile(lags, 50), percentile(lags, 99), percentile(lags, 100))
+
+
+async def _turn(streaming: Agent) -> None:
+    async for _ in streaming.stream_async("Tell me more."):
+        pass
+
+
+@contextlib.asynccontextmanager
+async def _lag_meter() -> AsyncIterator[list[float]]:
+    """Yield a list that fills with how much later than asked the event loop comes back, in milliseconds."""
+    lags: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(TICK)
+            lags.append((time.perf_counter() - start - TICK) * 1e3)
+
+    ticker = asyncio.create_task(tick())
+    try:
+        yield lags
+    finally:
+        ticker.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await ticker

@@ -1,0 +1,47 @@
+"""How a hook learns what a metadata change left stored, without a command of its own.
+
+The asking follows the call, not its arguments: it reaches the repository through every other hook in between, and
+changes nothing that any of them passes or returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class StoredFields:
+    """Fields of a session's metadata as a change left them, for whoever asked with `asking_for`.
+
+    Attributes:
+        names: The fields asked for.
+        values: Those of them that are stored, once the change was made.
+        remove: Removes a field, unless its value is another one by then.
+    """
+
+    names: tuple[str, ...]
+    values: dict[str, Any] = field(default_factory=dict)
+    remove: Callable[[str, Any], Awaitable[None]] | None = None
+
+
+_asked: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manager_asked", default=())
+
+
+@contextmanager
+def asking_for(*names: str) -> Iterator[StoredFields]:
+    """Have the metadata changes made within tell stored fields, in the command that makes the change."""
+    fields = StoredFields(names)
+    token = _asked.set((*_asked.get(), fields) if names else _asked.get())
+    try:
+        yield fields
+    finally:
+        _asked.reset(token)
+
+
+def asked_for() -> tuple[StoredFields, ...]:
+    """Return what the callers of this change asked for."""
+    return _asked.get()

@@ -1,0 +1,211 @@
+"""PURE: what a notification says. Templates, subjects, bodies that fit, and the JSON of what a document can hold."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, date, datetime
+from string import Formatter
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SNS_LIMIT = SQS_LIMIT = 256 * 1024
+"""Bytes of a message of SNS or SQS, its attributes among them."""
+
+WEBSOCKET_LIMIT = 128 * 1024
+"""Bytes of a message through API Gateway."""
+
+_SUBJECT_LIMIT = 100
+_GROUP = re.compile(r"[A-Za-z0-9!-/:-@\[-`{-~]{1,128}")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_CUT = " [truncated]"
+
+RATINGS = {"up": "positive", "down": "negative"}
+
+
+def rating_of(feedback: Mapping[str, Any]) -> str:
+    """Return `"positive"`, `"negative"` or `"neutral"`."""
+    rating = feedback.get("rating")
+    return RATINGS.get(rating, "neutral") if isinstance(rating, str) else "neutral"
+
+
+def timestamp() -> str:
+    """Return the present in ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat()
+
+
+class Template:
+    """A prefix with placeholders.
+
+    A text with an unknown placeholder or a stray brace is used as it is, which one warning says at once.
+
+    Args:
+        text: The template; `None` for none.
+        name: The argument it came as, for the warning.
+        placeholders: What it may use, in braces.
+    """
+
+    def __init__(self, text: str | None, name: str, placeholders: Sequence[str]) -> None:
+        self._text = text or ""
+        self._is_plain = False
+        try:
+            for _, field, form, conversion in Formatter().parse(self._text):
+                if field is not None and (field not in placeholders or form or conversion):
+                    raise ValueError(f"{field} is no placeholder")
+        except ValueError:
+            self._is_plain = True
+            known = ", ".join(f"{{{placeholder}}}" for placeholder in placeholders)
+            logger.warning("template=<%s>, placeholders=<%s> | used as it is, it cannot be filled in", name, known)
+
+    def render(self, **values: str) -> str:
+        """Return the text with its placeholders filled in."""
+        return self._text if self._is_plain else self._text.format(**values)
+
+
+def subject(text: str) -> str:
+    """Return a subject SNS takes: one line of at most 100 characters of printable ASCII."""
+    decomposed = unicodedata.normalize("NFKD", " ".join(text.split()))
+    ascii_only = "".join(
+        character if " " <= character <= "~" else "?" if character.isalnum() else "" for character in decomposed
+    ).strip()
+    return ascii_only if len(ascii_only) <= _SUBJECT_LIMIT else f"{ascii_only[: _SUBJECT_LIMIT - 3]}..."
+
+
+def feedback_body(prefix: str, session_id: str, comment: object, limit: int) -> str:
+    """Return what is published of a feedback, its comment cut to what fits into so many bytes."""
+    said = "" if comment is None else comment if isinstance(comment, str) else dumped(comment)
+    body = text(f"{prefix}Session: {session_id}\n\n{said}")
+    encoded = body.encode()
+    return body if len(encoded) <= limit else encoded[: limit - len(_CUT)].decode(errors="ignore") + _CUT
+
+
+def metadata_body(session_id: str, operation: str, metadata: Mapping[str, Any], limit: int) -> str:
+    """Return what is sent of a metadata change, as JSON in ASCII.
+
+    What does not fit into `limit` bytes is cut to the list of its keys, as many as fit, and says `"truncated": true`.
+    """
+    message: dict[str, Any] = {
+        "session_id": session_id,
+        "event": "metadata_update",
+        "operation": operation,
+        "metadata": metadata,
+        "timestamp": timestamp(),
+    }
+    body = dumped(message)
+    if len(body) <= limit:
+        return body
+    keys: list[str] = []
+    message |= {"metadata": keys, "truncated": True}
+    left = limit - len(dumped(message))
+    for key in metadata:
+        left -= len(dumped(key)) + len(", ")
+        if left < 0:
+            break
+        keys.append(key)
+    return dumped(message)
+
+
+def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what of changed metadata may leave: of `fields` only, if given, and nothing of `hidden`.
+
+    Keys and fields may be paths with dots; of a changed `a`, the field `a.b` selects its part.
+    """
+    chosen: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if any(_is_within(key, name) for name in hidden):
+            continue
+        if fields is None or any(_is_within(key, field) for field in fields):
+            chosen[key] = value
+            continue
+        for field in fields:
+            if _is_within(field, key):
+                part = _part(value, field[len(key) + 1 :].split("."))
+                if part is not _ABSENT:
+                    chosen[field] = part
+    return chosen
+
+
+_ABSENT = object()
+
+
+def _is_within(path: str, of: str) -> bool:
+    return path == of or path.startswith(f"{of}.")
+
+
+def _part(value: Any, path: Sequence[str]) -> Any:
+    """Return a part of a changed value; of one that was removed, nothing is left."""
+    for name in path:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or name not in value:
+            return _ABSENT
+        value = value[name]
+    return value
+
+
+def dumped(value: Any) -> str:
+    """Return JSON in ASCII."""
+    return json.dumps(to_json(value))
+
+
+def to_json(value: Any) -> Any:
+    """Return a value as JSON can say it.
+
+    Dates become ISO 8601 (UTC, unless they know better), bytes base64, numbers that JSON does not know their names
+    (`"NaN"`, `"Infinity"`), and `ObjectId`, `Decimal128`, UUIDs and everything else what `str` makes of them.
+    """
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else str(value).replace("inf", "Infinity").replace("nan", "NaN")
+        case Mapping():
+            return {str(key): to_json(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [to_json(item) for item in value]
+        case datetime():
+            return (value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)).isoformat()
+        case date():
+            return value.isoformat()
+        case bytes() | bytearray() | memoryview():
+            return base64.b64encode(value).decode()
+        case _:
+            return str(value)
+
+
+def text(value: str) -> str:
+    """Return a text that SNS and SQS take: characters that XML has no place for are replaced."""
+    return _NOT_XML.sub("\ufffd", value)
+
+
+def attributes(**values: str) -> dict[str, dict[str, str]]:
+    """Return message attributes as SNS and SQS want them."""
+    return {name: {"DataType": "String", "StringValue": text(value)} for name, value in values.items()}
+
+
+def size_of(described: Mapping[str, Mapping[str, str]]) -> int:
+    """Return what message attributes take of the size of a message."""
+    return sum(
+        len(part.encode()) for name, value in described.items() for part in (name, *value.values()) if part is not None
+    )
+
+
+def fifo_parameters(destination: str, session_id: str, identity: str) -> dict[str, str]:
+    """Return what a FIFO topic or queue wants besides, nothing for another.
+
+    A session is a message group; an id that cannot name one stands for itself as a digest.
+    """
+    if not destination.endswith(".fifo"):
+        return {}
+    fits = _GROUP.fullmatch(session_id) is not None
+    group = session_id if fits else hashlib.sha256(session_id.encode(errors="surrogatepass")).hexdigest()
+    return {"MessageGroupId": group, "MessageDeduplicationId": identity}

@@ -1,0 +1,117 @@
+"""Metadata changes to a browser, through an API Gateway WebSocket API."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .._stored_fields import StoredFields
+from ..errors import ConfigurationError, MongoDBSessionError
+from ._aws import is_gone
+from ._base import AwsHook, checked_fields, checked_text, updated, with_parameters_of
+from ._messages import WEBSOCKET_LIMIT, metadata_body, selected
+from ._notification import OnError
+
+if TYPE_CHECKING:
+    from ._aws import Config, Session
+
+logger = logging.getLogger(__name__)
+
+_CONNECTION = "connection_id"
+_API_HOST = re.compile(r"https://[^/.]+\.execute-api\.([a-z0-9-]+)\.")
+
+
+class MetadataWebSocketHook(AwsHook):
+    """A metadata hook that posts each update and delete to the session's WebSocket connection, in the background.
+
+    The connection is the stored `metadata.connection_id`, which the command that makes the change returns. The body is
+    the JSON that `MetadataSQSHook` sends, without `connection_id`, and cut beyond 128 KiB. A session without a
+    connection, and a change that touches nothing that may leave, sends nothing. A connection that is gone is normal.
+
+    Args:
+        api_gateway_endpoint: Like `https://<api>.execute-api.<region>.amazonaws.com/<stage>`; `wss://` is the same.
+        metadata_fields: The fields that may leave; `None` for all.
+        region: The region of the API; `None` takes the one named in the endpoint, else the one the usual chain finds.
+        region_name: The same.
+        endpoint_url: Where the API is, if not at `api_gateway_endpoint`.
+        aws_session: An `aioboto3.Session` to take credentials from; `None` takes the usual chain.
+        config: A botocore `Config`.
+        on_error: Called with a `NotificationEvent` and the exception for each notification that is given up, on the
+            library's event loop; it must return at once.
+        remove_gone: Whether a `connection_id` whose connection is gone is removed from the metadata, unless it is
+            another one by then.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    actions = frozenset({"update", "delete"})
+    stored_fields = (_CONNECTION,)
+
+    def __init__(
+        self,
+        api_gateway_endpoint: str,
+        metadata_fields: Sequence[str] | None = None,
+        region: str | None = None,
+        *,
+        region_name: str | None = None,
+        endpoint_url: str | None = None,
+        aws_session: Session | None = None,
+        config: Config | None = None,
+        on_error: OnError | None = None,
+        remove_gone: bool = True,
+    ) -> None:
+        endpoint = _over_http(checked_text(endpoint_url or api_gateway_endpoint, "api_gateway_endpoint"))
+        super().__init__(endpoint_url=endpoint, aws_session=aws_session, config=config, on_error=on_error)
+        self._fields = checked_fields(metadata_fields)
+        self._removes_gone = remove_gone
+        named = _API_HOST.match(_over_http(api_gateway_endpoint))
+        self._api = self._service("apigatewaymanagementapi", region_name or region or (named[1] if named else None))
+
+    def _notify(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
+        connection = stored.values.get(_CONNECTION)
+        metadata = selected(updated(action, argument), self._fields, hidden=[_CONNECTION])
+        if not isinstance(connection, str) or not connection or not metadata:
+            return
+        body = metadata_body(session_id, action, metadata, WEBSOCKET_LIMIT)
+        self._submit("websocket.metadata_update", session_id, partial(self._post, connection, body, stored), body)
+
+    async def _post(self, connection: str, body: str, stored: StoredFields) -> None:
+        try:
+            await self._api.call("post_to_connection", ConnectionId=connection, Data=body.encode())
+        except Exception as error:
+            if not is_gone(error):
+                raise
+            logger.debug("connection_id=<%s> | the WebSocket connection is gone", connection)
+            if self._removes_gone and stored.remove is not None:
+                await _removed(stored, connection)
+
+
+async def _removed(stored: StoredFields, connection: str) -> None:
+    assert stored.remove is not None
+    try:
+        await stored.remove(_CONNECTION, connection)
+    except MongoDBSessionError as error:  # the next notification finds it gone again
+        logger.debug("connection_id=<%s>, error=<%s> | not removed", connection, error)
+
+
+def _over_http(endpoint: str) -> str:
+    """Return the HTTP form of an endpoint, where posts go.
+
+    Raises:
+        ConfigurationError: It is no URL.
+    """
+    scheme, separator, rest = endpoint.partition("://")
+    over = {"wss": "https", "ws": "http"}.get(scheme.lower(), scheme.lower())
+    if not separator or not rest or over not in ("http", "https"):
+        raise ConfigurationError("api_gateway_endpoint must be a URL with https:// or wss://")
+    return f"{over}://{rest.rstrip('/')}"
+
+
+@with_parameters_of(MetadataWebSocketHook)
+def create_metadata_websocket_hook(*args: Any, **kwargs: Any) -> MetadataWebSocketHook:
+    """Return a metadata hook that posts to WebSockets; the arguments are those of `MetadataWebSocketHook`."""
+    return MetadataWebSocketHook(*args, **kwargs)

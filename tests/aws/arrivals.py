@@ -1,0 +1,80 @@
+"""Queues and topics of a test, and what arrived in them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Message:
+    """What arrived in a queue."""
+
+    body: str
+    attributes: dict[str, str]
+    system: dict[str, str]
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.body)
+
+    @property
+    def metadata(self) -> Any:
+        return self.json["metadata"]
+
+
+class Queue:
+    """A queue and what arrives in it."""
+
+    def __init__(self, client: Any, name: str, **attributes: str) -> None:
+        self._client = client
+        self.url: str = client.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
+
+    @property
+    def arn(self) -> str:
+        asked = self._client.get_queue_attributes(QueueUrl=self.url, AttributeNames=["QueueArn"])
+        return str(asked["Attributes"]["QueueArn"])
+
+    def arrived(self) -> list[Message]:
+        """Return, and take out, what is in the queue."""
+        messages: list[Message] = []
+        while True:
+            answer = self._client.receive_message(
+                QueueUrl=self.url, MaxNumberOfMessages=10, AttributeNames=["All"], MessageAttributeNames=["All"]
+            )
+            if not (received := answer.get("Messages")):
+                return messages
+            for message in received:
+                self._client.delete_message(QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"])
+                attributes = message.get("MessageAttributes", {})
+                told = {name: value["StringValue"] for name, value in attributes.items()}
+                messages.append(Message(message["Body"], told, message["Attributes"]))
+
+
+@dataclass
+class Topic:
+    """A topic, and the queue of its subscriber."""
+
+    arn: str
+    queue: Queue
+
+    def arrived(self) -> list[dict[str, Any]]:
+        """Return, and take out, what the subscriber was notified of."""
+        return [message.json for message in self.queue.arrived()]
+
+
+class Topics:
+    """Makes topics."""
+
+    def __init__(self, sns: Any, sqs: Any) -> None:
+        self._sns, self._sqs = sns, sqs
+
+    def new(self, suffix: str = "") -> Topic:
+        fifo = {"FifoTopic": "true"} if suffix == ".fifo" else {}
+        name = uuid.uuid4().hex + suffix
+        arn = self._sns.create_topic(Name=name, Attributes=fifo)["TopicArn"]
+        queue = Queue(self._sqs, name, **({"FifoQueue": "true"} if fifo else {}))
+        self._sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=queue.arn)
+        return Topic(arn, queue)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from arrivals import Queue, Topics
+from endpoint import Endpoint
+from mongodb_session_manager.hooks import _aws, _notify
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "AKIATESTONLYNOTREAL0",
+    "AWS_SECRET_ACCESS_KEY": "not-a-real-secret-key",
+    "AWS_DEFAULT_REGION": "eu-west-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def credentials() -> Iterator[dict[str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        yield CREDENTIALS
+
+
+@pytest.fixture(scope="session")
+def moto(credentials: dict[str, str]) -> Iterator[str]:
+    """The URL of a server that does what AWS does."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def endpoint(moto: str) -> Iterator[Endpoint]:
+    """What a test makes of AWS: it hangs, refuses, answers with errors, and else passes requests on to moto."""
+    with Endpoint(moto) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def a_dispatcher_of_its_own() -> Iterator[None]:
+    """End what a test left behind, so that no other test waits for it."""
+    yield
+    if (dispatcher := _notify._dispatcher) is not None:
+        _notify._dispatcher = None
+        asyncio.run(dispatcher.portal.run(dispatcher.aclose, 0))
+        if (clients := _aws._clients) is not None:
+            asyncio.run(dispatcher.portal.run(clients.aclose_at_exit, 1))
+
+
+@pytest.fixture
+def sqs(moto: str) -> Iterator[Any]:
+    """A plain client, to see what arrived."""
+    client = boto3.client("sqs", endpoint_url=moto)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def queue(sqs: Any) -> Queue:
+    return Queue(sqs, uuid.uuid4().hex)
+
+
+@pytest.fixture
+def fifo_queue(sqs: Any) -> Queue:
+    return Queue(sqs, f"{uuid.uuid4().hex}.fifo", FifoQueue="true")
+
+
+@pytest.fixture
+def topics(moto: str, sqs: Any) -> Iterator[Topics]:
+    client = boto3.client("sns", endpoint_url=moto)
+    yield Topics(client, sqs)
+    client.close()

@@ -1,0 +1,176 @@
+"""Clients: one for all hooks that agree on where, open from the first use to the last user."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import aioboto3
+import pytest
+from botocore.config import Config
+
+import mongodb_session_manager
+from arrivals import Queue
+from endpoint import Endpoint
+from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
+from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager.hooks import _aws
+from support import eventually
+
+PACKAGE = Path(mongodb_session_manager.__file__).parent
+
+
+def open_clients() -> int:
+    shared = [] if _aws._clients is None else _aws._clients._shared.values()
+    return sum(each.opening is not None and each.opening.done() and not each.has_failed for each in shared)
+
+
+def test_hooks_share_a_client_and_the_last_user_closes_it(moto: str, queue: Queue, server: str, database: str) -> None:
+    first = create_metadata_sqs_hook(queue.url, endpoint_url=moto)
+    second = create_metadata_sqs_hook(queue.url, ["status"], endpoint_url=moto)
+    with MongoDBSessionManagerFactory(server, database, metadata_hook=first) as factory:
+        assert open_clients() == 0
+        with factory.create_session_manager("s") as manager:
+            manager.update_metadata({"n": 1})
+        eventually(lambda: factory.get_notification_stats()["waiting"] == 0)
+        assert open_clients() == 1
+        with factory.create_session_manager("s", metadata_hook=second) as manager:
+            manager.update_metadata({"status": 1})
+        assert open_clients() == 1
+    assert open_clients() == 0
+    assert len(queue.arrived()) == 2
+
+
+def test_one_per_endpoint_session_and_region(factory: Any, moto: str, endpoint: Endpoint, queue: Queue) -> None:
+    session = aioboto3.Session()
+    wheres: list[dict[str, Any]] = [
+        {"endpoint_url": moto},
+        {"endpoint_url": moto},
+        {"endpoint_url": endpoint.url},
+        {"endpoint_url": moto, "aws_session": session},
+        {"endpoint_url": moto, "aws_session": session},
+        {"endpoint_url": moto, "region_name": "us-east-1"},
+        {"endpoint_url": moto, "config": Config(user_agent_extra="mine")},
+    ]
+    managers = []
+    for number, where in enumerate(wheres):
+        hook = create_metadata_sqs_hook(queue.url, **where)
+        managers.append(factory.create_session_manager(f"s {number}", metadata_hook=hook))
+        managers[-1].update_metadata({"n": number})
+    eventually(lambda: factory.get_notification_stats()["waiting"] == 0)
+    assert open_clients() == 5
+    for manager in managers:
+        manager.close()
+    assert open_clients() == 0
+
+
+def test_connections_are_reused(factory: Any, endpoint: Endpoint, queue: Queue) -> None:
+    hook = create_metadata_sqs_hook(queue.url, endpoint_url=endpoint.url)
+    with factory.create_session_manager("s", metadata_hook=hook) as manager:
+        for number in range(20):
+            manager.update_metadata({"n": number})
+    assert (len(endpoint.requests), endpoint.connections) == (20, 1)
+
+
+class Credentials(BaseHTTPRequestHandler):
+    """Gives out credentials like the agent of a container service, when it may."""
+
+    may_answer: threading.Event
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.may_answer.wait(30)
+        given = {"AccessKeyId": "AKIATEST", "SecretAccessKey": "s", "Token": "t", "Expiration": "2100-01-01T00:00:00Z"}
+        content = json.dumps(given).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_client_whose_opening_was_given_up_is_used_by_the_next(
+    factory: Any, moto: str, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = type("Handler", (Credentials,), {"may_answer": threading.Event(), "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        serving.start()
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{server.server_port}/credentials")
+        service = _aws.AwsService(
+            "sqs", region_name=None, endpoint_url=moto, aws_session=aioboto3.Session(), config=None
+        )
+
+        async def send(service: _aws.AwsService, text: str) -> None:
+            await service.call("send_message", QueueUrl=queue.url, MessageBody=text)
+
+        cancelled = io_portal().submit(send, service, "cancelled")
+        eventually(lambda: handler.asked)
+        cancelled.cancel()
+        handler.may_answer.set()
+        io_portal().call(send, service, "sent")
+        assert handler.asked == ["/credentials"]
+        assert open_clients() == 1
+        del service, cancelled
+        gc.collect()
+        eventually(lambda: open_clients() == 0)
+        server.shutdown()
+        serving.join()
+    assert [message.body for message in queue.arrived()] == ["sent"]
+
+
+def test_a_hook_within_another_keeps_its_client_until_it_is_collected(factory: Any, moto: str, queue: Queue) -> None:
+    sqs = create_metadata_sqs_hook(queue.url, endpoint_url=moto)
+
+    def wrapped(hook: Any) -> Any:
+        async def own(original_func: Any, action: str, session_id: str, **argument: Any) -> Any:
+            return await hook(original_func, action, session_id, **argument)
+
+        return own
+
+    with factory.create_session_manager("s", metadata_hook=wrapped(sqs)) as manager:
+        manager.update_metadata({"n": 1})
+    assert open_clients() == 1
+    del sqs, manager
+    gc.collect()
+    eventually(lambda: open_clients() == 0)
+
+
+def test_a_config_of_the_callers_own_is_used(factory: Any, endpoint: Endpoint, queue: Queue) -> None:
+    hook = create_metadata_sqs_hook(
+        queue.url, endpoint_url=endpoint.url, config=Config(retries={"total_max_attempts": 3})
+    )
+    endpoint.answers(500, 500, "pass")
+    with factory.create_session_manager("s", metadata_hook=hook) as manager:
+        manager.update_metadata({"n": 1})
+    stats = factory.get_notification_stats()
+    assert (len(endpoint.requests), stats["retried"], stats["delivered"]) == (3, 0, 1)
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def test_one_module_knows_aws() -> None:
+    aws = {"aioboto3", "aiobotocore", "aiohttp", "boto3", "botocore"}
+    assert {path.name: imported(path) & aws for path in PACKAGE.rglob("*.py") if imported(path) & aws} == {
+        "_aws.py": {"aioboto3", "aiobotocore", "botocore"}
+    }
+
+
+def test_messages_know_neither_a_loop_nor_a_driver() -> None:
+    assert not imported(PACKAGE / "hooks" / "_messages.py") & {"asyncio", "anyio", "pymongo", "motor", "aioboto3"}

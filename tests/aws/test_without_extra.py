@@ -1,0 +1,116 @@
+"""The package without the extra: the import of what it brings is refused as an environment without it would.
+
+boto3 and botocore stay, because Strands needs them itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+import mongodb_session_manager
+
+AWS_NAMES = [
+    "FeedbackSNSHook",
+    "MetadataSQSHook",
+    "MetadataWebSocketHook",
+    "create_feedback_sns_hook",
+    "create_metadata_sqs_hook",
+    "create_metadata_websocket_hook",
+]
+
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("aioboto3", "aiobotocore", "aiohttp"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def without_extra(body: str) -> str:
+    shown = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT + textwrap.dedent(body)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+def test_the_package_is_whole_but_for_the_hooks() -> None:
+    body = """
+        import mongodb_session_manager as package
+        from mongodb_session_manager import *
+        assert not package.is_feedback_sns_hook_available()
+        assert not package.is_metadata_sqs_hook_available()
+        assert not package.is_metadata_websocket_hook_available()
+        assert MongoDBSessionManager and notify_later and chain_hooks
+        print(*[name for name in package.__all__ if "Hook" in name or name.startswith("create")])
+    """
+    assert without_extra(body).split() == ["create_mongodb_session_manager", "create_mongodb_session_manager_async"]
+
+
+@pytest.mark.parametrize("name", AWS_NAMES)
+def test_touching_a_hook_says_what_to_install(name: str) -> None:
+    body = f"""
+        import mongodb_session_manager as package
+        for touch in (
+            lambda: package.{name},
+            lambda: exec("from mongodb_session_manager import {name}"),
+            lambda: exec("from mongodb_session_manager.hooks.sns import FeedbackSNSHook"),
+        ):
+            try:
+                touch()
+            except package.MissingExtraError as error:
+                assert isinstance(error, ImportError) and isinstance(error, package.MongoDBSessionError)
+                assert "pip install 'mongodb-session-manager[aws]'" in str(error)
+                print("told")
+    """
+    assert without_extra(body).split() == ["told"] * 3
+
+
+def test_importing_the_package_imports_nothing_of_aws() -> None:
+    body = """
+        import sys, mongodb_session_manager
+        print([name for name in sys.modules if name.partition(".")[0] in ("aioboto3", "aiobotocore", "aiohttp")])
+    """
+    shown = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert shown.stdout == "[]\n"
+
+
+def test_with_the_extra() -> None:
+    package: Any = mongodb_session_manager
+    assert package.is_feedback_sns_hook_available() is True
+    assert package.is_metadata_sqs_hook_available() is True
+    assert package.is_metadata_websocket_hook_available() is True
+    assert {*AWS_NAMES} <= {*package.__all__} & {*dir(package)}
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = package.nothing_of_that_name
+
+
+def test_the_functions_take_what_the_contract_says() -> None:
+    package: Any = mongodb_session_manager
+    everywhere = ["region_name", "endpoint_url", "aws_session", "config"]
+    for name, arguments in {
+        "create_feedback_sns_hook": [
+            *["topic_arn_good", "topic_arn_bad", "topic_arn_neutral"],
+            *["subject_prefix_good", "subject_prefix_bad", "subject_prefix_neutral"],
+            *["body_prefix_good", "body_prefix_bad", "body_prefix_neutral"],
+        ],
+        "create_metadata_sqs_hook": ["queue_url", "metadata_fields"],
+        "create_metadata_websocket_hook": ["api_gateway_endpoint", "metadata_fields", "region"],
+    }.items():
+        parameters = list(inspect.signature(getattr(package, name)).parameters)
+        assert parameters[: len(arguments) + 4] == arguments + everywhere
