@@ -37,7 +37,13 @@ Documents = pymongo.collection.Collection[dict[str, Any]]
 
 DRIVERS = pytest.mark.parametrize("driver_class", [AsyncIOMotorClient, AsyncMongoClient])
 
-USUAL = {"_id_", "created_at_1", "updated_at_1", "session_id_1", "application_name_1"}
+USUAL = {
+    "_id_",
+    "session_id_1",
+    *("created_at_1", "created_at_1__id_1"),
+    *("updated_at_1", "updated_at_1__id_1"),
+    *("application_name_1", "application_name_1_created_at_1__id_1", "application_name_1_updated_at_1__id_1"),
+}
 
 
 @pytest.fixture
@@ -461,12 +467,28 @@ def index_names(documents: Documents) -> set[str]:
     return set(documents.index_information())
 
 
+def metadata_indexes(*fields: str) -> set[str]:
+    ends = ("_1", "_1_created_at_1__id_1", "_1_updated_at_1__id_1")
+    return {f"metadata.{field}{end}" for field in fields for end in ends}
+
+
 def test_the_indexes(server: str, database: str, stored: Documents) -> None:
     fields = ["priority", "customer.id", "priority"]
     with MongoDBSessionManagerFactory(server, database, metadata_fields=fields) as factory:
         factory.create_session_manager("s")
     # Closing has waited for them.
-    assert index_names(stored) == USUAL | {"metadata.priority_1", "metadata.customer.id_1"}
+    assert index_names(stored) == USUAL | metadata_indexes("priority", "customer.id")
+
+
+def test_more_metadata_fields_than_indexes_may_be(server: str, database: str, stored: Documents) -> None:
+    fields = [f"f{number}" for number in range(30)]
+    with MongoDBSessionManagerFactory(server, database, metadata_fields=fields) as factory:
+        factory.create_session_manager("s")
+    names = index_names(stored)
+    assert len(names) == 64
+    assert names > {"created_at_1", "updated_at_1", "session_id_1", "application_name_1"}
+    assert names > {f"metadata.{field}_1" for field in fields}
+    assert names > {f"metadata.{field}_1_updated_at_1__id_1" for field in fields[:24]}
 
 
 def test_the_indexes_without_closing(cold: MongoDBSessionManagerFactory, stored: Documents) -> None:
@@ -491,7 +513,7 @@ def test_a_new_metadata_field_gets_its_index_alone(
 ) -> None:
     for _ in range(3):
         factory.create_session_manager("s", metadata_fields=["priority"])
-    eventually(lambda: index_names(stored) == USUAL | {"metadata.priority_1"})
+    eventually(lambda: index_names(stored) == USUAL | metadata_indexes("priority"))
     assert commands.names.count("createIndexes") == 1
 
 

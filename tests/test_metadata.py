@@ -394,11 +394,7 @@ def test_metadata_fields_get_an_index(server: str, database: str, stored: Stored
             if kind is AsyncMongoDBSessionManager:
                 opened.open()
         opened.close()
-    assert stored.index_information().keys() == {
-        "_id_",
-        "created_at_1",
-        "updated_at_1",
-        "session_id_1",
+    assert {name for name in stored.index_information() if name.endswith(("customer_1", "name_1"))} == {
         "application_name_1",
         "metadata.customer_1",
         "metadata.city.name_1",

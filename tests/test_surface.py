@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from strands.session import RepositorySessionManager
 from strands.session.session_repository import SessionRepository
-from strands.types.exceptions import SessionException
+from strands.storage import S3Storage, Storage
+from strands.types.exceptions import SessionException, StorageError
 
 import mongodb_session_manager as package
 from mongodb_session_manager import (
@@ -27,6 +28,7 @@ from mongodb_session_manager import (
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
+    MongoDBStorage,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
     errors,
@@ -58,10 +60,14 @@ ORDER = [
     "hooks.websocket",
     "_driver_errors",
     "_connection",
+    "_pool",
     "_commands",
+    "_blobs",
+    "_storage",
     "_annotations",
     "_multi_agent_states",
     "_attachments",
+    "_finding",
     "_archive",
     "_writes",
     "_repository",
@@ -106,6 +112,21 @@ def test_what_strands_expects() -> None:
     assert issubclass(MongoDBSessionManager, RepositorySessionManager)
     assert issubclass(AsyncMongoDBSessionManager, RepositorySessionManager)
     assert issubclass(MongoDBSessionRepository, SessionRepository)
+
+
+def test_the_storage_is_one_of_strands() -> None:
+    assert issubclass(MongoDBStorage, Storage)
+    for name in ("write", "read", "delete", "list", "namespace"):
+        assert parameters(getattr(MongoDBStorage, name)) == parameters(getattr(S3Storage, name))
+        assert is_async(getattr(MongoDBStorage, name)) == is_async(getattr(S3Storage, name))
+    assert MongoDBStorage.search is Storage.search
+
+
+def test_the_storage_closes_in_both_worlds() -> None:
+    found = methods(MongoDBStorage)
+    assert found.keys() == {"write", "read", "delete", "list", "namespace", "close", "close_async"}
+    assert not is_async(found["close"])
+    assert is_async(found["close_async"])
 
 
 def test_the_package_is_typed() -> None:
@@ -199,13 +220,22 @@ def test_the_factory_has_each_method_twice() -> None:
     found = methods(MongoDBSessionManagerFactory)
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
-    assert blocking == {"create_session_manager", "get_connection_stats", "ping", "close"}
-    assert found.keys() == blocking | {f"{name}_async" for name in blocking}
+    finding = {"list_sessions", "count_sessions", "session_exists"}
+    others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "close"}
+    assert blocking == finding | others
+    blocking -= {"create_storage"}  # which waits for nothing
+    assert found.keys() == blocking | {f"{name}_async" for name in blocking} | {"create_storage"}
     for name in blocking:
         twin = found[f"{name}_async"]
         assert parameters(twin) == parameters(found[name])
         assert is_async(twin)
         assert not is_async(found[name])
+
+
+def test_a_factory_finds_as_a_repository_does() -> None:
+    theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
+    for name in ("list_sessions", "count_sessions", "session_exists"):
+        assert ours[name] == theirs[name]
 
 
 def test_the_one_call_constructors_are_twins() -> None:
@@ -256,12 +286,12 @@ def raised() -> dict[str, type[BaseException]]:
 
 def test_the_tree_of_errors_is_as_drawn() -> None:
     classes = raised()
-    assert "    MongoDBSessionError                 also strands.types.exceptions.SessionException" in (
+    assert "    MongoDBSessionError                 also Strands' SessionException and StorageError" in (
         errors.__doc__ or ""
     )
-    assert MongoDBSessionError.__bases__ == (SessionException,)
+    assert MongoDBSessionError.__bases__ == (SessionException, StorageError)
     assert {name: [base.__name__ for base in cls.__bases__] for name, cls in classes.items()} == {
-        "MongoDBSessionError": ["SessionException"],
+        "MongoDBSessionError": ["SessionException", "StorageError"],
         **{name: [parent] + [builtin] * bool(builtin) for name, (parent, builtin) in drawn_tree().items()},
     }
 

@@ -13,7 +13,6 @@ import typing
 from ._async_manager import AsyncMongoDBSessionManager
 from ._capture import GUARDRAIL_STOP_REASONS
 from ._factory import (
-    MongoDBConnectionPool,
     MongoDBSessionManagerFactory,
     close_global_factory,
     create_mongodb_session_manager,
@@ -21,9 +20,12 @@ from ._factory import (
     get_global_factory,
     initialize_global_factory,
 )
+from ._finding import SessionPage, SessionSummary
 from ._hooks import chain_hooks
 from ._manager import MongoDBSessionManager
+from ._pool import MongoDBConnectionPool
 from ._repository import AsyncMongoDBSessionRepository
+from ._storage import MongoDBStorage
 from ._sync import MongoDBSessionRepository
 from .errors import (
     AgentNotFoundError,
@@ -83,12 +85,15 @@ __all__ = [
     "MongoDBSessionManager",
     "MongoDBSessionManagerFactory",
     "MongoDBSessionRepository",
+    "MongoDBStorage",
     "NotificationError",
     "NotificationEvent",
     "SessionClosedError",
     "SessionConflictError",
     "SessionExistsError",
     "SessionNotFoundError",
+    "SessionPage",
+    "SessionSummary",
     "chain_hooks",
     "close_global_factory",
     "create_feedback_sns_hook",

@@ -112,7 +112,7 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
 
 
-def _encoded(value: Any, depth: int) -> Any:
+def encoded(value: Any, depth: int) -> Any:
     """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds."""
     try:
         return encode(_with_dates(value), depth=depth)
@@ -160,7 +160,7 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         sets = {
-            f"metadata.{key}": _encoded(value, _VALUE_DEPTH + key.count("."))
+            f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."))
             for key, value in checked_metadata(metadata).items()
         }
         if not await self._change_intact(session_id, metadata, {"$set": {**sets, "updated_at": now()}}):
@@ -199,7 +199,7 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         moment = _moment_of_its_own()
-        entry = _encoded({**checked_feedback(feedback), "created_at": moment}, 3)
+        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3)
         # A set, so that it is added at most once, however often the command is sent.
         await self._change(session_id, {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}})
 
@@ -255,7 +255,7 @@ class SessionAnnotations(SessionCollection):
         fields = {"model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}
         given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
-        sets = {f"{path}.agent_data.{name}": _encoded(value, _VALUE_DEPTH + 2) for name, value in given.items()}
+        sets = {f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2) for name, value in given.items()}
         update = {
             "$set": {**sets, "updated_at": now()},
             "$addToSet": {f"{path}.agent_data.config_set": {"$each": sorted(given)}},

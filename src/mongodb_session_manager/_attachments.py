@@ -13,29 +13,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from bson import MaxKey
-from pymongo import IndexModel, ReturnDocument
+from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from ._changes import AgentWrite
-from ._commands import SessionCollection
+from ._commands import ensure_indexes, send
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, now
 from ._references import Reference, attached, detached, references_of
 from .errors import AttachmentError
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 2 * 1024 * 1024
 
 _KNOWN_SESSIONS = 64
 _KNOWN_FILES = 256
 
-_CHUNK_INDEX = IndexModel([("files_id", 1), ("n", 1)], unique=True)
+_FILES = "_attachments.files"
+_CHUNKS = "_attachments.chunks"
 
 _REFERENCES: Document = {
     "attachments_generation": 1,
@@ -86,25 +88,8 @@ class Attachments:
         self._collection_name = collection_name
         self._known: dict[str, _Known] = {}
 
-    def _collection(self, suffix: str) -> SessionCollection:
-        name = f"{self._collection_name}{suffix}"
-        return SessionCollection._over(self._connection, self._database_name, name, None, None)
-
-    @cached_property
-    def _sessions(self) -> SessionCollection:
-        return self._collection("")
-
-    @cached_property
-    def _files(self) -> SessionCollection:
-        return self._collection("_attachments.files")
-
-    @cached_property
-    def _archive(self) -> SessionCollection:
-        return self._collection("_archive")
-
-    @cached_property
-    def _chunks(self) -> SessionCollection:
-        return self._collection("_attachments.chunks")
+    async def _send(self, suffix: str, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
+        return await send(self._connection, self._database_name, f"{self._collection_name}{suffix}", command)
 
     def learn(self, session_id: str, document: Mapping[str, Any], references: Iterable[Reference] = ()) -> None:
         """Take note of a session's generation and of what it refers to, read in one command."""
@@ -143,7 +128,7 @@ class Attachments:
         new = {sha256: Reference(sha256, len(blobs[sha256]), known.generation) for sha256 in blobs.keys() - stored}
         if new:
             condition = {"_id": {"$in": [_file_id(session_id, reference) for reference in new.values()]}}
-            there = await self._files._send(lambda files: _file_ids(files, condition))
+            there = await self._send(_FILES, lambda files: _file_ids(files, condition))
             for sha256, reference in new.items():
                 if (file := _file_id(session_id, reference)) not in there:
                     await self._upload(file, blobs[sha256])
@@ -152,10 +137,11 @@ class Attachments:
         return stored | new
 
     async def _upload(self, file: Document, data: bytes) -> None:
-        self._chunks._ensure({"files_id,n": _CHUNK_INDEX})
+        chunks_name = f"{self._collection_name}{_CHUNKS}"
+        ensure_indexes(self._connection, self._database_name, chunks_name, [("files_id", "n")], unique=True)
         for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            await _insert(
-                self._chunks,
+            await self._insert(
+                _CHUNKS,
                 {"_id": {"file": file, "n": n}, "files_id": file, "n": n, "data": data[start : start + CHUNK_BYTES]},
             )
         entry = {
@@ -165,7 +151,11 @@ class Attachments:
             "uploadDate": now(),
             "filename": file["sha256"],
         }
-        await _insert(self._files, entry)
+        await self._insert(_FILES, entry)
+
+    async def _insert(self, suffix: str, document: Document) -> None:
+        with suppress(DuplicateKeyError):  # the same, by somebody else or an attempt whose acknowledgement was lost
+            await self._send(suffix, lambda collection: collection.insert_one(document))
 
     # Reading.
 
@@ -183,7 +173,7 @@ class Attachments:
         if not wanted:
             return
         async with self._connection.operation():
-            parts = await self._chunks._send(lambda chunks: _parts(chunks, session_id, wanted))
+            parts = await self._send(_CHUNKS, lambda chunks: _parts(chunks, session_id, wanted))
             blobs = await asyncio.to_thread(_joined, parts)
         for reference, where in wanted.items():
             if str(reference) not in blobs:
@@ -199,7 +189,7 @@ class Attachments:
     async def has_any(self, session_id: str) -> bool:
         """Tell whether a session has attachments."""
         condition = {"_id": _within(session_id, "sha256")}
-        return await self._files._send(lambda files: files.find_one(condition, {"_id": 1})) is not None
+        return await self._send(_FILES, lambda files: files.find_one(condition, {"_id": 1})) is not None
 
     async def remove_unreferenced(self, session_id: str) -> None:
         """Remove the attachments that no message of a session refers to.
@@ -208,27 +198,28 @@ class Attachments:
         """
         if not await self.has_any(session_id):
             return
-        document = await self._sessions._send(
+        document = await self._send(
+            "",
             lambda sessions: sessions.find_one_and_update(
                 {"_id": session_id},
                 {"$inc": {"attachments_generation": 1}},
                 projection=_REFERENCES,
                 return_document=ReturnDocument.AFTER,
-            )
+            ),
         )
         if document is None:
             return
         # What is moved to the archive meanwhile was in the head.
         used = {reference for messages in document["attachments"] for reference in _parsed(messages)}
         self.learn(session_id, document, used)
-        used |= await self._archive._send(lambda archive: _archived(archive, session_id))
+        used |= await self._send("_archive", lambda archive: _archived(archive, session_id))
         kept = [_file_id(session_id, reference) for reference in used]
         earlier = {"$lt": document["attachments_generation"]}
         chunks = {"_id": _within_chunks(session_id), "files_id": {"$nin": kept}, "files_id.generation": earlier}
         files = {"_id": {**_within(session_id, "sha256"), "$nin": kept}, "_id.generation": earlier}
         # Chunks first: an entry in `.files` is how what is left after an interruption is found again.
-        await self._chunks._send(lambda collection: collection.delete_many(chunks))
-        await self._files._send(lambda collection: collection.delete_many(files))
+        await self._send(_CHUNKS, lambda collection: collection.delete_many(chunks))
+        await self._send(_FILES, lambda collection: collection.delete_many(files))
 
 
 def _file_id(session_id: str, reference: Reference) -> Document:
@@ -255,11 +246,6 @@ def _set_aside(messages: Iterable[Mapping[str, Any]]) -> Iterable[bytes]:
 
 def _digests(blobs: Mapping[int, bytes]) -> dict[int, str]:
     return {key: hashlib.sha256(data).hexdigest() for key, data in blobs.items()}
-
-
-async def _insert(collection: SessionCollection, document: Document) -> None:
-    with suppress(DuplicateKeyError):  # the same, by somebody else or an attempt whose acknowledgement was lost
-        await collection._send(lambda target: target.insert_one(document))
 
 
 async def _archived(archive: AsyncCollection, session_id: str) -> set[Reference]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 from pymongo import IndexModel
@@ -26,7 +26,13 @@ _PAUSES = (0.05, 0.2, 0.8)
 """Seconds before a command is sent again after a lost connection, shortened at random by up to half."""
 
 _indexed: set[tuple[object, ...]] = set()
-"""Server or client, database, collection and field of the indexes this process has seen to."""
+"""Server or client, database, collection and fields of the indexes this process has seen to."""
+
+_MOST_INDEXES = 63
+"""What MongoDB allows for a collection, without the index of `_id`."""
+
+Fields = tuple[str, ...]
+"""The fields of an index, in their order, ascending."""
 
 
 class SessionCollection:
@@ -58,12 +64,13 @@ class SessionCollection:
         metadata_fields: Sequence[str] | None,
     ) -> None:
         self._connection = connection
-        self._database_name = _checked_name(connection.database_name(database_name), "database_name")
-        self._collection_name = _checked_name(collection_name, "collection_name")
+        self._database_name = checked_name(connection.database_name(database_name), "database_name")
+        self._collection_name = checked_name(collection_name, "collection_name")
         if application_name is not None and not isinstance(application_name, str):
             raise ConfigurationError(f"application_name must be a str, not {type(application_name).__name__}")
         self._application_name = application_name
         self._metadata_fields = _checked_fields(metadata_fields)
+        self._indexes = session_indexes(self._metadata_fields)
 
     @property
     def portal(self) -> Portal:
@@ -102,45 +109,74 @@ class SessionCollection:
 
         It goes to the collection of that `name`, by default the one of the sessions.
         """
-        with driver_errors(passing=DuplicateKeyError) as attempts:
-            collection = await self._connection.collection(self._database_name, name or self._collection_name)
-            for pause in _PAUSES:
-                try:
-                    return await command(collection)
-                except PyMongoError as error:
-                    if not may_be_sent_again(error):
-                        raise
-                    attempts.unknown |= may_have_been_applied(error)
-                    logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            return await command(collection)
+        return await send(self._connection, self._database_name, name or self._collection_name, command)
 
     def _ensure_indexes(self) -> None:
         """Build, beside everything else, the indexes that this process has not seen to."""
-        fields = ["created_at", "updated_at", "session_id", "application_name"]
-        fields += [f"metadata.{field}" for field in self._metadata_fields]
-        self._ensure({field: IndexModel(field) for field in fields})
-
-    def _ensure(self, indexes: Mapping[str, IndexModel]) -> None:
-        where = (self._connection.identity, self._database_name, self._collection_name)
-        if missing := [field for field in indexes if (*where, field) not in _indexed]:
-            if where not in {entry[:3] for entry in _indexed}:
-                self._connection.when_client_is_collected(_forget_indexes)
-            _indexed.update((*where, field) for field in missing)
-            self._connection.start(self._build_indexes(where, {field: indexes[field] for field in missing}))
-
-    async def _build_indexes(self, where: tuple[object, ...], fields: Mapping[str, IndexModel]) -> None:
-        try:
-            await self._send(lambda collection: collection.create_indexes(list(fields.values())))
-        except MongoDBSessionError as error:
-            if not isinstance(error.__cause__, OperationFailure):
-                _indexed.difference_update((*where, field) for field in fields)
-            logger.warning(
-                "fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", list(fields), error
-            )
+        ensure_indexes(self._connection, self._database_name, self._collection_name, self._indexes)
 
 
-def _checked_name(value: object, name: str) -> str:
+def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
+    """Return the indexes of a collection of sessions.
+
+    Beside one for each field, there is one for each date within what a list may be narrowed to. The server refuses all
+    of them if they are too many, so with many metadata fields the last ones have none of the latter.
+    """
+    narrowed = ["application_name", *(f"metadata.{field}" for field in metadata_fields)]
+    indexes: list[Fields] = [("created_at",), ("updated_at",), ("session_id",), *((path,) for path in narrowed)]
+    for date in ("updated_at", "created_at"):
+        indexes += [(date, "_id"), *((path, date, "_id") for path in narrowed)]
+    return indexes[:_MOST_INDEXES]
+
+
+async def send(
+    connection: Connection, database: str, name: str, command: Callable[[AsyncCollection], Awaitable[T]]
+) -> T:
+    """Send a command that may be sent twice, again after a lost connection, and raise our errors.
+
+    A `DuplicateKeyError` is left to the caller, who expects it.
+    """
+    with driver_errors(passing=DuplicateKeyError) as attempts:
+        collection = await connection.collection(database, name)
+        for pause in _PAUSES:
+            try:
+                return await command(collection)
+            except PyMongoError as error:
+                if not may_be_sent_again(error):
+                    raise
+                attempts.unknown |= may_have_been_applied(error)
+                logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        return await command(collection)
+
+
+def ensure_indexes(
+    connection: Connection, database: str, name: str, wanted: Iterable[Fields], *, unique: bool = False
+) -> None:
+    """Build, beside everything else, the indexes of a collection that this process has not seen to."""
+    where = (connection.identity, database, name)
+    if missing := [fields for fields in wanted if (*where, fields) not in _indexed]:
+        if where not in {entry[:3] for entry in _indexed}:
+            connection.when_client_is_collected(_forget_indexes)
+        _indexed.update((*where, fields) for fields in missing)
+        connection.start(_build_indexes(connection, database, name, missing, unique))
+
+
+async def _build_indexes(
+    connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
+) -> None:
+    options = {"unique": True} if unique else {}
+    indexes = [IndexModel([(field, 1) for field in fields], **options) for fields in wanted]
+    try:
+        await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
+    except MongoDBSessionError as error:
+        if not isinstance(error.__cause__, OperationFailure):
+            _indexed.difference_update((connection.identity, database, name, fields) for fields in wanted)
+        shown = ["+".join(fields) for fields in wanted]
+        logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", shown, error)
+
+
+def checked_name(value: object, name: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigurationError(f"{name} must be a non-empty str without NUL")
     return value

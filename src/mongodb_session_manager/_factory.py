@@ -1,55 +1,25 @@
-"""One client for many sessions: factory, process-wide factory, the original's pool, and one-call constructors."""
+"""One client for many sessions: factory, process-wide factory, and one-call constructors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self, TypedDict
+from datetime import datetime
+from typing import Any, Self
 
 from ._async_manager import AsyncMongoDBSessionManager
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._connection import Client, Connection, Settings
 from ._documents import checked_id
+from ._finding import Order, SessionPage
 from ._hooks import Hook, hold, let_go
 from ._loop import Lock
 from ._manager import MongoDBSessionManager
+from ._pool import ConnectionStats, connection_stats
 from ._references import MAX_INLINE_ATTACHMENT_BYTES
 from ._session import ManagerOptions, SaveOn, take_hooks
-from .errors import FactoryNotInitializedError, MongoDBSessionError
+from ._storage import MongoDBStorage
+from .errors import ConfigurationError, FactoryNotInitializedError
 from .hooks._notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
-
-
-class ConnectionStats(TypedDict):
-    """The state of a connection at this moment.
-
-    Attributes:
-        status: `"connected"`, or `"disconnected"` if the server does not answer, or `"closed"`.
-        error: Why it is not connected.
-        server_version: Like `"7.0.14"`.
-        pool_config: `maxPoolSize`, `minPoolSize`, `maxIdleTimeMS`, `waitQueueTimeoutMS` (milliseconds).
-        connections_open: Connections to the server; `None` for a borrowed client, whose pool only its owner sees.
-        connections_in_use: Those of them a command is using.
-        wait_queue: Commands that wait for a connection.
-    """
-
-    status: str
-    error: str | None
-    server_version: str | None
-    pool_config: dict[str, Any]
-    connections_open: int | None
-    connections_in_use: int | None
-    wait_queue: int | None
-
-
-async def _stats(connection: Connection) -> ConnectionStats:
-    pool = connection.pool_stats()  # before the question, which may have to wait for a connection itself
-    version, status, error = None, "connected", None
-    try:
-        version = await connection.server_version()
-    except MongoDBSessionError as failure:
-        status, error = "closed" if connection.closed else "disconnected", str(failure)
-    if not pool["pool_config"]:
-        pool = connection.pool_stats()
-    return {"status": status, "error": error, "server_version": version, **pool}
 
 
 class MongoDBSessionManagerFactory:
@@ -109,7 +79,7 @@ class MongoDBSessionManagerFactory:
             **take_hooks(client_options),
         )
         self._connection = Connection(Settings.checked(connection_string, client, client_options))
-        self._options.repository(self._connection)  # refuses what it cannot use now rather than at the first session
+        self._repository = self._options.repository(self._connection)  # refuses now what it cannot use
         hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     def __repr__(self) -> str:
@@ -148,13 +118,113 @@ class MongoDBSessionManagerFactory:
         manager = AsyncMongoDBSessionManager._over(self._connection, session_id, self._options.overridden(overrides))
         return await manager.open()
 
+    def create_storage(
+        self, collection_name: str = "agent_storage", *, database_name: str | None = None
+    ) -> MongoDBStorage:
+        """Return a Strands `Storage` on the factory's client; sends nothing.
+
+        Args:
+            collection_name: The collection of the values, another than that of the sessions.
+            database_name: `None` takes the factory's.
+
+        Raises:
+            ConfigurationError: An argument cannot be used.
+        """
+        if collection_name == self._options.collection_name:
+            raise ConfigurationError(f"collection_name {collection_name!r} is where the factory keeps its sessions")
+        return MongoDBStorage._over(self._connection, database_name or self._options.database_name, collection_name)
+
+    def list_sessions(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+        order: Order = "-updated_at",
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> SessionPage:
+        """Return a page of the sessions that meet every criterion; see `MongoDBSessionRepository.list_sessions`."""
+        return self._connection.portal.call(
+            self._repository.list_sessions,
+            application_name,
+            metadata,
+            created_after,
+            updated_after,
+            order,
+            limit,
+            cursor,
+        )
+
+    async def list_sessions_async(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+        order: Order = "-updated_at",
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> SessionPage:
+        """Return a page of the sessions that meet every criterion; see `MongoDBSessionRepository.list_sessions`."""
+        return await self._connection.portal.run(
+            self._repository.list_sessions,
+            application_name,
+            metadata,
+            created_after,
+            updated_after,
+            order,
+            limit,
+            cursor,
+        )
+
+    def count_sessions(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+    ) -> int:
+        """Return how many sessions meet every criterion; see `MongoDBSessionRepository.count_sessions`."""
+        return self._connection.portal.call(
+            self._repository.count_sessions, application_name, metadata, created_after, updated_after
+        )
+
+    async def count_sessions_async(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+    ) -> int:
+        """Return how many sessions meet every criterion; see `MongoDBSessionRepository.count_sessions`."""
+        return await self._connection.portal.run(
+            self._repository.count_sessions, application_name, metadata, created_after, updated_after
+        )
+
+    def session_exists(self, session_id: str) -> bool:
+        """Tell whether there is a session of that id.
+
+        Raises:
+            InvalidArgumentError: `session_id` cannot be one.
+        """
+        return self._connection.portal.call(self._repository.session_exists, session_id)
+
+    async def session_exists_async(self, session_id: str) -> bool:
+        """Tell whether there is a session of that id.
+
+        Raises:
+            InvalidArgumentError: `session_id` cannot be one.
+        """
+        return await self._connection.portal.run(self._repository.session_exists, session_id)
+
     def get_connection_stats(self) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool."""
-        return self._connection.portal.call(_stats, self._connection)
+        return self._connection.portal.call(connection_stats, self._connection)
 
     async def get_connection_stats_async(self) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool."""
-        return await self._connection.portal.run(_stats, self._connection)
+        return await self._connection.portal.run(connection_stats, self._connection)
 
     def get_notification_stats(self) -> NotificationStats:
         """Return what became of the notifications that hooks of the factory's sessions submitted in this process."""
@@ -268,62 +338,3 @@ def _exchange(factory: MongoDBSessionManagerFactory | None) -> None:
         earlier, _global_factory = _global_factory, factory
     if earlier is not None:
         earlier.close()
-
-
-class MongoDBConnectionPool:
-    """One asynchronous client for the whole process, kept on the library's own event loop.
-
-    What the original offered beside the factory. The client is to be passed on as `client=`; asynchronous code of the
-    caller's own cannot await it, because it belongs to the library's loop.
-    """
-
-    _lock: ClassVar[Any] = Lock()
-    _connection: ClassVar[Connection | None] = None
-
-    @classmethod
-    def initialize(cls, connection_string: str | None = None, **client_options: Any) -> Client:
-        """Return the process's client; the first call, and one with other arguments, makes it.
-
-        Raises:
-            ConfigurationError: An argument cannot be used.
-        """
-        settings = Settings.checked(connection_string, None, client_options)
-        with cls._lock:
-            earlier = current = cls._connection
-            if current is None or current.settings != settings:
-                cls._connection = current = Connection(settings)
-        if earlier is not None and earlier is not current:
-            earlier.close_blocking()
-        try:
-            return cls._client_of(current)
-        except MongoDBSessionError:
-            cls._connection = None
-            raise
-
-    @classmethod
-    def get_client(cls) -> Client | None:
-        """Return the process's client, `None` before `initialize`."""
-        return None if cls._connection is None else cls._client_of(cls._connection)
-
-    @classmethod
-    def get_pool_stats(cls) -> ConnectionStats:
-        """Ask the server for its version and return it with the state of the pool.
-
-        Raises:
-            FactoryNotInitializedError: The pool was not initialised.
-        """
-        if cls._connection is None:
-            raise FactoryNotInitializedError("there is no pool: call MongoDBConnectionPool.initialize(...) first")
-        return cls._connection.portal.call(_stats, cls._connection)
-
-    @classmethod
-    def close(cls) -> None:
-        """Close the process's client, if there is one."""
-        with cls._lock:
-            connection, cls._connection = cls._connection, None
-        if connection is not None:
-            connection.close_blocking()
-
-    @staticmethod
-    def _client_of(connection: Connection) -> Client:
-        return connection.portal.call(connection.client)

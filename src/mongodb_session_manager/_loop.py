@@ -111,12 +111,30 @@ class Portal:
         self.submit(function, *args, **kwargs).add_done_callback(hand_over)
         return await outcome
 
+    async def reach(self, patience: float) -> None:
+        """Return once the loop takes calls.
+
+        Raises:
+            EventLoopError: It took none for `patience` seconds.
+        """
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self.submit(_nothing)), patience)
+        except TimeoutError:
+            raise EventLoopError(
+                f"the event loop that the MongoDB client belongs to has taken no call for {patience:g} s: something "
+                "blocks it, maybe the very call that waits for this one; pass connection_string and let the library "
+                "keep a loop of its own"
+            ) from None
+
     def drain(self, timeout: float) -> int:
         """Block until what was submitted is done, at most `timeout` seconds; return how many calls are not."""
         end = time.monotonic() + timeout
         while self._under_way and time.monotonic() < end:
             time.sleep(_POLL)
         return len(self._under_way)
+
+
+async def _nothing() -> None: ...
 
 
 def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:

@@ -40,6 +40,7 @@ from ._documents import (
     to_date,
     to_restore,
 )
+from ._finding import SessionFinding
 from ._multi_agent_states import MultiAgentStates
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
 from ._writes import ROUNDS, SessionWrites
@@ -90,7 +91,7 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionWrites):
+class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionFinding, SessionWrites):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
 from strands.session.session_repository import SessionRepository
@@ -13,6 +14,7 @@ from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._changes import Change
 from ._connection import Client
 from ._documents import Document
+from ._finding import Order, SessionPage
 from ._loop import Portal
 from ._multi_agents import MultiAgentWrite
 from ._references import MAX_INLINE_ATTACHMENT_BYTES
@@ -350,3 +352,63 @@ class MongoDBSessionRepository(SessionRepository):
             SessionNotFoundError: The session does not exist.
         """
         return self._portal.call(self._async.get_usage, session_id)
+
+    def list_sessions(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+        order: Order = "-updated_at",
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> SessionPage:
+        """Return a page of the sessions that meet every criterion, without loading a message.
+
+        A page reads no more than it returns, and one session to know if there are others, if at most one of
+        `application_name` and the `metadata_fields` is asked for, and of the dates only that of `order`. A session
+        that is written to between two pages ordered by `updated_at` moves in the list.
+
+        Args:
+            application_name: The name it got at its creation; `None` for any.
+            metadata: Values by key, `a.b` for `b` within `a`; where a list is stored, one of its elements will do.
+            created_after: Created later than this; without a zone it is UTC.
+            updated_after: Written to later than this; without a zone it is UTC.
+            order: By which date, `-` for the latest first; sessions of the same date by id.
+            limit: At most so many, up to 1000.
+            cursor: The `next_cursor` of the page before; the other arguments must be the same.
+
+        Raises:
+            InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
+        """
+        return self._portal.call(
+            self._async.list_sessions, application_name, metadata, created_after, updated_after, order, limit, cursor
+        )
+
+    def count_sessions(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+    ) -> int:
+        """Return how many sessions meet every criterion.
+
+        Args:
+            application_name: The name it got at its creation; `None` for any.
+            metadata: Values by key, `a.b` for `b` within `a`; where a list is stored, one of its elements will do.
+            created_after: Created later than this; without a zone it is UTC.
+            updated_after: Written to later than this; without a zone it is UTC.
+
+        Raises:
+            InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
+        """
+        return self._portal.call(self._async.count_sessions, application_name, metadata, created_after, updated_after)
+
+    def session_exists(self, session_id: str) -> bool:
+        """Tell whether there is a session of that id.
+
+        Raises:
+            InvalidArgumentError: `session_id` cannot be one.
+        """
+        return self._portal.call(self._async.session_exists, session_id)

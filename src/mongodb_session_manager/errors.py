@@ -1,6 +1,6 @@
 """What can go wrong, as one tree.
 
-    MongoDBSessionError                 also strands.types.exceptions.SessionException
+    MongoDBSessionError                 also Strands' SessionException and StorageError
     ├── ConfigurationError              also ValueError: how the library was set up
     │   └── ClientTypeError             also TypeError: `client=` is no asynchronous client
     ├── InvalidArgumentError            also ValueError: an argument of a call
@@ -29,10 +29,10 @@ connection string or the content of a conversation.
 
 from __future__ import annotations
 
-from strands.types.exceptions import SessionException
+from strands.types.exceptions import SessionException, StorageError
 
 
-class MongoDBSessionError(SessionException):
+class MongoDBSessionError(SessionException, StorageError):
     """Root of every error this package raises on purpose."""
 
 
