@@ -1,0 +1,131 @@
+"""The documentation says what happens: its blocks run, its commands exist, and its site builds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from documented import PAGES, ROOT, Program, blocks, uri_of
+
+WITH_AWS = {"user-guide/aws.md"}  # run by tests/aws, beside a server that does what AWS does
+NOT_RUN: dict[str, int] = {}
+
+ALL = sorted(path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md"))
+PROGRAMS = [page for page in ALL if blocks(PAGES / page) and page not in WITH_AWS]
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_every_block_of_a_page_runs(
+    page: str,
+    server: str,
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Program(PAGES / page, uri_of(server, database), tmp_path, monkeypatch).run(capsys)
+
+
+def test_there_are_pages_that_run() -> None:
+    assert len(PROGRAMS) > 20
+    assert {page for page in ALL if blocks(PAGES / page)} == {*PROGRAMS, *WITH_AWS}
+    fences = sum(path.read_text().count("```python\n") for path in PAGES.rglob("*.md"))
+    assert sum(len(blocks(PAGES / page)) for page in ALL) == fences
+
+
+def test_blocks_that_are_not_run_are_few_and_known() -> None:
+    counted = {page: sum(block.not_run is not None for block in blocks(PAGES / page)) for page in ALL}
+    assert {page: count for page, count in counted.items() if count} == NOT_RUN
+
+
+# Commands.
+
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+COMMANDS = [
+    pytest.param(line, id=f"{page}:{block.line + number}")
+    for page in ALL
+    for block in blocks(PAGES / page, "bash")
+    for number, line in enumerate(block.code.splitlines())
+    if line and not line.startswith("#")
+]
+OTHER_PACKAGES = {"motor", "opentelemetry-instrumentation-pymongo", "opentelemetry-sdk", "uvicorn"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_be_given(command: str) -> None:
+    for part in command.partition("  #")[0].split(" && "):
+        words = [word.strip("'\"") for word in part.split()]
+        match words:
+            case ["pip", "install", *requirements]:
+                for requirement in requirements:
+                    check_requirement(requirement)
+            case ["python", "-m", module, *options]:
+                check_module(module, options)
+            case ["python", script, *_]:
+                assert (ROOT / script).is_file()
+            case ["mkdocs", "build" | "serve", "-f", "docs/mkdocs.yml", *_]:
+                assert (ROOT / "docs" / "mkdocs.yml").is_file()
+            case ["export", _]:
+                assert re.fullmatch(r"[A-Z_]+=\S+", words[1])
+            case _:
+                pytest.fail(f"nobody knows if this works: {part}")
+
+
+def check_requirement(requirement: str) -> None:
+    name, _, extras = requirement.removesuffix("]").partition("[")
+    if requirement == "-e" or name in OTHER_PACKAGES:
+        return
+    assert name in (METADATA["name"], ".")
+    assert {extra for extra in extras.split(",") if extra} <= METADATA["optional-dependencies"].keys()
+
+
+def check_module(module: str, options: list[str]) -> None:
+    assert importlib.util.find_spec(module) is not None
+    if module == "mongodb_session_manager.embedded":
+        shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+        assert {option for option in options if option.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown.stdout))
+
+
+# What pages name.
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_files_of_the_repository_that_a_page_names_are_there(page: str) -> None:
+    text = (PAGES / page).read_text()
+    named = re.findall(r"`((?:benchmarks|docs|examples|src|tests)/[\w./-]*)`", text)
+    included = re.findall(r'^--8<-- "([^"]+?)(?::\w+)*"$', text, re.MULTILINE)
+    missing = [name for name in (*named, *included) if not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = (ROOT / "docs" / "mkdocs.yml").read_text()
+    assert sorted(re.findall(r"[\w/-]+\.md", config.partition("\nnav:")[2])) == ALL
+
+
+# The site.
+
+
+def has_mkdocs() -> bool:
+    try:
+        return bool(importlib.metadata.version("mkdocs-material") and importlib.metadata.version("mkdocstrings-python"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not has_mkdocs(), reason="mkdocs is not installed: pip install '.[docs]'")
+def test_the_site_builds_and_asks_nobody_else_for_anything(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/mkdocs.yml", "-d", str(site)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img)\b[^>]*?\b(?:src|href)="?(https?://[^" >]+)', page.read_text())
+        assert [url for url in loaded if "localhost" not in url] == [], page
