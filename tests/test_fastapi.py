@@ -267,7 +267,8 @@ def test_health(client: httpx.Client) -> None:
 
 
 def test_health_of_a_database_that_does_not_answer(server: str, database: str) -> None:
-    with Proxy(server) as proxy, serving(Application(proxy.uri, database, socketTimeoutMS=600_000).app) as client:
+    patience = {"socketTimeoutMS": 600_000, "connectTimeoutMS": 600_000}
+    with Proxy(server) as proxy, serving(Application(proxy.uri, database, **patience).app) as client:
         assert client.get("/health").status_code == 200
         proxy.freeze()
         answer = client.get("/health")
