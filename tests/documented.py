@@ -1,8 +1,8 @@
 """Pages of documentation as programs: their blocks, run from top to bottom as they stand there.
 
 A page is one program: its ```python blocks share a namespace and an event loop, and may `await` at their top level.
-A ```text block right behind one is what it prints, `...` standing for anything. HTML comments right before a block,
-which readers do not see, say what else there is to know:
+A ```text or ```json block right behind one is what it prints; `...` stands for anything, and a date, a tracking id or a
+duration for any other. HTML comments right before a block, which readers do not see, say what else there is to know:
 
     <!-- model: ["Hello.", {"tool": "add", "input": {"a": 1, "b": 2}}] -->     what the model is to say next
     <!-- not run: it needs ... -->                                              why it cannot run here
@@ -33,9 +33,10 @@ EXAMPLE_URI = "mongodb://localhost:27017/support"
 
 _BLOCK = re.compile(
     r"(?P<comments>(?:<!-- .*? -->\n+)*)^```(?P<language>python|bash)\n(?P<code>.*?)^```$"
-    r"(?:\n\n```text\n(?P<output>.*?)^```$)?",
+    r"(?:\n\n```(?:text|json)\n(?P<output>.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
+_VOLATILE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?")
 _COMMENT = re.compile(r"<!-- (model|not run): (.*?) -->", re.DOTALL)
 
 
@@ -135,6 +136,7 @@ class Program:
         if block.output is None:
             return
         printed = "\n".join(line.rstrip() for line in printed.strip().splitlines()) + "\n"
-        assert doctest.OutputChecker().check_output(block.output, printed, doctest.ELLIPSIS), (
+        expected, found = (_VOLATILE.sub("<volatile>", text) for text in (block.output, printed))
+        assert doctest.OutputChecker().check_output(expected, found, doctest.ELLIPSIS), (
             f"{self._where(block)} prints\n{printed}\nand not\n{block.output}"
         )
