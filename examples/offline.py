@@ -31,8 +31,15 @@ PROVIDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def option_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of the option that all examples have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="scripted", help="PROVIDER:MODEL_ID, like openai:gpt-4o (default: scripted)")
+    parser.add_argument("--model", type=_model_name, default="scripted", help="like openai:gpt-4o (default: scripted)")
     return parser
+
+
+def _model_name(value: str) -> str:
+    provider, _, model_id = value.partition(":")
+    if value != "scripted" and not (provider in PROVIDERS and model_id):
+        raise argparse.ArgumentTypeError(f"not PROVIDER:MODEL_ID with a provider of {', '.join(PROVIDERS)}")
+    return value
 
 
 def make_model(name: str, script: Iterable[Reply] = (), **settings: Any) -> Model:
@@ -40,8 +47,6 @@ def make_model(name: str, script: Iterable[Reply] = (), **settings: Any) -> Mode
     if name == "scripted":
         return ScriptedModel(script)
     provider, _, model_id = name.partition(":")
-    if provider not in PROVIDERS or not model_id:
-        raise SystemExit(f"--model is PROVIDER:MODEL_ID, and the provider one of {', '.join(PROVIDERS)}")
     module, class_name, defaults = PROVIDERS[provider]
     model: Model = getattr(importlib.import_module(module), class_name)(model_id=model_id, **defaults, **settings)
     return model
