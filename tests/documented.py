@@ -36,7 +36,9 @@ _BLOCK = re.compile(
     r"(?:\n\n```(?:text|json)\n(?P<output>.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
-_VOLATILE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?")
+_VOLATILE = re.compile(
+    r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?"
+)
 _COMMENT = re.compile(r"<!-- (model|not run): (.*?) -->", re.DOTALL)
 
 

@@ -15,7 +15,10 @@ from blockbuster import BlockBuster
 
 from documented import PAGES, ROOT, Program, blocks, uri_of
 
-WITH_AWS = {"user-guide/aws.md"}  # run by tests/aws, beside a server that does what AWS does
+WITH_AWS = {
+    "migrating/from-strands.md",
+    "user-guide/aws.md",
+}  # run by tests/aws, beside a server that does what AWS does
 NOT_RUN = {"user-guide/operations.md": 1}
 
 ALL = sorted(path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md"))
