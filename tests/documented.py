@@ -29,6 +29,7 @@ from scripted_model import Redaction, ScriptedModel
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
+README = ROOT / "README.md"
 EXAMPLE_URI = "mongodb://localhost:27017/support"
 
 _BLOCK = re.compile(
@@ -109,22 +110,25 @@ class Program:
 
     def run(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Run every block, and compare what it prints with what it is said to print."""
-        with asyncio.Runner() as runner:
-            for block in blocks(self._page):
-                if block.not_run is None:
-                    capsys.readouterr()
-                    self._replies.extend(block.replies)
-                    self._run(block, runner)
-                    assert not self._replies, f"{self._where(block)}: the model was not asked for {self._replies}"
-                    self._compare(block, capsys.readouterr().out)
-        close_global_factory()
+        try:
+            with asyncio.Runner() as runner:
+                for block in blocks(self._page):
+                    if block.not_run is None:
+                        capsys.readouterr()
+                        self._replies.extend(block.replies)
+                        self._run(block, runner)
+                        assert not self._replies, f"{self._page}:{block.line}: the model was not asked for all of it"
+                        self._compare(block, capsys.readouterr().out)
+        finally:
+            close_global_factory()
 
-    def _where(self, block: Block) -> str:
-        return f"{self._page}:{block.line}"
+    def run_block(self, number: int) -> dict[str, Any]:
+        """Run one block, which does not await at its top level, and return what is defined."""
+        exec(self._compiled(blocks(self._page)[number]), self.names)
+        return self.names
 
     def _run(self, block: Block, runner: asyncio.Runner) -> None:
-        source = "\n" * (block.line - 1) + block.code.replace(EXAMPLE_URI, self._uri)
-        code = compile(source, self._page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        code = self._compiled(block)
         if code.co_flags & inspect.CO_COROUTINE:
 
             async def main() -> None:
@@ -134,11 +138,16 @@ class Program:
         else:
             exec(code, self.names)
 
+    def _compiled(self, block: Block) -> Any:
+        # On the lines that it has in the page, for tracebacks.
+        source = "\n" * (block.line - 1) + block.code.replace(EXAMPLE_URI, self._uri)
+        return compile(source, self._page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+
     def _compare(self, block: Block, printed: str) -> None:
         if block.output is None:
             return
         printed = "\n".join(line.rstrip() for line in printed.strip().splitlines()) + "\n"
         expected, found = (_VOLATILE.sub("<volatile>", text) for text in (block.output, printed))
         assert doctest.OutputChecker().check_output(expected, found, doctest.ELLIPSIS), (
-            f"{self._where(block)} prints\n{printed}\nand not\n{block.output}"
+            f"{self._page}:{block.line} prints\n{printed}\nand not\n{block.output}"
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 
 from arrivals import Queue
-from test_examples import BLOCKS, run
+from documented import README, Program, uri_of
 
 
 def test_aws_notifications(
-    server: str, database: str, stored: Any, moto: str, sqs: Any, monkeypatch: pytest.MonkeyPatch
+    server: str, database: str, stored: Any, moto: str, sqs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     queue, subscriber = Queue(sqs, "support"), Queue(sqs, "subscriber")
@@ -20,7 +21,7 @@ def test_aws_notifications(
     topic = sns.create_topic(Name="feedback")["TopicArn"]
     sns.subscribe(TopicArn=topic, Protocol="sqs", Endpoint=subscriber.arn)
     sns.close()
-    shown = run(BLOCKS[3], server, database)
+    shown = Program(README, uri_of(server, database), tmp_path, monkeypatch).run_block(3)
     assert shown["stats"]["failed"] == 0
     [changed], [told] = queue.arrived(), subscriber.arrived()
     assert changed.metadata == {"status": "solved"}
