@@ -38,7 +38,7 @@ _BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _VOLATILE = re.compile(
-    r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?"
+    r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?|\b1\d{15}\b"
 )
 _COMMENT = re.compile(r"<!-- (model|not run): (.*?) -->", re.DOTALL)
 
