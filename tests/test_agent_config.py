@@ -158,8 +158,17 @@ def test_each_call_is_one_command(session: Blocking, commands: CommandLog) -> No
     session.list_agents()
     session.get_message_count("agent")
     session.get_usage()
+    session.list_messages("agent")
     session.update_agent_config("agent", model="better", prompt_metadata={"a": 1})
-    assert commands.names == ["find", "find", "find", "find", "update"]
+    assert commands.names == ["find", "find", "find", "find", "find", "update"]
+
+
+def test_messages_are_listed_with_their_ids(session: Blocking) -> None:
+    listed = session.list_messages("agent")
+    assert [message.message_id for message in listed] == [0, 1, 2, 3]
+    assert [message.message["role"] for message in listed] == ["user", "assistant", "user", "assistant"]
+    assert session.list_messages("agent", limit=2, offset=1) == listed[1:3]
+    assert all(message.created_at.endswith("+00:00") for message in listed)
 
 
 def test_the_server_counts(session: Blocking, replies: Replies) -> None:
@@ -183,6 +192,7 @@ def test_an_agent_that_is_not_there(session: Blocking, stored: Stored) -> None:
         lambda: session.update_agent_config("unknown", model="better"),
         lambda: session.update_agent_config("unknown"),
         lambda: session.get_message_count("unknown"),
+        lambda: session.list_messages("unknown"),
     ):
         with pytest.raises(AgentNotFoundError, match="session 's' holds no agent 'unknown'"):
             call()
@@ -197,6 +207,7 @@ def test_a_session_that_is_not_there(session: Blocking, stored: Stored) -> None:
         session.list_agents,
         session.get_usage,
         lambda: session.get_message_count("agent"),
+        lambda: session.list_messages("agent"),
     ):
         with pytest.raises(SessionNotFoundError, match="session 's' does not exist"):
             call()

@@ -345,6 +345,7 @@ def test_behind_a_window_one_command_restores_and_no_bucket_is_read(
     restored("question 20")
     assert everything(stored)[-3:] == ["answer 19", "question 20", "answer"]
     assert manager.get_message_count("agent") == 42
+    assert texts([message.message for message in manager.list_messages("agent", 2)]) == ["question 0", "answer 0"]
 
 
 def test_what_a_window_shows_stays_in_the_session_document(

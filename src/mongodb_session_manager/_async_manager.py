@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
 from ._annotations import AgentConfigDict, UsageReport, checked_feedback, checked_keys, checked_metadata
@@ -235,6 +236,20 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             AgentNotFoundError: The session holds no such agent.
         """
         return await self._ask(self._repository.get_message_count, agent_id)
+
+    async def list_messages(self, agent_id: str, limit: int | None = None, offset: int = 0) -> list[SessionMessage]:
+        """Return messages of an agent with their ids and dates, oldest first, those it no longer holds too.
+
+        Args:
+            agent_id: The agent.
+            limit: At most so many; `None` for all.
+            offset: Leave out so many of the oldest.
+
+        Raises:
+            AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
+        """
+        return await self._ask(self._stored_messages, agent_id, limit, offset)
 
     async def get_usage(self) -> UsageReport:
         """Return the session's running totals, per agent and in all: tokens, latency, invocations and tool calls."""

@@ -24,6 +24,7 @@ from strands.hooks import (
 )
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
+from strands.types.session import SessionMessage
 
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
@@ -298,6 +299,11 @@ class SessionManagerBase(OrchestratorSessionManager):
                     )
             for write in work.multi_agents.pending():
                 work.multi_agents.settle(write, await self._repository.apply_multi_agent(self.session_id, write))
+
+    async def _stored_messages(
+        self, session_id: str, agent_id: str, limit: int | None, offset: int
+    ) -> list[SessionMessage]:
+        return await self._repository.list_messages(session_id, agent_id, limit, offset)
 
     def _lock(self) -> asyncio.Lock:
         loop = asyncio.get_running_loop()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,16 +34,12 @@ Stored = pymongo.collection.Collection[dict[str, Any]]
 # Strands reads files on the event loop when it makes an agent.
 pytestmark = [pytest.mark.anyio, pytest.mark.may_block]
 
-EVERY_CUT = bool(os.environ.get("EVERY_CUT"))
-
 
 # How an agent is used.
 
 
 class Kind:
     """Opens managers and calls agents, from a running event loop."""
-
-    share = 0
 
     def __init__(self, factory: MongoDBSessionManagerFactory) -> None:
         self._factory = factory
@@ -67,8 +62,6 @@ class Kind:
 
 
 class Streamed(Kind):
-    share = 1
-
     async def call(self, agent: Agent, prompt: Any, options: dict[str, Any]) -> Any:
         async for event in agent.stream_async(prompt, **options):
             last = event
@@ -77,8 +70,6 @@ class Streamed(Kind):
 
 class Sync(Kind):
     """The synchronous manager on threads without an event loop."""
-
-    share = 2
 
     async def open(self, session_id: str) -> Any:
         return await asyncio.to_thread(self._factory.create_session_manager, session_id)
@@ -311,7 +302,6 @@ async def test_a_conversation_cut_at_every_message(
     first = 0 if conversation is CONVERSATIONS[0] else len(BEFORE[0]) - 1
     cuts = [cut for cut in reference.cuts if cut.turn > first or (cut.turn == first and cut.is_over) or not first]
     assert len(cuts) > len(conversation.turns)
-    cuts = cuts if EVERY_CUT else cuts[kind.share :: 3]
     stored.insert_many(cut.document for cut in cuts)
 
     async def go_on(cut: Cut) -> None:
