@@ -19,7 +19,14 @@ from ._cutting import Branch, checked_ends, document_of, ends_of, facts, unchang
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id
 from ._references import Reference, in_generation, references_of
 from ._writes import SessionWrites
-from .errors import AttachmentError, DatabaseError, MessageNotFoundError, SessionExistsError, SessionNotFoundError
+from .errors import (
+    AttachmentError,
+    DatabaseError,
+    MessageNotFoundError,
+    MongoDBSessionError,
+    SessionExistsError,
+    SessionNotFoundError,
+)
 
 _ATTACHMENT = "messages.attachments.0"
 
@@ -87,6 +94,7 @@ class SessionForks(SessionCopies, SessionWrites):
             await self._copy_archive(session_id, copy, branch, progress)
         used = tuple(progress.used)
         if used and not await self._attachments.copy(session_id, used, copy.session_id, copy.generation):
+            await self._refuse_existing(copy.session_id)
             now = await self._found(session_id, {"attachments_generation": 1})
             if now.get("attachments_generation") != progress.generation:
                 return False
@@ -95,7 +103,10 @@ class SessionForks(SessionCopies, SessionWrites):
         into = {"into": self._collection_name, "on": "_id", "whenMatched": "fail", "whenNotMatched": "insert"}
         pipeline = [{"$match": unchanged(session_id, document)}, *stages, {"$merge": into}]
         await copy.commit(lambda sessions: run_pipeline(sessions, pipeline))
-        return await copy.is_there()
+        try:
+            return await copy.is_there()
+        except MongoDBSessionError as error:
+            raise type(error)(f"{error}; it is unknown whether the fork is there") from error
 
     async def _facts(self, session_id: str, new_id: str, ends: int | dict[str, int] | None) -> Document:
         by_key = {agent_key(agent_id): n for agent_id, n in ends.items()} if isinstance(ends, dict) else ends
@@ -193,9 +204,15 @@ class SessionForks(SessionCopies, SessionWrites):
             await copy.put_bucket(bucket_of(copy.session_id, key, copy.moment, first, messages))
             position = int(found["last"]) + 1
         if await self._copied(copy, key, end) != end:
+            await self._refuse_existing(copy.session_id)
             await self._found(session_id, {"_id": 1})  # or it was deleted meanwhile, which is another error
             raise DatabaseError(f"session {session_id!r}: a message is missing in its archive, so it was not forked")
         progress.copied[key] = end
+
+    async def _refuse_existing(self, new_id: str) -> None:
+        # Another copy into it, which came to its end, may have removed what this one had stored.
+        if await self._find(new_id, {"_id": 1}) is not None:
+            raise SessionExistsError(f"session {new_id!r} exists already")
 
     async def _with_attachments(self, session_id: str, key: str, since: Any, begin: int, end: int) -> Document | None:
         if begin >= end:

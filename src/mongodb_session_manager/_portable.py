@@ -57,6 +57,8 @@ _MAX_LEVELS = 120
 _OPTIONS = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, tzinfo=UTC, uuid_representation=UuidRepresentation.STANDARD
 )
+# What is read goes to the database as it is: a `Binary`, whatever its subtype.
+_READ_OPTIONS = _OPTIONS.with_options(uuid_representation=UuidRepresentation.UNSPECIFIED)
 _REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading damaged Extended JSON may raise."""
 
@@ -325,7 +327,7 @@ def _value(pairs: list[tuple[str, Any]]) -> Any:
         pairs = [(key, value) for key, value in pairs[0][1] if isinstance(key, str)]
         value: Any = dict(pairs)
     else:
-        value = json_util.object_pairs_hook(pairs, _OPTIONS)
+        value = json_util.object_pairs_hook(pairs, _READ_OPTIONS)
         if type(value) is dict and any(key.startswith("$") for key in value):
             raise ValueError("an operator")
     if type(value) is dict and len(value) != len(pairs):
