@@ -247,12 +247,12 @@ def test_an_imported_session_goes_on(
     long.import_session(long.export_session("s"), "t")
     with MongoDBSessionManagerFactory(server, database, **SMALL) as factory:
         with factory.create_session_manager("t") as manager:
-            resumed = agent(manager, *["more"] * 20)
+            resumed = agent(manager, *["more"] * 5)
             assert texts(resumed.messages) == expected(30)
-            for _ in range(20):
+            for _ in range(5):
                 resumed("go on")
         with factory.create_session_manager("t") as manager:
-            assert texts(agent(manager).messages) == expected(30) + ["go on", "more"] * 20
+            assert texts(agent(manager).messages) == expected(30) + ["go on", "more"] * 5
     assert told(long.list_messages("s", "agent")) == expected(30)
     long.update_message("t", "agent", redacted(3))
     assert told(long.list_messages("t", "agent"))[3] == "[redacted]"

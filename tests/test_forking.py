@@ -274,7 +274,7 @@ def test_what_is_no_message_id_is_refused(repository: MongoDBSessionRepository, 
 
 
 def test_what_is_no_session(long: MongoDBSessionRepository, stored: Stored) -> None:
-    with pytest.raises(InvalidArgumentError, match="^new_id must"):
+    with pytest.raises(InvalidArgumentError, match=r"^new_id must"):
         long.fork_session("s", {"$ne": None})  # type: ignore[arg-type]
     with pytest.raises(SessionNotFoundError, match="session 'x' does not exist"):
         long.fork_session("x", "t")
