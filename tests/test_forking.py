@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pymongo
 import pytest
+from pymongo import monitoring
 from strands import tool
 from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
 
@@ -28,6 +29,7 @@ from mongodb_session_manager import (
 from scripted_model import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_archive import SMALL, append, begin, expected, head, redacted, said, settled, told
+from test_archive_faults import Other
 from test_copying import KIB, MIB, all_of, content, every_failure, left_of, same_content, with_image
 from test_legacy import conversation, old_agent, old_session
 
@@ -508,3 +510,47 @@ def test_an_exported_fork_comes_back(long: MongoDBSessionRepository) -> None:
     long.fork_session("s", "t", 17)
     long.import_session(long.export_session("t"), "u")
     same_content(long, "u", "t")
+
+
+class Meanwhile(monitoring.CommandListener):
+    """Does something in the moment in which the document of the fork is made, the first time."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act: Callable[[], object] | None = act
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command.get("aggregate") == "agent_sessions" and self.act is not None:
+            act, self.act = self.act, None
+            act()
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+@pytest.mark.parametrize("what", ["append", "move", "redact"])
+def test_what_happens_just_before_the_fork_is_made_is_in_it(
+    server: str, database: str, stored: Stored, what: str
+) -> None:
+    image = content(3 * MIB)
+    with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=1000) as repository:
+        begin(repository)
+        for message_id in range(20):
+            repository.create_message("s", "agent", with_image(3, image) if message_id == 3 else said(message_id))
+
+        def move() -> None:
+            other = Other(stored)
+            other.merge()
+            assert other.cut()
+
+        acts = {
+            "append": lambda: repository.create_message("s", "agent", with_image(20, image[:-4])),
+            "move": move,
+            "redact": lambda: repository.update_message("s", "agent", redacted(3)),
+        }
+        meanwhile = Meanwhile(acts[what])
+        with MongoDBSessionRepository(server, database, event_listeners=[meanwhile]) as forking:
+            forking.fork_session("s", "t")
+        assert meanwhile.act is None
+        same_messages = repository.list_messages("t", "agent")
+        assert same_messages == repository.list_messages("s", "agent")
+        assert len(same_messages) == (21 if what == "append" else 20)
