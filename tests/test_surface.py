@@ -45,6 +45,9 @@ ORDER = [
     "_changes",
     "_multi_agents",
     "_buckets",
+    "_untrusted",
+    "_portable",
+    "_cutting",
     "_capture",
     "_stored_fields",
     "_loop",
@@ -70,6 +73,11 @@ ORDER = [
     "_finding",
     "_archive",
     "_writes",
+    "_copies",
+    "_exports",
+    "_imports",
+    "_forks",
+    "_copying",
     "_repository",
     "_sync",
     "_unit_of_work",
@@ -222,8 +230,9 @@ def test_the_factory_has_each_method_twice() -> None:
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
     finding = {"list_sessions", "count_sessions", "session_exists"}
+    copying = {"export_session", "import_session", "fork_session"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "close"}
-    assert blocking == finding | others
+    assert blocking == finding | copying | others
     blocking -= {"create_storage"}  # which waits for nothing
     assert found.keys() == blocking | {f"{name}_async" for name in blocking} | {"create_storage"}
     for name in blocking:
@@ -233,9 +242,10 @@ def test_the_factory_has_each_method_twice() -> None:
         assert not is_async(found[name])
 
 
-def test_a_factory_finds_as_a_repository_does() -> None:
+def test_a_factory_finds_and_copies_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
-    for name in ("list_sessions", "count_sessions", "session_exists"):
+    finding = ("list_sessions", "count_sessions", "session_exists")
+    for name in (*finding, "export_session", "import_session", "fork_session"):
         assert ours[name] == theirs[name]
 
 
@@ -250,7 +260,7 @@ def test_a_factory_takes_what_a_manager_takes_but_the_session() -> None:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function)
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def accepts_as_much(ours: Callable[..., Any], theirs: Callable[..., Any]) -> bool:
@@ -434,6 +444,9 @@ PURE = [
     "_changes",
     "_multi_agents",
     "_buckets",
+    "_untrusted",
+    "_portable",
+    "_cutting",
     "_capture",
     "_stored_fields",
 ]
@@ -446,7 +459,18 @@ def test_pure_modules_do_no_io(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["_documents", "_references", "_changes", "_multi_agents", "_buckets", "_capture", "_unit_of_work"]
+    "module",
+    [
+        "_documents",
+        "_references",
+        "_changes",
+        "_multi_agents",
+        "_buckets",
+        "_untrusted",
+        "_cutting",
+        "_capture",
+        "_unit_of_work",
+    ],
 )
 def test_one_pure_module_knows_bson(module: str) -> None:
     assert {name.split(".")[0] for name in imports(module)} & {"bson", "pymongo"} == set()

@@ -211,6 +211,34 @@ class SessionArchive(SessionCollection):
             for key, (_, begin, end) in wanted.items()
         }
 
+    async def _stored_message(self, session_id: str, agent_id: str, message_id: int) -> Document | None:
+        """Return a message wherever it is, `None` if the agent holds none of that id."""
+        key = agent_key(agent_id)
+        path = f"agents.{key}.messages"
+        condition = {"_id": session_id, f"{path}.message_id": message_id}
+        document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
+        if document is not None:
+            message: Document = document["agents"][key]["messages"][0]
+            return message
+        wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
+        stored = await self._stored_agent(session_id, agent_id, wanted)
+        if not stored.get("archived"):
+            return None
+        return await self._archived_message(session_id, key, message_id, stored.get("created_at"))
+
+    async def _bucket_at(self, session_id: str, key: str, since: Any, begin: int, end: int) -> list[Document]:
+        """Return the messages from position `begin` to the end of the bucket that holds it, or to below `end`.
+
+        Raises:
+            DatabaseError: No bucket holds it.
+        """
+        condition = holding_positions(session_id, key, since, begin, end)
+        buckets = await self._send(
+            lambda archive: archive.find(condition, sort=[("_id", 1)], limit=1).to_list(), self._archive_name
+        )
+        reach = min(end, begin + 1 if not buckets else int(buckets[0]["last"]) + 1)
+        return _joined(session_id, buckets, begin, reach)
+
     async def _archived_message(self, session_id: str, key: str, message_id: int, since: Any) -> Document | None:
         """Return a message of an agent that was created at `since`, `None` if no bucket holds it."""
         head = replace(self._head(session_id, key), since=since)

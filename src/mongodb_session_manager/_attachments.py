@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from pymongo.errors import DuplicateKeyError
 
 from ._changes import AgentWrite
 from ._commands import ensure_indexes, send
-from ._connection import AsyncCollection, Connection
+from ._connection import AsyncCollection, Connection, run_pipeline
 from ._documents import Document, now
 from ._references import Reference, attached, detached, references_of
 from .errors import AttachmentError
@@ -35,6 +35,7 @@ CHUNK_BYTES = 2 * 1024 * 1024
 
 _KNOWN_SESSIONS = 64
 _KNOWN_FILES = 256
+_COPIED_AT_ONCE = 64
 
 _FILES = "_attachments.files"
 _CHUNKS = "_attachments.chunks"
@@ -137,16 +138,19 @@ class Attachments:
         return stored | new
 
     async def _upload(self, file: Document, data: bytes) -> None:
+        for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+            await self._insert_chunk(file, n, data[start : start + CHUNK_BYTES])
+        await self._insert_entry(file, len(data))
+
+    async def _insert_chunk(self, file: Document, n: int, data: bytes) -> None:
         chunks_name = f"{self._collection_name}{_CHUNKS}"
         ensure_indexes(self._connection, self._database_name, chunks_name, [("files_id", "n")], unique=True)
-        for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            await self._insert(
-                _CHUNKS,
-                {"_id": {"file": file, "n": n}, "files_id": file, "n": n, "data": data[start : start + CHUNK_BYTES]},
-            )
+        await self._insert(_CHUNKS, {"_id": {"file": file, "n": n}, "files_id": file, "n": n, "data": data})
+
+    async def _insert_entry(self, file: Document, length: int) -> None:
         entry = {
             "_id": file,
-            "length": len(data),
+            "length": length,
             "chunkSize": CHUNK_BYTES,
             "uploadDate": now(),
             "filename": file["sha256"],
@@ -183,6 +187,55 @@ class Attachments:
                 )
         for elements in messages.values():
             elements[:] = [attached(element, blobs) if references_of(element) else element for element in elements]
+
+    # Copying, of which a session has a generation of its own.
+
+    async def chunk(self, session_id: str, reference: Reference, n: int) -> bytes | None:
+        """Return the bytes of a chunk, `None` if it is not there."""
+        condition = {"_id": {"file": _file_id(session_id, reference), "n": n}}
+        found = await self._send(_CHUNKS, lambda chunks: chunks.find_one(condition, {"data": 1}))
+        return None if found is None else found["data"]
+
+    async def put_chunk(self, session_id: str, reference: Reference, n: int, data: bytes) -> None:
+        """Store a chunk of a file that is not whole yet; all but the last are of `CHUNK_BYTES`."""
+        await self._insert_chunk(_file_id(session_id, reference), n, data)
+
+    async def put_entry(self, session_id: str, reference: Reference) -> None:
+        """Make a file of its chunks."""
+        await self._insert_entry(_file_id(session_id, reference), reference.length)
+
+    async def drop_chunks(self, session_id: str, reference: Reference) -> None:
+        """Remove the chunks of a file that never became whole."""
+        file = _file_id(session_id, reference)
+        if await self._send(_FILES, lambda files: files.find_one({"_id": file}, {"_id": 1})) is None:
+            condition = {"_id": {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}}
+            await self._send(_CHUNKS, lambda chunks: chunks.delete_many(condition))
+
+    async def copy(self, session_id: str, references: Sequence[Reference], new_id: str, generation: int) -> bool:
+        """Copy files of a session, on the server, to a generation of another; return whether all were there."""
+        new = {"session_id": {"$literal": new_id}, "sha256": "$file.sha256", "generation": {"$literal": generation}}
+        chunk = {"_id": {"file": new, "n": "$n"}, "files_id": new, "n": "$n", "data": "$data"}
+        entry = {"_id": new, **{name: f"${name}" for name in ("length", "chunkSize", "uploadDate", "filename")}}
+        for begin in range(0, len(references), _COPIED_AT_ONCE):
+            files = [_file_id(session_id, reference) for reference in references[begin : begin + _COPIED_AT_ONCE]]
+            ranges = [{"_id": {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}} for file in files]
+            await self._copy(_CHUNKS, {"$or": ranges}, "$files_id", chunk)
+            await self._copy(_FILES, {"_id": {"$in": files}}, "$_id", entry)
+        digests = {reference.sha256 for reference in references}
+        copied = {"_id": {**_within(new_id, "sha256")}, "_id.generation": generation}
+        return await self._send(_FILES, lambda files: files.count_documents(copied)) >= len(digests)
+
+    async def _copy(self, suffix: str, condition: Document, file: str, new: Document) -> None:
+        into = {"into": f"{self._collection_name}{suffix}", "whenMatched": "keepExisting", "whenNotMatched": "insert"}
+        pipeline = [{"$match": condition}, {"$set": {"file": file}}, {"$replaceWith": new}, {"$merge": into}]
+        await self._send(suffix, lambda collection: run_pipeline(collection, pipeline))
+
+    async def drop_generation(self, session_id: str, generation: int) -> None:
+        """Remove all files of one generation of a session."""
+        ours = {"_id": _within_chunks(session_id), "files_id.generation": generation}
+        await self._send(_CHUNKS, lambda chunks: chunks.delete_many(ours))
+        ours = {"_id": _within(session_id, "sha256"), "_id.generation": generation}
+        await self._send(_FILES, lambda files: files.delete_many(ours))
 
     # Removing.
 

@@ -23,7 +23,7 @@ that a statement that was stuck on its way cannot undo what happened since; `out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -211,6 +211,27 @@ def _taken(messages: str, step: Step) -> Document:
         }
     }
     return {"$max": [1, {"$getField": {"field": "count", "input": counted}}]}
+
+
+def taken(sizes: Sequence[int], step: Step) -> int:
+    """Return how many of messages of these sizes a step takes, as `merge` does."""
+    count = size = 0
+    for added in sizes[: step.most]:
+        if not (count < step.messages or size < step.size) or (count and size + added > _BUCKET_BYTES):
+            break
+        count, size = count + 1, size + added
+    return max(1, count)
+
+
+def bucket_of(session_id: str, key: str, since: Any, first: int, messages: Sequence[Document]) -> Document:
+    """Return a bucket of messages that were never in a head."""
+    return {
+        "_id": bucket_id(session_id, key, since, first),
+        "session_id": session_id,
+        "revision": 0,
+        "last": first + len(messages) - 1,
+        "messages": list(messages),
+    }
 
 
 def merge(session_id: str, key: str, head: Head, step: Step, archive: str) -> list[Document]:

@@ -99,13 +99,12 @@ async def find_and_modify(
     return found
 
 
-async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[str, Any]]) -> None:
-    """Run an aggregation that stores its result."""
+async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Run an aggregation; one that stores its result returns nothing."""
     cursor = collection.aggregate(pipeline)
     if inspect.isawaitable(cursor):  # PyMongo's; Motor sends the command when its cursor is iterated
         cursor = await cursor
-    async for _ in cursor:
-        pass
+    return [document async for document in cursor]
 
 
 class PoolStats(TypedDict):

@@ -7,13 +7,14 @@ created_at, updated_at   BSON dates, UTC
 metadata, feedbacks, guardrail_events
 agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
-    created_at, updated_at
+    created_at, updated_at   when it came into this session; `agent_data` says when it was made
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
     archived, revision   see `_buckets`; absent where nothing was moved, or replaced
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
 attachments_generation   how often attachments were removed; absent for 0
 multi_agents.<key>       see `_multi_agents`
+copy_of                  what an imported session or a fork was made from: {session_id, at, by}
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
         state=decode(data.get("state") or {}),
         conversation_manager_state=decode(data.get("conversation_manager_state") or {}),
         _internal_state=decode(data.get("_internal_state") or {}),
-        created_at=to_iso(stored.get("created_at") or data.get("created_at")),
+        created_at=to_iso(data.get("created_at") or stored.get("created_at")),
         updated_at=to_iso(stored.get("updated_at") or data.get("updated_at")),
     )
 

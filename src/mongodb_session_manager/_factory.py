@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from ._connection import Client, Connection, Settings
 from ._documents import checked_id
 from ._finding import Order, SessionPage
 from ._hooks import Hook, hold, let_go
+from ._imports import feed, feed_blocking
 from ._loop import Lock
 from ._manager import MongoDBSessionManager
 from ._pool import ConnectionStats, connection_stats
@@ -217,6 +218,39 @@ class MongoDBSessionManagerFactory:
             InvalidArgumentError: `session_id` cannot be one.
         """
         return await self._connection.portal.run(self._repository.session_exists, session_id)
+
+    def export_session(self, session_id: str) -> Generator[str, None, None]:
+        """Yield a session as lines of JSON; see `MongoDBSessionRepository.export_session`."""
+        export = self._repository._export(session_id)
+        while lines := self._connection.portal.call(export.pull):
+            yield from lines
+
+    async def export_session_async(self, session_id: str) -> AsyncGenerator[str, None]:
+        """Yield a session as lines of JSON; see `MongoDBSessionRepository.export_session`."""
+        export = self._repository._export(session_id)
+        while lines := await self._connection.portal.run(export.pull):
+            for line in lines:
+                yield line
+
+    def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
+        """Store an exported session and return its id; see `MongoDBSessionRepository.import_session`."""
+        return feed_blocking(self._connection.portal, self._repository._import(session_id), stream)
+
+    async def import_session_async(
+        self, stream: Iterable[str | bytes] | AsyncIterable[str | bytes], session_id: str | None = None
+    ) -> str:
+        """Store an exported session and return its id; see `MongoDBSessionRepository.import_session`."""
+        return await feed(self._connection.portal, self._repository._import(session_id), stream)
+
+    def fork_session(self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None) -> None:
+        """Make another session with the same content, or its beginning; see `MongoDBSessionRepository.fork_session`."""
+        self._connection.portal.call(self._repository.fork_session, session_id, new_id, at_message)
+
+    async def fork_session_async(
+        self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None
+    ) -> None:
+        """Make another session with the same content, or its beginning; see `MongoDBSessionRepository.fork_session`."""
+        await self._connection.portal.run(self._repository.fork_session, session_id, new_id, at_message)
 
     def get_connection_stats(self) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool."""

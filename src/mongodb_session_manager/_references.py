@@ -133,6 +133,18 @@ def attached(stored: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Document:
     return _exchanged(stored, fetch)
 
 
+def in_generation(stored: Mapping[str, Any], generation: int) -> Document:
+    """Return a stored message that refers to files of another generation."""
+    new = {str(reference): str(reference._replace(generation=generation)) for reference in references_of(stored)}
+
+    def refer(value: Any) -> Any:
+        if type(value) is dict and value.get(MARKER) == _TAG and type(value.get("v")) is str and value["v"] in new:
+            return {MARKER: _TAG, "v": new[value["v"]]}
+        return value
+
+    return {**_exchanged(stored, refer), "attachments": sorted({*new.values()})}
+
+
 def _exchanged(fields: Mapping[str, Any], exchange: Callable[[Any], Any]) -> Document:
     def walk(value: Any) -> Any:
         new = exchange(value)

@@ -21,6 +21,7 @@ from ._changes import (
     UpdateAgent,
 )
 from ._connection import Client, Connection, Settings
+from ._copying import SessionCopying
 from ._documents import (
     Document,
     agent_from,
@@ -43,7 +44,7 @@ from ._documents import (
 from ._finding import SessionFinding
 from ._multi_agent_states import MultiAgentStates
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
-from ._writes import ROUNDS, SessionWrites
+from ._writes import ROUNDS
 from .errors import (
     DatabaseError,
     InvalidArgumentError,
@@ -91,7 +92,7 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionFinding, SessionWrites):
+class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionFinding, SessionCopying):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
@@ -322,22 +323,11 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
-        key = agent_key(agent_id)
-        path = f"agents.{key}.messages"
-        condition = {"_id": session_id, f"{path}.message_id": checked_message_id(message_id)}
         async with self._connection.operation():
-            document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
-            if document is not None:
-                messages = document["agents"][key]["messages"]
-            else:
-                wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
-                stored = await self._stored_agent(session_id, agent_id, wanted)
-                older = None
-                if stored.get("archived"):
-                    older = await self._archived_message(session_id, key, message_id, stored.get("created_at"))
-                if older is None:
-                    return None
-                messages = [older]
+            message = await self._stored_message(session_id, agent_id, checked_message_id(message_id))
+            if message is None:
+                return None
+            messages = [message]
             await self._attachments.restore(session_id, {agent_id: messages})
         return message_from(messages[0], message_id)
 

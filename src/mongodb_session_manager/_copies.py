@@ -1,0 +1,169 @@
+"""What an imported session and a fork have in common: a place of their own until they are complete.
+
+A copy is written beside everything that is there, and its session document last: until then nobody sees anything of
+it. Whatever it writes before is under a moment that no other copy into the same session has: it is the `created_at` of
+its agents, which its buckets hold, and the generation of its attachments. To have it alone, and so that what it wrote
+is found again if it does not come to its end, a copy leaves a note in `<collection>_archive`:
+
+    _id          {session_id, copy: <moment>}
+    by           who copies
+    messages     []
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from bson import MaxKey
+from pymongo.errors import DuplicateKeyError, OperationFailure
+
+from ._archive import SessionArchive
+from ._attachments import Attachments
+from ._connection import AsyncCollection
+from ._documents import Document, now
+from ._driver_errors import may_have_been_applied
+from .errors import DatabaseError, MongoDBSessionError, SessionExistsError
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 64
+"""How many copies into one session may begin in the same millisecond."""
+
+
+class Copy:
+    """A session that is being written.
+
+    Args:
+        sessions: The collection it is written to.
+        attachments: Their attachments.
+        session_id: The new session.
+    """
+
+    def __init__(self, sessions: SessionCopies, attachments: Attachments, session_id: str) -> None:
+        self.session_id = session_id
+        self.moment = now()
+        self._sessions = sessions
+        self._attachments = attachments
+        self._token = uuid.uuid4().hex
+        self._has_note = False
+        self._may_be_there = False
+
+    @property
+    def generation(self) -> int:
+        """The generation of its attachments: its moment, in milliseconds since the epoch."""
+        return round(self.moment.timestamp() * 1000)
+
+    def origin(self, session_id: str) -> Document:
+        """Return the field of the session document that says what it is a copy of."""
+        return {"session_id": session_id, "at": self.moment, "by": self._token}
+
+    async def begin(self) -> None:
+        """Make sure of a moment that no other copy into the session has; to be called before anything is written."""
+        for _ in range(0 if self._has_note else _ROUNDS):
+            try:
+                await self._archive(
+                    lambda archive: archive.update_one(
+                        {"_id": self._note_id, "by": self._token}, {"$set": {"messages": []}}, upsert=True
+                    )
+                )
+            except DuplicateKeyError:
+                self.moment += timedelta(milliseconds=1)
+            else:
+                self._has_note = True
+                return
+        if not self._has_note:
+            raise DatabaseError(f"too many copies are made of session {self.session_id!r} at the same time")
+
+    @property
+    def _note_id(self) -> Document:
+        return {"session_id": self.session_id, "copy": self.moment}
+
+    async def _archive(self, command: Callable[[AsyncCollection], Awaitable[Any]]) -> Any:
+        return await self._sessions._send(command, self._sessions._archive_name)
+
+    async def put_bucket(self, bucket: Document) -> None:
+        """Store a bucket."""
+        await self._archive(lambda archive: archive.replace_one({"_id": bucket["_id"]}, bucket, upsert=True))
+
+    async def commit(self, command: Callable[[AsyncCollection], Awaitable[Any]]) -> None:
+        """Send the command that inserts the session document.
+
+        Raises:
+            SessionExistsError: There is another session of that id.
+        """
+        sent = 0
+
+        def count(collection: AsyncCollection) -> Awaitable[Any]:
+            nonlocal sent
+            sent += 1
+            return command(collection)
+
+        self._may_be_there = True
+        try:
+            await self._sessions._send(count)
+        except DuplicateKeyError as error:  # it may be ours, if an acknowledgement was lost
+            if not await self.is_there():
+                raise SessionExistsError(f"session {self.session_id!r} exists already") from error
+        except MongoDBSessionError as error:
+            cause = error.__cause__
+            refused = isinstance(cause, OperationFailure) and not may_have_been_applied(cause)
+            self._may_be_there = not (refused and sent == 1)
+            raise
+
+    async def is_there(self) -> bool:
+        """Tell whether the session document is there."""
+        condition = {"_id": self.session_id, "copy_of.by": self._token}
+        found = await self._sessions._send(lambda collection: collection.find_one(condition, {"_id": 1}))
+        self._may_be_there = found is not None
+        return self._may_be_there
+
+    async def finish(self) -> None:
+        """Remove the notes, and what copies have left that did not come to their end; the session is there.
+
+        What fails is left to the next copy; nobody sees it.
+        """
+        if not self._has_note:
+            return
+        try:
+            for moment in await self._archive(self._other_moments):
+                await self._remove(moment)
+            await self._archive(lambda archive: archive.delete_one({"_id": self._note_id}))
+        except MongoDBSessionError as error:
+            logger.warning("session_id=<%s>, error=<%s> | left-overs of copies not removed", self.session_id, error)
+
+    async def _other_moments(self, archive: AsyncCollection) -> list[datetime]:
+        within = {
+            "$gte": {"session_id": self.session_id, "copy": datetime.min},
+            "$lte": {"session_id": self.session_id, "copy": datetime.max.replace(microsecond=999000)},
+        }
+        notes = archive.find({"_id": within, "by": {"$ne": self._token}}, {"_id": 1})
+        return [note["_id"]["copy"] async for note in notes]
+
+    async def abandon(self) -> None:
+        """Remove what was written, unless the session may be there; raises nothing that the server says."""
+        if not self._has_note or self._may_be_there:
+            return
+        try:
+            await self._remove(self.moment)
+        except MongoDBSessionError as error:
+            logger.warning("session_id=<%s>, error=<%s> | an unfinished copy was not removed", self.session_id, error)
+
+    async def _remove(self, moment: datetime) -> None:
+        session_id = self.session_id
+        buckets = {"_id": {"$gte": {"session_id": session_id}, "$lte": {"session_id": session_id, "agent": MaxKey()}}}
+        await self._archive(lambda archive: archive.delete_many({**buckets, "_id.since": moment}))
+        await self._attachments.drop_generation(session_id, round(moment.timestamp() * 1000))
+        await self._archive(lambda archive: archive.delete_one({"_id": {"session_id": session_id, "copy": moment}}))
+
+
+class SessionCopies(SessionArchive):
+    """The part of the repository that copies are made with."""
+
+    _attachments: Attachments
+
+    def _copy(self, session_id: str) -> Copy:
+        return Copy(self, self._attachments, session_id)

@@ -1,0 +1,149 @@
+"""Reading a whole session, piece by piece, as the lines of its portable form."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+from ._archive import SessionArchive
+from ._attachments import Attachments
+from ._documents import Document, agent_id_of, checked_id, now
+from ._portable import Writer
+from ._references import Reference, references_of
+from ._untrusted import AGENT_LEFT_BEHIND, LEFT_BEHIND
+from .errors import AttachmentError, DatabaseError, SessionNotFoundError
+
+_ROUNDS = 8
+"""How often a message may be found changed while its attachments are read before that is taken for damage."""
+
+_AT_ONCE = 64
+"""Messages that are made lines of in one go."""
+
+
+class Export:
+    """A session on its way out.
+
+    Every `pull` sends commands of its own and leaves no cursor open, so whoever stops in the middle has nothing to
+    close, and whoever takes hours for it is not forgotten by the server.
+    """
+
+    def __init__(self, lines: AsyncGenerator[list[str], None]) -> None:
+        self._lines = lines
+
+    async def pull(self) -> list[str]:
+        """Return the lines that follow, none after the last."""
+        return await anext(self._lines, [])
+
+
+class SessionExports(SessionArchive):
+    """The part of the repository that exports."""
+
+    _attachments: Attachments
+
+    def _export(self, session_id: str) -> Export:
+        return Export(self._lines(session_id))
+
+    async def _lines(self, session_id: str) -> AsyncGenerator[list[str], None]:
+        """Yield lines. The heads are read first and then the buckets below them, so no move is noticed."""
+        checked_id(session_id, "session_id")
+        async with self._connection.operation():
+            document = await self._send(lambda collection: collection.find_one({"_id": session_id}))
+        if document is None:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        writer = Writer()
+        agents: dict[str, Document] = document.pop("agents", None) or {}
+        yield writer.head(session_id, _without(document, LEFT_BEHIND), now())
+        for key in tuple(agents):
+            async for lines in self._agent_lines(session_id, key, agents.pop(key), writer):
+                yield lines
+        yield [writer.end()]
+
+    async def _agent_lines(
+        self, session_id: str, key: str, agent: Document, writer: Writer
+    ) -> AsyncGenerator[list[str], None]:
+        # Versions before 1.0 did not encode ids.
+        agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
+        yield [writer.agent(agent_id, _without(agent, AGENT_LEFT_BEHIND))]
+        position, archived = 0, int(agent.get("archived") or 0)
+        while position < archived:
+            async with self._connection.operation():
+                try:
+                    messages = await self._bucket_at(session_id, key, agent.get("created_at"), position, archived)
+                except DatabaseError:
+                    await self._found(session_id, {"_id": 1})  # or it was deleted meanwhile, which is another error
+                    raise
+            async for lines in self._message_lines(session_id, agent_id, position, messages, writer):
+                yield lines
+            position += len(messages)
+        async for lines in self._message_lines(session_id, agent_id, position, agent.get("messages") or [], writer):
+            yield lines
+
+    async def _message_lines(
+        self, session_id: str, agent_id: str, first: int, messages: Iterable[Document], writer: Writer
+    ) -> AsyncGenerator[list[str], None]:
+        waiting: list[Document] = []
+        for position, stored in enumerate(messages, first):
+            message = {"message_id": position, **stored}
+            if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
+                yield await asyncio.to_thread(_lines_of, writer, waiting)
+                waiting = []
+            for _ in range(_ROUNDS if references_of(message) else 0):
+                missing = None
+                for reference in references_of(message):
+                    if reference not in writer.recent:
+                        async for lines in self._attachment_lines(session_id, reference, writer):
+                            yield lines
+                        if reference not in writer.recent:
+                            missing = reference
+                            break
+                if missing is None:
+                    break
+                # It may have been redacted or replaced since it was read.
+                now = await self._message_now(session_id, agent_id, message["message_id"])
+                if now is None or now.get("attachments") == message["attachments"]:
+                    raise _damaged(session_id, agent_id, message["message_id"], missing)
+                message = now
+            waiting.append(message)
+        if waiting:
+            yield await asyncio.to_thread(_lines_of, writer, waiting)
+
+    async def _message_now(self, session_id: str, agent_id: str, message_id: int) -> Document | None:
+        async with self._connection.operation():
+            return await self._stored_message(session_id, agent_id, message_id)
+
+    async def _attachment_lines(
+        self, session_id: str, reference: Reference, writer: Writer
+    ) -> AsyncGenerator[list[str], None]:
+        """Yield the pieces of an attachment; they end early if it is not there (any more)."""
+        length, n, digest = 0, 0, hashlib.sha256()
+        while length < reference.length:
+            async with self._connection.operation():
+                data = await self._attachments.chunk(session_id, reference, n)
+            if not data:
+                return
+            yield await asyncio.to_thread(_pieces_of, writer, reference, length, data, digest)
+            length, n = length + len(data), n + 1
+        if length == reference.length and digest.hexdigest() == reference.sha256:
+            writer.whole(reference)
+
+
+def _without(fields: Document, names: Iterable[str]) -> Document:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _lines_of(writer: Writer, messages: Iterable[Document]) -> list[str]:
+    return [writer.message(message) for message in messages]
+
+
+def _pieces_of(writer: Writer, reference: Reference, at: int, data: bytes, digest: Any) -> list[str]:
+    digest.update(data)
+    return list(writer.pieces(reference, at, data))
+
+
+def _damaged(session_id: str, agent_id: str, message_id: int, reference: Reference) -> AttachmentError:
+    return AttachmentError(
+        f"session {session_id!r}: message {message_id} of agent {agent_id!r} holds an attachment that is missing or "
+        f"damaged (SHA-256 {reference.sha256})"
+    )

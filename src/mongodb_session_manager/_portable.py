@@ -1,0 +1,357 @@
+"""The portable form of a session: JSON lines, which hold the values as MongoDB Extended JSON (canonical). Pure.
+
+    {"format": "mongodb-session-manager", "version": 1, "session_id": ..., "exported_at": ...}
+    {"session": {...}}                  what the document holds beside its agents
+    {"agent": <id>, "fields": {...}}    an agent without its messages, which follow, oldest first
+    {"attachment": <reference>, "at": <offset>, "data": <base64>}
+    {"message": {...}}                  as it is stored, its attachments as references
+    {"end": {"agents": ..., "messages": ..., "attachments": ..., "sha256": ...}}
+
+The pieces of an attachment come before a message that refers to it. It is not repeated for the next message unless
+`REMEMBERED` others came since; it ends with the piece that makes it as long as its reference says. One that does not
+come to its end, because its message was redacted meanwhile, is to be ignored. The numbers of the last line count the
+lines of each kind (whole attachments); `sha256` is that of all lines before it, each with one line feed, and may be
+left out by who has edited them.
+
+A key that begins with `$` would be taken for Extended JSON, so a dict that holds one is written as
+`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` characters is written as
+`{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no kind of line end can damage them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+import bson
+from bson import json_util
+from bson.binary import UuidRepresentation
+from bson.errors import BSONError
+
+from ._codec import CODEC_OPTIONS, stored_size
+from ._documents import Document, checked_id, to_iso
+from ._references import Reference, references_of
+from ._untrusted import checked_agent, checked_message, checked_session, require
+from .errors import InvalidArgumentError
+
+FORMAT = "mongodb-session-manager"
+VERSION = 1
+
+MAX_LINE = 32 * 1024 * 1024
+"""Characters of a line; a document of MongoDB as base64 has 22 million."""
+
+PIECE_BYTES = 512 * 1024
+"""Bytes of an attachment in one line at most, as they are exported."""
+
+REMEMBERED = 1024
+"""How many attachments reader and writer remember not to repeat."""
+
+_MAX_LEVELS = 120
+"""Levels of the values of a line; a document may have 180, of which an archived message has 4 above it."""
+
+_OPTIONS = json_util.JSONOptions(
+    json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, tzinfo=UTC, uuid_representation=UuidRepresentation.STANDARD
+)
+# What is read goes to the database as it is: a `Binary`, whatever its subtype.
+_READ_OPTIONS = _OPTIONS.with_options(uuid_representation=UuidRepresentation.UNSPECIFIED)
+_REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading damaged Extended JSON may raise."""
+
+
+class Recent:
+    """The attachments that came last, by SHA-256; writer and reader forget the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+
+    def add(self, reference: Reference) -> None:
+        self._known[reference.sha256] = reference.length
+        if len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+
+    def __contains__(self, reference: Reference) -> bool:
+        return self._known.get(reference.sha256) == reference.length
+
+
+# Writing.
+
+
+def _escaped(value: Any) -> Any:
+    if type(value) is dict:
+        if any(key.startswith("$") for key in value):
+            return {"$literal": [[key, _escaped(item)] for key, item in value.items()]}
+        return {key: _escaped(item) for key, item in value.items()}
+    return list(map(_escaped, value)) if type(value) is list else value
+
+
+def line_of(record: Document) -> str:
+    """Return the line, with its end, of a record whose keys do not begin with `$`."""
+    line = json_util.dumps(_escaped(record), json_options=_OPTIONS, separators=(",", ":"))
+    if len(line) >= MAX_LINE:
+        packed = base64.b64encode(bson.encode(record, codec_options=CODEC_OPTIONS)).decode()
+        line = json.dumps({"bson": {"$binary": {"base64": packed, "subType": "00"}}})
+    return f"{line}\n"
+
+
+class Writer:
+    """Makes the lines of one session, which count themselves."""
+
+    def __init__(self) -> None:
+        self.recent = Recent()
+        self._counts = {"agents": 0, "messages": 0, "attachments": 0}
+        self._digest = hashlib.sha256()
+
+    def _noted(self, line: str) -> str:
+        self._digest.update(line.encode())
+        return line
+
+    def head(self, session_id: str, fields: Document, moment: datetime) -> list[str]:
+        """Return the first two lines."""
+        header = {"format": FORMAT, "version": VERSION, "session_id": session_id, "exported_at": to_iso(moment)}
+        return [self._noted(f"{json.dumps(header)}\n"), self._noted(line_of({"session": fields}))]
+
+    def agent(self, agent_id: str, fields: Document) -> str:
+        """Return the line before an agent's messages."""
+        self._counts["agents"] += 1
+        return self._noted(line_of({"agent": agent_id, "fields": fields}))
+
+    def message(self, message: Mapping[str, Any]) -> str:
+        """Return the line of a message, in front of which its attachments are."""
+        self._counts["messages"] += 1
+        return self._noted(line_of({"message": dict(message)}))
+
+    def pieces(self, reference: Reference, at: int, data: bytes) -> Iterator[str]:
+        """Return lines of bytes of an attachment that begin at an offset."""
+        for start in range(0, len(data), PIECE_BYTES):
+            encoded = base64.b64encode(data[start : start + PIECE_BYTES]).decode()
+            line = json.dumps({"attachment": str(reference), "at": at + start, "data": encoded})
+            yield self._noted(f"{line}\n")
+
+    def whole(self, reference: Reference) -> None:
+        """Take note that the last piece of an attachment was written."""
+        self._counts["attachments"] += 1
+        self.recent.add(reference)
+
+    def end(self) -> str:
+        """Return the last line."""
+        return f"{json.dumps({'end': {**self._counts, 'sha256': self._digest.hexdigest()}})}\n"
+
+
+# Reading.
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRead:
+    """The session, without its agents; `session_id` is the one it was exported from."""
+
+    session_id: str
+    fields: Document
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRead:
+    """An agent, without its messages."""
+
+    agent_id: str
+    fields: Document
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRead:
+    """A message of the agent read last, and how many bytes it takes."""
+
+    message: Document
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceRead:
+    """Bytes of an attachment, the one before it if it continues; `whole` if they are its last and it is intact."""
+
+    reference: Reference
+    at: int
+    data: bytes
+    whole: bool
+
+
+Read: TypeAlias = SessionRead | AgentRead | MessageRead | PieceRead
+
+
+class Reader:
+    """Reads lines that nobody vouches for: what it returns can be stored."""
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        self._number = 0
+        self._digest = hashlib.sha256()
+        self._counts = {"agents": 0, "messages": 0, "attachments": 0}
+        self._recent = Recent()
+        self._header: str | None = None
+        self._has_session = False
+        self._agents: set[str] = set()
+        self._next_id = 0
+        self._attachment: tuple[Reference, int, Any] | None = None
+
+    def read(self, line: object) -> Read | None:
+        """Return what a line says, `None` if it says nothing to be stored.
+
+        Raises:
+            InvalidArgumentError: It cannot be a line of a session, or not in this place.
+        """
+        self._number += 1
+        try:
+            text = _text(line)
+            if not text:
+                return None
+            record = _record(text)
+            found = self._understood(record)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"line {self._number} cannot be imported: {error}") from None
+        if "end" not in record:
+            self._digest.update(f"{text}\n".encode())
+        return found
+
+    def check_end(self) -> None:
+        """Refuse a stream that ends here unless it is complete.
+
+        Raises:
+            InvalidArgumentError: It is not.
+        """
+        if not self.is_complete:
+            where = f"after line {self._number}" if self._number else "before its first line"
+            raise InvalidArgumentError(f"the export is truncated: it ends {where}, without the last line")
+
+    def _understood(self, record: Document) -> Read | None:
+        if self._header is None:
+            self._header = _checked_header(record)
+            return None
+        require(not self.is_complete, "the last line was before it")
+        if type(record.get("session")) is dict:
+            require(not self._has_session, "it is a second session")
+            self._has_session = True
+            return SessionRead(self._header, checked_session(record["session"]))
+        require(self._has_session, "the line of the session must come first")
+        match record:
+            case {"agent": agent_id, "fields": dict() as fields}:
+                return self._agent(checked_id(agent_id, "the agent's id"), fields)
+            case {"message": dict() as message}:
+                return self._message(message)
+            case {"attachment": text, "at": int() as at, "data": str() as data}:
+                return self._piece(Reference.parse(text), at, data)
+            case {"end": dict() as numbers}:
+                self._end(numbers)
+                return None
+        raise InvalidArgumentError("it is of no kind that there is")
+
+    def _agent(self, agent_id: str, fields: Document) -> AgentRead:
+        require(agent_id not in self._agents, "it is an agent that was there before")
+        self._agents.add(agent_id)
+        self._counts["agents"] += 1
+        self._next_id = 0
+        return AgentRead(agent_id, checked_agent(fields))
+
+    def _message(self, message: Document) -> MessageRead:
+        require(bool(self._agents), "it is a message of no agent")
+        size = checked_message(message, self._next_id)
+        for reference in references_of(message):
+            require(reference in self._recent, "it refers to an attachment that is not there")
+        self._next_id = message["message_id"] + 1
+        self._counts["messages"] += 1
+        return MessageRead(message, size)
+
+    def _piece(self, reference: Reference | None, at: int, text: str) -> PieceRead:
+        require(bool(self._agents), "it is an attachment of no agent")
+        require(reference is not None and reference.length > 0, "its reference is none")
+        assert reference is not None
+        try:
+            data = base64.b64decode(text, validate=True)
+        except ValueError:
+            raise InvalidArgumentError("its data is no base64") from None
+        if at == 0:
+            self._attachment = (reference, 0, hashlib.sha256())
+        known, length, digest = self._attachment or (None, 0, hashlib.sha256())
+        require(known == reference and length == at and bool(data), "it does not continue its attachment")
+        digest.update(data)
+        length += len(data)
+        require(length <= reference.length, "its attachment is longer than it should be")
+        self._attachment = (reference, length, digest)
+        if whole := length == reference.length:
+            require(digest.hexdigest() == reference.sha256, "its attachment is not what it should be")
+            self._attachment = None
+            self._recent.add(reference)
+            self._counts["attachments"] += 1
+        return PieceRead(reference, at, data, whole)
+
+    def _end(self, numbers: Document) -> None:
+        counted = {name: numbers.get(name) for name in self._counts}
+        require(counted == self._counts, "it counts other lines than there were: some are missing or too many")
+        if "sha256" in numbers:
+            require(numbers["sha256"] == self._digest.hexdigest(), "a line before it was changed")
+        self.is_complete = True
+
+
+def _text(line: object) -> str:
+    if not isinstance(line, str | bytes):
+        raise InvalidArgumentError(f"it must be str or bytes, not {type(line).__name__}")
+    require(len(line) <= MAX_LINE + 2, f"it is longer than {MAX_LINE} characters")
+    try:
+        text = line.decode() if isinstance(line, bytes) else line
+        text.encode()
+    except UnicodeError:
+        raise InvalidArgumentError("it is no UTF-8") from None
+    return text.strip(" \t\r\n")
+
+
+def _record(text: str) -> Document:
+    """Return the object of a line, which BSON can hold."""
+    try:
+        record = json.loads(text, object_pairs_hook=_value, parse_constant=_no_constant)
+        if type(record) is dict and record.keys() == {"bson"} and type(record["bson"]) is bytes:
+            record = bson.decode(record["bson"], CODEC_OPTIONS)
+        if type(record) is not dict:
+            raise ValueError
+        _check_levels(record, _MAX_LEVELS)
+        stored_size(record)
+    except _REFUSALS:
+        raise InvalidArgumentError("it is damaged, or no Extended JSON") from None
+    return record
+
+
+def _value(pairs: list[tuple[str, Any]]) -> Any:
+    if len(pairs) == 1 and pairs[0][0] == "$literal":
+        pairs = [(key, value) for key, value in pairs[0][1] if isinstance(key, str)]
+        value: Any = dict(pairs)
+    else:
+        value = json_util.object_pairs_hook(pairs, _READ_OPTIONS)
+        if type(value) is dict and any(key.startswith("$") for key in value):
+            raise ValueError("an operator")
+    if type(value) is dict and len(value) != len(pairs):
+        raise ValueError("a key twice")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _check_levels(value: Any, left: int) -> None:
+    if type(value) in (dict, list):
+        if not left:
+            raise ValueError("nested too deep")
+        for item in value.values() if type(value) is dict else value:
+            _check_levels(item, left - 1)
+
+
+def _checked_header(record: Document) -> str:
+    require(record.get("format") == FORMAT, "it is not the first line of an exported session")
+    version = record.get("version")
+    require(
+        type(version) is int and version == VERSION,
+        f"the export is of another version than {VERSION}, the only one that is known here",
+    )
+    return checked_id(record.get("session_id"), "session_id")

@@ -1,0 +1,897 @@
+"""Exporting sessions and importing them: all of it, nothing twice, whatever happens meanwhile, in little memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import json
+import threading
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pymongo import monitoring
+from strands import tool
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+import scripted_model
+from mongodb_session_manager import (
+    AsyncMongoDBSessionRepository,
+    AttachmentError,
+    DatabaseError,
+    DatabaseUnavailableError,
+    EncodingError,
+    InvalidArgumentError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionExistsError,
+    SessionNotFoundError,
+)
+from mongodb_session_manager._imports import _batches
+from orchestrators import node, pipeline
+from scripted_model import Redaction
+from support import CommandLog, agent, eventually, fail_point, texts
+from test_archive import MOMENT, SMALL, append, begin, expected, redacted, said, settled, told
+from test_codec import values
+from test_legacy import conversation, old_agent, old_session
+
+Stored = pymongo.collection.Collection[dict[str, Any]]
+KIB, MIB = 1024, 1024 * 1024
+
+
+@pytest.fixture(autouse=True)
+def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripted_model, "_count_words", len)
+
+
+class Cursors(CommandLog):
+    """The commands that were sent, and the cursors that they left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: set[int] = set()
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+        if "cursor" in event.reply:
+            self.open.add(event.reply["cursor"]["id"])
+            self.open.discard(0)
+
+
+@pytest.fixture
+def cursors() -> Cursors:
+    return Cursors()
+
+
+@pytest.fixture
+def repository(server: str, database: str, cursors: Cursors) -> Iterator[MongoDBSessionRepository]:
+    options = {**SMALL, "max_inline_attachment_bytes": 1000}
+    with MongoDBSessionRepository(server, database, event_listeners=[cursors], **options) as repository:
+        yield repository
+
+
+@pytest.fixture
+def long(repository: MongoDBSessionRepository, stored: Stored) -> MongoDBSessionRepository:
+    """A repository with a session of 30 messages, most of them archived."""
+    begin(repository)
+    for message_id in range(30):
+        append(repository, message_id)
+        settled(stored)
+    return repository
+
+
+def with_image(message_id: int, data: bytes) -> SessionMessage:
+    message = said(message_id)
+    message.message["content"].append({"image": {"format": "png", "source": {"bytes": data}}})
+    return message
+
+
+def content(size: int, seed: int = 0) -> bytes:
+    return b"".join(((n * 2654435761 + seed) % 2**32).to_bytes(4, "big") for n in range(size // 4))
+
+
+def kinds(lines: list[str]) -> list[str]:
+    return [next(iter(json.loads(line))) for line in lines]
+
+
+def all_of(repository: MongoDBSessionRepository, session_id: str) -> dict[str, Any]:
+    """Everything that can be read of a session."""
+    agents = [config["agent_id"] for config in repository.list_agents(session_id)]
+    return {
+        "session": {**vars(repository.read_session(session_id)), "session_id": None},
+        "agents": {agent_id: repository.read_agent(session_id, agent_id) for agent_id in agents},
+        "messages": {agent_id: repository.list_messages(session_id, agent_id) for agent_id in agents},
+        "configs": repository.list_agents(session_id),
+        "counts": [repository.get_message_count(session_id, agent_id) for agent_id in agents],
+        "usage": repository.get_usage(session_id),
+        "metadata": repository.get_metadata(session_id),
+        "feedbacks": repository.get_feedbacks(session_id),
+    }
+
+
+def left_of(stored: Stored, session_id: str) -> list[str]:
+    """The collections that hold anything of a session."""
+    database = stored.database
+    return [
+        name
+        for name in database.list_collection_names()
+        for document in database[name].find({})
+        if session_id in (document["_id"], document.get("session_id"))
+        or (isinstance(document["_id"], dict) and document["_id"].get("session_id") == session_id)
+        or (isinstance(document["_id"], dict) and document["_id"].get("file", {}).get("session_id") == session_id)
+    ]
+
+
+@tool
+def weather(city: str) -> str:
+    """Tell the weather."""
+    return f"It rains in {city}."
+
+
+# All of it.
+
+
+def test_a_session_comes_back_as_it_was(server: str, database: str, stored: Stored) -> None:
+    options = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 1000}
+    image = content(3 * MIB)
+    with MongoDBSessionManagerFactory(server, database, application_name="chat", **options) as factory:
+        with factory.create_session_manager("s") as manager:
+            replies = ["hi", {"tool": "weather", "input": {"city": "Oslo", "$date": 1, "a.b": 2}}, "rain", "a picture"]
+            one = agent(manager, *replies, Redaction("[redacted]"), "still here", agent_id="a.b", tools=[weather])
+            one.state.set("seen", {"$oid": "x", "n": 2**70, "list": [1.5, None]})
+            for prompt in ("hello", "weather?"):
+                one(prompt)
+            one([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": image}}}])
+            one("my card is 4111")
+            one("still there?")
+            two = agent(manager, "two", agent_id="two", system_prompt="Be brief.")
+            two("hello two")
+            manager.update_metadata({"tier": "gold", "nested.key": [1, {"x": datetime(2026, 1, 1, tzinfo=UTC)}]})
+            manager.add_feedback({"rating": "up", "comment": "nice"})
+            manager.set_prompt_metadata("two", {"version": 3})
+            pipeline(manager, node("first", "1"), node("second", "2"))("go")
+        lines = list(factory.export_session("s"))
+        assert factory.import_session(lines, "t") == "t"
+        for session_id in "st":
+            with factory.create_session_manager(session_id) as manager:
+                resumed = agent(manager, agent_id="a.b", tools=[weather])
+                graph = pipeline(manager, node("first"), node("second"))
+                if session_id == "s":
+                    original = (resumed.messages, resumed.state.get(), graph.serialize_state())
+        assert (resumed.messages, resumed.state.get(), graph.serialize_state()) == original
+        assert any(
+            image == block["image"]["source"]["bytes"]
+            for m in resumed.messages
+            for block in m["content"]
+            if "image" in block
+        )
+    with MongoDBSessionRepository(server, database) as repository:
+        assert all_of(repository, "t") == all_of(repository, "s")
+    before, after = (stored.find_one({"_id": session_id}) for session_id in "st")
+    assert after["application_name"] == "chat"
+    own = {"_id", "session_id", "agents", "attachments_generation"}
+    assert {name: after[name] for name in before.keys() - own} == {name: before[name] for name in before.keys() - own}
+    assert after.keys() - before.keys() == {"copy_of", "attachments_generation"}
+    assert after["copy_of"]["session_id"] == "s"
+    assert before["agents"]["a%2Eb"]["archived"] > 4
+    assert after["agents"]["a%2Eb"]["archived"] > 4
+
+
+def test_a_session_of_old_comes_back(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    unnumbered = [{name: value for name, value in m.items() if name != "message_id"} for m in conversation()]
+    stored.insert_one(old_session(agent=old_agent("agent", *conversation()), **{"50%": old_agent("50%", *unnumbered)}))
+    lines = list(repository.export_session("s"))
+    assert stored.find_one({"_id": "s"})["agents"].keys() == {"agent", "50%"}
+    repository.import_session(lines, "t")
+    copy = stored.find_one({"_id": "t"})
+    assert copy["session_viewer_password"] == "correct horse"
+    assert copy["agents"].keys() == {"agent", "50%25"}
+    assert copy["agents"]["agent"]["colour"] == "red"
+    assert copy["agents"]["agent"]["messages"] == conversation()
+    assert copy["agents"]["50%25"]["messages"] == conversation()
+    repository.open_session("s")
+    assert all_of(repository, "t") == all_of(repository, "s")
+
+
+bodies = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]), "content": st.lists(values, max_size=3)},
+    optional={
+        "metadata": st.fixed_dictionaries({"custom": values}),
+        "$ref": values,
+        "tracking_id": st.text(max_size=3),
+    },
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(bodies, max_size=12), st.dictionaries(st.text(max_size=3), values, max_size=2))
+def test_whatever_can_be_stored_comes_back(
+    repository: MongoDBSessionRepository, stored: Stored, messages: list[Any], state: dict[str, Any]
+) -> None:
+    for session_id in ("s", "t"):
+        stored.delete_one({"_id": session_id})
+    stored.database["agent_sessions_archive"].delete_many({})
+    repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+    try:
+        repository.create_agent("s", SessionAgent("agent", state, {}, {}, MOMENT, MOMENT))
+    except EncodingError:
+        return
+    count = 0
+    for body in messages:
+        try:
+            repository.create_message("s", "agent", SessionMessage(body, count, None, MOMENT, MOMENT))
+        except EncodingError:
+            continue
+        count += 1
+    repository.import_session(repository.export_session("s"), "t")
+    assert repr(repository.list_messages("t", "agent")) == repr(repository.list_messages("s", "agent"))
+    assert repr(repository.read_agent("t", "agent")) == repr(repository.read_agent("s", "agent"))
+    assert repository.get_message_count("t", "agent") == count
+
+
+def test_an_imported_session_goes_on(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    state = {"__name__": "SlidingWindowConversationManager", "removed_message_count": 0}
+    stored.update_one({"_id": "s"}, {"$set": {"agents.agent.agent_data.conversation_manager_state": state}})
+    long.import_session(long.export_session("s"), "t")
+    with MongoDBSessionManagerFactory(server, database, **SMALL) as factory:
+        with factory.create_session_manager("t") as manager:
+            resumed = agent(manager, *["more"] * 5)
+            assert texts(resumed.messages) == expected(30)
+            for _ in range(5):
+                resumed("go on")
+        with factory.create_session_manager("t") as manager:
+            assert texts(agent(manager).messages) == expected(30) + ["go on", "more"] * 5
+    assert told(long.list_messages("s", "agent")) == expected(30)
+    long.update_message("t", "agent", redacted(3))
+    assert told(long.list_messages("t", "agent"))[3] == "[redacted]"
+
+
+def test_the_head_of_an_imported_session_is_bounded(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionRepository(server, database, max_embedded_messages=1000) as repository:
+        begin(repository)
+        repository.apply("s", _appends(500))
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        repository.import_session(repository.export_session("s"), "t")
+        assert told(repository.list_messages("t", "agent")) == expected(500)
+        assert told(repository.list_messages("t", "agent", limit=9, offset=100)) == expected(109, 100)
+        assert repository.read_message("t", "agent", 7).message == said(7).message
+    head = stored.find_one({"_id": "t"})["agents"]["agent"]
+    assert len(head["messages"]) <= 8
+    buckets = list(stored.database["agent_sessions_archive"].find({"session_id": "t"}).sort("_id", 1))
+    assert [bucket["_id"]["first"] for bucket in buckets[1:]] == [bucket["last"] + 1 for bucket in buckets[:-1]]
+    assert buckets[-1]["last"] + 1 == head["archived"]
+
+
+def _appends(count: int, text: str | None = None) -> list[Any]:
+    from mongodb_session_manager._changes import AppendMessage
+    from mongodb_session_manager._documents import stored_message
+
+    return [AppendMessage("agent", stored_message(said(n, text), n)) for n in range(count)]
+
+
+def test_many_large_heads_fit_into_one_document(server: str, database: str, stored: Stored) -> None:
+    options = {"max_embedded_bytes": 8 * MIB}
+    with MongoDBSessionRepository(server, database, **options) as repository:
+        repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        for agent_id in "abc":
+            repository.create_agent("s", SessionAgent(agent_id, {}, {}, {}, MOMENT, MOMENT))
+        lines = list(repository.export_session("s"))
+        end = json.loads(lines.pop())["end"]
+        for position in (4, 3, 2):
+            for message_id in reversed(range(7)):
+                lines.insert(position + 1, _message_line(message_id, "x" * MIB))
+        lines.append(json.dumps({"end": {**end, "messages": 21, "sha256": None}}).replace(', "sha256": null', ""))
+        repository.import_session(lines, "t")
+        for agent_id in "abc":
+            assert [m.message_id for m in repository.list_messages("t", agent_id)] == list(range(7))
+    assert sum(len(each["messages"]) for each in stored.find_one({"_id": "t"})["agents"].values()) < 15
+
+
+def _message_line(message_id: int, text: str) -> str:
+    body = {"role": "user", "content": [{"text": text}]}
+    return json.dumps({"message": {"message_id": message_id, "message": body, "redact_message": None}})
+
+
+# Streams.
+
+
+def test_a_stream_may_be_anything_that_has_lines(
+    long: MongoDBSessionRepository, tmp_path: Path, server: str, database: str
+) -> None:
+    lines = list(long.export_session("s"))
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(lines))
+    with gzip.open(tmp_path / "s.gz", "wt") as zipped:
+        zipped.writelines(lines)
+    with path.open() as text, path.open("rb") as binary, gzip.open(tmp_path / "s.gz") as unzipped:
+        streams = [
+            text,
+            binary,
+            unzipped,
+            io.StringIO("".join(lines)),
+            lines,
+            iter(lines),
+            path.read_bytes().split(b"\n"),
+        ]
+        for n, stream in enumerate(streams):
+            assert long.import_session(stream, f"t{n}") == f"t{n}"  # type: ignore[arg-type]
+            assert told(long.list_messages(f"t{n}", "agent")) == expected(30)
+
+
+@pytest.mark.anyio
+async def test_a_stream_may_be_asynchronous(long: MongoDBSessionRepository, server: str, database: str) -> None:
+    lines = await asyncio.to_thread(lambda: list(long.export_session("s")))
+
+    async def stream() -> AsyncIterator[bytes]:
+        for line in lines:
+            await asyncio.sleep(0)
+            yield line.encode()
+
+    async with (
+        AsyncMongoDBSessionRepository(server, database) as repository,
+        MongoDBSessionManagerFactory(server, f"{database}") as factory,
+    ):
+        assert await repository.import_session(stream(), "t1") == "t1"
+        assert await repository.import_session(lines, "t2") == "t2"
+        assert await repository.import_session(repository.export_session("s"), "t3") == "t3"
+        assert await factory.import_session_async(stream(), "t4") == "t4"
+        assert await factory.import_session_async(factory.export_session_async("s"), "t5") == "t5"
+        assert await factory.import_session_async(iter(lines), "t6") == "t6"
+        assert await repository.import_session(factory.export_session_async("s"), "t7") == "t7"
+        for n in range(1, 8):
+            assert told(await repository.list_messages(f"t{n}", "agent")) == expected(30)
+
+
+def test_the_id_is_the_one_it_was_exported_with(
+    long: MongoDBSessionRepository, server: str, database: str, driver: pymongo.MongoClient[Any]
+) -> None:
+    try:
+        with MongoDBSessionRepository(server, f"{database}_b") as other:
+            assert other.import_session(long.export_session("s")) == "s"
+            assert all_of(other, "s") == all_of(long, "s")
+    finally:
+        driver.drop_database(f"{database}_b")
+
+
+@pytest.mark.parametrize("stream", ["text", b"bytes", {}, 7, None, Path("s.jsonl")], ids=repr)
+def test_what_has_no_lines_is_refused(repository: MongoDBSessionRepository, stream: Any, cursors: Cursors) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^stream must be lines: an open file, or another iterable"):
+        repository.import_session(stream)
+    assert cursors.names == []
+
+
+def test_a_line_without_end_is_not_read_to_its_end() -> None:
+    class Endless(io.RawIOBase):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            assert size is not None
+            assert 0 < size < 40 * MIB
+            return b"x" * 10
+
+    stream = _batches(Endless())
+    assert next(stream) == [b"x" * 10] * 256
+
+
+@pytest.mark.parametrize("bad", [{"$ne": None}, "", "a\0b", 7, ["s"], "\ud83d"], ids=repr)
+def test_what_is_no_id_is_refused(repository: MongoDBSessionRepository, cursors: Cursors, bad: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^session_id must"):
+        repository.import_session([], bad)
+    with pytest.raises(InvalidArgumentError, match=r"^session_id must"):
+        list(repository.export_session(bad))
+    assert cursors.names == []
+
+
+# Little memory, and nothing left open.
+
+
+def test_a_long_session_takes_little_memory(server: str, database: str, stored: Stored) -> None:
+    """100 MB of lines go from one session to another through a bounded piece of memory."""
+    count, text = 1600, "x" * 20 * KIB
+    with MongoDBSessionRepository(server, database, max_embedded_bytes=64 * KIB) as repository:
+        begin(repository)
+        for n in range(0, count, 100):
+            repository.apply("s", _appends(count, text)[n : n + 100])
+        eventually(lambda: len(stored.find_one({"_id": "s"})["agents"]["agent"]["messages"]) < 10)
+        tracemalloc.start()
+        try:
+            read = 0
+
+            def lines() -> Iterator[str]:
+                nonlocal read
+                for line in repository.export_session("s"):
+                    read += len(line)
+                    yield line
+
+            repository.import_session(lines(), "t")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert repository.get_message_count("t", "agent") == count
+    assert read > 30 * MIB
+    assert peak < 20 * MIB
+
+
+def test_a_large_attachment_takes_little_memory(repository: MongoDBSessionRepository) -> None:
+    begin(repository)
+    image = content(15 * MIB)
+    repository.create_message("s", "agent", with_image(0, image))
+    repository.create_message("s", "agent", with_image(1, image))
+    longest, pieces = 0, 0
+    tracemalloc.start()
+    try:
+
+        def lines() -> Iterator[str]:
+            nonlocal longest, pieces
+            for line in repository.export_session("s"):
+                longest, pieces = max(longest, len(line)), pieces + line.startswith('{"attachment"')
+                yield line
+
+        repository.import_session(lines(), "t")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert longest <= MIB
+    assert pieces == 30  # once, though two messages refer to it
+    assert peak < 14 * MIB
+    for message in repository.list_messages("t", "agent"):
+        assert message.message["content"][1]["image"]["source"]["bytes"] == image
+
+
+def test_no_command_leaves_a_cursor(long: MongoDBSessionRepository, cursors: Cursors) -> None:
+    cursors.clear()
+    exported = long.export_session("s")
+    assert [next(exported) for _ in range(5)]
+    exported.close()
+    assert cursors.names == ["find", "find"]
+    assert list(exported) == []
+    assert len(list(long.export_session("s"))) == 34
+    assert "getMore" not in cursors.names
+    assert cursors.open == set()
+
+
+@pytest.mark.anyio
+async def test_an_iterator_that_is_cancelled_or_closed_leaves_nothing(
+    long: MongoDBSessionRepository, server: str, database: str, cursors: Cursors
+) -> None:
+    slow = {"failCommands": ["find"], "blockConnection": True, "blockTimeMS": 500, "appName": "slow"}
+    async with MongoDBSessionManagerFactory(server, database, event_listeners=[cursors], appName="slow") as factory:
+        exported = factory.export_session_async("s")
+        assert kinds([await anext(exported)]) == ["format"]
+        await exported.aclose()
+
+        def slowly() -> Any:
+            return fail_point(server, **slow, times=100)
+
+        context = slowly()
+        await asyncio.to_thread(context.__enter__)
+        try:
+            pull = asyncio.ensure_future(anext(factory.export_session_async("s")))
+            await asyncio.to_thread(eventually, lambda: cursors.names.count("find") > 1)
+            pull.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await pull
+        finally:
+            await asyncio.to_thread(context.__exit__, None, None, None)
+        assert await factory.session_exists_async("s")
+    assert cursors.open == set()
+    assert factory._connection._operations == 0
+
+
+@pytest.mark.anyio
+async def test_the_repository_itself_can_be_stopped(long: MongoDBSessionRepository, server: str, database: str) -> None:
+    async with AsyncMongoDBSessionRepository(server, database) as repository:
+        async for line in repository.export_session("s"):
+            assert line
+            break
+
+
+# While others write.
+
+
+def test_what_is_written_meanwhile_is_neither_missing_nor_there(long: MongoDBSessionRepository, stored: Stored) -> None:
+    exported = long.export_session("s")
+    lines = [next(exported)]
+    for message_id in range(30, 60):
+        append(long, message_id)
+        settled(stored)
+    lines += exported
+    long.import_session(lines, "t")
+    assert told(long.list_messages("t", "agent")) == expected(30)
+    assert told(long.list_messages("s", "agent")) == expected(60)
+
+
+def test_exports_beside_a_writer_are_consistent(long: MongoDBSessionRepository) -> None:
+    done = threading.Event()
+
+    def write() -> None:
+        for message_id in range(30, 150):
+            append(long, message_id)
+        done.set()
+
+    exports: list[list[str]] = []
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(write)
+        while not done.is_set() or not exports:
+            exports.append(list(long.export_session("s")))
+        writing.result()
+    for n, lines in enumerate(exports):
+        long.import_session(lines, f"t{n}")
+        found = told(long.list_messages(f"t{n}", "agent"))
+        assert found == expected(len(found))
+        assert len(found) >= 30
+
+
+def redact(repository: MongoDBSessionRepository, message_id: int) -> None:
+    repository.update_message("s", "agent", redacted(message_id))
+
+
+@pytest.mark.parametrize("pulled", [1, 4, 5, 7])
+def test_a_redaction_meanwhile_is_exported_whole_or_not_at_all(
+    repository: MongoDBSessionRepository, stored: Stored, pulled: int
+) -> None:
+    begin(repository)
+    image = content(5 * MIB)
+    for message_id in range(12):
+        repository.create_message("s", "agent", with_image(message_id, image) if message_id == 1 else said(message_id))
+        settled(stored)
+    assert stored.find_one({"_id": "s"})["agents"]["agent"]["archived"] > 1
+    exported = repository.export_session("s")
+    lines = [next(exported) for _ in range(pulled)]  # 4 come before the attachment
+    redact(repository, 1)
+    lines += exported
+    assert repository.import_session(lines, "t") == "t"
+    assert told(repository.list_messages("t", "agent")) == ["text 0", "[redacted]", *expected(12, 2)]
+    assert left_of(stored, "t").count("agent_sessions_attachments.chunks") == 0
+
+
+def test_a_redaction_after_the_message_was_exported_is_too_late(repository: MongoDBSessionRepository) -> None:
+    begin(repository)
+    image = content(5 * MIB)
+    repository.create_message("s", "agent", with_image(0, image))
+    exported = repository.export_session("s")
+    lines = [next(exported) for _ in range(14)]
+    assert kinds(lines[-1:]) == ["message"]
+    redact(repository, 0)
+    repository.import_session([*lines, *exported], "t")
+    (message,) = repository.list_messages("t", "agent")
+    assert message.message["content"][1]["image"]["source"]["bytes"] == image
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_attachment_is_not_exported(
+    repository: MongoDBSessionRepository, stored: Stored, damage: str
+) -> None:
+    begin(repository)
+    repository.create_message("s", "agent", with_image(0, content(5 * MIB)))
+    chunks = stored.database["agent_sessions_attachments.chunks"]
+    if damage == "missing":
+        chunks.delete_one({"n": 1})
+    else:
+        chunks.update_one({"n": 1}, {"$set": {"data": b"x" * 2 * MIB}})
+    with pytest.raises(
+        AttachmentError, match=r"message 0 of agent 'agent' holds an attachment that is missing or dama"
+    ):
+        list(repository.export_session("s"))
+
+
+def test_what_does_not_exist_is_not_exported(repository: MongoDBSessionRepository) -> None:
+    with pytest.raises(SessionNotFoundError, match="session 'x' does not exist"):
+        next(repository.export_session("x"))
+
+
+def test_a_session_that_is_deleted_meanwhile(long: MongoDBSessionRepository, stored: Stored) -> None:
+    exported = long.export_session("s")
+    next(exported)
+    stored.delete_one({"_id": "s"})
+    stored.database["agent_sessions_archive"].delete_many({})
+    with pytest.raises(SessionNotFoundError):
+        list(exported)
+
+
+def test_a_message_that_is_missing(long: MongoDBSessionRepository, stored: Stored) -> None:
+    stored.database["agent_sessions_archive"].delete_one({"_id.first": {"$gt": 0}})
+    with pytest.raises(DatabaseError, match="is missing in its archive"):
+        list(long.export_session("s"))
+
+
+# What is refused leaves nothing.
+
+
+@pytest.fixture
+def lines(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
+    """An export with two buckets or more and two attachments, one of them archived."""
+    begin(repository)
+    for message_id in range(20):
+        attached = with_image(message_id, content(5 * MIB, message_id)) if message_id in (1, 19) else said(message_id)
+        repository.create_message("s", "agent", attached)
+        settled(stored)
+    return list(repository.export_session("s"))
+
+
+def same_content(repository: MongoDBSessionRepository, session_id: str, other: str) -> None:
+    assert all_of(repository, session_id) == all_of(repository, other)
+
+
+def test_a_damaged_stream_leaves_nothing(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
+) -> None:
+    for number in (0, 1, 2, 5, 20, len(lines) - 1):
+        damaged = [*lines[:number], lines[number][:-9], *lines[number + 1 :]]
+        with pytest.raises(InvalidArgumentError, match=rf"^line {number + 1} cannot be imported: "):
+            repository.import_session(damaged, "t")
+        assert left_of(stored, "t") == []
+        with pytest.raises(InvalidArgumentError, match=r"^the export is truncated: "):
+            repository.import_session(lines[:number], "t")
+        assert left_of(stored, "t") == []
+    repository.import_session(lines, "t")
+    same_content(repository, "t", "s")
+
+
+def test_a_stream_that_fails_leaves_nothing(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
+) -> None:
+    def stream() -> Iterator[str]:
+        yield from lines[:-2]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        repository.import_session(stream(), "t")
+    assert left_of(stored, "t") == []
+
+
+def test_a_session_that_exists_is_left_as_it_is(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
+) -> None:
+    before = stored.find_one({"_id": "s"})
+    with pytest.raises(SessionExistsError, match="session 's' exists already"):
+        repository.import_session(lines)
+    assert stored.find_one({"_id": "s"}) == before
+    assert len(repository.list_messages("s", "agent")) == 20
+
+
+def test_a_session_that_is_created_meanwhile_is_left_as_it_is(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
+) -> None:
+    def stream() -> Iterator[str]:
+        yield from lines[:-1]
+        repository.create_session(Session("t", "AGENT", MOMENT, MOMENT))
+        yield lines[-1]
+
+    with pytest.raises(SessionExistsError, match="session 't' exists already"):
+        repository.import_session(stream(), "t")
+    assert stored.find_one({"_id": "t"})["agents"] == {}
+    assert left_of(stored, "t") == ["agent_sessions"]
+
+
+def test_of_two_imports_into_one_session_one_is_done(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
+) -> None:
+    together = threading.Barrier(4)
+
+    def bring() -> str | Exception:
+        together.wait()
+        try:
+            return repository.import_session(lines, "t")
+        except SessionExistsError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as threads:
+        outcomes = [each.result() for each in [threads.submit(bring) for _ in range(4)]]
+    assert outcomes.count("t") == 1
+    same_content(repository, "t", "s")
+    assert left_of(stored, "t").count("agent_sessions_attachments.files") == 2
+    assert sum("copy" in note["_id"] for note in stored.database["agent_sessions_archive"].find()) == 0
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_import_leaves_nothing(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored, server: str, database: str
+) -> None:
+    async with (
+        AsyncMongoDBSessionRepository(server, database, **SMALL) as direct,
+        MongoDBSessionManagerFactory(server, database, **SMALL) as factory,
+    ):
+        for start in (direct.import_session, factory.import_session_async):
+            waiting = asyncio.Event()
+
+            async def stream(waiting: asyncio.Event = waiting) -> AsyncIterator[str]:
+                for line in lines[:-1]:
+                    yield line
+                waiting.set()
+                await asyncio.Event().wait()
+
+            task = asyncio.ensure_future(start(stream(), "t"))
+            await waiting.wait()
+            assert await asyncio.to_thread(left_of, stored, "t") != []
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(left_of, stored, "t") == []
+
+
+def test_what_does_not_fit_is_refused(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+    repository.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+    lines = list(repository.export_session("s"))
+    session = json.loads(lines[1])
+    session["session"]["large"] = "x" * 17 * MIB
+    with pytest.raises(MessageTooLargeError):
+        repository.import_session(
+            [lines[0], json.dumps(session), lines[2], lines[3].split(', "sha256"')[0] + "}}"], "t"
+        )
+    assert left_of(stored, "t") == []
+
+
+# Every command may be the one that fails.
+
+
+@contextmanager
+def fails_at(uri: str, number: int, **failure: Any) -> Iterator[None]:
+    """Have the server fail the command of that number, from 0, that the application `copying` sends."""
+    names = ["find", "update", "insert", "delete", "aggregate"]
+    data = {"failCommands": names, "appName": "copying", **failure}
+    with pymongo.MongoClient(uri) as client:
+        client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": number}, "data": data})
+        try:
+            yield
+        finally:
+            client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+
+
+def copying(server: str, database: str) -> MongoDBSessionRepository:
+    return MongoDBSessionRepository(
+        server,
+        database,
+        appName="copying",
+        **SMALL,
+        max_inline_attachment_bytes=1000,
+        retryReads=False,
+        retryWrites=False,
+    )
+
+
+def every_failure(
+    server: str,
+    database: str,
+    stored: Stored,
+    act: Callable[[MongoDBSessionRepository], object],
+    check: Callable[[MongoDBSessionRepository], None],
+    count: int,
+) -> None:
+    """Let `act`, which makes session `t`, fail for good from each of its commands on, and repeat it."""
+    for number in range(count + 1):
+        with copying(server, database) as repository:
+            repository.session_exists("warm-up")
+            with fails_at(server, number, errorCode=8000):
+                try:
+                    act(repository)
+                    failed = False
+                except MongoDBSessionError:
+                    failed = True
+            # It may fail behind its commit, when all of it is there.
+            is_there = stored.find_one({"_id": "t"}) is not None
+            assert is_there or failed
+            assert failed or number > count // 2
+            if not is_there:
+                assert not repository.session_exists("t")
+                act(repository)
+            check(repository)
+            if not is_there:  # else the next copy into it would remove the note
+                notes = stored.database["agent_sessions_archive"].count_documents({"by": {"$exists": True}})
+                assert notes == 0
+        for name in stored.database.list_collection_names():
+            stored.database[name].delete_many(
+                {"$or": [{"_id": "t"}, {"_id.session_id": "t"}, {"_id.file.session_id": "t"}]}
+            )
+
+
+def test_an_import_may_stop_at_every_command(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored, server: str, database: str
+) -> None:
+    def whole(other: MongoDBSessionRepository) -> None:
+        same_content(other, "t", "s")
+        assert left_of(stored, "t").count("agent_sessions_attachments.files") == 2
+        assert left_of(stored, "t").count("agent_sessions_attachments.chunks") == 6
+
+    log = CommandLog()
+    with MongoDBSessionRepository(server, database, event_listeners=[log], **SMALL) as counting:
+        counting.session_exists("warm-up")
+        log.clear()
+        counting.import_session(lines, "count")
+    count = len([name for name in log.names if name != "createIndexes"])
+    assert count > 15
+    every_failure(server, database, stored, lambda other: other.import_session(lines, "t"), whole, count)
+
+
+LOST = {"closeConnection": True}
+UNACKNOWLEDGED = {
+    "errorLabels": ["RetryableWriteError"],
+    "writeConcernError": {"code": 6, "errmsg": "the write is done, its acknowledgement is lost"},
+}
+
+
+@pytest.mark.parametrize("failure", [LOST, UNACKNOWLEDGED], ids=["lost", "unacknowledged"])
+@pytest.mark.parametrize("name", ["find", "update", "insert", "delete"])
+def test_an_import_survives_a_lost_connection(
+    repository: MongoDBSessionRepository,
+    lines: list[str],
+    stored: Stored,
+    server: str,
+    database: str,
+    name: str,
+    failure: dict[str, Any],
+) -> None:
+    with copying(server, database) as other:
+        other.session_exists("warm-up")
+        with fail_point(server, failCommands=[name], appName="copying", times=3, **failure):
+            other.import_session(lines, "t")
+        same_content(other, "t", "s")
+    assert left_of(stored, "t").count("agent_sessions") == 1
+    assert left_of(stored, "t").count("agent_sessions_attachments.files") == 2
+
+
+def test_when_nobody_knows_whether_the_session_is_there_nothing_is_removed(
+    long: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    lines = list(long.export_session("s"))
+    with copying(server, database) as other:
+        other.session_exists("warm-up")
+        # Nothing but the session document is inserted: there are no attachments.
+        with (
+            fail_point(server, failCommands=["insert"], appName="copying", times=4, **LOST),
+            pytest.raises(DatabaseUnavailableError, match="unknown"),
+        ):
+            other.import_session(lines, "t")
+        assert "agent_sessions_archive" in left_of(stored, "t")
+        assert not other.session_exists("t")
+        other.import_session(lines, "t")
+        same_content(other, "t", "s")
+    notes = stored.database["agent_sessions_archive"].count_documents({"by": {"$exists": True}})
+    assert notes == 0
+
+
+def test_what_a_killed_import_left_is_invisible_and_removed_by_the_next(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
+) -> None:
+    killed = repository._async._import("t")
+    repository._portal.call(killed.store, lines[:-1])
+    assert {"agent_sessions_archive", "agent_sessions_attachments.files"} <= set(left_of(stored, "t"))
+    assert not repository.session_exists("t")
+    assert repository.list_sessions().sessions[0].session_id == "s"
+    left = len(left_of(stored, "t"))
+    repository.import_session(lines, "t")
+    same_content(repository, "t", "s")
+    assert len(left_of(stored, "t")) == left  # a note less, a session more
+    repository._portal.call(killed.abandon)
+    same_content(repository, "t", "s")
+
+
+def test_a_session_opened_over_what_a_killed_import_left(
+    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
+) -> None:
+    killed = repository._async._import("t")
+    repository._portal.call(killed.store, lines[:-1])
+    repository.open_session("t")
+    repository.create_agent("t", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+    for message_id in range(20):
+        repository.create_message(
+            "t", "agent", with_image(message_id, content(5 * MIB, 1)) if message_id == 3 else said(message_id)
+        )
+    assert told(repository.list_messages("t", "agent")) == expected(20)
+    repository._portal.call(killed.store, lines[-1:])
+    with pytest.raises(SessionExistsError):
+        repository._portal.call(killed.finish)
+    repository._portal.call(killed.abandon)
+    messages = repository.list_messages("t", "agent")
+    assert messages[3].message["content"][1]["image"]["source"]["bytes"] == content(5 * MIB, 1)

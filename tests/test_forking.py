@@ -1,0 +1,556 @@
+"""Forking sessions: another one with the same beginning, from which an agent goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pymongo
+import pytest
+from pymongo import monitoring
+from strands import tool
+from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
+
+import scripted_model
+from mongodb_session_manager import (
+    AgentNotFoundError,
+    AsyncMongoDBSessionRepository,
+    AttachmentError,
+    DatabaseError,
+    InvalidArgumentError,
+    MessageNotFoundError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionExistsError,
+    SessionNotFoundError,
+)
+from scripted_model import Redaction
+from support import CommandLog, agent, eventually, fail_point, texts
+from test_archive import SMALL, append, begin, expected, head, redacted, said, settled, told
+from test_archive_faults import Other
+from test_copying import KIB, MIB, all_of, content, every_failure, left_of, same_content, with_image
+from test_legacy import conversation, old_agent, old_session
+
+Stored = pymongo.collection.Collection[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scripted_model, "_count_words", len)
+
+
+@pytest.fixture
+def repository(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionRepository]:
+    options = {**SMALL, "max_inline_attachment_bytes": 1000}
+    with MongoDBSessionRepository(server, database, event_listeners=[commands], **options) as repository:
+        yield repository
+
+
+@pytest.fixture
+def small(server: str, database: str) -> Iterator[MongoDBSessionManagerFactory]:
+    """A factory that archives what is older than eight messages."""
+    with MongoDBSessionManagerFactory(server, database, max_inline_attachment_bytes=1000, **SMALL) as factory:
+        yield factory
+
+
+@pytest.fixture
+def long(repository: MongoDBSessionRepository, stored: Stored) -> MongoDBSessionRepository:
+    """A repository with a session of 30 messages, of which 25 are archived."""
+    begin(repository)
+    for message_id in range(30):
+        append(repository, message_id)
+        settled(stored)
+    assert head(stored)["archived"] == 25
+    return repository
+
+
+def talk(factory: MongoDBSessionManagerFactory, turns: int, **options: Any) -> None:
+    with factory.create_session_manager("s") as manager:
+        one = agent(manager, *[f"a{n}" for n in range(turns)], **options)
+        for n in range(turns):
+            one(f"q{n}")
+
+
+def said_in(turns: int) -> list[str]:
+    return [text for n in range(turns) for text in (f"q{n}", f"a{n}")]
+
+
+def snapshot(stored: Stored) -> list[Any]:
+    """Everything that is stored of the session."""
+    database = stored.database
+    return [
+        list(
+            database[name].find(
+                {"$or": [{"_id": "s"}, {"_id.session_id": "s"}, {"_id.file.session_id": "s"}]}, sort=[("_id", 1)]
+            )
+        )
+        for name in sorted(database.list_collection_names())
+    ]
+
+
+@tool
+def weather(city: str) -> str:
+    """Tell the weather."""
+    return f"It rains in {city}."
+
+
+# Everything.
+
+
+def test_a_fork_is_the_same_session(
+    small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    with small.create_session_manager("s") as manager:
+        one = agent(manager, *[f"a{n}" for n in range(12)], agent_id="a.b")
+        one([{"text": "q0"}, {"image": {"format": "png", "source": {"bytes": content(3 * MIB)}}}])
+        for n in range(1, 12):
+            one(f"q{n}")
+        two = agent(manager, Redaction("[redacted]"), agent_id="two", system_prompt="Be brief.")
+        two("my card")
+        manager.update_metadata({"tier": "gold"})
+        manager.add_feedback({"rating": "up"})
+    eventually(lambda: len(stored.find_one({"_id": "s"})["agents"]["a%2Eb"]["messages"]) <= 8)
+    stored.update_one({"_id": "s"}, {"$set": {"session_viewer_password": "x", "session_ttl": 60}})
+    before = snapshot(stored)
+    small.fork_session("s", "t")
+    assert snapshot(stored) == before
+    source, fork = all_of(repository, "s"), all_of(repository, "t")
+    assert source.pop("feedbacks") != []
+    assert fork.pop("feedbacks") == []
+    assert fork["session"].pop("created_at") > source["session"].pop("created_at")
+    del fork["session"]["updated_at"], source["session"]["updated_at"]
+    assert fork == source
+    document, original = stored.find_one({"_id": "t"}), stored.find_one({"_id": "s"})
+    assert document["session_id"] == "t"
+    assert document["session_viewer_password"] == "x"
+    assert document["guardrail_events"] == original["guardrail_events"] != []
+    assert "session_ttl" not in document
+    assert document["copy_of"]["session_id"] == "s"
+    assert document["copy_of"]["at"] == document["created_at"]
+
+
+def test_a_fork_and_its_session_go_their_own_ways(small: MongoDBSessionManagerFactory) -> None:
+    talk(small, 10)
+    small.fork_session("s", "t")
+    for session_id, reply in (("s", "here"), ("t", "there")):
+        with small.create_session_manager(session_id) as manager:
+            resumed = agent(manager, *[reply] * 10)
+            assert texts(resumed.messages) == said_in(10)
+            for _ in range(10):
+                resumed("where?")
+    for session_id, reply in (("s", "here"), ("t", "there")):
+        with small.create_session_manager(session_id) as manager:
+            assert texts(agent(manager).messages) == said_in(10) + ["where?", reply] * 10
+
+
+def test_redacting_in_one_leaves_the_other(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    begin(repository)
+    image = content(3 * MIB)
+    for message_id in range(20):
+        repository.create_message(
+            "s", "agent", with_image(message_id, image) if message_id in (2, 19) else said(message_id)
+        )
+        settled(stored)
+    repository.fork_session("s", "t")
+    repository.fork_session("t", "u")
+    for message_id in (2, 19):
+        repository.update_message("s", "agent", redacted(message_id))
+        repository.update_message("u", "agent", redacted(message_id))
+    assert left_of(stored, "s").count("agent_sessions_attachments.files") == 0
+    messages = repository.list_messages("t", "agent")
+    assert [messages[n].message["content"][1]["image"]["source"]["bytes"] for n in (2, 19)] == [image, image]
+    for session_id in "su":
+        assert [told(repository.list_messages(session_id, "agent"))[n] for n in (2, 19)] == ["[redacted]"] * 2
+
+
+def test_a_session_of_old_is_forked(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    unnumbered = [{name: value for name, value in m.items() if name != "message_id"} for m in conversation()]
+    stored.insert_one(old_session(agent=old_agent("agent", *conversation()), **{"50%": old_agent("50%", *unnumbered)}))
+    repository.fork_session("s", "t", {"50%": 3})
+    fork = stored.find_one({"_id": "t"})
+    assert fork["agents"]["agent"]["messages"] == conversation()
+    assert fork["agents"]["50%25"]["messages"] == conversation()[:4]
+    assert [fork["agents"][key]["next_message_id"] for key in ("agent", "50%25")] == [6, 4]
+    assert stored.find_one({"_id": "s"})["agents"].keys() == {"agent", "50%25"}
+
+
+# The beginning.
+
+
+@pytest.mark.parametrize("last", [0, 1, 4, 5, 6, 24, 25, 26, 29])
+def test_a_fork_ends_with_a_message(long: MongoDBSessionRepository, stored: Stored, last: int) -> None:
+    before = snapshot(stored)
+    long.fork_session("s", "t", last)
+    assert snapshot(stored) == before
+    assert told(long.list_messages("t", "agent")) == expected(last + 1)
+    assert [m.created_at for m in long.list_messages("t", "agent")] == [
+        m.created_at for m in long.list_messages("s", "agent")
+    ][: last + 1]
+    assert long.get_message_count("t", "agent") == last + 1
+    assert long.read_message("t", "agent", last).message == said(last).message
+    assert long.read_message("t", "agent", last + 1) is None
+    for message_id in range(last + 1, last + 40):
+        long.create_message("t", "agent", said(message_id, f"other {message_id}"))
+    assert told(long.list_messages("t", "agent")) == expected(last + 1) + [
+        f"other {n}" for n in range(last + 1, last + 40)
+    ]
+    eventually(lambda: len(stored.find_one({"_id": "t"})["agents"]["agent"]["messages"]) <= 8)
+    assert told(long.list_messages("t", "agent")) == expected(last + 1) + [
+        f"other {n}" for n in range(last + 1, last + 40)
+    ]
+    long.fork_session("t", "u", {"agent": last + 20})
+    assert told(long.list_messages("u", "agent"))[-1] == f"other {last + 20}"
+    assert snapshot(stored) == before
+
+
+@pytest.mark.parametrize("turns", [1, 3, 8, 10])
+def test_an_agent_goes_on_from_a_fork(small: MongoDBSessionManagerFactory, stored: Stored, turns: int) -> None:
+    talk(small, 10)
+    eventually(lambda: len(head(stored)["messages"]) <= 8)
+    small.fork_session("s", "t", 2 * turns - 1)
+    with small.create_session_manager("t") as manager:
+        resumed = agent(manager, "another answer")
+        assert texts(resumed.messages) == said_in(turns)
+        resumed("another question")
+        assert manager.get_message_count("agent") == 2 * turns + 2
+    with small.create_session_manager("t") as manager:
+        assert texts(agent(manager).messages) == [*said_in(turns), "another question", "another answer"]
+
+
+@pytest.mark.parametrize("turns", [1, 3, 8, 10])
+def test_the_totals_are_those_of_the_messages(
+    small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored, turns: int
+) -> None:
+    def session(session_id: str, count: int) -> None:
+        with small.create_session_manager(session_id) as manager:
+            replies = [r for n in range(count) for r in ({"tool": "weather", "input": {"city": "Oslo"}}, f"a{n}")]
+            one = agent(manager, *replies, tools=[weather])
+            for n in range(count):
+                one(f"q{n}")
+
+    session("s", 10)
+    session("expected", turns)
+    eventually(lambda: len(head(stored)["messages"]) <= 8)
+    repository.fork_session("s", "t", 4 * turns - 1)
+    assert repository.get_usage("t") == repository.get_usage("expected")
+    assert repository.get_usage("t")["total"]["toolCalls"] == turns
+    assert repository.get_usage("t")["total"]["invocations"] == turns
+
+
+def test_several_agents_are_cut_by_name(
+    small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository
+) -> None:
+    with small.create_session_manager("s") as manager:
+        for agent_id in ("a.b", "$two", "three"):
+            one = agent(manager, "a0", "a1", agent_id=agent_id)
+            one("q0")
+            one("q1")
+    with pytest.raises(
+        InvalidArgumentError, match="has several agents: give at_message as a dict, agent id to message id"
+    ):
+        repository.fork_session("s", "t", 1)
+    with pytest.raises(AgentNotFoundError, match="holds no agent 'four'"):
+        repository.fork_session("s", "t", {"four": 1})
+    assert not repository.session_exists("t")
+    repository.fork_session("s", "t", {"a.b": 1, "$two": 2})
+    counts = {agent_id: repository.get_message_count("t", agent_id) for agent_id in ("a.b", "$two", "three")}
+    assert counts == {"a.b": 2, "$two": 3, "three": 4}
+    repository.fork_session("s", "u", {})
+    assert repository.get_message_count("u", "a.b") == 4
+
+
+@pytest.mark.parametrize("last", [30, 31, 2**40])
+def test_a_message_that_is_not_there(long: MongoDBSessionRepository, stored: Stored, last: int) -> None:
+    with pytest.raises(MessageNotFoundError, match=f"agent 'agent' holds no message {last}"):
+        long.fork_session("s", "t", last)
+    assert left_of(stored, "t") == []
+
+
+@pytest.mark.parametrize("bad", [-1, True, "1", 1.5, [1], {"agent": "1"}, {"agent": None}, {1: 1}, {"": 1}], ids=repr)
+def test_what_is_no_message_id_is_refused(repository: MongoDBSessionRepository, commands: CommandLog, bad: Any) -> None:
+    with pytest.raises(InvalidArgumentError):
+        repository.fork_session("s", "t", bad)
+    assert commands.names == []
+
+
+def test_what_is_no_session(long: MongoDBSessionRepository, stored: Stored) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^new_id must"):
+        long.fork_session("s", {"$ne": None})  # type: ignore[arg-type]
+    with pytest.raises(SessionNotFoundError, match="session 'x' does not exist"):
+        long.fork_session("x", "t")
+    before = snapshot(stored)
+    for new_id in ("s", "there"):
+        if new_id == "there":
+            long.open_session("there")
+        with pytest.raises(SessionExistsError, match=f"session '{new_id}' exists already"):
+            long.fork_session("s", new_id)
+    assert snapshot(stored) == before
+    assert left_of(stored, "there") == ["agent_sessions"]
+
+
+def test_guardrail_events_of_what_is_cut_off_are_left_behind(
+    small: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    with small.create_session_manager("s") as manager:
+        one = agent(manager, Redaction("[redacted]"), "fine", Redaction("[redacted]"))
+        for prompt in ("my card", "hello", "my card again"):
+            one(prompt)
+    small.fork_session("s", "t", 3)
+    assert [event["message_id"] for event in stored.find_one({"_id": "s"})["guardrail_events"]] == [0, 4]
+    assert [event["message_id"] for event in stored.find_one({"_id": "t"})["guardrail_events"]] == [0]
+
+
+def test_attachments_of_what_is_cut_off_are_left_behind(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    begin(repository)
+    for message_id in range(20):
+        image = content(3 * MIB, message_id)
+        repository.create_message(
+            "s", "agent", with_image(message_id, image) if message_id in (2, 3, 18, 19) else said(message_id)
+        )
+        settled(stored)
+    for session_id, last, count in (("t", 2, 1), ("u", 17, 2), ("v", 18, 3)):
+        repository.fork_session("s", session_id, last)
+        assert left_of(stored, session_id).count("agent_sessions_attachments.files") == count
+        assert len(repository.list_messages(session_id, "agent")) == last + 1
+
+
+# What the conversation manager shows.
+
+
+@pytest.mark.parametrize(("turns", "shown"), [(10, 4), (9, 4), (2, 4), (1, 2)])
+def test_a_window_is_as_long_as_it_was(small: MongoDBSessionManagerFactory, turns: int, shown: int) -> None:
+    talk(small, 10, conversation_manager=SlidingWindowConversationManager(window_size=4))
+    small.fork_session("s", "t", 2 * turns - 1)
+    with small.create_session_manager("t") as manager:
+        resumed = agent(manager, "on", conversation_manager=SlidingWindowConversationManager(window_size=4))
+        assert texts(resumed.messages) == said_in(turns)[-shown:]
+        resumed("go on")
+    with small.create_session_manager("t") as manager:
+        resumed = agent(manager, conversation_manager=SlidingWindowConversationManager(window_size=4))
+        assert texts(resumed.messages)[-2:] == ["go on", "on"]
+        assert resumed.conversation_manager.removed_message_count + len(resumed.messages) == 2 * turns + 2
+
+
+def test_a_summary_stays_if_the_fork_holds_what_it_tells(small: MongoDBSessionManagerFactory) -> None:
+    def manager_of() -> SummarizingConversationManager:
+        return SummarizingConversationManager(summary_ratio=0.5, preserve_recent_messages=2)
+
+    with small.create_session_manager("s") as manager:
+        one = agent(manager, *[f"a{n}" for n in range(4)], "the summary", "a4", conversation_manager=manager_of())
+        for n in range(4):
+            one(f"q{n}")
+        one.conversation_manager.reduce_context(one)
+        one("q4")
+    removed = one.conversation_manager.removed_message_count
+    assert removed == 4
+    small.fork_session("s", "later", 7)
+    small.fork_session("s", "earlier", 1)
+    with small.create_session_manager("later") as manager:
+        assert texts(agent(manager, conversation_manager=manager_of()).messages) == [
+            "the summary",
+            "q2",
+            "a2",
+            "q3",
+            "a3",
+        ]
+    with small.create_session_manager("earlier") as manager:
+        resumed = agent(manager, "on", conversation_manager=manager_of())
+        assert texts(resumed.messages) == ["q0", "a0"]
+        resumed("go on")
+        assert texts(resumed.messages) == ["q0", "a0", "go on", "on"]
+
+
+def test_a_fork_may_end_with_a_tool_call(small: MongoDBSessionManagerFactory) -> None:
+    with small.create_session_manager("s") as manager:
+        agent(manager, {"tool": "weather", "input": {"city": "Oslo"}}, "It rains.", tools=[weather])("weather?")
+    small.fork_session("s", "t", 1)
+    with small.create_session_manager("t") as manager:
+        resumed = agent(manager, "Never mind.", tools=[weather])
+        assert str(resumed("forget it")).strip() == "Never mind."
+    with small.create_session_manager("t") as manager:
+        assert texts(agent(manager, tools=[weather]).messages)[-2:] == ["forget it", "Never mind."]
+
+
+# In every world.
+
+
+@pytest.mark.anyio
+async def test_forks_asynchronously(small: MongoDBSessionManagerFactory, server: str, database: str) -> None:
+    async with await small.create_session_manager_async("s") as manager:
+        await agent(manager, "a0").invoke_async("q0")
+    await small.fork_session_async("s", "t", at_message=0)
+    async with AsyncMongoDBSessionRepository(server, database) as repository:
+        await repository.fork_session("s", "u", {"agent": 0})
+        for session_id in "tu":
+            assert told(await repository.list_messages(session_id, "agent")) == ["q0"]
+
+
+def test_what_a_fork_costs(long: MongoDBSessionRepository, commands: CommandLog) -> None:
+    long.open_session("short")
+    commands.clear()
+    long.fork_session("short", "t")
+    assert commands.names == ["find", "aggregate", "find"]
+    commands.clear()
+    long.fork_session("s", "u")
+    archive, document, clean = ["update", "aggregate", "find", "aggregate"], ["aggregate", "find"], ["find", "delete"]
+    assert commands.names == ["find", *archive, *document, *clean]
+    commands.clear()
+    long.fork_session("s", "v", 3)
+    assert commands.names == ["find", "find", "aggregate", *archive, *document, *clean]
+
+
+# Faults, and others who write.
+
+
+@pytest.mark.parametrize("last", [None, 27, 10])
+def test_a_fork_may_stop_at_every_command(
+    repository: MongoDBSessionRepository, stored: Stored, server: str, database: str, last: int | None
+) -> None:
+    begin(repository)
+    for message_id in range(30):
+        image = content(300 * KIB, message_id)
+        repository.create_message(
+            "s", "agent", with_image(message_id, image) if message_id in (1, 27) else said(message_id)
+        )
+        settled(stored)
+    before = snapshot(stored)
+    repository.fork_session("s", "expected", last)
+
+    def whole(other: MongoDBSessionRepository) -> None:
+        found, should = all_of(other, "t"), all_of(other, "expected")
+        for each in (found, should):
+            del each["session"]
+        assert found == should
+        names = [name for name in left_of(stored, "t") if name.startswith("agent_sessions_attachments")]
+        assert len(names) == 2 * (1 if last == 10 else 2)
+        assert snapshot(stored) == before
+
+    every_failure(server, database, stored, lambda other: other.fork_session("s", "t", last), whole, 15)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("name", ["find", "update", "aggregate", "delete"])
+def test_a_fork_survives_a_lost_connection(
+    long: MongoDBSessionRepository, stored: Stored, server: str, database: str, name: str, times: int
+) -> None:
+    with MongoDBSessionRepository(server, database, appName="forking", retryReads=False, **SMALL) as other:
+        other.session_exists("warm-up")
+        with fail_point(server, failCommands=[name], appName="forking", times=times, closeConnection=True):
+            other.fork_session("s", "t")
+    assert told(long.list_messages("t", "agent")) == expected(30)
+    assert [note for note in stored.database["agent_sessions_archive"].find() if "copy" in note["_id"]] == []
+
+
+def test_forks_beside_a_writer_are_consistent(long: MongoDBSessionRepository, stored: Stored) -> None:
+    done = threading.Event()
+
+    def write() -> None:
+        for message_id in range(30, 120):
+            append(long, message_id)
+        done.set()
+
+    count = 0
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(write)
+        while not done.is_set() or not count:
+            try:
+                long.fork_session("s", f"t{count}")
+            except DatabaseError as error:
+                assert "was changed again and again" in str(error)  # noqa: PT017
+                continue
+            count += 1
+        writing.result()
+    for n in range(count):
+        found = told(long.list_messages(f"t{n}", "agent"))
+        assert len(found) >= 30
+        assert found == expected(len(found))
+
+
+def test_of_several_forks_into_one_session_one_is_done(long: MongoDBSessionRepository, stored: Stored) -> None:
+    together = threading.Barrier(4)
+
+    def fork() -> str:
+        together.wait()
+        try:
+            long.fork_session("s", "t")
+        except SessionExistsError:
+            return "refused"
+        return "done"
+
+    with ThreadPoolExecutor(4) as threads:
+        outcomes = [each.result() for each in [threads.submit(fork) for _ in range(4)]]
+    assert sorted(outcomes) == ["done", "refused", "refused", "refused"]
+    same_messages = told(long.list_messages("t", "agent"))
+    assert same_messages == expected(30)
+    buckets = [bucket["_id"] for bucket in stored.database["agent_sessions_archive"].find({"_id.session_id": "t"})]
+    assert len({bucket["since"] for bucket in buckets}) == 1
+
+
+def test_a_session_whose_attachments_are_missing_is_not_forked(
+    repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    begin(repository)
+    repository.create_message("s", "agent", with_image(0, content(3 * MIB)))
+    stored.database["agent_sessions_attachments.files"].delete_many({})
+    with pytest.raises(AttachmentError, match="attachments that are missing, so it was not forked"):
+        repository.fork_session("s", "t")
+    assert left_of(stored, "t") == []
+
+
+def test_a_session_whose_archive_has_a_hole_is_not_forked(long: MongoDBSessionRepository, stored: Stored) -> None:
+    stored.database["agent_sessions_archive"].delete_one({"_id.first": {"$gt": 0}})
+    with pytest.raises(DatabaseError, match="a message is missing in its archive, so it was not forked"):
+        long.fork_session("s", "t")
+    assert left_of(stored, "t") == []
+
+
+def test_an_exported_fork_comes_back(long: MongoDBSessionRepository) -> None:
+    long.fork_session("s", "t", 17)
+    long.import_session(long.export_session("t"), "u")
+    same_content(long, "u", "t")
+
+
+class Meanwhile(monitoring.CommandListener):
+    """Does something in the moment in which the document of the fork is made, the first time."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act: Callable[[], object] | None = act
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command.get("aggregate") == "agent_sessions" and self.act is not None:
+            act, self.act = self.act, None
+            act()
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+@pytest.mark.parametrize("what", ["append", "move", "redact"])
+def test_what_happens_just_before_the_fork_is_made_is_in_it(
+    server: str, database: str, stored: Stored, what: str
+) -> None:
+    image = content(3 * MIB)
+    with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=1000) as repository:
+        begin(repository)
+        for message_id in range(20):
+            repository.create_message("s", "agent", with_image(3, image) if message_id == 3 else said(message_id))
+
+        def move() -> None:
+            other = Other(stored)
+            other.merge()
+            assert other.cut()
+
+        acts = {
+            "append": lambda: repository.create_message("s", "agent", with_image(20, image[:-4])),
+            "move": move,
+            "redact": lambda: repository.update_message("s", "agent", redacted(3)),
+        }
+        meanwhile = Meanwhile(acts[what])
+        with MongoDBSessionRepository(server, database, event_listeners=[meanwhile]) as forking:
+            forking.fork_session("s", "t")
+        assert meanwhile.act is None
+        same_messages = repository.list_messages("t", "agent")
+        assert same_messages == repository.list_messages("s", "agent")
+        assert len(same_messages) == (21 if what == "append" else 20)
