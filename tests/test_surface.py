@@ -42,6 +42,7 @@ ORDER = [
     "_codec",
     "_documents",
     "_references",
+    "_beside",
     "_changes",
     "_multi_agents",
     "_buckets",
@@ -62,6 +63,8 @@ ORDER = [
     "_connection",
     "_pool",
     "_commands",
+    "_expiry",
+    "_ending",
     "_blobs",
     "_storage",
     "_annotations",
@@ -220,7 +223,7 @@ def test_the_factory_has_each_method_twice() -> None:
     found = methods(MongoDBSessionManagerFactory)
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
-    finding = {"list_sessions", "count_sessions", "session_exists"}
+    finding = {"list_sessions", "count_sessions", "session_exists", "delete_session"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "close"}
     assert blocking == finding | others
     blocking -= {"create_storage"}  # which waits for nothing
@@ -232,9 +235,9 @@ def test_the_factory_has_each_method_twice() -> None:
         assert not is_async(found[name])
 
 
-def test_a_factory_finds_as_a_repository_does() -> None:
+def test_a_factory_finds_and_deletes_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
-    for name in ("list_sessions", "count_sessions", "session_exists"):
+    for name in ("list_sessions", "count_sessions", "session_exists", "delete_session"):
         assert ours[name] == theirs[name]
 
 
@@ -430,6 +433,7 @@ PURE = [
     "_codec",
     "_documents",
     "_references",
+    "_beside",
     "_changes",
     "_multi_agents",
     "_buckets",

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Literal, Self
 
 from strands import Agent
@@ -25,6 +26,7 @@ from strands.hooks import (
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
 
+from ._beside import checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection
@@ -57,6 +59,7 @@ class ManagerOptions:
     max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
     max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
     max_embedded_bytes: int = MAX_EMBEDDED_BYTES
+    session_ttl: timedelta | None = None
 
     @classmethod
     def checked(cls, **given: Any) -> Self:
@@ -81,6 +84,7 @@ class ManagerOptions:
         if self.save_on not in ("message", "invocation"):
             raise ConfigurationError(f'save_on must be "message" or "invocation", not {self.save_on!r}')
         checked_inline_bytes(self.max_inline_attachment_bytes)
+        checked_ttl(self.session_ttl)
 
     def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
         """Return the repository these options describe."""
@@ -93,6 +97,7 @@ class ManagerOptions:
             max_inline_attachment_bytes=self.max_inline_attachment_bytes,
             max_embedded_messages=self.max_embedded_messages,
             max_embedded_bytes=self.max_embedded_bytes,
+            session_ttl=self.session_ttl,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from strands.session.session_repository import SessionRepository
@@ -41,6 +41,8 @@ class MongoDBSessionRepository(SessionRepository):
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
+        session_ttl: Sessions are removed with all that belongs to them when nobody has written to them for so long;
+            `None` keeps those that do not expire already.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -59,6 +61,7 @@ class MongoDBSessionRepository(SessionRepository):
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
         max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
         self._async = AsyncMongoDBSessionRepository(
@@ -71,6 +74,7 @@ class MongoDBSessionRepository(SessionRepository):
             max_inline_attachment_bytes=max_inline_attachment_bytes,
             max_embedded_messages=max_embedded_messages,
             max_embedded_bytes=max_embedded_bytes,
+            session_ttl=session_ttl,
             **client_options,
         )
 
@@ -137,6 +141,25 @@ class MongoDBSessionRepository(SessionRepository):
     def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
         """Return a session, `None` if there is none of that id."""
         return self._portal.call(self._async.read_session, session_id, **kwargs)
+
+    def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+        """Delete a session: its document, its archived messages and its attachments.
+
+        If it is interrupted, the session is whole or gone, and calling it again removes what is left. A manager that
+        has the session open gets `SessionNotFoundError` from its next write. A session that is created with the same
+        id meanwhile keeps everything.
+
+        Args:
+            session_id: The session.
+            **kwargs: Accepted because Strands' own repositories do; unused.
+
+        Returns:
+            Whether the session was there. What was left of one that was deleted before is removed all the same.
+
+        Raises:
+            InvalidArgumentError: `session_id` cannot be one.
+        """
+        return self._portal.call(self._async.delete_session, session_id, **kwargs)
 
     def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Create an agent without messages; one that exists already is left as it is.

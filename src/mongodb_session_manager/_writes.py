@@ -8,9 +8,16 @@ from typing import Any
 
 from ._archive import SessionArchive
 from ._attachments import Attachments, StaleAttachments
+from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, StoredView, Update, compile_update, fold, in_parts, reconcile
 from ._documents import Document, agent_key, checked_id, next_message_id, with_ids
-from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, SessionNotFoundError
+from .errors import (
+    AgentNotFoundError,
+    DatabaseError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    SessionNotFoundError,
+)
 
 ROUNDS = 8
 """How often a write may find the session changed under its hands before it gives up."""
@@ -45,16 +52,30 @@ class SessionWrites(SessionArchive):
         for _ in range(ROUNDS):
             refused: dict[str, MongoDBSessionError] = {}
             writes = fold(changes)
-            await self._attachments.store(session_id, writes.values())
+            try:
+                await self._attachments.store(session_id, writes.values())
+            except SessionNotFoundError as error:
+                return dict.fromkeys(writes, error)
             try:
                 await self._write(session_id, writes, refused)
             except StaleAttachments as stale:
                 self._attachments.learn(session_id, stale.document)
                 continue
+            await self._remove_refused(session_id, writes, refused)
             if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
                 await self._attachments.remove_unreferenced(session_id)
             return refused
         raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
+
+    async def _remove_refused(
+        self, session_id: str, writes: Mapping[str, AgentWrite], refused: Mapping[str, MongoDBSessionError]
+    ) -> None:
+        """Remove the attachments of writes that were refused because the session was deleted meanwhile."""
+        for agent_id, reason in refused.items():
+            generation = writes[agent_id].generation
+            if generation is not None and isinstance(reason, SessionNotFoundError | AgentNotFoundError):
+                await self._attachments.remove_refused(session_id, generation)
+                break
 
     async def _write(
         self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
@@ -104,7 +125,7 @@ class SessionWrites(SessionArchive):
             "messages.created_at",
         )
         fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
-        document = await self._find(session_id, dict.fromkeys([*fields, "attachments_generation"], 1))
+        document = await self._find(session_id, dict.fromkeys([*fields, "attachments_generation", *KEEPING], 1))
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
         unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
         if unnumbered and not await self._adopt(session_id, agents, unnumbered):
@@ -127,7 +148,10 @@ class SessionWrites(SessionArchive):
                 refused[agent_id] = error
                 continue
             if rest is not None:
-                if rest.generation not in (None, document.get("attachments_generation") or 0):
+                if rest.generation is not None and not (
+                    rest.generation == (document.get("attachments_generation") or 0)
+                    and is_current(document, rest.expires_from)
+                ):
                     raise StaleAttachments(document)
                 changes = archived.setdefault(agent_id, {})
                 for message_id in rest.replaced.keys() & older.keys():
