@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NAMESPACE_NOT_FOUND = 26
+_INDEX_BUILD_RUNS = 12587
+
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds before an index is changed that could not be because others were being built."""
 
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -156,7 +161,7 @@ async def ensure_expiry(connection: Connection, database: str, name: str, second
         for where, index in collections:
             await _ensure_ttl(connection, database, where, index, seconds)
     except MongoDBSessionError as error:
-        if not isinstance(error.__cause__, OperationFailure):
+        if not isinstance(error.__cause__, OperationFailure) or error.__cause__.code == _INDEX_BUILD_RUNS:
             see_again(connection, database, name, [_seen(seconds)])
         logger.warning(
             "collection=<%s>, error=<%s> | TTL indexes not built, sessions will not expire as configured", name, error
@@ -192,13 +197,24 @@ async def _ensure_ttl(connection: Connection, database: str, name: str, wanted: 
         return
     before = there.get("expireAfterSeconds")
     if before != seconds:
-        change = {"name": there["name"], "expireAfterSeconds": seconds}
-        await send(
-            connection, database, name, lambda collection: collection.database.command("collMod", name, index=change)
-        )
+        await _change_index(connection, database, name, {"name": there["name"], "expireAfterSeconds": seconds})
         logger.info(
             "collection=<%s>, before=<%s>, seconds=<%s> | what was not written to for so long is removed now",
             name,
             before,
             seconds,
         )
+
+
+async def _change_index(connection: Connection, database: str, name: str, change: Document) -> None:
+    async def command(collection: AsyncCollection) -> None:
+        await collection.database.command("collMod", name, index=change)
+
+    for pause in _PAUSES:
+        try:
+            return await send(connection, database, name, command)
+        except MongoDBSessionError as error:
+            if not isinstance(error.__cause__, OperationFailure) or error.__cause__.code != _INDEX_BUILD_RUNS:
+                raise
+        await asyncio.sleep(pause)
+    return await send(connection, database, name, command)
