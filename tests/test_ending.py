@@ -11,6 +11,7 @@ from typing import Any
 import pymongo
 import pytest
 from pymongo.collection import Collection
+from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from mongodb_session_manager import (
@@ -241,6 +242,38 @@ def test_a_manager_that_has_not_stored_anything_yet(
     with pytest.raises(SessionNotFoundError):
         live("hi")
     assert traces(driver, database) == set()
+
+
+def test_a_manager_does_not_go_on_in_another_session_of_the_same_id(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    """Both conversations are at the same message, so nothing but the session tells them apart."""
+    live = agent(factory.create_session_manager(ID), "one", "two")
+    live("earlier")
+    assert factory.delete_session(ID)
+    agent(factory.create_session_manager(ID), "other")("later")
+    with pytest.raises(SessionNotFoundError):
+        live("once more")
+    assert texts(stored.find_one({"_id": ID})["agents"]["agent"]["messages"]) == ["later", "other"]
+    with factory.create_session_manager(ID) as manager:
+        agent(manager, "again")("still here")
+    assert len(stored.find_one({"_id": ID})["agents"]["agent"]["messages"]) == 4
+
+
+def test_a_swarm_does_not_go_on_in_another_session_of_the_same_id(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    def swarm(manager: Any) -> Swarm:
+        return Swarm([agent(None, "done", agent_id="one")], id="swarm", session_manager=manager)
+
+    running = swarm(factory.create_session_manager(ID))
+    running("earlier")
+    assert factory.delete_session(ID)
+    swarm(factory.create_session_manager(ID))("later")
+    state = stored.find_one({"_id": ID})["multi_agents"]
+    with pytest.raises(SessionNotFoundError):
+        running("once more")
+    assert stored.find_one({"_id": ID})["multi_agents"] == state
 
 
 def picture_message(picture: bytes = PICTURE) -> Any:

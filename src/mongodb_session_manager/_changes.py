@@ -109,7 +109,8 @@ class AgentWrite:
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
     turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the
     other is what that statement may not have said. `generation` is the one in which attachments of the messages are
-    stored, `None` if they have none, and `expires_from` the date that they were stored with.
+    stored, `None` if they have none, and `expires_from` the date that they were stored with. `session_created_at`
+    tells the session from a later one of the same id, if the writer knows.
     """
 
     agent_id: str
@@ -126,6 +127,7 @@ class AgentWrite:
     moment: datetime | None = None
     generation: int | None = None
     expires_from: datetime | None = None
+    session_created_at: Any = None
     frees: bool = False
 
     def add(self, change: Change) -> None:
@@ -263,6 +265,8 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         if write.moment is not None:
             moments.append(write.moment)
         parts.events += write.events
+        if write.session_created_at is not None:
+            condition["created_at"] = write.session_created_at
         if write.generation is not None:
             condition["attachments_generation"] = write.generation or None
             condition |= may_add(write.expires_from)
@@ -416,6 +420,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
                 moment=write.moment,
                 generation=write.generation,
                 expires_from=write.expires_from,
+                session_created_at=write.session_created_at,
             )
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         raise SessionConflictError(

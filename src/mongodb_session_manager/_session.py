@@ -295,14 +295,15 @@ class SessionManagerBase(OrchestratorSessionManager):
         async with self._connection.operation(), self._lock():
             work = self._unit
             if changes := work.pending():
-                refused = await self._repository.apply(self.session_id, changes)
+                refused = await self._repository.apply(self.session_id, changes, work.created_at)
                 work.settle(len(changes), refused)
                 for agent_id, error in refused.items():
                     logger.debug(
                         "session_id=<%s>, agent_id=<%s>, error=<%s> | refused", self.session_id, agent_id, error
                     )
             for write in work.multi_agents.pending():
-                work.multi_agents.settle(write, await self._repository.apply_multi_agent(self.session_id, write))
+                refusal = await self._repository.apply_multi_agent(self.session_id, write, work.created_at)
+                work.multi_agents.settle(write, refusal)
 
     def _lock(self) -> asyncio.Lock:
         loop = asyncio.get_running_loop()

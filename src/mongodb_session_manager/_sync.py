@@ -117,8 +117,15 @@ class MongoDBSessionRepository(SessionRepository):
         """
         return self._portal.call(self._async.open_session, session_id)
 
-    def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
+    def apply(
+        self, session_id: str, changes: Iterable[Change], created_at: Any = None
+    ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Args:
+            session_id: The session.
+            changes: What was recorded, oldest first.
+            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -128,7 +135,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
         """
-        return self._portal.call(self._async.apply, session_id, changes)
+        return self._portal.call(self._async.apply, session_id, changes, created_at)
 
     def create_session(self, session: Session, **kwargs: Any) -> Session:
         """Create a session.
@@ -264,8 +271,15 @@ class MongoDBSessionRepository(SessionRepository):
         """
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
 
-    def apply_multi_agent(self, session_id: str, write: MultiAgentWrite) -> MongoDBSessionError | None:
+    def apply_multi_agent(
+        self, session_id: str, write: MultiAgentWrite, created_at: Any = None
+    ) -> MongoDBSessionError | None:
         """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Args:
+            session_id: The session.
+            write: What was recorded.
+            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
@@ -274,7 +288,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
         """
-        return self._portal.call(self._async.apply_multi_agent, session_id, write)
+        return self._portal.call(self._async.apply_multi_agent, session_id, write, created_at)
 
     def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set the given keys of a session's metadata and keep the others.

@@ -28,8 +28,15 @@ class SessionWrites(SessionArchive):
 
     _attachments: Attachments
 
-    async def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
+    async def apply(
+        self, session_id: str, changes: Iterable[Change], created_at: Any = None
+    ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Args:
+            session_id: The session.
+            changes: What was recorded, oldest first.
+            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -45,13 +52,17 @@ class SessionWrites(SessionArchive):
             for part in in_parts(changes):
                 if refused:
                     part = [change for change in part if change.agent_id not in refused]
-                refused |= await self._apply_part(session_id, part)
+                refused |= await self._apply_part(session_id, part, created_at)
         return refused
 
-    async def _apply_part(self, session_id: str, changes: Sequence[Change]) -> dict[str, MongoDBSessionError]:
+    async def _apply_part(
+        self, session_id: str, changes: Sequence[Change], created_at: Any
+    ) -> dict[str, MongoDBSessionError]:
         for _ in range(ROUNDS):
             refused: dict[str, MongoDBSessionError] = {}
             writes = fold(changes)
+            for write in writes.values():
+                write.session_created_at = created_at
             try:
                 await self._attachments.store(session_id, writes.values())
             except SessionNotFoundError as error:
@@ -125,7 +136,11 @@ class SessionWrites(SessionArchive):
             "messages.created_at",
         )
         fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
-        document = await self._find(session_id, dict.fromkeys([*fields, "attachments_generation", *KEEPING], 1))
+        document = await self._find(
+            session_id, dict.fromkeys([*fields, "created_at", "attachments_generation", *KEEPING], 1)
+        )
+        if document is not None and _is_another(document, writes.values()):
+            document = None
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
         unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
         if unnumbered and not await self._adopt(session_id, agents, unnumbered):
@@ -207,6 +222,11 @@ class SessionWrites(SessionArchive):
         for old in moved:
             agents[agent_key(old)] = agents.pop(old)
         return await self._update_with_room(session_id, Update(condition, stages, None))
+
+
+def _is_another(document: Document, writes: Iterable[AgentWrite]) -> bool:
+    """Tell whether a session is not the one that writes are for: that was deleted, and this has its id."""
+    return any(write.session_created_at not in (None, document.get("created_at")) for write in writes)
 
 
 def _messages_by_id(stored: Mapping[str, Any] | None) -> dict[int, Document]:
