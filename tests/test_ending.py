@@ -345,6 +345,34 @@ def test_a_bucket_that_is_moved_while_the_session_is_deleted(
     assert traces(driver, database) == ({"agent_sessions"} if back else set())
 
 
+def test_a_bucket_that_another_process_has_moved_meanwhile_stays(
+    server: str, database: str, driver: Driver, stored: Stored
+) -> None:
+    """The move finds the head changed, as after a deletion, but the bucket it has made is the other's as well."""
+    archive = driver[database]["agent_sessions_archive"]
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        repository.create_session(Session(ID, "AGENT", MOMENT, MOMENT))
+        repository.create_agent(ID, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for n in range(9):
+            repository.create_message(ID, "agent", said(n))
+        wait_for_moves(stored)
+        first = stored.find_one({"_id": ID})["agents"]["agent"]["archived"]
+        with fail_point(server, failCommands=["findAndModify"], blockConnection=True, blockTimeMS=1500):
+            for n in range(9, 14):
+                repository.create_message(ID, "agent", said(n))
+            eventually(lambda: archive.count_documents({}) == 2)
+            taken = archive.find_one({"_id.first": first})["last"] + 1 - first
+            sets = {
+                "agents.agent.archived": first + taken,
+                "agents.agent.messages": {"$slice": ["$agents.agent.messages", taken, 1000]},
+            }
+            assert stored.update_one({"_id": ID, "agents.agent.archived": first}, [{"$set": sets}]).modified_count
+            repository.close()  # waits for the move
+    with MongoDBSessionRepository(server, database) as repository:
+        messages = repository.list_messages(ID, "agent")
+    assert texts([message.to_message() for message in messages]) == [f"text {n}" for n in range(14)]
+
+
 # The same id again.
 
 
@@ -386,6 +414,7 @@ def test_a_session_that_is_created_while_one_of_its_id_is_deleted_loses_nothing(
         archive, files = (driver[database][f"agent_sessions_{name}"] for name in ("archive", "attachments.files"))
         assert archive.count_documents({"generation": {"$lt": generation}}) == 0
         assert files.count_documents({"_id.generation": {"$lt": generation}}) == 0
+        assert files.count_documents({"_id.generation": generation}) == 2
         assert other.delete_session(ID)
     assert traces(driver, database) == set()
 

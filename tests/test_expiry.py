@@ -102,25 +102,21 @@ def clients_are_closed() -> Iterator[None]:
         _clients.pop().close()
 
 
-def rest_of(stored: Stored) -> list[dict[str, Any]]:
-    """All that stands beside the session, and counts."""
-    database, found = stored.database, []
-    session = stored.find_one({"_id": ID}) or {"agents": {}}
-    referred = set()
+def rest_of(stored: Stored, session: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """All that stands beside the session, and counts: buckets that are read, files that are referred to."""
+    database = stored.database
+    session = session or stored.find_one({"_id": ID}) or {"agents": {}}
+    found, referred = [], set()
     for key, owner in session["agents"].items():
-        archived = owner.get("archived", 0)
-        buckets = [
-            bucket
-            for bucket in database["agent_sessions_archive"].find({"_id.session_id": ID, "_id.agent": key})
-            if bucket["_id"]["first"] < archived
-        ]
+        of_agent = {"_id.session_id": ID, "_id.agent": key, "_id.first": {"$lt": owner.get("archived", 0)}}
+        buckets = list(database["agent_sessions_archive"].find(of_agent))
         found += buckets
         for part in [*buckets, owner]:
             referred |= {text for message in part["messages"] for text in message.get("attachments", ())}
+    files = {tuple(text.split(":")[::2]) for text in referred}
     for name, path in (("files", "_id"), ("chunks", "files_id")):
-        for entry in database[f"agent_sessions_attachments.{name}"].find():
-            file = entry[path]
-            if any(t.startswith(file["sha256"]) and t.endswith(f":{file['generation']}") for t in referred):
+        for entry in database[f"agent_sessions_attachments.{name}"].find({}, {"data": 0}):
+            if (entry[path]["sha256"], str(entry[path]["generation"])) in files:
                 found.append(entry)
     return found
 
@@ -606,13 +602,9 @@ def test_whatever_the_clocks_say_nothing_beside_a_session_goes_before_it(
 def check_kept_now(stored: Stored) -> None:
     """Check while others write: what is read after the session can only be kept longer than it was then."""
     document = stored.find_one({"_id": ID})
-    buckets = list(stored.database["agent_sessions_archive"].find())
-    files = list(stored.database["agent_sessions_attachments.files"].find())
     if "session_ttl" not in document:
         return
-    archived = document["agents"]["agent"].get("archived", 0)
-    valid = [bucket for bucket in buckets if bucket["_id"]["first"] < archived]
-    for entry in [*valid, *files]:
+    for entry in rest_of(stored, document):
         until = entry.get("expires_from")
         assert until is None or document["updated_at"] <= until, (entry["_id"], document["updated_at"], until)
 

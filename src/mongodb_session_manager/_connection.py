@@ -96,7 +96,7 @@ async def find_and_modify(
         "new": True,
         "writeConcern": collection.write_concern.document,
     }
-    found: dict[str, Any] | None = (await collection.database.command(command))["value"]
+    found: dict[str, Any] | None = (await collection.database.command(command, codec_options=CODEC_OPTIONS))["value"]
     return found
 
 

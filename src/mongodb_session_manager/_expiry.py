@@ -33,9 +33,6 @@ _PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
-_TRIES = 4
-"""How often a statement is sent when the session was not kept long enough for it."""
-
 
 class SessionExpiry(SessionCollection):
     """The part of the repository that keeps what stands beside a session, and has the server remove both."""
@@ -43,25 +40,29 @@ class SessionExpiry(SessionCollection):
     _session_ttl: int | None
 
     async def _update_with(self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]) -> T:
-        for _ in range(_TRIES):
-            moment = now()
-            statement = _touching(update, moment, self._session_ttl)
-            result = await super()._update_with(statement or update, command)
-            if result or statement is None or not await self._renew(update.filter["_id"], moment):
-                break
+        moment = now()
+        statement = _touching(update, moment, self._session_ttl)
+        result = await super()._update_with(statement or update, command)
+        # The same moment again, so that a renewal is long enough for it however long it takes.
+        if not result and statement is not None and await self._renew(update.filter["_id"], moment):
+            result = await super()._update_with(statement, command)
         return result
 
     async def _renew(self, session_id: str, moment: datetime) -> bool:
-        """Keep what stands beside a session until after `moment`; return `False` if it is kept so long already."""
+        """See that what stands beside a session is kept until `moment`; return `False` if there is nothing to see to.
+
+        Where it is kept so long, that may have come too late for a statement that was sent before.
+        """
         query, stages, _ = _announce(session_id, moment, self._session_ttl)
         announced = await self._send(lambda collection: find_and_modify(collection, query, stages, _ANNOUNCED))
         if announced is None:
             return False
-        until = announced["keep_until"]
-        logger.debug("session_id=<%s>, until=<%s> | keeping what is stored beside the session", session_id, until)
-        for suffix, condition in beside(session_id, announced.get("attachments_generation") or 0):
-            await self._keep(suffix, condition, until)
-        await super()._update_with(_reached(session_id, until), _matched)
+        if announced["kept_until"] < moment:
+            until = announced["keep_until"]
+            logger.debug("session_id=<%s>, until=<%s> | keeping what is stored beside the session", session_id, until)
+            for suffix, condition in beside(session_id, announced.get("attachments_generation") or 0):
+                await self._keep(suffix, condition, until)
+            await super()._update_with(_reached(session_id, until), _matched)
         return True
 
     async def _keep(self, suffix: str, condition: Document, until: Any) -> None:
@@ -109,23 +110,25 @@ def _touching(update: Update, moment: datetime, ttl: int | None) -> Update | Non
 
 
 def _announce(session_id: str, moment: datetime, ttl: int | None) -> Update:
-    """Return the statement that begins a renewal; it matches a session that is not kept until `moment`.
+    """Return the statement that begins a renewal of a session that is not kept until `moment`.
 
-    Or, if `ttl` is given, one that does not expire yet: from then on it does.
+    If `ttl` is given, a session that does not expire yet does from then on.
     """
-    lapsed: Document = {"session_ttl": {"$exists": True}, "kept_until": {"$lt": moment}}
     seconds: Any = "$session_ttl" if ttl is None else ttl
     until = {"$add": [moment, {"$toLong": {"$multiply": [seconds, 1000 / SLACK]}}]}
+    kept_until = {"$ifNull": ["$kept_until", _NEVER]}
+    is_kept = {"$gte": [kept_until, moment]}
     sets = {
-        "session_ttl": seconds,
-        "keep_until": {"$max": ["$keep_until", until]},
-        "kept_until": {"$ifNull": ["$kept_until", _NEVER]},
+        "session_ttl": {"$cond": [is_kept, "$session_ttl", seconds]},
+        "keep_until": {"$cond": [is_kept, "$keep_until", {"$max": ["$keep_until", until]}]},
+        "kept_until": kept_until,
     }
-    condition = lapsed if ttl is None else {"$or": [lapsed, {"session_ttl": None}]}
+    may_lapse: Document = {"session_ttl": {"$exists": True}, "kept_until": {"$exists": True}}
+    condition = may_lapse if ttl is None else {"$or": [may_lapse, {"session_ttl": None}]}
     return Update({"_id": session_id, **condition}, [{"$set": sets}], None)
 
 
-_ANNOUNCED: Document = {"keep_until": 1, "attachments_generation": 1}
+_ANNOUNCED: Document = {"kept_until": 1, "keep_until": 1, "attachments_generation": 1}
 """What has to be known of a session after `_announce`."""
 
 
