@@ -239,8 +239,8 @@ def test_a_message_that_moves_while_it_is_replaced_is_replaced(
     commands.clear()
     repository.update_message("s", "agent", said(3, "changed"))
     assert everything(stored) == [*expected(3), "changed", *expected(20, 4)]
-    # Are there attachments? The head has it not; it is looked for; it is changed where it is.
-    assert commands.names[:3] == ["find", "update", "find"]
+    # Are there attachments? The head has it not; nor is the session to be renewed; it is looked for.
+    assert commands.names[:4] == ["find", "update", "findAndModify", "find"]
 
 
 # Commands that fail.

@@ -117,10 +117,11 @@ def test_a_turn_with_large_attachments(
     assert conversation(live)[0] == ("user", asking(image(LARGE), document(LARGER), image(SMALL), image(LARGE)))
     assert restored(factory) == conversation(live)
     assert hashes(driver, database) == {sha256(LARGE), sha256(LARGER), sha256(SMALL)}
-    message = stored.find_one({"_id": "s"})["agents"]["agent"]["messages"][0]
+    session = stored.find_one({"_id": "s"})
+    message = session["agents"]["agent"]["messages"][0]
     assert message["message"]["content"][1]["image"]["source"]["bytes"] == {
         "__msm__": "attachment",
-        "v": f"{sha256(LARGE)}:{len(LARGE)}:0",
+        "v": f"{sha256(LARGE)}:{len(LARGE)}:{session['attachments_generation']}",
     }
     assert "attachments" not in stored.find_one({"_id": "s"})["agents"]["agent"]["messages"][1]
 
@@ -314,9 +315,10 @@ def test_replacing_a_message_in_a_session_without_attachments_leaves_no_trace_of
     repository: MongoDBSessionRepository, stored: Any
 ) -> None:
     repository.create_message("s", "agent", said())
+    generation = stored.find_one({"_id": "s"})["attachments_generation"]
     repository.update_message("s", "agent", said({"text": "more"}))
     document = stored.find_one({"_id": "s"})
-    assert "attachments_generation" not in document
+    assert document["attachments_generation"] == generation
     assert "attachments" not in document["agents"]["agent"]["messages"][0]
 
 

@@ -514,7 +514,7 @@ AGENTS = ["agent", "a.b", "50%"]
 def earlier_session() -> dict[str, Any]:
     """A session with an agent that another application has written to, too."""
     session: Any = new_session("s", None, T0)
-    session["viewer"] = "v"
+    session |= {"viewer": "v", "attachments_generation": 1}
     session["agents"]["a%2Eb"] = {
         "agent_data": {"agent_id": "a.b", "state": {"old": True}, "prompt_metadata": {"version": 3}},
         "created_at": T0,

@@ -158,7 +158,9 @@ def test_now_is_as_mongodb_stores_it() -> None:
 
 
 def test_a_new_session() -> None:
-    assert new_session("s", "chat", MOMENT) == {
+    session: Any = new_session("s", "chat", MOMENT)
+    assert session.pop("attachments_generation") > 1_700_000_000_000_000
+    assert session == {
         "_id": "s",
         "session_id": "s",
         "application_name": "chat",
@@ -171,6 +173,7 @@ def test_a_new_session() -> None:
         "agents": {},
     }
     assert type(new_session("s", None, MOMENT)["session_type"]) is str
+    assert new_session("s", None, MOMENT, 60)["session_ttl"] == 60
 
 
 def test_a_session_as_strands_sees_it() -> None:

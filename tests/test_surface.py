@@ -42,6 +42,7 @@ ORDER = [
     "_codec",
     "_documents",
     "_references",
+    "_beside",
     "_changes",
     "_multi_agents",
     "_buckets",
@@ -65,6 +66,8 @@ ORDER = [
     "_connection",
     "_pool",
     "_commands",
+    "_expiry",
+    "_ending",
     "_blobs",
     "_storage",
     "_annotations",
@@ -229,7 +232,7 @@ def test_the_factory_has_each_method_twice() -> None:
     found = methods(MongoDBSessionManagerFactory)
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
-    finding = {"list_sessions", "count_sessions", "session_exists"}
+    finding = {"list_sessions", "count_sessions", "session_exists", "delete_session"}
     copying = {"export_session", "import_session", "fork_session"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "close"}
     assert blocking == finding | copying | others
@@ -242,9 +245,9 @@ def test_the_factory_has_each_method_twice() -> None:
         assert not is_async(found[name])
 
 
-def test_a_factory_finds_and_copies_as_a_repository_does() -> None:
+def test_a_factory_finds_copies_and_deletes_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
-    finding = ("list_sessions", "count_sessions", "session_exists")
+    finding = ("list_sessions", "count_sessions", "session_exists", "delete_session")
     for name in (*finding, "export_session", "import_session", "fork_session"):
         assert ours[name] == theirs[name]
 
@@ -441,6 +444,7 @@ PURE = [
     "_codec",
     "_documents",
     "_references",
+    "_beside",
     "_changes",
     "_multi_agents",
     "_buckets",

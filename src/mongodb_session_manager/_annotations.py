@@ -17,6 +17,7 @@ from pymongo import ReturnDocument
 from ._changes import Update
 from ._codec import MARKER, decode, encode
 from ._commands import SessionCollection
+from ._connection import AsyncCollection
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
 from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError
@@ -315,11 +316,13 @@ class SessionAnnotations(SessionCollection):
         if not (asked := asked_for()):
             return await self._update(Update(condition, update, None))
         projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
-        document = await self._send(
-            lambda collection: collection.find_one_and_update(
-                condition, update, projection=projection, return_document=ReturnDocument.AFTER
+
+        async def change(collection: AsyncCollection, update: Update) -> Document | None:
+            return await collection.find_one_and_update(
+                update.filter, update.update, projection=projection, return_document=ReturnDocument.AFTER
             )
-        )
+
+        document = await self._update_with(Update(condition, update, None), change)
         if document is None:
             return False
         metadata = document.get("metadata") or {}

@@ -14,6 +14,7 @@ from typing import Any
 
 from pymongo.errors import DocumentTooLarge, DuplicateKeyError, OperationFailure
 
+from ._beside import ARCHIVE
 from ._buckets import (
     MERGE_REFUSED,
     NUMBERS_OF_ALL,
@@ -32,9 +33,10 @@ from ._buckets import (
 )
 from ._changes import AgentWrite, Update
 from ._codec import stored_size
-from ._commands import SessionCollection
 from ._connection import AsyncCollection, find_and_modify, run_pipeline
-from ._documents import Document, agent_key, removed_messages
+from ._documents import Document, agent_key, new_generation, now, removed_messages
+from ._ending import SessionEnding
+from ._expiry import SessionExpiry
 from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ _TRIES = 8
 _KNOWN_HEADS = 4096
 
 
-class SessionArchive(SessionCollection):
+class SessionArchive(SessionExpiry, SessionEnding):
     """The part of the repository that keeps the session documents small."""
 
     _limits: Limits
@@ -69,7 +71,8 @@ class SessionArchive(SessionCollection):
             head = self._head(session_id, key)
             if write.created is not None:
                 empty = dict.fromkeys(("archived", "revision", "next_message_id", "count", "bytes", "removed"), 0)
-                head.learn({**empty, "created_at": write.created["created_at"]})
+                session = {"session_ttl": self._session_ttl}
+                head.learn({**empty, "created_at": write.created["created_at"], "session": session})
             if "conversation_manager_state" in write.data:
                 head.removed = removed_messages({"agent_data": write.data})
             if write.replaced:
@@ -126,7 +129,9 @@ class SessionArchive(SessionCollection):
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
         """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as."""
         as_known = replace(head)  # what is stored meanwhile must not change the second statement
-        pipeline = merge(session_id, key, as_known, step, self._archive_name)
+        expires_from = head.keeping.expires_from(now())
+        begin = new_generation()
+        pipeline = merge(session_id, key, as_known, step, self._archive_name, expires_from)
         try:
             await self._send(lambda collection: run_pipeline(collection, pipeline))
         except DuplicateKeyError:
@@ -138,15 +143,24 @@ class SessionArchive(SessionCollection):
             await self._outrun(session_id, key, as_known)
             head.certain = False
             return False
-        query, update, _ = cut(session_id, key, as_known, step)
+        query, update, _ = cut(session_id, key, as_known, step, expires_from)
         numbers = await self._send(lambda collection: find_and_modify(collection, query, update, numbers_of(key)))
         if numbers is None:
             head.certain = False
+            await self._remove_orphan(session_id, key, as_known, begin)
             return False
         newest = head.next_id
         head.learn(numbers["head"])
         head.next_id = max(head.next_id, newest)  # an append that came later may have been acknowledged earlier
         return True
+
+    async def _remove_orphan(self, session_id: str, key: str, head: Head, begin: int) -> None:
+        """Remove a bucket that was made after `begin` if its session was deleted meanwhile, even if it is back."""
+        document = await self._find(session_id, {f"agents.{key}.created_at": 1})
+        agent = ((document or {}).get("agents") or {}).get(key)
+        if agent is None or agent.get("created_at") != head.since:
+            orphan = {"_id": bucket_id(session_id, key, head.since, head.archived)}
+            await self._remove_some(ARCHIVE, {**orphan, "generation": {"$not": {"$gt": begin}}})
 
     async def _ask_head(self, session_id: str, key: str, head: Head) -> bool:
         """Read the numbers of a head; return `False` if it is gone."""

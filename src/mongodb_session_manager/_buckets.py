@@ -7,6 +7,8 @@ The session document keeps an agent's newest messages, its head. Older ones are 
     revision     the head's when the bucket was made; it grows with every change of a message in the bucket
     last         the position of the last message
     messages     as they were in the session document
+    generation   of the session when the bucket was made, see `_beside`
+    expires_from if the session expires, see `_beside`
 
 `since` keeps the agent apart from one of a session of the same id that somebody has deleted. A position counts the
 messages of an agent from 0; unlike an id it says where a message is, whatever a version before 1.0 has stored. In the
@@ -25,8 +27,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple, Self
 
+from ._beside import FOREVER, KEEPING, KEPT, Keeping, may_add
 from ._changes import Update
 from ._documents import Document, stored_removed
 from .errors import ConfigurationError
@@ -58,6 +62,7 @@ class Head:
         learned: Whether the server was ever asked.
         certain: Whether nothing but appends has happened since.
         moving: A future that is done when the bucket that is being moved is.
+        keeping: How long the session's buckets are kept.
     """
 
     since: Any = None
@@ -70,6 +75,7 @@ class Head:
     learned: bool = False
     certain: bool = False
     moving: Any = None
+    keeping: Keeping = FOREVER
 
     @property
     def count(self) -> int:
@@ -88,6 +94,7 @@ class Head:
         self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
         self.below = self.next_id - int(numbers["count"])
         self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
+        self.keeping = Keeping.of(numbers.get("session") or {})
         self.learned = self.certain = True
 
 
@@ -158,6 +165,7 @@ def head_numbers(path: str) -> Document:
         "count": {"$size": messages},
         "bytes": {"$bsonSize": {"m": messages}},
         "removed": stored_removed(path),
+        "session": KEEPING,
     }
 
 
@@ -234,7 +242,9 @@ def bucket_of(session_id: str, key: str, since: Any, first: int, messages: Seque
     }
 
 
-def merge(session_id: str, key: str, head: Head, step: Step, archive: str) -> list[Document]:
+def merge(
+    session_id: str, key: str, head: Head, step: Step, archive: str, expires_from: datetime | None = None
+) -> list[Document]:
     """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in."""
     messages = f"$agents.{key}.messages"
     bucket = {
@@ -243,7 +253,10 @@ def merge(session_id: str, key: str, head: Head, step: Step, archive: str) -> li
         "revision": {"$literal": head.revision},
         "last": {"$add": [f"${_TAKEN}", head.archived - 1]},
         "messages": {"$slice": [messages, f"${_TAKEN}"]},
+        "generation": {"$ifNull": ["$attachments_generation", 0]},
     }
+    if expires_from is not None:
+        bucket["expires_from"] = {"$literal": expires_from}
     newer = {"$gt": ["$$new.revision", "$revision"]}
     alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
     # There is no way to say "fail"; but changing the _id is an error (ImmutableField).
@@ -260,15 +273,19 @@ MERGE_REFUSED = 66
 """The server's error code for a bucket that `merge` must not replace."""
 
 
-def cut(session_id: str, key: str, head: Head, step: Step) -> Update:
+def cut(session_id: str, key: str, head: Head, step: Step, expires_from: datetime | None = None) -> Update:
     """Return the update that takes out of a head what `merge` copied."""
     path = f"agents.{key}"
+    condition = {**_unchanged(session_id, key, head), **may_add(expires_from)}
     sets = {
         f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
         f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},
     }
+    if expires_from is not None:
+        condition["updated_at"] = {"$not": {"$gt": expires_from}}
+        sets |= {name: {operator: [f"${name}", expires_from]} for name, operator in KEPT.items()}
     stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
-    return Update(_unchanged(session_id, key, head), stages, None)
+    return Update(condition, stages, None)
 
 
 def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:

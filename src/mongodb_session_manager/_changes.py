@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from ._beside import KEPT, may_add
 from ._codec import stored_size
 from ._documents import Document, StoredMessage, agent_key, checked_id
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
@@ -108,7 +109,8 @@ class AgentWrite:
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
     turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the
     other is what that statement may not have said. `generation` is the one in which attachments of the messages are
-    stored, `None` if they have none.
+    stored, `None` if they have none, and `expires_from` the date that they were stored with. `session_created_at`
+    tells the session from a later one of the same id, if the writer knows.
     """
 
     agent_id: str
@@ -124,6 +126,8 @@ class AgentWrite:
     expected: int | None = None
     moment: datetime | None = None
     generation: int | None = None
+    expires_from: datetime | None = None
+    session_created_at: Any = None
     frees: bool = False
 
     def add(self, change: Change) -> None:
@@ -248,6 +252,7 @@ class _Parts:
     pushes: dict[str, list[Any]] = field(default_factory=dict)
     events: list[Document] = field(default_factory=list)
     replacements: dict[str, dict[int, Document]] = field(default_factory=dict)
+    kept: datetime | None = None
 
 
 def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
@@ -260,8 +265,13 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         if write.moment is not None:
             moments.append(write.moment)
         parts.events += write.events
+        if write.session_created_at is not None:
+            condition["created_at"] = write.session_created_at
         if write.generation is not None:
             condition["attachments_generation"] = write.generation or None
+            condition |= may_add(write.expires_from)
+            if write.expires_from is not None:
+                parts.kept = write.expires_from
         if write.created is not None:
             condition[path] = {"$exists": False}
             parts.sets[path] = _whole(write)
@@ -322,6 +332,8 @@ def _operators(condition: Document, parts: _Parts) -> Update:
     # An event is added at most once, however often the statement is sent.
     events = {"guardrail_events": {"$each": parts.events}} if parts.events else {}
     operators = {"$set": sets, "$push": pushes, "$inc": parts.increments, "$addToSet": events}
+    if parts.kept is not None:
+        operators |= {operator: {name: parts.kept} for name, operator in KEPT.items()}
     return Update(condition, {name: fields for name, fields in operators.items() if fields}, array_filters or None)
 
 
@@ -353,6 +365,8 @@ def _pipeline(parts: _Parts) -> Document:
         known = {"$ifNull": ["$guardrail_events", []]}
         added = {"$filter": {"input": {"$literal": parts.events}, "cond": {"$not": {"$in": ["$$this", known]}}}}
         stage["guardrail_events"] = {"$concatArrays": [known, added]}
+    if parts.kept is not None:
+        stage |= {name: {operator: [f"${name}", parts.kept]} for name, operator in KEPT.items()}
     return stage
 
 
@@ -405,6 +419,8 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
                 events=write.events,
                 moment=write.moment,
                 generation=write.generation,
+                expires_from=write.expires_from,
+                session_created_at=write.session_created_at,
             )
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         raise SessionConflictError(

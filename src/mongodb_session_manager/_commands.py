@@ -99,10 +99,16 @@ class SessionCollection:
 
     async def _update(self, update: Update) -> bool:
         """Send an update statement; return whether it matched."""
-        result = await self._send(
-            lambda collection: collection.update_one(update.filter, update.update, array_filters=update.array_filters)
-        )
-        return bool(result.matched_count)
+
+        async def send(collection: AsyncCollection, update: Update) -> bool:
+            result = await collection.update_one(update.filter, update.update, array_filters=update.array_filters)
+            return bool(result.matched_count)
+
+        return await self._update_with(update, send)
+
+    async def _update_with(self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]) -> T:
+        """Send an update statement with a command whose result is false if it matched nothing."""
+        return await self._send(lambda collection: command(collection, update))
 
     async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]], name: str | None = None) -> T:
         """Send a command that may be sent twice, again after a lost connection, and raise our errors.
@@ -154,12 +160,23 @@ def ensure_indexes(
     connection: Connection, database: str, name: str, wanted: Iterable[Fields], *, unique: bool = False
 ) -> None:
     """Build, beside everything else, the indexes of a collection that this process has not seen to."""
+    if missing := unseen(connection, database, name, wanted):
+        connection.start(_build_indexes(connection, database, name, missing, unique))
+
+
+def unseen(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> list[Fields]:
+    """Return those indexes of a collection that this process has not seen to, and take it that it does now."""
     where = (connection.identity, database, name)
     if missing := [fields for fields in wanted if (*where, fields) not in _indexed]:
         if where not in {entry[:3] for entry in _indexed}:
             connection.when_client_is_collected(_forget_indexes)
         _indexed.update((*where, fields) for fields in missing)
-        connection.start(_build_indexes(connection, database, name, missing, unique))
+    return missing
+
+
+def see_again(connection: Connection, database: str, name: str, fields: Iterable[Fields]) -> None:
+    """Forget that indexes of a collection were seen to."""
+    _indexed.difference_update((connection.identity, database, name, each) for each in fields)
 
 
 async def _build_indexes(
@@ -171,7 +188,7 @@ async def _build_indexes(
         await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
     except MongoDBSessionError as error:
         if not isinstance(error.__cause__, OperationFailure):
-            _indexed.difference_update((connection.identity, database, name, fields) for fields in wanted)
+            see_again(connection, database, name, wanted)
         shown = ["+".join(fields) for fields in wanted]
         logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", shown, error)
 

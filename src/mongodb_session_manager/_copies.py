@@ -7,6 +7,7 @@ is found again if it does not come to its end, a copy leaves a note in `<collect
 
     _id          {session_id, copy: <moment>}
     by           who copies
+    generation   of what it writes beside the session, by which a deletion of the session knows to leave that alone
     messages     []
 """
 
@@ -15,23 +16,27 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
-from bson import MaxKey
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from ._archive import SessionArchive
 from ._attachments import Attachments
+from ._beside import COPYING_TIME, Keeping, kept_from, notes, within
 from ._connection import AsyncCollection
 from ._documents import Document, now
 from ._driver_errors import may_have_been_applied
-from .errors import DatabaseError, MongoDBSessionError, SessionExistsError
+from .errors import DatabaseError, DatabaseTimeoutError, MongoDBSessionError, SessionExistsError
 
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 64
 """How many copies into one session may begin in the same millisecond."""
+
+
+_NOT_YET = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Copy:
@@ -45,38 +50,52 @@ class Copy:
 
     def __init__(self, sessions: SessionCopies, attachments: Attachments, session_id: str) -> None:
         self.session_id = session_id
-        self.moment = now()
+        self.moment = _NOT_YET
+        self.expires_from: datetime | None = None
+        self._ttl: int | None = None
         self._sessions = sessions
         self._attachments = attachments
         self._token = uuid.uuid4().hex
-        self._has_note = False
+        self.has_begun = False
         self._may_be_there = False
 
     @property
     def generation(self) -> int:
-        """The generation of its attachments: its moment, in milliseconds since the epoch."""
-        return round(self.moment.timestamp() * 1000)
+        """The generation of what stands beside it: its moment, as `new_generation` counts."""
+        return _generation(self.moment)
+
+    @property
+    def expiry(self) -> Document:
+        """The fields of the session document that say when it expires; `_beside` explains them."""
+        if self._ttl is None:
+            return {}
+        until = self.expires_from
+        return {"session_ttl": self._ttl, "updated_at": self.moment, "kept_until": until, "keep_until": until}
 
     def origin(self, session_id: str) -> Document:
         """Return the field of the session document that says what it is a copy of."""
         return {"session_id": session_id, "at": self.moment, "by": self._token}
 
-    async def begin(self) -> None:
-        """Make sure of a moment that no other copy into the session has; to be called before anything is written."""
-        for _ in range(0 if self._has_note else _ROUNDS):
+    async def begin(self, ttl: int | None) -> None:
+        """Make sure of a moment that no other copy into the session has; to be called before anything is written.
+
+        Args:
+            ttl: Seconds after which the session is to expire, `None` if it stays.
+        """
+        self._ttl = ttl
+        keeping = Keeping(None if ttl is None else timedelta(seconds=ttl))
+        moment = now()
+        for _ in range(_ROUNDS):
+            self.moment, self.expires_from = moment, keeping.expires_from(moment)
+            note = {"messages": [], "generation": self.generation, **kept_from(self.expires_from)}
             try:
-                await self._archive(
-                    lambda archive: archive.update_one(
-                        {"_id": self._note_id, "by": self._token}, {"$set": {"messages": []}}, upsert=True
-                    )
-                )
+                await self._archive(partial(_put_note, {"_id": self._note_id, "by": self._token}, note))
             except DuplicateKeyError:
-                self.moment += timedelta(milliseconds=1)
+                moment += timedelta(milliseconds=1)
             else:
-                self._has_note = True
+                self.has_begun = True
                 return
-        if not self._has_note:
-            raise DatabaseError(f"too many copies are made of session {self.session_id!r} at the same time")
+        raise DatabaseError(f"too many copies are made of session {self.session_id!r} at the same time")
 
     @property
     def _note_id(self) -> Document:
@@ -87,6 +106,7 @@ class Copy:
 
     async def put_bucket(self, bucket: Document) -> None:
         """Store a bucket."""
+        bucket = {**bucket, "generation": self.generation, **kept_from(self.expires_from)}
         await self._archive(lambda archive: archive.replace_one({"_id": bucket["_id"]}, bucket, upsert=True))
 
     async def commit(self, command: Callable[[AsyncCollection], Awaitable[Any]]) -> None:
@@ -94,7 +114,10 @@ class Copy:
 
         Raises:
             SessionExistsError: There is another session of that id.
+            DatabaseTimeoutError: It was begun too long ago.
         """
+        if now() - self.moment > COPYING_TIME / 2:
+            raise DatabaseTimeoutError(f"copying session {self.session_id!r} took longer than {COPYING_TIME / 2}")
         sent = 0
 
         def count(collection: AsyncCollection) -> Awaitable[Any]:
@@ -126,8 +149,6 @@ class Copy:
 
         What fails is left to the next copy; nobody sees it.
         """
-        if not self._has_note:
-            return
         try:
             for moment in await self._archive(self._other_moments):
                 await self._remove(moment)
@@ -136,16 +157,12 @@ class Copy:
             logger.warning("session_id=<%s>, error=<%s> | left-overs of copies not removed", self.session_id, error)
 
     async def _other_moments(self, archive: AsyncCollection) -> list[datetime]:
-        within = {
-            "$gte": {"session_id": self.session_id, "copy": datetime.min},
-            "$lte": {"session_id": self.session_id, "copy": datetime.max.replace(microsecond=999000)},
-        }
-        notes = archive.find({"_id": within, "by": {"$ne": self._token}}, {"_id": 1})
-        return [note["_id"]["copy"] async for note in notes]
+        found = archive.find({"_id": notes(self.session_id), "by": {"$ne": self._token}}, {"_id": 1})
+        return [note["_id"]["copy"] async for note in found]
 
     async def abandon(self) -> None:
         """Remove what was written, unless the session may be there; raises nothing that the server says."""
-        if not self._has_note or self._may_be_there:
+        if not self.has_begun or self._may_be_there:
             return
         try:
             await self._remove(self.moment)
@@ -154,10 +171,18 @@ class Copy:
 
     async def _remove(self, moment: datetime) -> None:
         session_id = self.session_id
-        buckets = {"_id": {"$gte": {"session_id": session_id}, "$lte": {"session_id": session_id, "agent": MaxKey()}}}
-        await self._archive(lambda archive: archive.delete_many({**buckets, "_id.since": moment}))
-        await self._attachments.drop_generation(session_id, round(moment.timestamp() * 1000))
+        buckets = {"_id": within(session_id, "agent"), "_id.since": moment}
+        await self._archive(lambda archive: archive.delete_many(buckets))
+        await self._attachments.drop_generation(session_id, _generation(moment))
         await self._archive(lambda archive: archive.delete_one({"_id": {"session_id": session_id, "copy": moment}}))
+
+
+def _generation(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000) * 1000
+
+
+async def _put_note(condition: Document, note: Document, archive: AsyncCollection) -> None:
+    await archive.update_one(condition, {"$set": note}, upsert=True)
 
 
 class SessionCopies(SessionArchive):

@@ -36,7 +36,8 @@ class SessionCopying(SessionExports, SessionImports, SessionForks):
         """Store an exported session and return its id; nothing of it is visible before all of it is stored.
 
         Nobody has to vouch for the stream. What fails, is cancelled or refused leaves no session; what a killed process
-        has stored is invisible, and removed by the next copy into a session of that id.
+        has stored is invisible, and removed by the next copy into a session of that id. Dates stay; but a session that
+        is to expire counts as written to now.
 
         Args:
             stream: What `export_session` yielded: lines of `str` or `bytes`, with or without their ends, or an open
@@ -62,7 +63,7 @@ class SessionCopying(SessionExports, SessionImports, SessionForks):
 
         An agent that is cut has the state of its session now, but no pending interrupt and no state of its model. Its
         conversation manager shows as many messages as now, if there are so many; a summary that tells of later ones is
-        removed. Orchestrators are as they are now.
+        removed. Orchestrators are as they are now. A fork of a session that expires does so, too.
 
         The session is left as it is; one of a version before 1.0 gets its message numbers, as by being opened.
 

@@ -79,7 +79,11 @@ def facts(ends: int | dict[str, int] | None) -> Document:
         "cut_usage": {"$let": {"vars": {"later": later}, "in": usage_of("$$later")}},
     }
     entries = {"$objectToArray": {"$ifNull": ["$agents", {}]}}
-    return {"attachments_generation": 1, "heads": {"$map": {"input": entries, "as": "agent", "in": fields}}}
+    return {
+        "attachments_generation": 1,
+        "session_ttl": 1,
+        "heads": {"$map": {"input": entries, "as": "agent", "in": fields}},
+    }
 
 
 def usage_of(messages: str) -> Document:
@@ -144,10 +148,15 @@ def unchanged(session_id: str, document: Mapping[str, Any]) -> Document:
     return condition
 
 
-def document_of(
-    session_id: str, moment: Any, generation: int, origin: Document, branches: Iterable[Branch]
-) -> list[Document]:
-    """Return the stages that make the document of the fork out of that of its session."""
+def document_of(session_id: str, moment: Any, own: Document, branches: Iterable[Branch]) -> list[Document]:
+    """Return the stages that make the document of the fork out of that of its session.
+
+    Args:
+        session_id: The fork.
+        moment: When it is made.
+        own: Expressions for further fields that it has of its own.
+        branches: Its agents.
+    """
     branches = list(branches)
     fields: Document = {
         "session_id": {"$literal": session_id},
@@ -155,8 +164,7 @@ def document_of(
         "updated_at": moment,
         "feedbacks": [],
         "guardrail_events": _events(branches),
-        "attachments_generation": generation,
-        "copy_of": {"$literal": origin},
+        **own,
     }
     for branch in branches:
         fields |= {f"agents.{branch.agent['key']}.{name}": value for name, value in _agent(branch, moment).items()}

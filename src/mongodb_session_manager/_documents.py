@@ -12,7 +12,10 @@ agents.<agent key>
     archived, revision   see `_buckets`; absent where nothing was moved, or replaced
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
-attachments_generation   how often attachments were removed; absent for 0
+attachments_generation   from which on attachments may be added, see `_attachments`, and which life of a session of
+                         this id it is, see `_beside`; absent for 0
+session_ttl, kept_until, keep_until
+                         of a session that expires, see `_beside`
 multi_agents.<key>       see `_multi_agents`
 copy_of                  what an imported session or a fork was made from: {session_id, at, by}
 """
@@ -20,6 +23,7 @@ copy_of                  what an imported session or a fork was made from: {sess
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NotRequired, TypedDict
@@ -88,6 +92,8 @@ class StoredSession(TypedDict):
     feedbacks: list[Document]
     guardrail_events: list[Document]
     agents: dict[str, StoredAgent]
+    attachments_generation: int
+    session_ttl: NotRequired[int]
 
 
 def checked_id(value: object, name: str) -> str:
@@ -153,9 +159,16 @@ def to_iso(value: str | datetime | None) -> str:
     return to_date(value).isoformat()
 
 
-def new_session(session_id: str, application_name: str | None, moment: datetime) -> StoredSession:
-    """Return the document of a session in which nothing has happened."""
-    return {
+def new_generation() -> int:
+    """Return the generation a new session begins with: it is higher than any that an earlier one of its id had."""
+    return time.time_ns() // 1000
+
+
+def new_session(
+    session_id: str, application_name: str | None, moment: datetime, ttl: int | None = None
+) -> StoredSession:
+    """Return the document of a session in which nothing has happened; `ttl` are seconds, `None` if it stays."""
+    session: StoredSession = {
         "_id": session_id,
         "session_id": session_id,
         "application_name": application_name,
@@ -166,7 +179,11 @@ def new_session(session_id: str, application_name: str | None, moment: datetime)
         "feedbacks": [],
         "guardrail_events": [],
         "agents": {},
+        "attachments_generation": new_generation(),
     }
+    if ttl is not None:
+        session["session_ttl"] = ttl
+    return session
 
 
 def session_from(document: Mapping[str, Any]) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Self
 
 from ._async_manager import AsyncMongoDBSessionManager
@@ -43,6 +43,8 @@ class MongoDBSessionManagerFactory:
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
+        session_ttl: The session is removed with all that belongs to it when nobody has written to it for so long;
+            `None` leaves it as it is, and it stays unless it expires already.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -64,6 +66,7 @@ class MongoDBSessionManagerFactory:
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
         max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
         self._options = ManagerOptions.checked(
@@ -77,6 +80,7 @@ class MongoDBSessionManagerFactory:
             max_inline_attachment_bytes=max_inline_attachment_bytes,
             max_embedded_messages=max_embedded_messages,
             max_embedded_bytes=max_embedded_bytes,
+            session_ttl=session_ttl,
             **take_hooks(client_options),
         )
         self._connection = Connection(Settings.checked(connection_string, client, client_options))
@@ -93,7 +97,7 @@ class MongoDBSessionManagerFactory:
             session_id: The session; it is created if it is new.
             **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `metadata_hook`,
                 `feedback_hook`, `save_on`, `max_inline_attachment_bytes`, `max_embedded_messages`,
-                `max_embedded_bytes` in place of the factory's.
+                `max_embedded_bytes`, `session_ttl` in place of the factory's.
 
         Raises:
             ConfigurationError: An override cannot be used.
@@ -251,6 +255,14 @@ class MongoDBSessionManagerFactory:
     ) -> None:
         """Make another session with the same content, or its beginning; see `MongoDBSessionRepository.fork_session`."""
         await self._connection.portal.run(self._repository.fork_session, session_id, new_id, at_message)
+
+    def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+        """Delete a session with all that belongs to it; see `MongoDBSessionRepository.delete_session`."""
+        return self._connection.portal.call(self._repository.delete_session, session_id, **kwargs)
+
+    async def delete_session_async(self, session_id: str, **kwargs: Any) -> bool:
+        """Delete a session with all that belongs to it; see `MongoDBSessionRepository.delete_session`."""
+        return await self._connection.portal.run(self._repository.delete_session, session_id, **kwargs)
 
     def get_connection_stats(self) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ._attachments import Attachments
+from ._beside import kept_from
 from ._buckets import bucket_of, holding_message, holding_positions
 from ._connection import run_pipeline
 from ._copies import Copy, SessionCopies
@@ -76,6 +77,8 @@ class SessionForks(SessionCopies, SessionWrites):
     ) -> bool:
         """Copy a session; return `False` if it changed meanwhile."""
         document = await self._facts(session_id, copy.session_id, ends)
+        if not copy.has_begun:
+            await copy.begin(self._session_ttl or document.get("session_ttl"))
         agents = {agent_id_of(head["key"]): head for head in document["heads"]}
         lasts = ends_of(session_id, ends, agents)
         branches = [
@@ -87,19 +90,24 @@ class SessionForks(SessionCopies, SessionWrites):
             messages = {at[one["message_id"]]: one for one in branch.agent["with_attachments"]}
             branch.replaced = {n: one for n, one in messages.items() if n < branch.kept}
             progress.use(branch.replaced.values())
-        if progress.used or any(branch.archived for branch in branches):
-            await copy.begin()
         for branch in branches:
             branch.replaced = {n: in_generation(one, copy.generation) for n, one in branch.replaced.items()}
             await self._copy_archive(session_id, copy, branch, progress)
         used = tuple(progress.used)
-        if used and not await self._attachments.copy(session_id, used, copy.session_id, copy.generation):
+        if used and not await self._attachments.copy(
+            session_id, used, copy.session_id, copy.generation, copy.expires_from
+        ):
             await self._refuse_existing(copy.session_id)
             now = await self._found(session_id, {"attachments_generation": 1})
             if now.get("attachments_generation") != progress.generation:
                 return False
             raise AttachmentError(f"session {session_id!r} holds attachments that are missing, so it was not forked")
-        stages = document_of(copy.session_id, copy.moment, copy.generation, copy.origin(session_id), branches)
+        own = {
+            "attachments_generation": copy.generation,
+            "copy_of": {"$literal": copy.origin(session_id)},
+            **copy.expiry,
+        }
+        stages = document_of(copy.session_id, copy.moment, own, branches)
         into = {"into": self._collection_name, "on": "_id", "whenMatched": "fail", "whenNotMatched": "insert"}
         pipeline = [{"$match": unchanged(session_id, document)}, *stages, {"$merge": into}]
         await copy.commit(lambda sessions: run_pipeline(sessions, pipeline))
@@ -192,6 +200,8 @@ class SessionForks(SessionCopies, SessionWrites):
             "revision": "$revision",
             "last": {"$subtract": [kept, 1]},
             "messages": {"$slice": ["$messages", {"$subtract": [kept, "$_id.first"]}]},
+            "generation": {"$literal": copy.generation},
+            **kept_from(copy.expires_from),
         }
         into = {"into": self._archive_name, "on": "_id", "whenMatched": "replace", "whenNotMatched": "insert"}
         pipeline = [{"$match": plain}, {"$replaceWith": bucket}, {"$merge": into}]

@@ -129,6 +129,7 @@ class Import:
         if await self._sessions._find(session_id, {"_id": 1}) is not None:
             raise SessionExistsError(f"session {session_id!r} exists already")
         self._copy = self._sessions._copy(session_id)
+        await self._copy.begin(self._sessions._session_ttl)
         origin = self._copy.origin(found.session_id)
         self._document = {"_id": session_id, "session_id": session_id, **found.fields, "copy_of": origin}
 
@@ -147,7 +148,6 @@ class Import:
 
     async def _archive(self, agent: _Agent, step: Step) -> None:
         assert self._copy is not None
-        await self._copy.begin()
         count = min(taken(agent.sizes, step), BUCKET_MESSAGES)
         first, messages = agent.archived, agent.messages[:count]
         bucket = bucket_of(self._copy.session_id, agent.key, self._copy.moment, first, messages)
@@ -168,17 +168,17 @@ class Import:
         reference = piece.reference._replace(generation=copy.generation)
         if piece.at == 0:
             await self._drop_unfinished()
-            await copy.begin()
-            reference = piece.reference._replace(generation=copy.generation)
             self._unfinished, self._chunks = reference, 0
         self._chunk += piece.data
         while len(self._chunk) >= CHUNK_BYTES or (piece.whole and self._chunk):
             data = bytes(self._chunk[:CHUNK_BYTES])
             del self._chunk[:CHUNK_BYTES]
-            await self._sessions._attachments.put_chunk(copy.session_id, reference, self._chunks, data)
+            await self._sessions._attachments.put_chunk(
+                copy.session_id, reference, self._chunks, data, copy.expires_from
+            )
             self._chunks += 1
         if piece.whole:
-            await self._sessions._attachments.put_entry(copy.session_id, reference)
+            await self._sessions._attachments.put_entry(copy.session_id, reference, copy.expires_from)
             self._unfinished = None
 
     async def _drop_unfinished(self) -> None:
@@ -193,7 +193,7 @@ class Import:
             numbers = {"created_at": copy.moment, "next_message_id": agent.next_id}
             archived = {"archived": agent.archived} if agent.archived else {}
             agents[agent.key] = {**agent.fields, **numbers, **archived, "messages": agent.messages}
-        return {**self._document, "attachments_generation": copy.generation, "agents": agents}
+        return {**self._document, "attachments_generation": copy.generation, **copy.expiry, "agents": agents}
 
 
 class SessionImports(SessionCopies):

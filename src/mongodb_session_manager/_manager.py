@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
+from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from strands.types.session import SessionMessage
@@ -46,6 +47,8 @@ class MongoDBSessionManager(SessionManagerBase):
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
+        session_ttl: The session is removed with all that belongs to it when nobody has written to it for so long;
+            `None` leaves it as it is, and it stays unless it expires already.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -70,6 +73,7 @@ class MongoDBSessionManager(SessionManagerBase):
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
         max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
         checked_id(session_id, "session_id")
@@ -84,6 +88,7 @@ class MongoDBSessionManager(SessionManagerBase):
             max_inline_attachment_bytes=max_inline_attachment_bytes,
             max_embedded_messages=max_embedded_messages,
             max_embedded_bytes=max_embedded_bytes,
+            session_ttl=session_ttl,
             **take_hooks(client_options),
         )
         connection = Connection(Settings.checked(connection_string, client, client_options))

@@ -60,8 +60,15 @@ class MultiAgentStates(SessionCollection):
                 if stored is None:
                     raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
 
-    async def apply_multi_agent(self, session_id: str, write: MultiAgentWrite) -> MongoDBSessionError | None:
+    async def apply_multi_agent(
+        self, session_id: str, write: MultiAgentWrite, created_at: Any = None
+    ) -> MongoDBSessionError | None:
         """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Args:
+            session_id: The session.
+            write: What was recorded.
+            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
@@ -77,8 +84,13 @@ class MultiAgentStates(SessionCollection):
                 if rest is None:
                     return None
                 try:
-                    if await self._update(compile_write(session_id, rest)):
+                    if await self._update(compile_write(session_id, rest, created_at)):
                         return None
+                    if (
+                        created_at is not None
+                        and (await self._found(session_id, {"created_at": 1})).get("created_at") != created_at
+                    ):
+                        raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
                     stored = await self._stored_multi_agent(session_id, write.multi_agent_id, "revision", "writer")
                 except (MessageTooLargeError, SessionNotFoundError) as error:
                     return error

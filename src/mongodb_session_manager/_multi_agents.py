@@ -58,8 +58,8 @@ def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite
     return MultiAgentWrite(multi_agent_id, encode(state, depth=_STATE_DEPTH), 0, None, writer, now())
 
 
-def compile_write(session_id: str, write: MultiAgentWrite) -> Update:
-    """Return the statement that makes the write true, or matches nothing."""
+def compile_write(session_id: str, write: MultiAgentWrite, created_at: Any = None) -> Update:
+    """Return the statement that makes the write true, or matches nothing; `created_at` is that of the session."""
     path = path_of(write.multi_agent_id)
     fields = {"state": write.state, "revision": write.revision, "writer": write.writer, "updated_at": write.moment}
     if write.expected is None:
@@ -68,6 +68,8 @@ def compile_write(session_id: str, write: MultiAgentWrite) -> Update:
     else:
         condition = {f"{path}.revision": write.expected}
         sets = {f"{path}.{name}": value for name, value in fields.items()}
+    if created_at is not None:
+        condition["created_at"] = created_at
     return Update({"_id": session_id, **condition}, {"$set": {**sets, "updated_at": write.moment}}, None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, Self, TypeVar
 
 from pymongo import ReturnDocument
@@ -12,6 +13,7 @@ from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
 from ._attachments import Attachments
+from ._beside import ARCHIVE, checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits, head_numbers
 from ._changes import (
     AppendMessage,
@@ -65,6 +67,8 @@ _RESTORE: Document = {
     "updated_at": 1,
     "multi_agents": 1,
     "attachments_generation": 1,
+    "session_ttl": 1,
+    "keep_until": 1,
     # All agents, each message without its metrics: they grow with the conversation and nobody restores them.
     "agents": {
         "$arrayToObject": {
@@ -109,6 +113,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
+        session_ttl: Sessions are removed with all that belongs to them when nobody has written to them for so long;
+            `None` keeps those that do not expire already.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -127,6 +133,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
         max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
         connection = Connection(Settings.checked(connection_string, client, client_options))
@@ -139,6 +146,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             max_inline_attachment_bytes=max_inline_attachment_bytes,
             max_embedded_messages=max_embedded_messages,
             max_embedded_bytes=max_embedded_bytes,
+            session_ttl=session_ttl,
         )
 
     def _bind(
@@ -147,12 +155,14 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
         max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        session_ttl: timedelta | None = None,
     ) -> None:
         super()._bind(*args)
+        self._session_ttl = checked_ttl(session_ttl)
         self._max_inline = checked_inline_bytes(max_inline_attachment_bytes)
         self._attachments = Attachments(self._connection, self._database_name, self._collection_name)
         self._limits = Limits.checked(max_embedded_messages, max_embedded_bytes)
-        self._archive_name = f"{self._collection_name}_archive"
+        self._archive_name = f"{self._collection_name}{ARCHIVE}"
         self._heads = {}
 
     def __repr__(self) -> str:
@@ -191,7 +201,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
-        fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, now()))
+        fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, now(), self._session_ttl))
         fresh.pop("_id")
         async with self._connection.operation():
             for _ in range(ROUNDS):
@@ -253,13 +263,19 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             SessionExistsError: There is one of that id.
         """
         document = new_session(
-            checked_id(session.session_id, "session_id"), self._application_name, to_date(session.created_at)
+            checked_id(session.session_id, "session_id"),
+            self._application_name,
+            to_date(session.created_at),
+            self._session_ttl,
         )
+        if self._session_ttl is not None:
+            document["updated_at"] = now()
         async with self._connection.operation():
             try:
                 await self._send(lambda collection: collection.insert_one(document))
             except DuplicateKeyError as error:
                 raise SessionExistsError(f"session {session.session_id!r} exists already") from error
+            self._attachments.learn(session.session_id, document)
             self._ensure_indexes()
         return session
 

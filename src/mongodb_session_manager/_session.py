@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Literal, Self
 
 from strands import Agent
@@ -26,6 +27,7 @@ from strands.types.agent import LocalAgent
 from strands.types.content import Message
 from strands.types.session import SessionMessage
 
+from ._beside import checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection
@@ -58,6 +60,7 @@ class ManagerOptions:
     max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
     max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
     max_embedded_bytes: int = MAX_EMBEDDED_BYTES
+    session_ttl: timedelta | None = None
 
     @classmethod
     def checked(cls, **given: Any) -> Self:
@@ -82,6 +85,7 @@ class ManagerOptions:
         if self.save_on not in ("message", "invocation"):
             raise ConfigurationError(f'save_on must be "message" or "invocation", not {self.save_on!r}')
         checked_inline_bytes(self.max_inline_attachment_bytes)
+        checked_ttl(self.session_ttl)
 
     def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
         """Return the repository these options describe."""
@@ -94,6 +98,7 @@ class ManagerOptions:
             max_inline_attachment_bytes=self.max_inline_attachment_bytes,
             max_embedded_messages=self.max_embedded_messages,
             max_embedded_bytes=self.max_embedded_bytes,
+            session_ttl=self.session_ttl,
         )
 
 
@@ -291,14 +296,15 @@ class SessionManagerBase(OrchestratorSessionManager):
         async with self._connection.operation(), self._lock():
             work = self._unit
             if changes := work.pending():
-                refused = await self._repository.apply(self.session_id, changes)
+                refused = await self._repository.apply(self.session_id, changes, work.created_at)
                 work.settle(len(changes), refused)
                 for agent_id, error in refused.items():
                     logger.debug(
                         "session_id=<%s>, agent_id=<%s>, error=<%s> | refused", self.session_id, agent_id, error
                     )
             for write in work.multi_agents.pending():
-                work.multi_agents.settle(write, await self._repository.apply_multi_agent(self.session_id, write))
+                refusal = await self._repository.apply_multi_agent(self.session_id, write, work.created_at)
+                work.multi_agents.settle(write, refusal)
 
     async def _stored_messages(
         self, session_id: str, agent_id: str, limit: int | None, offset: int

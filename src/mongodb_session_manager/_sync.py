@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from strands.session.session_repository import SessionRepository
@@ -42,6 +42,8 @@ class MongoDBSessionRepository(SessionRepository):
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
+        session_ttl: Sessions are removed with all that belongs to them when nobody has written to them for so long;
+            `None` keeps those that do not expire already.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -60,6 +62,7 @@ class MongoDBSessionRepository(SessionRepository):
         max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
         max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
         max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
         self._async = AsyncMongoDBSessionRepository(
@@ -72,6 +75,7 @@ class MongoDBSessionRepository(SessionRepository):
             max_inline_attachment_bytes=max_inline_attachment_bytes,
             max_embedded_messages=max_embedded_messages,
             max_embedded_bytes=max_embedded_bytes,
+            session_ttl=session_ttl,
             **client_options,
         )
 
@@ -114,8 +118,15 @@ class MongoDBSessionRepository(SessionRepository):
         """
         return self._portal.call(self._async.open_session, session_id)
 
-    def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
+    def apply(
+        self, session_id: str, changes: Iterable[Change], created_at: Any = None
+    ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Args:
+            session_id: The session.
+            changes: What was recorded, oldest first.
+            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -125,7 +136,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
         """
-        return self._portal.call(self._async.apply, session_id, changes)
+        return self._portal.call(self._async.apply, session_id, changes, created_at)
 
     def create_session(self, session: Session, **kwargs: Any) -> Session:
         """Create a session.
@@ -138,6 +149,25 @@ class MongoDBSessionRepository(SessionRepository):
     def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
         """Return a session, `None` if there is none of that id."""
         return self._portal.call(self._async.read_session, session_id, **kwargs)
+
+    def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+        """Delete a session: its document, its archived messages and its attachments.
+
+        If it is interrupted, the session is whole or gone, and calling it again removes what is left. A manager that
+        has the session open gets `SessionNotFoundError` from its next write. A session that is created with the same
+        id meanwhile keeps everything.
+
+        Args:
+            session_id: The session.
+            **kwargs: Accepted because Strands' own repositories do; unused.
+
+        Returns:
+            Whether the session was there. What was left of one that was deleted before is removed all the same.
+
+        Raises:
+            InvalidArgumentError: `session_id` cannot be one.
+        """
+        return self._portal.call(self._async.delete_session, session_id, **kwargs)
 
     def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Create an agent without messages; one that exists already is left as it is.
@@ -242,8 +272,15 @@ class MongoDBSessionRepository(SessionRepository):
         """
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
 
-    def apply_multi_agent(self, session_id: str, write: MultiAgentWrite) -> MongoDBSessionError | None:
+    def apply_multi_agent(
+        self, session_id: str, write: MultiAgentWrite, created_at: Any = None
+    ) -> MongoDBSessionError | None:
         """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Args:
+            session_id: The session.
+            write: What was recorded.
+            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
@@ -252,7 +289,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
         """
-        return self._portal.call(self._async.apply_multi_agent, session_id, write)
+        return self._portal.call(self._async.apply_multi_agent, session_id, write, created_at)
 
     def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set the given keys of a session's metadata and keep the others.
@@ -433,7 +470,8 @@ class MongoDBSessionRepository(SessionRepository):
         """Store an exported session and return its id; nothing of it is visible before all of it is stored.
 
         Nobody has to vouch for the stream. What fails, is cancelled or refused leaves no session; what a killed process
-        has stored is invisible, and removed by the next copy into a session of that id.
+        has stored is invisible, and removed by the next copy into a session of that id. Dates stay; but a session that
+        is to expire counts as written to now.
 
         Args:
             stream: What `export_session` yielded: lines of `str` or `bytes`, with or without their ends, or an open
@@ -457,7 +495,7 @@ class MongoDBSessionRepository(SessionRepository):
 
         An agent that is cut has the state of its session now, but no pending interrupt and no state of its model. Its
         conversation manager shows as many messages as now, if there are so many; a summary that tells of later ones is
-        removed. Orchestrators are as they are now.
+        removed. Orchestrators are as they are now. A fork of a session that expires does so, too.
 
         The session is left as it is; one of a version before 1.0 gets its message numbers, as by being opened.
 

@@ -101,6 +101,7 @@ class UnitOfWork(SessionRepository):
     ) -> None:
         self.session_id = session_id
         self.application_name: str | None = document.get("application_name")
+        self.created_at = document.get("created_at")
         self._session = session_from(document)
         self._agents = {
             agent_id: _Agent(agent_id, stored)

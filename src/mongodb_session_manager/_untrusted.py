@@ -11,7 +11,18 @@ from ._documents import Document, to_iso
 from ._references import references_of
 from .errors import EncodingError, InvalidArgumentError
 
-LEFT_BEHIND = frozenset({"_id", "session_id", "agents", "attachments_generation", "copy_of", "session_ttl"})
+LEFT_BEHIND = frozenset(
+    {
+        "_id",
+        "session_id",
+        "agents",
+        "attachments_generation",
+        "copy_of",
+        "session_ttl",
+        "kept_until",
+        "keep_until",
+    }
+)
 """Fields of a session document that a copy has of its own, or not at all."""
 
 AGENT_LEFT_BEHIND = frozenset({"messages", "archived", "revision", "next_message_id"})

@@ -8,9 +8,16 @@ from typing import Any
 
 from ._archive import SessionArchive
 from ._attachments import Attachments, StaleAttachments
+from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, StoredView, Update, compile_update, fold, in_parts, reconcile
 from ._documents import Document, agent_key, checked_id, next_message_id, with_ids
-from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, SessionNotFoundError
+from .errors import (
+    AgentNotFoundError,
+    DatabaseError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    SessionNotFoundError,
+)
 
 ROUNDS = 8
 """How often a write may find the session changed under its hands before it gives up."""
@@ -21,8 +28,15 @@ class SessionWrites(SessionArchive):
 
     _attachments: Attachments
 
-    async def apply(self, session_id: str, changes: Iterable[Change]) -> dict[str, MongoDBSessionError]:
+    async def apply(
+        self, session_id: str, changes: Iterable[Change], created_at: Any = None
+    ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
+
+        Args:
+            session_id: The session.
+            changes: What was recorded, oldest first.
+            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -38,23 +52,41 @@ class SessionWrites(SessionArchive):
             for part in in_parts(changes):
                 if refused:
                     part = [change for change in part if change.agent_id not in refused]
-                refused |= await self._apply_part(session_id, part)
+                refused |= await self._apply_part(session_id, part, created_at)
         return refused
 
-    async def _apply_part(self, session_id: str, changes: Sequence[Change]) -> dict[str, MongoDBSessionError]:
+    async def _apply_part(
+        self, session_id: str, changes: Sequence[Change], created_at: Any
+    ) -> dict[str, MongoDBSessionError]:
         for _ in range(ROUNDS):
             refused: dict[str, MongoDBSessionError] = {}
             writes = fold(changes)
-            await self._attachments.store(session_id, writes.values())
+            for write in writes.values():
+                write.session_created_at = created_at
+            try:
+                await self._attachments.store(session_id, writes.values())
+            except SessionNotFoundError as error:
+                return dict.fromkeys(writes, error)
             try:
                 await self._write(session_id, writes, refused)
             except StaleAttachments as stale:
                 self._attachments.learn(session_id, stale.document)
                 continue
+            await self._remove_refused(session_id, writes, refused)
             if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
                 await self._attachments.remove_unreferenced(session_id)
             return refused
         raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
+
+    async def _remove_refused(
+        self, session_id: str, writes: Mapping[str, AgentWrite], refused: Mapping[str, MongoDBSessionError]
+    ) -> None:
+        """Remove the attachments of writes that were refused because the session was deleted meanwhile."""
+        for agent_id, reason in refused.items():
+            generation = writes[agent_id].generation
+            if generation is not None and isinstance(reason, SessionNotFoundError | AgentNotFoundError):
+                await self._attachments.remove_refused(session_id, generation)
+                break
 
     async def _write(
         self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
@@ -104,7 +136,11 @@ class SessionWrites(SessionArchive):
             "messages.created_at",
         )
         fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
-        document = await self._find(session_id, dict.fromkeys([*fields, "attachments_generation"], 1))
+        document = await self._find(
+            session_id, dict.fromkeys([*fields, "created_at", "attachments_generation", *KEEPING], 1)
+        )
+        if document is not None and _is_another(document, writes.values()):
+            document = None
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
         unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
         if unnumbered and not await self._adopt(session_id, agents, unnumbered):
@@ -127,7 +163,10 @@ class SessionWrites(SessionArchive):
                 refused[agent_id] = error
                 continue
             if rest is not None:
-                if rest.generation not in (None, document.get("attachments_generation") or 0):
+                if rest.generation is not None and not (
+                    rest.generation == (document.get("attachments_generation") or 0)
+                    and is_current(document, rest.expires_from)
+                ):
                     raise StaleAttachments(document)
                 changes = archived.setdefault(agent_id, {})
                 for message_id in rest.replaced.keys() & older.keys():
@@ -183,6 +222,11 @@ class SessionWrites(SessionArchive):
         for old in moved:
             agents[agent_key(old)] = agents.pop(old)
         return await self._update_with_room(session_id, Update(condition, stages, None))
+
+
+def _is_another(document: Document, writes: Iterable[AgentWrite]) -> bool:
+    """Tell whether a session is not the one that writes are for: that was deleted, and this has its id."""
+    return any(write.session_created_at not in (None, document.get("created_at")) for write in writes)
 
 
 def _messages_by_id(stored: Mapping[str, Any] | None) -> dict[int, Document]:

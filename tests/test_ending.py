@@ -1,0 +1,454 @@
+"""Deleting a session leaves nothing of it, however it is interrupted, and takes nothing from a later one of its id."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pymongo
+import pytest
+from pymongo.collection import Collection
+from strands.multiagent import Swarm
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from mongodb_session_manager import (
+    AsyncMongoDBSessionRepository,
+    DatabaseError,
+    InvalidArgumentError,
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionNotFoundError,
+)
+from support import agent, eventually, fail_point, texts
+
+Driver = pymongo.MongoClient[dict[str, Any]]
+Stored = Collection[dict[str, Any]]
+
+ID = "session-7f3a91"
+MOMENT = "2026-11-22T12:00:00+00:00"
+SMALL: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_bytes": 1000}
+PICTURE = bytes(range(256)) * 16
+COUNT = 24
+
+
+def said(message_id: int, picture: bytes | None = None, text: str = "text") -> SessionMessage:
+    image: Any = {"image": {"format": "png", "source": {"bytes": picture}}}
+    content: Any = [{"text": f"{text} {message_id}"}, *([image] if picture else [])]
+    role: Any = ("user", "assistant")[message_id % 2]
+    return SessionMessage(
+        {"role": role, "content": content, "tracking_id": f"{text}{message_id}"}, message_id, None, MOMENT, MOMENT
+    )
+
+
+def fill(repository: MongoDBSessionRepository, session_id: str = ID, text: str = "text") -> None:
+    """Make a session with messages in two buckets and more, and with attachments in both places."""
+    repository.create_session(Session(session_id, "AGENT", MOMENT, MOMENT))
+    repository.create_agent(session_id, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+    for n in range(COUNT):
+        picture = text.encode() + PICTURE[n:] if n in (2, COUNT - 1) else None
+        repository.create_message(session_id, "agent", said(n, picture, text))
+    repository.update_metadata(session_id, {"colour": "red"})
+    repository.add_feedback(session_id, {"rating": "up"})
+
+
+def wait_for_moves(stored: Stored, session_id: str = ID) -> None:
+    eventually(lambda: len(stored.find_one({"_id": session_id})["agents"]["agent"]["messages"]) <= 8)
+
+
+def is_whole(repository: MongoDBSessionRepository, session_id: str = ID, text: str = "text") -> bool:
+    messages = repository.list_messages(session_id, "agent")
+    pictures = [block for m in messages for block in m.message["content"] if "image" in block]
+    return texts([m.to_message() for m in messages]) == [f"{text} {n}" for n in range(COUNT)] and len(pictures) == 2
+
+
+def traces(driver: Driver, database: str, session_id: str = ID) -> set[str]:
+    """The collections in which the id occurs anywhere, as bytes of BSON."""
+    return {
+        name
+        for name in driver[database].list_collection_names()
+        if any(session_id.encode() in batch for batch in driver[database][name].find_raw_batches())
+    }
+
+
+EVERYWHERE = {
+    "agent_sessions",
+    "agent_sessions_archive",
+    "agent_sessions_attachments.files",
+    "agent_sessions_attachments.chunks",
+}
+
+
+@contextmanager
+def failing_after(uri: str, skipped: int, **data: Any) -> Iterator[None]:
+    """Let the first so many of some commands pass, and none that follow."""
+    with pymongo.MongoClient(uri) as client:
+        client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": skipped}, "data": data})
+        try:
+            yield
+        finally:
+            client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+
+
+@pytest.fixture
+def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        yield repository
+
+
+@pytest.fixture
+def full(repository: MongoDBSessionRepository, stored: Stored, driver: Driver) -> MongoDBSessionRepository:
+    fill(repository)
+    wait_for_moves(stored)
+    assert traces(driver, stored.database.name) == EVERYWHERE
+    return repository
+
+
+def test_nothing_of_a_deleted_session_is_left(full: MongoDBSessionRepository, driver: Driver, database: str) -> None:
+    assert full.delete_session(ID) is True
+    assert traces(driver, database) == set()
+    assert not full.session_exists(ID)
+
+
+def test_other_sessions_lose_nothing(
+    full: MongoDBSessionRepository, driver: Driver, database: str, stored: Stored
+) -> None:
+    others = [ID[:-1], ID + "0", "a", "z"]
+    for other in others:
+        fill(full, other)
+        wait_for_moves(stored, other)
+    assert full.delete_session(ID)
+    assert all(is_whole(full, other) for other in others)
+
+
+def test_a_session_that_is_not_there(full: MongoDBSessionRepository) -> None:
+    assert full.delete_session("unknown") is False
+    assert full.delete_session(ID) is True
+    assert full.delete_session(ID) is False
+    assert full.delete_session("again", anything="else") is False
+
+
+@pytest.mark.parametrize("bad", ["", "a\0b", {"$ne": None}, None])
+def test_a_bad_id_is_refused(full: MongoDBSessionRepository, bad: Any) -> None:
+    with pytest.raises(InvalidArgumentError):
+        full.delete_session(bad)
+    assert is_whole(full)
+
+
+def test_a_session_of_a_version_before_generations(
+    full: MongoDBSessionRepository, driver: Driver, database: str
+) -> None:
+    """Neither the document nor a bucket says which generation it is; files are of generation 0."""
+    collections = driver[database]
+    collections["agent_sessions"].update_one({}, {"$unset": {"attachments_generation": 0}})
+    collections["agent_sessions_archive"].update_many({}, {"$unset": {"generation": 0}})
+    for name, path in (("files", "_id"), ("chunks", "files_id")):
+        collection = collections[f"agent_sessions_attachments.{name}"]
+        for entry in list(collection.find()):
+            collection.delete_one({"_id": entry["_id"]})
+            entry[path]["generation"] = 0
+            if name == "chunks":
+                entry["_id"]["file"]["generation"] = 0
+            collection.insert_one(entry)
+    assert full.delete_session(ID)
+    assert traces(driver, database) == set()
+
+
+def test_a_factory_deletes(factory: MongoDBSessionManagerFactory, driver: Driver, database: str) -> None:
+    agent(factory.create_session_manager(ID), "hello")("hi")
+    assert factory.delete_session(ID) is True
+    assert factory.delete_session(ID) is False
+    assert traces(driver, database) == set()
+
+
+@pytest.mark.anyio
+async def test_a_factory_and_a_repository_delete_asynchronously(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver
+) -> None:
+    await factory.create_session_manager_async(ID)
+    assert await factory.delete_session_async(ID) is True
+    await factory.create_session_manager_async(ID)
+    async with AsyncMongoDBSessionRepository(server, database) as repository:
+        assert await repository.delete_session(ID) is True
+    assert traces(driver, database) == set()
+
+
+# Interruptions.
+
+
+@pytest.mark.parametrize("how", [{"errorCode": 8000}, {"closeConnection": True}], ids=["refused", "cut"])
+@pytest.mark.parametrize("done", range(5))
+def test_what_an_interruption_has_left_is_removed_by_the_next_call(
+    full: MongoDBSessionRepository, server: str, driver: Driver, database: str, done: int, how: dict[str, Any]
+) -> None:
+    with failing_after(server, done, failCommands=["delete"], **how):
+        if done < 4:
+            with pytest.raises(MongoDBSessionError):
+                full.delete_session(ID)
+        else:
+            full.delete_session(ID)
+    left = [
+        EVERYWHERE,
+        EVERYWHERE - {"agent_sessions"},
+        {"agent_sessions_attachments.files", "agent_sessions_attachments.chunks"},
+        {"agent_sessions_attachments.files"},
+        set(),
+    ][done]
+    assert traces(driver, database) == left
+    if not done:
+        assert is_whole(full)
+    assert full.delete_session(ID) is (done == 0)
+    assert traces(driver, database) == set()
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_lost_acknowledgement(full: MongoDBSessionRepository, server: str, driver: Driver, lost: int) -> None:
+    write_concern_error = {"code": 6, "errmsg": "done, but nobody hears of it"}
+    data = {"failCommands": ["delete"], "errorLabels": ["RetryableWriteError"]}
+    with fail_point(server, times=lost + 1, writeConcernError=write_concern_error, **data):
+        assert full.delete_session(ID) is True
+    assert traces(driver, full._async._database_name) == set()
+
+
+# Writers under way.
+
+
+def test_a_manager_learns_that_its_session_is_gone(
+    factory: MongoDBSessionManagerFactory, driver: Driver, database: str
+) -> None:
+    manager = factory.create_session_manager(ID)
+    live = agent(manager, "hello", "again")
+    live("hi")
+    assert factory.delete_session(ID)
+    with pytest.raises(SessionNotFoundError):
+        live("are you there?")
+    with pytest.raises(SessionNotFoundError):
+        manager.update_metadata({"colour": "red"})
+    with pytest.raises(SessionNotFoundError):
+        manager.add_feedback({"rating": "up"})
+    with pytest.raises(SessionNotFoundError):
+        manager.flush()
+    assert traces(driver, database) == set()
+
+
+def test_a_manager_that_has_not_stored_anything_yet(
+    factory: MongoDBSessionManagerFactory, driver: Driver, database: str
+) -> None:
+    live = agent(factory.create_session_manager(ID), "hello")
+    assert factory.delete_session(ID)
+    with pytest.raises(SessionNotFoundError):
+        live("hi")
+    assert traces(driver, database) == set()
+
+
+def test_a_manager_does_not_go_on_in_another_session_of_the_same_id(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    """Both conversations are at the same message, so nothing but the session tells them apart."""
+    live = agent(factory.create_session_manager(ID), "one", "two")
+    live("earlier")
+    assert factory.delete_session(ID)
+    agent(factory.create_session_manager(ID), "other")("later")
+    with pytest.raises(SessionNotFoundError):
+        live("once more")
+    assert texts(stored.find_one({"_id": ID})["agents"]["agent"]["messages"]) == ["later", "other"]
+    with factory.create_session_manager(ID) as manager:
+        agent(manager, "again")("still here")
+    assert len(stored.find_one({"_id": ID})["agents"]["agent"]["messages"]) == 4
+
+
+def test_a_swarm_does_not_go_on_in_another_session_of_the_same_id(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    def swarm(manager: Any) -> Swarm:
+        return Swarm([agent(None, "done", agent_id="one")], id="swarm", session_manager=manager)
+
+    running = swarm(factory.create_session_manager(ID))
+    running("earlier")
+    assert factory.delete_session(ID)
+    swarm(factory.create_session_manager(ID))("later")
+    state = stored.find_one({"_id": ID})["multi_agents"]
+    with pytest.raises(SessionNotFoundError):
+        running("once more")
+    assert stored.find_one({"_id": ID})["multi_agents"] == state
+
+
+def picture_message(picture: bytes = PICTURE) -> Any:
+    return [{"text": "look"}, {"image": {"format": "png", "source": {"bytes": picture}}}]
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["gone", "back"])
+def test_attachments_of_a_message_that_comes_too_late_are_removed(
+    factory: MongoDBSessionManagerFactory, driver: Driver, database: str, stored: Stored, back: bool
+) -> None:
+    """The deletion has done all its work, or none of it but the first command, when they are stored."""
+    manager = factory.create_session_manager(ID, max_inline_attachment_bytes=1000)
+    live = agent(manager, "nice", "nicer")
+    live(picture_message())
+    stored.delete_one({"_id": ID})
+    if back:
+        agent(factory.create_session_manager(ID), "hello", agent_id="other")("hi")
+    with pytest.raises(MongoDBSessionError):
+        live(picture_message(PICTURE[::-1]))
+    assert traces(driver, database) == ({"agent_sessions"} if back else set())
+
+
+def test_attachments_stored_while_the_session_is_deleted(
+    factory: MongoDBSessionManagerFactory, server: str, driver: Driver, database: str
+) -> None:
+    manager = factory.create_session_manager(ID, max_inline_attachment_bytes=1000)
+    live = agent(manager, "nice")
+    files = driver[database]["agent_sessions_attachments.files"]
+    with (
+        fail_point(server, failCommands=["update"], blockConnection=True, blockTimeMS=1500),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        turn = pool.submit(live, picture_message())
+        eventually(lambda: files.count_documents({}))
+        assert factory.delete_session(ID)
+        with pytest.raises(SessionNotFoundError):
+            turn.result(60)
+    assert traces(driver, database) == set()
+
+
+def test_a_repository_stores_no_attachments_of_a_session_that_is_gone(
+    repository: MongoDBSessionRepository, driver: Driver, database: str
+) -> None:
+    with pytest.raises(SessionNotFoundError):
+        repository.create_message(ID, "agent", said(0, PICTURE))
+    assert driver[database].list_collection_names() == []
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["gone", "back"])
+def test_a_bucket_that_is_moved_while_the_session_is_deleted(
+    server: str, database: str, driver: Driver, stored: Stored, back: bool
+) -> None:
+    """The deletion has looked for buckets before this one was there."""
+    archive = driver[database]["agent_sessions_archive"]
+    with (
+        MongoDBSessionRepository(server, database, **SMALL) as repository,
+        fail_point(server, failCommands=["findAndModify"], blockConnection=True, blockTimeMS=1500),
+    ):
+        repository.create_session(Session(ID, "AGENT", MOMENT, MOMENT))
+        repository.create_agent(ID, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for n in range(9):
+            repository.create_message(ID, "agent", said(n))
+        eventually(lambda: archive.count_documents({}))
+        stored.delete_one({"_id": ID})
+        if back:
+            repository.create_session(Session(ID, "AGENT"))
+            repository.create_agent(ID, SessionAgent("agent", {}, {}))
+        repository.close()  # waits for the move
+    assert traces(driver, database) == ({"agent_sessions"} if back else set())
+
+
+def test_a_bucket_that_another_process_has_moved_meanwhile_stays(
+    server: str, database: str, driver: Driver, stored: Stored
+) -> None:
+    """The move finds the head changed, as after a deletion, but the bucket it has made is the other's as well."""
+    archive = driver[database]["agent_sessions_archive"]
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        repository.create_session(Session(ID, "AGENT", MOMENT, MOMENT))
+        repository.create_agent(ID, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for n in range(9):
+            repository.create_message(ID, "agent", said(n))
+        wait_for_moves(stored)
+        first = stored.find_one({"_id": ID})["agents"]["agent"]["archived"]
+        with fail_point(server, failCommands=["findAndModify"], blockConnection=True, blockTimeMS=1500):
+            for n in range(9, 14):
+                repository.create_message(ID, "agent", said(n))
+            eventually(lambda: archive.count_documents({}) == 2)
+            taken = archive.find_one({"_id.first": first})["last"] + 1 - first
+            sets = {
+                "agents.agent.archived": first + taken,
+                "agents.agent.messages": {"$slice": ["$agents.agent.messages", taken, 1000]},
+            }
+            assert stored.update_one({"_id": ID, "agents.agent.archived": first}, [{"$set": sets}]).modified_count
+            repository.close()  # waits for the move
+    with MongoDBSessionRepository(server, database) as repository:
+        messages = repository.list_messages(ID, "agent")
+    assert texts([message.to_message() for message in messages]) == [f"text {n}" for n in range(14)]
+
+
+# The same id again.
+
+
+def test_a_session_of_the_same_id(full: MongoDBSessionRepository, driver: Driver, stored: Stored) -> None:
+    """Its agent even claims to have been created in the same moment."""
+    assert full.delete_session(ID)
+    fill(full, text="new")
+    wait_for_moves(stored)
+    assert is_whole(full, text="new")
+    assert full.delete_session(ID)
+    assert traces(driver, stored.database.name) == set()
+
+
+@pytest.mark.parametrize("first_call", [True, False], ids=["first call", "repeated call"])
+@pytest.mark.parametrize("held", range(3))
+def test_a_session_that_is_created_while_one_of_its_id_is_deleted_loses_nothing(
+    full: MongoDBSessionRepository,
+    server: str,
+    database: str,
+    driver: Driver,
+    stored: Stored,
+    held: int,
+    first_call: bool,
+) -> None:
+    if not first_call:
+        stored.delete_one({"_id": ID})
+    done = held + first_call
+    before = EVERYWHERE if first_call else EVERYWHERE - {"agent_sessions"}
+    assert traces(driver, database) == before
+    with MongoDBSessionRepository(server, database, **SMALL) as other, ThreadPoolExecutor(1) as pool:
+        with failing_after(server, done, failCommands=["delete"], blockConnection=True, blockTimeMS=1500):
+            deletion = pool.submit(full.delete_session, ID)
+            eventually(lambda: not stored.count_documents({"_id": ID}))
+            fill(other, text="new")
+        assert deletion.result(60) is first_call
+        wait_for_moves(stored)
+        assert is_whole(other, text="new")
+        generation = stored.find_one({"_id": ID})["attachments_generation"]
+        archive, files = (driver[database][f"agent_sessions_{name}"] for name in ("archive", "attachments.files"))
+        assert archive.count_documents({"generation": {"$lt": generation}}) == 0
+        assert files.count_documents({"_id.generation": {"$lt": generation}}) == 0
+        assert files.count_documents({"_id.generation": generation}) == 2
+        assert other.delete_session(ID)
+    assert traces(driver, database) == set()
+
+
+def test_many_delete_and_write_at_once(server: str, database: str, driver: Driver) -> None:
+    """The last writer finds the session gone."""
+    start = threading.Barrier(4)
+
+    def writer() -> None:
+        with MongoDBSessionRepository(server, database, **SMALL) as repository:
+            start.wait(30)
+            with suppress(SessionNotFoundError):
+                for n in range(10, COUNT):
+                    repository.create_message(ID, "agent", said(n, PICTURE[n:] if n % 4 == 0 else None))
+
+    def deleter() -> None:
+        with MongoDBSessionRepository(server, database, **SMALL) as repository:
+            start.wait(30)
+            repository.delete_session(ID)
+
+    for _ in range(5):
+        start.reset()
+        with MongoDBSessionRepository(server, database, **SMALL) as repository:
+            repository.create_session(Session(ID, "AGENT", MOMENT, MOMENT))
+            repository.create_agent(ID, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+            for n in range(10):
+                repository.create_message(ID, "agent", said(n, PICTURE[n:] if n % 4 == 0 else None))
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(writer), *[pool.submit(deleter) for _ in range(3)]]:
+                future.result(60)
+        assert traces(driver, database) == set()
+
+
+def test_what_the_server_refuses_is_an_error(full: MongoDBSessionRepository, server: str) -> None:
+    with fail_point(server, failCommands=["find"], errorCode=13), pytest.raises(DatabaseError):
+        full.delete_session(ID)
+    assert is_whole(full)

@@ -1,0 +1,657 @@
+"""Sessions that expire go whole, whoever writes to one keeps all of it, and what is beside one never goes first."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pymongo
+import pytest
+from pymongo import monitoring
+from pymongo.collection import Collection
+from strands.multiagent import Swarm
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from mongodb_session_manager import (
+    AsyncMongoDBSessionManager,
+    AsyncMongoDBSessionRepository,
+    ConfigurationError,
+    MongoDBSessionError,
+    MongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    close_global_factory,
+    create_mongodb_session_manager,
+    create_mongodb_session_manager_async,
+    initialize_global_factory,
+)
+from mongodb_session_manager._buckets import Head, Limits, cut, head_numbers, merge
+from mongodb_session_manager.embedded import EmbeddedMongoDB
+from support import CommandLog, agent, eventually, fail_point, texts
+from test_ending import ID, PICTURE, SMALL, failing_after, said, traces
+
+Driver = pymongo.MongoClient[dict[str, Any]]
+Stored = Collection[dict[str, Any]]
+
+TTL = timedelta(hours=8)
+SLACK = timedelta(hours=1)
+REST = ("archive", "attachments.files", "attachments.chunks")
+
+
+@pytest.fixture(scope="session")
+def expiring() -> Iterator[str]:
+    """The connection string of a server that looks for what has expired every second."""
+    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
+        yield server.connection_string
+
+
+@pytest.fixture
+def expiring_driver(expiring: str) -> Iterator[Driver]:
+    with pymongo.MongoClient(expiring, tz_aware=True) as client:
+        yield client
+
+
+@pytest.fixture
+def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database, session_ttl=TTL, **SMALL) as repository:
+        yield repository
+
+
+@pytest.fixture
+def lasting(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+    """A repository without `session_ttl`."""
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        yield repository
+
+
+def begin(repository: MongoDBSessionRepository, session_id: str = ID) -> None:
+    repository.create_session(Session(session_id, "AGENT"))
+    repository.create_agent(session_id, SessionAgent("agent", {}, {}))
+
+
+def fill(repository: MongoDBSessionRepository, session_id: str = ID) -> None:
+    """Make a session of which something is in the archive and something among the attachments."""
+    begin(repository, session_id)
+    for n in range(12):
+        repository.create_message(session_id, "agent", said(n, PICTURE[n:] if n in (2, 11) else None))
+    stored = in_background(repository)
+    eventually(lambda: len(stored.find_one({"_id": session_id})["agents"]["agent"]["messages"]) <= 8)
+
+
+def in_background(repository: MongoDBSessionRepository) -> Stored:
+    """The collection of a repository, through a client of the test's."""
+    core = repository._async
+    client: Driver = pymongo.MongoClient(core._connection.settings.connection_string, tz_aware=True)
+    _clients.append(client)
+    return client[core._database_name][core._collection_name]
+
+
+_clients: list[Driver] = []
+
+
+@pytest.fixture(autouse=True)
+def clients_are_closed() -> Iterator[None]:
+    yield
+    while _clients:
+        _clients.pop().close()
+
+
+def rest_of(stored: Stored, session: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """All that stands beside the session, and counts: buckets that are read, files that are referred to."""
+    database = stored.database
+    session = session or stored.find_one({"_id": ID}) or {"agents": {}}
+    found, referred = [], set()
+    for key, owner in session["agents"].items():
+        of_agent = {"_id.session_id": ID, "_id.agent": key, "_id.first": {"$lt": owner.get("archived", 0)}}
+        buckets = list(database["agent_sessions_archive"].find(of_agent))
+        found += buckets
+        for part in [*buckets, owner]:
+            referred |= {text for message in part["messages"] for text in message.get("attachments", ())}
+    files = {tuple(text.split(":")[::2]) for text in referred}
+    for name, path in (("files", "_id"), ("chunks", "files_id")):
+        for entry in database[f"agent_sessions_attachments.{name}"].find({}, {"data": 0}):
+            if (entry[path]["sha256"], str(entry[path]["generation"])) in files:
+                found.append(entry)
+    return found
+
+
+def check_kept(stored: Stored) -> None:
+    """What is beside a session that expires is never to go before it."""
+    session = stored.find_one({"_id": ID})
+    rest = rest_of(stored)
+    if "session_ttl" not in session:
+        assert [entry for entry in rest if "expires_from" in entry] == []
+        return
+    for entry in rest:
+        assert session["kept_until"] <= entry.get("expires_from", session["kept_until"]), entry["_id"]
+        assert session["updated_at"] <= entry.get("expires_from", session["updated_at"]), entry["_id"]
+    if rest:
+        assert session["updated_at"] <= session["kept_until"] <= session["keep_until"]
+
+
+def age(stored: Stored, by: timedelta) -> None:
+    """Have a session, and what is beside it, be older."""
+
+    def earlier(*names: str) -> Any:
+        subtracted = {name: {"$subtract": [f"${name}", by // timedelta(milliseconds=1)]} for name in names}
+        return [{"$set": {name: {"$cond": [f"${name}", value, "$$REMOVE"]} for name, value in subtracted.items()}}]
+
+    stored.update_one({"_id": ID}, earlier("updated_at", "kept_until", "keep_until"))
+    for name in REST:
+        stored.database[f"agent_sessions_{name}"].update_many({}, earlier("expires_from"))
+
+
+# Configuration.
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [0, 3600, "1h", True, timedelta(0), timedelta(milliseconds=999), timedelta(days=-1), timedelta(days=36500)],
+)
+def test_what_cannot_be_a_ttl_is_refused(server: str, database: str, bad: Any) -> None:
+    for make in (
+        MongoDBSessionRepository,
+        AsyncMongoDBSessionRepository,
+        MongoDBSessionManagerFactory,
+        initialize_global_factory,
+    ):
+        with pytest.raises(ConfigurationError, match="session_ttl"):
+            make(server, database, session_ttl=bad)
+    for open_one in (MongoDBSessionManager, AsyncMongoDBSessionManager, create_mongodb_session_manager):
+        with pytest.raises(ConfigurationError, match="session_ttl"):
+            open_one(ID, server, database, session_ttl=bad)
+    with (
+        MongoDBSessionManagerFactory(server, database) as factory,
+        pytest.raises(ConfigurationError, match="session_ttl"),
+    ):
+        factory.create_session_manager(ID, session_ttl=bad)
+
+
+def ttl_of(stored: Stored, session_id: str = ID) -> Any:
+    return stored.find_one({"_id": session_id}).get("session_ttl")
+
+
+@pytest.mark.anyio
+async def test_everybody_takes_a_ttl(server: str, database: str, stored: Stored) -> None:
+    manager = await create_mongodb_session_manager_async("a", server, database, session_ttl=timedelta(seconds=90))
+    await manager.close()
+    assert ttl_of(stored, "a") == 90
+    async with AsyncMongoDBSessionRepository(server, database, session_ttl=timedelta(seconds=1.5)) as repository:
+        await repository.create_session(Session("b", "AGENT"))
+    assert ttl_of(stored, "b") == 2
+
+
+def test_everybody_who_blocks_takes_a_ttl(server: str, database: str, stored: Stored) -> None:
+    create_mongodb_session_manager("a", server, database, session_ttl=TTL).close()
+    with MongoDBSessionManagerFactory(server, database, session_ttl=TTL) as factory:
+        factory.create_session_manager("b")
+        factory.create_session_manager("c", session_ttl=timedelta(days=1))
+        factory.create_session_manager("d", session_ttl=None)
+    initialize_global_factory(server, database, session_ttl=TTL).create_session_manager("e")
+    close_global_factory()
+    assert [ttl_of(stored, session_id) for session_id in "abcde"] == [28800, 28800, 86400, None, 28800]
+
+
+# The server removes it.
+
+
+def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_driver: Driver, database: str) -> None:
+    stored = expiring_driver[database]["agent_sessions"]
+    with (
+        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=2), **SMALL) as repository,
+        MongoDBSessionRepository(expiring, database, **SMALL) as lasting,
+    ):
+        fill(lasting, "lasting")
+        fill(repository)
+        eventually(lambda: not stored.count_documents({"_id": ID}))
+        eventually(lambda: not traces(expiring_driver, database))
+        # A session without a time to live stays, with all of it.
+        assert len(lasting.list_messages("lasting", "agent")) == 12
+        repository.create_session(Session(ID, "AGENT"))
+        assert repository.session_exists(ID)
+    expiring_driver.drop_database(database)
+
+
+def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Driver, database: str) -> None:
+    stored = expiring_driver[database]["agent_sessions"]
+    options: Any = {"session_ttl": timedelta(seconds=1), **SMALL}
+    with MongoDBSessionManager(ID, expiring, database, **options) as manager:
+        live = agent(manager, "hello", "again")
+        live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE}}}])
+        eventually(lambda: not stored.count_documents({"_id": ID}))
+        with pytest.raises(MongoDBSessionError, match="does not exist"):
+            live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE[1:]}}}])
+    eventually(lambda: not traces(expiring_driver, database))
+    expiring_driver.drop_database(database)
+
+
+def test_the_latest_value_counts(expiring: str, expiring_driver: Driver, database: str) -> None:
+    stored = expiring_driver[database]["agent_sessions"]
+    with MongoDBSessionRepository(expiring, database, session_ttl=timedelta(days=1), **SMALL) as repository:
+        fill(repository)
+        eventually(lambda: expiries(stored) == [86400] * 4)
+    with MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=1)) as other:
+        other.create_session(Session("other", "AGENT"))
+        eventually(lambda: expiries(stored) == [1] * 4)
+        eventually(lambda: not stored.count_documents({}))
+    assert traces(expiring_driver, database) <= {f"agent_sessions_{name}" for name in REST}
+    expiring_driver.drop_database(database)
+
+
+# The indexes.
+
+
+def expiries(stored: Stored) -> list[Any]:
+    """What the TTL indexes of the session and of what is beside it say, in seconds."""
+    return [
+        index.get("expireAfterSeconds")
+        for name, field in (("", "updated_at"), *((f"_{name}", "expires_from") for name in REST))
+        for index in stored.database[f"agent_sessions{name}"].index_information().values()
+        if index["key"] == [(field, 1)] and (name or "partialFilterExpression" in index)
+    ]
+
+
+class Changes(monitoring.CommandListener):
+    """The collections whose indexes were changed or created for expiry, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        name = event.command.get("collMod")
+        for index in event.command.get("indexes", ()):
+            if "expireAfterSeconds" in index:
+                name = event.command["createIndexes"]
+        if name:
+            self.names.append(name)
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+def configure(server: str, database: str, ttl: timedelta, *listeners: Any) -> None:
+    with MongoDBSessionRepository(server, database, session_ttl=ttl, event_listeners=list(listeners)) as repository:
+        repository.open_session("any")
+
+
+def test_the_indexes(server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mongodb_session_manager")
+    orders = []
+    for hours in (3, 2, 4):
+        changes = Changes()
+        configure(server, database, timedelta(hours=hours), changes)
+        assert expiries(stored) == [hours * 3600] * 4
+        orders.append([name.removeprefix("agent_sessions") for name in changes.names])
+    rest = ["_archive", "_attachments.chunks", "_attachments.files"]
+    assert orders == [[*rest, ""], ["", *rest], [*rest, ""]]
+    changed = [record.getMessage() for record in caplog.records if "before=<" in record.getMessage()]
+    assert len(changed) == 8
+    plain = stored.index_information()["updated_at_1"]
+    assert "expireAfterSeconds" not in plain
+    assert "partialFilterExpression" not in plain
+
+
+def test_the_indexes_are_seen_to_once(server: str, database: str, stored: Stored) -> None:
+    changes, log = Changes(), CommandLog()
+    with MongoDBSessionManagerFactory(server, database, session_ttl=TTL, event_listeners=[changes, log]) as factory:
+        factory.create_session_manager("a")
+        eventually(lambda: len(changes.names) == 4)
+        eventually(lambda: expiries(stored) == [28800] * 4)
+        log.clear()
+        factory.create_session_manager("b")
+        factory.create_session_manager("c")
+    assert log.names == ["findAndModify"] * 2
+
+
+def test_an_index_that_is_there_under_another_name_is_changed(server: str, database: str, stored: Stored) -> None:
+    stored.create_index("updated_at", name="mine", partialFilterExpression={"session_ttl": {"$exists": True}})
+    stored.database["agent_sessions_archive"].create_index("expires_from", expireAfterSeconds=5)
+    stored.database["agent_sessions_attachments.files"].create_index("expires_from")
+    configure(server, database, TTL)
+    assert expiries(stored) == [28800] * 4
+
+
+def test_an_index_of_somebody_elses_stays(server: str, database: str, stored: Stored) -> None:
+    stored.create_index("updated_at", name="theirs", expireAfterSeconds=10**8)
+    configure(server, database, TTL)
+    assert expiries(stored) == [28800] * 4
+    assert stored.index_information()["theirs"]["expireAfterSeconds"] == 10**8
+
+
+@pytest.mark.parametrize("command", ["createIndexes", "listIndexes", "collMod"])
+def test_a_server_that_refuses_is_told_of_and_harmless(
+    server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    configure(server, database, timedelta(hours=1))
+    if command == "createIndexes":
+        stored.drop_index("session_ttl")
+    with fail_point(server, failCommands=[command], errorCode=13, times=100):
+        configure(server, database, TTL)
+    assert "sessions will not expire as configured" in caplog.text
+    assert ttl_of(stored, "any") == 3600
+
+
+def test_lists_use_their_own_indexes(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    for n in range(20):
+        repository.create_session(Session(f"s{n}", "AGENT"))
+    eventually(lambda: expiries(stored) == [28800] * 4)
+    assert len(repository.list_sessions(limit=5).sessions) == 5
+    plan = stored.find({"updated_at": {"$gte": datetime(2020, 1, 1, tzinfo=UTC)}}).sort("updated_at", -1).explain()
+    assert plan["queryPlanner"]["winningPlan"]["inputStage"]["indexName"] in ("updated_at_1", "updated_at_1__id_1")
+
+
+# What a turn costs.
+
+
+@pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_turn_costs_what_it_costs_without(
+    server: str, database: str, stored: Stored, save_on: str, writes: int, resumed: bool
+) -> None:
+    commands = CommandLog()
+    with MongoDBSessionManagerFactory(server, database, event_listeners=[commands], session_ttl=TTL) as factory:
+        factory.create_session_manager("warm-up").close()
+        eventually(lambda: expiries(stored) == [28800] * 4 and len(stored.index_information()) > 6)
+        if resumed:
+            agent(factory.create_session_manager(ID), "before")("earlier")
+        commands.clear()
+        manager = factory.create_session_manager(ID, save_on=save_on)
+        live = agent(manager, "hello", "again")
+        live("one")
+        live("two")
+        manager.update_metadata({"colour": "red"})
+        manager.sync_agent(live)
+        assert commands.names == ["findAndModify"] + ["update"] * (2 * writes + 1)
+    assert ttl_of(stored) == 28800
+
+
+def test_a_turn_of_a_session_with_an_archive_costs_no_more_until_it_is_renewed(
+    server: str, database: str, repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    fill(repository)
+    log = CommandLog()
+    with MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[log]) as other:
+        other.update_metadata(ID, {"n": 0})
+        age(stored, SLACK * 0.9)
+        log.clear()
+        other.update_metadata(ID, {"n": 1})
+        assert log.names == ["update"]
+        age(stored, SLACK * 0.2)
+        log.clear()
+        other.update_metadata(ID, {"n": 2})
+        # It does not match; the renewal is announced, made in three collections, and noted; it matches.
+        assert log.names == ["update", "findAndModify", *["update"] * 3, "update", "update"]
+        log.clear()
+        other.update_metadata(ID, {"n": 3})
+        assert log.names == ["update"]
+    check_kept(stored)
+
+
+# Everything rolls.
+
+
+def swarm(repository: MongoDBSessionRepository) -> Swarm:
+    return Swarm([agent(None, "x", agent_id="one")], id="swarm")
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "create_agent": lambda r: r.create_agent(ID, SessionAgent("another", {}, {})),
+    "update_agent": lambda r: r.update_agent(ID, SessionAgent("agent", {"n": 1}, {})),
+    "create_message": lambda r: r.create_message(ID, "agent", said(12)),
+    "create_message with an attachment": lambda r: r.create_message(ID, "agent", said(12, PICTURE[7:])),
+    "create_message with a known attachment": lambda r: r.create_message(ID, "agent", said(12, PICTURE[2:])),
+    "update_message": lambda r: r.update_message(ID, "agent", said(11, text="new")),
+    "update_message with an attachment": lambda r: r.update_message(ID, "agent", said(11, PICTURE[9:], "new")),
+    "update_metadata": lambda r: r.update_metadata(ID, {"a": 1}),
+    "delete_metadata": lambda r: r.delete_metadata(ID, ["a"]),
+    "add_feedback": lambda r: r.add_feedback(ID, {"rating": "up"}),
+    "update_agent_config": lambda r: r.update_agent_config(ID, "agent", model="m"),
+    "create_multi_agent": lambda r: r.create_multi_agent(ID, swarm(r)),
+}
+
+
+@pytest.mark.parametrize("who", ["repository", "lasting"])
+@pytest.mark.parametrize("write", WRITES)
+def test_every_write_keeps_the_session_and_what_is_beside_it(
+    request: pytest.FixtureRequest, repository: MongoDBSessionRepository, stored: Stored, write: str, who: str
+) -> None:
+    """Also by somebody who has no `session_ttl`, and did not open the session."""
+    fill(repository)
+    age(stored, TTL * 0.9)
+    before = stored.find_one({"_id": ID})["updated_at"]
+    writer = request.getfixturevalue(who)
+    WRITES[write](writer)
+    session = stored.find_one({"_id": ID})
+    assert session["updated_at"] - before > TTL * 0.8
+    assert ttl_of(stored) == 28800
+    check_kept(stored)
+    assert session["kept_until"] <= session["updated_at"] + SLACK + timedelta(minutes=1)
+
+
+def test_a_swarm_keeps_its_session(repository: MongoDBSessionRepository, lasting: Any, stored: Stored) -> None:
+    fill(repository)
+    made = swarm(lasting)
+    lasting.create_multi_agent(ID, made)
+    age(stored, TTL * 0.9)
+    before = stored.find_one({"_id": ID})["updated_at"]
+    lasting.update_multi_agent(ID, made)
+    assert stored.find_one({"_id": ID})["updated_at"] > before
+    check_kept(stored)
+
+
+def test_a_turn_keeps_its_session(
+    server: str, database: str, repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    fill(repository)
+    with MongoDBSessionManager(ID, server, database, **SMALL) as manager:
+        live = agent(manager, "hello", "again", agent_id="another")
+        live("one")
+        age(stored, TTL * 0.9)
+        before = stored.find_one({"_id": ID})["updated_at"]
+        live("two")
+        assert stored.find_one({"_id": ID})["updated_at"] - before > TTL * 0.8
+    check_kept(stored)
+
+
+def test_reading_does_not_keep_a_session(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    fill(repository)
+    before = stored.find_one({"_id": ID})
+    repository.open_session(ID)
+    repository.list_messages(ID, "agent")
+    repository.list_sessions()
+    assert stored.find_one({"_id": ID}) == before
+
+
+def test_a_message_of_long_ago_is_written_now(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    begin(repository)
+    repository.create_message(
+        ID, "agent", SessionMessage(said(0).message, 0, None, "2001-01-01T00:00:00", "2001-01-01T00:00:00")
+    )
+    session = stored.find_one({"_id": ID})
+    assert session["updated_at"] >= session["created_at"]
+
+
+# Sessions that did not expire.
+
+
+def test_a_session_without_a_ttl_has_nothing_of_it(
+    repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored
+) -> None:
+    fill(lasting)
+    lasting.update_metadata(ID, {"a": 1})
+    assert not {"session_ttl", "kept_until", "keep_until"} & stored.find_one({"_id": ID}).keys()
+    assert rest_of(stored)
+    check_kept(stored)
+    repository.open_session(ID)  # is no write
+    assert ttl_of(stored) is None
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_session_expires_from_the_first_write_of_somebody_with_a_ttl(
+    repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored, write: str
+) -> None:
+    fill(lasting)
+    WRITES[write](repository)
+    assert ttl_of(stored) == 28800
+    rest = rest_of(stored)
+    assert len(rest) >= 3
+    assert all("expires_from" in entry for entry in rest)
+    check_kept(stored)
+
+
+def test_a_writer_that_ends_while_a_session_gets_a_ttl_loses_nothing(
+    repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, server: str, stored: Stored
+) -> None:
+    """Whatever is done by then, nothing beside the session goes before it; the next write does the rest."""
+    fill(lasting)
+    for done in range(5):
+        with (
+            failing_after(server, done, failCommands=["update", "findAndModify"], errorCode=8000),
+            pytest.raises(MongoDBSessionError),
+        ):
+            repository.update_metadata(ID, {"done": done})
+        session = stored.find_one({"_id": ID})
+        if "session_ttl" not in session:
+            check_kept(stored)
+        for entry in rest_of(stored):
+            assert entry.get("expires_from", session["updated_at"]) >= session["updated_at"]
+    repository.update_metadata(ID, {"done": True})
+    check_kept(stored)
+    assert all("expires_from" in entry for entry in rest_of(stored))
+
+
+# Never before its session.
+
+
+def test_a_move_that_a_renewal_overtakes_begins_again(
+    repository: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    fill(repository)
+    numbers = stored.aggregate([{"$match": {"_id": ID}}, {"$project": {"head": head_numbers("$agents.agent")}}])
+    head = Head()
+    head.learn(next(iter(numbers))["head"])
+    step = Limits(4, 2**20).step(head)
+    age(stored, SLACK * 2)
+    old = datetime.now(UTC) - SLACK
+    stored.aggregate(merge(ID, "agent", head, step, "agent_sessions_archive", old))
+    repository.update_metadata(ID, {"renewed": True})
+    late = cut(ID, "agent", head, step, old)
+    assert stored.update_one(late.filter, late.update).matched_count == 0
+    none = cut(ID, "agent", head, step)
+    assert stored.update_one(none.filter, none.update).matched_count == 0
+    check_kept(stored)
+
+
+class Clocks:
+    """Each thread has a clock of its own, and each goes as it likes."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta(0)
+
+    def now(self) -> datetime:
+        moment = datetime.now(UTC) + self.ahead
+        return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_the_clocks_say_nothing_beside_a_session_goes_before_it(
+    server: str, database: str, stored: Stored, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Writers with clocks that jump by up to two slacks each way, with and without a time to live."""
+    chance, clocks = random.Random(seed), Clocks()
+    for module in ("_expiry", "_archive", "_attachments", "_annotations", "_repository"):
+        monkeypatch.setattr(f"mongodb_session_manager.{module}.now", clocks.now)
+    limits: Any = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 1000}
+    writers = [
+        MongoDBSessionRepository(server, database, **limits, **({"session_ttl": TTL} if n % 2 else {}))
+        for n in range(3)
+    ]
+    try:
+        begin(writers[chance.randrange(3)])
+        count = 0
+        for _ in range(60):
+            clocks.ahead = SLACK * chance.uniform(-2, 2)
+            writer = chance.choice(writers)
+            match chance.randrange(4):
+                case 0:
+                    writer.update_metadata(ID, {"n": chance.random()})
+                case 1:
+                    writer.add_feedback(ID, {"n": chance.random()})
+                case 2:
+                    writer.create_message(ID, "agent", said(count, PICTURE[chance.randrange(8) :]))
+                    count += 1
+                case _:
+                    writer.create_message(ID, "agent", said(count))
+                    count += 1
+            check_kept_now(stored)
+        assert texts([m.to_message() for m in writers[0].list_messages(ID, "agent")]) == [
+            f"text {n}" for n in range(count)
+        ]
+    finally:
+        for writer in writers:
+            writer.close()
+    check_kept(stored)
+
+
+def check_kept_now(stored: Stored) -> None:
+    """Check while others write: what is read after the session can only be kept longer than it was then."""
+    document = stored.find_one({"_id": ID})
+    if "session_ttl" not in document:
+        return
+    for entry in rest_of(stored, document):
+        until = entry.get("expires_from")
+        assert until is None or document["updated_at"] <= until, (entry["_id"], document["updated_at"], until)
+
+
+def test_many_writers_at_once(server: str, database: str, stored: Stored) -> None:
+    """With so short a time to live that they renew again and again."""
+    ttl = timedelta(seconds=1)  # renewed every eighth of it; the server looks once a minute
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def talk() -> None:
+        with MongoDBSessionRepository(
+            server, database, session_ttl=ttl, max_embedded_messages=4, max_inline_attachment_bytes=1000
+        ) as repository:
+            for n in range(80):
+                repository.create_message(ID, "agent", said(n, PICTURE[n % 8 :] if n % 5 == 0 else None))
+                time.sleep(0.01)
+
+    def annotate(options: dict[str, Any]) -> None:
+        with MongoDBSessionRepository(server, database, **options) as repository:
+            while not done.is_set():
+                repository.update_metadata(ID, {"n": time.time()})
+                time.sleep(0.005)
+
+    def watch() -> None:
+        try:
+            while not done.is_set():
+                check_kept_now(stored)
+        except BaseException as error:
+            failures.append(error)
+
+    # The indexes are of another value, so that the server removes nothing meanwhile.
+    with MongoDBSessionRepository(server, database, session_ttl=ttl) as repository:
+        begin(repository)
+        repository.close()  # waits for the indexes
+        for name, index in (("", "session_ttl"), *((f"_{name}", "expires_from") for name in REST)):
+            change = {"name": index, "expireAfterSeconds": 3600}
+            stored.database.command("collMod", f"agent_sessions{name}", index=change)
+    with ThreadPoolExecutor(4) as pool:
+        beside = [pool.submit(annotate, {}), pool.submit(annotate, {}), pool.submit(watch)]
+        try:
+            pool.submit(talk).result(120)
+        finally:
+            done.set()
+        for future in beside:
+            future.result(60)
+    assert failures == []
+    check_kept(stored)
+    with MongoDBSessionRepository(server, database) as repository:
+        assert len(repository.list_messages(ID, "agent")) == 80
