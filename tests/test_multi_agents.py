@@ -177,7 +177,7 @@ def test_the_stored_state_is_the_orchestrators(
     assert element.keys() == {"state", "revision", "writer", "created_at", "updated_at"}
     assert element["state"]["status"] == "completed"
     assert element["revision"] == 4
-    assert element["created_at"] <= element["updated_at"] == document["updated_at"]
+    assert element["created_at"] <= element["updated_at"] <= document["updated_at"]
     assert document["agents"] == {}
 
 

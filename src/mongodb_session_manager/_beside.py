@@ -25,6 +25,10 @@ session, because that compares `keep_until`. A session without anything beside i
 whoever adds the first thing sets them.
 
 `session_ttl` comes first where a session gets it later: if the writer ends there, what has no `expires_from` stays.
+
+The server removes what is overdue about once a minute, and collection by collection. If it has not for longer than an
+eighth of `session_ttl`, a document may for that moment outlive what stands beside it; reading the session is an error
+then, as it is about to go.
 """
 
 from __future__ import annotations
