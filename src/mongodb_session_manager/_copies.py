@@ -28,7 +28,7 @@ from ._beside import COPYING_TIME, Keeping, kept_from, notes, within
 from ._connection import AsyncCollection
 from ._documents import Document, now
 from ._driver_errors import may_have_been_applied
-from .errors import DatabaseError, DatabaseTimeoutError, MongoDBSessionError, SessionExistsError
+from .errors import DatabaseError, DatabaseTimeoutError, MessageTooLargeError, MongoDBSessionError, SessionExistsError
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Copy:
         except MongoDBSessionError as error:
             cause = error.__cause__
             refused = isinstance(cause, OperationFailure) and not may_have_been_applied(cause)
-            self._may_be_there = not (refused and sent == 1)
+            self._may_be_there = not (isinstance(error, MessageTooLargeError) or (refused and sent == 1))
             raise
 
     async def is_there(self) -> bool:

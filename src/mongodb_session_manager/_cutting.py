@@ -168,7 +168,7 @@ def document_of(session_id: str, moment: Any, own: Document, branches: Iterable[
     }
     for branch in branches:
         fields |= {f"agents.{branch.agent['key']}.{name}": value for name, value in _agent(branch, moment).items()}
-    left_behind = sorted(LEFT_BEHIND - fields.keys() - {"_id", "session_id", "agents"})
+    left_behind = sorted(LEFT_BEHIND - {"_id", "session_id", "agents"})
     return [{"$unset": left_behind}, {"$set": fields}, {"$set": {"_id": {"$literal": session_id}}}]
 
 
