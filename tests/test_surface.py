@@ -81,6 +81,7 @@ ORDER = [
     "_async_manager",
     "_factory",
     "__init__",
+    "fastapi",
 ]
 BESIDE = {"_embedded_supervisor": set(), "embedded": {"errors", "_embedded_supervisor"}}
 
