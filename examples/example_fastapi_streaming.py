@@ -295,7 +295,7 @@ def answer(messages: Messages) -> Any:
             name = words[words.index(before) + 1]
             return {"tool": "manage_metadata", "input": {"action": "update", "metadata": {"name": name}}}
     if "story" in words:
-        return "Once upon a time there was a message. " + "It was stored before anyone spoke again. " * 12 + "The end."
+        return "Once upon a time there was a message. " + "It was stored before anyone spoke again. " * 8 + "The end."
     return None  # ScriptedModel's own answer, from the conversation
 
 
