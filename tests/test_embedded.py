@@ -562,7 +562,8 @@ def test_command_line_options(tmp_path: Path) -> None:
 def test_command_line_ends_with_an_error_when_the_server_dies() -> None:
     with command_line() as (process, uri):
         with connected(uri) as client:
-            os.kill(client.admin.command("serverStatus")["pid"], signal.SIGKILL)
+            server = client.admin.command("serverStatus")["pid"]
+        os.kill(server, signal.SIGKILL)
         assert process.wait(BOUND) == 1
 
 

@@ -21,6 +21,7 @@ from fastapi.responses import StreamingResponse
 
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
+    DatabaseTimeoutError,
     FactoryNotInitializedError,
     SessionClosedError,
     close_global_factory,
@@ -240,6 +241,25 @@ def test_a_database_that_is_too_slow_is_503(server: str, database: str) -> None:
     assert answer.json() == {"detail": "the database takes too long: try again later"}
 
 
+def test_what_closing_cannot_store_after_a_503_is_logged(
+    server: str, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def errors() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+    with Proxy(server) as proxy:
+        application = Application(proxy.uri, database, socketTimeoutMS=300)
+        with serving(application.app) as client:
+            application.before_answering = proxy.freeze
+            assert client.post("/sessions/s/messages", params={"text": "a secret"}).status_code == 503
+            eventually(errors)
+            proxy.thaw()
+    (error,) = errors()
+    assert error.exc_info is not None
+    assert isinstance(error.exc_info[1], DatabaseTimeoutError)
+    assert "a secret" not in caplog.text
+
+
 def test_an_application_that_would_not_close_sessions_is_refused(server: str, database: str) -> None:
     app = FastAPI(lifespan=session_lifespan(server, database))
 
@@ -267,7 +287,8 @@ def test_health(client: httpx.Client) -> None:
 
 
 def test_health_of_a_database_that_does_not_answer(server: str, database: str) -> None:
-    with Proxy(server) as proxy, serving(Application(proxy.uri, database, socketTimeoutMS=600_000).app) as client:
+    patience = {"socketTimeoutMS": 600_000, "connectTimeoutMS": 600_000}
+    with Proxy(server) as proxy, serving(Application(proxy.uri, database, **patience).app) as client:
         assert client.get("/health").status_code == 200
         proxy.freeze()
         answer = client.get("/health")

@@ -22,6 +22,8 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._changes import AppendMessage
 from mongodb_session_manager._documents import stored_message
+from mongodb_session_manager._multi_agents import first_write
+from orchestrators import node, pipeline
 from support import CommandLog, agent, message_ids, texts
 
 AGENTS = {"a.b": "a%2Eb", "$x": "%24x", "50%": "50%25", "日本": "日本", "x" * 200: "x" * 200}
@@ -166,6 +168,9 @@ def arguments(**ids: Any) -> dict[str, Any]:
         "model": "model",
         "system_prompt": "Be brief.",
         "prompt_metadata": {"version": 1},
+        "multi_agent": pipeline(None, node("one")),
+        "multi_agent_id": "pipeline",
+        "write": first_write("pipeline", {}, "writer"),
     }
 
 

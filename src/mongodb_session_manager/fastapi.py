@@ -108,6 +108,9 @@ def add_session_support(app: FastAPI) -> None:
     or too slow with 503, which is also logged. The body is `{"detail": "..."}`, as for FastAPI's own errors. Once the
     first part of a streamed answer is out its status cannot change: an error then ends the stream.
 
+    After a 503 it is unknown whether the request's messages are stored: closing the session tries once more. What that
+    cannot store is raised, and logged by the server.
+
     Call it before the application starts.
     """
     app.add_middleware(_ClosesSessions)

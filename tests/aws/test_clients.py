@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import gc
 import json
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aioboto3
+import aiohttp
 import pytest
 from botocore.config import Config
 
@@ -142,6 +144,30 @@ def test_a_hook_within_another_keeps_its_client_until_it_is_collected(factory: A
     del sqs, manager
     gc.collect()
     eventually(lambda: open_clients() == 0)
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_a_client_is_closed_however_often_its_last_call_is_cancelled(endpoint: Endpoint, steps: int) -> None:
+    endpoint.hangs()
+    where = {"region_name": "eu-west-1", "endpoint_url": endpoint.url, "aws_session": None, "config": None}
+
+    async def cancel_twice() -> None:
+        service = _aws.AwsService("sqs", **where)
+        service.hold(endpoint)
+        await service.let_go(endpoint)  # so that the call is the client's only user
+        calling = asyncio.create_task(service.call("list_queues"))
+        await asyncio.to_thread(eventually, lambda: endpoint.requests)
+        calling.cancel()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        calling.cancel()
+        await asyncio.wait([calling])
+        assert _aws._clients is not None
+        await _aws._clients.aclose_at_exit(5)
+
+    io_portal().call(cancel_twice)
+    sessions = [each for each in gc.get_objects() if type(each) is aiohttp.ClientSession]
+    assert [each for each in sessions if not each.closed] == []
 
 
 def test_a_config_of_the_callers_own_is_used(factory: Any, endpoint: Endpoint, queue: Queue) -> None:

@@ -145,6 +145,7 @@ class _Clients:
         self.loop = loop
         self._shared: dict[_Key, _Shared] = {}
         self._calling: Counter[asyncio.Task[Any]] = Counter()
+        self._closing: set[asyncio.Task[None]] = set()
         self._one_by_one = asyncio.Lock()
         self._session: Session | None = None
         close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
@@ -197,7 +198,11 @@ class _Clients:
         shared = self._shared.get(key)
         if shared is not None and not shared.calls and not shared.keepers:
             del self._shared[key]
-            await shared.close()
+            # A task of its own, because the caller may be cancelled, more than once.
+            closing = self.loop.create_task(shared.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            await asyncio.shield(closing)
 
     async def aclose_at_exit(self, seconds: float) -> None:
         """Close every client when the interpreter ends, once the calls that were given up have let go of it."""
@@ -205,6 +210,8 @@ class _Clients:
             await asyncio.wait(set(self._calling), timeout=max(seconds, _LETTING_GO))
         while self._shared:
             await self._shared.popitem()[1].close()
+        if self._closing:
+            await asyncio.wait(self._closing)
 
 
 _clients: _Clients | None = None
