@@ -6,7 +6,7 @@ expect:  http://127.0.0.1:8000 shows a chat; tell it your name, reload or restar
          off from an answer, rate it, delete the session
 
 The page is `chat.html` beside this file. The model is scripted and the MongoDB server an embedded one that keeps its
-data in the directory `chat-data`; with MONGODB_URI set, the server is that one. `--model bedrock` asks a real model.
+data in the directory `chat-data`. --model and MONGODB_URI take a real model and a real server; see offline.py.
 
 An answer belongs to the server, not to the request that asked for it: who closes the tab finds it complete afterwards,
 and who loses the connection follows it from where it was. There are no users here: who knows a session may read it, so
@@ -15,10 +15,8 @@ put your own authentication before the routes.
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,17 +30,16 @@ from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 from strands import Agent
-from strands.models.model import Model
 from strands.types.content import Message, Messages
 
 from mongodb_session_manager import AgentNotFoundError, AsyncMongoDBSessionManager, get_global_factory
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from mongodb_session_manager.fastapi import add_session_support, health, session_lifespan
-from scripted_model import ScriptedModel
+from offline import make_model, mongodb, option_parser
 
 logger = logging.getLogger(__name__)
 
 AGENT_ID = "assistant"
+LINGER = 10.0  # seconds for which who comes late is told how an answer ended
 SYSTEM_PROMPT = "Be brief. When the user tells you their name, keep it with manage_metadata under the key name."
 
 
@@ -80,14 +77,14 @@ class Turn:
         self._events: list[ServerSentEvent] = []
         self._shown = 0
         self._news = anyio.Event()
-        self._over = False
+        self.over = False
 
     def tell(self, event: str, data: Any) -> None:
         """Let those who follow know."""
         self._events.append(ServerSentEvent(event=event, data=data, id=f"{self.id}/{len(self._events)}"))
         if event == "message":
             self._shown = len(self._events)  # who comes only now, sees it in the conversation
-        self._over = event == "done"
+        self.over = event == "done"
         self._news.set()
         self._news = anyio.Event()
 
@@ -99,7 +96,7 @@ class Turn:
             for event in self._events[position:]:
                 yield event
                 position += 1
-            if self._over:
+            if self.over:
                 return
             if position == len(self._events):
                 await self._news.wait()
@@ -108,7 +105,7 @@ class Turn:
 class Chat:
     """The answers that this process is writing, by session."""
 
-    def __init__(self, model: Callable[[], Model]) -> None:
+    def __init__(self, model: str) -> None:
         self._model = model
         self._tasks: TaskGroup
         self.turns: dict[str, Turn] = {}
@@ -120,9 +117,13 @@ class Chat:
             yield
             self._tasks.cancel_scope.cancel()
 
+    def is_answering(self, session_id: str) -> bool:
+        """Tell whether an answer of a session is under way."""
+        return session_id in self.turns and not self.turns[session_id].over
+
     def begin(self, session_id: str, prompt: str | None) -> None:
         """Begin to answer."""
-        if session_id in self.turns:
+        if self.is_answering(session_id):
             raise HTTPException(409, "The last message is being answered.")
         self.turns[session_id] = turn = Turn()
         self._tasks.start_soon(self._answer, session_id, prompt, turn)
@@ -133,7 +134,7 @@ class Chat:
                 if prompt and "title" not in (await session.get_metadata())["metadata"]:
                     await session.update_metadata({"title": prompt[:80]})
                 turn.agent = Agent(
-                    model=self._model(),
+                    model=make_model(self._model, [answer] * 3, delay=0.03),
                     agent_id=AGENT_ID,
                     system_prompt=SYSTEM_PROMPT,
                     tools=[session.get_metadata_tool(allowed_keys=["name"])],
@@ -152,8 +153,10 @@ class Chat:
             logger.exception("session_id=<%s> | the answer failed", session_id)
             turn.tell("failed", f"The answer failed: {type(error).__name__}.")
         finally:
-            del self.turns[session_id]
             turn.tell("done", {})
+        await anyio.sleep(LINGER)
+        if self.turns[session_id] is turn:
+            del self.turns[session_id]
 
 
 # What the browser is shown.
@@ -191,8 +194,8 @@ async def conversation(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
     return {"messages": messages, "unanswered": unanswered, **await facts(session)}
 
 
-def create_app(connection_string: str, model: Callable[[], Model]) -> FastAPI:
-    """Return the application; `model` makes the model of each answer."""
+def create_app(connection_string: str, model: str) -> FastAPI:
+    """Return the application; `model` is what `--model` names."""
     chat = Chat(model)
 
     @asynccontextmanager
@@ -228,7 +231,7 @@ def create_app(connection_string: str, model: Callable[[], Model]) -> FastAPI:
 
     @app.get("/api/sessions/{session_id}")
     async def show_session(session_id: str) -> dict[str, Any]:
-        answering = session_id in chat.turns
+        answering = chat.is_answering(session_id)
         if not answering:
             await existing(session_id)
         async with await get_global_factory().create_session_manager_async(session_id) as session:
@@ -299,38 +302,17 @@ def answer(messages: Messages) -> Any:
     return None  # ScriptedModel's own answer, from the conversation
 
 
-def scripted() -> Model:
-    """Return a model that needs no network, for one answer."""
-    return ScriptedModel([answer] * 3, delay=0.03)
-
-
-def bedrock() -> Model:
-    """Return Strands' default model; it needs AWS credentials."""
-    from strands.models import BedrockModel
-
-    return BedrockModel()
-
-
 def main() -> None:
     """Serve the chat until Ctrl+C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets your phone in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--model", choices=["scripted", "bedrock"], default="scripted")
     parser.add_argument("--data-directory", default="chat-data", help="of the embedded server (default: %(default)s)")
     options = parser.parse_args()
-    model = {"scripted": scripted, "bedrock": bedrock}[options.model]
-
-    def serve(connection_string: str) -> None:
-        app = create_app(connection_string, model)
+    with mongodb(options.data_directory) as uri:
+        app = create_app(uri, options.model)
+        print(f"http://{options.host}:{options.port}", flush=True)
         uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=2)
-
-    print(f"http://{options.host}:{options.port}", flush=True)
-    if uri := os.environ.get("MONGODB_URI"):
-        serve(uri)
-    else:
-        with EmbeddedMongoDB(data_directory=options.data_directory) as server:
-            serve(server.connection_string)
 
 
 if __name__ == "__main__":
