@@ -207,6 +207,26 @@ def test_a_bad_session_id_is_422(client: httpx.Client, stored: Stored) -> None:
     assert stored.count_documents({}) == 0
 
 
+def test_an_agent_that_is_not_there_is_404(client: httpx.Client, application: Application) -> None:
+    @application.app.get("/sessions/{session_id}/count")
+    async def count(session: Session) -> int:
+        return await session.get_message_count("nobody")
+
+    answer = client.get("/sessions/s/count")
+    assert answer.status_code == 404
+    assert answer.json() == {"detail": "the session holds no such agent"}
+
+
+def test_a_value_that_cannot_be_stored_is_422(client: httpx.Client, application: Application) -> None:
+    @application.app.get("/sessions/{session_id}/note")
+    async def note(session: Session) -> None:
+        await session.update_metadata({"note": object()})
+
+    answer = client.get("/sessions/s/note")
+    assert answer.status_code == 422
+    assert answer.json() == {"detail": "a value cannot be stored"}
+
+
 def test_a_message_that_is_too_large_is_413(client: httpx.Client, application: Application, stored: Stored) -> None:
     @application.app.post("/sessions/{session_id}/essay")
     async def essay(session: Session) -> None:
@@ -286,7 +306,9 @@ def test_health(client: httpx.Client) -> None:
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
-def test_health_of_a_database_that_does_not_answer(server: str, database: str) -> None:
+def test_health_of_a_database_that_does_not_answer(
+    server: str, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
     patience = {"socketTimeoutMS": 600_000, "connectTimeoutMS": 600_000}
     with Proxy(server) as proxy, serving(Application(proxy.uri, database, **patience).app) as client:
         assert client.get("/health").status_code == 200
@@ -294,6 +316,7 @@ def test_health_of_a_database_that_does_not_answer(server: str, database: str) -
         answer = client.get("/health")
         proxy.thaw()
         assert (answer.status_code, answer.json()) == (503, {"status": "unavailable"})
+        assert "error=<TimeoutError> | not healthy" in caplog.messages
         assert client.get("/health").status_code == 200
 
 

@@ -144,7 +144,7 @@ async def health() -> JSONResponse:
         async with asyncio.timeout(_HEALTH_TIMEOUT):
             await get_global_factory().ping_async()
     except (MongoDBSessionError, TimeoutError) as error:
-        logger.warning("error=<%s> | not healthy", error or type(error).__name__)
+        logger.warning("error=<%s> | not healthy", str(error) or type(error).__name__)
         return JSONResponse({"status": "unavailable"}, 503)
     return JSONResponse({"status": "ok"})
 
