@@ -42,10 +42,17 @@ def _model_name(value: str) -> str:
     return value
 
 
-def make_model(name: str, script: Iterable[Reply] = (), **settings: Any) -> Model:
-    """Return the model that `--model` names; only the scripted one takes the script, only a real one the settings."""
+def make_model(name: str, script: Iterable[Reply] = (), *, delay: float = 0.0, **settings: Any) -> Model:
+    """Return the model that `--model` names.
+
+    Args:
+        name: What `--model` says.
+        script: What the scripted one answers.
+        delay: Seconds it waits before each chunk.
+        **settings: For a real one.
+    """
     if name == "scripted":
-        return ScriptedModel(script)
+        return ScriptedModel(script, delay=delay)
     provider, _, model_id = name.partition(":")
     module, class_name, defaults = PROVIDERS[provider]
     model: Model = getattr(importlib.import_module(module), class_name)(model_id=model_id, **defaults, **settings)
@@ -53,12 +60,15 @@ def make_model(name: str, script: Iterable[Reply] = (), **settings: Any) -> Mode
 
 
 @contextmanager
-def mongodb() -> Iterator[str]:
-    """Have MONGODB_URI name a server, an embedded one if it names none; session managers read it."""
+def mongodb(data_directory: str | None = None) -> Iterator[str]:
+    """Have MONGODB_URI name a server, an embedded one if it names none; session managers read it.
+
+    The embedded one's data is gone with it, unless there is a directory for it.
+    """
     if uri := os.environ.get("MONGODB_URI"):
         yield uri
         return
-    with EmbeddedMongoDB() as server:
+    with EmbeddedMongoDB(data_directory=data_directory) as server:
         os.environ["MONGODB_URI"] = server.connection_string
         try:
             yield server.connection_string

@@ -13,15 +13,12 @@ import pytest
 from blockbuster import BlockBuster
 
 from documented import PAGES, ROOT, Program, blocks, uri_of
-from mongodb_session_manager import MongoDBSessionManagerFactory
 
 WITH_AWS = {
     "migrating/from-strands.md",
     "user-guide/aws.md",
 }  # run by tests/aws, beside a server that does what AWS does
 NOT_RUN = {"user-guide/operations.md": 1}
-# What pages need of the factory that a tree may not have yet.
-NEEDS = {"user-guide/copying.md": "fork_session", "user-guide/expiry-deletion.md": "delete_session"}
 
 ALL = sorted(path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md"))
 PROGRAMS = [page for page in ALL if blocks(PAGES / page) and page not in WITH_AWS]
@@ -44,8 +41,6 @@ def test_every_block_of_a_page_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if page in NEEDS and not hasattr(MongoDBSessionManagerFactory, NEEDS[page]):
-        pytest.skip(f"there is no {NEEDS[page]} yet")
     Program(PAGES / page, uri_of(server, database), tmp_path, monkeypatch).run(capsys)
 
 
@@ -111,14 +106,21 @@ def check_module(module: str, options: list[str]) -> None:
 
 # What pages name.
 
+INCLUDED = re.compile(r'^ *--8<-- "([^"]+?)(?::\w+)*"$', re.MULTILINE)
+
 
 @pytest.mark.parametrize("page", ALL)
 def test_files_of_the_repository_that_a_page_names_are_there(page: str) -> None:
     text = (PAGES / page).read_text()
     named = re.findall(r"`((?:benchmarks|docs|examples|src|tests)/[\w./-]*)`", text)
-    included = re.findall(r'^--8<-- "([^"]+?)(?::\w+)*"$', text, re.MULTILINE)
+    included = INCLUDED.findall(text)
     missing = [name for name in (*named, *included) if not (ROOT / name).exists()]
     assert missing == []
+
+
+def test_every_example_is_shown() -> None:
+    shown = INCLUDED.findall((PAGES / "examples.md").read_text())
+    assert sorted(shown) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_every_page_is_in_the_navigation() -> None:

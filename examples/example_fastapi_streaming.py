@@ -1,0 +1,319 @@
+"""A chat in the browser: answers stream, conversations outlive reloads, lost connections and restarts of the server.
+
+install: pip install 'mongodb-session-manager[embedded,fastapi]' 'fastapi>=0.135' uvicorn
+run:     python examples/example_fastapi_streaming.py
+expect:  http://127.0.0.1:8000 shows a chat; tell it your name, reload or restart the server, ask for the name, branch
+         off from an answer, rate it, delete the session
+
+The page is `chat.html` beside this file. The model is scripted and the MongoDB server an embedded one that keeps its
+data in the directory `chat-data`. --model and MONGODB_URI take a real model and a real server; see offline.py.
+
+An answer belongs to the server, not to the request that asked for it: who closes the tab finds it complete afterwards,
+and who loses the connection follows it from where it was. There are no users here: who knows a session may read it, so
+put your own authentication before the routes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import uuid4
+
+import anyio
+import uvicorn
+from anyio.abc import TaskGroup
+from fastapi import FastAPI, Header, HTTPException
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, Field
+from strands import Agent
+from strands.types.content import Message, Messages
+
+from mongodb_session_manager import AgentNotFoundError, AsyncMongoDBSessionManager, get_global_factory
+from mongodb_session_manager.fastapi import add_session_support, health, session_lifespan
+from offline import make_model, mongodb, option_parser
+
+logger = logging.getLogger(__name__)
+
+AGENT_ID = "assistant"
+LINGER = 10.0  # seconds for which who comes late is told how an answer ended
+SYSTEM_PROMPT = "Be brief. When the user tells you their name, keep it with manage_metadata under the key name."
+
+
+# What the browser sends.
+
+
+class Prompt(BaseModel):
+    """A message, or `None` to answer the last one again."""
+
+    text: Annotated[str, Field(min_length=1, max_length=100_000)] | None
+
+
+class Rating(BaseModel):
+    """What a person thinks of an answer."""
+
+    message_id: int
+    rating: Annotated[str, Field(pattern="^(up|down)$")]
+
+
+class Fork(BaseModel):
+    """Where another conversation begins: after this message."""
+
+    at_message: int
+
+
+# Answers under way.
+
+
+class Turn:
+    """An answer under way. Whoever follows it may leave and come back."""
+
+    def __init__(self) -> None:
+        self.id = uuid4().hex
+        self.agent: Agent | None = None
+        self._events: list[ServerSentEvent] = []
+        self._shown = 0
+        self._news = anyio.Event()
+        self.over = False
+
+    def tell(self, event: str, data: Any) -> None:
+        """Let those who follow know."""
+        self._events.append(ServerSentEvent(event=event, data=data, id=f"{self.id}/{len(self._events)}"))
+        if event == "message":
+            self._shown = len(self._events)  # who comes only now, sees it in the conversation
+        self.over = event == "done"
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def follow(self, last_seen: str | None) -> AsyncIterator[ServerSentEvent]:
+        """Yield what happened since the event of that id, then what happens, until the answer is over."""
+        turn, _, number = (last_seen or "").partition("/")
+        position = int(number) + 1 if turn == self.id else self._shown
+        while True:
+            for event in self._events[position:]:
+                yield event
+                position += 1
+            if self.over:
+                return
+            if position == len(self._events):
+                await self._news.wait()
+
+
+class Chat:
+    """The answers that this process is writing, by session."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._tasks: TaskGroup
+        self.turns: dict[str, Turn] = {}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Own the tasks that write answers. What is not finished at the end is cancelled; it can be asked for again."""
+        async with anyio.create_task_group() as self._tasks:
+            yield
+            self._tasks.cancel_scope.cancel()
+
+    def is_answering(self, session_id: str) -> bool:
+        """Tell whether an answer of a session is under way."""
+        return session_id in self.turns and not self.turns[session_id].over
+
+    def begin(self, session_id: str, prompt: str | None) -> None:
+        """Begin to answer."""
+        if self.is_answering(session_id):
+            raise HTTPException(409, "The last message is being answered.")
+        self.turns[session_id] = turn = Turn()
+        self._tasks.start_soon(self._answer, session_id, prompt, turn)
+
+    async def _answer(self, session_id: str, prompt: str | None, turn: Turn) -> None:
+        try:
+            async with await get_global_factory().create_session_manager_async(session_id) as session:
+                if prompt and "title" not in (await session.get_metadata())["metadata"]:
+                    await session.update_metadata({"title": prompt[:80]})
+                turn.agent = Agent(
+                    model=make_model(self._model, [answer] * 3, delay=0.03),
+                    agent_id=AGENT_ID,
+                    system_prompt=SYSTEM_PROMPT,
+                    tools=[session.get_metadata_tool(allowed_keys=["name"])],
+                    session_manager=session,
+                    callback_handler=None,
+                )
+                async for event in turn.agent.stream_async(prompt):
+                    if "data" in event:
+                        turn.tell("token", event["data"])
+                    elif "message" in event:
+                        if shown := shown_of(event["message"]):
+                            turn.tell("message", shown)
+                        turn.tell("session", await facts(session))
+                turn.tell("session", await facts(session))
+        except Exception as error:  # the browser is told, whatever it was
+            logger.exception("session_id=<%s> | the answer failed", session_id)
+            turn.tell("failed", f"The answer failed: {type(error).__name__}.")
+        finally:
+            turn.tell("done", {})
+        await anyio.sleep(LINGER)
+        if self.turns[session_id] is turn:
+            del self.turns[session_id]
+
+
+# What the browser is shown.
+
+
+def shown_of(message: Message) -> dict[str, Any] | None:
+    """Return what the page shows of a message, `None` if that is nothing, as of the results of tools."""
+    text = "".join(block.get("text", "") for block in message["content"])
+    tools = [block["toolUse"]["name"] for block in message["content"] if "toolUse" in block]
+    return {"role": message["role"], "text": text, "tools": tools} if text or tools else None
+
+
+async def facts(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
+    """Return what the page shows beside the conversation."""
+    total = (await session.get_usage())["total"]
+    return {
+        "metadata": (await session.get_metadata())["metadata"],
+        "usage": {"input": total["inputTokens"], "output": total["outputTokens"], "total": total["totalTokens"]},
+    }
+
+
+async def conversation(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
+    """Return what the page shows of a session."""
+    ratings = {entry.get("message_id"): entry.get("rating") for entry in await session.get_feedbacks()}
+    try:
+        stored = await session.list_messages(AGENT_ID)
+    except AgentNotFoundError:
+        stored = []
+    messages = [
+        {"id": message.message_id, "rating": ratings.get(message.message_id), **shown}
+        for message in stored
+        if (shown := shown_of(message.to_message()))
+    ]
+    unanswered = bool(messages) and (messages[-1]["role"] == "user" or not messages[-1]["text"])
+    return {"messages": messages, "unanswered": unanswered, **await facts(session)}
+
+
+def create_app(connection_string: str, model: str) -> FastAPI:
+    """Return the application; `model` is what `--model` names."""
+    chat = Chat(model)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with session_lifespan(connection_string, application_name="chat")(app), chat.running():
+            yield
+
+    app = FastAPI(title="Chat", lifespan=lifespan)
+    add_session_support(app)
+    app.get("/health")(health)
+
+    async def existing(session_id: str) -> None:
+        if not await get_global_factory().session_exists_async(session_id):
+            raise HTTPException(404, "There is no such session.")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(Path(__file__).with_name("chat.html"), media_type="text/html")
+
+    @app.get("/api/sessions")
+    async def list_sessions(cursor: str | None = None) -> dict[str, Any]:
+        found = await get_global_factory().list_sessions_async("chat", limit=30, cursor=cursor)
+        sessions = [
+            {
+                "session_id": summary.session_id,
+                "title": summary.metadata.get("title", "New chat"),
+                "messages": sum(summary.message_counts.values()),
+                "updated_at": summary.updated_at,
+            }
+            for summary in found.sessions
+        ]
+        return {"sessions": sessions, "next_cursor": found.next_cursor}
+
+    @app.get("/api/sessions/{session_id}")
+    async def show_session(session_id: str) -> dict[str, Any]:
+        answering = chat.is_answering(session_id)
+        if not answering:
+            await existing(session_id)
+        async with await get_global_factory().create_session_manager_async(session_id) as session:
+            return {"answering": answering, **await conversation(session)}
+
+    @app.post("/api/sessions/{session_id}/messages", status_code=202)
+    async def say(session_id: str, prompt: Prompt) -> dict[str, str]:
+        chat.begin(session_id, prompt.text)
+        return {"session_id": session_id}
+
+    @app.get("/api/sessions/{session_id}/events", response_class=EventSourceResponse)
+    async def events(
+        session_id: str, last_event_id: Annotated[str | None, Header()] = None
+    ) -> AsyncIterator[ServerSentEvent]:
+        if (turn := chat.turns.get(session_id)) is None:
+            yield ServerSentEvent(event="done", data={})
+        else:
+            async for event in turn.follow(last_event_id):
+                yield event
+
+    @app.post("/api/sessions/{session_id}/stop", status_code=204)
+    async def stop(session_id: str) -> None:
+        if (turn := chat.turns.get(session_id)) is not None and turn.agent is not None:
+            turn.agent.cancel()
+
+    @app.post("/api/sessions/{session_id}/feedback", status_code=204)
+    async def rate(session_id: str, rating: Rating) -> None:
+        await existing(session_id)
+        async with await get_global_factory().create_session_manager_async(session_id) as session:
+            await session.add_feedback(rating.model_dump())
+
+    @app.post("/api/sessions/{session_id}/fork", status_code=201)
+    async def fork(session_id: str, fork: Fork) -> dict[str, str]:
+        new_id = uuid4().hex
+        factory = get_global_factory()
+        await factory.fork_session_async(session_id, new_id, at_message=fork.at_message)
+        async with await factory.create_session_manager_async(new_id) as session:
+            title = (await session.get_metadata())["metadata"].get("title", "New chat")
+            await session.update_metadata({"title": f"{title} (branch)", "branch_of": session_id})
+        return {"session_id": new_id}
+
+    @app.delete("/api/sessions/{session_id}", status_code=204)
+    async def delete(session_id: str) -> None:
+        await stop(session_id)
+        await get_global_factory().delete_session_async(session_id)
+
+    return app
+
+
+# The model.
+
+
+def answer(messages: Messages) -> Any:
+    """Answer as a model would that keeps names with the session's metadata."""
+    last = messages[-1]["content"]
+    said = " ".join(block["text"] for block in last if "text" in block)
+    words = said.replace(".", " ").replace(",", " ").split()
+    if "fail" in words:
+        return ConnectionError("the model cannot be reached")
+    if any("toolResult" in block for block in last):
+        return "Nice to meet you. I keep your name with the session, so that you can see it beside this conversation."
+    for before in ("is", "me"):
+        if ("my name is" in said.lower() or "call me" in said.lower()) and before in words[:-1]:
+            name = words[words.index(before) + 1]
+            return {"tool": "manage_metadata", "input": {"action": "update", "metadata": {"name": name}}}
+    if "story" in words:
+        return "Once upon a time there was a message. " + "It was stored before anyone spoke again. " * 8 + "The end."
+    return None  # ScriptedModel's own answer, from the conversation
+
+
+def main() -> None:
+    """Serve the chat until Ctrl+C."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets your phone in (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--data-directory", default="chat-data", help="of the embedded server (default: %(default)s)")
+    options = parser.parse_args()
+    with mongodb(options.data_directory) as uri:
+        app = create_app(uri, options.model)
+        print(f"http://{options.host}:{options.port}", flush=True)
+        uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=2)
+
+
+if __name__ == "__main__":
+    main()

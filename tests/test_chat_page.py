@@ -1,0 +1,401 @@
+"""The chat page of the streaming example, driven by a browser."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from support import eventually, texts
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the extra `dev` brings Playwright")
+expect = playwright.expect
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EXAMPLE = Path(__file__).parent.parent / "examples" / "example_fastapi_streaming.py"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH")
+
+
+class Served:
+    """The example as a process of its own, which may be killed and started again."""
+
+    def __init__(self, uri: str, database: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        address, _, options = uri.partition("?")
+        self._environment = {**os.environ, "MONGODB_URI": f"{address.rstrip('/')}/{database}?{options}"}
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, EXAMPLE, "--port", str(self.port)],
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._process.communicate()[1]
+        try:
+            return httpx.get(f"{self.url}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> str:
+        """End the process and return what it logged."""
+        self._process.send_signal(how)
+        return self._process.communicate(timeout=60)[1]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def module_database(driver: Any) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    yield name
+    driver.drop_database(name)
+
+
+@pytest.fixture(scope="module")
+def served(server: str, module_database: str) -> Iterator[Served]:
+    process = Served(server, module_database)
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def stored(driver: Any, module_database: str) -> Any:
+    return driver[module_database]["agent_sessions"]
+
+
+@pytest.fixture
+def page(browser: Any, served: Served, stored: Any) -> Iterator[Any]:
+    stored.delete_many({})
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(served.url)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def say(page: Any, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def said(page: Any) -> list[str]:
+    return page.locator(".said").all_inner_texts()
+
+
+def ask(page: Any, text: str, answer: str) -> None:
+    say(page, text)
+    expect(page.locator(".said").last).to_have_text(answer)
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def answered(page: Any) -> None:
+    expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=30_000)
+
+
+def test_tokens_arrive_as_they_are_made(page: Any) -> None:
+    page.evaluate(
+        """() => {
+          window.lengths = new Set();
+          new MutationObserver(() => {
+            const writing = document.querySelector(".writing .said");
+            if (writing) window.lengths.add(writing.textContent.length);
+          }).observe(document.getElementById("messages"), { childList: true, subtree: true, characterData: true });
+        }"""
+    )
+    say(page, "Tell me a story")
+    expect(page.get_by_role("status")).to_have_text("Answering…")
+    answered(page)
+    assert page.evaluate("window.lengths.size") > 20
+    assert said(page)[1].endswith("The end.")
+    expect(page.get_by_role("status")).to_have_text("")
+
+
+def test_the_conversation_is_there_after_a_reload_and_after_a_restart(page: Any, served: Served) -> None:
+    ask(page, "Hello, my name is Ada.", "Nice to meet you. I keep your name with the session, so that you can see it "
+        "beside this conversation.")  # fmt: skip
+    before = said(page)
+    page.reload()
+    expect(page.locator(".said")).to_have_count(3)
+    assert said(page) == before
+    served.end()
+    served.start()
+    page.reload()
+    expect(page.locator(".said")).to_have_count(3)
+    ask(page, "What is my name?", "Your name is Ada.")
+
+
+def test_metadata_and_tokens_are_shown_as_they_come(page: Any) -> None:
+    expect(page.locator("#metadata")).to_have_text("None yet")
+    say(page, "Call me Grace, please")
+    expect(page.locator("#metadata")).to_contain_text("nameGrace")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()  # while it is still being answered
+    answered(page)
+    total = int(re.search(r"Total(\d+)", page.locator("#usage").inner_text().replace("\n", ""))[1])
+    assert total > 0
+    ask(page, "And now?", "Hello! I have been sent 5 messages.")
+    assert int(page.locator("#usage dd").last.inner_text()) > total
+    expect(page.get_by_role("heading", level=1)).to_have_text("Call me Grace, please")
+
+
+def test_sessions_are_listed_and_switched(page: Any) -> None:
+    ask(page, "first chat", "Hello! I have been sent 1 message.")
+    page.get_by_role("button", name="New chat", exact=True).click()
+    expect(page.locator(".said")).to_have_count(0)
+    ask(page, "second chat", "Hello! I have been sent 1 message.")
+    names = page.locator("#list .open span")
+    expect(names).to_have_text(["second chat", "first chat"])
+    names.last.click()
+    expect(page.locator(".said").first).to_have_text("first chat")
+    expect(page.locator("#list [aria-current]")).to_contain_text("first chat")
+    page.go_back()
+    expect(page.locator(".said").first).to_have_text("second chat")
+
+
+def test_a_fork_goes_its_own_way(page: Any) -> None:
+    ask(page, "one", "Hello! I have been sent 1 message.")
+    ask(page, "two", "Hello! I have been sent 3 messages.")
+    page.get_by_role("button", name="Go on from here in a new chat").first.click()
+    expect(page.locator("#list .open span")).to_have_text(["one (branch)", "one"])
+    expect(page.locator(".said")).to_have_count(2)
+    ask(page, "another two", "Hello! I have been sent 3 messages.")
+    page.locator("#list .open").last.click()
+    expect(page.locator(".said")).to_have_count(4)
+    assert said(page)[2] == "two"
+
+
+def test_a_session_is_deleted_when_that_is_meant(page: Any, stored: Any) -> None:
+    ask(page, "to be deleted", "Hello! I have been sent 1 message.")
+    delete = page.get_by_role("button", name="Delete to be deleted")
+    delete.click()
+    page.get_by_role("button", name="Keep").click()
+    assert stored.count_documents({}) == 1
+    delete.click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator("#list li")).to_have_count(0)
+    expect(page.locator(".said")).to_have_count(0)
+    assert stored.count_documents({}) == 0
+
+
+def test_ratings_are_stored_and_shown_again(page: Any, stored: Any) -> None:
+    ask(page, "good?", "Hello! I have been sent 1 message.")
+    page.get_by_role("button", name="Good answer").click()
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Bad answer").click()
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "false")
+    eventually(lambda: len(stored.find_one()["feedbacks"]) == 2)
+    assert [(entry["message_id"], entry["rating"]) for entry in stored.find_one()["feedbacks"]] == [
+        (1, "up"),
+        (1, "down"),
+    ]
+    page.reload()
+    expect(page.get_by_role("button", name="Bad answer")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "false")
+
+
+def test_what_fails_is_said_and_can_be_tried_again(page: Any) -> None:
+    say(page, "please fail")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The answer failed: ConnectionError.")
+    page.reload()
+    expect(alert).to_contain_text("The last message was not answered.")
+    alert.get_by_role("button", name="Try again").click()
+    expect(alert).to_contain_text("The answer failed: ConnectionError.")
+    ask(page, "and now?", "Hello! I have been sent 2 messages.")
+    expect(alert).to_be_hidden()
+
+
+def test_a_lost_server_is_said_and_the_page_recovers(page: Any, served: Served) -> None:
+    say(page, "Tell me a story")
+    expect(page.locator(".writing .said")).to_contain_text("Once upon")
+    served.end(signal.SIGKILL)
+    expect(page.get_by_role("status")).to_have_text("Connection lost. Reconnecting…")
+    served.start()
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The last message was not answered.", timeout=30_000)
+    assert said(page) == ["Tell me a story"]
+    alert.get_by_role("button", name="Try again").click()
+    answered(page)
+    expect(page.locator(".said").last).to_contain_text("The end.")
+    expect(page.locator(".said")).to_have_count(2)
+
+
+def test_what_cannot_be_sent_stays_in_the_box(page: Any, served: Served) -> None:
+    served.end(signal.SIGKILL)
+    say(page, "is anyone there?")
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
+    assert page.get_by_label("Message", exact=True).input_value() == "is anyone there?"
+    served.start()
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".said").last).to_have_text("Hello! I have been sent 1 message.")
+
+
+def test_a_closed_tab_loses_nothing(page: Any, stored: Any) -> None:
+    say(page, "Tell me a story")
+    expect(page.locator(".writing .said")).to_contain_text("Once upon")
+    page.close()
+    eventually(lambda: len(stored.find_one()["agents"]["assistant"]["messages"]) == 2)
+    told = texts(stored.find_one()["agents"]["assistant"]["messages"])
+    assert told[0] == "Tell me a story"
+    assert told[1].endswith("The end.")
+
+
+def test_a_reload_follows_the_answer_under_way(page: Any) -> None:
+    say(page, "Tell me a story")
+    expect(page.locator(".writing .said")).to_contain_text("Once upon")
+    page.reload()
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(page.locator(".writing .said")).to_contain_text("Once upon")
+    answered(page)
+    assert [text[:9] for text in said(page)] == ["Tell me a", "Once upon"]
+
+
+def test_two_tabs_do_not_answer_twice(page: Any, stored: Any) -> None:
+    ask(page, "hello", "Hello! I have been sent 1 message.")
+    other = page.context.new_page()
+    other.goto(page.url)
+    expect(other.locator(".said")).to_have_count(2)
+    say(page, "Tell me a story")
+    expect(page.locator(".writing .said")).to_contain_text("Once upon")
+    say(other, "Tell me a story, too")
+    expect(other.get_by_role("alert")).to_contain_text("The last message is being answered.")
+    answered(other)
+    answered(page)
+    assert len(stored.find_one()["agents"]["assistant"]["messages"]) == 4
+    assert said(other) == said(page)
+
+
+def test_by_keyboard(page: Any) -> None:
+    box = page.get_by_label("Message", exact=True)
+    expect(box).to_be_focused()
+    page.keyboard.type("line one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("a story")
+    page.keyboard.press("Enter")
+    expect(page.locator(".writing .said")).to_contain_text("Once upon")
+    page.keyboard.press("Escape")
+    answered(page)
+    assert said(page)[0] == "line one\na story"
+    assert "The end." not in said(page)[-1]
+    for _ in range(12):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.id") == "new":
+            break
+    page.keyboard.press("Enter")
+    expect(box).to_be_focused()
+    expect(page.locator(".said")).to_have_count(0)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    ask(page, "hello", "Hello! I have been sent 1 message.")
+    contrasts = page.evaluate(
+        """() => {
+          const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+          const luminance = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+            .map((c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+            .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+          const behind = (node) => {
+            for (; node; node = node.parentElement) {
+              const color = channels(getComputedStyle(node).backgroundColor);
+              if (color[3] !== 0) return color;
+            }
+          };
+          return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() &&
+              [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())).map((node) => {
+            const [a, b] = [luminance(channels(getComputedStyle(node).color)), luminance(behind(node))];
+            return [node.className || node.tagName, (Math.max(a, b) + .05) / (Math.min(a, b) + .05)];
+          });
+        }"""
+    )
+    assert len(contrasts) > 10
+    assert [(name, ratio) for name, ratio in contrasts if ratio < 4.5] == []
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(246, 247, 249)", "dark": "rgb(21, 24, 29)"}[scheme]
+
+
+def test_on_a_phone(page: Any) -> None:
+    page.set_viewport_size({"width": 360, "height": 640})
+    ask(page, "a" * 200 + " hello", "Hello! I have been sent 1 message.")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    expect(page.get_by_role("button", name="New chat", exact=True)).to_be_hidden()
+    page.get_by_role("button", name="Sessions").click()
+    expect(page.get_by_role("button", name="New chat", exact=True)).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="New chat", exact=True)).to_be_hidden()
+    page.get_by_role("button", name="Details").click()
+    expect(page.locator("#usage")).to_contain_text("Total")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Sessions").click()
+    page.get_by_role("button", name="New chat", exact=True).click()
+    expect(page.locator("#list")).to_be_hidden()
+
+
+def test_what_is_said_is_text_never_markup(page: Any) -> None:
+    markup = '<img src="x" onerror="window.broken = true"><b>bold</b>'
+    ask(page, markup, "Hello! I have been sent 1 message.")
+    page.reload()
+    expect(page.locator(".said").first).to_have_text(markup)
+    expect(page.locator("#list .open span")).to_have_text([markup[:80]])
+    assert page.evaluate("window.broken") is None
+
+
+def test_nothing_is_fetched_from_elsewhere(browser: Any, served: Served) -> None:
+    asked: list[str] = []
+    page = browser.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(served.url)
+    ask(page, "hello", "Hello! I have been sent 1 message.")
+    page.close()
+    assert asked
+    assert [url for url in asked if not url.startswith((served.url, "data:"))] == []
+
+
+def test_a_session_that_is_gone(page: Any, stored: Any) -> None:
+    ask(page, "hello", "Hello! I have been sent 1 message.")
+    stored.delete_many({})
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("This session does not exist any more.")
+    ask(page, "again", "Hello! I have been sent 1 message.")
+    eventually(lambda: stored.count_documents({}) == 1)
