@@ -2,7 +2,8 @@
 
 A page is one program: its ```python blocks share a namespace and an event loop, and may `await` at their top level.
 A ```text or ```json block right behind one is what it prints; `...` stands for anything, and a date, a tracking id or a
-duration for any other. HTML comments right before a block, which readers do not see, say what else there is to know:
+duration for any other; a time to the first byte is there only if it is a millisecond or more. HTML comments right
+before a block, which readers do not see, say what else there is to know:
 
     <!-- model: ["Hello.", {"tool": "add", "input": {"a": 1, "b": 2}}] -->     what the model is to say next
     <!-- not run: it needs ... -->                                              why it cannot run here
@@ -40,6 +41,7 @@ _BLOCK = re.compile(
 _VOLATILE = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?|\b1\d{15}\b"
 )
+_QUICK = re.compile(r',\s*"timeToFirstByteMs": \d+')
 _COMMENT = re.compile(r"<!-- (model|not run): (.*?) -->", re.DOTALL)
 
 
@@ -147,7 +149,7 @@ class Program:
         if block.output is None:
             return
         printed = "\n".join(line.rstrip() for line in printed.strip().splitlines()) + "\n"
-        expected, found = (_VOLATILE.sub("<volatile>", text) for text in (block.output, printed))
+        expected, found = (_VOLATILE.sub("<volatile>", _QUICK.sub("", text)) for text in (block.output, printed))
         assert doctest.OutputChecker().check_output(expected, found, doctest.ELLIPSIS), (
             f"{self._page}:{block.line} prints\n{printed}\nand not\n{block.output}"
         )
