@@ -15,7 +15,7 @@ class SessionCopying(SessionExports, SessionImports, SessionForks):
     """The part of the repository that copies sessions."""
 
     async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
-        """Yield a session as lines of JSON, which `import_session` reads; `_portable` says what they hold.
+        """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
 
         However long the session is, little of it is in memory. It may be written to meanwhile: what it holds when the
         first line is asked for is exported, each message once, as it is when it is reached. One that was redacted

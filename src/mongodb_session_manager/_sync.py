@@ -452,7 +452,7 @@ class MongoDBSessionRepository(SessionRepository):
         return self._portal.call(self._async.session_exists, session_id)
 
     def export_session(self, session_id: str) -> Generator[str, None, None]:
-        """Yield a session as lines of JSON, which `import_session` reads; `_portable` says what they hold.
+        """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
 
         However long the session is, little of it is in memory. It may be written to meanwhile: what it holds when the
         first line is asked for is exported, each message once, as it is when it is reached. One that was redacted

@@ -18,11 +18,12 @@ from support import eventually
 @contextmanager
 def nothing_left(proxy: Proxy) -> Iterator[None]:
     """Check that nothing of what is begun within is left soon after it."""
-    before = set(threading.enumerate())
+    before = {*threading.enumerate(), *tasks_of_the_library()}
 
     def left() -> list[object]:
         threads = [thread for thread in threading.enumerate() if thread not in before and not _is_idle(thread)]
-        return [*threads, *tasks_of_the_library(), *sockets_through(proxy), *[proxy] * proxy.open_connections]
+        tasks = [task for task in tasks_of_the_library() if task not in before]
+        return [*threads, *tasks, *sockets_through(proxy), *[proxy] * proxy.open_connections]
 
     yield
     gone(left)
