@@ -101,10 +101,10 @@ class SessionExports(SessionArchive):
                 if missing is None:
                     break
                 # It may have been redacted or replaced since it was read.
-                now = await self._message_now(session_id, agent_id, message["message_id"])
-                if now is None or now.get("attachments") == message["attachments"]:
+                current = await self._message_now(session_id, agent_id, message["message_id"])
+                if current is None or current.get("attachments") == message["attachments"]:
                     raise _damaged(session_id, agent_id, message["message_id"], missing)
-                message = now
+                message = current
             waiting.append(message)
         if waiting:
             yield await asyncio.to_thread(_lines_of, writer, waiting)

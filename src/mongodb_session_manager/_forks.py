@@ -98,8 +98,8 @@ class SessionForks(SessionCopies, SessionWrites):
             session_id, used, copy.session_id, copy.generation, copy.expires_from
         ):
             await self._refuse_existing(copy.session_id)
-            now = await self._found(session_id, {"attachments_generation": 1})
-            if now.get("attachments_generation") != progress.generation:
+            current = await self._found(session_id, {"attachments_generation": 1})
+            if current.get("attachments_generation") != progress.generation:
                 return False
             raise AttachmentError(f"session {session_id!r} holds attachments that are missing, so it was not forked")
         own = {
