@@ -559,14 +559,42 @@ class Clocks:
         return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    clocks = Clocks()
+    for module in ("_expiry", "_archive", "_attachments", "_annotations", "_repository", "_writes"):
+        monkeypatch.setattr(f"mongodb_session_manager.{module}.now", clocks.now)
+    return clocks
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["the first", "another"])
+def test_an_attachment_that_takes_longer_than_it_would_be_kept(
+    server: str, database: str, stored: Stored, clocks: Clocks, before: int
+) -> None:
+    class Slow(monitoring.CommandListener):
+        def started(self, event: monitoring.CommandStartedEvent) -> None:
+            if event.command.get("insert") == "agent_sessions_attachments.files":
+                clocks.ahead += SLACK * 2
+
+        def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+        def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+    with MongoDBSessionRepository(server, database, session_ttl=TTL, **SMALL) as repository:
+        begin(repository)
+        for n in range(before):
+            repository.create_message(ID, "agent", said(n, PICTURE[n:]))
+    with MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[Slow()], **SMALL) as slow:
+        slow.create_message(ID, "agent", said(before, PICTURE[before:]))
+        assert len(slow.list_messages(ID, "agent")) == before + 1
+    check_kept(stored)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_the_clocks_say_nothing_beside_a_session_goes_before_it(
-    server: str, database: str, stored: Stored, monkeypatch: pytest.MonkeyPatch, seed: int
+    server: str, database: str, stored: Stored, clocks: Clocks, seed: int
 ) -> None:
     """Writers with clocks that jump by up to two slacks each way, with and without a time to live."""
-    chance, clocks = random.Random(seed), Clocks()
-    for module in ("_expiry", "_archive", "_attachments", "_annotations", "_repository"):
-        monkeypatch.setattr(f"mongodb_session_manager.{module}.now", clocks.now)
+    chance = random.Random(seed)
     limits: Any = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 1000}
     writers = [
         MongoDBSessionRepository(server, database, **limits, **({"session_ttl": TTL} if n % 2 else {}))
@@ -611,7 +639,7 @@ def check_kept_now(stored: Stored) -> None:
 
 def test_many_writers_at_once(server: str, database: str, stored: Stored) -> None:
     """With so short a time to live that they renew again and again."""
-    ttl = timedelta(seconds=1)  # renewed every eighth of it; the server looks once a minute
+    ttl = timedelta(seconds=2)  # renewed every eighth of it; the server looks once a minute
     failures: list[BaseException] = []
     done = threading.Event()
 

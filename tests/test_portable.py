@@ -292,6 +292,43 @@ REFUSED = {
     "created_at": (edited(1, created_at="yesterday"), 2, "created_at is no date"),
     "feedbacks": (edited(1, feedbacks=["good"]), 2, "feedbacks holds what is no object"),
     "a multi-agent": (edited(1, multi_agents={"g": {"state": 1}}), 2, "multi_agents holds what is no multi-agent"),
+    "a path to a multi-agent": (
+        edited(1, multi_agents={"g.h": {"state": 1, "revision": 1, "writer": "w"}}),
+        2,
+        "multi_agents holds a field whose name is empty, begins with $ or holds a dot",
+    ),
+    "an agent with a path": (
+        replaced(2, '{"agent": "a", "fields": {"a.b": 1}}'),
+        3,
+        "the agent holds a field whose name is empty, begins with $ or holds a dot",
+    ),
+    "agent_data with a name that is empty": (
+        replaced(2, '{"agent": "a", "fields": {"agent_data": {"": 1}}}'),
+        3,
+        "agent_data holds a field whose name is empty, begins with $ or holds a dot",
+    ),
+    "an agent of yesterday": (
+        replaced(2, '{"agent": "a", "fields": {"updated_at": "yesterday"}}'),
+        3,
+        "updated_at is no date",
+    ),
+    "a state that is no object": (
+        replaced(2, '{"agent": "a", "fields": {"agent_data": {"state": 1}}}'),
+        3,
+        "state is of another type",
+    ),
+    "a model that has no name": (
+        replaced(2, '{"agent": "a", "fields": {"agent_data": {"model": 1}}}'),
+        3,
+        "model is of another type",
+    ),
+    "a message with a path": (
+        edited(3, **{"a.b": 1}),
+        4,
+        "the message holds a field whose name is empty, begins with $ or holds a dot",
+    ),
+    "a message of yesterday": (edited(3, created_at="yesterday"), 4, "created_at is no date"),
+    "a message with other metrics": (edited(3, usage=1), 4, "usage is of another type"),
     "agent_data": (replaced(2, '{"agent": "a", "fields": {"agent_data": 1}}'), 3, "agent_data is of another type"),
     "usage": (
         replaced(2, '{"agent": "a", "fields": {"usage": {"inputTokens": "1"}}}'),
@@ -308,6 +345,7 @@ REFUSED = {
         "it refers to an attachment that is not there",
     ),
     "no reference": (edited(3, attachments=["x"]), 4, "attachments holds what is no reference"),
+    "a piece of no agent": (replaced(2, export(attachment=True)[4]), 3, "it is an attachment of no agent"),
     "a piece of no reference": (
         replaced(4, '{"attachment": "x", "at": 0, "data": "AAAA"}'),
         5,

@@ -143,8 +143,10 @@ class SessionArchive(SessionExpiry, SessionEnding):
             await self._outrun(session_id, key, as_known)
             head.certain = False
             return False
-        query, update, _ = cut(session_id, key, as_known, step, expires_from)
-        numbers = await self._send(lambda collection: find_and_modify(collection, query, update, numbers_of(key)))
+        update = cut(session_id, key, as_known, step, expires_from)
+        numbers = await self._send(
+            lambda collection: find_and_modify(collection, update.filter, update.update, numbers_of(key))
+        )
         if numbers is None:
             head.certain = False
             await self._remove_orphan(session_id, key, as_known, begin)

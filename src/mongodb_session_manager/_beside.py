@@ -22,7 +22,7 @@ matches only if `kept_until` is not before it. If it is, which can happen once i
 first renews: sets `keep_until` to an eighth ahead, then every `expires_from`, then `kept_until`. What is added
 meanwhile, by somebody who read the session before, is refused by the statement that would make it a part of the
 session, because that compares `keep_until`. A session without anything beside it has none of the two dates, and
-whoever adds the first thing sets them.
+whoever adds the first thing sets them, unless its own date has passed by then.
 
 `session_ttl` comes first where a session gets it later: if the writer ends there, what has no `expires_from` stays.
 
@@ -169,9 +169,12 @@ def may_add(expires_from: datetime | None) -> Document:
     return {"keep_until": {"$not": {"$gt": expires_from}}}
 
 
-def is_current(document: Mapping[str, Any], expires_from: datetime | None) -> bool:
-    """Tell whether a session document, with the fields of `KEEPING`, meets the condition of `may_add`."""
+def is_current(document: Mapping[str, Any], expires_from: datetime | None, moment: datetime) -> bool:
+    """Tell whether what was stored with a date, or without, may become a part of a session at a moment.
+
+    The session document has the fields of `KEEPING`.
+    """
     keeping = Keeping.of(document)
     if expires_from is None:
         return keeping.ttl is None and keeping.keep_until is None
-    return keeping.keep_until is None or keeping.keep_until <= expires_from
+    return moment <= expires_from and (keeping.keep_until is None or keeping.keep_until <= expires_from)

@@ -285,7 +285,7 @@ def cut(session_id: str, key: str, head: Head, step: Step, expires_from: datetim
         condition["updated_at"] = {"$not": {"$gt": expires_from}}
         sets |= {name: {operator: [f"${name}", expires_from]} for name, operator in KEPT.items()}
     stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
-    return Update(condition, stages, None)
+    return Update(condition, stages, None, expires_from)
 
 
 def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:

@@ -235,11 +235,12 @@ def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
 
 
 class Update(NamedTuple):
-    """The arguments of one `update_one`."""
+    """The arguments of one `update_one`, and the `expires_from` of what it makes a part of a session that expires."""
 
     filter: Document
     update: Document | list[Document]
     array_filters: list[Document] | None
+    expires_from: datetime | None = None
 
 
 @dataclass
@@ -286,7 +287,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
     if moments:
         parts.sets["updated_at"] = max(moments)
     if parts.unless_set or parts.pushes.keys() & parts.replacements.keys():
-        return Update(condition, [{"$set": _pipeline(parts)}], None)
+        return Update(condition, [{"$set": _pipeline(parts)}], None, parts.kept)
     return _operators(condition, parts)
 
 
@@ -334,7 +335,8 @@ def _operators(condition: Document, parts: _Parts) -> Update:
     operators = {"$set": sets, "$push": pushes, "$inc": parts.increments, "$addToSet": events}
     if parts.kept is not None:
         operators |= {operator: {name: parts.kept} for name, operator in KEPT.items()}
-    return Update(condition, {name: fields for name, fields in operators.items() if fields}, array_filters or None)
+    used = {name: fields for name, fields in operators.items() if fields}
+    return Update(condition, used, array_filters or None, parts.kept)
 
 
 def _pipeline(parts: _Parts) -> Document:

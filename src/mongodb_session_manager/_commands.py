@@ -104,9 +104,11 @@ class SessionCollection:
             result = await collection.update_one(update.filter, update.update, array_filters=update.array_filters)
             return bool(result.matched_count)
 
-        return await self._update_with(update, send)
+        return bool(await self._update_with(update, send))
 
-    async def _update_with(self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]) -> T:
+    async def _update_with(
+        self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]
+    ) -> T | None:
         """Send an update statement with a command whose result is false if it matched nothing."""
         return await self._send(lambda collection: command(collection, update))
 

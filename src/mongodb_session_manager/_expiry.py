@@ -39,8 +39,12 @@ class SessionExpiry(SessionCollection):
 
     _session_ttl: int | None
 
-    async def _update_with(self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]) -> T:
+    async def _update_with(
+        self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]
+    ) -> T | None:
         moment = now()
+        if update.expires_from is not None and update.expires_from < moment:
+            return None  # it took so long to store what this adds that it would go before the session
         statement = _touching(update, moment, self._session_ttl)
         result = await super()._update_with(statement or update, command)
         # The same moment again, so that a renewal is long enough for it however long it takes.
@@ -53,8 +57,10 @@ class SessionExpiry(SessionCollection):
 
         Where it is kept so long, that may have come too late for a statement that was sent before.
         """
-        query, stages, _ = _announce(session_id, moment, self._session_ttl)
-        announced = await self._send(lambda collection: find_and_modify(collection, query, stages, _ANNOUNCED))
+        update = _announce(session_id, moment, self._session_ttl)
+        announced = await self._send(
+            lambda collection: find_and_modify(collection, update.filter, update.update, _ANNOUNCED)
+        )
         if announced is None:
             return False
         if announced["kept_until"] < moment:
@@ -106,6 +112,7 @@ def _touching(update: Update, moment: datetime, ttl: int | None) -> Update | Non
         {**update.filter, "$and": [condition]},
         stages if isinstance(update.update, list) else stages[0],
         update.array_filters,
+        update.expires_from,
     )
 
 

@@ -10,7 +10,7 @@ from ._archive import SessionArchive
 from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, StoredView, Update, compile_update, fold, in_parts, reconcile
-from ._documents import Document, agent_key, checked_id, next_message_id, with_ids
+from ._documents import Document, agent_key, checked_id, next_message_id, now, with_ids
 from .errors import (
     AgentNotFoundError,
     DatabaseError,
@@ -165,7 +165,7 @@ class SessionWrites(SessionArchive):
             if rest is not None:
                 if rest.generation is not None and not (
                     rest.generation == (document.get("attachments_generation") or 0)
-                    and is_current(document, rest.expires_from)
+                    and is_current(document, rest.expires_from, now())
                 ):
                     raise StaleAttachments(document)
                 changes = archived.setdefault(agent_id, {})
