@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pymongo
@@ -31,6 +35,7 @@ from mongodb_session_manager import (
     get_global_factory,
     initialize_global_factory,
 )
+from mongodb_session_manager._commands import _forget_indexes, see_again, unseen
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
@@ -683,3 +688,32 @@ async def test_an_async_manager_after_it_was_closed(factory: MongoDBSessionManag
         async with manager:
             pass
     assert conversation(stored) == ["hi", "hello"]
+
+
+def test_threads_see_to_indexes_at_the_same_time() -> None:
+    """Clients of an application may live on event loops of several threads."""
+
+    def see(thread: int) -> None:
+        for number in range(300):
+            connection: Any = SimpleNamespace(identity=(thread, number), when_client_is_collected=_ignore)
+            try:
+                assert unseen(connection, "d", "c", [("a",), ("b",)]) == [("a",), ("b",)]
+                assert unseen(connection, "d", "c", [("a",), ("c",)]) == [("c",)]
+                see_again(connection, "d", "c", [("a",)])
+                assert unseen(connection, "d", "c", [("a",), ("c",)]) == [("a",)]
+            finally:
+                if number % 2:
+                    _forget_indexes(connection.identity)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(see, range(4))) == [None] * 4
+    finally:
+        sys.setswitchinterval(interval)
+        for identity in itertools.product(range(4), range(300)):
+            _forget_indexes(identity)
+
+
+def _ignore(function: object) -> None: ...

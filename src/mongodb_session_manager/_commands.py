@@ -25,8 +25,11 @@ T = TypeVar("T")
 _PAUSES = (0.05, 0.2, 0.8)
 """Seconds before a command is sent again after a lost connection, shortened at random by up to half."""
 
-_indexed: set[tuple[object, ...]] = set()
-"""Server or client, database, collection and fields of the indexes this process has seen to."""
+_indexed: dict[object, set[tuple[object, ...]]] = {}
+"""Database, collection and fields of the indexes this process has seen to, by server or client.
+
+Clients live on event loops of several threads, so nothing goes over all of it.
+"""
 
 _MOST_INDEXES = 63
 """What MongoDB allows for a collection, without the index of `_id`."""
@@ -168,17 +171,18 @@ def ensure_indexes(
 
 def unseen(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> list[Fields]:
     """Return those indexes of a collection that this process has not seen to, and take it that it does now."""
-    where = (connection.identity, database, name)
-    if missing := [fields for fields in wanted if (*where, fields) not in _indexed]:
-        if where not in {entry[:3] for entry in _indexed}:
-            connection.when_client_is_collected(_forget_indexes)
-        _indexed.update((*where, fields) for fields in missing)
+    seen = _indexed.get(connection.identity)
+    if seen is None:
+        seen = _indexed.setdefault(connection.identity, set())
+        connection.when_client_is_collected(_forget_indexes)
+    missing = [fields for fields in wanted if (database, name, fields) not in seen]
+    seen.update((database, name, fields) for fields in missing)
     return missing
 
 
 def see_again(connection: Connection, database: str, name: str, fields: Iterable[Fields]) -> None:
     """Forget that indexes of a collection were seen to."""
-    _indexed.difference_update((connection.identity, database, name, each) for each in fields)
+    _indexed.get(connection.identity, set()).difference_update((database, name, each) for each in fields)
 
 
 async def _build_indexes(
@@ -213,4 +217,4 @@ def _checked_fields(fields: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _forget_indexes(identity: object) -> None:
-    _indexed.difference_update({entry for entry in _indexed if entry[0] == identity})
+    _indexed.pop(identity, None)

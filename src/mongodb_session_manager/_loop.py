@@ -257,7 +257,7 @@ async def _close_all() -> None:
     """Close what is open in its order, the youngest first; what finds no time left still hears of the end."""
     end = time.monotonic() + EXIT_TIMEOUT
     for order in ExitOrder:  # one after the other, because closing the earlier may open what is later
-        for key in sorted(key for key in _open_at_exit if key[0] == order):
+        for key in sorted(key for key in list(_open_at_exit) if key[0] == order):
             reference = _open_at_exit.pop(key, None)
             close = None if reference is None else reference()
             if close is None:
