@@ -108,11 +108,9 @@ def _touching(update: Update, moment: datetime, ttl: int | None) -> Update | Non
     if ttl is not None:
         condition["session_ttl"] = {"$exists": True}
     stages = [{**stages[0], "$set": {**sets, "updated_at": moment}}, *stages[1:]]
-    return Update(
-        {**update.filter, "$and": [condition]},
-        stages if isinstance(update.update, list) else stages[0],
-        update.array_filters,
-        update.expires_from,
+    return update._replace(
+        filter={**update.filter, "$and": [condition]},
+        update=stages if isinstance(update.update, list) else stages[0],
     )
 
 
