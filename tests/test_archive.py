@@ -400,13 +400,22 @@ def test_restoring_reads_the_buckets_above_the_offset_only(
     assert [message["message_id"] for message in document["messages"]] == list(range(12, 30))
 
 
-def test_a_restored_archived_message_with_a_known_tracking_id_is_replaced(
+def test_a_message_with_the_tracking_id_of_an_archived_one_replaces_nothing(
     long: MongoDBSessionRepository, stored: Stored
 ) -> None:
     work = UnitOfWork("s", long.open_session("s"))
-    work.create_message("s", "agent", said(3, "merged"))
+    work.create_message("s", "agent", said(3, "again"))
     assert long.apply("s", work.pending()) == {}
-    assert everything(stored) == [*expected(3), "merged", *expected(30, 4)]
+    assert everything(stored) == [*expected(30), "again"]
+
+
+def test_an_update_by_the_tracking_id_of_an_archived_message_replaces_it(
+    long: MongoDBSessionRepository, stored: Stored
+) -> None:
+    work = UnitOfWork("s", long.open_session("s"))
+    work.record_replacement("agent", "t3", said(3, "changed").message)
+    assert long.apply("s", work.pending()) == {}
+    assert everything(stored) == [*expected(3), "changed", *expected(30, 4)]
 
 
 def test_an_open_session_remembers_a_bounded_number_of_tracking_ids() -> None:
@@ -416,7 +425,7 @@ def test_an_open_session_remembers_a_bounded_number_of_tracking_ids() -> None:
         work.create_message("s", "agent", said(message_id))
         work.settle(len(work.pending()), {})
     assert len(work._agents["agent"].message_ids) == 1024
-    work.create_message("s", "agent", said(4999, "merged"))
+    work.record_replacement("agent", "t4999", said(4999, "changed").message)
     (change,) = work.pending()
     assert change.message_id == 4999
 
@@ -427,7 +436,7 @@ def test_only_what_the_conversation_manager_has_left_is_loaded(
 ) -> None:
     state = {"removed_message_count": removed}
     stored.update_one({"_id": "s"}, {"$set": {"agents.agent.agent_data.conversation_manager_state": state}})
-    first = min(max(removed, 0), 30) if type(removed) is int else 0
+    first = removed if type(removed) is int and 0 <= removed <= 30 else 0
     document = long.open_session("s")
     assert document["agents"]["agent"]["first"] == first
     assert [message["message_id"] for message in document["agents"]["agent"]["messages"]] == list(range(first, 30))

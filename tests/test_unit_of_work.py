@@ -87,6 +87,13 @@ def message(text: str, message_id: int = 0) -> SessionMessage:
     return SessionMessage(said(text), message_id, None, ISO, ISO)
 
 
+def continued(text: str, *more: str) -> SessionMessage:
+    """A message to which Strands has appended further blocks."""
+    longer = message(text)
+    longer.message["content"] = [{"text": text}, *({"text": each} for each in more)]
+    return longer
+
+
 def state(agent_id: str = "agent", **values: Any) -> SessionAgent:
     return SessionAgent(agent_id, values, {}, {}, ISO, ISO)
 
@@ -181,9 +188,9 @@ def test_a_released_agent_goes_on() -> None:
     unit = opened(agent=stored_agent("one", "two"))
     unit.release("agent")
     unit.create_message("s", "agent", message("three"))
-    unit.create_message("s", "agent", message("two"))
+    unit.create_message("s", "agent", continued("three", "four"))
     assert kinds(unit.pending()) == ["AppendMessage", "ReplaceMessage"]
-    assert [change.message_id for change in unit.pending() if isinstance(change, ReplaceMessage)] == [1]
+    assert [change.message_id for change in unit.pending() if isinstance(change, ReplaceMessage)] == [2]
 
 
 # Recording.
@@ -261,10 +268,9 @@ def test_a_state_is_recorded_for_the_messages_it_follows() -> None:
     assert (after.expected, after.fields["state"]) == (2, {"k": 2})
 
 
-def test_the_same_tracking_id_replaces() -> None:
+def test_the_last_message_with_more_content_replaces() -> None:
     unit = opened(agent=stored_agent("one", "two"))
-    again = message("two")
-    again.message = {"role": "assistant", "content": [{"text": "two and more"}], "tracking_id": "two"}
+    again = continued("two", "and more")
     unit.create_message("s", "agent", again)
     (change,) = unit.pending()
     assert isinstance(change, ReplaceMessage)
@@ -276,12 +282,45 @@ def test_the_same_tracking_id_replaces() -> None:
     assert appended(unit) == [("agent", 2, "three")]
 
 
-def test_the_same_tracking_id_as_a_pending_message_replaces() -> None:
+def test_a_pending_message_with_more_content_replaces_as_often_as_it_grows() -> None:
     unit = opened(agent=stored_agent("one"))
-    for _ in range(2):
-        unit.create_message("s", "agent", message("two"))
-    assert kinds(unit.pending()) == ["AppendMessage", "ReplaceMessage"]
+    unit.create_message("s", "agent", message("two"))
+    unit.create_message("s", "agent", continued("two", "more"))
+    unit.create_message("s", "agent", continued("two", "more", "and more"))
+    assert kinds(unit.pending()) == ["AppendMessage", "ReplaceMessage", "ReplaceMessage"]
     assert appended(unit) == [("agent", 1, "two")]
+
+
+def test_a_redacted_message_with_more_content_replaces() -> None:
+    unit = opened(agent=stored_agent("one"))
+    redacted = message("two", 1)
+    unit.create_message("s", "agent", redacted)
+    redacted.redact_message = {"role": "user", "content": [{"text": "[redacted]"}], "tracking_id": "two"}
+    unit.update_message("s", "agent", redacted)
+    longer = message("two")
+    longer.message = {"role": "user", "content": [{"text": "[redacted]"}, {"text": "more"}], "tracking_id": "two"}
+    unit.create_message("s", "agent", longer)
+    assert kinds(unit.pending()) == ["AppendMessage", "ReplaceMessage", "ReplaceMessage"]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param(["one"], id="the same message as before the last"),
+        pytest.param(["one", "more"], id="more content than before the last"),
+        pytest.param(["two"], id="the same message as the last"),
+        pytest.param(["other", "content", "tracking_id=two"], id="the id of the last with other content"),
+    ],
+)
+def test_a_tracking_id_that_was_used_before_appends(again: list[str]) -> None:
+    unit = opened(agent=stored_agent("one", "two"))
+    reused = continued(*again)
+    if again[-1].startswith("tracking_id="):
+        reused.message["content"].pop()
+        reused.message["tracking_id"] = again[-1].removeprefix("tracking_id=")
+    unit.create_message("s", "agent", reused)
+    assert [(change.agent_id, change.message["message_id"]) for change in unit.pending()] == [("agent", 2)]
+    assert reused.message_id == 2
 
 
 def test_the_same_tracking_id_of_another_agent_appends() -> None:

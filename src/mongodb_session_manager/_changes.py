@@ -434,11 +434,13 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
 
 
 def _is_stored(ours: StoredMessage, stored: StoredView) -> bool:
-    """Tell by its tracking id whether a message is stored; one without an id by all of it."""
+    """Return whether a message is stored: by its date and tracking id, or by its content if it has no tracking id."""
     theirs = stored.messages.get(ours["message_id"])
     if theirs is None:
+        return False
+    if ours["created_at"] != theirs.get("created_at"):  # the same message, sent twice by an application
         return False
     tracking_id = ours["message"].get("tracking_id")
     if tracking_id is not None:
         return bool(tracking_id == theirs["message"].get("tracking_id"))
-    return bool(ours["message"] == theirs["message"] and ours["created_at"] == theirs.get("created_at"))
+    return bool(ours["message"] == theirs["message"])

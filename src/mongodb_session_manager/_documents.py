@@ -294,11 +294,12 @@ def stored_removed(agent: str) -> Document:
 def to_restore(agent: str) -> Document:
     """Return the aggregation expression for the messages of an agent that `removed_messages` leaves.
 
-    All of them where `next_message_id` has to be found out yet. `agent` is the path of the agent, with `$`.
+    All of them where `next_message_id` has to be found out yet, or where more are said to be removed than are stored.
+    `agent` is the path of the agent, with `$`.
     """
     messages = {"$ifNull": [f"{agent}.messages", []]}
     removed = {"$subtract": [stored_removed(agent), {"$ifNull": [f"{agent}.archived", 0]}]}
-    begin = {"$min": [{"$max": [removed, 0]}, {"$size": messages}]}
+    begin = {"$cond": [{"$gt": [removed, {"$size": messages}]}, 0, {"$max": [removed, 0]}]}
     is_numbered = {"$gte": [f"{agent}.next_message_id", 0]}
     return {"$cond": [is_numbered, {"$slice": [messages, begin, 2**31 - 1]}, messages]}
 

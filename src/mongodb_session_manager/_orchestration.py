@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,10 +59,11 @@ class OrchestratorSessionManager(RepositorySessionManager):
     def _settle(self, *, multi_agent_id: str) -> None: ...
 
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
+        # Before the callbacks of others: one that is slow or raises must not keep a node's result from being stored.
         registry.add_callback(MultiAgentInitializedEvent, lambda event: self.initialize_multi_agent(event.source))
         if each_node:
-            registry.add_callback(AfterNodeCallEvent, self._on_after_node_call)
-        registry.add_callback(AfterMultiAgentInvocationEvent, self._on_after_multi_agent_invocation)
+            registry.add_callback(AfterNodeCallEvent, self._on_after_node_call, order=-math.inf)
+        registry.add_callback(AfterMultiAgentInvocationEvent, self._on_after_multi_agent_invocation, order=-math.inf)
 
     def initialize_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
         """Restore a graph or swarm from what was loaded, or record it as new. Sends nothing.

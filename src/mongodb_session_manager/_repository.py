@@ -222,6 +222,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             self._head(session_id, key).learn(agent)
             removed, archived = removed_messages(agent), agent["archived"]
             agent["first"] = archived + agent["count"] - len(agent["messages"])
+            if removed > archived + agent["count"]:
+                removed = 0  # a wrong count: restoring warns of it, and gets what there is
             if removed < archived:
                 wanted[key] = (agent.get("created_at"), removed, archived)
                 agent["first"] = removed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -38,12 +39,29 @@ from ._orchestration import OrchestratorSessionManager, is_recording_only, recor
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from ._repository import AsyncMongoDBSessionRepository
 from ._unit_of_work import UnitOfWork
-from .errors import ConfigurationError, MessageTooLargeError, MongoDBSessionError, SessionClosedError
+from .errors import (
+    AgentNotFoundError,
+    ConfigurationError,
+    EncodingError,
+    EventLoopError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    SessionClosedError,
+)
 from .hooks._notify import DRAIN_TIMEOUT, drain
 
 logger = logging.getLogger(__name__)
 
 SaveOn = Literal["message", "invocation"]
+
+_FIRST, _LAST = -math.inf, math.inf
+"""Orders of callbacks: before and after those of every other hook provider."""
+
+_PATIENCE = 0.1
+"""Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
+
+Something slow may come first: a user's hook, middleware, a client that reads slowly.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +144,11 @@ def take_hooks(client_options: dict[str, Any]) -> dict[str, Any]:
     return {name: client_options.pop(name) for name in _SPELLINGS if name in client_options}
 
 
+def _is_final(message: Message) -> bool:
+    """Return whether a message ends a turn: one of the assistant that calls no tool."""
+    return message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
+
+
 class SessionManagerBase(OrchestratorSessionManager):
     """What both managers share: all but how the caller waits."""
 
@@ -165,7 +188,9 @@ class SessionManagerBase(OrchestratorSessionManager):
                 return
             document = await self._repository.open_session(self.session_id)
             close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-            work = UnitOfWork(self.session_id, document, self._options.max_inline_attachment_bytes)
+            work = UnitOfWork(
+                self.session_id, document, self._options.max_inline_attachment_bytes, self._fetch_messages
+            )
             super().__init__(self.session_id, work)
             self._work = work
             hold(self, self._options.metadata_hook, self._options.feedback_hook)
@@ -175,11 +200,14 @@ class SessionManagerBase(OrchestratorSessionManager):
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         """Register what keeps an agent or orchestrator stored."""
         registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
-        registry.add_callback(BeforeInvocationEvent, lambda event: self._invoked.add(event.agent.agent_id))
+        # The last one: if another callback raises, there is no invocation and no AfterInvocationEvent.
+        registry.add_callback(BeforeInvocationEvent, self._on_before_invocation, order=_LAST)
         registry.add_callback(MessageAddedEvent, self._on_message_added)
         registry.add_callback(MessageUpdatedEvent, self._on_message_updated)
-        registry.add_callback(AfterInvocationEvent, self._on_after_invocation)
-        registry.add_callback(BidiAgentStopEvent, self._on_stop)
+        # The first one stores what was shown, whatever other callbacks do; the last one stores what they changed.
+        registry.add_callback(AfterInvocationEvent, self._on_invocation_ended, order=_FIRST)
+        registry.add_callback(AfterInvocationEvent, self._on_after_invocation, order=_LAST)
+        registry.add_callback(BidiAgentStopEvent, self._on_stop, order=_FIRST)
         self._register_multi_agent_hooks(registry, each_node=self._options.save_on == "message")
 
     def initialize(self, agent: LocalAgent, **kwargs: Any) -> None:
@@ -192,11 +220,24 @@ class SessionManagerBase(OrchestratorSessionManager):
         work = self._unit
         checked_id(agent.agent_id, "agent_id")
         super().initialize(agent, **kwargs)
+        if isinstance(agent, Agent):
+            if (offset := work.corrected_offset(agent.agent_id)) is not None:
+                agent.conversation_manager.removed_message_count = offset
+        else:
+            work.start_invocation(agent.agent_id)  # no event tells when one starts
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
 
     def append_message(self, message: Message, agent: LocalAgent, **kwargs: Any) -> None:
-        """Append a message to the agent's stored conversation."""
+        """Append a message to the agent's stored conversation.
+
+        Raises:
+            AgentNotFoundError: This manager has not initialized the agent.
+            EncodingError: The message has no form that can be stored.
+            MessageTooLargeError: The message is larger than can be stored.
+            SessionConflictError: Another writer stored a message of the agent meanwhile.
+        """
+        self._check_initialized(agent)
         self._unit.raise_refusal(agent.agent_id)
         super().append_message(message, agent, **kwargs)
         self._settle(agent.agent_id)
@@ -221,6 +262,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             **kwargs: Accepted because Strands may pass more one day.
         """
         work = self._unit
+        self._check_initialized(agent)
         event = guardrail_event(action, stop_reason, guardrail_trace, now())
         with recording_only():
             super().redact_latest_message(redact_message, agent, **kwargs)
@@ -228,10 +270,24 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._settle(agent.agent_id)
 
     def sync_agent(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Store the agent's state, if it changed since it was stored last."""
-        self._unit.record_config(agent.agent_id, capture_config(agent))
+        """Store the agent's state, if it changed since it was stored last.
+
+        An agent that was built without this manager, and that the session does not hold yet, is stored with its
+        messages.
+        """
+        work = self._unit
+        if not work.holds(checked_id(agent.agent_id, "agent_id")):
+            self.initialize(agent)
+        work.record_config(agent.agent_id, capture_config(agent))
         super().sync_agent(agent, **kwargs)
         self._settle(agent.agent_id)
+
+    def _check_initialized(self, agent: LocalAgent) -> None:
+        if not self._unit.is_initialized(agent.agent_id):
+            raise AgentNotFoundError(
+                f"agent {agent.agent_id!r} was not initialized by this session manager: construct it with "
+                "Agent(session_manager=manager), or call manager.initialize(agent) first"
+            )
 
     async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
         agent = event.agent
@@ -241,19 +297,21 @@ class SessionManagerBase(OrchestratorSessionManager):
                 self.sync_agent(agent)
             if self._is_due(event.message, agent):
                 await self._flush(agent.agent_id)
+            elif _is_final(event.message):
+                asyncio.get_running_loop().call_later(_PATIENCE, self._submit)
         except MongoDBSessionError as error:
             self._stopped[agent.agent_id] = error
             raise
 
     def _append_added(self, message: Message, agent: LocalAgent) -> None:
-        """Append a message, or take it out of the agent's again if it is too large, so that the agent can go on."""
-        known = self._unit.knows(agent.agent_id, message)
+        """Append a message. Take it out of `agent.messages` if it cannot be stored, so that the agent can go on."""
+        is_continuation = self._unit.is_continuation(agent.agent_id, message)
         try:
             self.append_message(message, agent)
-        except MessageTooLargeError:
-            # What was known stays as it is stored; the agent alone knows what was merged into it.
-            if not known and agent.messages and agent.messages[-1] is message:
-                agent.messages.pop()
+        except (EncodingError, MessageTooLargeError):
+            # A continued message stays as it is stored; only the agent holds what was added to it.
+            if not is_continuation:
+                agent.messages[:] = [kept for kept in agent.messages if kept is not message]
             raise
 
     async def _on_message_updated(self, event: MessageUpdatedEvent[LocalAgent]) -> None:
@@ -265,29 +323,42 @@ class SessionManagerBase(OrchestratorSessionManager):
             self.sync_agent(event.agent)
         await self._flush(event.agent.agent_id)
 
-    async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
+    def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
+        self._invoked.add(event.agent.agent_id)
+        self._unit.start_invocation(event.agent.agent_id)
+
+    async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
+        """Store the turn. A failure is raised when the other callbacks have run: they may release resources."""
         agent = event.agent
         self._invoked.discard(agent.agent_id)
-        stopped = self._stopped.pop(agent.agent_id, None)
         try:
-            with recording_only():
-                self.sync_agent(agent)
-            self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
-        finally:
-            await self._flush(agent.agent_id)
+            try:
+                with recording_only():
+                    self.sync_agent(agent)
+                self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
+            finally:
+                await self._send()
+        except MongoDBSessionError as error:
+            self._stopped.setdefault(agent.agent_id, error)
+
+    async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
+        agent = event.agent
+        stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
-            # What could not be stored is by now, but the turn did stop; Strands may have wrapped the reason.
+            # What could not be stored may be by now, but the turn did stop; Strands may have wrapped the reason.
             raise stopped
+        with recording_only():
+            self.sync_agent(agent)
+        await self._flush(agent.agent_id)
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
         """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
         if not isinstance(agent, Agent):
             return True  # no event tells the end of its invocations
         saves_messages = self._options.save_on == "message"
-        is_last = message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
         if agent.agent_id not in self._invoked:
-            return is_last or saves_messages  # a tool that the application calls: nothing tells the end of that
-        return saves_messages and not is_last
+            return _is_final(message) or saves_messages  # a tool that the application calls has no event for its end
+        return saves_messages and not _is_final(message)
 
     # Flushing.
 
@@ -305,6 +376,17 @@ class SessionManagerBase(OrchestratorSessionManager):
             for write in work.multi_agents.pending():
                 refusal = await self._repository.apply_multi_agent(self.session_id, write, work.created_at)
                 work.multi_agents.settle(write, refusal)
+
+    def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
+        """Read messages while Strands' synchronous constructor of an agent waits for them."""
+        if running_loop() is self._connection.portal.loop:
+            raise EventLoopError(
+                f"the conversation manager of agent {agent_id!r} asks for {end - begin} older messages, which were not "
+                "loaded with the session and cannot be read on the event loop of the client: construct the agent in a "
+                "thread, as in `await asyncio.to_thread(Agent, ...)`"
+            )
+        read = self._repository.list_messages
+        return self._connection.portal.call(read, self.session_id, agent_id, end - begin, begin)
 
     async def _stored_messages(
         self, session_id: str, agent_id: str, limit: int | None, offset: int
@@ -335,6 +417,11 @@ class SessionManagerBase(OrchestratorSessionManager):
         if not self._unit.is_settled:
             self._connection.portal.call(self._store)
 
+    def _submit(self) -> None:
+        """Send what is recorded without waiting for it; the next flush raises what failed."""
+        if not self._closed and not self._unit.is_settled:
+            self._connection.portal.submit(self._store)
+
     def _settle(self, agent_id: str | None = None, *, multi_agent_id: str | None = None) -> None:
         """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""
         if is_recording_only():
@@ -345,8 +432,8 @@ class SessionManagerBase(OrchestratorSessionManager):
                 self._unit.raise_refusal(agent_id)
             if multi_agent_id is not None:
                 self._unit.multi_agents.raise_refusal(multi_agent_id)
-        elif not self._unit.is_settled:
-            self._connection.portal.submit(self._store)
+        else:
+            self._submit()
 
     def _check_open(self) -> None:
         if self._closed:

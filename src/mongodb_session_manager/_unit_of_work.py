@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from strands.session.session_repository import SessionRepository
 from strands.types.content import Message
@@ -43,6 +44,11 @@ from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionErro
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
 
+logger = logging.getLogger(__name__)
+
+FetchMessages = Callable[[str, int, int], list[SessionMessage]]
+"""Returns the stored messages of an agent from one position to below another."""
+
 _REMEMBERED = 1024
 """Of how many messages, beside those that were loaded, it is known that the same tracking id is no new message."""
 
@@ -72,14 +78,37 @@ class _Agent:
             if (tracking_id := message.message.get("tracking_id")) is not None
         }
         self.remembered = max(_REMEMBERED, len(self.message_ids))
+        self.last = _LastMessage.of(self.messages[-1].message) if self.messages else None
         data = {} if stored is None else stored.get("agent_data") or {}
         self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = set(data.get("config_set") or ())
-        self.exists = stored is not None
         self.last_appended: int | None = None
+        self.counts_invocation = False
         self.last_redacted: int | None = None
+        self.corrected_offset: int | None = None
         self.refusal: MongoDBSessionError | None = None
         self.refusal_told = False
+
+
+class _LastMessage(NamedTuple):
+    """What tells a longer version of an agent's last message from a new message."""
+
+    tracking_id: str | None
+    blocks: list[Any]
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Self:
+        return cls(message.get("tracking_id"), list(message.get("content") or ()))
+
+    def is_start_of(self, message: Mapping[str, Any]) -> bool:
+        """Return whether `message` is this one with further content blocks."""
+        blocks = message["content"]
+        return (
+            self.tracking_id is not None
+            and self.tracking_id == message.get("tracking_id")
+            and len(blocks) > len(self.blocks)
+            and blocks[: len(self.blocks)] == self.blocks
+        )
 
 
 class UnitOfWork(SessionRepository):
@@ -94,10 +123,15 @@ class UnitOfWork(SessionRepository):
         session_id: The session.
         document: What `AsyncMongoDBSessionRepository.open_session` returned.
         max_inline: How many bytes of attachments of a message stay in the document.
+        fetch: Reads messages that were not loaded, for an agent whose conversation manager asks for them.
     """
 
     def __init__(
-        self, session_id: str, document: Mapping[str, Any], max_inline: int = MAX_INLINE_ATTACHMENT_BYTES
+        self,
+        session_id: str,
+        document: Mapping[str, Any],
+        max_inline: int = MAX_INLINE_ATTACHMENT_BYTES,
+        fetch: FetchMessages | None = None,
     ) -> None:
         self.session_id = session_id
         self.application_name: str | None = document.get("application_name")
@@ -110,6 +144,7 @@ class UnitOfWork(SessionRepository):
         }
         self.multi_agents = MultiAgents(document.get("multi_agents") or {})
         self._max_inline = max_inline
+        self._fetch = fetch
         self._log: list[Change] = []
         self._closed = False
 
@@ -165,6 +200,20 @@ class UnitOfWork(SessionRepository):
         """Let go of an agent's loaded messages, which the restored agent holds now."""
         agent = self._agents[agent_id]
         agent.messages = agent.last_appended = None
+
+    def holds(self, agent_id: str) -> bool:
+        """Return whether the session holds an agent of that id, stored or recorded."""
+        return agent_id in self._agents
+
+    def is_initialized(self, agent_id: str) -> bool:
+        """Return whether an agent was restored or created through this unit of work."""
+        agent = self._agents.get(agent_id)
+        return agent is not None and agent.messages is None
+
+    def start_invocation(self, agent_id: str) -> None:
+        """Count the next message of an agent as the first one of an invocation."""
+        agent = self._agent(agent_id)
+        agent.last_appended, agent.counts_invocation = None, True
 
     # What is recorded beside Strands' own calls.
 
@@ -224,8 +273,7 @@ class UnitOfWork(SessionRepository):
         """Record a new agent; it is stored together with its first message."""
         agent_id = checked_id(session_agent.agent_id, "agent_id")
         document = new_agent(session_agent)
-        self._agents[agent_id] = agent = _Agent(agent_id, None)
-        agent.exists = True
+        self._agents[agent_id] = _Agent(agent_id, None)
         self._record(CreateAgent(agent_id, document))
 
     def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
@@ -241,7 +289,10 @@ class UnitOfWork(SessionRepository):
         )
 
     def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
-        """Record a message: a new one, or another content of the one with the same tracking id.
+        """Record a new message, or a longer version of the agent's last message.
+
+        Strands appends a further input to the last message if both have the same role, and keeps its tracking id. Any
+        other message is a new one, whatever its tracking id: applications pass the same message twice.
 
         The id is given here and written into `session_message`, because behind a conversation manager that has
         removed all messages Strands would begin again at 0.
@@ -250,19 +301,20 @@ class UnitOfWork(SessionRepository):
             MessageTooLargeError: The message cannot be stored. Nothing is recorded; the next one gets the id.
         """
         agent = self._agent(agent_id)
-        tracking_id = session_message.message.get("tracking_id")
-        known = agent.message_ids.get(tracking_id) if tracking_id is not None else None
-        session_message.message_id = agent.next_message_id if known is None else known
-        if known is not None:
-            self._replace(agent_id, known, session_message)
+        if self.is_continuation(agent_id, session_message.message):
+            session_message.message_id = agent.next_message_id - 1
+            self._replace(agent_id, session_message.message_id, session_message)
             return
+        session_message.message_id = agent.next_message_id
         message = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
         self._record(AppendMessage(agent_id, message, self._usage(agent, session_message)))
         if message.get("attachments"):
             agent.with_attachments.add(session_message.message_id)
         agent.last_appended = session_message.message_id
+        agent.last = _LastMessage.of(session_message.message)
         agent.next_message_id += 1
-        if tracking_id is not None:
+        if (tracking_id := agent.last.tracking_id) is not None:
+            agent.message_ids.pop(tracking_id, None)  # so that it becomes the youngest
             agent.message_ids[tracking_id] = session_message.message_id
             if len(agent.message_ids) > agent.remembered:
                 del agent.message_ids[next(iter(agent.message_ids))]
@@ -274,8 +326,9 @@ class UnitOfWork(SessionRepository):
             return {}
         usage = message_usage(session_message.message)
         counted = {name: usage[name] for name in USAGE if usage.get(name)}
-        if agent.last_appended is None:
+        if agent.counts_invocation:
             counted["invocations"] = 1
+            agent.counts_invocation = False
         if calls := count_tool_calls(session_message.message):
             counted["toolCalls"] = calls
         return counted
@@ -302,22 +355,49 @@ class UnitOfWork(SessionRepository):
         self._record(ReplaceMessage(agent_id, message_id, fields, frees))
         if fields.get("attachments"):
             agent.with_attachments.add(message_id)
+        if message_id == agent.next_message_id - 1:
+            agent.last = _LastMessage.of(session_message.to_message())
 
-    def knows(self, agent_id: str, message: Mapping[str, Any]) -> bool:
-        """Tell whether a message is stored or recorded, by its tracking id."""
-        return message.get("tracking_id") in self._agent(agent_id).message_ids
+    def is_continuation(self, agent_id: str, message: Mapping[str, Any]) -> bool:
+        """Return whether a message is the agent's last one with further content blocks."""
+        last = self._agent(agent_id).last
+        return last is not None and last.is_start_of(message)
 
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages as they were loaded, oldest first, without the `offset` oldest."""
-        messages, first = self._loaded(agent_id), self._agent(agent_id).first
-        if offset < first:
-            raise MongoDBSessionError(
-                f"the {first} oldest messages of agent {agent_id!r}, which its conversation manager has removed, were "
-                "not loaded: read them with MongoDBSessionRepository.list_messages"
+        """Return messages, oldest first, without the `offset` oldest.
+
+        They come from what was loaded. Older ones, which the stored state of the conversation manager says it has
+        removed, are fetched: a conversation manager need not restore that state. If there are fewer than `offset`
+        messages, all are returned: the count that Strands asks with is wrong, and an empty conversation would hide it.
+        """
+        messages, agent = self._loaded(agent_id), self._agent(agent_id)
+        stored = agent.first + len(messages)
+        if offset > stored:
+            logger.warning(
+                "session_id=<%r>, agent_id=<%r>, removed_message_count=<%d>, stored=<%d> | restoring all messages: "
+                "the conversation manager has removed more messages than are stored",
+                self.session_id,
+                agent_id,
+                offset,
+                stored,
             )
-        return messages[offset - first :][:limit]
+            offset = agent.corrected_offset = 0
+        if offset < agent.first:
+            if self._fetch is None:
+                raise MongoDBSessionError(
+                    f"the {agent.first} oldest messages of agent {agent_id!r} were not loaded: read them with "
+                    "MongoDBSessionRepository.list_messages"
+                )
+            messages = self._fetch(agent_id, offset, agent.first) + messages
+        else:
+            messages = messages[offset - agent.first :]
+        return messages[:limit]
+
+    def corrected_offset(self, agent_id: str) -> int | None:
+        """Return the number of messages left out when the agent was restored, `None` if it is what was asked for."""
+        return self._agent(agent_id).corrected_offset
 
     def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Record a new graph or swarm; it is stored together with what happens to it first."""
