@@ -32,12 +32,11 @@ _asked: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manag
 
 
 @contextmanager
-def asking_for(*names: str) -> Iterator[StoredFields]:
-    """Have the metadata changes made within tell stored fields, in the command that makes the change."""
-    fields = StoredFields(names)
-    token = _asked.set((*_asked.get(), fields) if names else _asked.get())
+def asking_for(fields: StoredFields) -> Iterator[None]:
+    """Have the metadata changes made within fill in `fields`, in the command that makes the change."""
+    token = _asked.set((*_asked.get(), fields) if fields.names else _asked.get())
     try:
-        yield fields
+        yield
     finally:
         _asked.reset(token)
 
