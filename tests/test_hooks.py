@@ -22,6 +22,7 @@ from mongodb_session_manager import (
     InvalidArgumentError,
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
+    chain_hooks,
 )
 from support import CommandLog
 
@@ -137,6 +138,7 @@ FORMS: dict[str, Callable[[Callable[..., Any]], Hook]] = {
     "partial of async object": lambda inner: functools.partial(AsyncCallable(written_async_def(inner))),
 }
 FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+NO_DEADLOCK = pytest.mark.timeout(60)
 BOTH = pytest.mark.parametrize("form", [written_def, written_async_def], ids=["def", "async def"])
 
 # What a hook does is a generator, so that `def` and `async def` can do the same: it yields the positional arguments
@@ -371,6 +373,134 @@ def test_what_fails_in_the_database_reaches_the_hook(session: Session, form: Cal
     assert seen == [InvalidArgumentError]
 
 
+# A `def` hook that returns an awaitable.
+
+
+class Awaitable:
+    def __init__(self, coroutine: Any) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Any:
+        return self._coroutine.__await__()
+
+
+class ReturnsCoroutine:
+    def __init__(self, hook: Hook) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook(*args, **kwargs)
+
+
+def wrapped_by_a_def(hook: Hook) -> Hook:
+    @functools.wraps(hook)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs)
+
+    return wrapper
+
+
+def awaiting_an_awaitable(hook: Hook) -> Hook:
+    async def outer(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs)
+
+    return outer
+
+
+AWAITABLES: dict[str, Callable[[Hook], Hook]] = {
+    "lambda": lambda hook: lambda *args, **kwargs: hook(*args, **kwargs),
+    "wraps": wrapped_by_a_def,
+    "object": ReturnsCoroutine,
+    "partial of an object": lambda hook: functools.partial(ReturnsCoroutine(hook)),
+    "an awaitable object": lambda hook: lambda *args, **kwargs: Awaitable(hook(*args, **kwargs)),
+    "an awaitable of an awaitable": awaiting_an_awaitable,
+    "in a chain": lambda hook: chain_hooks(lambda *args, **kwargs: hook(*args, **kwargs)),
+    "in a chain with an async def": lambda hook: chain_hooks(written_async_def(transparent), wrapped_by_a_def(hook)),
+    "around a chain": lambda hook: wrapped_by_a_def(chain_hooks(hook, written_def(transparent))),
+}
+
+
+@pytest.mark.parametrize("form", AWAITABLES.values(), ids=AWAITABLES)
+def test_what_a_def_hook_returns_is_awaited(session: Session, form: Callable[[Hook], Hook]) -> None:
+    async def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        return [action, await original_func(*kwargs.values())]
+
+    session.open(metadata_hook=form(hook), feedback_hook=form(hook))
+    assert session.update_metadata({"a": 1, "b": 2}) == ["update", None]
+    assert session.delete_metadata(["b"]) == ["delete", None]
+    assert session.get_metadata() == ["get", {"metadata": {"a": 1}}]
+    assert session.add_feedback({"rating": "up"}) == ["add", None]
+    assert len(session.get_feedbacks()) == 1
+
+
+@pytest.mark.parametrize("form", AWAITABLES.values(), ids=AWAITABLES)
+def test_what_it_raises_while_it_is_awaited_reaches_the_caller(session: Session, form: Callable[[Hook], Hook]) -> None:
+    async def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        raise Refused("not today")
+
+    session.open(metadata_hook=form(hook))
+    with pytest.raises(Refused, match="not today"):
+        session.update_metadata({"a": 1})
+
+
+@pytest.mark.anyio
+async def test_a_future_that_a_def_hook_returns_is_awaited(factory: MongoDBSessionManagerFactory) -> None:
+    loop = asyncio.get_running_loop()
+
+    def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        future: asyncio.Future[str] = loop.create_future()
+        result = original_func(*kwargs.values())
+        loop.call_soon_threadsafe(future.set_result, f"{action} {result}")
+        return future
+
+    manager = await factory.create_session_manager_async("s", metadata_hook=hook)
+    assert await manager.update_metadata({"a": 1}) == "update None"
+    other = await asyncio.to_thread(factory.create_session_manager, "s", metadata_hook=hook)
+    assert await asyncio.to_thread(other.update_metadata, {"a": 2}) == "update None"
+
+
+@NO_DEADLOCK
+@pytest.mark.may_block
+@pytest.mark.anyio
+async def test_a_future_of_the_loop_that_a_sync_manager_blocks_is_an_error(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    futures: list[Any] = []
+
+    def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        original_func(*kwargs.values())
+        futures.append(asyncio.get_running_loop().create_future())
+        return futures[0]
+
+    manager = factory.create_session_manager("s", metadata_hook=hook)
+    with pytest.raises(EventLoopError, match="would wait for the very event loop it blocks"):
+        manager.update_metadata({"a": 1})
+
+
+@pytest.mark.may_block
+def test_an_original_that_a_def_hook_calls_in_a_loop_of_its_own_still_waits(session: Session) -> None:
+    def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        async def within() -> Any:
+            return original_func(*kwargs.values())
+
+        return asyncio.run(within())
+
+    session.open(metadata_hook=hook)
+    session.update_metadata({"a": 1})
+    assert session.get_metadata() == {"metadata": {"a": 1}}
+
+
+def test_a_def_hook_may_leave_the_operation_to_a_thread_of_its_own(session: Session) -> None:
+    def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(original_func, *kwargs.values()).result(30)
+
+    session.open(metadata_hook=hook)
+    session.update_metadata({"a": 1})
+    assert session.get_metadata() == {"metadata": {"a": 1}}
+
+
 # Where a hook runs.
 
 
@@ -478,8 +608,6 @@ def test_context_variables_reach_the_hook(session: Session, form: Callable[..., 
 
 
 # A hook that calls the manager it belongs to.
-
-NO_DEADLOCK = pytest.mark.timeout(60)
 
 
 @NO_DEADLOCK

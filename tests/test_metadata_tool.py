@@ -15,9 +15,20 @@ from bson import Decimal128, ObjectId
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymongo.collection import Collection
+from pymongo.errors import ConnectionFailure
+from strands.interrupt import Interrupt, InterruptException
 
-from mongodb_session_manager import InvalidArgumentError, MongoDBSessionManagerFactory
-from support import CommandLog, agent
+from mongodb_session_manager import (
+    DatabaseUnavailableError,
+    FeedbackSNSHook,
+    InvalidArgumentError,
+    MetadataSQSHook,
+    MetadataWebSocketHook,
+    MongoDBSessionManagerFactory,
+    SessionNotFoundError,
+)
+from mongodb_session_manager._stored_fields import ACTED_ON
+from support import CommandLog, agent, fail_point
 
 Stored = Collection[dict[str, Any]]
 
@@ -67,6 +78,10 @@ class Session:
         assert str(result) == "done\n"
         assert len(answers) == len(inputs)
         return answers
+
+    def ask_directly(self, given: Any, **policy: Any) -> str:
+        """Return what the tool answers, without an agent."""
+        return self.run(self.manager.get_metadata_tool(**policy), **given)
 
     def ask_one(self, given: Any, **policy: Any) -> str:
         return self.ask(given, **policy)[0]
@@ -431,3 +446,134 @@ def test_a_model_that_may_only_read_is_offered_nothing_else(session: Session) ->
     schema = schema.get("json", schema)
     assert schema["properties"]["action"]["enum"] == ["get"]
     assert schema["properties"].keys() == {"action", "keys"}
+
+
+# Keys that the library acts on.
+
+PROTECTED: list[Any] = [
+    {"action": "set", "metadata": {"connection_id": "theirs"}},
+    {"action": "update", "metadata": {"topic": "x", "connection_id": "theirs"}},
+    {"action": "SET", "metadata": {"connection_id.x": "theirs"}},
+    {"action": "set", "metadata": {"Connection_ID": "theirs"}},
+    {"action": "set", "metadata": {" connection_id": "theirs"}},
+    {"action": "set", "metadata": {"\uff43onnection_id": "theirs"}},
+    {"action": "set", "metadata": '{"connection_id": "theirs"}'},
+    {"action": "set", "metadata": '{"\\u0063onnection_id": "theirs"}'},
+    {"action": "delete", "keys": ["connection_id"]},
+    {"action": "delete", "keys": '["topic", "connection_id"]'},
+    {"action": "delete", "keys": ["connection_id.x"]},
+]
+
+
+def test_a_model_cannot_redirect_notifications(session: Session, stored: Stored, commands: CommandLog) -> None:
+    session.update_metadata({"connection_id": "c-1", "topic": "travel"})
+    for request, answer in zip(PROTECTED, session.ask(*PROTECTED), strict=True):
+        assert answer.startswith("Error: the key '"), (request, answer)
+        assert answer.endswith("' cannot be changed here"), (request, answer)
+    assert session.metadata == {"connection_id": "c-1", "topic": "travel"}
+    assert session.ask_one({"action": "get", "keys": ["connection_id"]}) == 'Metadata: {"connection_id": "c-1"}'
+
+
+def test_keys_that_only_look_alike_are_free(session: Session) -> None:
+    session.ask({"action": "set", "metadata": {"connection": 1, "connection_ids": 2, "my": {"connection_id": 3}}})
+    assert session.metadata == {"connection": 1, "connection_ids": 2, "my": {"connection_id": 3}}
+
+
+@pytest.mark.parametrize("allowed", ["connection_id", "connection_id.x"])
+def test_a_key_that_is_named_for_the_model_is_writable(session: Session, allowed: str) -> None:
+    session.ask({"action": "set", "metadata": {allowed: "c-2"}}, allowed_keys=["topic", allowed])
+    assert session.metadata == {"connection_id": "c-2" if allowed == "connection_id" else {"x": "c-2"}}
+    session.ask({"action": "delete", "keys": [allowed]}, allowed_keys=[allowed])
+    assert session.metadata == ({} if allowed == "connection_id" else {"connection_id": {}})
+
+
+def test_every_key_that_a_hook_reads_is_one_that_a_model_cannot_write() -> None:
+    read = {name for cls in (FeedbackSNSHook, MetadataSQSHook, MetadataWebSocketHook) for name in cls.stored_fields}
+    assert read == ACTED_ON
+
+
+# What fails.
+
+
+class PrivateError(Exception):
+    pass
+
+
+FAILURES: dict[str, tuple[Exception, str]] = {
+    "of the user": (PrivateError("mongodb://ada:s3cret@host said: my card is 4111"), "PrivateError"),
+    "of Python": (KeyError("my card is 4111"), "KeyError"),
+    "of the database": (DatabaseUnavailableError("no usable MongoDB server: host:27017"), "DatabaseUnavailableError"),
+    "of the driver": (ConnectionFailure("host:27017: connection refused"), "ConnectionFailure"),
+    "of the session": (SessionNotFoundError("session 's' does not exist"), "SessionNotFoundError"),
+}
+ACTIONS: list[Any] = [
+    {"action": "get"},
+    {"action": "set", "metadata": {"a": 1}},
+    {"action": "delete", "keys": ["a"]},
+]
+
+
+@pytest.mark.parametrize(("error", "name"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("is_async", [False, True], ids=["def", "async def"])
+def test_whatever_fails_is_answered_without_content(
+    session: Session, caplog: pytest.LogCaptureFixture, error: Exception, name: str, is_async: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    async def fail_async(*_: Any, **__: Any) -> Any:
+        raise error
+
+    session.open(metadata_hook=fail_async if is_async else fail)
+    assert session.ask(*ACTIONS) == [f"Error: the metadata could not be used ({name})"] * 3
+    assert "4111" not in caplog.text
+    assert "s3cret" not in caplog.text
+    assert name in caplog.text or "exist" in caplog.text or "no usable" in caplog.text
+
+
+def test_what_the_database_refuses_is_answered(session: Session, server: str) -> None:
+    with fail_point(server, failCommands=["update"], errorCode=13, times=4):
+        answer = session.ask_directly({"action": "set", "metadata": {"a": 1}})
+    assert answer == "Error: the metadata could not be used (DatabaseError)"
+    session.run(session.manager.close)
+    answer = session.ask_directly({"action": "set", "metadata": {"a": 1}})
+    assert answer == "Error: the metadata could not be used (SessionClosedError)"
+
+
+def test_a_value_that_cannot_be_stored_and_a_hook_with_a_reason_are_answered_in_words(session: Session) -> None:
+    def refuse(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        raise InvalidArgumentError("the plan is changed by the sales department")
+
+    session.open(metadata_hook=refuse)
+    assert session.ask_one(ACTIONS[1]) == "Error: the plan is changed by the sales department"
+
+
+def test_an_answer_of_a_hook_that_is_no_metadata_is_an_error(session: Session) -> None:
+    session.open(metadata_hook=lambda *_, **__: "prevented")
+    assert session.ask_one({"action": "get"}) == "Error: the metadata could not be used (AttributeError)"
+
+
+def test_a_hook_may_ask_a_person(session: Session) -> None:
+    def ask(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        raise InterruptException(Interrupt(id="1", name="approval"))
+
+    session.open(metadata_hook=ask)
+    tool = session.manager.get_metadata_tool()
+    live = agent(session.manager, {"tool": "manage_metadata", "input": ACTIONS[1]}, tools=[tool])
+    assert live("go").stop_reason == "interrupt"
+
+
+class Ending(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("ending", [Ending, asyncio.CancelledError])
+def test_what_ends_a_call_is_no_answer(
+    factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, ending: type[BaseException]
+) -> None:
+    async def end(*_: Any, **__: Any) -> Any:
+        raise ending
+
+    session = Session(factory, runner, True, True).open(metadata_hook=end)
+    with pytest.raises(ending):
+        session.ask_directly({"action": "get"})

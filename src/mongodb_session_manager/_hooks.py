@@ -3,12 +3,18 @@
 A hook is called as `hook(original_func, action, session_id, **kwargs)` and returns what the caller gets. A metadata
 hook sees the actions `"update"` (`metadata=`), `"delete"` (`keys=`) and `"get"`, a feedback hook `"add"`
 (`feedback=`). What it does not do with `original_func` does not happen.
+
+While a `def` hook runs, `original_func` waits and returns the result. In an `async def` hook, and in an awaitable that
+a `def` hook returned, `original_func` returns an awaitable.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +22,7 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 
-from ._loop import Portal
+from ._loop import Portal, io_portal, portal_to
 from .errors import ConfigurationError
 
 Hook = Callable[..., Any]
@@ -33,10 +39,77 @@ def checked_hook(hook: object, name: str) -> None:
         raise ConfigurationError(f"{name} must be a function, not {type(hook).__name__}")
 
 
-def _is_async(hook: Hook) -> bool:
+_waits: ContextVar[bool | None] = ContextVar("mongodb_session_manager_original_waits", default=None)
+"""Whether `original_func` waits in the hook that runs; `None` outside of hooks, as in a thread of the hook's own."""
+
+
+@contextmanager
+def _original_that(waits: bool) -> Iterator[None]:
+    token = _waits.set(waits)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
+
+
+def _unbound(hook: Hook) -> Hook:
     while isinstance(hook, partial):
         hook = hook.func
+    return hook
+
+
+def _is_async(hook: Hook) -> bool:
+    """Return whether a hook must be awaited."""
+    hook = _unbound(hook)
+    if isinstance(hook, _Chain):
+        return any(map(_is_async, hook.hooks))
     return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(getattr(hook, "__call__", None))  # noqa: B004
+
+
+def _is_either(hook: Hook) -> bool:
+    """Return whether a hook waits or is awaited as its `original_func` is, like the AWS hooks."""
+    hook = _unbound(hook)
+    if isinstance(hook, _Chain):
+        return all(map(_is_either, hook.hooks))
+    return getattr(hook, "waits_as_original_does", None) is True
+
+
+def _original_waits(hook: Hook) -> bool:
+    """Return whether the `original_func` of a hook waits where it is called."""
+    waits = _waits.get()
+    return not _is_async(hook) if waits is None else waits
+
+
+def _original(portal: Portal, hook: Hook, operation: Operation, session_id: str) -> Callable[..., Any]:
+    """Return the `original_func` of a hook: the operation, for one session."""
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        run = portal.call if _original_waits(hook) else portal.run
+        return run(operation, session_id, *args, **kwargs)
+
+    return original
+
+
+async def _awaited(call: Callable[[], Any]) -> Any:
+    """Return the result of a call, awaited if it is awaitable."""
+    with _original_that(waits=False):
+        result = call()
+        while inspect.isawaitable(result):
+            result = await result
+        return result
+
+
+def _waited_for(result: Any, portal: Portal | None = None) -> Any:
+    """Return what a `def` hook returned; wait for an awaitable, on the loop it belongs to or else the I/O loop.
+
+    Raises:
+        EventLoopError: It belongs to the event loop of the calling thread, or to one that does not run.
+    """
+    if not inspect.isawaitable(result):
+        return result
+    if asyncio.isfuture(result):
+        portal = portal_to(result.get_loop())
+    return (portal or io_portal()).call(_awaited, lambda: result)
 
 
 def call_hooked(
@@ -44,7 +117,8 @@ def call_hooked(
 ) -> Any:
     """Run an operation from synchronous code, through the hook if there is one.
 
-    A `def` hook runs on the calling thread, an `async def` hook on the I/O loop.
+    A `def` hook runs on the calling thread. An `async def` hook runs on the I/O loop, and so does an awaitable that a
+    `def` hook returns.
 
     Args:
         portal: The way to the I/O loop.
@@ -54,15 +128,14 @@ def call_hooked(
         session_id: The first argument of the operation.
         **argument: The other one.
     """
-
-    def original(*args: Any, **kwargs: Any) -> Any:
-        return portal.call(operation, session_id, *args, **kwargs)
-
     if hook is None:
-        return original(**argument)
+        return portal.call(operation, session_id, **argument)
+    call = partial(hook, _original(portal, hook, operation, session_id), action, session_id, **argument)
     if _is_async(hook):
-        return portal.call(partial(hook, partial(operation, session_id), action, session_id, **argument))
-    return hook(original, action, session_id, **argument)
+        return portal.call(_awaited, call)
+    with _original_that(waits=True):
+        result = call()
+    return _waited_for(result, portal)
 
 
 async def run_hooked(
@@ -70,7 +143,8 @@ async def run_hooked(
 ) -> Any:
     """Run an operation from asynchronous code, through the hook if there is one.
 
-    An `async def` hook runs in the caller's task, a `def` hook in a thread, from which its `original_func` waits.
+    An `async def` hook runs in the caller's task, a `def` hook in a thread, in which its `original_func` waits. An
+    awaitable that a `def` hook returns is awaited in the caller's task.
 
     Args:
         portal: The way to the I/O loop.
@@ -80,13 +154,22 @@ async def run_hooked(
         session_id: The first argument of the operation.
         **argument: The other one.
     """
-    original = partial(portal.run, operation, session_id)
     if hook is None:
-        return await original(**argument)
-    if _is_async(hook):
-        return await hook(original, action, session_id, **argument)
-    waiting = partial(portal.call, operation, session_id)
-    return await _in_thread(partial(hook, waiting, action, session_id, **argument))
+        return await portal.run(operation, session_id, **argument)
+    original = _original(portal, hook, operation, session_id)
+    return await _run(hook, partial(hook, original, action, session_id, **argument))
+
+
+async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
+    """Return the result of a call of `hook`: in this task if it can be awaited, else in a thread."""
+    return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
+
+
+async def _threaded(call: Callable[[], Any]) -> Any:
+    """Return the result of a call in a thread, awaited here if it is awaitable."""
+    with _original_that(waits=True):
+        result = await _in_thread(call)
+    return await _awaited(lambda: result)
 
 
 async def _in_thread(call: Callable[[], Any]) -> Any:
@@ -122,18 +205,21 @@ async def let_go(user: object, *hooks: object) -> None:
 def chain_hooks(*hooks: Hook | None) -> Hook:
     """Return one hook that calls several, the first outermost: its `original_func` is the second, and so on.
 
-    `def` and `async def` hooks may be mixed; then the `def` hooks run in threads. `None` is left out.
+    `def` and `async def` hooks may be mixed; `None` is left out. The chain may be called from a hook of either kind,
+    with its `original_func`: from a `def` hook it acts at once and returns the result, from an `async def` hook it
+    returns an awaitable.
 
     Raises:
         ConfigurationError: One of them is no function.
     """
     for hook in hooks:
         checked_hook(hook, "a chained hook")
-    chained = [hook for hook in hooks if hook is not None]
-    return _AsyncChain(chained) if any(map(_is_async, chained)) else _Chain(chained)
+    return _Chain([hook for hook in hooks if hook is not None])
 
 
-class _ChainBase:
+class _Chain:
+    """Hooks of any kind, each the `original_func` of the one before it."""
+
     def __init__(self, hooks: list[Hook]) -> None:
         self.hooks = hooks
 
@@ -146,46 +232,38 @@ class _ChainBase:
     async def let_go(self, user: object) -> None:
         await let_go(user, *self.hooks)
 
+    def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
+        if not _original_waits(self):
+            return self._run(0, original_func, action, session_id, argument)
+        with _original_that(waits=True):
+            return self._call(0, original_func, action, session_id, argument)
+
+    def _call(self, place: int, original: Callable[..., Any], action: str, session_id: str, argument: Any) -> Any:
+        """Call the hooks from `place` on, and wait for them."""
+        if place == len(self.hooks):
+            return _waited_for(original(**argument))
+        hook = self.hooks[place]
+
+        def following(*args: Any, **kwargs: Any) -> Any:
+            call = partial(self._call, place + 1, original, action, session_id, _argument(argument, args, kwargs))
+            return call() if _original_waits(hook) else _threaded(call)
+
+        call = partial(hook, following, action, session_id, **argument)
+        return io_portal().call(_awaited, call) if _is_async(hook) else _waited_for(call())
+
+    async def _run(self, place: int, original: Callable[..., Any], action: str, session_id: str, argument: Any) -> Any:
+        """Call the hooks from `place` on, and await them."""
+        if place == len(self.hooks):
+            return await _awaited(partial(original, **argument))
+        hook = self.hooks[place]
+
+        def following(*args: Any, **kwargs: Any) -> Any:
+            call = partial(self._run, place + 1, original, action, session_id, _argument(argument, args, kwargs))
+            return anyio.from_thread.run(call) if _original_waits(hook) else call()
+
+        return await _run(hook, partial(hook, following, action, session_id, **argument))
+
 
 def _argument(given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return what the next hook is given: what this one passed to its `original_func`, by position or by name."""
     return {**given, **dict(zip(given, args, strict=False)), **kwargs}
-
-
-class _Chain(_ChainBase):
-    """`def` hooks, on the thread of the caller."""
-
-    def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
-        return self._call(0, original_func, action, session_id, argument)
-
-    def _call(self, place: int, original: Callable[..., Any], action: str, session_id: str, argument: Any) -> Any:
-        if place == len(self.hooks):
-            return original(**argument)
-
-        def following(*args: Any, **kwargs: Any) -> Any:
-            return self._call(place + 1, original, action, session_id, _argument(argument, args, kwargs))
-
-        return self.hooks[place](following, action, session_id, **argument)
-
-
-class _AsyncChain(_ChainBase):
-    """Hooks of both kinds, on the event loop of the caller."""
-
-    async def __call__(self, original_func: Operation, action: str, session_id: str, **argument: Any) -> Any:
-        return await self._call(0, original_func, action, session_id, argument)
-
-    async def _call(self, place: int, original: Operation, action: str, session_id: str, argument: Any) -> Any:
-        if place == len(self.hooks):
-            return await original(**argument)
-
-        async def following(*args: Any, **kwargs: Any) -> Any:
-            return await self._call(place + 1, original, action, session_id, _argument(argument, args, kwargs))
-
-        hook = self.hooks[place]
-        if _is_async(hook):
-            return await hook(following, action, session_id, **argument)
-
-        def waiting(*args: Any, **kwargs: Any) -> Any:
-            return anyio.from_thread.run(partial(following, *args, **kwargs))
-
-        return await _in_thread(partial(hook, waiting, action, session_id, **argument))

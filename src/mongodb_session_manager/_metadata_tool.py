@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from strands import tool
+from strands.interrupt import InterruptException
 from strands.types.tools import AgentTool
 
 from ._annotations import checked_keys, checked_metadata
-from .errors import InvalidArgumentError
+from ._stored_fields import ACTED_ON
+from .errors import EncodingError, InvalidArgumentError
+from .hooks._notification import describe
+
+logger = logging.getLogger(__name__)
 
 _KEYS = {"type": "array", "items": {"type": "string"}, "description": "the keys to read or to remove"}
 _METADATA = {"type": "object", "description": "the keys to set, with their values"}
@@ -60,7 +67,8 @@ class MetadataPolicy:
 
     Attributes:
         read_only: Whether it may only read.
-        allowed_keys: The keys, and what lies within them, it may see and change; `None` for all.
+        allowed_keys: The keys, and what lies within them, it may see and change; `None` for all, except that those
+            in `ACTED_ON` cannot be changed.
     """
 
     read_only: bool = False
@@ -100,13 +108,22 @@ class MetadataPolicy:
         if name in ("set", "update"):
             if not metadata:
                 raise InvalidArgumentError(f"{name} needs metadata, an object of the keys to set")
-            self._check_allowed(checked_metadata(metadata))
+            self._check_writable(checked_metadata(metadata))
             return _Request("update", metadata, None)
         if name == "delete" and not keys:
             raise InvalidArgumentError("delete needs keys, a list of the keys to remove")
         listed = None if keys is None else checked_keys(keys)
-        self._check_allowed(listed or ())
+        if name == "delete":
+            self._check_writable(listed)
+        else:
+            self._check_allowed(listed or ())
         return _Request(name, {}, listed)
+
+    def _check_writable(self, keys: Any) -> None:
+        self._check_allowed(keys)
+        for key in keys:
+            if self.allowed_keys is None and _folded(key.split(".")[0]) in ACTED_ON:
+                raise InvalidArgumentError(f"the key {key!r} cannot be changed here")
 
     def _check_allowed(self, keys: Any) -> None:
         for key in keys:
@@ -137,6 +154,11 @@ def _is_within(key: str, allowed: str) -> bool:
     return key == allowed or key.startswith(f"{allowed}.")
 
 
+def _folded(name: str) -> str:
+    """Return a name without what distinguishes it only for machines: case, spaces around it, forms of a character."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
 def _from_json(value: Any, name: str) -> Any:
     """Return an argument that a model may have sent as a JSON string."""
     if not isinstance(value, str):
@@ -157,6 +179,20 @@ def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:
         return "There is no metadata."
     shown = json.dumps(_plain(visible), ensure_ascii=False)
     return f"Metadata: {shown.encode(errors='replace').decode()}"
+
+
+def _failure(error: Exception) -> str:
+    """Return what a model is told of an error: the text only of one that it can do something about.
+
+    Raises:
+        InterruptException: The error is Strands' way to ask a person.
+    """
+    if isinstance(error, InterruptException):
+        raise error
+    if isinstance(error, InvalidArgumentError | EncodingError):
+        return f"Error: {error}"
+    logger.warning("tool=<manage_metadata>, error=<%s> | answered with an error", describe(error))
+    return f"Error: the metadata could not be used ({type(error).__name__})"
 
 
 def _plain(value: Any) -> Any:
@@ -184,10 +220,9 @@ def blocking_tool(
     def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
-            result = _perform(request, get, update, delete)
-        except InvalidArgumentError as error:
-            return f"Error: {error}"
-        return _answer(request, result, policy)
+            return _answer(request, _perform(request, get, update, delete), policy)
+        except Exception as error:
+            return _failure(error)
 
     return manage_metadata
 
@@ -204,10 +239,9 @@ def async_tool(
     async def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
-            result = await _perform(request, get, update, delete)
-        except InvalidArgumentError as error:
-            return f"Error: {error}"
-        return _answer(request, result, policy)
+            return _answer(request, await _perform(request, get, update, delete), policy)
+        except Exception as error:
+            return _failure(error)
 
     return manage_metadata
 

@@ -12,13 +12,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+CONNECTION_ID = "connection_id"
+"""The WebSocket connection of a session: where its metadata changes are sent."""
+
+ACTED_ON = frozenset({CONNECTION_ID})
+"""Every metadata key that the library acts on. A model must not write one, unless it is named for it."""
+
 
 @dataclass
 class StoredFields:
     """Fields of a session's metadata as a change left them, for whoever asked with `asking_for`.
 
     Attributes:
-        names: The fields asked for.
+        names: The fields asked for, all of them in `ACTED_ON`.
         values: Those of them that are stored, once the change was made.
         remove: Removes a field, unless its value is another one by then.
     """
@@ -32,12 +38,11 @@ _asked: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manag
 
 
 @contextmanager
-def asking_for(*names: str) -> Iterator[StoredFields]:
-    """Have the metadata changes made within tell stored fields, in the command that makes the change."""
-    fields = StoredFields(names)
-    token = _asked.set((*_asked.get(), fields) if names else _asked.get())
+def asking_for(fields: StoredFields) -> Iterator[None]:
+    """Have the metadata changes made within fill in `fields`, in the command that makes the change."""
+    token = _asked.set((*_asked.get(), fields) if fields.names else _asked.get())
     try:
-        yield fields
+        yield
     finally:
         _asked.reset(token)
 

@@ -37,6 +37,9 @@ class AwsHook(ABC):
     stored_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of the stored metadata it needs to know after a change."""
 
+    waits_as_original_does: ClassVar[bool] = True
+    """It is a `def` hook or an `async def` hook, whichever its `original_func` is for."""
+
     def __init__(
         self,
         *,
@@ -56,19 +59,35 @@ class AwsHook(ABC):
             self._services[region_name] = AwsService(name, region_name=region_name, **self._how)
         return self._services[region_name]
 
-    async def __call__(
-        self, original_func: Callable[..., Awaitable[Any]], action: str, session_id: str, **argument: Any
-    ) -> Any:
-        """Do the operation, and notify if it succeeded."""
+    def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
+        """Do the operation, and notify if it succeeded.
+
+        Returns:
+            The result of `original_func`; an awaitable of it if `original_func` returns an awaitable.
+        """
         if action not in self.actions:
-            return await original_func(*argument.values())
-        with asking_for(*self.stored_fields) as stored:
-            result = await original_func(*argument.values())
+            return original_func(*argument.values())
+        stored = StoredFields(self.stored_fields)
+        with asking_for(stored):
+            result = original_func(*argument.values())
+        if inspect.isawaitable(result):
+            return self._finished(result, action, session_id, argument, stored)
+        self._tell(action, session_id, argument, stored)
+        return result
+
+    async def _finished(
+        self, result: Awaitable[Any], action: str, session_id: str, argument: dict[str, Any], stored: StoredFields
+    ) -> Any:
+        with asking_for(stored):
+            outcome = await result
+        self._tell(action, session_id, argument, stored)
+        return outcome
+
+    def _tell(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
         try:
             self._notify(action, session_id, argument, stored)
         except Exception as error:  # the operation succeeded, and that is what its caller is told
-            logger.error("session_id=<%s>, error=<%s> | no notification made", session_id, type(error).__name__)
-        return result
+            logger.error("session_id=<%r>, error=<%s> | no notification made", session_id, type(error).__name__)
 
     @abstractmethod
     def _notify(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:

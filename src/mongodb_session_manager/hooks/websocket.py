@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .._stored_fields import StoredFields
+from .._stored_fields import CONNECTION_ID, StoredFields
 from ..errors import ConfigurationError, MongoDBSessionError
 from ._aws import is_gone
 from ._base import AwsHook, checked_fields, checked_text, updated, with_parameters_of
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CONNECTION = "connection_id"
 _API_HOST = re.compile(r"https://[^/.]+\.execute-api\.([a-z0-9-]+)\.")
 
 
@@ -49,7 +48,7 @@ class MetadataWebSocketHook(AwsHook):
     """
 
     actions = frozenset({"update", "delete"})
-    stored_fields = (_CONNECTION,)
+    stored_fields = (CONNECTION_ID,)
 
     def __init__(
         self,
@@ -72,8 +71,8 @@ class MetadataWebSocketHook(AwsHook):
         self._api = self._service("apigatewaymanagementapi", region_name or region or (named[1] if named else None))
 
     def _notify(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
-        connection = stored.values.get(_CONNECTION)
-        metadata = selected(updated(action, argument), self._fields, hidden=[_CONNECTION])
+        connection = stored.values.get(CONNECTION_ID)
+        metadata = selected(updated(action, argument), self._fields, hidden=[CONNECTION_ID])
         if not isinstance(connection, str) or not connection or not metadata:
             return
         body = metadata_body(session_id, action, metadata, WEBSOCKET_LIMIT)
@@ -93,7 +92,7 @@ class MetadataWebSocketHook(AwsHook):
 async def _removed(stored: StoredFields, connection: str) -> None:
     assert stored.remove is not None
     try:
-        await stored.remove(_CONNECTION, connection)
+        await stored.remove(CONNECTION_ID, connection)
     except MongoDBSessionError as error:  # the next notification finds it gone again
         logger.debug("connection_id=<%s>, error=<%s> | not removed", connection, error)
 

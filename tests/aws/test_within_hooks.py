@@ -1,0 +1,266 @@
+"""AWS hooks that are called from hooks of the user, of every kind, on both managers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from arrivals import Queue, Topics
+from endpoint import Endpoint
+from mongodb_session_manager import (
+    MongoDBSessionManagerFactory,
+    chain_hooks,
+    create_feedback_sns_hook,
+    create_metadata_sqs_hook,
+    create_metadata_websocket_hook,
+)
+from support import CommandLog, eventually
+from test_websocket import told
+
+Hook = Callable[..., Any]
+
+
+class Session:
+    """The session "s" through one of the managers, called as if it were synchronous."""
+
+    def __init__(self, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, is_async: bool) -> None:
+        self._factory, self._runner, self.is_async = factory, runner, is_async
+
+    def open(self, **options: Any) -> Session:
+        create = self._factory.create_session_manager_async if self.is_async else self._factory.create_session_manager
+        self.manager = self.run(create, "s", **options)
+        return self
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return self._runner.run(result) if inspect.iscoroutine(result) else result
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(self.run, getattr(self.manager, name))
+
+
+@pytest.fixture(params=[False, True], ids=["manager", "async manager"])
+def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory) -> Iterator[Session]:
+    with asyncio.Runner() as runner:
+        yield Session(factory, runner, request.param)
+
+
+def called(aws: Hook) -> Hook:
+    def hook(original_func: Any, action: str, session_id: str, **argument: Any) -> Any:
+        result = aws(original_func, action, session_id, **argument)
+        assert not inspect.isawaitable(result)
+        return result
+
+    return hook
+
+
+def called_for_nothing(aws: Hook) -> Hook:
+    def hook(original_func: Any, action: str, session_id: str, **argument: Any) -> None:
+        aws(original_func, action, session_id, **argument)
+
+    return hook
+
+
+def with_an_original_of_its_own(aws: Hook) -> Hook:
+    def hook(original_func: Any, action: str, session_id: str, **argument: Any) -> Any:
+        return aws(lambda *value: original_func(*value), action, session_id, **argument)
+
+    return hook
+
+
+def bound(aws: Hook) -> Hook:
+    def hook(given: Hook, *args: Any, **kwargs: Any) -> Any:
+        return given(*args, **kwargs)
+
+    return functools.partial(hook, aws)
+
+
+def wrapped(aws: Hook) -> Hook:
+    @functools.wraps(aws)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return aws(*args, **kwargs)
+
+    return hook
+
+
+class Wrapping:
+    def __init__(self, aws: Hook) -> None:
+        self._aws = aws
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._aws(*args, **kwargs)
+
+
+def awaited(aws: Hook) -> Hook:
+    async def hook(original_func: Any, action: str, session_id: str, **argument: Any) -> Any:
+        return await aws(original_func, action, session_id, **argument)
+
+    return hook
+
+
+def a_coroutine(aws: Hook) -> Hook:
+    inner = awaited(aws)
+    return lambda *args, **kwargs: inner(*args, **kwargs)
+
+
+FORMS: dict[str, Callable[[Hook], Hook]] = {
+    "itself": lambda aws: aws,
+    "def": called,
+    "def that ignores the result": called_for_nothing,
+    "def with an original of its own": with_an_original_of_its_own,
+    "lambda": lambda aws: lambda *args, **kwargs: aws(*args, **kwargs),
+    "partial": functools.partial,
+    "partial of a def": bound,
+    "wraps": wrapped,
+    "object": Wrapping,
+    "async def": awaited,
+    "def that returns a coroutine": a_coroutine,
+    "chain": chain_hooks,
+    "chain in a def": lambda aws: called(chain_hooks(aws)),
+    "def in a chain in a def": lambda aws: called(chain_hooks(called(aws))),
+    "chain with an async def in a def": lambda aws: called(chain_hooks(plain_async, aws)),
+    "chain with an async def, dropped": lambda aws: called_for_nothing(chain_hooks(aws, plain_async)),
+    "chain with a def in an async def": lambda aws: awaited(chain_hooks(plain, aws)),
+    "chain of two in a def": lambda aws: called(chain_hooks(aws, plain)),
+}
+
+
+def plain(original_func: Any, action: str, session_id: str, **argument: Any) -> Any:
+    result = original_func(**argument)
+    assert not inspect.isawaitable(result)
+    return result
+
+
+async def plain_async(original_func: Any, action: str, session_id: str, **argument: Any) -> Any:
+    return await original_func(**argument)
+
+
+FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@FORM
+def test_metadata_is_stored_and_the_browser_told(
+    session: Session, endpoint: Endpoint, commands: CommandLog, form: Callable[[Hook], Hook]
+) -> None:
+    endpoint.answers(200)
+    session.open(metadata_hook=form(create_metadata_websocket_hook(endpoint.url)))
+    commands.clear()
+    session.update_metadata({"connection_id": "c-1", "status": "busy"})
+    session.update_metadata({"status": "done"})
+    session.delete_metadata(["status"])
+    assert commands.names == ["findAndModify"] * 3
+    session.close()
+    assert session.open().get_metadata() == {"metadata": {"connection_id": "c-1"}}
+    assert told(endpoint) == [
+        ("c-1", "update", {"status": "busy"}),
+        ("c-1", "update", {"status": "done"}),
+        ("c-1", "delete", {"status": None}),
+    ]
+
+
+@FORM
+def test_feedback_is_stored_and_published(
+    session: Session, moto: str, topics: Topics, form: Callable[[Hook], Hook]
+) -> None:
+    topic = topics.new()
+    hook = create_feedback_sns_hook(topic.arn, "none", "none", endpoint_url=moto)
+    session.open(feedback_hook=form(hook))
+    session.add_feedback({"rating": "up", "comment": "Great"})
+    assert [feedback["comment"] for feedback in session.get_feedbacks()] == ["Great"]
+    session.close()
+    assert [message["Message"] for message in topic.arrived()] == ["Session: s\n\nGreat"]
+
+
+@FORM
+def test_reading_metadata_returns_it(session: Session, moto: str, form: Callable[[Hook], Hook]) -> None:
+    session.open().update_metadata({"a": 1})
+    ignores = form is called_for_nothing or form is FORMS["chain with an async def, dropped"]
+    hook = create_metadata_sqs_hook("https://sqs.eu-west-1.amazonaws.com/1/q", endpoint_url=moto)
+    session.open(metadata_hook=form(hook))
+    assert session.get_metadata() == (None if ignores else {"metadata": {"a": 1}})
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+@pytest.mark.parametrize("is_async", [False, True], ids=["def", "async def"])
+def test_each_call_is_one_operation_and_one_notification(
+    session: Session, moto: str, queue: Queue, commands: CommandLog, is_async: bool, times: int
+) -> None:
+    sqs = create_metadata_sqs_hook(queue.url, endpoint_url=moto)
+
+    def own(original_func: Any, action: str, session_id: str, **argument: Any) -> None:
+        for number in range(times):
+            sqs(original_func, action, session_id, metadata={"n": number})
+
+    async def own_async(original_func: Any, action: str, session_id: str, **argument: Any) -> None:
+        for number in range(times):
+            await sqs(original_func, action, session_id, metadata={"n": number})
+
+    session.open(metadata_hook=own_async if is_async else own)
+    commands.clear()
+    session.update_metadata({"n": "given"})
+    assert commands.names == ["update"] * times
+    session.close()
+    assert [message.metadata for message in queue.arrived()] == [{"n": number} for number in range(times)]
+
+
+def test_from_a_thread_of_the_hooks_own(session: Session, endpoint: Endpoint) -> None:
+    endpoint.answers(200)
+    websocket = create_metadata_websocket_hook(endpoint.url)
+
+    def own(original_func: Any, action: str, session_id: str, **argument: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(websocket, original_func, action, session_id, **argument).result(30)
+
+    session.open(metadata_hook=own)
+    session.update_metadata({"connection_id": "c-1", "n": 1})
+    assert session.get_metadata() == {"metadata": {"connection_id": "c-1", "n": 1}}
+    eventually(lambda: endpoint.requests)
+    assert told(endpoint) == [("c-1", "update", {"n": 1})]
+
+
+@pytest.mark.parametrize("form", ["def", "async def", "def that returns a coroutine", "chain in a def"])
+def test_an_operation_that_fails_is_told_to_the_caller_alone(
+    session: Session, factory: MongoDBSessionManagerFactory, moto: str, form: str
+) -> None:
+    hook = create_metadata_sqs_hook("https://sqs.eu-west-1.amazonaws.com/1/q", endpoint_url=moto)
+    session.open().update_metadata({"a": "text"})
+    session.open(metadata_hook=FORMS[form](hook))
+    with pytest.raises(ValueError, match="leads"):
+        session.update_metadata({"a.b": 1})
+    assert factory.get_notification_stats()["submitted"] == 0
+
+
+MEMBERS: dict[str, Callable[[Hook], Hook]] = {
+    "aws": lambda aws: aws,
+    "def": lambda aws: plain,
+    "async": lambda aws: plain_async,
+    "coroutine": lambda aws: lambda *args, **kwargs: plain_async(*args, **kwargs),
+    "chain": lambda aws: chain_hooks(plain_async, plain),
+}
+CONTEXTS: dict[str, Callable[[Hook], Hook]] = {
+    "itself": lambda chain: chain,
+    "in a def": called,
+    "in an async def": awaited,
+    "in a chain": lambda chain: chain_hooks(chain),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_chains_of_every_mixture(session: Session, endpoint: Endpoint, context: str) -> None:
+    endpoint.answers(200)
+    websocket = create_metadata_websocket_hook(endpoint.url)
+    mixtures = [mixture for mixture in itertools.product(MEMBERS, repeat=3) if mixture.count("aws") == 1]
+    for number, mixture in enumerate(mixtures):
+        chain = chain_hooks(*(MEMBERS[name](websocket) for name in mixture))
+        session.open(metadata_hook=CONTEXTS[context](chain))
+        assert session.update_metadata({"connection_id": "c-1", "n": number}) is None, mixture
+        assert session.get_metadata() == {"metadata": {"connection_id": "c-1", "n": number}}, mixture
+        session.close()
+    assert told(endpoint) == [("c-1", "update", {"n": number}) for number in range(len(mixtures))]
