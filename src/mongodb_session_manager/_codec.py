@@ -8,13 +8,16 @@ What BSON holds is stored as it is, so that a conversation reads naturally in th
     "str"                        text: lone surrogates as `\udxxx`, a backslash as two
     "decimal"                    text: a `decimal.Decimal`
     "datetime", "date", "time"   text, ISO 8601: what a BSON date (UTC, whole milliseconds) does not hold
+    "timedelta"                  text: a `timedelta` in microseconds
+    "bytearray"                  the bytes of a `bytearray`
     "binary"                     subtype and data of a `Binary` that BSON decoding would turn into something else
     "tuple", "set", "frozenset"  list of the members
     "dict"                       list of [key, value] pairs: a dict that BSON cannot hold or would not give back
     "attachment"                 text: never seen here, because `_references` exchanges it for bytes before decoding
     "bson"                       BSON of `{"v": <value>}`: what lies deeper than MongoDB can hold
 
-Subclasses of what is stored (an `Enum` of strings, `OrderedDict`, a named tuple) come back as their base.
+Subclasses of what is stored (an `Enum` of strings, `OrderedDict`, a named tuple) come back as their base, scalars of
+NumPy as the number or date they equal, a `memoryview` as bytes.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ MAX_NESTING: Final = 256
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
 _NO_TIME: Final = timedelta(0)
+_MICROSECOND: Final = timedelta(microseconds=1)
 _LEGACY_MARKER: Final = "__bytes_encoded__"
 _SHOWN_SEGMENTS: Final = 12
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
@@ -71,14 +75,17 @@ def encode(value: Any, *, depth: int = 0) -> Any:
         The copy, made of what `bson` encodes.
 
     Raises:
-        EncodingError: The value holds an unsupported type, or is nested deeper than `MAX_NESTING` or the stack.
+        EncodingError: The value holds an unsupported type, is nested deeper than `MAX_NESTING` or the stack, or raises
+            an error itself when it is read.
     """
     try:
         return _encode(value, MAX_LEVELS - depth, MAX_NESTING)
     except _RefusedError as refused:
-        raise EncodingError(f"cannot store {refused.reason}, at {refused.where()}") from None
+        raise EncodingError(f"cannot store {refused.reason}, at {refused.where()}{refused.advice}") from None
     except RecursionError:
         raise EncodingError("cannot store a value nested deeper than Python's stack allows here") from None
+    except Exception as error:  # a metaclass, or a dict that another thread changes
+        raise EncodingError(f"cannot store a value that cannot be read: {type(error).__name__}") from None
 
 
 def decode(stored: Any) -> Any:
@@ -105,9 +112,10 @@ def decode(stored: Any) -> Any:
 class _RefusedError(Exception):
     """A value that cannot be stored; collects the way to it while the stack unwinds, innermost segment first."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.advice = advice
         self.path: list[str] = []
 
     def where(self) -> str:
@@ -127,7 +135,7 @@ def _encode(value: Any, room: int, nesting: int) -> Any:
         return value if _INT64_MIN <= value <= _INT64_MAX else _encode_big_int(value)
     encode_scalar = _SCALARS.get(kind)
     if encode_scalar is not None:
-        return encode_scalar(value)
+        return _read(encode_scalar, value)
     levels = 1
     if kind is dict:
         if not _is_plain(value):
@@ -136,7 +144,7 @@ def _encode(value: Any, room: int, nesting: int) -> Any:
     elif kind is tuple or kind is set or kind is frozenset:
         levels = 2
     elif kind is not list:
-        return _encode(_base_of(value), room, nesting)
+        return _encode(_read(_base_of, value), room, nesting)
     if nesting <= 0:
         raise _RefusedError(f"a value nested deeper than {MAX_NESTING} levels (or one that holds itself)")
     # A marked or packed form takes one level, which must be left for every member.
@@ -261,10 +269,33 @@ _SCALARS: Final[dict[type, Callable[[Any], Any]]] = {
     datetime: _encode_datetime,
     date: _encode_iso,
     time: _encode_iso,
+    timedelta: lambda value: _marked("timedelta", str(value // _MICROSECOND)),
+    bytearray: lambda value: _marked("bytearray", bytes(value)),
     Binary: _encode_bson_type,
     Regex: _encode_bson_type,
     Code: _encode_bson_type,
 }
+
+_MOMENTS: Final = frozenset({datetime, date, time, timedelta})
+_NUMPY_ITEMS: Final[dict[str, tuple[type, ...]]] = {
+    "b": (bool,),
+    "i": (int,),
+    "u": (int,),
+    "f": (float,),
+    "M": (datetime, date),
+    "m": (timedelta,),
+}
+"""By the kind of a NumPy scalar, what it may become: one with nanoseconds becomes a number."""
+
+_CONVERSIONS: Final = (
+    ("tolist", ".tolist()"),
+    ("to_dict", ".to_dict()"),
+    ("model_dump", ".model_dump()"),
+    ("__dataclass_fields__", "dataclasses.asdict()"),
+    ("__fspath__", "str()"),
+    ("_value2member_map_", ".value"),
+)
+"""What shows that a value has a conversion to what can be stored, and how that is called."""
 
 _HASHABLE: Final = _NATIVE | _SCALARS.keys() | {str, int, tuple, frozenset}
 
@@ -282,22 +313,62 @@ _BASES: Final[tuple[tuple[type, Callable[[Any], Any]], ...]] = (
     (datetime, lambda value: datetime.combine(datetime.date(value), datetime.timetz(value))),
     (date, lambda value: date(value.year, value.month, value.day)),
     (time, lambda value: time.fromisoformat(time.isoformat(value))),
+    (timedelta, lambda value: timedelta(value.days, value.seconds, value.microseconds)),
+    (bytearray, bytearray),
     (Decimal, Decimal),
     (UUID, lambda value: UUID(bytes=value.bytes)),
 )
 
 
+def _read(convert: Callable[[Any], Any], value: Any) -> Any:
+    """Convert a value whose type may have methods of its own, which may raise anything."""
+    try:
+        return convert(value)
+    except (_RefusedError, RecursionError):
+        raise
+    except Exception as error:
+        raise _RefusedError(f"a {_type_name(value)} that cannot be read ({type(error).__name__})") from None
+
+
 def _base_of(value: Any) -> Any:
-    """Return an instance of a subclass as the supported type it derives from."""
+    """Return an instance of a subclass as the supported type it derives from, other values as one that equals them."""
     for base, convert in _BASES:
         if isinstance(value, base):
-            return convert(value)
-    raise _RefusedError(f"a value of the unsupported type {_type_name(value)}")
+            converted = convert(value)
+            # A timestamp of pandas may have nanoseconds; a mock may only claim to be of this type.
+            is_unsure = base in _MOMENTS or not issubclass(type(value), base)
+            if is_unsure and not converted == value:
+                raise _RefusedError(f"a {_type_name(value)} that does not equal its {base.__name__}")
+            return converted
+    if type(value) is memoryview:
+        if (data := value.tobytes()) == value:
+            return data
+        raise _RefusedError("a memoryview of other items than bytes", ": convert it with .tolist()")
+    if _is_numpy_scalar(value):
+        item = value.item()
+        if type(item) in _NUMPY_ITEMS.get(value.dtype.kind, ()) and (item == value or item != item):
+            return item
+        raise _RefusedError(f"a {_type_name(value)} that no number or date equals", ": convert it first")
+    raise _RefusedError(f"a value of the unsupported type {_type_name(value)}", _advice(value))
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    """Tell it by name, because NumPy is not a dependency."""
+    return any(base.__name__ == "generic" and base.__module__ == "numpy" for base in type(value).__mro__)
+
+
+def _advice(value: Any) -> str:
+    """Return what to do about a value of an unsupported type."""
+    kind = type(value)
+    for method, call in _CONVERSIONS:
+        if hasattr(kind, method):
+            return f": convert it with {call}"
+    return ": convert it to a dict, list, str, number or bytes"
 
 
 def _distinct_bases(members: Iterable[Any]) -> list[Any]:
     """Return keys of a dict or members of a set as what they are when they come back."""
-    bases = [member if type(member) in _HASHABLE else _base_of(member) for member in members]
+    bases = [member if type(member) in _HASHABLE else _read(_base_of, member) for member in members]
     try:
         distinct = len(set(bases)) == len(bases)
     except TypeError:
@@ -368,6 +439,8 @@ def _decode_marked(tag: str, value: Any) -> Any:
             return _FROM_TEXT[tag](value)
         if tag == "binary" and type(value) is bytes:
             return Binary(value[1:], value[0])
+        if tag == "bytearray" and type(value) is bytes:
+            return bytearray(value)
         packed = tag == "bson" and type(value) is bytes
         inner = _load(value) if packed else value
     except (BSONError, ValueError, ArithmeticError, LookupError):
@@ -398,4 +471,5 @@ _FROM_TEXT: Final[dict[str, Callable[[str], Any]]] = {
     "datetime": datetime.fromisoformat,
     "date": date.fromisoformat,
     "time": time.fromisoformat,
+    "timedelta": lambda text: timedelta(microseconds=int(text)),
 }
