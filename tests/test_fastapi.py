@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -18,8 +18,9 @@ import pymongo
 import pytest
 import uvicorn
 from blockbuster import BlockBuster
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Response, WebSocket
 from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 from strands import tool
 from strands.hooks import AfterInvocationEvent
 
@@ -120,9 +121,9 @@ class Application:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[httpx.Client]:
+def serving(app: FastAPI, ws: Any = "none") -> Iterator[httpx.Client]:
     """Serve an application on a port of its own and yield a client of it."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws=ws))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -544,6 +545,121 @@ ANSWERS: dict[type[MongoDBSessionError], tuple[int, int, str | None]] = {
     errors.DatabaseError: (500, 1011, "the database refused a command"),
     errors.AttachmentError: (500, 1011, "the database refused a command"),
 }
+
+
+async def over_websocket(app: FastAPI, path: str) -> tuple[list[dict[str, Any]], Exception | None]:
+    """Connect a WebSocket that asks for a subprotocol; return what the server is told to send and to log."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": path, "query_string": b"", "headers": [], "subprotocols": ["chat"]}
+    try:
+        await app(scope, receive, send)
+    except Exception as error:
+        return sent, error
+    return sent, None
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("kind", "answer"), ANSWERS.items(), ids=[kind.__name__ for kind in ANSWERS])
+async def test_how_an_error_closes_a_websocket(
+    caplog: pytest.LogCaptureFixture, kind: type[MongoDBSessionError], answer: tuple[int, int, str | None]
+) -> None:
+    app = FastAPI()
+    add_session_support(app)
+
+    @app.websocket("/before")
+    async def fail_before(socket: WebSocket) -> None:
+        raise kind("of this error")
+
+    @app.websocket("/after")
+    async def fail_after(socket: WebSocket) -> None:
+        await socket.accept()
+        raise kind("of this error")
+
+    status, code, detail = answer
+    closed = {"type": "websocket.close", "code": code, "reason": detail or "the request failed"}
+    sent, error = await over_websocket(app, "/before")
+    # Accepted first: without that, or without a subprotocol that it asked for, a browser sees no code.
+    assert sent == [{"type": "websocket.accept", "subprotocol": "chat"}, closed]
+    assert type(error) is (type(None) if detail else kind)
+    sent, error = await over_websocket(app, "/after")
+    assert [message["type"] for message in sent] == ["websocket.accept", "websocket.close"]
+    assert sent[1] == closed
+    line = f"path=<'/{{}}'>, error=<of this error> | answered {status}"
+    expected = [line.format("before"), line.format("after")] if status >= 500 and detail else []
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == expected
+
+
+@pytest.mark.anyio
+async def test_a_reason_is_cut_to_what_a_websocket_can_close_with() -> None:
+    app = FastAPI()
+    add_session_support(app)
+
+    @app.websocket("/fail")
+    async def fail(socket: WebSocket) -> None:
+        raise InvalidArgumentError("é" * 100)
+
+    sent, _ = await over_websocket(app, "/fail")
+    assert sent[1]["reason"] == "é" * 61
+
+
+def test_a_websocket_client_sees_the_code(application: Application) -> None:
+    websockets = pytest.importorskip("websockets", reason="the extra `dev` brings websockets")
+    connect = pytest.importorskip("websockets.sync.client").connect
+
+    @application.app.websocket("/sessions/{session_id}")
+    async def talk(socket: WebSocket, session: Session) -> None: ...
+
+    with serving(application.app, ws="websockets-sansio") as client:
+        url = f"ws://127.0.0.1:{client.base_url.port}/sessions/a%00b"
+        with connect(url) as socket, pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+            socket.recv()
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "session_id must not hold a NUL character")
+
+
+def test_a_session_behind_a_websocket(application: Application, stored: Stored) -> None:
+    @application.app.websocket("/sessions/{session_id}")
+    async def talk(socket: WebSocket, session: Session) -> None:
+        application.sessions.append(session)
+        await socket.accept()
+        asked = agent(session)
+        while True:
+            await socket.send_text(str(await asked.invoke_async(await socket.receive_text())).strip())
+
+    with TestClient(application.app) as talking:
+        with talking.websocket_connect("/sessions/s") as socket:
+            socket.send_text("hi")
+            assert socket.receive_text() == "Hello! I have been sent 1 message."
+            stored.delete_one({"_id": "s"})
+            socket.send_text("hi again")
+            with pytest.raises(WebSocketDisconnect) as closed:
+                socket.receive_text()
+        assert (closed.value.code, closed.value.reason) == (1008, "the session does not exist")
+        eventually(lambda: "closed" in repr(application.sessions[0]))
+        with talking.websocket_connect("/sessions/a%00b") as socket, pytest.raises(WebSocketDisconnect) as closed:
+            socket.receive_text()
+        assert (closed.value.code, closed.value.reason) == (1008, "session_id must not hold a NUL character")
+
+
+def test_a_websocket_whose_client_left_is_not_closed_again(
+    application: Application, caplog: pytest.LogCaptureFixture
+) -> None:
+    @application.app.websocket("/leave")
+    async def leave(socket: WebSocket) -> None:
+        await socket.accept()
+        with suppress(WebSocketDisconnect):
+            await socket.receive_text()
+        raise SessionConflictError("x")
+
+    with TestClient(application.app) as talking, talking.websocket_connect("/leave"):
+        pass
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def tree(kind: type[MongoDBSessionError]) -> Iterator[type[MongoDBSessionError]]:
