@@ -293,6 +293,37 @@ class MongoDBSessionManagerFactory:
         """
         await self._connection.portal.run(self._connection.ping)
 
+    def check(self, timeout: float = 5.0) -> None:
+        """Raise unless the factory can reach its collection of sessions: for the start of an application.
+
+        Args:
+            timeout: Seconds within which the server must answer.
+
+        Raises:
+            AccessDeniedError: The server refused the credentials, or does not let the user read the collection.
+            ConfigurationError: The client options cannot be used, or TLS does not fit the server.
+            DatabaseUnavailableError: No server could be reached in time.
+            DatabaseTimeoutError: A server was reached and did not answer in time.
+        """
+        self._connection.portal.call(self._check, timeout)
+
+    async def check_async(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - the twin of check
+        """Raise unless the factory can reach its collection of sessions: for the start of an application.
+
+        Args:
+            timeout: Seconds within which the server must answer.
+
+        Raises:
+            AccessDeniedError: The server refused the credentials, or does not let the user read the collection.
+            ConfigurationError: The client options cannot be used, or TLS does not fit the server.
+            DatabaseUnavailableError: No server could be reached in time.
+            DatabaseTimeoutError: A server was reached and did not answer in time.
+        """
+        await self._connection.portal.run(self._check, timeout)
+
+    async def _check(self, seconds: float) -> None:
+        await self._connection.check(self._repository._database_name, self._repository._collection_name, seconds)
+
     def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Deliver what hooks left behind, wait for writes under way, and close the client if it is the factory's own.
 
