@@ -15,8 +15,8 @@ from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from mongodb_session_manager import (
+    AccessDeniedError,
     AsyncMongoDBSessionRepository,
-    DatabaseError,
     InvalidArgumentError,
     MongoDBSessionError,
     MongoDBSessionManagerFactory,
@@ -449,6 +449,6 @@ def test_many_delete_and_write_at_once(server: str, database: str, driver: Drive
 
 
 def test_what_the_server_refuses_is_an_error(full: MongoDBSessionRepository, server: str) -> None:
-    with fail_point(server, failCommands=["find"], errorCode=13), pytest.raises(DatabaseError):
+    with fail_point(server, failCommands=["find"], errorCode=13), pytest.raises(AccessDeniedError):
         full.delete_session(ID)
     assert is_whole(full)

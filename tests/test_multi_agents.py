@@ -20,8 +20,8 @@ from strands.session import FileSessionManager
 
 import mongodb_session_manager
 from mongodb_session_manager import (
+    AccessDeniedError,
     AgentNotFoundError,
-    DatabaseError,
     EncodingError,
     InvalidArgumentError,
     MessageTooLargeError,
@@ -754,7 +754,7 @@ def test_a_failed_write_of_a_swarm_reaches_its_caller(
 ) -> None:
     """A swarm only logs what its hooks raise."""
     trio = Trio("swarm")
-    with fail_point(server, failCommands=["update"], errorCode=13), pytest.raises(DatabaseError, match="Unauthorized"):
+    with fail_point(server, failCommands=["update"], errorCode=13), pytest.raises(AccessDeniedError, match="code 13"):
         api.run(api.open(factory), trio.build, "the task")
     assert trio.worked == ["first"]
     assert state_of(stored, "team")["next_nodes_to_execute"] == ["second"]

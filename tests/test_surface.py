@@ -234,7 +234,7 @@ def test_the_factory_has_each_method_twice() -> None:
     blocking = {name for name in found if not name.endswith("_async")}
     finding = {"list_sessions", "count_sessions", "session_exists", "delete_session"}
     copying = {"export_session", "import_session", "fork_session"}
-    others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "close"}
+    others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "check", "close"}
     assert blocking == finding | copying | others
     blocking -= {"create_storage"}  # which waits for nothing
     assert found.keys() == blocking | {f"{name}_async" for name in blocking} | {"create_storage"}

@@ -28,6 +28,7 @@ from ._repository import AsyncMongoDBSessionRepository
 from ._storage import MongoDBStorage
 from ._sync import MongoDBSessionRepository
 from .errors import (
+    AccessDeniedError,
     AgentNotFoundError,
     AttachmentError,
     ClientTypeError,
@@ -60,6 +61,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "GUARDRAIL_STOP_REASONS",
+    "AccessDeniedError",
     "AgentNotFoundError",
     "AsyncMongoDBSessionManager",
     "AsyncMongoDBSessionRepository",

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from pymongo import IndexModel
@@ -16,7 +17,13 @@ from ._connection import AsyncCollection, Connection
 from ._documents import Document, agent_key, checked_id
 from ._driver_errors import driver_errors, may_be_sent_again, may_have_been_applied
 from ._loop import Portal
-from .errors import AgentNotFoundError, ConfigurationError, MongoDBSessionError, SessionNotFoundError
+from .errors import (
+    AccessDeniedError,
+    AgentNotFoundError,
+    ConfigurationError,
+    MongoDBSessionError,
+    SessionNotFoundError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +154,7 @@ async def send(
 
     A `DuplicateKeyError` is left to the caller, who expects it.
     """
-    with driver_errors(passing=DuplicateKeyError) as attempts:
+    with driver_errors(passing=DuplicateKeyError, account=partial(connection.account, database)) as attempts:
         collection = await connection.collection(database, name)
         for pause in _PAUSES:
             try:
@@ -193,7 +200,7 @@ async def _build_indexes(
     try:
         await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
     except MongoDBSessionError as error:
-        if not isinstance(error.__cause__, OperationFailure):
+        if not isinstance(error, AccessDeniedError) and not isinstance(error.__cause__, OperationFailure):
             see_again(connection, database, name, wanted)
         shown = ["+".join(fields) for fields in wanted]
         logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", shown, error)

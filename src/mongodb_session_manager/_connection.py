@@ -25,15 +25,19 @@ from pymongo import AsyncMongoClient, ReadPreference, WriteConcern, monitoring
 from pymongo import errors as driver
 from pymongo.client_options import ClientOptions
 from pymongo.read_concern import ReadConcern
+from pymongo.topology_description import TopologyDescription
 from pymongo.uri_parser import parse_uri
 
 from ._codec import CODEC_OPTIONS
-from ._driver_errors import driver_errors
+from ._driver_errors import Account, driver_errors
 from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
     ClientTypeError,
     ConfigurationError,
+    DatabaseUnavailableError,
     EventLoopError,
+    InvalidArgumentError,
+    MongoDBSessionError,
     SessionClosedError,
 )
 
@@ -45,6 +49,8 @@ DEFAULT_DATABASE = "agent_sessions"
 
 SOCKET_TIMEOUT_MS = 30_000
 """How long an owned client waits for an answer unless the user says otherwise; the driver would wait for ever."""
+
+_CHECK_GRACE = 0.5  # seconds
 
 _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", default=False)
 
@@ -422,16 +428,44 @@ class Connection:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def account(self, database: str | None = None) -> Account:
+        """Return who the client is, for errors about access to a database."""
+        if self._client is None:
+            return Account(database=database)
+        pool = _options(self._client).pool_options
+        credentials = getattr(pool, "_credentials", None)  # the drivers do not tell it in public
+        servers = cast(TopologyDescription, self._client.topology_description).server_descriptions()
+        return Account(
+            user=getattr(credentials, "username", None),
+            source=getattr(credentials, "source", None),
+            hosts=", ".join(sorted(f"{host}:{port}" for host, port in servers)),
+            database=database,
+        )
+
     async def ping(self) -> None:
         """Raise unless the server answers."""
         async with self.operation():
-            with driver_errors():
+            with driver_errors(account=self.account):
                 await (await self.client()).admin.command("ping")
+
+    async def check(self, database: str, name: str, seconds: float) -> None:
+        """Read from a collection within a time limit, which includes opening the client."""
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
+            raise InvalidArgumentError(f"timeout must be a number of seconds > 0, got {seconds!r}")
+        try:
+            # The driver keeps to its own limit and says what it waited for; the other one is for what it cannot limit.
+            async with asyncio.timeout(seconds + _CHECK_GRACE), self.operation():
+                with driver_errors(account=partial(self.account, database)), pymongo.timeout(seconds):
+                    await (await self.collection(database, name)).find_one({"_id": ""}, {"_id": 1})
+        except TimeoutError as error:
+            if isinstance(error, MongoDBSessionError):
+                raise
+            raise DatabaseUnavailableError(f"no usable MongoDB server within {seconds:g} s") from None
 
     async def server_version(self) -> str:
         """Return the version of the server, like `"7.0.14"`."""
         async with self.operation():
-            with driver_errors():
+            with driver_errors(account=self.account):
                 return str((await (await self.client()).admin.command("buildInfo"))["version"])
 
     def pool_stats(self) -> PoolStats:

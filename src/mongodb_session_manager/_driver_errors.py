@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pymongo import errors as driver
 
 from .errors import (
+    AccessDeniedError,
     ConfigurationError,
     DatabaseError,
     DatabaseTimeoutError,
@@ -23,6 +25,43 @@ from .errors import (
 # Server error codes: BSONObjectTooLarge and the two older codes of an update that outgrows 16 MiB.
 _TOO_LARGE = {10334, 17419, 17420}
 _NO_SUCH_PATH = 28
+
+_UNAUTHORIZED = 13
+# UserNotFound, AuthenticationFailed, MechanismUnavailable, ReauthenticationRequired.
+_NOT_AUTHENTICATED = {11, 18, 334, 391}
+_ATLAS = 8000  # "bad auth : ...", among others
+# What a TLS handshake fails with as long as the configuration stays as it is.
+_TLS_MISMATCH = re.compile(
+    r"CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|_ALERT_|NO_SHARED_CIPHER|UNSUPPORTED_PROTOCOL"
+)
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who a client is at which servers, as far as an error may show it."""
+
+    user: str | None = None
+    source: str | None = None
+    hosts: str = "the server"
+    database: str | None = None
+
+    def refused(self, code: int | None) -> AccessDeniedError:
+        """Return the error for a refused authentication or authorization."""
+        if code != _UNAUTHORIZED:
+            return AccessDeniedError(
+                f"MongoDB at {self.hosts} refused to authenticate user {self.user!r} (authSource {self.source!r}, "
+                f"code {code}): check user name, password, authSource and authMechanism"
+            )
+        if self.user is None and self.source is None:
+            return AccessDeniedError(
+                f"MongoDB at {self.hosts} requires authentication (code {code}): name a user in connection_string "
+                "(mongodb://user:password@host), or pass username and password"
+            )
+        on = "" if self.database is None else f" on the database {self.database!r}"
+        return AccessDeniedError(
+            f"MongoDB at {self.hosts} does not authorize user {self.user!r}{on} (code {code}): grant the user the role "
+            "readWrite there"
+        )
 
 
 def may_be_sent_again(error: Exception) -> bool:
@@ -56,10 +95,13 @@ class Attempts:
 
 
 @contextmanager
-def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Iterator[Attempts]:
+def driver_errors(
+    *, passing: type[driver.PyMongoError] | tuple[()] = (), account: Callable[[], Account] = Account
+) -> Iterator[Attempts]:
     """Raise the driver's errors as ours, but for `passing`, which the caller expects.
 
-    The error says so if it is unknown whether the command was carried out, by this or an earlier attempt.
+    The error says so if it is unknown whether the command was carried out, by this or an earlier attempt. `account`
+    says who was refused.
 
     Raises:
         MongoDBSessionError: The subclass that fits, the driver's error as its cause.
@@ -70,7 +112,9 @@ def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Ite
     except passing:
         raise
     except (driver.PyMongoError, driver.DocumentTooLarge) as error:
-        translated = translate(error)
+        translated = translate(error, account)
+        if isinstance(translated, AccessDeniedError):
+            raise translated from None
         if attempts.unknown or may_have_been_applied(error):
             translated = type(translated)(f"{translated}; it is unknown whether the command was carried out")
         raise translated from error
@@ -80,11 +124,21 @@ def driver_errors(*, passing: type[driver.PyMongoError] | tuple[()] = ()) -> Ite
         raise EventLoopError("the interpreter is shutting down: nothing can be sent to MongoDB any more") from error
 
 
-def translate(error: driver.PyMongoError | driver.DocumentTooLarge) -> MongoDBSessionError:
+def translate(
+    error: driver.PyMongoError | driver.DocumentTooLarge, account: Callable[[], Account] = Account
+) -> MongoDBSessionError:
     """Return the error of this package that says the same, without anything that a document holds."""
     match error:
+        case driver.ServerSelectionTimeoutError() if _TLS_MISMATCH.search(_first_line(error)):
+            return ConfigurationError(
+                f"no TLS connection to the MongoDB server: {_first_line(error)}: check tlsCAFile, "
+                "tlsCertificateKeyFile and the host name"
+            )
         case driver.ServerSelectionTimeoutError():
-            return DatabaseUnavailableError(f"no usable MongoDB server: {_first_line(error)}")
+            hint = ""
+            if "SSL handshake failed" in str(error) or "connection closed" in str(error):
+                hint = "; check whether the server and the client options agree on TLS"
+            return DatabaseUnavailableError(f"no usable MongoDB server: {_first_line(error)}{hint}")
         case driver.WaitQueueTimeoutError():
             return DatabaseTimeoutError(f"no free connection in the pool: {_first_line(error)}")
         case driver.NetworkTimeout() | driver.ExecutionTimeout() | driver.WTimeoutError():
@@ -101,6 +155,8 @@ def translate(error: driver.PyMongoError | driver.DocumentTooLarge) -> MongoDBSe
             return MessageTooLargeError("the session's document would grow beyond 16 MiB")
         case driver.OperationFailure() if error.code == _NO_SUCH_PATH:
             return InvalidArgumentError("a key with dots leads through a stored value that holds no keys")
+        case driver.OperationFailure() if _is_denied(error):
+            return account().refused(error.code)
         case driver.OperationFailure():
             name = (error.details or {}).get("codeName", type(error).__name__)
             return DatabaseError(f"MongoDB refused the command: {name} (code {error.code})")
@@ -108,5 +164,12 @@ def translate(error: driver.PyMongoError | driver.DocumentTooLarge) -> MongoDBSe
             return DatabaseError(f"MongoDB failed: {type(error).__name__}")
 
 
+def _is_denied(error: driver.OperationFailure) -> bool:
+    if error.code == _ATLAS:
+        return "bad auth" in str(error)
+    return error.code == _UNAUTHORIZED or error.code in _NOT_AUTHENTICATED
+
+
 def _first_line(error: driver.PyMongoError) -> str:
-    return str(error).splitlines()[0].partition(", Topology Description")[0].partition(", full error")[0]
+    line = str(error).splitlines()[0].partition(", Topology Description")[0].partition(", full error")[0]
+    return re.sub(r" \(configured timeouts: [^)]*\)", "", line)

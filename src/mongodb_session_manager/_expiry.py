@@ -19,7 +19,7 @@ from ._changes import Update
 from ._commands import Fields, SessionCollection, see_again, send, unseen
 from ._connection import AsyncCollection, Connection, find_and_modify
 from ._documents import Document, now
-from .errors import MongoDBSessionError
+from .errors import AccessDeniedError, MongoDBSessionError
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,8 @@ async def ensure_expiry(connection: Connection, database: str, name: str, second
         for where, index in collections:
             await _ensure_ttl(connection, database, where, index, seconds)
     except MongoDBSessionError as error:
-        if not isinstance(error.__cause__, OperationFailure) or error.__cause__.code == _INDEX_BUILD_RUNS:
+        refused = isinstance(error, AccessDeniedError) or isinstance(error.__cause__, OperationFailure)
+        if not refused or getattr(error.__cause__, "code", None) == _INDEX_BUILD_RUNS:
             see_again(connection, database, name, [_seen(seconds)])
         logger.warning(
             "collection=<%s>, error=<%s> | TTL indexes not built, sessions will not expire as configured", name, error

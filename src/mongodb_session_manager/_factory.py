@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, Self
 
@@ -292,6 +293,37 @@ class MongoDBSessionManagerFactory:
         """
         await self._connection.portal.run(self._connection.ping)
 
+    def check(self, timeout: float = 5.0) -> None:
+        """Raise unless the factory can reach its collection of sessions: for the start of an application.
+
+        Args:
+            timeout: Seconds within which the server must answer.
+
+        Raises:
+            AccessDeniedError: The server refused the credentials, or does not let the user read the collection.
+            ConfigurationError: The client options cannot be used, or TLS does not fit the server.
+            DatabaseUnavailableError: No server could be reached in time.
+            DatabaseTimeoutError: A server was reached and did not answer in time.
+        """
+        self._connection.portal.call(self._check, timeout)
+
+    async def check_async(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - the twin of check
+        """Raise unless the factory can reach its collection of sessions: for the start of an application.
+
+        Args:
+            timeout: Seconds within which the server must answer.
+
+        Raises:
+            AccessDeniedError: The server refused the credentials, or does not let the user read the collection.
+            ConfigurationError: The client options cannot be used, or TLS does not fit the server.
+            DatabaseUnavailableError: No server could be reached in time.
+            DatabaseTimeoutError: A server was reached and did not answer in time.
+        """
+        await self._connection.portal.run(self._check, timeout)
+
+    async def _check(self, seconds: float) -> None:
+        await self._connection.check(self._repository._database_name, self._repository._collection_name, seconds)
+
     def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Deliver what hooks left behind, wait for writes under way, and close the client if it is the factory's own.
 
@@ -350,6 +382,7 @@ async def create_mongodb_session_manager_async(
 
 _global_lock = Lock()
 _global_factory: MongoDBSessionManagerFactory | None = None
+_of_applications: list[MongoDBSessionManagerFactory] = []
 
 
 def initialize_global_factory(*args: Any, **kwargs: Any) -> MongoDBSessionManagerFactory:
@@ -363,14 +396,20 @@ def initialize_global_factory(*args: Any, **kwargs: Any) -> MongoDBSessionManage
 
 
 def get_global_factory() -> MongoDBSessionManagerFactory:
-    """Return the process-wide factory.
+    """Return the process-wide factory, else the factory of the one application that runs in the process.
 
     Raises:
-        FactoryNotInitializedError: There is none.
+        FactoryNotInitializedError: There is none, or several applications have one each.
     """
-    if _global_factory is None:
+    factories = _of_applications if _global_factory is None else [_global_factory]
+    if len(factories) > 1:
+        raise FactoryNotInitializedError(
+            f"{len(factories)} applications of this process have a factory each, and there is no global one: take the "
+            "application's, with mongodb_session_manager.fastapi.Factory"
+        )
+    if not factories:
         raise FactoryNotInitializedError("there is no global factory: call initialize_global_factory(...) first")
-    return _global_factory
+    return factories[0]
 
 
 def close_global_factory() -> None:
@@ -384,3 +423,15 @@ def _exchange(factory: MongoDBSessionManagerFactory | None) -> None:
         earlier, _global_factory = _global_factory, factory
     if earlier is not None:
         earlier.close()
+
+
+@contextmanager
+def factory_of_application(factory: MongoDBSessionManagerFactory) -> Iterator[None]:
+    """Register the factory of an application for as long as the application runs."""
+    with _global_lock:
+        _of_applications.append(factory)
+    try:
+        yield
+    finally:
+        with _global_lock:
+            _of_applications.remove(factory)

@@ -2,7 +2,8 @@
 
     MongoDBSessionError                 also Strands' SessionException and StorageError
     ├── ConfigurationError              also ValueError: how the library was set up
-    │   └── ClientTypeError             also TypeError: `client=` is no asynchronous client
+    │   ├── ClientTypeError             also TypeError: `client=` is not a MongoDB client
+    │   └── AccessDeniedError           also PermissionError: credentials or privileges were refused
     ├── InvalidArgumentError            also ValueError: an argument of a call
     ├── EncodingError                   also ValueError: a value that cannot be stored
     ├── MessageTooLargeError            also ValueError: more than one document can hold
@@ -41,7 +42,14 @@ class ConfigurationError(MongoDBSessionError, ValueError):
 
 
 class ClientTypeError(ConfigurationError, TypeError):
-    """`client=` was given something that is not an asynchronous MongoDB client."""
+    """`client=` was given something that is not a MongoDB client."""
+
+
+class AccessDeniedError(ConfigurationError, PermissionError):
+    """The server refused the user's credentials, or does not allow the user what the library does.
+
+    Trying again does not help: the configuration of the client or of the server has to change.
+    """
 
 
 class InvalidArgumentError(MongoDBSessionError, ValueError):
