@@ -65,6 +65,9 @@ def capture_metrics(agent: LocalAgent) -> Document | None:
     }
 
 
+GUARDRAIL_ACTION_BLOCKED = "BLOCKED"
+"""The action of a guardrail event, unless `redact_latest_message` is given another."""
+
 GUARDRAIL_STOP_REASONS = frozenset({"guardrail_intervened", "content_filtered"})
 """Reasons for which a model stops because a guardrail stepped in."""
 
