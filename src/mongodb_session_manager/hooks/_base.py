@@ -132,6 +132,8 @@ def checked_fields(fields: Any) -> tuple[str, ...] | None:
         return None
     if isinstance(fields, str) or not all(isinstance(field, str) for field in fields):
         raise ConfigurationError("metadata_fields must be a list of field names")
+    if not fields:
+        logger.warning("metadata_fields=<[]> | no field may leave, so nothing is sent; None lets all fields leave")
     return tuple(fields)
 
 
