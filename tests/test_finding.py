@@ -569,3 +569,15 @@ def test_whether_one_of_100_000_exists_reads_no_other(many: Any) -> None:
     sent.commands.clear()
     assert factory.session_exists("s099999")
     assert cost(database, sent.commands[0]) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
+def test_a_session_is_found_by_one_of_several_values(factory: MongoDBSessionManagerFactory, kind: Any) -> None:
+    for session_id, tags in (("one", "ab"), ("two", "bc"), ("three", "d")):
+        with factory.create_session_manager(session_id) as manager:
+            manager.update_metadata({"tags": kind(tags), "deep": {"tags": [kind(tags)]}})
+    assert sorted(ids(factory.list_sessions(metadata={"tags": "b"}))) == ["one", "two"]
+    assert ids(factory.list_sessions(metadata={"tags": kind("bc")})) == ["two"]
+    assert ids(factory.list_sessions(metadata={"tags": ["b", "c"]})) == ["two"]
+    assert ids(factory.list_sessions(metadata={"deep.tags": kind("d")})) == ["three"]
+    assert factory.count_sessions(metadata={"tags": "e"}) == 0

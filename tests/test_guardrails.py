@@ -16,7 +16,7 @@ from strands import Agent, tool
 from strands.types.exceptions import SessionException
 
 from mongodb_session_manager import GUARDRAIL_STOP_REASONS, MongoDBSessionManagerFactory
-from mongodb_session_manager._capture import summarize_policies
+from mongodb_session_manager._capture import guardrail_event, summarize_policies
 from scripted_model import Redaction, ScriptedModel
 from support import CommandLog, agent, fail_point, message_ids, texts
 
@@ -222,7 +222,7 @@ TRACE = {
     }
 }
 POLICIES = {
-    "wordPolicy": ["CUSTOM/BLOCKED"],
+    "wordPolicy": ["CUSTOM"],
     "sensitiveInformationPolicy": ["CREDIT_DEBIT_CARD_NUMBER/BLOCKED"],
 }
 CLEAN_TRACE = {
@@ -518,13 +518,13 @@ METRICS = {
 
 SUMMARIES: dict[str, tuple[Any, dict[str, list[str]]]] = {
     "content": (CONTENT, {"contentPolicy": ["HATE/HIGH", "PROMPT_ATTACK/MEDIUM"]}),
-    "topic": (TOPIC, {"topicPolicy": ["Investments/DENY"]}),
-    "words": (WORDS, {"wordPolicy": ["CUSTOM/BLOCKED", "PROFANITY/BLOCKED"]}),
+    "topic": (TOPIC, {"topicPolicy": ["Investments/BLOCKED"]}),
+    "words": (WORDS, {"wordPolicy": ["CUSTOM", "PROFANITY"]}),
     "sensitive": (
         SENSITIVE,
         {"sensitiveInformationPolicy": ["EMAIL/ANONYMIZED", "PHONE/BLOCKED", "booking/BLOCKED"]},
     ),
-    "grounding": (GROUNDING, {"contextualGroundingPolicy": ["GROUNDING/0.12"]}),
+    "grounding": (GROUNDING, {"contextualGroundingPolicy": ["GROUNDING/0.12/0.75"]}),
     "a whole trace of Converse": (
         {
             "guardrail": {
@@ -536,11 +536,14 @@ SUMMARIES: dict[str, tuple[Any, dict[str, list[str]]]] = {
         },
         {
             "contentPolicy": ["HATE/HIGH", "PROMPT_ATTACK/MEDIUM"],
-            "topicPolicy": ["Investments/DENY"],
-            "contextualGroundingPolicy": ["GROUNDING/0.12"],
+            "topicPolicy": ["Investments/BLOCKED"],
+            "contextualGroundingPolicy": ["GROUNDING/0.12/0.75"],
         },
     ),
-    "nested": ({"trace": {"guardrail": {"inputAssessment": {"gr-1": TOPIC}}}}, {"topicPolicy": ["Investments/DENY"]}),
+    "nested": (
+        {"trace": {"guardrail": {"inputAssessment": {"gr-1": TOPIC}}}},
+        {"topicPolicy": ["Investments/BLOCKED"]},
+    ),
     "several guardrails": (
         {
             "inputAssessment": {
@@ -553,8 +556,8 @@ SUMMARIES: dict[str, tuple[Any, dict[str, list[str]]]] = {
             },
         },
         {
-            "topicPolicy": ["One/DENY", "Two/DENY", "Three/DENY"],
-            "wordPolicy": ["CUSTOM/BLOCKED", "PROFANITY/BLOCKED"],
+            "topicPolicy": ["One/BLOCKED", "Two/BLOCKED", "Three/BLOCKED"],
+            "wordPolicy": ["CUSTOM", "PROFANITY"],
         },
     ),
     "the answer of ApplyGuardrail": (
@@ -566,13 +569,55 @@ SUMMARIES: dict[str, tuple[Any, dict[str, list[str]]]] = {
         {},
     ),
     "empty policies": ({"topicPolicy": {"topics": []}, "contentPolicy": {}, "wordPolicy": None}, {}),
-    "missing fields": ({"contentPolicy": {"filters": [{}, "odd", None]}}, {}),
+    "no entries": ({"contentPolicy": {"filters": [{}, "odd", None]}}, {}),
+    "missing fields": (
+        {
+            "contentPolicy": {"filters": [{"type": "HATE"}]},
+            "topicPolicy": {"topics": [{"type": "DENY", "action": "BLOCKED"}]},
+            "sensitiveInformationPolicy": {"regexes": [{"name": "card"}]},
+            "contextualGroundingPolicy": {"filters": [{"type": "GROUNDING", "score": 0.2}]},
+        },
+        {
+            "contentPolicy": ["HATE/UNKNOWN"],
+            "topicPolicy": ["UNKNOWN/BLOCKED"],
+            "sensitiveInformationPolicy": ["card/UNKNOWN"],
+            "contextualGroundingPolicy": ["GROUNDING/0.2/UNKNOWN"],
+        },
+    ),
+    "as the original's documentation shows a trace": (
+        {
+            "inputAssessment": {
+                "topicPolicy": {"topics": [{"name": "Money", "type": "DENY", "action": "BLOCKED"}]},
+                "wordPolicy": {
+                    "managedWordLists": [{"match": "damn", "type": "PROFANITY"}],
+                    "customWords": [{"match": "competitor"}, {"match": "other"}],
+                },
+            },
+            "outputAssessments": [
+                {
+                    "sensitiveInformationPolicy": {
+                        "regexes": [{"name": "card", "regex": "[0-9]+", "match": "4111", "action": "BLOCKED"}],
+                        "piiEntities": [{"type": "EMAIL", "match": "ada@b.c", "action": "ANONYMIZED"}],
+                    },
+                    "contextualGroundingPolicy": {
+                        "filters": [{"type": "GROUNDING", "score": 0.2, "threshold": 0.7, "action": "BLOCKED"}]
+                    },
+                }
+            ],
+        },
+        {
+            "topicPolicy": ["Money/BLOCKED"],
+            "wordPolicy": ["CUSTOM", "PROFANITY"],
+            "sensitiveInformationPolicy": ["EMAIL/ANONYMIZED", "card/BLOCKED"],
+            "contextualGroundingPolicy": ["GROUNDING/0.2/0.7"],
+        },
+    ),
     "metrics only": (METRICS, {}),
     "none": (None, {}),
     "text": ("guardrail_intervened", {}),
     "list": (
         [TOPIC, [WORDS]],
-        {"topicPolicy": ["Investments/DENY"], "wordPolicy": ["CUSTOM/BLOCKED", "PROFANITY/BLOCKED"]},
+        {"topicPolicy": ["Investments/BLOCKED"], "wordPolicy": ["CUSTOM", "PROFANITY"]},
     ),
 }
 
@@ -580,6 +625,10 @@ SUMMARIES: dict[str, tuple[Any, dict[str, list[str]]]] = {
 @pytest.mark.parametrize(("trace", "summary"), SUMMARIES.values(), ids=SUMMARIES)
 def test_summaries(trace: Any, summary: dict[str, list[str]]) -> None:
     assert summarize_policies(trace) == summary
+
+
+def test_an_empty_reason_or_trace_is_not_stored() -> None:
+    assert guardrail_event("BLOCKED", "", {}, "now") == {"action": "BLOCKED", "timestamp": "now"}
 
 
 def test_a_summary_holds_no_word_of_the_conversation() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,7 @@ from mongodb_session_manager import (
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
     errors,
+    hooks,
 )
 
 SOURCE = Path(package.__file__).parent
@@ -52,7 +54,6 @@ ORDER = [
     "_capture",
     "_stored_fields",
     "_loop",
-    "hooks.__init__",
     "hooks._notification",
     "hooks._dispatcher",
     "hooks._notify",
@@ -62,6 +63,7 @@ ORDER = [
     "hooks.sns",
     "hooks.sqs",
     "hooks.websocket",
+    "hooks.__init__",
     "_driver_errors",
     "_connection",
     "_pool",
@@ -118,6 +120,43 @@ def test_all_is_what_is_public() -> None:
 def test_every_public_name_is_there_and_documented() -> None:
     undocumented = [name for name in package.__all__ if not inspect.getdoc(getattr(package, name))]
     assert undocumented == []
+
+
+ORIGINAL = """
+    MongoDBSessionManager MongoDBSessionRepository MongoDBConnectionPool MongoDBSessionManagerFactory
+    GUARDRAIL_STOP_REASONS GUARDRAIL_ACTION_BLOCKED
+    create_mongodb_session_manager initialize_global_factory get_global_factory close_global_factory
+    FeedbackSNSHook create_feedback_sns_hook MetadataSQSHook create_metadata_sqs_hook
+    MetadataWebSocketHook create_metadata_websocket_hook
+    is_feedback_sns_hook_available is_metadata_sqs_hook_available is_metadata_websocket_hook_available
+"""
+
+
+def test_every_name_of_the_original_is_at_the_root() -> None:
+    assert set(ORIGINAL.split()) - set(package.__all__) == set()
+    assert package.GUARDRAIL_ACTION_BLOCKED == "BLOCKED"
+
+
+def test_every_name_of_the_originals_hooks_is_in_hooks() -> None:
+    same = {name: name for name in ORIGINAL.split() if name.endswith(("Hook", "_sqs_hook", "_websocket_hook"))}
+    originals = {**same, "create_feedback_hook": "create_feedback_sns_hook"}
+    assert sorted(hooks.__all__) == sorted(originals)
+    assert {*originals} <= {*dir(hooks)}
+    for name, here in originals.items():
+        assert getattr(hooks, name) is getattr(package, here)
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = hooks.nothing_of_that_name  # type: ignore[attr-defined]
+
+
+def test_the_version_is_that_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert package.__version__ == metadata.version("mongodb-session-manager")
+    assert "__version__" in dir(package)
+
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert not hasattr(package, "__version__")
 
 
 def test_what_strands_expects() -> None:

@@ -7,11 +7,12 @@ Asynchronous code opens a session with `create_mongodb_session_manager_async` or
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import importlib.metadata
 import typing
 
 from ._async_manager import AsyncMongoDBSessionManager
-from ._capture import GUARDRAIL_STOP_REASONS
+from ._capture import GUARDRAIL_ACTION_BLOCKED, GUARDRAIL_STOP_REASONS
 from ._factory import (
     MongoDBSessionManagerFactory,
     close_global_factory,
@@ -51,6 +52,7 @@ from .errors import (
     SessionExistsError,
     SessionNotFoundError,
 )
+from .hooks import _has_extra
 from .hooks._notification import NotificationEvent
 from .hooks._notify import notify_later
 
@@ -60,6 +62,7 @@ if typing.TYPE_CHECKING:
     from .hooks.websocket import MetadataWebSocketHook, create_metadata_websocket_hook
 
 __all__ = [
+    "GUARDRAIL_ACTION_BLOCKED",
     "GUARDRAIL_STOP_REASONS",
     "AccessDeniedError",
     "AgentNotFoundError",
@@ -121,26 +124,24 @@ _WITH_AWS = {
 }
 
 
-def _has_extra() -> bool:
-    try:
-        return importlib.util.find_spec("aioboto3") is not None
-    except ImportError:
-        return False
-
-
 if not _has_extra():  # `from mongodb_session_manager import *` takes what is there
     __all__ = [name for name in __all__ if name not in _WITH_AWS]
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Import the AWS hooks when they are touched: they need the extra `aws`, and nobody else waits for it."""
+    """Import the AWS hooks, which need the extra `aws`, and look up the version when they are touched."""
+    if name == "__version__":
+        try:
+            return importlib.metadata.version("mongodb-session-manager")
+        except importlib.metadata.PackageNotFoundError:
+            raise AttributeError("mongodb-session-manager is not installed, so its version is unknown") from None
     if name in _WITH_AWS:
         return getattr(importlib.import_module(f".hooks.{_WITH_AWS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WITH_AWS})
+    return sorted({*globals(), *_WITH_AWS, "__version__"})
 
 
 def _is_importable(module: str) -> bool:

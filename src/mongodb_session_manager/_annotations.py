@@ -113,26 +113,43 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
 
 
-def encoded(value: Any, depth: int) -> Any:
-    """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds."""
+def encoded(value: Any, depth: int, *, arrays: bool = True) -> Any:
+    """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds.
+
+    Args:
+        value: The value.
+        depth: Levels from the root of the document to where the value goes.
+        arrays: Whether tuples and sets become arrays, which are found by one of their elements and come back as lists.
+    """
     try:
-        return encode(_with_dates(value), depth=depth)
+        return encode(_queryable(value, arrays), depth=depth)
     except RecursionError:
         raise EncodingError("cannot store a value nested deeper than Python's stack allows here") from None
 
 
-def _with_dates(value: Any) -> Any:
+def _queryable(value: Any, arrays: bool) -> Any:
     match value:
         case datetime():
             with suppress(OverflowError):  # the first or last day of the calendar, in another zone
                 return to_date(value)
             return value
         case dict():
-            return {key: _with_dates(item) for key, item in value.items()}
+            return {key: _queryable(item, arrays) for key, item in value.items()}
         case list():
-            return [_with_dates(item) for item in value]
+            return [_queryable(item, arrays) for item in value]
+        case tuple() if arrays:
+            return [_queryable(item, arrays) for item in value]
+        case set() | frozenset() if arrays:
+            return [_queryable(item, arrays) for item in sorted(value, key=_place)]
         case _:
             return value
+
+
+def _place(member: Any) -> tuple[str, Any]:
+    """Return what sorts the members of a set, so that equal sets are stored alike."""
+    if isinstance(member, bool | int | float):
+        return "", member
+    return type(member).__name__, member if isinstance(member, str | bytes) else repr(member)
 
 
 _latest = datetime.min.replace(tzinfo=UTC)
@@ -200,7 +217,7 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         moment = _moment_of_its_own()
-        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3)
+        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3, arrays=False)
         # A set, so that it is added at most once, however often the command is sent.
         await self._change(session_id, {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}})
 
@@ -256,7 +273,9 @@ class SessionAnnotations(SessionCollection):
         fields = {"model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}
         given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
-        sets = {f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2) for name, value in given.items()}
+        sets = {
+            f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2, arrays=False) for name, value in given.items()
+        }
         update = {
             "$set": {**sets, "updated_at": now()},
             "$addToSet": {f"{path}.agent_data.config_set": {"$each": sorted(given)}},

@@ -65,10 +65,21 @@ def capture_metrics(agent: LocalAgent) -> Document | None:
     }
 
 
+GUARDRAIL_ACTION_BLOCKED = "BLOCKED"
+"""The action of a guardrail event, unless `redact_latest_message` is given another."""
+
 GUARDRAIL_STOP_REASONS = frozenset({"guardrail_intervened", "content_filtered"})
 """Reasons for which a model stops because a guardrail stepped in."""
 
-_POLICIES = ("contentPolicy", "topicPolicy", "wordPolicy", "sensitiveInformationPolicy", "contextualGroundingPolicy")
+# Each list of a policy, and the fields that tell of an entry. What matched in the text is no such field.
+_POLICIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "contentPolicy": {"filters": ("type", "confidence")},
+    "topicPolicy": {"topics": ("name", "action")},
+    "wordPolicy": {"customWords": (), "managedWordLists": ("type",)},
+    "sensitiveInformationPolicy": {"piiEntities": ("type", "action"), "regexes": ("name", "action")},
+    "contextualGroundingPolicy": {"filters": ("type", "score", "threshold")},
+}
+_CUSTOM_WORD = "CUSTOM"
 _TELLING = frozenset({"action", "confidence", "detected", "filterStrength", "name", "score", "threshold", "type"})
 """Fields of a guardrail trace that say what was found; any other may quote the conversation."""
 
@@ -83,10 +94,11 @@ def summarize_policies(trace: Any) -> dict[str, list[str]]:
             https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_GuardrailAssessment.html
 
     Returns:
-        By policy name: `"HATE/HIGH"` (type, confidence) for `contentPolicy`, `"Investments/DENY"` (name, type) for
-        `topicPolicy`, `"PROFANITY/BLOCKED"` or `"CUSTOM/BLOCKED"` (list, action) for `wordPolicy`,
-        `"EMAIL/ANONYMIZED"` (type or name of the expression, action) for `sensitiveInformationPolicy`,
-        `"GROUNDING/0.12"` (type, score) for `contextualGroundingPolicy`. The words that matched are left out.
+        By policy name: `"HATE/HIGH"` (type, confidence) for `contentPolicy`, `"Investments/BLOCKED"` (name, action)
+        for `topicPolicy`, `"CUSTOM"` or `"PROFANITY"` (the list) for `wordPolicy`, `"EMAIL/ANONYMIZED"` (type or name
+        of the expression, action) for `sensitiveInformationPolicy`, `"GROUNDING/0.2/0.7"` (type, score, threshold) for
+        `contextualGroundingPolicy`; each once, with `"UNKNOWN"` for a field that is missing. The words that matched
+        are left out, and so is what a guardrail only assessed (action `"NONE"`).
     """
     found: dict[str, list[str]] = {}
     _collect_policies(trace, found)
@@ -102,27 +114,13 @@ def _collect_policies(part: Any, found: dict[str, list[str]]) -> None:
             if name not in _POLICIES:
                 _collect_policies(value, found)
             elif isinstance(value, Mapping):
-                for entries in value.values():
+                for kind, fields in _POLICIES[name].items():
+                    entries = value.get(kind)
                     for entry in entries if isinstance(entries, list) else ():
                         if isinstance(entry, Mapping) and entry and entry.get("action") != "NONE":
-                            summary = _summary(name, entry)
-                            if summary and summary not in found.setdefault(name, []):
+                            summary = "/".join(str(entry.get(field, "UNKNOWN")) for field in fields) or _CUSTOM_WORD
+                            if summary not in found.setdefault(name, []):
                                 found[name].append(summary)
-
-
-def _summary(policy: str, entry: Mapping[str, Any]) -> str:
-    match policy:
-        case "contentPolicy":
-            parts = (entry.get("type"), entry.get("confidence"))
-        case "topicPolicy":
-            parts = (entry.get("name"), entry.get("type"))
-        case "wordPolicy":
-            parts = (entry.get("type", "CUSTOM"), entry.get("action"))
-        case "sensitiveInformationPolicy":
-            parts = (entry.get("type", entry.get("name")), entry.get("action"))
-        case _:
-            parts = (entry.get("type"), entry.get("score"))
-    return "/".join(str(part) for part in parts if part is not None)
 
 
 def without_quotes(trace: Any) -> Any:
@@ -144,9 +142,9 @@ def without_quotes(trace: Any) -> Any:
 def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: Any) -> Document:
     """Return what is stored of a guardrail that stepped in, with the message it redacted."""
     event: Document = {"action": action, "timestamp": moment}
-    if stop_reason is not None:
+    if stop_reason:
         event["stop_reason"] = stop_reason
-    if trace is not None:
+    if trace:
         if policies := summarize_policies(trace):
             event["policies_triggered"] = policies
         event["trace"] = without_quotes(trace)

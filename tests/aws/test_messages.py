@@ -47,6 +47,7 @@ def test_a_template_that_cannot_be_filled_in_is_used_as_it_is(text: str, caplog:
     [
         ("on session s", "on session s"),
         ("Alert:\r\n\tbad\x00 on session s", "Alert: bad on session s"),
+        ("Alert:  bad \n on session s", "Alert:  bad on session s"),
         ("⚠️ Café on session ñ-東", "Cafe on session n-?"),
         ("a" * 200, "a" * 97 + "..."),
         ("a" * 100, "a" * 100),
@@ -137,6 +138,7 @@ def test_metadata_that_does_not_fit_is_cut_to_its_keys(limit: int) -> None:
         ({"a": 1}, [], {}),
         ({"hidden": 1, "hidden.x": 2, "hiddenx": 3}, None, {"hiddenx": 3}),
         ({"hidden": 1}, ["hidden"], {}),
+        ({"a": {"x": 1}}, ["a.x", "a"], {"a": {"x": 1}}),
     ],
 )
 def test_what_may_leave(changed: dict[str, Any], fields: list[str] | None, expected: dict[str, Any]) -> None:

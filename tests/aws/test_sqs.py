@@ -122,6 +122,13 @@ def test_the_region_is_that_of_the_queue() -> None:
     assert [service.key.region_name for service in hook._services.values()] == ["ap-south-1"]
 
 
+def test_a_hook_that_may_send_no_field_warns_when_it_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    create_metadata_sqs_hook("https://x/q", [])
+    assert [record.getMessage() for record in caplog.records] == [
+        "metadata_fields=<[]> | no field may leave, so nothing is sent; None lets all fields leave"
+    ]
+
+
 @pytest.mark.parametrize("arguments", [("",), (None,), ("https://x/q", "status"), ("https://x/q", [1])])
 def test_arguments_are_checked(arguments: Any) -> None:
     with pytest.raises(ConfigurationError):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from .._stored_fields import StoredFields, asking_for
 from ..errors import ConfigurationError
-from . import _notify
 from ._aws import POLICY, AwsService
 from ._notification import OnError
+from ._notify import submit
 
 if TYPE_CHECKING:
     from ._aws import Config, Session
@@ -94,7 +94,7 @@ class AwsHook(ABC):
         """Submit what is to be told of an operation that succeeded."""
 
     def _submit(self, name: str, session_id: str, deliver: Callable[[], Awaitable[object]], body: str) -> None:
-        _notify.submit(name, session_id, deliver, policy=POLICY, on_error=self._on_error, message=body)
+        submit(name, session_id, deliver, policy=POLICY, on_error=self._on_error, message=body)
 
     def hold(self, user: object) -> None:
         """Take note of a manager or factory that uses the hook."""
@@ -132,6 +132,8 @@ def checked_fields(fields: Any) -> tuple[str, ...] | None:
         return None
     if isinstance(fields, str) or not all(isinstance(field, str) for field in fields):
         raise ConfigurationError("metadata_fields must be a list of field names")
+    if not fields:
+        logger.warning("metadata_fields=<[]> | no field may leave, so nothing is sent; None lets all fields leave")
     return tuple(fields)
 
 

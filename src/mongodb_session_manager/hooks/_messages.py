@@ -24,6 +24,7 @@ WEBSOCKET_LIMIT = 128 * 1024
 
 _SUBJECT_LIMIT = 100
 _GROUP = re.compile(r"[A-Za-z0-9!-/:-@\[-`{-~]{1,128}")
+_BREAK = re.compile(r" *[^\S ]\s*")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _CUT = " [truncated]"
 
@@ -44,7 +45,8 @@ def timestamp() -> str:
 class Template:
     """A prefix with placeholders.
 
-    A text with an unknown placeholder or a stray brace is used as it is, which one warning says at once.
+    A text with an unknown placeholder, a conversion (`!r`) or a stray brace is used as it is, which one warning says
+    at once.
 
     Args:
         text: The template; `None` for none.
@@ -57,8 +59,9 @@ class Template:
         self._is_plain = False
         try:
             for _, field, form, conversion in Formatter().parse(self._text):
-                if field is not None and (field not in placeholders or form or conversion):
+                if field is not None and (field not in placeholders or conversion):
                     raise ValueError(f"{field} is no placeholder")
+                format("", form or "")
         except ValueError:
             self._is_plain = True
             known = ", ".join(f"{{{placeholder}}}" for placeholder in placeholders)
@@ -71,7 +74,7 @@ class Template:
 
 def subject(text: str) -> str:
     """Return a subject SNS takes: one line of at most 100 characters of printable ASCII."""
-    decomposed = unicodedata.normalize("NFKD", " ".join(text.split()))
+    decomposed = unicodedata.normalize("NFKD", _BREAK.sub(" ", text))
     ascii_only = "".join(
         character if " " <= character <= "~" else "?" if character.isalnum() else "" for character in decomposed
     ).strip()
@@ -86,14 +89,17 @@ def feedback_body(prefix: str, session_id: str, comment: object, limit: int) -> 
     return body if len(encoded) <= limit else encoded[: limit - len(_CUT)].decode(errors="ignore") + _CUT
 
 
-def metadata_body(session_id: str, operation: str, metadata: Mapping[str, Any], limit: int) -> str:
-    """Return what is sent of a metadata change, as JSON in ASCII.
+def metadata_body(
+    session_id: str, operation: str, metadata: Mapping[str, Any], limit: int, *, first: str = "session_id"
+) -> str:
+    """Return what is sent of a metadata change, as JSON in ASCII that begins with the field `first`.
 
     What does not fit into `limit` bytes is cut to the list of its keys, as many as fit, and says `"truncated": true`.
     """
+    head = {"session_id": session_id, "event": "metadata_update"}
     message: dict[str, Any] = {
-        "session_id": session_id,
-        "event": "metadata_update",
+        first: head.pop(first),
+        **head,
         "operation": operation,
         "metadata": metadata,
         "timestamp": timestamp(),
@@ -115,17 +121,18 @@ def metadata_body(session_id: str, operation: str, metadata: Mapping[str, Any], 
 def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: Iterable[str] = ()) -> dict[str, Any]:
     """Return what of changed metadata may leave: of `fields` only, if given, and nothing of `hidden`.
 
-    Keys and fields may be paths with dots; of a changed `a`, the field `a.b` selects its part.
+    Keys and fields may be paths with dots; of a changed `a`, the field `a.b` selects its part. The result has the
+    order of `fields`.
     """
+    shown = {key: value for key, value in metadata.items() if not any(_is_within(key, name) for name in hidden)}
+    if fields is None:
+        return shown
     chosen: dict[str, Any] = {}
-    for key, value in metadata.items():
-        if any(_is_within(key, name) for name in hidden):
-            continue
-        if fields is None or any(_is_within(key, field) for field in fields):
-            chosen[key] = value
-            continue
-        for field in fields:
-            if _is_within(field, key):
+    for field in fields:
+        for key, value in shown.items():
+            if _is_within(key, field):
+                chosen[key] = value
+            elif _is_within(field, key) and not any(_is_within(key, other) for other in fields):
                 part = _part(value, field[len(key) + 1 :].split("."))
                 if part is not _ABSENT:
                     chosen[field] = part
@@ -169,7 +176,7 @@ def to_json(value: Any) -> Any:
         case float():
             return float(value) if math.isfinite(value) else str(value).replace("inf", "Infinity").replace("nan", "NaN")
         case Mapping():
-            return {str(key): to_json(item) for key, item in value.items()}
+            return {_json_key(key): to_json(item) for key, item in value.items()}
         case list() | tuple() | set() | frozenset():
             return [to_json(item) for item in value]
         case datetime():
@@ -180,6 +187,10 @@ def to_json(value: Any) -> Any:
             return base64.b64encode(value).decode()
         case _:
             return str(value)
+
+
+def _json_key(key: Any) -> str:
+    return json.dumps(to_json(key)) if key is None or isinstance(key, bool | int | float) else str(key)
 
 
 def text(value: str) -> str:

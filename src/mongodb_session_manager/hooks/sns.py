@@ -99,7 +99,8 @@ class FeedbackSNSHook(AwsHook):
         described = attributes(session_id=session_id, rating=rating)
         title = subject(f"{subject_prefix.render(**values)}on session {session_id}")
         room = SNS_LIMIT - size_of(described) - len(title)
-        body = feedback_body(body_prefix.render(**values), session_id, feedback.get("comment"), room)
+        comment = str(feedback.get("comment", ""))
+        body = feedback_body(body_prefix.render(**values), session_id, comment, room)
         publish = calling(
             service,
             "publish",

@@ -75,7 +75,7 @@ class MetadataWebSocketHook(AwsHook):
         metadata = selected(updated(action, argument), self._fields, hidden=[CONNECTION_ID])
         if not isinstance(connection, str) or not connection or not metadata:
             return
-        body = metadata_body(session_id, action, metadata, WEBSOCKET_LIMIT)
+        body = metadata_body(session_id, action, metadata, WEBSOCKET_LIMIT, first="event")
         self._submit("websocket.metadata_update", session_id, partial(self._post, connection, body, stored), body)
 
     async def _post(self, connection: str, body: str, stored: StoredFields) -> None:
