@@ -16,21 +16,20 @@ there after the server was restarted, and several servers may share them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
+from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel
 from strands import Agent
 
-from mongodb_session_manager.fastapi import Session, add_session_support, health, session_lifespan
+from mongodb_session_manager import AsyncMongoDBSessionManager
+from mongodb_session_manager.fastapi import Factory, Session, add_session_support, health, session_lifespan, stream
 from offline import make_model, mongodb, option_parser
 
 app = FastAPI(lifespan=session_lifespan(application_name="example"))  # connects to MONGODB_URI
 app.state.model = "scripted"
-add_session_support(app)  # a conflict is answered with 409, a database that is away with 503, ...
+add_session_support(app)  # a conflict is answered with 409, an unreachable database with 503, ...
 app.get("/health")(health)
 
 
@@ -62,28 +61,30 @@ async def answer(session: Session, prompt: Prompt) -> dict[str, str]:
 
 
 @app.post("/sessions/{session_id}/stream")
-async def stream(session: Session, prompt: Prompt) -> StreamingResponse:
+async def answer_in_parts(session: Session, prompt: Prompt) -> Response:
     """Answer token by token; the session stays open until the last one is sent."""
-    agent = make_agent(session)
+    return await stream(make_agent(session), prompt.text, format="text")
 
-    async def tokens() -> AsyncIterator[str]:
-        async for event in agent.stream_async(prompt.text):
-            if "data" in event:
-                yield event["data"]
 
-    return StreamingResponse(tokens(), media_type="text/plain")
+async def existing(session_id: str, factory: Factory) -> AsyncMongoDBSessionManager:
+    """Open a session that exists: `Session` would create it."""
+    if not await factory.session_exists_async(session_id):
+        raise HTTPException(404, "the session does not exist")
+    return await factory.create_session_manager_async(session_id)
 
 
 @app.post("/sessions/{session_id}/feedback", status_code=204)
-async def rate(session: Session, feedback: Feedback) -> None:
+async def rate(session_id: str, feedback: Feedback, factory: Factory) -> None:
     """Store a rating with the session."""
-    await session.add_feedback(feedback.model_dump())
+    async with await existing(session_id, factory) as session:
+        await session.add_feedback(feedback.model_dump())
 
 
 @app.get("/sessions/{session_id}")
-async def show(session: Session) -> dict[str, Any]:
+async def show(session_id: str, factory: Factory) -> dict[str, Any]:
     """Return what the session cost and how it was rated."""
-    return {"usage": (await session.get_usage())["total"], "feedbacks": await session.get_feedbacks()}
+    async with await existing(session_id, factory) as session:
+        return {"usage": (await session.get_usage())["total"], "feedbacks": await session.get_feedbacks()}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from documented import README, ROOT, Program, blocks, uri_of
-from mongodb_session_manager import close_global_factory
 
 
 @pytest.fixture
@@ -40,8 +39,11 @@ async def test_fastapi_quick_start(readme: Program) -> None:
     ):
         await client.post("/sessions/s/messages", params={"text": "Hello, my name is Ada."})
         answer = await client.post("/sessions/s/messages", params={"text": "What is my name?"})
-    assert answer.text.strip() == "Your name is Ada."
-    await asyncio.to_thread(close_global_factory)
+        missing = await client.post("/sessions/a%00b/messages", params={"text": "hi"})
+    told = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert "".join(told[:-1]).strip() == "Your name is Ada."
+    assert told[-1] == {"stop_reason": "end_turn"}
+    assert missing.status_code == 422
 
 
 def test_metadata_and_feedback(readme: Program, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import pymongo
 import pytest
 from strands.models import BedrockModel
 
@@ -154,6 +156,34 @@ def test_sync_script(environment: dict[str, str]) -> None:
     ]
 
 
+def test_the_sync_script_continues_where_its_last_run_ended(tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for name in ("example_sync_script.py", "offline.py", "scripted_model.py"):
+        shutil.copy(EXAMPLES / name, copies)
+    environment = {name: value for name, value in os.environ.items() if name != "MONGODB_URI"}
+
+    def lines() -> list[str]:
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            "copies/example_sync_script.py",
+            "What is my name?",
+            "My name is Ada.",
+        ]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=True
+        ).stdout.splitlines()
+
+    first, second = lines(), lines()
+    assert first[0] == "session script, restored 0 messages"
+    assert first[2] == "agent: I do not know your name yet."
+    assert second[0] == "session script, restored 4 messages"
+    assert second[2] == "agent: Your name is Ada."
+    assert "messages: 8" in second
+
+
 @contextmanager
 def serving(name: str, environment: dict[str, str]) -> Iterator[str]:
     """Run an example that is a server on a free port, yield its address, and end it as Ctrl+C does."""
@@ -193,6 +223,16 @@ def test_fastapi(environment: dict[str, str]) -> None:
     with serving("example_fastapi.py", environment) as address:
         answers = [curl(line, address) for line in lines]
         bad = curl("curl http://127.0.0.1:8000/sessions/a%00b", address)
+        unknown = [
+            curl("curl http://127.0.0.1:8000/sessions/unknown", address),
+            curl("""curl http://127.0.0.1:8000/sessions/unknown/feedback --json '{"rating": "up"}'""", address),
+            curl("curl http://127.0.0.1:8000/sessions/unknown", address),
+        ]
+    with pymongo.MongoClient(environment["MONGODB_URI"]) as client:
+        assert client.get_default_database()["agent_sessions"].distinct("_id") == ["ada-1"]
+    assert {(answer.status_code, answer.json()["detail"]) for answer in unknown} == {
+        (404, "the session does not exist")
+    }
     assert [answer.status_code for answer in answers] == [200, 200, 204, 200, 200]
     assert answers[0].json() == {"answer": "Hello! I have been sent 1 message."}
     assert answers[1].text == "Your name is Ada."

@@ -136,9 +136,10 @@ def session_lifespan(
         **kwargs: As for `MongoDBSessionManagerFactory`.
 
     Raises:
-        ConfigurationError: The database refuses the credentials, or an argument cannot be used; when the application
-            starts.
-        DatabaseUnavailableError: No server answered within five seconds; when the application starts.
+        AccessDeniedError: When the application starts: the database refuses the credentials.
+        ConfigurationError: When the application starts: an argument cannot be used.
+        DatabaseUnavailableError: When the application starts: no server could be reached within five seconds.
+        DatabaseTimeoutError: When the application starts: a server did not answer within five seconds.
     """
 
     @asynccontextmanager
@@ -159,12 +160,9 @@ def session_lifespan(
 
 async def _check(factory: MongoDBSessionManagerFactory) -> None:
     try:
-        async with asyncio.timeout(_CHECK_TIMEOUT):
-            await factory.ping_async()
-    except MongoDBSessionError:
-        raise
-    except TimeoutError:
-        raise DatabaseUnavailableError(f"no MongoDB server answered within {_CHECK_TIMEOUT:g} s") from None
+        await factory.check_async(_CHECK_TIMEOUT)
+    except MongoDBSessionError as error:
+        raise error.with_traceback(None) from None  # the server logs the traceback: the sentence says it all
 
 
 def add_session_support(app: FastAPI) -> None:
@@ -178,7 +176,7 @@ def add_session_support(app: FastAPI) -> None:
     | 413 | 1008 | `MessageTooLargeError` |
     | 422 | 1008 | `InvalidArgumentError`, `EncodingError` |
     | 503 | 1013 | `DatabaseUnavailableError`, `DatabaseTimeoutError` |
-    | 500 | 1011 | `DatabaseError`, `ConfigurationError`, which includes refused credentials |
+    | 500 | 1011 | `DatabaseError`, `ConfigurationError`, `AccessDeniedError`: trying again does not help |
 
     The body is `{"detail": "..."}`, as for FastAPI's own errors. 500 and 503 are logged in one line. All other errors
     are bugs of the application: FastAPI answers 500 and the server logs the traceback. A WebSocket is closed with the
