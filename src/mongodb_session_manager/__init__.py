@@ -49,6 +49,7 @@ from .errors import (
     SessionConflictError,
     SessionExistsError,
     SessionNotFoundError,
+    StateTooLargeError,
 )
 from .hooks._notification import NotificationEvent
 from .hooks._notify import notify_later
@@ -94,6 +95,7 @@ __all__ = [
     "SessionNotFoundError",
     "SessionPage",
     "SessionSummary",
+    "StateTooLargeError",
     "chain_hooks",
     "close_global_factory",
     "create_feedback_sns_hook",
