@@ -24,13 +24,13 @@ from mongodb_session_manager import (
     AgentNotFoundError,
     EncodingError,
     InvalidArgumentError,
-    MessageTooLargeError,
     MongoDBSessionError,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
     SessionClosedError,
     SessionConflictError,
     SessionNotFoundError,
+    StateTooLargeError,
 )
 from orchestrators import Async, Streaming, Sync, handoff, join, node, pipeline, sent, team
 from proxy import Proxy, command
@@ -767,7 +767,7 @@ def test_a_state_too_large_to_store_stops_it_and_leaves_the_last_one(
     api: Any, factory: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
     manager = api.open(factory)
-    with pytest.raises(MessageTooLargeError):
+    with pytest.raises(StateTooLargeError):
         api.run(manager, Trio("graph", second="x" * 17_000_000).build, "the task")
     assert state_of(stored, "pipeline")["next_nodes_to_execute"] == ["second"]
     assistant = agent(manager, "hello")
@@ -781,7 +781,7 @@ def test_a_state_too_large_to_store_stops_it_and_leaves_the_last_one(
 def test_after_a_state_too_large_a_smaller_one_is_stored(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
     manager = factory.create_session_manager("s")
     manager.initialize_multi_agent(Odd({}))
-    with pytest.raises(MessageTooLargeError):
+    with pytest.raises(StateTooLargeError):
         manager.sync_multi_agent(Odd("x" * 17_000_000))
     manager.sync_multi_agent(Odd({"small": True}))
     assert state_of(stored, "odd") == {"small": True}

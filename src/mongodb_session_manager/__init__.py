@@ -51,6 +51,7 @@ from .errors import (
     SessionConflictError,
     SessionExistsError,
     SessionNotFoundError,
+    StateTooLargeError,
 )
 from .hooks import _has_extra
 from .hooks._notification import NotificationEvent
@@ -99,6 +100,7 @@ __all__ = [
     "SessionNotFoundError",
     "SessionPage",
     "SessionSummary",
+    "StateTooLargeError",
     "chain_hooks",
     "close_global_factory",
     "create_feedback_sns_hook",

@@ -14,11 +14,12 @@ from typing import Any, TypedDict
 
 from pymongo import ReturnDocument
 
+from ._archive import SessionArchive
 from ._changes import Update
 from ._codec import MARKER, decode, encode
-from ._commands import SessionCollection
 from ._connection import AsyncCollection
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
+from ._sizes import of_agent
 from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError
 
@@ -162,7 +163,7 @@ def _moment_of_its_own() -> datetime:
     return _latest
 
 
-class SessionAnnotations(SessionCollection):
+class SessionAnnotations(SessionArchive):
     """The half of the repository that is not the conversation."""
 
     async def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
@@ -175,6 +176,7 @@ class SessionAnnotations(SessionCollection):
         Raises:
             InvalidArgumentError: A key cannot be set.
             EncodingError: A value cannot be stored.
+            StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
         sets = {
@@ -214,12 +216,16 @@ class SessionAnnotations(SessionCollection):
         Raises:
             InvalidArgumentError: `feedback` is not a dict.
             EncodingError: A value cannot be stored.
+            StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
         moment = _moment_of_its_own()
         entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3, arrays=False)
         # A set, so that it is added at most once, however often the command is sent.
-        await self._change(session_id, {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}})
+        update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
+        checked_id(session_id, "session_id")
+        async with self._connection.operation():
+            await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
 
     async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
         """Return a session's feedback, oldest first.
@@ -262,6 +268,7 @@ class SessionAnnotations(SessionCollection):
 
         Raises:
             InvalidArgumentError: An argument is of the wrong type.
+            StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
         """
@@ -282,7 +289,9 @@ class SessionAnnotations(SessionCollection):
         }
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            if not await self._update(Update({"_id": session_id, path: {"$exists": True}}, update, None)):
+            change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
+            part = of_agent(" and ".join(given), agent_id)
+            if not await self._store_part(session_id, part, sets, lambda: self._update(change)):
                 await self._found(session_id, {"created_at": 1})
                 raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
 
@@ -325,7 +334,9 @@ class SessionAnnotations(SessionCollection):
         intact = {f"metadata.{path}.{MARKER}": {"$exists": False} for path in sorted(within)}
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            if await self._change_metadata(session_id, {"_id": session_id, **intact}, update):
+            condition = {"_id": session_id, **intact}
+            change = partial(self._change_metadata, session_id, condition, update)
+            if await self._store_part(session_id, "metadata", update["$set"], change):
                 return True
             await self._found(session_id, {"created_at": 1})
             return False

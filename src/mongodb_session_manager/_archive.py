@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pymongo.errors import DocumentTooLarge, DuplicateKeyError, OperationFailure
 
@@ -37,9 +38,12 @@ from ._connection import AsyncCollection, find_and_modify, run_pipeline
 from ._documents import Document, agent_key, new_generation, now, removed_messages
 from ._ending import SessionEnding
 from ._expiry import SessionExpiry
-from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
+from ._sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
+from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _TRIES = 8
 """How often a move begins again because somebody else changed the head, before it is left to the next append."""
@@ -181,9 +185,36 @@ class SessionArchive(SessionExpiry, SessionEnding):
 
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
         """Send an update of a session that may have no room left; make room where there is none."""
+        return await self._with_room(session_id, lambda: self._update(update))
+
+    async def _store_part(self, session_id: str, part: str, value: Any, send: Callable[[], Awaitable[T]]) -> T:
+        """Send what stores a part of a session that is not a message; make room where there is none.
+
+        Args:
+            session_id: The session.
+            part: What an error calls the part.
+            value: The part, encoded.
+            send: Sends the update.
+
+        Raises:
+            StateTooLargeError: There is no room.
+        """
+        with suppress(MessageTooLargeError):
+            return await self._with_room(session_id, send)
+        raise await self._too_large(session_id, part, value)
+
+    async def _too_large(self, session_id: str, part: str, value: Any) -> StateTooLargeError:
+        """Return the error for a part that was refused; ask the server what fills the document instead."""
+        size = size_of(value)
+        document = None
+        if size < MAX_DOCUMENT_BYTES:
+            document = await self._send(lambda collection: collection.find_one({"_id": session_id}, PART_SIZES))
+        return too_large(session_id, part, size, document or {})
+
+    async def _with_room(self, session_id: str, send: Callable[[], Awaitable[T]]) -> T:
         while True:
             try:
-                return await self._update(update)
+                return await send()
             except MessageTooLargeError as error:
                 if isinstance(error.__cause__, DocumentTooLarge) or not await self._make_room(session_id):
                     raise

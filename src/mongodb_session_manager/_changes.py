@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from ._beside import KEPT, may_add
 from ._codec import stored_size
 from ._documents import Document, StoredMessage, agent_key, checked_id
+from ._sizes import AGENT_FIELDS
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 
 _PART_BYTES = 15 * 1024 * 1024
@@ -190,6 +191,45 @@ class AgentWrite:
             for name, amount in self.usage.get(message["message_id"], {}).items():
                 totals[name] = totals.get(name, 0) + amount
         return totals
+
+    @property
+    def states(self) -> Document:
+        """The fields of `agent_data` that are to be stored and follow the agent: its state and configuration."""
+        created = self.created["agent_data"] if self.created is not None else {}
+        fields = {**created, **self.config, **self.data}
+        return {name: fields[name] for name in AGENT_FIELDS if name in fields}
+
+    @property
+    def has_more_than_states(self) -> bool:
+        """Whether anything else is to be stored."""
+        return bool(self.created or self.appended or self.replaced or self.events)
+
+    def without_states(self, names: Iterable[str]) -> AgentWrite:
+        """Return this write without some of the `states`."""
+        left_out = set(names)
+
+        def kept(fields: Mapping[str, Any]) -> Document:
+            return {name: value for name, value in fields.items() if name not in left_out}
+
+        created = None if self.created is None else {**self.created, "agent_data": kept(self.created["agent_data"])}
+        return replace(self, created=created, data=kept(self.data), config=kept(self.config))
+
+    def states_alone(self) -> AgentWrite:
+        """Return the write that stores the `states` once everything else of this one is stored."""
+        created = self.created["agent_data"] if self.created is not None else {}
+        expected = self.expected
+        if self.appended:
+            expected = self.appended[-1]["message_id"] + 1
+        elif self.created is not None:
+            expected = self.created["next_message_id"]
+        return AgentWrite(
+            self.agent_id,
+            data={name: value for name, value in {**created, **self.data}.items() if name in AGENT_FIELDS},
+            config=self.config,
+            expected=expected,
+            moment=self.moment,
+            session_created_at=self.session_created_at,
+        )
 
     @property
     def is_empty(self) -> bool:

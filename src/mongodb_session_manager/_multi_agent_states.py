@@ -5,11 +5,21 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from ._archive import SessionArchive
+from ._changes import Update
 from ._codec import decode
-from ._commands import SessionCollection
 from ._documents import Document, checked_id
-from ._multi_agents import MultiAgentWrite, compile_overwrite, compile_write, first_write, path_of, reconcile_write
-from .errors import AgentNotFoundError, DatabaseError, MessageTooLargeError, MongoDBSessionError, SessionNotFoundError
+from ._multi_agents import (
+    MultiAgentWrite,
+    compile_overwrite,
+    compile_write,
+    encode_state,
+    first_write,
+    path_of,
+    reconcile_write,
+)
+from ._sizes import of_multi_agent
+from .errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
@@ -18,7 +28,7 @@ _ROUNDS = 8
 """How often a write may find the orchestrator changed under its hands before it gives up."""
 
 
-class MultiAgentStates(SessionCollection):
+class MultiAgentStates(SessionArchive):
     """What a repository does with `multi_agents` of a session document."""
 
     async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
@@ -27,11 +37,14 @@ class MultiAgentStates(SessionCollection):
         Raises:
             SessionNotFoundError: The session does not exist.
             EncodingError: Its state cannot be stored.
+            StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
         write = first_write(multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            if not await self._update(compile_write(session_id, write)):
+            if not await self._store_multi_agent(
+                session_id, multi_agent.id, compile_write(session_id, write), write.state
+            ):
                 await self._found(session_id, {"_id": 1})
 
     async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
@@ -50,12 +63,13 @@ class MultiAgentStates(SessionCollection):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such graph or swarm.
             EncodingError: Its state cannot be stored.
+            StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
-        writer = uuid.uuid4().hex
-        update = compile_overwrite(session_id, multi_agent.id, multi_agent.serialize_state(), writer)
+        state = encode_state(multi_agent.serialize_state())
+        update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex)
         async with self._connection.operation():
-            if not await self._update(update):
+            if not await self._store_multi_agent(session_id, multi_agent.id, update, state):
                 stored = await self._stored_multi_agent(session_id, multi_agent.id, "writer")
                 if stored is None:
                     raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
@@ -72,7 +86,7 @@ class MultiAgentStates(SessionCollection):
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
-            `MessageTooLargeError`; `None` once it is stored.
+            `StateTooLargeError`; `None` once it is stored.
 
         Raises:
             MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
@@ -84,7 +98,8 @@ class MultiAgentStates(SessionCollection):
                 if rest is None:
                     return None
                 try:
-                    if await self._update(compile_write(session_id, rest, created_at)):
+                    update = compile_write(session_id, rest, created_at)
+                    if await self._store_multi_agent(session_id, rest.multi_agent_id, update, rest.state):
                         return None
                     if (
                         created_at is not None
@@ -92,13 +107,17 @@ class MultiAgentStates(SessionCollection):
                     ):
                         raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
                     stored = await self._stored_multi_agent(session_id, write.multi_agent_id, "revision", "writer")
-                except (MessageTooLargeError, SessionNotFoundError) as error:
+                except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
                 try:
                     rest = reconcile_write(rest, stored)
                 except MongoDBSessionError as error:
                     return error
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+
+    async def _store_multi_agent(self, session_id: str, multi_agent_id: str, update: Update, state: Any) -> bool:
+        part = of_multi_agent(multi_agent_id)
+        return await self._store_part(session_id, part, state, lambda: self._update(update))
 
     async def _stored_multi_agent(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
         path = path_of(multi_agent_id)

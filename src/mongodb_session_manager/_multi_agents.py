@@ -21,7 +21,7 @@ from typing import Any
 from ._changes import Update
 from ._codec import decode, encode
 from ._documents import Document, agent_id_of, agent_key, checked_id, now
-from .errors import AgentNotFoundError, MessageTooLargeError, MongoDBSessionError, SessionConflictError
+from .errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
 
@@ -52,10 +52,15 @@ def path_of(multi_agent_id: str) -> str:
     return f"multi_agents.{agent_key(checked_id(multi_agent_id, 'multi_agent_id'))}"
 
 
+def encode_state(state: Any) -> Any:
+    """Return the state of an orchestrator as it is stored."""
+    return encode(state, depth=_STATE_DEPTH)
+
+
 def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite:
     """Return the write that creates an orchestrator."""
     checked_id(multi_agent_id, "multi_agent_id")
-    return MultiAgentWrite(multi_agent_id, encode(state, depth=_STATE_DEPTH), 0, None, writer, now())
+    return MultiAgentWrite(multi_agent_id, encode_state(state), 0, None, writer, now())
 
 
 def compile_write(session_id: str, write: MultiAgentWrite, created_at: Any = None) -> Update:
@@ -74,10 +79,10 @@ def compile_write(session_id: str, write: MultiAgentWrite, created_at: Any = Non
 
 
 def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: str) -> Update:
-    """Return the statement that stores a state whatever is there, once for each `writer`."""
+    """Return the statement that stores an encoded state whatever is there, once for each `writer`."""
     path, moment = path_of(multi_agent_id), now()
     sets = {
-        f"{path}.state": encode(state, depth=_STATE_DEPTH),
+        f"{path}.state": state,
         f"{path}.writer": writer,
         f"{path}.updated_at": moment,
         "updated_at": moment,
@@ -154,21 +159,21 @@ class MultiAgents:
         self._known[multi_agent_id] = _Known(first_write(multi_agent_id, state, self._writer), None)
 
     def update(self, multi_agent_id: str, state: Any) -> None:
-        """Record the state of an orchestrator, if it is another one.
+        """Record the state of an orchestrator, if it is another one or there was no room for it.
 
         Raises:
             AgentNotFoundError: There is none of that id.
-            MongoDBSessionError: An earlier state was refused, by another one than its size.
+            MongoDBSessionError: An earlier state was refused, and not because of its size.
         """
         known = self._known.get(multi_agent_id)
         if known is None:
             raise AgentNotFoundError(f"the session holds no multi-agent {multi_agent_id!r}")
-        if known.refusal is not None and not isinstance(known.refusal, MessageTooLargeError):
+        if known.refusal is not None and not isinstance(known.refusal, StateTooLargeError):
             self.raise_refusal(multi_agent_id)
-        encoded, newest = encode(state, depth=_STATE_DEPTH), known.newest
+        encoded, newest = encode_state(state), known.newest
         if encoded != newest.state:
             known.newest = replace(newest, state=encoded, revision=newest.revision + 1, moment=now())
-            known.refusal = None
+        known.refusal = None
 
     @property
     def is_settled(self) -> bool:

@@ -291,6 +291,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
 
         Raises:
             SessionNotFoundError: The session does not exist.
+            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
         await self._apply_one(session_id, CreateAgent(session_agent.agent_id, new_agent(session_agent)))
 
@@ -312,6 +313,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
         change = UpdateAgent(session_agent.agent_id, None, agent_state(session_agent), now())
         await self._apply_one(session_id, change)
@@ -326,6 +328,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
+            StateTooLargeError: The session's document is full of what is not a message.
         """
         message = stored_message(session_message, checked_message_id(session_message.message_id))
         await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline)))

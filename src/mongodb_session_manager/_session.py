@@ -403,6 +403,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         """Await that everything recorded is stored; raise what failed."""
         await self._send()
         self._unit.raise_refusal(agent_id)
+        self._unit.raise_too_large(agent_id)
 
     async def _send(self) -> None:
         if not self._unit.is_settled:
@@ -412,6 +413,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         """Wait until everything recorded is stored; raise what failed."""
         self._send_blocking()
         self._unit.raise_refusal()
+        self._unit.raise_too_large()
 
     def _send_blocking(self) -> None:
         if not self._unit.is_settled:
@@ -430,6 +432,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             self._send_blocking()
             if agent_id is not None:
                 self._unit.raise_refusal(agent_id)
+                self._unit.raise_too_large(agent_id)
             if multi_agent_id is not None:
                 self._unit.multi_agents.raise_refusal(multi_agent_id)
         else:

@@ -131,7 +131,7 @@ class MongoDBSessionRepository(SessionRepository):
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
             `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
-            are stored.
+            are stored. With `StateTooLargeError` the agent's messages are stored too, unless the error is `pending`.
 
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
@@ -174,6 +174,7 @@ class MongoDBSessionRepository(SessionRepository):
 
         Raises:
             SessionNotFoundError: The session does not exist.
+            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
         self._portal.call(self._async.create_agent, session_id, session_agent, **kwargs)
 
@@ -191,6 +192,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
+            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
         self._portal.call(self._async.update_agent, session_id, session_agent, **kwargs)
 
@@ -202,6 +204,7 @@ class MongoDBSessionRepository(SessionRepository):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
+            StateTooLargeError: The session's document is full of what is not a message.
         """
         self._portal.call(self._async.create_message, session_id, agent_id, session_message, **kwargs)
 
@@ -251,6 +254,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             SessionNotFoundError: The session does not exist.
             EncodingError: Its state cannot be stored.
+            StateTooLargeError: Its state is larger than the session's document has room for.
         """
         self._portal.call(self._async.create_multi_agent, session_id, multi_agent, **kwargs)
 
@@ -269,6 +273,7 @@ class MongoDBSessionRepository(SessionRepository):
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such graph or swarm.
             EncodingError: Its state cannot be stored.
+            StateTooLargeError: Its state is larger than the session's document has room for.
         """
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
 
@@ -284,7 +289,7 @@ class MongoDBSessionRepository(SessionRepository):
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
-            `MessageTooLargeError`; `None` once it is stored.
+            `StateTooLargeError`; `None` once it is stored.
 
         Raises:
             MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
@@ -301,6 +306,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             InvalidArgumentError: A key cannot be set.
             EncodingError: A value cannot be stored.
+            StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
         self._portal.call(self._async.update_metadata, session_id, metadata)
@@ -329,6 +335,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             InvalidArgumentError: `feedback` is not a dict.
             EncodingError: A value cannot be stored.
+            StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
         self._portal.call(self._async.add_feedback, session_id, feedback)
@@ -369,6 +376,7 @@ class MongoDBSessionRepository(SessionRepository):
 
         Raises:
             InvalidArgumentError: An argument is of the wrong type.
+            StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -39,7 +40,13 @@ from ._documents import (
 )
 from ._multi_agents import MultiAgents
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
-from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError
+from .errors import (
+    AgentNotFoundError,
+    MessageNotFoundError,
+    MongoDBSessionError,
+    SessionClosedError,
+    StateTooLargeError,
+)
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
@@ -88,6 +95,8 @@ class _Agent:
         self.corrected_offset: int | None = None
         self.refusal: MongoDBSessionError | None = None
         self.refusal_told = False
+        self.too_large: StateTooLargeError | None = None
+        self.too_large_told = False
 
 
 class _LastMessage(NamedTuple):
@@ -169,11 +178,19 @@ class UnitOfWork(SessionRepository):
     def settle(self, count: int, refused: Mapping[str, MongoDBSessionError]) -> None:
         """Let go of the `count` oldest changes: they are stored but for those of `refused` agents.
 
-        Whatever a refused agent records from then on is refused for the same reason.
+        Whatever a refused agent records from then on is refused for the same reason, except for a state without room:
+        the next state can be smaller, and messages without room stay recorded.
         """
+        pending = set()
         for agent_id, error in refused.items():
-            self._agents[agent_id].refusal = error
-        del self._log[:count]
+            agent = self._agents[agent_id]
+            if not isinstance(error, StateTooLargeError):
+                agent.refusal = error
+                continue
+            agent.too_large, agent.too_large_told = error, False
+            if error.pending:
+                pending.add(agent_id)
+        self._log[:count] = [change for change in self._log[:count] if change.agent_id in pending]
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
         """Raise why changes of the agent, or of anything, were refused."""
@@ -185,11 +202,23 @@ class UnitOfWork(SessionRepository):
         if agent_id is None:
             self.multi_agents.raise_refusal()
 
+    def raise_too_large(self, agent_id: str | None = None) -> None:
+        """Raise that there was no room for an agent's state or messages: once, or for any agent until there is."""
+        for candidate in tuple(self._agents) if agent_id is None else (agent_id,):
+            agent = self._agents.get(candidate)
+            if agent is None or agent.too_large is None or (agent_id is not None and agent.too_large_told):
+                continue
+            error, agent.too_large_told = agent.too_large, True
+            if error.pending:  # the next flush tries again
+                agent.too_large = None
+            raise copy.copy(error)
+
     def raise_untold_refusal(self) -> None:
         """Raise why changes were refused if nobody was told yet."""
         for agent_id, agent in tuple(self._agents.items()):
             if not agent.refusal_told:
                 self.raise_refusal(agent_id)
+            self.raise_too_large(agent_id)
         self.multi_agents.raise_refusal(untold=True)
 
     def close(self) -> None:
@@ -287,6 +316,7 @@ class UnitOfWork(SessionRepository):
         self._record(
             UpdateAgent(session_agent.agent_id, agent.next_message_id, agent_state(session_agent), now()),
         )
+        agent.too_large = None
 
     def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
         """Record a new message, or a longer version of the agent's last message.

@@ -11,12 +11,14 @@ from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, StoredView, Update, compile_update, fold, in_parts, reconcile
 from ._documents import Document, agent_key, checked_id, next_message_id, now, with_ids
+from ._sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .errors import (
     AgentNotFoundError,
     DatabaseError,
     MessageTooLargeError,
     MongoDBSessionError,
     SessionNotFoundError,
+    StateTooLargeError,
 )
 
 ROUNDS = 8
@@ -41,7 +43,7 @@ class SessionWrites(SessionArchive):
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
             `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
-            are stored.
+            are stored. With `StateTooLargeError` the agent's messages are stored too, unless the error is `pending`.
 
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
@@ -51,7 +53,7 @@ class SessionWrites(SessionArchive):
         async with self._connection.operation():
             for part in in_parts(changes):
                 if refused:
-                    part = [change for change in part if change.agent_id not in refused]
+                    part = [change for change in part if _are_messages_stored(refused.get(change.agent_id))]
                 refused |= await self._apply_part(session_id, part, created_at)
         return refused
 
@@ -73,7 +75,7 @@ class SessionWrites(SessionArchive):
                 self._attachments.learn(session_id, stale.document)
                 continue
             await self._remove_refused(session_id, writes, refused)
-            if any(write.frees for agent_id, write in writes.items() if agent_id not in refused):
+            if any(write.frees and _are_messages_stored(refused.get(agent_id)) for agent_id, write in writes.items()):
                 await self._attachments.remove_unreferenced(session_id)
             return refused
         raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
@@ -96,6 +98,7 @@ class SessionWrites(SessionArchive):
             if not writes:
                 break
             await self._let_move(session_id, writes.values())
+            too_large: MessageTooLargeError | None = None
             try:
                 if await self._update_with_room(session_id, compile_update(session_id, writes.values())):
                     for agent_id, write in writes.items():
@@ -103,18 +106,51 @@ class SessionWrites(SessionArchive):
                     self._written(session_id, writes.values())
                     break
             except MessageTooLargeError as error:
-                if len(writes) == 1:
-                    refused.update(dict.fromkeys(writes, error))
-                else:  # let nobody suffer for another agent's message
-                    for agent_id, write in writes.items():
+                too_large = error
+            if too_large is not None:
+                for agent_id, write in writes.items():
+                    if len(writes) > 1:  # the other agents must not wait for the one that is too large
                         await self._write(session_id, {agent_id: write}, refused)
+                    else:
+                        await self._write_what_fits(session_id, write, refused, too_large)
                 break
             writes = await self._remaining(session_id, writes, refused, archived)
         else:
             raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
-        for agent_id in archived.keys() - refused.keys():
+        for agent_id in archived:
+            if not _are_messages_stored(refused.get(agent_id)):
+                continue
             for message_id, fields in archived[agent_id].items():
                 await self._change_archived(session_id, agent_key(agent_id), message_id, fields)
+
+    async def _write_what_fits(
+        self,
+        session_id: str,
+        write: AgentWrite,
+        refused: dict[str, MongoDBSessionError],
+        too_large: MessageTooLargeError,
+    ) -> None:
+        """Store the messages of a write that is too large as a whole, then as much of the agent's state as fits."""
+        agent_id, states = write.agent_id, write.states
+        if not states:
+            contents = write.contents()
+            refused[agent_id] = too_large
+            if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits; the document is full of something else
+                full = await self._too_large(session_id, of_agent("a message", agent_id), contents)
+                full.pending = True
+                refused[agent_id] = full
+            return
+        if write.has_more_than_states:
+            await self._write(session_id, {agent_id: write.without_states(states)}, refused)
+            if agent_id not in refused:
+                await self._write(session_id, {agent_id: write.states_alone()}, refused)
+            return
+        largest = max(states, key=lambda name: size_of(states[name]))
+        rest = write.without_states([largest])
+        if rest.states:
+            await self._write(session_id, {agent_id: rest}, refused)
+        if _are_messages_stored(refused.get(agent_id)):
+            refused[agent_id] = await self._too_large(session_id, of_agent(largest, agent_id), states[largest])
 
     async def _remaining(
         self,
@@ -222,6 +258,11 @@ class SessionWrites(SessionArchive):
         for old in moved:
             agents[agent_key(old)] = agents.pop(old)
         return await self._update_with_room(session_id, Update(condition, stages, None))
+
+
+def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
+    """Return whether an agent's messages are stored, although its state may have been refused."""
+    return refusal is None or (isinstance(refusal, StateTooLargeError) and not refusal.pending)
 
 
 def _is_another(document: Document, writes: Iterable[AgentWrite]) -> bool:

@@ -7,6 +7,7 @@
     ├── InvalidArgumentError            also ValueError: an argument of a call
     ├── EncodingError                   also ValueError: a value that cannot be stored
     ├── MessageTooLargeError            also ValueError: more than one document can hold
+    ├── StateTooLargeError              also ValueError: state, metadata or feedback that does not fit
     ├── SessionNotFoundError            also LookupError
     ├── AgentNotFoundError              also LookupError
     ├── MessageNotFoundError            also LookupError
@@ -64,7 +65,23 @@ class MessageTooLargeError(MongoDBSessionError, ValueError):
     """A message is larger, without its attachments, than can be stored; it was not.
 
     The conversation goes on without it. Or a write is larger than a MongoDB document may be (16 MiB).
+    `StateTooLargeError` is the one for what is not a message.
     """
+
+
+class StateTooLargeError(MongoDBSessionError, ValueError):
+    """A session's document has no room for the state of an agent or orchestrator, for metadata or for feedback.
+
+    The message names what was not stored and how large it is. The earlier value stays stored, and so does everything
+    else: messages of an agent whose state is too large are stored. The state is stored as soon as it changes to one
+    that fits.
+
+    Attributes:
+        pending: Whether messages were not stored either, because other parts fill the document. They stay recorded:
+            the next flush after there is room stores them.
+    """
+
+    pending: bool = False
 
 
 class SessionNotFoundError(MongoDBSessionError, LookupError):

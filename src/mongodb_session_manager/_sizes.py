@@ -1,0 +1,92 @@
+"""How large the parts of a session's document are, and the error that names the one it has no room for. Pure.
+
+The server is asked for these sizes only after it refused a statement because the document would be too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ._codec import stored_size
+from ._documents import Document, agent_id_of
+from .errors import StateTooLargeError
+
+MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
+
+_SHOWN = 3
+
+_SESSION_PARTS = {"metadata": "metadata", "feedback": "feedbacks", "guardrail events": "guardrail_events"}
+"""What a part is called, and its field."""
+
+AGENT_FIELDS = ("state", "conversation_manager_state", "_internal_state", "system_prompt", "model", "prompt_metadata")
+"""The fields of `agent_data` that can be large."""
+
+
+def _bson_size(path: str) -> Document:
+    return {"$bsonSize": {"v": path}}
+
+
+def _sizes_of_each(path: str, sizes: Document) -> Document:
+    """Return the expression for `sizes` of each value of a sub-document; `$$each.v` is the value."""
+    pairs = {"$objectToArray": {"$ifNull": [path, {}]}}
+    return {"$map": {"input": pairs, "as": "each", "in": {"key": "$$each.k", "sizes": sizes}}}
+
+
+PART_SIZES: Document = {
+    "_id": 0,
+    "session": {name: _bson_size(f"${field}") for name, field in _SESSION_PARTS.items()},
+    "agents": _sizes_of_each(
+        "$agents",
+        {
+            **{field: _bson_size(f"$$each.v.agent_data.{field}") for field in AGENT_FIELDS},
+            "messages": _bson_size("$$each.v.messages"),
+        },
+    ),
+    "multi_agents": _sizes_of_each("$multi_agents", {"state": _bson_size("$$each.v.state")}),
+}
+"""The projection that brings the sizes of the parts of a session's document."""
+
+
+def of_agent(field: str, agent_id: str) -> str:
+    """Return what a part of an agent is called."""
+    return f"{field} of agent {agent_id!r}"
+
+
+def of_multi_agent(multi_agent_id: str) -> str:
+    """Return what the state of an orchestrator is called."""
+    return f"state of multi-agent {multi_agent_id!r}"
+
+
+def size_of(value: Any) -> int:
+    """Return how many bytes an encoded value takes in a document, counted as the server counts it."""
+    return stored_size({"v": value})
+
+
+def too_large(session_id: str, part: str, size: int, sizes: Mapping[str, Any]) -> StateTooLargeError:
+    """Return the error for a part of a session that was not stored.
+
+    Args:
+        session_id: The session.
+        part: What the part is called.
+        size: How large it is.
+        sizes: What `PART_SIZES` brought of the session's document; empty for a part that no document can hold.
+    """
+    refused = f"session {session_id!r}: {part} was not stored: it takes {size} bytes, "
+    if not sizes:
+        return StateTooLargeError(f"{refused}but a MongoDB document can hold at most {MAX_DOCUMENT_BYTES}")
+    largest = sorted(_named(sizes), key=lambda named: named[1], reverse=True)[:_SHOWN]
+    shown = ", ".join(f"{name} ({stored} bytes)" for name, stored in largest)
+    return StateTooLargeError(
+        f"{refused}and with it the session's document would exceed {MAX_DOCUMENT_BYTES} bytes; its largest parts are: "
+        f"{shown}"
+    )
+
+
+def _named(sizes: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    yield from sizes["session"].items()
+    for agent in sizes["agents"]:
+        for field, size in agent["sizes"].items():
+            yield of_agent(field, agent_id_of(agent["key"])), size
+    for multi_agent in sizes["multi_agents"]:
+        yield of_multi_agent(agent_id_of(multi_agent["key"])), multi_agent["sizes"]["state"]
