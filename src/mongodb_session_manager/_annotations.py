@@ -259,7 +259,7 @@ class SessionAnnotations(SessionCollection):
         sets = {f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2) for name, value in given.items()}
         update = {
             "$set": {**sets, "updated_at": now()},
-            "$addToSet": {f"{path}.agent_data.config_set": {"$each": sorted(given)}},
+            "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
         }
         checked_id(session_id, "session_id")
         async with self._connection.operation():
