@@ -24,8 +24,8 @@ from mongodb_session_manager._documents import (
     message_from,
     new_agent,
     new_session,
-    next_message_id,
     now,
+    numbered,
     session_from,
     stored_message,
     to_date,
@@ -377,16 +377,26 @@ def test_a_message_of_old_without_an_id_has_its_position() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "expected"),
+    ("ids", "archived", "following", "expected"),
     [
-        ([], 0),
-        ([{"message_id": 0}, {"message_id": 1}], 2),
-        ([{"message_id": 4}, {"message_id": 9}], 10),
-        ([{"message_id": 9}, {"message_id": 4}], 10),
-        ([{}, {}, {}], 3),
-        ([{"message_id": bson.Int64(2)}, {}], 3),
+        ([], 0, None, ([], 0)),
+        ([0, 1], 0, None, ([0, 1], 2)),
+        ([4, 9], 0, None, ([4, 9], 10)),
+        ([9, 4], 0, 5, ([9, 10], 11)),
+        ([None, None, None], 0, None, ([0, 1, 2], 3)),
+        ([bson.Int64(2), None], 0, None, ([2, 3], 4)),
+        ([0, True, 2.0], 0, 3, ([0, 1, 2], 3)),
+        ([64, 65], 64, 66, ([64, 65], 66)),
+        ([64, 65, 0, 1], 64, 66, ([64, 65, 66, 67], 68)),
+        ([0, 1], 64, 128, ([128, 129], 130)),
+        ([], 64, 64, ([], 64)),
+        ([], 64, 70, ([], 70)),
+        ([70, 75], 64, 76, ([70, 75], 76)),
     ],
 )
-def test_the_id_after_the_messages_of_old(messages: list[dict[str, Any]], expected: int) -> None:
-    assert next_message_id(messages) == expected
-    assert type(next_message_id(messages)) is int
+def test_the_ids_of_messages_increase_and_stay_where_they_can(
+    ids: list[Any], archived: int, following: Any, expected: tuple[list[int], int]
+) -> None:
+    sequence, then = numbered(ids, archived, following)
+    assert (sequence, then) == expected
+    assert {type(number) for number in (*sequence, then)} == {int}

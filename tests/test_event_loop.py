@@ -653,6 +653,11 @@ async def test_model_and_system_prompt_are_those_of_the_last_run(
     assert configuration() == ("huge", None)
 
 
+def with_metrics(messages: list[dict[str, Any]]) -> list[int]:
+    """Return the positions of the messages that hold the metrics of an invocation."""
+    return [n for n, message in enumerate(messages) if "cycle_metrics" in message.get("event_loop_metrics", {})]
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("save_on", ["message", "invocation"])
 async def test_metrics_are_on_the_last_message_of_each_invocation(
@@ -662,9 +667,10 @@ async def test_metrics_are_on_the_last_message_of_each_invocation(
     await kind.ask(asked, "hi")
     await kind.ask(asked, "1 + 2?")
     messages = stored_agent(stored)["messages"]
-    assert [number for number, message in enumerate(messages) if "event_loop_metrics" in message] == [1, 5]
+    assert with_metrics(messages) == [1, 5]
     first, second = messages[1]["event_loop_metrics"], messages[5]["event_loop_metrics"]
 
+    assert first.pop("message_usage")["totalTokens"] == 3
     total = first["cycle_metrics"].pop("total_duration")
     assert total > 0
     assert first["accumulated_metrics"].pop("timeToFirstByteMs") >= 0
@@ -694,7 +700,7 @@ async def test_metrics_of_a_turn_that_failed_are_on_its_last_message(
         await kind.ask(asked, "1 + 2?")
     await kind.ask(asked, "again")
     messages = stored_agent(stored)["messages"]
-    assert [number for number, message in enumerate(messages) if "event_loop_metrics" in message] == [2, 4]
+    assert with_metrics(messages) == [2, 4]
 
 
 @pytest.mark.anyio

@@ -275,8 +275,8 @@ def test_explicit_redaction(
     assert [without_time(entry) for entry in document["guardrail_events"]] == [
         {**event, "message_id": 1, "agent_id": "agent"}
     ]
-    assert messages[1]["usage"]["outputTokens"] == 6
-    assert "event_loop_metrics" in messages[1]
+    assert messages[1]["event_loop_metrics"]["message_usage"]["outputTokens"] == 6
+    assert "accumulated_usage" in messages[1]["event_loop_metrics"]
 
 
 def test_the_trace_that_is_passed_is_left_alone(session: Session) -> None:

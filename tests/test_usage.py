@@ -115,6 +115,12 @@ def stored_messages(stored: Stored, key: str = "agent") -> list[dict[str, Any]]:
     return messages
 
 
+def own_usage(message: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the usage of a stored message, `None` if it has none."""
+    usage: dict[str, Any] | None = message.get("event_loop_metrics", {}).get("message_usage")
+    return usage
+
+
 def without_first_byte(usage: dict[str, Any]) -> dict[str, Any]:
     """Return a usage without the one value that is measured."""
     return {name: value for name, value in usage.items() if name != "timeToFirstByteMs"}
@@ -130,7 +136,7 @@ def test_each_assistant_message_has_its_own_usage(session: Session, stored: Stor
     live("How is Oslo?")
     live("And Rome?")
     session.flush()
-    usages = [message.get("usage") for message in stored_messages(stored)]
+    usages = [own_usage(message) for message in stored_messages(stored)]
     assert [usages[0], usages[2]] == [None, None]
     assert [without_first_byte(usages[1]), without_first_byte(usages[3])] == [
         {"inputTokens": 5, "outputTokens": 2, "totalTokens": 7, "latencyMs": 30},
@@ -143,7 +149,7 @@ def test_a_message_that_calls_a_tool_has_its_own_usage_too(session: Session, sto
     session.open(save_on=save_on)
     metered(session.manager, ADD, "three")("1 + 2?")
     session.flush()
-    usages = [without_first_byte(message.get("usage", {})) for message in stored_messages(stored)]
+    usages = [without_first_byte(own_usage(message) or {}) for message in stored_messages(stored)]
     assert usages == [{}, CALL, {}, CALL]
 
 
@@ -200,7 +206,7 @@ def test_a_session_without_agents_has_used_nothing(session: Session) -> None:
 def test_an_agent_of_old_has_used_nothing_so_far(session: Session, stored: Stored) -> None:
     metered(session.open().manager, "one")("a")
     session.close()
-    newer = ["usage", "next_message_id", "messages.0.usage", "messages.1.usage"]
+    newer = ["usage", "next_message_id", "messages.1.event_loop_metrics"]
     stored.update_one({"_id": "s"}, {"$unset": {f"agents.agent.{name}": "" for name in newer}})
     session.open()
     assert session.get_usage() == {"agents": {"agent": NOTHING}, "total": NOTHING}
@@ -408,9 +414,10 @@ def test_event_loop_metrics(session: Session, stored: Stored, save_on: str) -> N
     live("bye")
     session.flush()
     messages = stored_messages(stored)
-    assert [position for position, message in enumerate(messages) if "event_loop_metrics" in message] == [3, 5]
+    assert [sorted(message.get("event_loop_metrics", ())) for message in messages[:3]] == [[], ["message_usage"], []]
     for position, calls in ((3, 2), (5, 3)):
         metrics = messages[position]["event_loop_metrics"]
+        assert without_first_byte(metrics.pop("message_usage")) == CALL
         assert sorted(metrics) == ["accumulated_metrics", "accumulated_usage", "cycle_metrics", "tool_usage"]
         assert metrics["accumulated_usage"] == {
             "inputTokens": 10 * calls,

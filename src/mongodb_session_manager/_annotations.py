@@ -285,7 +285,7 @@ class SessionAnnotations(SessionArchive):
         }
         update = {
             "$set": {**sets, "updated_at": now()},
-            "$addToSet": {f"{path}.agent_data.config_set": {"$each": sorted(given)}},
+            "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
         }
         checked_id(session_id, "session_id")
         async with self._connection.operation():

@@ -35,7 +35,18 @@ from ._buckets import (
 from ._changes import AgentWrite, Update
 from ._codec import stored_size
 from ._connection import AsyncCollection, find_and_modify, run_pipeline
-from ._documents import Document, agent_key, new_generation, now, removed_messages
+from ._documents import (
+    Document,
+    agent_key,
+    config_set,
+    is_numbered,
+    new_generation,
+    now,
+    numbered,
+    removed_messages,
+    stored_config_set,
+    with_ids,
+)
 from ._ending import SessionEnding
 from ._expiry import SessionExpiry
 from ._sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
@@ -76,7 +87,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
             if write.created is not None:
                 empty = dict.fromkeys(("archived", "revision", "next_message_id", "count", "bytes", "removed"), 0)
                 session = {"session_ttl": self._session_ttl}
-                head.learn({**empty, "created_at": write.created["created_at"], "session": session})
+                head.learn({**empty, "ids": [], "created_at": write.created["created_at"], "session": session})
             if "conversation_manager_state" in write.data:
                 head.removed = removed_messages({"agent_data": write.data})
             if write.replaced:
@@ -183,6 +194,61 @@ class SessionArchive(SessionExpiry, SessionEnding):
         )
         await self._update(outrun(session_id, key, head, 0 if bucket is None else int(bucket["revision"])))
 
+    async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
+        """Bring agents into today's form in one command; return `False` if somebody changes them meanwhile.
+
+        Their messages get ids that increase, and they the `next_message_id` that follows: versions before 1.0 store
+        none, and count for themselves. They did not encode ids either, so an agent without `next_message_id` whose id
+        holds `%` or `$` moves to its key.
+
+        Args:
+            session_id: The session.
+            agents: By key, what `head_numbers` brings; in place, `messages` and numbers become what is stored now.
+            keys: The agents to bring into today's form.
+        """
+        condition: Document = {"_id": session_id}
+        sets: Document = {}
+        unsets: list[str] = []
+        moved = []
+        for old in keys:
+            agent, new = agents[old], old
+            ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
+            if following is None and (new := agent_key(old)) != old:
+                if new in agents:
+                    logger.warning(
+                        "session_id=<%r>, agent=<%r> | an agent of that id is there already", session_id, old
+                    )
+                    continue
+                condition[f"agents.{new}"] = {"$exists": False}
+                moved.append(old)
+            path = f"agents.{old}"
+            condition[path] = {"$exists": True}
+            condition[f"{path}.next_message_id"] = following
+            condition[f"{path}.messages"] = {"$size": len(ids)} if ids else {"$in": [None, []]}
+            for name in ("archived", "revision"):
+                condition[f"{path}.{name}"] = agent[name] or {"$in": [None, 0]}
+            sequence, agent["next_message_id"] = numbered(ids, archived, following)
+            gained: Document = {"next_message_id": agent["next_message_id"]}
+            if sequence != ids:
+                agent["ids"], agent["revision"] = sequence, agent["revision"] + 1
+                gained |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
+                loaded = agent.get("messages") or []
+                for message, message_id in zip(loaded, sequence[len(ids) - len(loaded) :], strict=True):
+                    message["message_id"] = message_id
+            if "config_set" in (agent.get("agent_data") or {}):
+                agent["config_set"] = sorted(config_set(agent))
+                del agent["agent_data"]["config_set"]
+                gained["config_set"] = stored_config_set(f"${path}")
+                unsets.append(f"agents.{new}.agent_data.config_set")
+            sets[f"agents.{new}"] = {"$mergeObjects": [f"${path}", gained]}
+        unsets += [f"agents.{old}" for old in moved]
+        for old in moved:
+            agents[agent_key(old)] = agents.pop(old)
+        if not sets:
+            return True
+        stages: list[Document] = [{"$set": sets}, *([{"$unset": unsets}] if unsets else [])]
+        return await self._update_with_room(session_id, Update(condition, stages, None))
+
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
         """Send an update of a session that may have no room left; make room where there is none."""
         return await self._with_room(session_id, lambda: self._update(update))
@@ -231,6 +297,10 @@ class SessionArchive(SessionExpiry, SessionEnding):
             if self._is_moving(head):
                 await asyncio.wait({head.moving})
                 return True
+            if not is_numbered(numbers) and not await self._adopt(
+                session_id, {numbers["key"]: numbers}, [numbers["key"]]
+            ):
+                continue
             head.learn(numbers)
             if await self._move(session_id, numbers["key"], head, everything(head)):
                 return True
@@ -258,11 +328,17 @@ class SessionArchive(SessionExpiry, SessionEnding):
             for key, (_, begin, end) in wanted.items()
         }
 
-    async def _stored_message(self, session_id: str, agent_id: str, message_id: int) -> Document | None:
-        """Return a message wherever it is, `None` if the agent holds none of that id."""
+    async def _stored_message(
+        self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
+    ) -> Document | None:
+        """Return a message wherever it is, `None` if the agent holds none of that id.
+
+        `created_at` is the message's, if it is known.
+        """
         key = agent_key(agent_id)
         path = f"agents.{key}.messages"
-        condition = {"_id": session_id, f"{path}.message_id": message_id}
+        meant = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
+        condition = {"_id": session_id, path: {"$elemMatch": meant}}
         document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
         if document is not None:
             message: Document = document["agents"][key]["messages"][0]
@@ -271,7 +347,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
         stored = await self._stored_agent(session_id, agent_id, wanted)
         if not stored.get("archived"):
             return None
-        return await self._archived_message(session_id, key, message_id, stored.get("created_at"))
+        return await self._archived_message(session_id, key, message_id, stored.get("created_at"), created_at)
 
     async def _bucket_at(self, session_id: str, key: str, since: Any, begin: int, end: int) -> list[Document]:
         """Return the messages from position `begin` to the end of the bucket that holds it, or to below `end`.
@@ -286,36 +362,40 @@ class SessionArchive(SessionExpiry, SessionEnding):
         reach = min(end, begin + 1 if not buckets else int(buckets[0]["last"]) + 1)
         return _joined(session_id, buckets, begin, reach)
 
-    async def _archived_message(self, session_id: str, key: str, message_id: int, since: Any) -> Document | None:
-        """Return a message of an agent that was created at `since`, `None` if no bucket holds it."""
+    async def _archived_message(
+        self, session_id: str, key: str, message_id: int, since: Any, created_at: Any = None
+    ) -> Document | None:
+        """Return a message of an agent that was created at `since`, `None` if no bucket holds it.
+
+        `created_at` is the message's, if it is known.
+        """
         head = replace(self._head(session_id, key), since=since)
-        for condition in holding_message(session_id, key, message_id, head):
+        for condition in holding_message(session_id, key, message_id, head, created_at):
             bucket = await self._find_bucket(condition, {"messages.$": 1})
             if bucket is not None:
                 message: Document = bucket["messages"][0]
                 return message
         return None
 
-    async def _change_archived(self, session_id: str, key: str, message_id: int, fields: Document) -> None:
+    async def _change_archived(
+        self, session_id: str, key: str, message_id: int, fields: Document, created_at: Any = None
+    ) -> None:
         """Set fields of a message in the bucket that holds it, if one does."""
         head = self._head(session_id, key)
         if not head.learned and not await self._ask_head(session_id, key, head):
             return
-        for condition in holding_message(session_id, key, message_id, head):
-            if await self._change_bucket(change_in_bucket(condition, message_id, fields)):
+        for condition in holding_message(session_id, key, message_id, head, created_at):
+            if await self._change_bucket(change_in_bucket(condition, fields)):
                 return
 
     async def _find_bucket(self, condition: Document, projection: Document) -> Document | None:
         return await self._send(lambda archive: archive.find_one(condition, projection), self._archive_name)
 
     async def _change_bucket(self, change: Update) -> bool:
-        result = await self._send(
-            lambda archive: archive.update_one(change.filter, change.update, array_filters=change.array_filters),
-            self._archive_name,
-        )
+        result = await self._send(lambda archive: archive.update_one(change.filter, change.update), self._archive_name)
         return bool(result.matched_count)
 
-    def _copies(self, session_id: str, write: AgentWrite) -> dict[int, Document]:
+    def _copies(self, session_id: str, write: AgentWrite) -> dict[tuple[int, Any], Document]:
         """Return those replacements in a head of which a left-over bucket may hold what they replace.
 
         No bucket holds the newest message, unless it alone is so large that it had to make room for the next. So only
@@ -323,8 +403,9 @@ class SessionArchive(SessionExpiry, SessionEnding):
         """
         head = self._heads.get((session_id, agent_key(write.agent_id)))
         following = write.expected_id if write.expected_id is not None else head and head.next_id
+        created = {n: identity.created_at for n, identity in write.identities.items() if not write.by_id}
         return {
-            message_id: fields
+            (message_id, created.get(message_id)): fields
             for message_id, fields in write.replaced.items()
             if "message" in fields and (message_id + 1 != following or head is None or head.size > self._limits.size)
         }

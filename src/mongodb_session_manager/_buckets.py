@@ -31,8 +31,8 @@ from datetime import datetime
 from typing import Any, NamedTuple, Self
 
 from ._beside import FOREVER, KEEPING, KEPT, Keeping, may_add
-from ._changes import Update
-from ._documents import Document, stored_removed
+from ._changes import Update, split_fields
+from ._documents import Document, is_numbered, stored_removed
 from .errors import ConfigurationError
 
 MAX_EMBEDDED_MESSAGES = 128
@@ -61,6 +61,7 @@ class Head:
         removed: How many of the agent's oldest messages its conversation manager has removed.
         learned: Whether the server was ever asked.
         certain: Whether nothing but appends has happened since.
+        is_numbered: Whether the ids of the messages increase; no bucket takes messages of others.
         moving: A future that is done when the bucket that is being moved is.
         keeping: How long the session's buckets are kept.
     """
@@ -74,6 +75,7 @@ class Head:
     removed: int = 0
     learned: bool = False
     certain: bool = False
+    is_numbered: bool = True
     moving: Any = None
     keeping: Keeping = FOREVER
 
@@ -95,6 +97,7 @@ class Head:
         self.below = self.next_id - int(numbers["count"])
         self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
         self.keeping = Keeping.of(numbers.get("session") or {})
+        self.is_numbered = is_numbered(numbers)
         self.learned = self.certain = True
 
 
@@ -133,6 +136,8 @@ class Limits:
 
     def exceeded(self, head: Head, times: int = 1) -> bool:
         """Tell whether messages have to move; the newest stays, whatever its size."""
+        if not head.is_numbered:
+            return False
         return head.count > 1 and (head.count > times * self.messages or head.size > times * self.size)
 
     def step(self, head: Head) -> Step:
@@ -162,6 +167,7 @@ def head_numbers(path: str) -> Document:
         "archived": {"$ifNull": [f"{path}.archived", 0]},
         "revision": {"$ifNull": [f"{path}.revision", 0]},
         "next_message_id": f"{path}.next_message_id",
+        "ids": {"$map": {"input": messages, "in": {"$ifNull": ["$$this.message_id", None]}}},
         "count": {"$size": messages},
         "bytes": {"$bsonSize": {"m": messages}},
         "removed": stored_removed(path),
@@ -191,8 +197,12 @@ NUMBERS_OF_ALL: Document = {
 def _unchanged(session_id: str, key: str, head: Head) -> Document:
     """Return the filter that matches while the head's messages are those `head` was told of, and others after them."""
     numbers = {"archived": head.archived, "revision": head.revision}
+    at = {"$range": [1, {"$size": "$$ids"}]}
+    above = {"$gt": [{"$arrayElemAt": ["$$ids", "$$at"]}, {"$arrayElemAt": ["$$ids", {"$subtract": ["$$at", 1]}]}]}
+    increase = {"$allElementsTrue": [{"$map": {"input": at, "as": "at", "in": above}}]}
     return {
         "_id": session_id,
+        "$expr": {"$let": {"vars": {"ids": {"$ifNull": [f"$agents.{key}.messages.message_id", []]}}, "in": increase}},
         f"agents.{key}.messages.0": {"$exists": True},
         f"agents.{key}.created_at": head.since,
         **{f"agents.{key}.{name}": value or {"$in": [None, 0]} for name, value in numbers.items()},
@@ -218,7 +228,7 @@ def _taken(messages: str, step: Step) -> Document:
             "in": more,
         }
     }
-    return {"$max": [1, {"$getField": {"field": "count", "input": counted}}]}
+    return {"$max": [1, {"$let": {"vars": {"taken": counted}, "in": "$$taken.count"}}]}
 
 
 def taken(sizes: Sequence[int], step: Step) -> int:
@@ -305,11 +315,13 @@ def holding_positions(session_id: str, key: str, since: Any, begin: int, end: in
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
 
-def holding_message(session_id: str, key: str, message_id: int, head: Head) -> list[Document]:
+def holding_message(session_id: str, key: str, message_id: int, head: Head, created_at: Any = None) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
     The first looks where a message is whose id is its position; the second, if there may be others, everywhere.
+    `created_at` is the message's, if it is known: 1.0.0 may have archived ids that are doubled.
     """
+    message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
     return [
         {
@@ -317,13 +329,16 @@ def holding_message(session_id: str, key: str, message_id: int, head: Head) -> l
                 "$gte": bucket_id(session_id, key, head.since, low),
                 "$lte": bucket_id(session_id, key, head.since, high),
             },
-            "messages.message_id": message_id,
+            "messages": {"$elemMatch": message},
         }
         for low, high in ranges[: 1 if head.is_regular else 2]
     ]
 
 
-def change_in_bucket(condition: Document, message_id: int, fields: Document) -> Update:
-    """Return the update that sets fields of a message in the bucket that `condition` finds."""
-    sets = {f"messages.$[message].{name}": value for name, value in fields.items()}
-    return Update(condition, {"$set": sets, "$inc": {"revision": 1}}, [{"message.message_id": message_id}])
+def change_in_bucket(condition: Document, fields: Document) -> Update:
+    """Return the update that sets fields of the one message that `condition`, of `holding_message`, finds."""
+    update: Document = {"$inc": {"revision": 1}}
+    for operator, values in zip(("$set", "$unset"), split_fields(fields), strict=True):
+        if values:
+            update[operator] = {f"messages.$.{name}": value for name, value in values.items()}
+    return Update(condition, update, None)

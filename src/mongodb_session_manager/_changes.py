@@ -13,16 +13,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, Self, TypeAlias, cast
 
 from ._beside import KEPT, may_add
 from ._codec import stored_size
-from ._documents import Document, StoredMessage, agent_key, checked_id
+from ._documents import Document, StoredMessage, agent_key, checked_id, stored_config_set
 from ._sizes import AGENT_FIELDS
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 
 _PART_BYTES = 15 * 1024 * 1024
 """A statement may hold 16 MiB; the rest is for what is not a message."""
+
+
+class Identity(NamedTuple):
+    """What tells a stored message from another one of the same id, which a version before 1.0 may have given again.
+
+    Attributes:
+        created_at: As it is stored.
+        tracking_id: Of the message, if it has one.
+    """
+
+    created_at: Any
+    tracking_id: str | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the identity of a stored message."""
+        message = stored.get("message")
+        tracking_id = message.get("tracking_id") if isinstance(message, Mapping) else None
+        return cls(stored.get("created_at"), tracking_id if isinstance(tracking_id, str) else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +57,31 @@ class AppendMessage:
     """A message follows the others.
 
     `usage` is what it adds to the running totals of its agent. They are incremented by the statement that appends, so
-    exactly as often.
+    exactly as often. `by_id` says that the id is the caller's: it must be above all that are stored, and may be any if
+    none is.
     """
 
     agent_id: str
     message: StoredMessage
     usage: Mapping[str, int] = field(default_factory=dict)
+    by_id: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReplaceMessage:
     """A message has another content: merged, updated or redacted.
 
-    `frees` says that what it replaces may have had attachments, which then are to be removed.
+    `frees` says that what it replaces may have had attachments, which then are to be removed. `identity` is the
+    message's, if it is known. `by_id` says that the writer has not loaded the message: its id must be the only one,
+    otherwise `identity` decides between those that have it.
     """
 
     agent_id: str
     message_id: int
     fields: Document
     frees: bool = False
+    identity: Identity | None = field(default=None, compare=False, repr=False)
+    by_id: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +121,7 @@ class SetMessageFields:
     agent_id: str
     message_id: int
     fields: Document
+    identity: Identity | None = field(default=None, compare=False, repr=False)
 
 
 Change: TypeAlias = (
@@ -108,10 +134,10 @@ class AgentWrite:
     """All recorded changes of one agent, gathered.
 
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
-    turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the
-    other is what that statement may not have said. `generation` is the one in which attachments of the messages are
-    stored, `None` if they have none, and `expires_from` the date that they were stored with. `session_created_at`
-    tells the session from a later one of the same id, if the writer knows.
+    turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the other
+    is what that statement may not have said. `identities` are those of `replaced` messages. `generation` is the one in
+    which attachments of the messages are stored, `None` if they have none, and `expires_from` the date that they were
+    stored with. `session_created_at` tells the session from a later one of the same id, if the writer knows.
     """
 
     agent_id: str
@@ -121,6 +147,8 @@ class AgentWrite:
     recorded: dict[int, StoredMessage] = field(default_factory=dict)
     amended: dict[int, Document] = field(default_factory=dict)
     replaced: dict[int, Document] = field(default_factory=dict)
+    identities: dict[int, Identity] = field(default_factory=dict)
+    by_id: bool = False
     data: Document = field(default_factory=dict)
     config: Document = field(default_factory=dict)
     events: list[Document] = field(default_factory=list)
@@ -137,17 +165,19 @@ class AgentWrite:
             case CreateAgent(document=document):
                 self.created = document
                 self._touch(document["updated_at"])
-            case AppendMessage(message=message, usage=usage):
+            case AppendMessage(message=message, usage=usage, by_id=by_id):
+                self.by_id |= by_id
                 self.appended.append(message)
                 self.recorded[message["message_id"]] = message
                 self.usage[message["message_id"]] = usage
                 self._touch(message["updated_at"])
-            case ReplaceMessage(message_id=message_id, fields=fields, frees=frees):
-                self._set_message(message_id, fields)
+            case ReplaceMessage(message_id=message_id, fields=fields, frees=frees, identity=identity, by_id=by_id):
+                self._set_message(message_id, fields, identity)
+                self.by_id |= by_id
                 self.frees |= frees
                 self._touch(fields["updated_at"])
-            case SetMessageFields(message_id=message_id, fields=fields):
-                self._set_message(message_id, fields)
+            case SetMessageFields(message_id=message_id, fields=fields, identity=identity):
+                self._set_message(message_id, fields, identity)
             case UpdateAgent(expected=expected, fields=fields, moment=moment):
                 self.data.update(fields)
                 self.expected = expected
@@ -161,13 +191,17 @@ class AgentWrite:
     def _touch(self, moment: datetime) -> None:
         self.moment = moment if self.moment is None else max(self.moment, moment)
 
-    def _set_message(self, message_id: int, fields: Document) -> None:
+    def _set_message(self, message_id: int, fields: Document, identity: Identity | None) -> None:
         for position, message in enumerate(self.appended):
             if message["message_id"] == message_id:
-                self.appended[position] = cast(StoredMessage, {**message, **fields})
+                sets, unsets = split_fields(fields)
+                kept = {name: value for name, value in message.items() if name not in unsets}
+                self.appended[position] = cast(StoredMessage, kept | sets)
                 self.amended.setdefault(message_id, {}).update(fields)
                 return
         self.replaced.setdefault(message_id, {}).update(fields)
+        if identity is not None:
+            self.identities[message_id] = identity
 
     def contents(self) -> list[Mapping[str, Any]]:
         """Return the messages, and fields of messages, that are to be stored."""
@@ -244,6 +278,12 @@ class AgentWrite:
         return self.appended[0]["message_id"] if self.appended else self.expected
 
 
+def split_fields(fields: Mapping[str, Any]) -> tuple[Document, Document]:
+    """Return the fields of a message that are set, and those that are removed: attachments, where none are left."""
+    unsets = {"attachments": ""} if fields.get("attachments") == [] else {}
+    return {name: value for name, value in fields.items() if name not in unsets}, unsets
+
+
 def fold(changes: Iterable[Change]) -> dict[str, AgentWrite]:
     """Gather changes, in the order they were recorded, into one write per agent."""
     writes: dict[str, AgentWrite] = {}
@@ -288,11 +328,12 @@ class _Parts:
     """A statement in the making: what it does, before it is said in one of MongoDB's two languages."""
 
     sets: Document = field(default_factory=dict)
-    unless_set: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    unless_set: dict[str, tuple[Document, Any]] = field(default_factory=dict)
     increments: dict[str, int] = field(default_factory=dict)
     pushes: dict[str, list[Any]] = field(default_factory=dict)
     events: list[Document] = field(default_factory=list)
     replacements: dict[str, dict[int, Document]] = field(default_factory=dict)
+    identities: dict[str, Mapping[int, Identity]] = field(default_factory=dict)
     kept: datetime | None = None
 
 
@@ -301,6 +342,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
     condition: Document = {"_id": session_id}
     parts = _Parts()
     moments = []
+    unique: list[Document] = []
     for write in writes:
         path = f"agents.{agent_key(write.agent_id)}"
         if write.moment is not None:
@@ -317,13 +359,24 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
             condition[path] = {"$exists": False}
             parts.sets[path] = _whole(write)
             continue
-        if write.expected_id is not None:
+        if write.by_id and write.appended:
+            condition |= _may_follow(path, write.appended[0]["message_id"])
+        elif write.expected_id is not None:
             condition[f"{path}.next_message_id"] = write.expected_id
         elif write.data:
             condition[path] = {"$exists": True}
-        if write.replaced:
-            condition[f"{path}.messages.message_id"] = {"$all": sorted(write.replaced)}
+        known = {} if write.by_id else _known(write)
+        if others := sorted(write.replaced.keys() - known.keys()):
+            condition[f"{path}.messages.message_id"] = {"$all": others}
+            if write.by_id:
+                unique += [_is_unique(path, message_id) for message_id in others]
+        if known:
+            condition[f"{path}.messages"] = {
+                "$all": [{"$elemMatch": known[message_id]} for message_id in sorted(known)]
+            }
         _add(write, path, parts)
+    if unique:
+        condition["$expr"] = {"$and": unique}
     if moments:
         parts.sets["updated_at"] = max(moments)
     if parts.unless_set or parts.pushes.keys() & parts.replacements.keys():
@@ -331,16 +384,38 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
     return _operators(condition, parts)
 
 
+def _known(write: AgentWrite) -> dict[int, Document]:
+    """Return by id the filters for those replaced messages whose identity is known."""
+    return {
+        message_id: {"message_id": message_id, "created_at": identity.created_at}
+        for message_id, identity in write.identities.items()
+        if message_id in write.replaced and identity.created_at is not None
+    }
+
+
+def _may_follow(path: str, message_id: int) -> Document:
+    """Return the condition for appending a message of this id: it is the next one, or the first of all."""
+    is_next = {f"{path}.next_message_id": message_id, f"{path}.messages.message_id": {"$not": {"$gte": message_id}}}
+    is_first = {f"{path}.messages": {"$in": [None, []]}, f"{path}.archived": {"$in": [None, 0]}}
+    return {path: {"$exists": True}, "$or": [is_next, is_first]}
+
+
+def _is_unique(path: str, message_id: int) -> Document:
+    ids = {"$ifNull": [f"${path}.messages.message_id", []]}
+    return {"$eq": [{"$size": {"$filter": {"input": ids, "cond": {"$eq": ["$$this", message_id]}}}}, 1]}
+
+
 def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
     if write.replaced:
         parts.replacements[f"{path}.messages"] = write.replaced
+        parts.identities[f"{path}.messages"] = {} if write.by_id else write.identities
         parts.increments[f"{path}.revision"] = 1
     if write.appended:
         parts.pushes[f"{path}.messages"] = list(write.appended)
         parts.sets[f"{path}.next_message_id"] = write.appended[-1]["message_id"] + 1
     parts.sets |= {f"{path}.agent_data.{name}": value for name, value in write.data.items()}
     parts.unless_set |= {
-        f"{path}.agent_data.{name}": (f"{path}.agent_data.config_set", value) for name, value in write.config.items()
+        f"{path}.agent_data.{name}": (stored_config_set(f"${path}"), value) for name, value in write.config.items()
     }
     parts.increments |= {f"{path}.usage.{name}": amount for name, amount in write.increments.items()}
     if write.moment is not None:
@@ -364,15 +439,21 @@ def _whole(write: AgentWrite) -> Document:
 def _operators(condition: Document, parts: _Parts) -> Update:
     array_filters: list[Document] = []
     sets = parts.sets
+    unsets: Document = {}
     for path, messages in parts.replacements.items():
         for message_id, fields in messages.items():
             name = f"m{len(array_filters)}"
             array_filters.append({f"{name}.message_id": message_id})
-            sets |= {f"{path}.$[{name}].{key}": value for key, value in fields.items()}
+            identity = parts.identities[path].get(message_id)
+            if identity is not None and identity.created_at is not None:
+                array_filters[-1][f"{name}.created_at"] = identity.created_at
+            kept, removed = split_fields(fields)
+            sets |= {f"{path}.$[{name}].{key}": value for key, value in kept.items()}
+            unsets |= {f"{path}.$[{name}].{key}": value for key, value in removed.items()}
     pushes = {path: {"$each": values} for path, values in parts.pushes.items()}
     # An event is added at most once, however often the statement is sent.
     events = {"guardrail_events": {"$each": parts.events}} if parts.events else {}
-    operators = {"$set": sets, "$push": pushes, "$inc": parts.increments, "$addToSet": events}
+    operators = {"$set": sets, "$unset": unsets, "$push": pushes, "$inc": parts.increments, "$addToSet": events}
     if parts.kept is not None:
         operators |= {operator: {name: parts.kept} for name, operator in KEPT.items()}
     used = {name: fields for name, fields in operators.items() if fields}
@@ -386,16 +467,13 @@ def _pipeline(parts: _Parts) -> Document:
     """
     stage: Document = {path: {"$literal": value} for path, value in parts.sets.items()}
     for path, (already_set, value) in parts.unless_set.items():
-        is_set = {"$in": [path.rpartition(".")[2], {"$ifNull": [f"${already_set}", []]}]}
+        is_set = {"$in": [path.rpartition(".")[2], already_set]}
         stage[path] = {"$cond": [is_set, f"${path}", {"$literal": value}]}
     for path, amount in parts.increments.items():
         stage[path] = {"$add": [{"$ifNull": [f"${path}", 0]}, amount]}
     for path in parts.pushes.keys() | parts.replacements.keys():
         branches = [
-            {
-                "case": {"$eq": ["$$message.message_id", message_id]},
-                "then": {"$mergeObjects": ["$$message", {key: {"$literal": value} for key, value in fields.items()}]},
-            }
+            {"case": _is_meant(message_id, parts.identities[path].get(message_id)), "then": _replaced(fields)}
             for message_id, fields in parts.replacements.get(path, {}).items()
         ]
         kept: Any = {"$ifNull": [f"${path}", []]}
@@ -410,6 +488,22 @@ def _pipeline(parts: _Parts) -> Document:
     if parts.kept is not None:
         stage |= {name: {operator: [f"${name}", parts.kept]} for name, operator in KEPT.items()}
     return stage
+
+
+def _is_meant(message_id: int, identity: Identity | None) -> Document:
+    has_id: Document = {"$eq": ["$$message.message_id", message_id]}
+    if identity is None or identity.created_at is None:
+        return has_id
+    return {"$and": [has_id, {"$eq": ["$$message.created_at", {"$literal": identity.created_at}]}]}
+
+
+def _replaced(fields: Document) -> Document:
+    sets, unsets = split_fields(fields)
+    message: Any = "$$message"
+    if unsets:  # without $unsetField, which MongoDB 4.4 and the Stable API do not have
+        others = {"$not": {"$in": ["$$this.k", list(unsets)]}}
+        message = {"$arrayToObject": {"$filter": {"input": {"$objectToArray": message}, "cond": others}}}
+    return {"$mergeObjects": [message, {key: {"$literal": value} for key, value in sets.items()}]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,7 +543,8 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         written += 1
     late = {message["message_id"]: write.amended.get(message["message_id"]) for message in write.appended[:written]}
     replaced = write.replaced | {message_id: fields for message_id, fields in late.items() if fields}
-    rest = replace(write, created=None, appended=write.appended[written:], replaced=replaced)
+    identities = write.identities | {message_id: Identity.of(write.recorded[message_id]) for message_id in late}
+    rest = replace(write, created=None, appended=write.appended[written:], replaced=replaced, identities=identities)
     if written and not rest.appended:
         # All messages are stored, by a statement whose acknowledgement was lost. What else it said was stored with
         # them; saying it again is harmless as long as nobody has written since.
@@ -458,6 +553,8 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
             rest = AgentWrite(
                 write.agent_id,
                 replaced=replaced,
+                identities=identities,
+                by_id=write.by_id,
                 events=write.events,
                 moment=write.moment,
                 generation=write.generation,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ._buckets import head_numbers
 from ._codec import decode, encode
-from ._documents import USAGE, Document, agent_id_of, checked_id, checked_message_id
+from ._documents import MESSAGE_USAGE, USAGE, Document, agent_id_of, checked_id, checked_message_id
 from ._untrusted import LEFT_BEHIND
 from .errors import AgentNotFoundError, InvalidArgumentError
 
@@ -72,7 +72,6 @@ def facts(ends: int | dict[str, int] | None) -> Document:
     fields = {
         **head_numbers(agent),
         "key": "$$agent.k",
-        "messages": {"$map": {"input": messages, "in": {"message_id": "$$this.message_id"}}},
         "with_attachments": {"$filter": {"input": messages, "cond": has_attachments}},
         "state": f"{agent}.agent_data.conversation_manager_state",
         "usage": f"{agent}.usage",
@@ -100,7 +99,11 @@ def usage_of(messages: str) -> Document:
         return {"$sum": {"$map": {"input": messages, "as": "m", "in": expression}}}
 
     counted = {"invocations": total({"$cond": [prompt, 1, 0]}), "toolCalls": total({"$size": calls})}
-    return {name: counted.get(name) or total(f"$$m.usage.{name}") for name in USAGE}
+    return {
+        name: counted.get(name)
+        or total({"$ifNull": [f"$$m.event_loop_metrics.{MESSAGE_USAGE}.{name}", f"$$m.usage.{name}"]})
+        for name in USAGE
+    }
 
 
 @dataclass

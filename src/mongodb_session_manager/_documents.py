@@ -10,8 +10,10 @@ agents.<agent key>
     created_at, updated_at   when it came into this session; `agent_data` says when it was made
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
     archived, revision   see `_buckets`; absent where nothing was moved, or replaced
+    config_set           names of the configuration fields that a user has set; 1.0.0 kept it in `agent_data`
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
+                         `event_loop_metrics.message_usage` is the usage of the message; 1.0.0 kept it in `usage`
 attachments_generation   from which on attachments may be added, see `_attachments`, and which life of a session of
                          this id it is, see `_beside`; absent for 0
 session_ttl, kept_until, keep_until
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NotRequired, TypedDict
 
@@ -48,6 +50,15 @@ USAGE = (
 )
 """The running totals of an agent, as Strands and Bedrock name them; `latencyMs` in milliseconds."""
 
+RESTORED = ("message", "message_id", "redact_message", "created_at", "updated_at", "attachments")
+"""The fields of a stored message that restoring an agent needs."""
+
+MESSAGE_USAGE = "message_usage"
+"""The field of a message's `event_loop_metrics` that holds the usage of this message alone.
+
+The original removes `event_loop_metrics` before it builds a `SessionMessage`, which takes no unknown field.
+"""
+
 Document = dict[str, Any]
 """A document or a part of one, as the driver takes and gives it."""
 
@@ -61,7 +72,6 @@ class StoredMessage(TypedDict):
     created_at: datetime
     updated_at: datetime
     attachments: NotRequired[list[Any]]
-    usage: NotRequired[Document]
     event_loop_metrics: NotRequired[Document]
     guardrail_event: NotRequired[Document]
 
@@ -75,6 +85,7 @@ class StoredAgent(TypedDict):
     next_message_id: int
     archived: NotRequired[int]
     revision: NotRequired[int]
+    config_set: NotRequired[list[str]]
     usage: NotRequired[Document]
     messages: list[StoredMessage]
 
@@ -148,6 +159,14 @@ def to_date(value: str | datetime | None) -> datetime:
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     return _to_milliseconds(moment)
+
+
+def as_date(value: object) -> object:
+    """Return the date that a stored value is, if it is one, else the value."""
+    try:
+        return to_date(value) if isinstance(value, str | datetime) else value
+    except (ValueError, OverflowError):
+        return value
 
 
 def _to_milliseconds(moment: datetime) -> datetime:
@@ -252,7 +271,7 @@ def stored_message(message: SessionMessage, message_id: int) -> StoredMessage:
         "updated_at": body["updated_at"],
     }
     if usage := message_usage(message.message):
-        stored["usage"] = usage
+        stored["event_loop_metrics"] = {MESSAGE_USAGE: usage}
     return stored
 
 
@@ -294,31 +313,70 @@ def stored_removed(agent: str) -> Document:
 def to_restore(agent: str) -> Document:
     """Return the aggregation expression for the messages of an agent that `removed_messages` leaves.
 
-    All of them where `next_message_id` has to be found out yet, or where more are said to be removed than are stored.
-    `agent` is the path of the agent, with `$`.
+    If the stored count is greater than the number of messages, all of them are left. `agent` is the path of the agent,
+    with `$`.
     """
     messages = {"$ifNull": [f"{agent}.messages", []]}
     removed = {"$subtract": [stored_removed(agent), {"$ifNull": [f"{agent}.archived", 0]}]}
     begin = {"$cond": [{"$gt": [removed, {"$size": messages}]}, 0, {"$max": [removed, 0]}]}
-    is_numbered = {"$gte": [f"{agent}.next_message_id", 0]}
-    return {"$cond": [is_numbered, {"$slice": [messages, begin, 2**31 - 1]}, messages]}
+    return {"$slice": [messages, begin, 2**31 - 1]}
 
 
-def with_ids(messages: str, first: int) -> Document:
-    """Return the aggregation expression for `messages` in which each has an id: its position, if it has no other.
+def with_ids(messages: str, ids: Sequence[int]) -> Document:
+    """Return the aggregation expression for `messages` with these ids."""
+    message = {"$arrayElemAt": [messages, "$$at"]}
+    merged = {"$mergeObjects": [message, {"message_id": {"$arrayElemAt": [{"$literal": list(ids)}, "$$at"]}}]}
+    return {"$map": {"input": {"$range": [0, len(ids)]}, "as": "at", "in": merged}}
 
-    The first of them is at position `first`.
+
+def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tuple[list[int], int]:
+    """Return the ids that the messages of a head must have, and the id that follows them.
+
+    Ids increase strictly, gaps are allowed. A message keeps its id if it can: only one whose id is not above the one
+    before it, or is no id, gets another. That happens where a version before 1.0, which counts for itself, has written
+    as well.
+
+    Args:
+        ids: As stored, `None` for a message without one.
+        archived: The number of messages below the head.
+        following: The stored `next_message_id`; whatever is archived has an id below it.
     """
-    message = {"$arrayElemAt": [messages, {"$subtract": ["$$position", first]}]}
-    positions = {"$range": [first, {"$add": [first, {"$size": messages}]}]}
-    merged = {"$mergeObjects": [{"message_id": "$$position"}, message]}
-    return {"$map": {"input": positions, "as": "position", "in": merged}}
+    last = archived - 1
+    if archived and is_message_id(following) and not any(is_message_id(each) and each > last for each in ids):
+        last = max(last, following - 1)
+    sequence = []
+    for position, each in enumerate(ids, archived):
+        last = int(each) if is_message_id(each) and each > last else max(position, last + 1)
+        sequence.append(last)
+    return sequence, last + 1
 
 
-def next_message_id(messages: Iterable[Mapping[str, Any]], first: int = 0) -> int:
-    """Return the id that follows those of `messages`, for an agent whose document does not say it.
+def is_message_id(value: object) -> bool:
+    """Return whether a stored value is the id of a message."""
+    is_number = (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and value.is_integer()
+    )
+    return is_number and 0 <= value < 2**31  # type: ignore[operator]
 
-    The first of `messages` is at position `first`.
-    """
-    ids = (int(stored.get("message_id", position)) for position, stored in enumerate(messages, first))
-    return max(ids, default=first - 1) + 1
+
+def is_numbered(numbers: Mapping[str, Any]) -> bool:
+    """Return whether the ids of an agent's head, as `head_numbers` brings them, need no change."""
+    ids, following = numbers["ids"], numbers.get("next_message_id")
+    return bool(is_message_id(following) and numbered(ids, int(numbers["archived"]), following) == (ids, following))
+
+
+def is_of_old(agent: Mapping[str, Any]) -> bool:
+    """Return whether a loaded agent has to be brought into today's form: its ids, and the place of `config_set`."""
+    return not is_numbered(agent) or "config_set" in (agent.get("agent_data") or {})
+
+
+def config_set(agent: Mapping[str, Any]) -> set[str]:
+    """Return the names of the configuration fields of a stored agent that a user has set."""
+    places = (agent.get("config_set"), (agent.get("agent_data") or {}).get("config_set"))
+    return {name for place in places if isinstance(place, list) for name in place if isinstance(name, str)}
+
+
+def stored_config_set(agent: str) -> Document:
+    """Return the aggregation expression for `config_set`; `agent` is the path of the agent, with `$`."""
+    places = (f"{agent}.config_set", f"{agent}.agent_data.config_set")
+    return {"$setUnion": [{"$cond": [{"$isArray": place}, place, []]} for place in places]}

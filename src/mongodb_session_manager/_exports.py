@@ -9,7 +9,7 @@ from typing import Any
 
 from ._archive import SessionArchive
 from ._attachments import Attachments
-from ._documents import Document, agent_id_of, checked_id, now
+from ._documents import Document, agent_id_of, checked_id, is_message_id, now
 from ._portable import Writer
 from ._references import Reference, references_of
 from ._untrusted import AGENT_LEFT_BEHIND, LEFT_BEHIND
@@ -66,6 +66,7 @@ class SessionExports(SessionArchive):
         # Versions before 1.0 did not encode ids.
         agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
         yield [writer.agent(agent_id, _without(agent, AGENT_LEFT_BEHIND))]
+        sequence = _Sequence()
         position, archived = 0, int(agent.get("archived") or 0)
         while position < archived:
             async with self._connection.operation():
@@ -74,18 +75,19 @@ class SessionExports(SessionArchive):
                 except DatabaseError:
                     await self._found(session_id, {"_id": 1})  # or it was deleted meanwhile, which is another error
                     raise
-            async for lines in self._message_lines(session_id, agent_id, position, messages, writer):
+            async for lines in self._message_lines(session_id, agent_id, sequence, messages, writer):
                 yield lines
             position += len(messages)
-        async for lines in self._message_lines(session_id, agent_id, position, agent.get("messages") or [], writer):
+        async for lines in self._message_lines(session_id, agent_id, sequence, agent.get("messages") or [], writer):
             yield lines
 
     async def _message_lines(
-        self, session_id: str, agent_id: str, first: int, messages: Iterable[Document], writer: Writer
+        self, session_id: str, agent_id: str, sequence: _Sequence, messages: Iterable[Document], writer: Writer
     ) -> AsyncGenerator[list[str], None]:
         waiting: list[Document] = []
-        for position, stored in enumerate(messages, first):
-            message = {"message_id": position, **stored}
+        for stored in messages:
+            message_id = sequence.next(stored.get("message_id"))
+            message = {**stored, "message_id": message_id}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
                 yield await asyncio.to_thread(_lines_of, writer, waiting)
                 waiting = []
@@ -101,17 +103,18 @@ class SessionExports(SessionArchive):
                 if missing is None:
                     break
                 # It may have been redacted or replaced since it was read.
-                current = await self._message_now(session_id, agent_id, message["message_id"])
+                current = await self._message_now(session_id, agent_id, stored)
                 if current is None or current.get("attachments") == message["attachments"]:
-                    raise _damaged(session_id, agent_id, message["message_id"], missing)
-                message = current
+                    raise _damaged(session_id, agent_id, message_id, missing)
+                message = {**current, "message_id": message_id}
             waiting.append(message)
         if waiting:
             yield await asyncio.to_thread(_lines_of, writer, waiting)
 
-    async def _message_now(self, session_id: str, agent_id: str, message_id: int) -> Document | None:
+    async def _message_now(self, session_id: str, agent_id: str, stored: Document) -> Document | None:
         async with self._connection.operation():
-            return await self._stored_message(session_id, agent_id, message_id)
+            message_id, created_at = stored.get("message_id"), stored.get("created_at")
+            return await self._stored_message(session_id, agent_id, message_id, created_at)
 
     async def _attachment_lines(
         self, session_id: str, reference: Reference, writer: Writer
@@ -127,6 +130,23 @@ class SessionExports(SessionArchive):
             length, n = length + len(data), n + 1
         if length == reference.length and digest.hexdigest() == reference.sha256:
             writer.whole(reference)
+
+
+class _Sequence:
+    """The ids of an agent's messages as they are exported: as stored, unless they do not increase."""
+
+    def __init__(self) -> None:
+        self._position = 0
+        self._following = 0
+
+    def next(self, stored: object) -> int:
+        """Return the id of the message that follows, of which another one is stored."""
+        if is_message_id(stored) and stored >= self._following:  # type: ignore[operator]
+            message_id: int = int(stored)  # type: ignore[call-overload]
+        else:
+            message_id = max(self._position, self._following)
+        self._position, self._following = self._position + 1, message_id + 1
+        return message_id
 
 
 def _without(fields: Document, names: Iterable[str]) -> Document:

@@ -17,7 +17,7 @@ from ._buckets import bucket_of, holding_message, holding_positions
 from ._connection import run_pipeline
 from ._copies import Copy, SessionCopies
 from ._cutting import Branch, checked_ends, document_of, ends_of, facts, unchanged, usage_of
-from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id
+from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered
 from ._references import Reference, in_generation, references_of
 from ._writes import SessionWrites
 from .errors import (
@@ -86,7 +86,7 @@ class SessionForks(SessionCopies, SessionWrites):
         ]
         progress.begin(document.get("attachments_generation"))
         for branch in branches:
-            at = {message["message_id"]: n for n, message in enumerate(branch.agent["messages"])}
+            at = {message_id: n for n, message_id in enumerate(branch.agent["ids"])}
             messages = {at[one["message_id"]]: one for one in branch.agent["with_attachments"]}
             branch.replaced = {n: one for n, one in messages.items() if n < branch.kept}
             progress.use(branch.replaced.values())
@@ -129,12 +129,11 @@ class SessionForks(SessionCopies, SessionWrites):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
             if new_id in found:
                 raise SessionExistsError(f"session {new_id!r} exists already")
-            heads = found[session_id]["heads"]
-            unnumbered = [head["key"] for head in heads if head.get("next_message_id") is None]
+            agents = {head["key"]: head for head in found[session_id]["heads"]}
+            unnumbered = [key for key, head in agents.items() if not is_numbered(head)]
             if not unnumbered:
                 return found[session_id]
-            agents = (await self._found(session_id, {"agents": 1}))["agents"]
-            await self._adopt(session_id, agents, [key for key in unnumbered if key in agents])
+            await self._adopt(session_id, agents, unnumbered)
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was forked")
 
     async def _branch(self, session_id: str, agent_id: str, head: Document, last: int | None) -> Branch:
@@ -142,7 +141,7 @@ class SessionForks(SessionCopies, SessionWrites):
             return Branch(head, None, int(head["next_message_id"]), {}, {})
         archived = int(head["archived"])
         cut_usage = head["cut_usage"]
-        ids = [message["message_id"] for message in head["messages"]]
+        ids = head["ids"]
         if last in ids:
             return Branch(head, archived + ids.index(last) + 1, last + 1, cut_usage, {})
         position = None

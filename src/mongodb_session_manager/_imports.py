@@ -16,7 +16,7 @@ from ._attachments import CHUNK_BYTES
 from ._buckets import BUCKET_MESSAGES, Head, Step, bucket_of, everything, taken
 from ._codec import stored_size
 from ._copies import Copy, SessionCopies
-from ._documents import Document, agent_key, checked_id, removed_messages
+from ._documents import Document, agent_key, checked_id, config_set, removed_messages
 from ._loop import Portal
 from ._portable import MAX_LINE, AgentRead, MessageRead, PieceRead, Read, Reader, SessionRead
 from ._references import Reference, in_generation, references_of
@@ -117,7 +117,10 @@ class Import:
                 await self._begin(found)
             case AgentRead():
                 data = {"created_at": found.fields.get("created_at"), **(found.fields.get("agent_data") or {})}
+                data.pop("config_set", None)
                 fields = {**found.fields, "agent_data": {k: v for k, v in data.items() if v is not None}}
+                if names := config_set(found.fields):
+                    fields["config_set"] = sorted(names)
                 self._agents.append(_Agent(agent_key(found.agent_id), fields, removed_messages(fields)))
             case MessageRead():
                 await self._message(found)

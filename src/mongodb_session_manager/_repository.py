@@ -19,12 +19,14 @@ from ._changes import (
     AppendMessage,
     Change,
     CreateAgent,
+    Identity,
     ReplaceMessage,
     UpdateAgent,
 )
 from ._connection import Client, Connection, Settings
 from ._copying import SessionCopying
 from ._documents import (
+    RESTORED,
     Document,
     agent_from,
     agent_id_of,
@@ -32,6 +34,7 @@ from ._documents import (
     agent_state,
     checked_id,
     checked_message_id,
+    is_of_old,
     message_body,
     message_from,
     new_agent,
@@ -69,7 +72,7 @@ _RESTORE: Document = {
     "attachments_generation": 1,
     "session_ttl": 1,
     "keep_until": 1,
-    # All agents, each message without its metrics: they grow with the conversation and nobody restores them.
+    # All agents, each message without its metrics, which no restored agent needs.
     "agents": {
         "$arrayToObject": {
             "$map": {
@@ -79,13 +82,14 @@ _RESTORE: Document = {
                     "k": "$$agent.k",
                     "v": {
                         "agent_data": "$$agent.v.agent_data",
+                        "config_set": "$$agent.v.config_set",
                         "updated_at": "$$agent.v.updated_at",
                         **head_numbers("$$agent.v"),
                         "messages": {
                             "$map": {
                                 "input": to_restore("$$agent.v"),
                                 "as": "message",
-                                "in": {"$unsetField": {"field": "event_loop_metrics", "input": "$$message"}},
+                                "in": {name: f"$$message.{name}" for name in RESTORED},
                             }
                         },
                     },
@@ -194,8 +198,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
         messages that the agents' conversation managers have removed; `first` is the position of an agent's first
         message in it. Archived messages that restoring needs come with a second command, and attachments of messages
-        with one more. The first opening of an agent of a version before 1.0 gives it its `next_message_id`, in another
-        command.
+        with one more. One more command numbers the messages of an agent that a version before 1.0 has written to, and
+        moves what 1.0.0 has stored in another place.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.
@@ -207,8 +211,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id, fresh)
                 agents: dict[str, Document] = document["agents"]
-                unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
-                if not unnumbered or await self._adopt(session_id, agents, unnumbered):
+                if await self._adopt(session_id, agents, [key for key, agent in agents.items() if is_of_old(agent)]):
                     self._ensure_indexes()
                     await self._restore_archived(session_id, agents)
                     await self._restore_attachments(session_id, document)
@@ -321,17 +324,17 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
     async def create_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
     ) -> None:
-        """Append a message, whose `message_id` must be the one that follows the last.
+        """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
 
         Raises:
-            SessionConflictError: The agent has a message of that id already, or not yet the one before it.
+            SessionConflictError: The message's id does not follow that of the agent's last message.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
             StateTooLargeError: The session's document is full of what is not a message.
         """
         message = stored_message(session_message, checked_message_id(session_message.message_id))
-        await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline)))
+        await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline), by_id=True))
 
     async def read_message(
         self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
@@ -371,7 +374,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             frees = await self._attachments.has_any(session_id)
             if frees:
                 fields.setdefault("attachments", [])
-            await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, frees))
+            given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
+            await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, frees, given, by_id=True))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any

@@ -17,6 +17,7 @@ from ._changes import (
     AppendMessage,
     Change,
     CreateAgent,
+    Identity,
     ObserveConfig,
     ReplaceMessage,
     SetMessageFields,
@@ -30,6 +31,7 @@ from ._documents import (
     agent_id_of,
     agent_state,
     checked_id,
+    config_set,
     message_body,
     message_from,
     message_usage,
@@ -84,12 +86,17 @@ class _Agent:
             for message in self.messages
             if (tracking_id := message.message.get("tracking_id")) is not None
         }
-        self.remembered = max(_REMEMBERED, len(self.message_ids))
+        self.remembered = max(_REMEMBERED, len(self.messages))
+        self.identities = {
+            message.message_id: Identity.of(document)
+            for message, document in zip(self.messages, documents, strict=True)
+        }
         self.last = _LastMessage.of(self.messages[-1].message) if self.messages else None
         data = {} if stored is None else stored.get("agent_data") or {}
         self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
-        self.set_by_user = set(data.get("config_set") or ())
+        self.set_by_user = config_set(stored or {})
         self.last_appended: int | None = None
+        self.last_usage: Document = {}
         self.counts_invocation = False
         self.last_redacted: int | None = None
         self.corrected_offset: int | None = None
@@ -270,15 +277,17 @@ class UnitOfWork(SessionRepository):
             raise MessageNotFoundError(f"agent {agent_id!r} has no redacted message")
         stored = encode(event, depth=_METRICS_DEPTH)
         entry = {name: value for name, value in stored.items() if name != "trace"}
-        self._record(SetMessageFields(agent_id, message_id, {"guardrail_event": stored}))
+        identity = self._agent(agent_id).identities.get(message_id)
+        self._record(SetMessageFields(agent_id, message_id, {"guardrail_event": stored}, identity))
         self._record(AddGuardrailEvent(agent_id, {**entry, "message_id": message_id, "agent_id": agent_id}))
 
     def record_metrics(self, agent_id: str, metrics: Document | None) -> None:
         """Record the metrics of an invocation at the last message it appended, if it appended any."""
         agent = self._agents[agent_id]
         if metrics is not None and agent.last_appended is not None:
-            fields = {"event_loop_metrics": encode(metrics, depth=_METRICS_DEPTH)}
-            self._record(SetMessageFields(agent_id, agent.last_appended, fields))
+            fields = {"event_loop_metrics": {**encode(metrics, depth=_METRICS_DEPTH), **agent.last_usage}}
+            identity = agent.identities.get(agent.last_appended)
+            self._record(SetMessageFields(agent_id, agent.last_appended, fields, identity))
         agent.last_appended = None
 
     def record_replacement(self, agent_id: str, tracking_id: str, message: Message) -> None:
@@ -342,6 +351,10 @@ class UnitOfWork(SessionRepository):
             agent.with_attachments.add(session_message.message_id)
         agent.last_appended = session_message.message_id
         agent.last = _LastMessage.of(session_message.message)
+        agent.last_usage = message.get("event_loop_metrics") or {}
+        agent.identities[session_message.message_id] = Identity.of(message)
+        if len(agent.identities) > agent.remembered:
+            del agent.identities[next(iter(agent.identities))]
         agent.next_message_id += 1
         if (tracking_id := agent.last.tracking_id) is not None:
             agent.message_ids.pop(tracking_id, None)  # so that it becomes the youngest
@@ -382,7 +395,7 @@ class UnitOfWork(SessionRepository):
         frees = message_id in agent.with_attachments or message_id < agent.first_loaded
         if frees:
             fields.setdefault("attachments", [])
-        self._record(ReplaceMessage(agent_id, message_id, fields, frees))
+        self._record(ReplaceMessage(agent_id, message_id, fields, frees, agent.identities.get(message_id)))
         if fields.get("attachments"):
             agent.with_attachments.add(message_id)
         if message_id == agent.next_message_id - 1:

@@ -86,7 +86,7 @@ def checked_session(fields: Document) -> Document:
 def checked_agent(fields: Document) -> Document:
     """Return what a copy takes of the fields of an agent's sub-document, if they can be stored."""
     _check_names(fields, "the agent")
-    _check_kinds(fields, {"agent_data": dict, "usage": dict})
+    _check_kinds(fields, {"agent_data": dict, "usage": dict, "config_set": list})
     data = fields.get("agent_data") or {}
     _check_names(data, "agent_data")
     _check_kinds(data, {"state": dict, "conversation_manager_state": dict, "_internal_state": dict})

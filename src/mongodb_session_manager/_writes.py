@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from ._archive import SessionArchive
 from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
-from ._changes import AgentWrite, Change, StoredView, Update, compile_update, fold, in_parts, reconcile
-from ._documents import Document, agent_key, checked_id, next_message_id, now, with_ids
+from ._changes import AgentWrite, Change, Identity, StoredView, compile_update, fold, in_parts, reconcile
+from ._documents import Document, agent_key, as_date, checked_id, is_message_id, is_numbered, now
 from ._sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .errors import (
     AgentNotFoundError,
@@ -20,6 +20,9 @@ from .errors import (
     SessionNotFoundError,
     StateTooLargeError,
 )
+
+Changed: TypeAlias = MutableMapping[tuple[int, Any], Document]
+"""Fields of archived messages that change, by message id and `created_at`, which is `None` if it is not known."""
 
 ROUNDS = 8
 """How often a write may find the session changed under its hands before it gives up."""
@@ -93,7 +96,7 @@ class SessionWrites(SessionArchive):
     async def _write(
         self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
     ) -> None:
-        archived: dict[str, dict[int, Document]] = {}
+        archived: dict[str, Changed] = {}
         for _ in range(ROUNDS):
             if not writes:
                 break
@@ -120,8 +123,8 @@ class SessionWrites(SessionArchive):
         for agent_id in archived:
             if not _are_messages_stored(refused.get(agent_id)):
                 continue
-            for message_id, fields in archived[agent_id].items():
-                await self._change_archived(session_id, agent_key(agent_id), message_id, fields)
+            for (message_id, created_at), fields in archived[agent_id].items():
+                await self._change_archived(session_id, agent_key(agent_id), message_id, fields, created_at)
 
     async def _write_what_fits(
         self,
@@ -157,7 +160,7 @@ class SessionWrites(SessionArchive):
         session_id: str,
         writes: Mapping[str, AgentWrite],
         refused: dict[str, MongoDBSessionError],
-        archived: dict[str, dict[int, Document]],
+        archived: dict[str, Changed],
     ) -> dict[str, AgentWrite]:
         """Compare writes that matched nothing with what is stored; return those to send, note those refused.
 
@@ -167,6 +170,7 @@ class SessionWrites(SessionArchive):
             "created_at",
             "next_message_id",
             "archived",
+            "revision",
             "messages.message_id",
             "messages.message",
             "messages.created_at",
@@ -178,9 +182,27 @@ class SessionWrites(SessionArchive):
         if document is not None and _is_another(document, writes.values()):
             document = None
         agents: dict[str, Document] = {} if document is None else document.get("agents", {})
-        unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
-        if unnumbered and not await self._adopt(session_id, agents, unnumbered):
-            return dict(writes)
+        by_id = {agent_key(agent_id) for agent_id, write in writes.items() if write.by_id}
+        for agent in agents.values():
+            agent["messages"] = agent.get("messages") or []
+            agent["ids"] = [message.get("message_id") for message in agent["messages"]]
+            agent["archived"], agent["revision"] = agent.get("archived") or 0, agent.get("revision") or 0
+        # A manager goes on where an old process has written as well; the next opening numbers the messages anew.
+        unnumbered = [
+            key
+            for key, agent in agents.items()
+            if not is_message_id(agent.get("next_message_id")) or (key in by_id and not is_numbered(agent))
+        ]
+        if unnumbered:
+            meant = {agent_id: _positions(write, agents.get(agent_key(agent_id))) for agent_id, write in writes.items()}
+            if not await self._adopt(session_id, agents, unnumbered):
+                return dict(writes)
+            writes = {
+                agent_id: _moved(write, agents[agent_key(agent_id)]["ids"], meant[agent_id])
+                if agent_key(agent_id) in agents
+                else write
+                for agent_id, write in writes.items()
+            }
         remaining: dict[str, AgentWrite] = {}
         for key, agent in agents.items():
             head = self._head(session_id, key)
@@ -190,7 +212,7 @@ class SessionWrites(SessionArchive):
                 refused[agent_id] = SessionNotFoundError(f"session {session_id!r} does not exist any more")
                 continue
             stored = agents.get(agent_key(agent_id))
-            newer = _messages_by_id(stored)
+            newer = {} if stored is None else _known_messages(write, stored["messages"])
             older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
             try:
                 view = None if stored is None else StoredView(stored["next_message_id"], {**older, **newer})
@@ -206,8 +228,14 @@ class SessionWrites(SessionArchive):
                     raise StaleAttachments(document)
                 changes = archived.setdefault(agent_id, {})
                 for message_id in rest.replaced.keys() & older.keys():
-                    changes.setdefault(message_id, {}).update(rest.replaced[message_id])
-                rest = replace(rest, replaced={n: rest.replaced[n] for n in rest.replaced if n not in older})
+                    which = (message_id, older[message_id].get("created_at"))
+                    changes.setdefault(which, {}).update(rest.replaced[message_id])
+                found = {n: newer[n] for n in rest.replaced if n not in older}
+                rest = replace(
+                    rest,
+                    replaced={int(found[n]["message_id"]): rest.replaced[n] for n in found},
+                    identities={int(message["message_id"]): Identity.of(message) for message in found.values()},
+                )
                 if not rest.is_empty:
                     remaining[agent_id] = rest
         return remaining
@@ -223,41 +251,15 @@ class SessionWrites(SessionArchive):
         for message_id in ids:
             if message_id < stored["next_message_id"]:
                 since = stored.get("created_at")
-                message = await self._archived_message(session_id, agent_key(agent_id), message_id, since)
+                ours = _identity(write, message_id)
+                created_at = None if ours is None else ours.created_at
+                key = agent_key(agent_id)
+                message = await self._archived_message(session_id, key, message_id, since, created_at)
+                if message is None and created_at is not None and write.by_id:
+                    message = await self._archived_message(session_id, key, message_id, since)
                 if message is not None:
                     found[message_id] = message
         return found
-
-    async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
-        """Give agents of versions before 1.0 their `next_message_id`, unless somebody writes to them meanwhile.
-
-        Those versions did not encode ids, so an agent whose id holds `%` or `$` moves to its key.
-        """
-        condition: Document = {"_id": session_id}
-        adopted: Document = {}
-        moved = []
-        for old in keys:
-            agent, new = agents[old], agent_key(old)
-            messages, archived = agent.get("messages") or [], agent.get("archived") or 0
-            agent["next_message_id"] = next_message_id(messages, archived)
-            condition[f"agents.{old}"] = {"$exists": True}
-            condition[f"agents.{old}.next_message_id"] = None
-            condition[f"agents.{old}.archived"] = archived or {"$in": [None, 0]}
-            condition[f"agents.{old}.messages"] = {"$size": len(messages)} if messages else {"$in": [None, []]}
-            gained = {"next_message_id": agent["next_message_id"]}
-            if any("message_id" not in message for message in messages):
-                gained["messages"] = with_ids(f"$agents.{old}.messages", archived)
-                agent["messages"] = [{"message_id": n, **message} for n, message in enumerate(messages, archived)]
-            adopted[f"agents.{new}"] = {"$mergeObjects": [f"$agents.{old}", gained]}
-            if new != old:
-                condition[f"agents.{new}"] = {"$exists": False}
-                moved.append(old)
-        stages: list[Document] = [{"$set": adopted}]
-        if moved:
-            stages.append({"$unset": [f"agents.{old}" for old in moved]})
-        for old in moved:
-            agents[agent_key(old)] = agents.pop(old)
-        return await self._update_with_room(session_id, Update(condition, stages, None))
 
 
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
@@ -270,6 +272,64 @@ def _is_another(document: Document, writes: Iterable[AgentWrite]) -> bool:
     return any(write.session_created_at not in (None, document.get("created_at")) for write in writes)
 
 
-def _messages_by_id(stored: Mapping[str, Any] | None) -> dict[int, Document]:
-    messages = enumerate((stored or {}).get("messages") or [])
-    return {message.get("message_id", position): message for position, message in messages}
+def _identity(write: AgentWrite, message_id: int) -> Identity | None:
+    """Return the identity of a message that a write appends or replaces, `None` if it is not known."""
+    if message_id in write.recorded:
+        return Identity.of(write.recorded[message_id])
+    return write.identities.get(message_id)
+
+
+def _position(messages: Sequence[Document], message_id: int, ours: Identity | None, by_id: bool) -> int | None:
+    """Return the position of the message that is meant by an id, `None` if there is none.
+
+    Of several with that id it is the one of that identity. If there is none, an old process may have written as well,
+    and the message has another id by now. A writer that knows a message by its id alone means the first one with it.
+    """
+    alike = [n for n, message in enumerate(messages) if message.get("message_id") == message_id]
+    if ours is not None:
+        same = [
+            n
+            for n, message in enumerate(messages)
+            if is_message_id(message.get("message_id")) and _is_same(ours, Identity.of(message))
+        ]
+        for found in ([n for n in same if n in alike], [] if by_id else same):
+            if found:
+                return found[0]
+        if not by_id and ours.created_at is not None:
+            return None
+    return alike[0] if alike else None
+
+
+def _is_same(ours: Identity, theirs: Identity) -> bool:
+    # A redaction may have taken the tracking id away.
+    known = ours.tracking_id is not None and theirs.tracking_id is not None
+    return as_date(ours.created_at) == as_date(theirs.created_at) and not (
+        known and ours.tracking_id != theirs.tracking_id
+    )
+
+
+def _positions(write: AgentWrite, stored: Mapping[str, Any] | None) -> dict[int, int]:
+    """Return by id the positions, in the head, of the messages that a write replaces."""
+    messages = (stored or {}).get("messages") or []
+    found = {n: _position(messages, n, write.identities.get(n), write.by_id) for n in write.replaced}
+    return {message_id: position for message_id, position in found.items() if position is not None}
+
+
+def _moved(write: AgentWrite, ids: Sequence[int], meant: Mapping[int, int]) -> AgentWrite:
+    """Return a write for messages at these positions, which have other ids now."""
+    new = {message_id: ids[position] for message_id, position in meant.items()}
+    return replace(
+        write,
+        replaced={new.get(n, n): fields for n, fields in write.replaced.items()},
+        identities={new.get(n, n): identity for n, identity in write.identities.items()},
+    )
+
+
+def _known_messages(write: AgentWrite, messages: Sequence[Document]) -> dict[int, Document]:
+    """Return by the ids of a write the messages of a head that it means."""
+    found = {}
+    for message_id in (*write.replaced, *write.recorded):
+        position = _position(messages, message_id, _identity(write, message_id), write.by_id)
+        if position is not None:
+            found[message_id] = messages[position]
+    return found
