@@ -15,12 +15,12 @@ from typing import Any, TypedDict
 from pymongo import ReturnDocument
 
 from ._changes import Update
-from ._codec import MARKER, decode, encode
+from ._codec import MARKER, decode, encode, subscript
 from ._commands import SessionCollection
 from ._connection import AsyncCollection
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
 from ._stored_fields import asked_for
-from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError
+from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
 _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
@@ -105,7 +105,7 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
         try:
             path.encode()
         except UnicodeEncodeError:
-            raise InvalidArgumentError(f"{name} holds a key with a lone surrogate") from None
+            raise_alone(InvalidArgumentError(f"{name} holds a key with a lone surrogate"))
         split.append(parts)
     split.sort()
     for shorter, longer in itertools.pairwise(split):
@@ -113,12 +113,20 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
 
 
-def encoded(value: Any, depth: int) -> Any:
-    """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds."""
+def name_of(key: str) -> str:
+    """Return how an error calls the value of a metadata key: `metadata['a']['b']` for `a.b`."""
+    return "metadata" + "".join(map(subscript, key.split(".")))
+
+
+def encoded(value: Any, depth: int, name: str) -> Any:
+    """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds.
+
+    An error calls the value by its name.
+    """
     try:
-        return encode(_with_dates(value), depth=depth)
+        return encode(_with_dates(value), depth=depth, name=name)
     except RecursionError:
-        raise EncodingError("cannot store a value nested deeper than Python's stack allows here") from None
+        raise_alone(EncodingError("cannot store a value nested deeper than Python's stack allows here"))
 
 
 def _with_dates(value: Any) -> Any:
@@ -161,7 +169,7 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         sets = {
-            f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."))
+            f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
             for key, value in checked_metadata(metadata).items()
         }
         if not await self._change_intact(session_id, metadata, {"$set": {**sets, "updated_at": now()}}):
@@ -200,7 +208,7 @@ class SessionAnnotations(SessionCollection):
             SessionNotFoundError: The session does not exist.
         """
         moment = _moment_of_its_own()
-        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3)
+        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3, "feedback")
         # A set, so that it is added at most once, however often the command is sent.
         await self._change(session_id, {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}})
 
@@ -256,7 +264,7 @@ class SessionAnnotations(SessionCollection):
         fields = {"model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}
         given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
-        sets = {f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2) for name, value in given.items()}
+        sets = {f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2, name) for name, value in given.items()}
         update = {
             "$set": {**sets, "updated_at": now()},
             "$addToSet": {f"{path}.agent_data.config_set": {"$each": sorted(given)}},

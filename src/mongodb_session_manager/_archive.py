@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pymongo.errors import DocumentTooLarge, DuplicateKeyError, OperationFailure
-
 from ._beside import ARCHIVE
 from ._buckets import (
     MERGE_REFUSED,
@@ -35,6 +33,7 @@ from ._changes import AgentWrite, Update
 from ._codec import stored_size
 from ._connection import AsyncCollection, find_and_modify, run_pipeline
 from ._documents import Document, agent_key, new_generation, now, removed_messages
+from ._driver_errors import DuplicateKeyError
 from ._ending import SessionEnding
 from ._expiry import SessionExpiry
 from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
@@ -120,7 +119,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
         except MongoDBSessionError as error:
             head.certain = False
             logger.warning(
-                "session_id=<%s>, error=<%s> | old messages not moved, the next append tries again", session_id, error
+                "session_id=<%r>, error=<%s> | old messages not moved, the next append tries again", session_id, error
             )
         finally:
             head.moving.set_result(None)
@@ -138,7 +137,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
             head.certain = False  # another process made the same bucket in the same moment
             return False
         except DatabaseError as error:
-            if not isinstance(error.__cause__, OperationFailure) or error.__cause__.code != MERGE_REFUSED:
+            if error.code != MERGE_REFUSED:
                 raise
             await self._outrun(session_id, key, as_known)
             head.certain = False
@@ -185,7 +184,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
             try:
                 return await self._update(update)
             except MessageTooLargeError as error:
-                if isinstance(error.__cause__, DocumentTooLarge) or not await self._make_room(session_id):
+                if error.code is None or not await self._make_room(session_id):
                     raise
 
     async def _make_room(self, session_id: str) -> bool:

@@ -11,7 +11,7 @@ from strands import tool
 from strands.types.tools import AgentTool
 
 from ._annotations import checked_keys, checked_metadata
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, raise_alone
 
 _KEYS = {"type": "array", "items": {"type": "string"}, "description": "the keys to read or to remove"}
 _METADATA = {"type": "object", "description": "the keys to set, with their values"}
@@ -144,7 +144,7 @@ def _from_json(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        raise InvalidArgumentError(f"{name} is not valid JSON") from None
+        raise_alone(InvalidArgumentError(f"{name} is not valid JSON"))
 
 
 def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:

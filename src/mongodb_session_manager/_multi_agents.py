@@ -21,7 +21,7 @@ from typing import Any
 from ._changes import Update
 from ._codec import decode, encode
 from ._documents import Document, agent_id_of, agent_key, checked_id, now
-from .errors import AgentNotFoundError, MessageTooLargeError, MongoDBSessionError, SessionConflictError
+from .errors import AgentNotFoundError, MessageTooLargeError, MongoDBSessionError, SessionConflictError, again
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
 
@@ -55,7 +55,7 @@ def path_of(multi_agent_id: str) -> str:
 def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite:
     """Return the write that creates an orchestrator."""
     checked_id(multi_agent_id, "multi_agent_id")
-    return MultiAgentWrite(multi_agent_id, encode(state, depth=_STATE_DEPTH), 0, None, writer, now())
+    return MultiAgentWrite(multi_agent_id, encode(state, depth=_STATE_DEPTH, name="state"), 0, None, writer, now())
 
 
 def compile_write(session_id: str, write: MultiAgentWrite, created_at: Any = None) -> Update:
@@ -77,7 +77,7 @@ def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: 
     """Return the statement that stores a state whatever is there, once for each `writer`."""
     path, moment = path_of(multi_agent_id), now()
     sets = {
-        f"{path}.state": encode(state, depth=_STATE_DEPTH),
+        f"{path}.state": encode(state, depth=_STATE_DEPTH, name="state"),
         f"{path}.writer": writer,
         f"{path}.updated_at": moment,
         "updated_at": moment,
@@ -165,7 +165,7 @@ class MultiAgents:
             raise AgentNotFoundError(f"the session holds no multi-agent {multi_agent_id!r}")
         if known.refusal is not None and not isinstance(known.refusal, MessageTooLargeError):
             self.raise_refusal(multi_agent_id)
-        encoded, newest = encode(state, depth=_STATE_DEPTH), known.newest
+        encoded, newest = encode(state, depth=_STATE_DEPTH, name="state"), known.newest
         if encoded != newest.state:
             known.newest = replace(newest, state=encoded, revision=newest.revision + 1, moment=now())
             known.refusal = None
@@ -200,4 +200,4 @@ class MultiAgents:
                 and not (untold and known.refusal_told)
             ):
                 known.refusal_told = True
-                raise type(known.refusal)(*known.refusal.args)
+                raise again(known.refusal)

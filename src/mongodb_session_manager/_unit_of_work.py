@@ -38,7 +38,7 @@ from ._documents import (
 )
 from ._multi_agents import MultiAgents
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
-from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError
+from .errors import AgentNotFoundError, MessageNotFoundError, MongoDBSessionError, SessionClosedError, again
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
@@ -146,7 +146,7 @@ class UnitOfWork(SessionRepository):
             agent = self._agents.get(candidate)
             if agent is not None and agent.refusal is not None:
                 agent.refusal_told = True
-                raise type(agent.refusal)(*agent.refusal.args)
+                raise again(agent.refusal)
         if agent_id is None:
             self.multi_agents.raise_refusal()
 
@@ -173,7 +173,7 @@ class UnitOfWork(SessionRepository):
         agent = self._agents[agent_id]
         known, agent.config = agent.config, config
         fields = {
-            name: encode(value)
+            name: encode(value, name=name)
             for name, value in config._asdict().items()
             if value != getattr(known, name) and name not in agent.set_by_user
         }
@@ -190,7 +190,7 @@ class UnitOfWork(SessionRepository):
         message_id = self._agent(agent_id).last_redacted
         if message_id is None:
             raise MessageNotFoundError(f"agent {agent_id!r} has no redacted message")
-        stored = encode(event, depth=_METRICS_DEPTH)
+        stored = encode(event, depth=_METRICS_DEPTH, name="guardrail_event")
         entry = {name: value for name, value in stored.items() if name != "trace"}
         self._record(SetMessageFields(agent_id, message_id, {"guardrail_event": stored}))
         self._record(AddGuardrailEvent(agent_id, {**entry, "message_id": message_id, "agent_id": agent_id}))
@@ -199,7 +199,7 @@ class UnitOfWork(SessionRepository):
         """Record the metrics of an invocation at the last message it appended, if it appended any."""
         agent = self._agents[agent_id]
         if metrics is not None and agent.last_appended is not None:
-            fields = {"event_loop_metrics": encode(metrics, depth=_METRICS_DEPTH)}
+            fields = {"event_loop_metrics": encode(metrics, depth=_METRICS_DEPTH, name="event_loop_metrics")}
             self._record(SetMessageFields(agent_id, agent.last_appended, fields))
         agent.last_appended = None
 

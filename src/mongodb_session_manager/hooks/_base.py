@@ -67,7 +67,7 @@ class AwsHook(ABC):
         try:
             self._notify(action, session_id, argument, stored)
         except Exception as error:  # the operation succeeded, and that is what its caller is told
-            logger.error("session_id=<%s>, error=<%s> | no notification made", session_id, type(error).__name__)
+            logger.error("session_id=<%r>, error=<%s> | no notification made", session_id, type(error).__name__)
         return result
 
     @abstractmethod
