@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any
 
 import pymongo
+from bson.errors import BSONError
 from pymongo import monitoring
+from pymongo.errors import PyMongoError
 from strands import Agent
 from strands.session import SessionManager
 
@@ -63,6 +66,24 @@ def texts(messages: list[Any]) -> list[str]:
 
 def message_ids(document: dict[str, Any], agent_key: str = "agent") -> list[int]:
     return [message["message_id"] for message in document["agents"][agent_key]["messages"]]
+
+
+def chained(error: BaseException) -> list[BaseException]:
+    """Return an error and all that error trackers find behind it, whether or not a traceback shows it."""
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and not any(each is known for known in found):
+            found.append(each)
+            waiting += [each.__cause__, each.__context__]
+    return found
+
+
+def assert_no_driver_error(error: BaseException) -> None:
+    """Nothing behind an error is of a kind that quotes what users wrote."""
+    quoting = (PyMongoError, BSONError, UnicodeError, JSONDecodeError, OverflowError)
+    assert [each for each in chained(error) if isinstance(each, quoting)] == []
 
 
 @contextmanager

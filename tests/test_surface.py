@@ -425,7 +425,7 @@ def imported_by(name: str) -> set[str]:
 def test_the_walk_sees_imports() -> None:
     assert own_imports("_documents") == {"_codec", "errors"}
     assert own_imports("_codec") == {"errors"}  # by its absolute name
-    assert "pymongo.errors.DuplicateKeyError" in imports("_repository")
+    assert "pymongo.ReturnDocument" in imports("_repository")
 
 
 def test_every_module_has_its_place() -> None:

@@ -16,12 +16,12 @@ from pymongo import ReturnDocument
 
 from ._archive import SessionArchive
 from ._changes import Update
-from ._codec import MARKER, decode, encode
+from ._codec import MARKER, decode, encode, subscript
 from ._connection import AsyncCollection
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
 from ._sizes import of_agent
 from ._stored_fields import asked_for
-from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError
+from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
 _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
@@ -106,7 +106,7 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
         try:
             path.encode()
         except UnicodeEncodeError:
-            raise InvalidArgumentError(f"{name} holds a key with a lone surrogate") from None
+            raise_alone(InvalidArgumentError(f"{name} holds a key with a lone surrogate"))
         split.append(parts)
     split.sort()
     for shorter, longer in itertools.pairwise(split):
@@ -114,18 +114,24 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
 
 
-def encoded(value: Any, depth: int, *, arrays: bool = True) -> Any:
+def name_of(key: str) -> str:
+    """Return how an error calls the value of a metadata key: `metadata['a']['b']` for `a.b`."""
+    return "metadata" + "".join(map(subscript, key.split(".")))
+
+
+def encoded(value: Any, depth: int, name: str, *, arrays: bool = True) -> Any:
     """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds.
 
     Args:
         value: The value.
         depth: Levels from the root of the document to where the value goes.
+        name: The name of the value in errors.
         arrays: Whether tuples and sets become arrays, which are found by one of their elements and come back as lists.
     """
     try:
-        return encode(_queryable(value, arrays), depth=depth)
+        return encode(_queryable(value, arrays), depth=depth, name=name)
     except RecursionError:
-        raise EncodingError("cannot store a value nested deeper than Python's stack allows here") from None
+        raise_alone(EncodingError("cannot store a value nested deeper than Python's stack allows here"))
 
 
 def _queryable(value: Any, arrays: bool) -> Any:
@@ -180,7 +186,7 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         sets = {
-            f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."))
+            f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
             for key, value in checked_metadata(metadata).items()
         }
         if not await self._change_intact(session_id, metadata, {"$set": {**sets, "updated_at": now()}}):
@@ -220,7 +226,7 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         moment = _moment_of_its_own()
-        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3, arrays=False)
+        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3, "feedback", arrays=False)
         # A set, so that it is added at most once, however often the command is sent.
         update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
         checked_id(session_id, "session_id")
@@ -281,7 +287,8 @@ class SessionAnnotations(SessionArchive):
         given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
         sets = {
-            f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2, arrays=False) for name, value in given.items()
+            f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2, name, arrays=False)
+            for name, value in given.items()
         }
         update = {
             "$set": {**sets, "updated_at": now()},

@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from pymongo.errors import DocumentTooLarge, DuplicateKeyError, OperationFailure
-
 from ._beside import ARCHIVE
 from ._buckets import (
     MERGE_REFUSED,
@@ -47,6 +45,7 @@ from ._documents import (
     stored_config_set,
     with_ids,
 )
+from ._driver_errors import DuplicateKeyError
 from ._ending import SessionEnding
 from ._expiry import SessionExpiry
 from ._sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
@@ -135,7 +134,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
         except MongoDBSessionError as error:
             head.certain = False
             logger.warning(
-                "session_id=<%s>, error=<%s> | old messages not moved, the next append tries again", session_id, error
+                "session_id=<%r>, error=<%s> | old messages not moved, the next append tries again", session_id, error
             )
         finally:
             head.moving.set_result(None)
@@ -153,7 +152,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
             head.certain = False  # another process made the same bucket in the same moment
             return False
         except DatabaseError as error:
-            if not isinstance(error.__cause__, OperationFailure) or error.__cause__.code != MERGE_REFUSED:
+            if error.code != MERGE_REFUSED:
                 raise
             await self._outrun(session_id, key, as_known)
             head.certain = False
@@ -282,7 +281,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
             try:
                 return await send()
             except MessageTooLargeError as error:
-                if isinstance(error.__cause__, DocumentTooLarge) or not await self._make_room(session_id):
+                if error.code is None or not await self._make_room(session_id):
                     raise
 
     async def _make_room(self, session_id: str) -> bool:

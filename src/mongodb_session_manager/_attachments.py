@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 
 from bson import MaxKey
 from pymongo import ReturnDocument
-from pymongo.errors import DuplicateKeyError
 
 from ._beside import ARCHIVE, CHUNKS, FILES, FOREVER, Keeping, beside, kept_from, within, within_chunks
 from ._changes import AgentWrite
 from ._commands import ensure_indexes, send
 from ._connection import AsyncCollection, Connection, run_pipeline
 from ._documents import Document, now
+from ._driver_errors import DuplicateKeyError
 from ._references import Reference, attached, detached, references_of
 from .errors import AttachmentError, SessionNotFoundError
 
@@ -214,7 +214,7 @@ class Attachments:
             if str(reference) not in blobs:
                 raise AttachmentError(
                     f"session {session_id!r}: {where} holds an attachment of {reference.length} bytes that is missing "
-                    f"or damaged in {self._collection_name}_attachments (SHA-256 {reference.sha256})"
+                    f"or damaged in {f'{self._collection_name}_attachments'!r} (SHA-256 {reference.sha256})"
                 )
         for elements in messages.values():
             elements[:] = [attached(element, blobs) if references_of(element) else element for element in elements]

@@ -562,10 +562,11 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
                 session_created_at=write.session_created_at,
             )
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
+        is_longer = stored.next_message_id > rest.expected_id
+        theirs = f"stored message {stored.next_message_id - 1}" if is_longer else "replaced the agent"
         raise SessionConflictError(
-            f"agent {write.agent_id!r}: another writer stored message {stored.next_message_id - 1} after this session "
-            f"was loaded, so what was to follow message {rest.expected_id - 1} was not stored; open the session with a "
-            "new manager and repeat the request"
+            f"agent {write.agent_id!r}: another writer {theirs} after this session was loaded, so the changes of this "
+            "session were not stored; open it with a new manager and repeat the request"
         )
     return rest if rest.appended or rest.data or rest.config or rest.replaced else None
 

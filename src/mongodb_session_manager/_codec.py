@@ -37,7 +37,7 @@ from bson.binary import UuidRepresentation
 from bson.codec_options import CodecOptions
 from bson.errors import BSONError, InvalidBSON
 
-from .errors import EncodingError
+from .errors import EncodingError, raise_alone
 
 MARKER: Final = "__msm__"
 
@@ -64,12 +64,13 @@ _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 _ESCAPE: Final = re.compile(r"\\(?:\\|u(d[89a-f][0-9a-f]{2}))")
 
 
-def encode(value: Any, *, depth: int = 0) -> Any:
+def encode(value: Any, *, depth: int = 0, name: str = "value") -> Any:
     """Copy a value into a form that MongoDB stores and `decode` turns back.
 
     Args:
         value: What to store. It is copied: what happens to it afterwards does not reach the result.
         depth: Levels from the document's root to where the value goes; 1 for the value of a top-level field.
+        name: What an error calls the value, like `message`.
 
     Returns:
         The copy, made of what `bson` encodes.
@@ -81,11 +82,11 @@ def encode(value: Any, *, depth: int = 0) -> Any:
     try:
         return _encode(value, MAX_LEVELS - depth, MAX_NESTING)
     except _RefusedError as refused:
-        raise EncodingError(f"cannot store {refused.reason}, at {refused.where()}{refused.advice}") from None
+        raise_alone(EncodingError(f"cannot store {refused.reason}, at {name}{refused.path_to()}{refused.advice}"))
     except RecursionError:
-        raise EncodingError("cannot store a value nested deeper than Python's stack allows here") from None
+        raise_alone(EncodingError("cannot store a value nested deeper than Python's stack allows here"))
     except Exception as error:  # a metaclass, or a dict that another thread changes
-        raise EncodingError(f"cannot store a value that cannot be read: {type(error).__name__}") from None
+        raise_alone(EncodingError(f"cannot store a value that cannot be read: {type(error).__name__}"))
 
 
 def decode(stored: Any) -> Any:
@@ -106,7 +107,7 @@ def decode(stored: Any) -> Any:
     try:
         return _decode(stored)
     except RecursionError:
-        raise EncodingError("cannot read a value nested deeper than Python's stack allows here") from None
+        raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
 
 
 class _RefusedError(Exception):
@@ -118,10 +119,10 @@ class _RefusedError(Exception):
         self.advice = advice
         self.path: list[str] = []
 
-    def where(self) -> str:
-        """Return the way from the root, with no key that may hold more than a name."""
+    def path_to(self) -> str:
+        """Return the subscripts that lead to the value, without keys that can hold more than a name."""
         more = "..." if len(self.path) > _SHOWN_SEGMENTS else ""
-        return "value" + "".join(self.path[: -_SHOWN_SEGMENTS - 1 : -1]) + more
+        return "".join(self.path[: -_SHOWN_SEGMENTS - 1 : -1]) + more
 
 
 def _encode(value: Any, room: int, nesting: int) -> Any:
@@ -166,7 +167,7 @@ def _encode_plain_dict(value: dict[str, Any], room: int, nesting: int) -> dict[s
         for key, item in value.items():
             encoded[key] = _encode(item, room, nesting)
     except _RefusedError as refused:
-        refused.path.append(_segment(key))
+        refused.path.append(subscript(key))
         raise
     return encoded
 
@@ -176,9 +177,9 @@ def _encode_pairs(value: dict[Any, Any], room: int, nesting: int) -> list[Any]:
     segment = ""
     try:
         for key, item in value.items():
-            segment = ".<key>"
+            segment = "[<key>]"
             encoded_key = _encode(key, room, nesting)
-            segment = _segment(key)
+            segment = subscript(key)
             pairs.append([encoded_key, _encode(item, room, nesting)])
     except _RefusedError as refused:
         refused.path.append(segment)
@@ -378,8 +379,9 @@ def _distinct_bases(members: Iterable[Any]) -> list[Any]:
     return bases
 
 
-def _segment(key: Any) -> str:
-    return f".{key}" if type(key) is str and _PLAIN_NAME.fullmatch(key) else ".<key>"
+def subscript(key: Any) -> str:
+    """Return how an error shows a key, which can hold content unless it is a plain name."""
+    return f"[{key!r}]" if type(key) is str and _PLAIN_NAME.fullmatch(key) else "[<key>]"
 
 
 def _type_name(value: Any) -> str:

@@ -10,15 +10,14 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from pymongo import IndexModel
-from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+from pymongo.errors import PyMongoError
 
 from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, agent_key, checked_id
-from ._driver_errors import driver_errors, may_be_sent_again, may_have_been_applied
+from ._driver_errors import driver_errors, is_refusal, may_be_sent_again, may_have_been_applied
 from ._loop import Portal
 from .errors import (
-    AccessDeniedError,
     AgentNotFoundError,
     ConfigurationError,
     MongoDBSessionError,
@@ -152,9 +151,9 @@ async def send(
 ) -> T:
     """Send a command that may be sent twice, again after a lost connection, and raise our errors.
 
-    A `DuplicateKeyError` is left to the caller, who expects it.
+    The driver's `DuplicateKeyError` becomes the one of `_driver_errors`.
     """
-    with driver_errors(passing=DuplicateKeyError, account=partial(connection.account, database)) as attempts:
+    with driver_errors(account=partial(connection.account, database)) as attempts:
         collection = await connection.collection(database, name)
         for pause in _PAUSES:
             try:
@@ -164,7 +163,8 @@ async def send(
                     raise
                 attempts.unknown |= may_have_been_applied(error)
                 logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            # Not within `except`: the driver's error must not become the context of a cancellation.
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
         return await command(collection)
 
 
@@ -200,10 +200,10 @@ async def _build_indexes(
     try:
         await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
     except MongoDBSessionError as error:
-        if not isinstance(error, AccessDeniedError) and not isinstance(error.__cause__, OperationFailure):
+        if not is_refusal(error):
             see_again(connection, database, name, wanted)
         shown = ["+".join(fields) for fields in wanted]
-        logger.warning("fields=<%s>, error=<%s> | indexes not built, queries on them will be slow", shown, error)
+        logger.warning("fields=<%r>, error=<%s> | indexes not built, queries on them will be slow", shown, error)
 
 
 def checked_name(value: object, name: str) -> str:

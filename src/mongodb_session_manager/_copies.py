@@ -20,15 +20,20 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from pymongo.errors import DuplicateKeyError, OperationFailure
-
 from ._archive import SessionArchive
 from ._attachments import Attachments
 from ._beside import COPYING_TIME, Keeping, kept_from, notes, within
 from ._connection import AsyncCollection
 from ._documents import Document, now
-from ._driver_errors import may_have_been_applied
-from .errors import DatabaseError, DatabaseTimeoutError, MessageTooLargeError, MongoDBSessionError, SessionExistsError
+from ._driver_errors import DuplicateKeyError, is_refusal
+from .errors import (
+    DatabaseError,
+    DatabaseTimeoutError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    SessionExistsError,
+    raise_alone,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -128,13 +133,11 @@ class Copy:
         self._may_be_there = True
         try:
             await self._sessions._send(count)
-        except DuplicateKeyError as error:  # it may be ours, if an acknowledgement was lost
+        except DuplicateKeyError:  # it may be ours, if an acknowledgement was lost
             if not await self.is_there():
-                raise SessionExistsError(f"session {self.session_id!r} exists already") from error
+                raise_alone(SessionExistsError(f"session {self.session_id!r} exists already"))
         except MongoDBSessionError as error:
-            cause = error.__cause__
-            refused = isinstance(cause, OperationFailure) and not may_have_been_applied(cause)
-            self._may_be_there = not (isinstance(error, MessageTooLargeError) or (refused and sent == 1))
+            self._may_be_there = not (isinstance(error, MessageTooLargeError) or (is_refusal(error) and sent == 1))
             raise
 
     async def is_there(self) -> bool:
@@ -154,7 +157,7 @@ class Copy:
                 await self._remove(moment)
             await self._archive(lambda archive: archive.delete_one({"_id": self._note_id}))
         except MongoDBSessionError as error:
-            logger.warning("session_id=<%s>, error=<%s> | left-overs of copies not removed", self.session_id, error)
+            logger.warning("session_id=<%r>, error=<%s> | left-overs of copies not removed", self.session_id, error)
 
     async def _other_moments(self, archive: AsyncCollection) -> list[datetime]:
         found = archive.find({"_id": notes(self.session_id), "by": {"$ne": self._token}}, {"_id": 1})
@@ -167,7 +170,7 @@ class Copy:
         try:
             await self._remove(self.moment)
         except MongoDBSessionError as error:
-            logger.warning("session_id=<%s>, error=<%s> | an unfinished copy was not removed", self.session_id, error)
+            logger.warning("session_id=<%r>, error=<%s> | an unfinished copy was not removed", self.session_id, error)
 
     async def _remove(self, moment: datetime) -> None:
         session_id = self.session_id

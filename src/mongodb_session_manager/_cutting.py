@@ -218,13 +218,13 @@ def _state(branch: Branch) -> Any:
     state = decode(branch.agent.get("state") or {})
     removed = state.get("removed_message_count")
     if type(removed) is not int or removed <= 0:
-        return encode(state, depth=_STATE_DEPTH)
+        return encode(state, depth=_STATE_DEPTH, name="conversation_manager_state")
     if state.get("summary_message") is not None:
         changed = {} if removed < cut_at else {"summary_message": None, "removed_message_count": 0}
     else:
         shown = int(branch.agent["archived"]) + int(branch.agent["count"]) - removed
         changed = {"removed_message_count": min(removed, max(0, cut_at - max(shown, 1)))}
-    return encode({**state, **changed}, depth=_STATE_DEPTH)
+    return encode({**state, **changed}, depth=_STATE_DEPTH, name="conversation_manager_state")
 
 
 def _events(branches: Iterable[Branch]) -> Any:

@@ -33,7 +33,7 @@ from typing import Any, NotRequired, TypedDict
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from ._codec import decode, encode
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, raise_alone
 
 _MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
 _STATE_DEPTH = 5  # document, agents, key, agent_data, field
@@ -122,7 +122,7 @@ def checked_id(value: object, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates") from None
+        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
     return value
 
 
@@ -218,9 +218,11 @@ def session_from(document: Mapping[str, Any]) -> Session:
 def agent_state(agent: SessionAgent) -> Document:
     """Return the fields of `agent_data` that follow the agent, encoded."""
     return {
-        "state": encode(agent.state, depth=_STATE_DEPTH),
-        "conversation_manager_state": encode(agent.conversation_manager_state, depth=_STATE_DEPTH),
-        "_internal_state": encode(agent._internal_state, depth=_STATE_DEPTH),
+        "state": encode(agent.state, depth=_STATE_DEPTH, name="state"),
+        "conversation_manager_state": encode(
+            agent.conversation_manager_state, depth=_STATE_DEPTH, name="conversation_manager_state"
+        ),
+        "_internal_state": encode(agent._internal_state, depth=_STATE_DEPTH, name="_internal_state"),
         "updated_at": to_date(agent.updated_at),
     }
 
@@ -254,8 +256,10 @@ def message_body(message: SessionMessage) -> Document:
     """Return the fields of a stored message that a replacement changes; a redaction leaves nothing of the original."""
     redacted = message.redact_message is not None
     return {
-        "message": encode(message.to_message(), depth=_MESSAGE_DEPTH),
-        "redact_message": encode(message.redact_message, depth=_MESSAGE_DEPTH) if redacted else None,
+        "message": encode(message.to_message(), depth=_MESSAGE_DEPTH, name="message"),
+        "redact_message": encode(message.redact_message, depth=_MESSAGE_DEPTH, name="redact_message")
+        if redacted
+        else None,
         "updated_at": to_date(message.updated_at),
     }
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import walk_tb
+from typing import Any
 
+from bson.errors import BSONError, InvalidBSON
 from pymongo import errors as driver
 
 from .errors import (
@@ -15,16 +18,29 @@ from .errors import (
     DatabaseError,
     DatabaseTimeoutError,
     DatabaseUnavailableError,
+    EncodingError,
     EventLoopError,
     InvalidArgumentError,
     MessageTooLargeError,
     MongoDBSessionError,
     SessionClosedError,
+    again,
+    raise_alone,
 )
 
 # Server error codes: BSONObjectTooLarge and the two older codes of an update that outgrows 16 MiB.
 _TOO_LARGE = {10334, 17419, 17420}
 _NO_SUCH_PATH = 28
+_DUPLICATE_KEY = 11000
+
+# Server error codes that PyMongo gives a class of their own only as errors of a command, not as write concern errors.
+# The first are those of a node that steps down, shuts down or recovers, and of a router that cannot reach a shard.
+_UNAVAILABLE = {6, 7, 91, 133, 134, 189, 9001, 10058, 10107, 11600, 11602, 13435, 13436}
+_TIMED_OUT = {50, 64, 89, 202, 262}
+
+# The driver's modules that are called from outside of it, and which operation a call is that goes through a cursor.
+_MODULES = {"collection": None, "database": None, "cursor": "find", "command_cursor": "getMore"}
+
 
 _UNAUTHORIZED = 13
 # UserNotFound, AuthenticationFailed, MechanismUnavailable, ReauthenticationRequired.
@@ -34,6 +50,10 @@ _ATLAS = 8000  # "bad auth : ...", among others
 _TLS_MISMATCH = re.compile(
     r"CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|_ALERT_|NO_SHARED_CIPHER|UNSUPPORTED_PROTOCOL"
 )
+
+
+class DuplicateKeyError(DatabaseError):
+    """A document with the same value of a unique index is there already; callers expect it of `_id`."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +85,32 @@ class Account:
 
 
 def may_be_sent_again(error: Exception) -> bool:
-    """Tell whether the command that failed may be sent again at once; it may or may not have been applied.
+    """Return whether the command that failed can be sent again at once; it may or may not have been applied.
 
     An error that has waited as long as the user allows is final; on a replica set the driver has sent the command a
     second time by then.
     """
     return (
         isinstance(error, driver.PyMongoError)
-        and (isinstance(error, driver.AutoReconnect) or error.has_error_label("RetryableWriteError"))
+        and (
+            isinstance(error, driver.AutoReconnect)
+            or error.has_error_label("RetryableWriteError")
+            or _code(error) in _UNAVAILABLE
+        )
         and not isinstance(error, driver.ServerSelectionTimeoutError | driver.NetworkTimeout)
     )
 
 
 def may_have_been_applied(error: Exception) -> bool:
-    """Tell whether the server may have carried out the command that failed."""
+    """Return whether the server may have carried out the command that failed."""
     lost = isinstance(error, driver.AutoReconnect) and not isinstance(error, driver.ServerSelectionTimeoutError)
-    return lost or isinstance(error, driver.WriteConcernError)
+    partly = isinstance(error, driver.BulkWriteError) and bool((error.details or {}).get("writeConcernErrors"))
+    return lost or partly or isinstance(error, driver.WriteConcernError) or _code(error) in _UNAVAILABLE
+
+
+def is_refusal(error: MongoDBSessionError) -> bool:
+    """Return whether the server refused the command for a reason that does not pass by itself."""
+    return isinstance(error, DatabaseError | AccessDeniedError) and error.code is not None and not error.outcome_unknown
 
 
 @dataclass
@@ -95,37 +125,35 @@ class Attempts:
 
 
 @contextmanager
-def driver_errors(
-    *, passing: type[driver.PyMongoError] | tuple[()] = (), account: Callable[[], Account] = Account
-) -> Iterator[Attempts]:
-    """Raise the driver's errors as ours, but for `passing`, which the caller expects.
+def driver_errors(*, account: Callable[[], Account] = Account) -> Iterator[Attempts]:
+    """Raise the driver's errors as ours, which do not hold them: they can quote what users wrote.
 
     The error says so if it is unknown whether the command was carried out, by this or an earlier attempt. `account`
     says who was refused.
 
     Raises:
-        MongoDBSessionError: The subclass that fits, the driver's error as its cause.
+        MongoDBSessionError: The subclass that fits, with the code and the operation of the driver's error.
     """
     attempts = Attempts()
     try:
         yield attempts
-    except passing:
-        raise
-    except (driver.PyMongoError, driver.DocumentTooLarge) as error:
+    except (driver.PyMongoError, BSONError, UnicodeEncodeError, OverflowError) as error:
         translated = translate(error, account)
-        if isinstance(translated, AccessDeniedError):
-            raise translated from None
         if attempts.unknown or may_have_been_applied(error):
-            translated = type(translated)(f"{translated}; it is unknown whether the command was carried out")
-        raise translated from error
+            translated = again(translated, f"{translated}; it is unknown whether the command was carried out")
+            translated.outcome_unknown = True
+        translated.code, translated.code_name = _code(error), _code_name(error)
+        translated.operation = _operation(error)
+        raise_alone(translated)
     except RuntimeError as error:
         if isinstance(error, MongoDBSessionError) or "after" not in str(error) or "shutdown" not in str(error):
             raise
-        raise EventLoopError("the interpreter is shutting down: nothing can be sent to MongoDB any more") from error
+        raise_alone(EventLoopError("the interpreter is shutting down: nothing can be sent to MongoDB any more"))
 
 
 def translate(
-    error: driver.PyMongoError | driver.DocumentTooLarge, account: Callable[[], Account] = Account
+    error: driver.PyMongoError | BSONError | UnicodeEncodeError | OverflowError,
+    account: Callable[[], Account] = Account,
 ) -> MongoDBSessionError:
     """Return the error of this package that says the same, without anything that a document holds."""
     match error:
@@ -151,25 +179,70 @@ def translate(
             return ConfigurationError(f"the MongoDB client refused its configuration: {_first_line(error)}")
         case driver.InvalidOperation():
             return SessionClosedError("the MongoDB client is closed")
-        case driver.OperationFailure() if error.code in _TOO_LARGE:
+        case driver.OperationFailure() if _code(error) in _TOO_LARGE:
             return MessageTooLargeError("the session's document would grow beyond 16 MiB")
-        case driver.OperationFailure() if error.code == _NO_SUCH_PATH:
+        case driver.OperationFailure() if _code(error) == _NO_SUCH_PATH:
             return InvalidArgumentError("a key with dots leads through a stored value that holds no keys")
         case driver.OperationFailure() if _is_denied(error):
-            return account().refused(error.code)
+            return account().refused(_code(error))
+        case driver.DuplicateKeyError():
+            return DuplicateKeyError("a document with the same value of a unique index exists already")
+        case driver.OperationFailure() if _code(error) in _UNAVAILABLE:
+            return DatabaseUnavailableError(f"MongoDB is not available: {_shown_code(error)}")
+        case driver.OperationFailure() if _code(error) in _TIMED_OUT:
+            return DatabaseTimeoutError(f"MongoDB took too long: {_shown_code(error)}")
         case driver.OperationFailure():
-            name = (error.details or {}).get("codeName", type(error).__name__)
-            return DatabaseError(f"MongoDB refused the command: {name} (code {error.code})")
+            return DatabaseError(f"MongoDB refused the command: {_shown_code(error)}")
+        case InvalidBSON():
+            return DatabaseError("MongoDB's answer cannot be read: it holds a value that is no valid BSON")
+        case BSONError() | UnicodeEncodeError() | OverflowError():
+            return EncodingError("cannot store a value that BSON cannot hold")
         case _:
             return DatabaseError(f"MongoDB failed: {type(error).__name__}")
 
 
 def _is_denied(error: driver.OperationFailure) -> bool:
-    if error.code == _ATLAS:
+    code = _code(error)
+    if code == _ATLAS:
         return "bad auth" in str(error)
-    return error.code == _UNAUTHORIZED or error.code in _NOT_AUTHENTICATED
+    return code == _UNAUTHORIZED or code in _NOT_AUTHENTICATED
 
 
 def _first_line(error: driver.PyMongoError) -> str:
     line = str(error).splitlines()[0].partition(", Topology Description")[0].partition(", full error")[0]
     return re.sub(r" \(configured timeouts: [^)]*\)", "", line)
+
+
+def _refusal(error: Exception) -> Mapping[str, Any]:
+    """Return the part of the server's answer that holds the code."""
+    details: Any = error.details if isinstance(error, driver.OperationFailure | driver.NotPrimaryError) else None
+    if not isinstance(details, Mapping):
+        return {}
+    if isinstance(error, driver.BulkWriteError):
+        each = [*details.get("writeErrors", ()), *details.get("writeConcernErrors", ())]
+        refusal: Mapping[str, Any] = next((one for one in each if one.get("code") != _DUPLICATE_KEY), {})
+        return refusal
+    return details
+
+
+def _code(error: Exception) -> int | None:
+    code = _refusal(error).get("code", getattr(error, "code", None))
+    return code if isinstance(code, int) else None
+
+
+def _code_name(error: Exception) -> str | None:
+    name = _refusal(error).get("codeName")
+    return name if isinstance(name, str) else None
+
+
+def _shown_code(error: Exception) -> str:
+    return f"{_code_name(error) or type(error).__name__} (code {_code(error)})"
+
+
+def _operation(error: BaseException) -> str | None:
+    """Return the driver's method that failed; only the outermost frame within the driver tells."""
+    for frame, _ in walk_tb(error.__traceback__):
+        package, _, module = frame.f_globals.get("__name__", "").rpartition(".")
+        if package in ("pymongo.synchronous", "pymongo.asynchronous") and module in _MODULES:
+            return _MODULES[module] or frame.f_code.co_name
+    return None

@@ -170,7 +170,8 @@ def obey(command: dict[str, Any], children: dict[int, subprocess.Popen[bytes]]) 
     member = command["member"]
     if command["do"] == "start":
         try:
-            with open(command["log"], "ab") as log:
+            with open(os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+                os.fchmod(log.fileno(), 0o600)  # an earlier version made it readable for everyone
                 children[member] = subprocess.Popen(
                     command["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
                 )

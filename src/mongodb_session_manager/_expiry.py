@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from pymongo import IndexModel
-from pymongo.errors import OperationFailure
 
 from ._beside import BESIDE, SLACK, beside
 from ._changes import Update
 from ._commands import Fields, SessionCollection, see_again, send, unseen
 from ._connection import AsyncCollection, Connection, find_and_modify
 from ._documents import Document, now
-from .errors import AccessDeniedError, MongoDBSessionError
+from ._driver_errors import is_refusal
+from .errors import MongoDBSessionError
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class SessionExpiry(SessionCollection):
             return False
         if announced["kept_until"] < moment:
             until = announced["keep_until"]
-            logger.debug("session_id=<%s>, until=<%s> | keeping what is stored beside the session", session_id, until)
+            logger.debug("session_id=<%r>, until=<%s> | keeping what is stored beside the session", session_id, until)
             for suffix, condition in beside(session_id, announced.get("attachments_generation") or 0):
                 await self._keep(suffix, condition, until)
             await super()._update_with(_reached(session_id, until), _matched)
@@ -169,11 +169,10 @@ async def ensure_expiry(connection: Connection, database: str, name: str, second
         for where, index in collections:
             await _ensure_ttl(connection, database, where, index, seconds)
     except MongoDBSessionError as error:
-        refused = isinstance(error, AccessDeniedError) or isinstance(error.__cause__, OperationFailure)
-        if not refused or getattr(error.__cause__, "code", None) == _INDEX_BUILD_RUNS:
+        if not is_refusal(error) or error.code == _INDEX_BUILD_RUNS:
             see_again(connection, database, name, [_seen(seconds)])
         logger.warning(
-            "collection=<%s>, error=<%s> | TTL indexes not built, sessions will not expire as configured", name, error
+            "collection=<%r>, error=<%s> | TTL indexes not built, sessions will not expire as configured", name, error
         )
 
 
@@ -184,7 +183,7 @@ async def _found(connection: Connection, database: str, name: str, wanted: Index
             connection, database, name, lambda collection: collection.database.command("listIndexes", name)
         )
     except MongoDBSessionError as error:
-        if isinstance(error.__cause__, OperationFailure) and error.__cause__.code == _NAMESPACE_NOT_FOUND:
+        if error.code == _NAMESPACE_NOT_FOUND:
             return None
         raise
     for index in answer["cursor"]["firstBatch"]:
@@ -208,7 +207,7 @@ async def _ensure_ttl(connection: Connection, database: str, name: str, wanted: 
     if before != seconds:
         await _change_index(connection, database, name, {"name": there["name"], "expireAfterSeconds": seconds})
         logger.info(
-            "collection=<%s>, before=<%s>, seconds=<%s> | what was not written to for so long is removed now",
+            "collection=<%r>, before=<%s>, seconds=<%s> | what was not written to for so long is removed now",
             name,
             before,
             seconds,
@@ -223,7 +222,7 @@ async def _change_index(connection: Connection, database: str, name: str, change
         try:
             return await send(connection, database, name, command)
         except MongoDBSessionError as error:
-            if not isinstance(error.__cause__, OperationFailure) or error.__cause__.code != _INDEX_BUILD_RUNS:
+            if error.code != _INDEX_BUILD_RUNS:
                 raise
         await asyncio.sleep(pause)
     return await send(connection, database, name, command)

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeAlias, get_args
 
-from pymongo.errors import OperationFailure
-
-from ._annotations import checked_metadata, encoded
+from ._annotations import checked_metadata, encoded, name_of
 from ._codec import decode
 from ._commands import SessionCollection
 from ._documents import USAGE, Document, agent_id_of, checked_id, to_date
-from .errors import DatabaseError, InvalidArgumentError
+from .errors import DatabaseError, InvalidArgumentError, raise_alone
 
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
 
@@ -119,7 +117,7 @@ class Criteria:
         if metadata is not None:
             for key, value in checked_metadata(metadata).items():
                 _refuse_operators(value, f"metadata[{key!r}]")
-                equal[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + key.count("."))
+                equal[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
         after = {}
         for name, moment in (("created_at", created_after), ("updated_at", updated_after)):
             if moment is not None:
@@ -255,14 +253,14 @@ def _checked_date(value: object, name: str) -> datetime:
     try:
         return to_date(value)
     except OverflowError:  # the first or last day of the calendar, in another zone
-        raise InvalidArgumentError(f"{name} has no equal in UTC") from None
+        raise_alone(InvalidArgumentError(f"{name} has no equal in UTC"))
 
 
 def _valid(text: str, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates") from None
+        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
     return text
 
 
@@ -369,7 +367,6 @@ class SessionFinding(SessionCollection):
         try:
             return await ask(query.hint)
         except DatabaseError as error:
-            cause = error.__cause__
-            if query.hint is None or not isinstance(cause, OperationFailure) or cause.code != _BAD_VALUE:
+            if query.hint is None or error.code != _BAD_VALUE:
                 raise
-            return await ask(None)  # the index is not there, or not yet
+        return await ask(None)  # the index is not there, or not yet

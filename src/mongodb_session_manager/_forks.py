@@ -27,6 +27,7 @@ from .errors import (
     MongoDBSessionError,
     SessionExistsError,
     SessionNotFoundError,
+    again,
 )
 
 _ATTACHMENT = "messages.attachments.0"
@@ -114,7 +115,7 @@ class SessionForks(SessionCopies, SessionWrites):
         try:
             return await copy.is_there()
         except MongoDBSessionError as error:
-            raise type(error)(f"{error}; it is unknown whether the fork is there") from error
+            raise again(error, f"{error}; it is unknown whether the fork is there") from error
 
     async def _facts(self, session_id: str, new_id: str, ends: int | dict[str, int] | None) -> Document:
         by_key = {agent_key(agent_id): n for agent_id, n in ends.items()} if isinstance(ends, dict) else ends

@@ -21,7 +21,7 @@ from contextlib import suppress
 from enum import IntEnum
 from typing import Any, ParamSpec, TypeVar
 
-from .errors import EventLoopError
+from .errors import EventLoopError, MongoDBSessionError
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +267,8 @@ async def _close_all() -> None:
                 async with asyncio.timeout(left + _EXIT_GRACE / 2):
                     await close(left)
             except Exception as error:
-                reason = str(error) or type(error).__name__
+                # The text of another error can quote content.
+                reason = str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
                 logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, reason)
 
 

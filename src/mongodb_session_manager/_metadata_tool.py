@@ -15,7 +15,7 @@ from strands.types.tools import AgentTool
 
 from ._annotations import checked_keys, checked_metadata
 from ._stored_fields import ACTED_ON
-from .errors import EncodingError, InvalidArgumentError
+from .errors import EncodingError, InvalidArgumentError, raise_alone
 from .hooks._notification import describe
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def _from_json(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        raise InvalidArgumentError(f"{name} is not valid JSON") from None
+        raise_alone(InvalidArgumentError(f"{name} is not valid JSON"))
 
 
 def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from ._changes import Update
 from ._codec import decode, encode
 from ._documents import Document, agent_id_of, agent_key, checked_id, now
-from .errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError
+from .errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError, again
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
 
@@ -54,7 +54,7 @@ def path_of(multi_agent_id: str) -> str:
 
 def encode_state(state: Any) -> Any:
     """Return the state of an orchestrator as it is stored."""
-    return encode(state, depth=_STATE_DEPTH)
+    return encode(state, depth=_STATE_DEPTH, name="state")
 
 
 def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite:
@@ -205,4 +205,4 @@ class MultiAgents:
                 and not (untold and known.refusal_told)
             ):
                 known.refusal_told = True
-                raise type(known.refusal)(*known.refusal.args)
+                raise again(known.refusal)

@@ -37,7 +37,7 @@ from ._codec import CODEC_OPTIONS, stored_size
 from ._documents import Document, checked_id, to_iso
 from ._references import Reference, references_of
 from ._untrusted import checked_agent, checked_message, checked_session, require
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, raise_alone
 
 FORMAT = "mongodb-session-manager"
 VERSION = 1
@@ -211,7 +211,7 @@ class Reader:
             record = _record(text)
             found = self._understood(record)
         except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"line {self._number} cannot be imported: {error}") from None
+            raise_alone(InvalidArgumentError(f"line {self._number} cannot be imported: {error}"))
         if "end" not in record:
             self._digest.update(f"{text}\n".encode())
         return found
@@ -271,7 +271,7 @@ class Reader:
         try:
             data = base64.b64decode(text, validate=True)
         except ValueError:
-            raise InvalidArgumentError("its data is no base64") from None
+            raise_alone(InvalidArgumentError("its data is no base64"))
         if at == 0:
             self._attachment = (reference, 0, hashlib.sha256())
         known, length, digest = self._attachment or (None, 0, hashlib.sha256())
@@ -303,7 +303,7 @@ def _text(line: object) -> str:
         text = line.decode() if isinstance(line, bytes) else line
         text.encode()
     except UnicodeError:
-        raise InvalidArgumentError("it is no UTF-8") from None
+        raise_alone(InvalidArgumentError("it is no UTF-8"))
     return text.strip(" \t\r\n")
 
 
@@ -318,7 +318,7 @@ def _record(text: str) -> Document:
         _check_levels(record, _MAX_LEVELS)
         stored_size(record)
     except _REFUSALS:
-        raise InvalidArgumentError("it is damaged, or no Extended JSON") from None
+        raise_alone(InvalidArgumentError("it is damaged, or no Extended JSON"))
     return record
 
 

@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any, Self, TypeVar
 
 from pymongo import ReturnDocument
-from pymongo.errors import DuplicateKeyError
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
@@ -46,6 +45,7 @@ from ._documents import (
     to_date,
     to_restore,
 )
+from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
 from ._multi_agent_states import MultiAgentStates
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
@@ -54,6 +54,7 @@ from .errors import (
     DatabaseError,
     InvalidArgumentError,
     SessionExistsError,
+    raise_alone,
 )
 
 logger = logging.getLogger(__name__)
@@ -278,8 +279,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         async with self._connection.operation():
             try:
                 await self._send(lambda collection: collection.insert_one(document))
-            except DuplicateKeyError as error:
-                raise SessionExistsError(f"session {session.session_id!r} exists already") from error
+            except DuplicateKeyError:
+                raise_alone(SessionExistsError(f"session {session.session_id!r} exists already"))
             self._attachments.learn(session.session_id, document)
             self._ensure_indexes()
         return session

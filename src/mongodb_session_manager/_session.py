@@ -371,7 +371,7 @@ class SessionManagerBase(OrchestratorSessionManager):
                 work.settle(len(changes), refused)
                 for agent_id, error in refused.items():
                     logger.debug(
-                        "session_id=<%s>, agent_id=<%s>, error=<%s> | refused", self.session_id, agent_id, error
+                        "session_id=<%r>, agent_id=<%r>, error=<%s> | refused", self.session_id, agent_id, error
                     )
             for write in work.multi_agents.pending():
                 refusal = await self._repository.apply_multi_agent(self.session_id, write, work.created_at)

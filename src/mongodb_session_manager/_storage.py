@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, Self, TypeVar
 
 from bson import ObjectId
-from pymongo.errors import DuplicateKeyError
 from strands.storage import Storage
 from strands.storage import storage as strands_storage
 
@@ -23,7 +22,8 @@ from ._blobs import Bucket
 from ._commands import checked_name, send
 from ._connection import AsyncCollection, Client, Connection, Settings
 from ._documents import Document, now
-from .errors import DatabaseError, InvalidArgumentError
+from ._driver_errors import DuplicateKeyError
+from .errors import DatabaseError, InvalidArgumentError, raise_alone
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -304,7 +304,7 @@ def _normalized(value: object, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates") from None
+        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
     return re.sub("/+", "/", value)
 
 

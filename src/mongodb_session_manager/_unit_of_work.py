@@ -48,6 +48,7 @@ from .errors import (
     MongoDBSessionError,
     SessionClosedError,
     StateTooLargeError,
+    again,
 )
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ class UnitOfWork(SessionRepository):
             agent = self._agents.get(candidate)
             if agent is not None and agent.refusal is not None:
                 agent.refusal_told = True
-                raise type(agent.refusal)(*agent.refusal.args)
+                raise again(agent.refusal)
         if agent_id is None:
             self.multi_agents.raise_refusal()
 
@@ -258,7 +259,7 @@ class UnitOfWork(SessionRepository):
         agent = self._agents[agent_id]
         known, agent.config = agent.config, config
         fields = {
-            name: encode(value)
+            name: encode(value, name=name)
             for name, value in config._asdict().items()
             if value != getattr(known, name) and name not in agent.set_by_user
         }
@@ -275,7 +276,7 @@ class UnitOfWork(SessionRepository):
         message_id = self._agent(agent_id).last_redacted
         if message_id is None:
             raise MessageNotFoundError(f"agent {agent_id!r} has no redacted message")
-        stored = encode(event, depth=_METRICS_DEPTH)
+        stored = encode(event, depth=_METRICS_DEPTH, name="guardrail_event")
         entry = {name: value for name, value in stored.items() if name != "trace"}
         identity = self._agent(agent_id).identities.get(message_id)
         self._record(SetMessageFields(agent_id, message_id, {"guardrail_event": stored}, identity))
@@ -285,7 +286,8 @@ class UnitOfWork(SessionRepository):
         """Record the metrics of an invocation at the last message it appended, if it appended any."""
         agent = self._agents[agent_id]
         if metrics is not None and agent.last_appended is not None:
-            fields = {"event_loop_metrics": {**encode(metrics, depth=_METRICS_DEPTH), **agent.last_usage}}
+            encoded = encode(metrics, depth=_METRICS_DEPTH, name="event_loop_metrics")
+            fields = {"event_loop_metrics": {**encoded, **agent.last_usage}}
             identity = agent.identities.get(agent.last_appended)
             self._record(SetMessageFields(agent_id, agent.last_appended, fields, identity))
         agent.last_appended = None

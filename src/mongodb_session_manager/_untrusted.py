@@ -9,7 +9,7 @@ from typing import Any
 from ._codec import decode, stored_size
 from ._documents import Document, to_iso
 from ._references import references_of
-from .errors import EncodingError, InvalidArgumentError
+from .errors import EncodingError, InvalidArgumentError, raise_alone
 
 LEFT_BEHIND = frozenset(
     {
@@ -48,7 +48,7 @@ def _check_date(value: object, name: str) -> None:
             raise ValueError
         to_iso(value)
     except (ValueError, OverflowError):
-        raise InvalidArgumentError(f"{name} is no date") from None
+        raise_alone(InvalidArgumentError(f"{name} is no date"))
 
 
 def _check_kinds(fields: Document, kinds: Mapping[str, type | tuple[type, ...]]) -> None:
@@ -102,7 +102,7 @@ def _decoded(value: Any) -> Any:
     try:
         return decode(value)
     except EncodingError:
-        raise InvalidArgumentError("it is nested too deep") from None
+        raise_alone(InvalidArgumentError("it is nested too deep"))
 
 
 def checked_message(message: Document, next_id: int) -> int:

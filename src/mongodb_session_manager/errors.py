@@ -24,18 +24,40 @@
     └── DatabaseError                   the server refused a command
         └── AttachmentError             bytes of a message are missing, or are not those that were stored
 
-The driver's own error, where there is one, is the `__cause__`. Where it is unknown whether the command was carried
-out, the message says so; a flush may be repeated then, and stores everything once. No message holds the password of a
-connection string or the content of a conversation.
+The driver's own error is neither the `__cause__` nor the `__context__`, because it can quote stored data. Three
+attributes of every error say what is known of the refusal:
+
+    code        the server's error code, like 13; None if no server refused anything
+    code_name   the server's name of the code, like "Unauthorized", or None
+    operation   the driver's method that failed, like "update_one", or None
+
+Where it is unknown whether the command was carried out, the message says so and `outcome_unknown` is true; a flush can
+be repeated then, and stores everything once. No message and no traceback holds the password of a connection string or
+the content of a conversation.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import NoReturn, TypeVar
 
 from strands.types.exceptions import SessionException, StorageError
 
 
 class MongoDBSessionError(SessionException, StorageError):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose.
+
+    Attributes:
+        code: The error code of the server that refused the command, `None` if no server did.
+        code_name: The server's name of that code.
+        operation: The driver's method that failed, like `"update_one"`, `None` if the error is not the driver's.
+        outcome_unknown: Whether the server may have carried out the command that failed.
+    """
+
+    code: int | None = None
+    code_name: str | None = None
+    operation: str | None = None
+    outcome_unknown: bool = False
 
 
 class ConfigurationError(MongoDBSessionError, ValueError):
@@ -145,3 +167,30 @@ class DatabaseError(MongoDBSessionError):
 
 class AttachmentError(DatabaseError):
     """An attachment of a message is missing in GridFS, or is not what was stored."""
+
+
+ErrorT = TypeVar("ErrorT", bound=MongoDBSessionError)
+
+
+def raise_alone(error: BaseException) -> NoReturn:
+    """Raise an error without a trace of the one that is being handled, which can hold content.
+
+    `from None` only hides the other error: `__context__` still holds it, and error trackers report it.
+    """
+    try:
+        raise error
+    finally:
+        error.__cause__ = error.__context__ = None
+
+
+def again(error: ErrorT, text: str | None = None) -> ErrorT:
+    """Return an equal error to raise in another place, with its attributes but not its traceback.
+
+    Args:
+        error: The error.
+        text: Another message.
+    """
+    copied = copy.copy(error)
+    if text is not None:
+        copied.args = (text,)
+    return copied

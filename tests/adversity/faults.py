@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from operations import Session
-from pymongo.errors import WaitQueueTimeoutError
 from sites import Site
 
+from mongodb_session_manager import DatabaseTimeoutError
 from proxy import command
 from support import eventually
 
@@ -34,7 +34,7 @@ def refused(site: Site, session: Session, name: str) -> Iterator[None]:
     site.proxy.refuse()
     yield
     assert session.error is not None
-    assert "Connection refused" in str(session.error.__cause__)
+    assert "Connection refused" in str(session.error)
     site.proxy.accept()
 
 
@@ -99,7 +99,8 @@ def pool(site: Site, session: Session, name: str) -> Iterator[None]:
     eventually(lambda: site.proxy.frozen)
     yield
     assert session.error is not None
-    assert isinstance(session.error.__cause__, WaitQueueTimeoutError)
+    assert isinstance(session.error, DatabaseTimeoutError)
+    assert "no free connection" in str(session.error)
     site.proxy.thaw()
     other.join(30)
 

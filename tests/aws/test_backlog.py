@@ -59,7 +59,7 @@ async def test_a_backlog_is_bounded_seen_and_felt_by_nobody(
     ours = [record for record in caplog.records if record.name.startswith("mongodb_session_manager.hooks")]
     warnings = [record.getMessage() for record in ours if record.levelno == logging.WARNING]
     assert [text.partition(",")[0] for text in warnings] == [f"waiting=<{n}>" for n in (1000, 2000, 4000, 8000)]
-    assert sum("event=<sqs.metadata_update>" in record.getMessage() for record in ours) == 20
+    assert sum("event=<'sqs.metadata_update'>" in record.getMessage() for record in ours) == 20
     for number, manager in enumerate(managers):
         assert (await manager.get_metadata())["metadata"]["n"] == UPDATES - 20 + number
     for manager in managers:

@@ -232,7 +232,7 @@ def test_what_finds_no_room_fails_visibly_and_the_rest_arrives(
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [text.partition(",")[0] for text in warnings] == [f"waiting=<{n}>" for n in (10, 20, 40, 80)]
     assert all("oldest_wait" in text for text in warnings)
-    assert sum("event=<test>" in record.getMessage() for record in caplog.records) == 900
+    assert sum("event=<'test'>" in record.getMessage() for record in caplog.records) == 900
     gate.opened.set()
     eventually(lambda: source.delivered == 100)
     assert gate.delivered == list(range(100))
@@ -298,7 +298,7 @@ def test_a_closed_dispatcher_gives_up_the_rest_by_name(
     small.submit(notification(gate.delivering(4), source, on_error=lambda event, _: told.append(event.name)))
     assert told == ["test"] * 4
     assert (source.failed, source.waiting, source.submitted) == (4, 0, 4)
-    assert "undelivered=<test x 3>" in caplog.text
+    assert "undelivered=<'test x 3'>" in caplog.text
 
 
 def test_a_drain_waits_for_no_pause(small: Dispatcher) -> None:
@@ -362,9 +362,9 @@ def test_closing_is_bounded_and_says_what_is_left(
     manager.update_metadata({"a": 2})
     manager.close(notification_timeout=0.05)
     manager.close()
-    assert "session_id=<s>, undelivered=<mine x 2>" in caplog.text
+    assert "session_id=<'s'>, undelivered=<'mine x 2'>" in caplog.text
     factory.close(notification_timeout=0.05)
-    assert "session_id=<all>, undelivered=<mine x 2>" in caplog.text
+    assert "session_id=<None>, undelivered=<'mine x 2'>" in caplog.text
     gate.opened.set()
     eventually(lambda: len(gate.delivered) == 2)
 

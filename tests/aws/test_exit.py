@@ -103,7 +103,7 @@ def test_the_end_of_the_interpreter_is_bounded_and_names_what_it_loses(
             manager.update_metadata({"n": number})
     """
     _, errors = run(body, server, database, queue.url, endpoint.url)
-    assert "undelivered=<sqs.metadata_update x 3>" in errors
+    assert "undelivered=<'sqs.metadata_update x 3'>" in errors
     assert "Traceback" not in errors
     assert stored.find_one({"_id": "s"})["metadata"] == {"n": 2}
 

@@ -31,7 +31,7 @@ def _is_worth_retrying(notification: Notification, error: BaseException) -> bool
     try:
         return isinstance(error, Exception) and bool(notification.policy.is_worth_retrying(error))
     except Exception as failure:
-        logger.error("event=<%s>, error=<%s> | retry_on failed", notification.name, type(failure).__name__)
+        logger.error("event=<%r>, error=<%s> | retry_on failed", notification.name, type(failure).__name__)
         return False
 
 
@@ -179,7 +179,7 @@ class Dispatcher:
                 longest: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** (notification.tries - 1))
                 pause = longest * random.uniform(0.5, 1.0)
                 logger.debug(
-                    "event=<%s>, tries=<%d>, error=<%s>, pause=<%.2f s> | trying again",
+                    "event=<%r>, tries=<%d>, error=<%s>, pause=<%.2f s> | trying again",
                     notification.name,
                     notification.tries,
                     type(error).__name__,
@@ -249,7 +249,7 @@ class Dispatcher:
                 notification.source.failed += 1
             give_up(notification, NotificationError("the process ended before it was delivered"))
         if left:
-            logger.error("undelivered=<%s> | notifications were lost at the end of the process", names_of(left))
+            logger.error("undelivered=<%r> | notifications were lost at the end of the process", names_of(left))
 
 
 def _is_cancelled() -> bool:

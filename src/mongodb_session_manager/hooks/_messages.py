@@ -65,7 +65,7 @@ class Template:
         except ValueError:
             self._is_plain = True
             known = ", ".join(f"{{{placeholder}}}" for placeholder in placeholders)
-            logger.warning("template=<%s>, placeholders=<%s> | used as it is, it cannot be filled in", name, known)
+            logger.warning("template=<%r>, placeholders=<%r> | used as it is, it cannot be filled in", name, known)
 
     def render(self, **values: str) -> str:
         """Return the text with its placeholders filled in."""

@@ -105,7 +105,7 @@ def names_of(notifications: Iterable[Notification]) -> str:
 def give_up(notification: Notification, error: BaseException) -> None:
     """Tell, once and everywhere, that a notification will not be delivered."""
     logger.error(
-        "event=<%s>, session_id=<%s>, tries=<%d>, error=<%s> | notification not delivered",
+        "event=<%r>, session_id=<%r>, tries=<%d>, error=<%s> | notification not delivered",
         notification.name,
         notification.session_id,
         notification.tries,
@@ -115,4 +115,4 @@ def give_up(notification: Notification, error: BaseException) -> None:
         try:
             notification.on_error(notification.event, error)
         except Exception as failure:
-            logger.error("event=<%s>, error=<%s> | on_error failed", notification.name, type(failure).__name__)
+            logger.error("event=<%r>, error=<%s> | on_error failed", notification.name, type(failure).__name__)

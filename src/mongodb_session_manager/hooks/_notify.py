@@ -175,8 +175,8 @@ async def drain(owner: object, seconds: float, session_id: str | None = None) ->
     await dispatcher.portal.run(dispatcher.drain, seconds, session_id, source)
     if left := dispatcher.waiting(session_id, source):
         logger.warning(
-            "session_id=<%s>, undelivered=<%s>, seconds=<%.1f> | closed before these notifications were delivered",
-            "all" if session_id is None else session_id,
+            "session_id=<%r>, undelivered=<%r>, seconds=<%.1f> | closed before these notifications were delivered",
+            session_id,
             names_of(left),
             seconds,
         )

@@ -84,7 +84,7 @@ class MetadataWebSocketHook(AwsHook):
         except Exception as error:
             if not is_gone(error):
                 raise
-            logger.debug("connection_id=<%s> | the WebSocket connection is gone", connection)
+            logger.debug("connection_id=<%r> | the WebSocket connection is gone", connection)
             if self._removes_gone and stored.remove is not None:
                 await _removed(stored, connection)
 
@@ -94,7 +94,7 @@ async def _removed(stored: StoredFields, connection: str) -> None:
     try:
         await stored.remove(CONNECTION_ID, connection)
     except MongoDBSessionError as error:  # the next notification finds it gone again
-        logger.debug("connection_id=<%s>, error=<%s> | not removed", connection, error)
+        logger.debug("connection_id=<%r>, error=<%s> | not removed", connection, error)
 
 
 def _over_http(endpoint: str) -> str:

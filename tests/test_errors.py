@@ -1,0 +1,508 @@
+"""Errors and log lines hold no content, keep what the server said, and cannot be forged by an id."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import copy
+import io
+import logging
+import pickle
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from strands import Agent
+from strands.types.session import SessionAgent
+
+import mongodb_session_manager as package
+from mongodb_session_manager import (
+    AgentNotFoundError,
+    DatabaseError,
+    DatabaseTimeoutError,
+    DatabaseUnavailableError,
+    EncodingError,
+    InvalidArgumentError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    MongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    MongoDBStorage,
+    SessionConflictError,
+    create_mongodb_session_manager_async,
+    notify_later,
+)
+from mongodb_session_manager._driver_errors import driver_errors
+from mongodb_session_manager._multi_agents import MultiAgents, first_write
+from scripted_model import ScriptedModel
+from support import agent, assert_no_driver_error, chained, eventually, fail_point, texts
+
+Documents = pymongo.collection.Collection[dict[str, Any]]
+
+SOURCES = {path: ast.parse(path.read_text()) for path in sorted(Path(package.__file__).parent.rglob("*.py"))}
+SECRET = "x7q-" + "said-by-a-user"
+ALWAYS = 1_000_000
+
+
+def check_silent(error: BaseException, secret: str = SECRET) -> None:
+    """Whatever shows an error, with or without what led to it, shows no content."""
+    assert_no_driver_error(error)
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    exc_info = (type(error), error, error.__traceback__)
+    handler.emit(logging.LogRecord("name", logging.ERROR, "file", 1, "failed", (), exc_info))
+    shown = traceback.TracebackException.from_exception(error)
+    parts = [log.getvalue(), *shown.format(chain=True), *shown.format(chain=False)]
+    for each in chained(error):
+        parts += [str(each), repr(each), repr(each.args)]
+    assert secret not in "".join(parts)
+
+
+# The driver's error hangs on none of ours.
+
+
+def test_a_refused_metadata_key_does_not_show_the_stored_value(factory: MongoDBSessionManagerFactory) -> None:
+    manager = factory.create_session_manager("s")
+    manager.update_metadata({"a": SECRET})
+    with pytest.raises(InvalidArgumentError) as raised:
+        manager.update_metadata({"a.b": 1})
+    check_silent(raised.value)
+    assert (raised.value.code, raised.value.operation) == (28, "update_one")
+
+
+def test_a_refused_metadata_key_does_not_show_the_stored_value_async(server: str, database: str) -> None:
+    async def run() -> MongoDBSessionError:
+        async with await create_mongodb_session_manager_async("s", server, database) as manager:
+            await manager.update_metadata({"a": SECRET})
+            with pytest.raises(InvalidArgumentError) as raised:
+                await manager.update_metadata({"a.b": 1})
+        return raised.value
+
+    error = asyncio.run(run())
+    check_silent(error)
+    assert error.code == 28
+
+
+@pytest.fixture
+def refusing(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> Callable[[str], None]:
+    """Have the server refuse every write to a collection; its answer quotes what it refused."""
+
+    def refuse(name: str) -> None:
+        driver[database].create_collection(name, validator={"never": {"$exists": True}})
+
+    return refuse
+
+
+def test_a_refused_blob_is_in_no_traceback(server: str, database: str, refusing: Callable[[str], None]) -> None:
+    refusing("values_blobs.chunks")
+    data = SECRET.encode() * 300_000
+
+    async def run() -> MongoDBSessionError:
+        async with MongoDBStorage(server, database, collection_name="values") as storage:
+            with pytest.raises(DatabaseError) as raised:
+                await storage.write("key", data)
+        return raised.value
+
+    error = asyncio.run(run())
+    check_silent(error)
+    assert (error.code, error.operation) == (121, "insert_many")
+    assert sum(len(line) for line in traceback.format_exception(error)) < 20_000
+
+
+def test_a_refused_attachment_is_in_no_traceback(server: str, database: str, refusing: Callable[[str], None]) -> None:
+    refusing("agent_sessions_attachments.chunks")
+    document = {"document": {"format": "txt", "name": "d", "source": {"bytes": SECRET.encode() * 100_000}}}
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        live = agent(factory.create_session_manager("s"), "hello")
+        with pytest.raises(DatabaseError) as raised:
+            live([{"text": "hi"}, document])  # type: ignore[list-item]
+    check_silent(raised.value)
+    assert raised.value.code == 121
+
+
+@pytest.mark.parametrize("called", ["synchronously", "asynchronously"])
+def test_a_refused_message_is_in_no_traceback_of_an_agent(
+    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]], called: str
+) -> None:
+    with MongoDBSessionManagerFactory(server, database) as earlier:
+        earlier.create_session_manager("s")  # closing waits for the indexes, during which validators cannot change
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        live = agent(factory.create_session_manager("s"), "hello")
+        driver[database].command("collMod", "agent_sessions", validator={"agents.agent.messages": {"$size": 99}})
+        call = live if called == "synchronously" else lambda prompt: asyncio.run(live.invoke_async(prompt))
+        with pytest.raises(DatabaseError) as raised:
+            call(SECRET)
+    check_silent(raised.value)
+    assert (raised.value.code, raised.value.operation) == (121, "update_one")
+
+
+def test_a_unique_index_of_the_users_own_does_not_show_what_is_stored_twice(
+    server: str, database: str, stored: Documents
+) -> None:
+    stored.create_index("metadata.mail", unique=True, sparse=True)
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        factory.create_session_manager("one").update_metadata({"mail": SECRET})
+        other = factory.create_session_manager("other")
+        with pytest.raises(MongoDBSessionError) as raised:
+            other.update_metadata({"mail": SECRET})
+    check_silent(raised.value)
+    assert isinstance(raised.value, DatabaseError)
+    assert raised.value.code == 11000
+
+
+@pytest.mark.parametrize(
+    "value", [{SECRET: object()}, SECRET + "\ud800", [SECRET, 2**70], {SECRET + "\0": 1}, {SECRET}], ids=range(5)
+)
+def test_what_bson_cannot_hold_is_in_no_traceback(driver: pymongo.MongoClient[dict[str, Any]], value: Any) -> None:
+    with pytest.raises(EncodingError) as raised, driver_errors():
+        driver["test_errors"]["values"].insert_one({"a": value})
+    check_silent(raised.value)
+
+
+def test_text_that_is_no_unicode_is_in_no_traceback(server: str, database: str) -> None:
+    broken = SECRET + "\ud800"
+
+    def storage(key: str) -> None:
+        asyncio.run(MongoDBStorage(server, database).read(key))
+
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.open_session("s")
+        calls: list[Callable[[], object]] = [
+            lambda: MongoDBSessionManager(broken, server, database),
+            lambda: repository.update_metadata("s", {broken: 1}),
+            lambda: repository.list_sessions(application_name=broken),
+            lambda: repository.get_agent_config("s", broken),
+            lambda: storage(broken),
+        ]
+        for call in calls:
+            with pytest.raises(InvalidArgumentError) as raised:
+                call()
+            check_silent(raised.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [SECRET, '{"said": "' + SECRET, '{"a": {"$date": "' + SECRET + '"}}', SECRET.encode() + b"\xff"],
+    ids=range(4),
+)
+def test_a_damaged_export_is_in_no_traceback(server: str, database: str, line: Any) -> None:
+    with MongoDBSessionRepository(server, database) as repository, pytest.raises(InvalidArgumentError) as raised:
+        repository.import_session([line])
+    check_silent(raised.value)
+
+
+def test_what_raises_within_an_except_block_raises_alone() -> None:
+    """Where another error is being handled, ours is raised with `raise_alone`, or that one cannot hold content."""
+    harmless = {"ImportError", "OSError", "SupervisorError", "CancelledError", "TimeoutError", "MongoDBSessionError"}
+    harmless |= {name for name in dir(package) if name.endswith("Error")} | {"_RefusedError"}
+    raising = []
+    for path, tree in SOURCES.items():
+        for handler in ast.walk(tree):
+            if not isinstance(handler, ast.ExceptHandler):
+                continue
+            caught = {"everything"} if handler.type is None else set(re.findall(r"\w+", ast.unparse(handler.type)))
+            raising += [
+                f"{path.stem}: {ast.unparse(node)}"
+                for statement in handler.body
+                for node in ast.walk(statement)
+                if isinstance(node, ast.Raise) and node.exc is not None and caught - harmless
+            ]
+    assert raising == ["_codec: raise RecursionError(str(error)) from error"]  # which the codec itself catches
+
+
+def test_only_what_translates_the_drivers_errors_names_them() -> None:
+    knowing = {
+        path.stem
+        for path, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and node.module == "pymongo.errors")
+        or (isinstance(node, ast.ImportFrom) and node.module == "pymongo" and "errors" in [n.name for n in node.names])
+    }
+    assert knowing == {"_driver_errors", "_connection", "_commands", "_blobs", "embedded"}
+
+
+# What an error keeps.
+
+
+def test_an_error_says_what_the_server_said(server: str, database: str) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.open_session("s")
+        calls: dict[str, tuple[str, Callable[[], object]]] = {
+            "findAndModify": ("find_one_and_update", lambda: repository.open_session("t")),
+            "find": ("find_one", lambda: repository.read_session("s")),
+            "update": ("update_one", lambda: repository.update_metadata("s", {"a": 1})),
+            "aggregate": ("aggregate", lambda: repository.fork_session("s", "f")),
+        }
+        for command, (operation, call) in calls.items():
+            with fail_point(server, failCommands=[command], errorCode=13), pytest.raises(DatabaseError) as raised:
+                call()
+            error = raised.value
+            assert (error.code, error.code_name, error.operation) == (13, "Unauthorized", operation), command
+            assert not error.outcome_unknown
+            assert str(error) == "MongoDB refused the command: Unauthorized (code 13)"
+
+
+def test_an_error_of_arguments_has_no_code(factory: MongoDBSessionManagerFactory) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        factory.create_session_manager("")
+    error = raised.value
+    assert (error.code, error.code_name, error.operation, error.outcome_unknown) == (None, None, None, False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in vars(package).values() if isinstance(kind, type) and issubclass(kind, MongoDBSessionError)],
+    ids=lambda kind: kind.__name__,
+)
+@pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_a_copy_of_an_error_is_equal(kind: type[MongoDBSessionError], through: Callable[[Any], Any]) -> None:
+    error = kind("what happened")
+    error.code, error.code_name, error.operation, error.outcome_unknown = 13, "Unauthorized", "update_one", True
+    copied = through(error)
+    assert type(copied) is kind
+    assert str(copied) == "what happened"
+    assert vars(copied) == vars(error)
+
+
+def test_a_refusal_that_is_raised_again_keeps_what_the_server_said(server: str, database: str) -> None:
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        live = agent(factory.create_session_manager("s"), "hello", "bye")
+        errors = []
+        with fail_point(server, failCommands=["update"], errorCode=17419, times=ALWAYS):
+            for prompt in ("hi", "and"):
+                with pytest.raises(MessageTooLargeError) as raised:
+                    live(prompt)
+                errors.append(raised.value)
+    assert [(error.code, error.operation) for error in errors] == [(17419, "update_one")] * 2
+    assert errors[0] is not errors[1]
+
+
+def test_a_graphs_refusal_that_is_raised_again_keeps_what_the_server_said() -> None:
+    known = MultiAgents({})
+    known.create("graph", {})
+    refusal = MessageTooLargeError("too large")
+    refusal.code, refusal.operation = 17419, "update_one"
+    known.settle(first_write("graph", {}, "me"), refusal)
+    with pytest.raises(MessageTooLargeError) as raised:
+        known.raise_refusal()
+    assert raised.value is not refusal
+    assert (raised.value.code, raised.value.operation) == (17419, "update_one")
+
+
+# Write concern errors.
+
+UNAVAILABLE = {
+    6: "HostUnreachable",
+    7: "HostNotFound",
+    91: "ShutdownInProgress",
+    189: "PrimarySteppedDown",
+    9001: "SocketException",
+    10058: "LegacyNotPrimary",
+    10107: "NotWritablePrimary",
+    11600: "InterruptedAtShutdown",
+    11602: "InterruptedDueToReplStateChange",
+    13435: "NotPrimaryNoSecondaryOk",
+    13436: "NotPrimaryOrSecondary",
+}
+TOO_SLOW = {
+    50: "MaxTimeMSExpired",
+    64: "WriteConcernTimeout",
+    89: "NetworkTimeout",
+    202: "NetworkInterfaceExceededTimeLimit",
+    262: "ExceededTimeLimit",
+}
+WRITE_CONCERN_ERRORS = pytest.mark.parametrize(
+    ("code", "name", "expected"),
+    [
+        *((code, name, DatabaseUnavailableError) for code, name in UNAVAILABLE.items()),
+        *((code, name, DatabaseTimeoutError) for code, name in TOO_SLOW.items()),
+        (79, "UnknownReplWriteConcern", DatabaseError),
+        (100, "UnsatisfiableWriteConcern", DatabaseError),
+    ],
+)
+
+
+# The driver takes a server that says so for one that is gone until it has asked it again.
+HURRY: dict[str, Any] = {"heartbeatFrequencyMS": 500, "serverSelectionTimeoutMS": 10_000}
+
+
+@pytest.fixture(scope="module")
+def repository(server: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, "test_errors", **HURRY) as repository:
+        repository.open_session("s")
+        yield repository
+
+
+@WRITE_CONCERN_ERRORS
+def test_a_write_concern_error_is_of_its_kind(
+    server: str, repository: MongoDBSessionRepository, code: int, name: str, expected: type[MongoDBSessionError]
+) -> None:
+    failure = {"code": code, "codeName": name, "errmsg": "not confirmed"}
+    with (
+        fail_point(server, failCommands=["update"], times=ALWAYS, writeConcernError=failure),
+        pytest.raises(MongoDBSessionError) as raised,
+    ):
+        repository.update_metadata("s", {"a": SECRET})
+    error = raised.value
+    assert type(error) is expected
+    assert error.code == code
+    assert error.outcome_unknown
+    assert str(error).endswith("; it is unknown whether the command was carried out")
+    check_silent(error)
+
+
+@pytest.mark.parametrize("code", UNAVAILABLE)
+def test_a_write_concern_error_that_passes_is_not_noticed(
+    server: str, repository: MongoDBSessionRepository, code: int
+) -> None:
+    failure = {"code": code, "codeName": UNAVAILABLE[code], "errmsg": "it passes"}
+    with fail_point(server, failCommands=["update"], times=3, writeConcernError=failure):
+        repository.add_feedback("s", {"code": code})
+    assert [each["code"] for each in repository.get_feedbacks("s")].count(code) == 1
+
+
+@pytest.mark.parametrize("kind", ["server", "standalone"])
+def test_a_turn_that_is_not_confirmed_at_first_is_stored_once(
+    request: pytest.FixtureRequest, database: str, kind: str
+) -> None:
+    server = request.getfixturevalue(kind)
+    failure = {"code": 11602, "codeName": UNAVAILABLE[11602], "errmsg": "it passes"}
+    with pymongo.MongoClient(server) as client, MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
+        with fail_point(server, failCommands=["findAndModify"], writeConcernError=failure):
+            live = agent(factory.create_session_manager("s"), "hello", "bye")
+        with fail_point(server, failCommands=["update"], times=2, writeConcernError=failure):
+            live("hi")
+        live("I am off")
+        document = client[database]["agent_sessions"].find_one({"_id": "s"})
+        client.drop_database(database)
+    assert document is not None
+    assert texts(document["agents"]["agent"]["messages"]) == ["hi", "hello", "I am off", "bye"]
+
+
+# What an encoding error calls the place.
+
+
+@pytest.mark.parametrize(
+    ("call", "place"),
+    [
+        (lambda m: m.update_metadata({"a": {"b": object()}}), "metadata['a']['b']"),
+        (lambda m: m.update_metadata({"a.b": [object()]}), "metadata['a']['b'][0]"),
+        (lambda m: m.update_metadata({"a user's words": object()}), "metadata[<key>]"),
+        (lambda m: m.add_feedback({"x": object()}), "feedback['x']"),
+    ],
+)
+def test_an_encoding_error_names_the_place(
+    factory: MongoDBSessionManagerFactory, call: Callable[[MongoDBSessionManager], object], place: str
+) -> None:
+    manager = factory.create_session_manager("s")
+    with pytest.raises(EncodingError, match=re.escape(f", at {place}") + "$"):
+        call(manager)
+
+
+def test_an_encoding_error_names_the_place_in_a_message(factory: MongoDBSessionManagerFactory) -> None:
+    live = agent(factory.create_session_manager("s"), "hello")
+    with pytest.raises(EncodingError, match=re.escape("at message['content'][0]['text']") + "$"):
+        live([{"text": object()}])  # type: ignore[list-item, typeddict-item]
+
+
+def test_an_encoding_error_names_the_place_in_the_state(server: str, database: str) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.open_session("s")
+        restored = SessionAgent("agent", state={"k": object()}, conversation_manager_state={})
+        with pytest.raises(EncodingError, match=re.escape("at state['k']") + "$"):
+            repository.create_agent("s", restored)
+
+
+def test_a_first_message_that_comes_too_late_names_no_message_before_it(factory: MongoDBSessionManagerFactory) -> None:
+    one, other = factory.create_session_manager("s"), factory.create_session_manager("s")
+    first, second = agent(one, "hello"), agent(other, "hello")
+    first("hi")
+    with pytest.raises(SessionConflictError) as raised:
+        second("hi")
+    assert "-1" not in str(raised.value)
+    assert "another writer stored message 1 after this session was loaded" in str(raised.value)
+
+
+# Log lines.
+
+FORGED = "s\n2026-01-01 CRITICAL root: forged"
+
+
+def test_an_id_with_a_line_break_forges_no_log_line(
+    factory: MongoDBSessionManagerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="mongodb_session_manager")
+    one, other = factory.create_session_manager(FORGED), factory.create_session_manager(FORGED)
+    first, second = (
+        Agent(model=ScriptedModel(["hello"]), agent_id="a\nb", session_manager=manager, callback_handler=None)
+        for manager in (one, other)
+    )
+    first("hi")
+    with pytest.raises(SessionConflictError) as raised:
+        second("hi")
+    assert "\n" not in str(raised.value)
+
+    async def fail() -> None:
+        raise ValueError(FORGED)
+
+    given_up: list[object] = []
+    notify_later(FORGED, FORGED, fail, max_tries=1, on_error=lambda event, error: given_up.append(event))
+    eventually(lambda: given_up)
+    with pytest.raises(AgentNotFoundError) as missing:
+        one.update_agent_config("c\nd", model="m")
+    assert "\n" not in str(missing.value)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("mongodb_session_manager")]
+    assert any("refused" in line for line in lines)
+    assert any("notification not delivered" in line for line in lines)
+    assert [line for line in lines if "\n" in line or "\r" in line] == []
+
+
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
+FROM_OUTSIDE = re.compile(
+    r"(^|_)(ids?|keys?|names?|names_of|fields?|shown|template|collection|connection|event|hooks?|files?|paths?|owners?"
+    r"|title|tags?|prompt|database)$"
+)
+
+
+def called(expression: ast.expr) -> str:
+    """Return the last name of what is formatted, like `session_id` of `self.session_id`."""
+    match expression:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+        case ast.Call(func=function):
+            return called(function)
+        case ast.Subscript(value=value) | ast.Await(value=value):
+            return called(value)
+        case _:
+            return ""
+
+
+def test_every_log_line_escapes_what_comes_from_outside() -> None:
+    unescaped = []
+    calls = 0
+    for path, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
+                continue
+            if "log" not in ast.unparse(node.func.value):
+                continue
+            calls += 1
+            place = f"{path.name}:{node.lineno}"
+            line = node.args[0]
+            if not (isinstance(line, ast.Constant) and isinstance(line.value, str)):
+                unescaped.append(f"{place} is formatted before it is logged")
+                continue
+            forms = re.findall(r"%[-+ #0-9.]*([a-zA-Z])", line.value)
+            assert len(forms) == len(node.args) - 1, place
+            unescaped += [
+                f"{place} {ast.unparse(value)}"
+                for form, value in zip(forms, node.args[1:], strict=True)
+                if form == "s" and FROM_OUTSIDE.search(called(value))
+            ]
+    assert calls > 10
+    assert unescaped == []
