@@ -194,6 +194,10 @@ class Place:
     name: str = "secret"
 
 
+def without_addresses(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+| id='\d+'", "", repr(value))[:50]
+
+
 def released() -> memoryview:
     view = memoryview(b"secret")
     view.release()
@@ -426,7 +430,7 @@ def test_subclasses_come_back_as_their_base(value: Any, base: Any) -> None:
         (memoryview(bytearray(b"abcd"))[::2], b"ac"),
         ({memoryview(b"x")}, {b"x"}),
     ],
-    ids=repr,
+    ids=without_addresses,
 )
 def test_scalars_of_numpy_and_views_of_bytes_come_back_as_what_they_equal(value: Any, equal: Any) -> None:
     back = round_trip(value)
@@ -680,14 +684,14 @@ def test_where_the_stack_ends_nothing_comes_back_wrong(room: int) -> None:
         (enum.Enum("Plain", "A").A, "Plain, at value: convert it with .value$"),
         (Place(), r"Place, at value: convert it with dataclasses.asdict\(\)$"),
         (PurePosixPath("secret"), r"PurePosixPath, at value: convert it with str\(\)$"),
-        ({"a": np.array(["secret"])}, r"type numpy.ndarray, at value.a: convert it with .tolist\(\)$"),
-        ({"a": array.array("i", [1])}, r"type array.array, at value.a: convert it with .tolist\(\)$"),
+        ({"a": np.array(["secret"])}, r"type numpy.ndarray, at value\['a'\]: convert it with .tolist\(\)$"),
+        ({"a": array.array("i", [1])}, r"type array.array, at value\['a'\]: convert it with .tolist\(\)$"),
         (memoryview(array.array("i", [1])), r"memoryview of other items than bytes, at value: .* .tolist\(\)$"),
         (np.longdouble(1) / 3, r"numpy.longdouble that no number or date equals, at value: convert it first$"),
         (np.datetime64(1, "ns"), r"numpy.datetime64 that no number or date equals, at value: convert it first$"),
         (np.timedelta64(1, "ns"), r"numpy.timedelta64 that no number or date equals, at value: convert it first$"),
         (Nanoseconds(2026, 1, 2), "Nanoseconds that does not equal its datetime, at value$"),
-        ({"b": [released()]}, r"a memoryview that cannot be read \(ValueError\), at value.b\[0\]$"),
+        ({"b": [released()]}, r"a memoryview that cannot be read \(ValueError\), at value\['b'\]\[0\]$"),
         (MagicMock(spec=dict), "unittest.mock.MagicMock that does not equal its dict, at value$"),
         (1j, "type complex"),
         (DBRef("secret", 1), "type bson.dbref.DBRef"),
@@ -700,7 +704,7 @@ def test_where_the_stack_ends_nothing_comes_back_wrong(room: int) -> None:
         ({Label("red"), "red"}, "not distinct"),
         (datetime(2026, 1, 2, tzinfo=timezone(timedelta(microseconds=1))), "offset of less than a second"),
     ],
-    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", repr(value))[:50],
+    ids=without_addresses,
 )
 def test_what_cannot_be_stored_is_refused_without_showing_it(value: Any, message: str) -> None:
     with pytest.raises(EncodingError, match=message) as raised:
