@@ -12,24 +12,29 @@ from strands.agent.conversation_manager import SlidingWindowConversationManager
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from mongodb_session_manager import (
+    DatabaseError,
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
+    SessionConflictError,
     StateTooLargeError,
 )
-from support import CommandLog, agent, texts
+from mongodb_session_manager._changes import UpdateAgent
+from mongodb_session_manager._documents import agent_state, now
+from support import CommandLog, agent, fail_point, texts
 from test_multi_agents import Odd
 
 MIB = 1024 * 1024
 LARGE = "x" * (17 * MIB)
+IMAGE = {"image": {"format": "png", "source": {"bytes": b"z" * 300_000}}}
 ALONE = r"takes 178\d{5} bytes, but a MongoDB document can hold at most 16777216$"
 
 
-def ask(live: Agent, text: str) -> None:
+def ask(live: Agent, text: Any) -> None:
     live(text)
 
 
-def ask_async(live: Agent, text: str) -> None:
+def ask_async(live: Agent, text: Any) -> None:
     asyncio.run(live.invoke_async(text))
 
 
@@ -161,6 +166,73 @@ def test_a_message_and_a_state_that_fit_one_after_the_other_are_stored(
     assert [len(text) for text in conversation(stored)] == [3, 1, 12 * MIB, 1]
 
 
+@pytest.mark.parametrize(("command", "times"), [("update", 1), ("aggregate", 2), ("findAndModify", 2)])
+def test_a_failure_in_between_stores_everything_once(
+    server: str, factory: MongoDBSessionManagerFactory, stored: Any, command: str, times: int
+) -> None:
+    """What archives messages is tried in the background first."""
+    holder = Holder(factory, "state")
+    holder.agent("one")
+    holder.fill("x" * (12 * MIB))
+    with fail_point(server, failCommands=[command], errorCode=8, times=times), pytest.raises(DatabaseError):
+        holder.agent("y" * (12 * MIB))
+    holder.manager.flush()
+    holder.agent("three")
+    assert len(holder.stored(stored)) == 12 * MIB
+    assert conversation(stored) == texts(holder.agent.messages)
+
+
+def test_the_messages_of_several_statements_are_stored(factory: MongoDBSessionManagerFactory, stored: Any) -> None:
+    holder = Holder(factory, "state", save_on="invocation")
+    holder.fill(LARGE)
+    holder.agent.model.replies.appendleft("y" * (9 * MIB))
+    with pytest.raises(StateTooLargeError, match="state of agent 'agent'"):
+        holder.agent("x" * (9 * MIB))
+    assert [text[0] for text in conversation(stored)] == ["x", "y"]
+    holder.manager.close()
+
+
+def test_another_agent_in_the_same_statement_is_stored(server: str, database: str, stored: Any) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.open_session("s")
+        for name in ("large", "small"):
+            repository.create_agent("s", SessionAgent(name, {}, {}))
+        changes = [
+            UpdateAgent(name, 0, agent_state(SessionAgent(name, {"kept": kept}, {})), now())
+            for name, kept in (("large", LARGE), ("small", 1))
+        ]
+        [(refused, error)] = repository.apply("s", changes).items()
+        assert refused == "large"
+        assert isinstance(error, StateTooLargeError)
+        assert repository.read_agent("s", "small").state == {"kept": 1}
+        assert repository.read_agent("s", "large").state == {}
+
+
+def test_a_stale_agent_is_refused_as_one(factory: MongoDBSessionManagerFactory, stored: Any) -> None:
+    holder = Holder(factory, "state")
+    holder.agent("one")
+    other = agent(factory.create_session_manager("s"), "2", conversation_manager=Remembering())
+    other("two")
+    holder.fill(LARGE)
+    with pytest.raises(SessionConflictError):
+        holder.agent("three")
+    assert conversation(stored) == ["one", "1", "two", "2"]
+
+
+def test_closing_tells_it_if_nobody_was_told(factory: MongoDBSessionManagerFactory, stored: Any) -> None:
+    holder = Holder(factory, "state")
+    holder.agent("one")
+    holder.fill(LARGE)
+
+    async def sync() -> None:
+        holder.manager.sync_agent(holder.agent)
+
+    asyncio.run(sync())
+    with pytest.raises(StateTooLargeError, match="state of agent 'agent'"):
+        holder.manager.close()
+    assert holder.stored(stored) is None
+
+
 def test_states_of_two_agents_that_together_are_too_large(factory: MongoDBSessionManagerFactory, stored: Any) -> None:
     manager = factory.create_session_manager("s")
     first, second = (agent(manager, "1", "2", "3", agent_id=name) for name in ("first", "second"))
@@ -277,7 +349,7 @@ def test_messages_that_find_no_room_are_stored_once_there_is(
         r"^session 's': a message of agent 'agent' was not stored: .* largest parts are: feedback \(15\d{6} bytes\), "
     )
     with pytest.raises(StateTooLargeError, match=says) as raised:
-        ask(live, "y" * (2 * MIB))
+        ask(live, [{"text": "y" * (2 * MIB)}, IMAGE])
     assert raised.value.pending
     assert conversation(stored) == ["one", "1"]
     other("one")
@@ -288,6 +360,9 @@ def test_messages_that_find_no_room_are_stored_once_there_is(
     stored.update_one({"_id": "s"}, {"$pop": {"feedbacks": -1}})
     ask(live, "three")
     manager.close()
+    with factory.create_session_manager("s") as reopened:
+        restored = agent(reopened).messages
+    assert restored[2]["content"] == [{"text": "y" * (2 * MIB)}, IMAGE]
     assert conversation(stored) == texts(live.messages)
     assert [len(text) for text in texts(live.messages)][:3] == [3, 1, 2 * MIB]
 
