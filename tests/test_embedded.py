@@ -585,3 +585,76 @@ def test_waits_for_the_server_of_an_owner_that_ended_a_moment_ago(tmp_path: Path
     subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=100)
     with EmbeddedMongoDB(data_directory=tmp_path) as server, connected(server.connection_string) as client:
         assert client.admin.command("ping")["ok"]
+
+
+# What others on the machine may see.
+
+
+def modes(directory: Path) -> dict[str, int]:
+    """Return the permissions of a directory and of everything in it."""
+    return {str(path): path.stat().st_mode & 0o777 for path in [directory, *directory.rglob("*")]}
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_nobody_else_reads_the_data_or_the_log(tmp_path: Path) -> None:
+    directory = tmp_path / "made" / "for it"
+    with EmbeddedMongoDB(data_directory=directory) as server, connected(server.connection_string) as client:
+        client.db.things.insert_one({})
+        assert {path: oct(mode) for path, mode in modes(directory).items() if mode & 0o077} == {}
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_what_an_earlier_version_made_is_closed_and_the_users_directory_stays_as_it_is(tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    (directory / "member-0").mkdir(parents=True)
+    (directory / "member-0.log").touch()
+    assert {oct(mode) for mode in modes(directory).values()} == {"0o755", "0o644"}
+    with EmbeddedMongoDB(data_directory=directory, standalone=True):
+        opened = {path: oct(mode) for path, mode in modes(directory).items() if mode & 0o077}
+    assert opened == {str(directory): "0o755"}
+
+
+def test_the_log_quotes_no_slow_command() -> None:
+    with EmbeddedMongoDB() as server, connected(server.connection_string) as client:
+        client.db.things.insert_one({"said": "hush-hush"})
+        slow = client.db.things.find({"$where": "sleep(300) || true", "said": "hush-hush"}).to_list()
+        assert len(slow) == 1
+        client.db.things.update_many({"$where": "sleep(300) || true"}, {"$set": {"said": "hush-hush, too"}})
+        logs = list(server.data_directory.glob("*.log"))
+        assert len(logs) == 1
+        assert "hush-hush" not in logs[0].read_text()
+
+
+def test_nothing_is_compressed_on_the_loopback_interface() -> None:
+    with EmbeddedMongoDB(standalone=True) as server, connected(server.connection_string) as client:
+        offered = client.admin.command("hello", compression=["snappy", "zstd", "zlib"])
+        assert "compression" not in offered
+
+
+@pytest.mark.parametrize(
+    ("refused", "sentence"),
+    [
+        (lambda: EmbeddedMongoDB(members=0), "members must be >= 1, and 1 if standalone is true, got 0"),
+        (lambda: EmbeddedMongoDB(members=2, port=65535), "port must be from 1 to 65534 for 2 member(s), got 65535"),
+        (lambda: find_mongod("/no/such\nfile"), r"binary='/no/such\nfile' is not a file"),
+    ],
+)
+def test_an_error_is_a_sentence(refused: Callable[[], object], sentence: str) -> None:
+    with pytest.raises((ConfigurationError, EmbeddedServerError)) as raised:
+        refused()
+    assert str(raised.value) == sentence
+
+
+def test_a_member_that_is_not_there_is_named_in_a_sentence() -> None:
+    with EmbeddedMongoDB(standalone=True) as server:
+        with pytest.raises(InvalidArgumentError) as raised:
+            server.kill(7)
+        assert str(raised.value) == "member must be from 0 to 0, got 7"
