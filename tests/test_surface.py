@@ -63,6 +63,7 @@ ORDER = [
     "hooks.sqs",
     "hooks.websocket",
     "_driver_errors",
+    "_gate",
     "_connection",
     "_pool",
     "_commands",

@@ -151,14 +151,16 @@ async def send(
         collection = await connection.collection(database, name)
         for pause in _PAUSES:
             try:
-                return await command(collection)
+                async with connection.admission():
+                    return await command(collection)
             except PyMongoError as error:
                 if not may_be_sent_again(error):
                     raise
                 attempts.unknown |= may_have_been_applied(error)
                 logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        return await command(collection)
+        async with connection.admission():
+            return await command(collection)
 
 
 def ensure_indexes(

@@ -12,7 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from pymongo.uri_parser import parse_uri
 
 from ._codec import CODEC_OPTIONS
 from ._driver_errors import driver_errors
+from ._gate import Gate, Threads
 from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
     ClientTypeError,
@@ -45,6 +46,11 @@ DEFAULT_DATABASE = "agent_sessions"
 
 SOCKET_TIMEOUT_MS = 30_000
 """How long an owned client waits for an answer unless the user says otherwise; the driver would wait for ever."""
+
+_OPEN: AbstractAsyncContextManager[None] = nullcontext()
+
+_gates: weakref.WeakValueDictionary[tuple[int, int], Gate] = weakref.WeakValueDictionary()
+"""Gates by client and loop; a gate keeps its client, so the id of one in use is nobody else's."""
 
 _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", default=False)
 
@@ -245,6 +251,15 @@ def _bound_loop(client: Client) -> asyncio.AbstractEventLoop | None:
     return loop
 
 
+def _gate(client: pymongo.MongoClient[Any], loop: asyncio.AbstractEventLoop) -> Gate:
+    """Return the one gate of a client and a loop, however many connections borrow the client."""
+    key = id(client), id(loop)
+    gate = _gates.get(key)
+    if gate is None:
+        _gates[key] = gate = Gate(client)
+    return gate
+
+
 def _options(client: Client) -> ClientOptions:
     return cast(ClientOptions, client.options)
 
@@ -278,6 +293,8 @@ class Connection:
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._abandoned: list[object] = []
+        self._gate: Gate | None = None
+        self._threaded: AsyncIOMotorClient[Any] | None = None
 
     def __repr__(self) -> str:
         kind = "borrowed" if self.settings.client is not None else "owned"
@@ -328,8 +345,8 @@ class Connection:
             EventLoopError: The client belongs to another loop.
         """
         loop = asyncio.get_running_loop()
-        if self._pid != os.getpid():
-            self._leave_parent()
+        if self._is_left_behind:
+            self._leave_behind()
         if self._loop is None:
             self._loop = loop if self.settings.client is None else _bound_loop(self.settings.client) or loop
         if self._loop is not loop:
@@ -364,13 +381,39 @@ class Connection:
         close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
         return client
 
-    def _leave_parent(self) -> None:
-        """Forget, in a forked child, the client whose sockets belong to the parent; keep it from being collected."""
+    async def _commanded(self) -> Client:
+        """Return the client as commands use it: one of Motor's with threads of ours."""
+        client = await self.client()
+        if not isinstance(client, AsyncIOMotorClient):
+            return client
+        if self._threaded is None:
+            loop = asyncio.get_running_loop()
+            self._gate = gate = _gate(client.delegate, loop)
+            self._threaded = threaded = AsyncIOMotorClient.__new__(AsyncIOMotorClient)
+            threaded.delegate = client.delegate
+            threaded._io_loop = Threads(loop, gate.executor)
+        return self._threaded
+
+    def admission(self) -> AbstractAsyncContextManager[None]:
+        """Return what a command to a collection is sent within: it waits until there is a server and a thread.
+
+        Entering it raises errors of the driver's.
+        """
+        return _OPEN if self._gate is None else self._gate
+
+    @property
+    def _is_left_behind(self) -> bool:
+        """Whether the client is a parent process's, or one of ours whose loop has ended."""
+        has_ended = self.settings.client is None and self._loop is not None and self._loop.is_closed()
+        return has_ended or self._pid != os.getpid()
+
+    def _leave_behind(self) -> None:
+        """Forget the client. In a forked child its sockets belong to the parent: keep it from being collected."""
         self._refuse_in_child()
-        self._abandoned += [self._client, self._finalizer]
+        self._abandoned += [self._client, self._finalizer, self._gate, self._threaded]
         if self._finalizer is not None:
             self._finalizer.detach()
-        self._client, self._loop, self._finalizer = None, None, None
+        self._client, self._loop, self._finalizer, self._gate, self._threaded = None, None, None, None, None
         self._pid, self._counter, self._operations, self._tasks = os.getpid(), _PoolCounter(), 0, set()
         self._idle, self._opening = asyncio.Event(), asyncio.Lock()
 
@@ -383,7 +426,7 @@ class Connection:
 
         Reads go to the primary. Writes wait for a majority unless the client's own settings say otherwise.
         """
-        client = await self.client()
+        client = await self._commanded()
         concern = client.write_concern.document
         write_concern = WriteConcern(**concern) if "w" in concern else WriteConcern(w="majority", **concern)
         collection: AsyncCollection = client.get_database(database).get_collection(
@@ -404,8 +447,8 @@ class Connection:
         """
         if self._closing and not _entered.get():
             raise SessionClosedError("the connection is closed: open a new manager or factory")
-        if self._pid != os.getpid():
-            self._leave_parent()
+        if self._is_left_behind:
+            self._leave_behind()
         token = _entered.set(True)
         self._operations += 1
         try:
@@ -426,13 +469,21 @@ class Connection:
         """Raise unless the server answers."""
         async with self.operation():
             with driver_errors():
-                await (await self.client()).admin.command("ping")
+                await self._ask("ping")
 
     async def server_version(self) -> str:
         """Return the version of the server, like `"7.0.14"`."""
         async with self.operation():
             with driver_errors():
-                return str((await (await self.client()).admin.command("buildInfo"))["version"])
+                return str((await self._ask("buildInfo"))["version"])
+
+    async def _ask(self, command: str) -> dict[str, Any]:
+        """Send a command that waits behind no other."""
+        client = await self._commanded()
+        if self._gate is not None:
+            await self._gate.server()
+        answer: dict[str, Any] = await client.admin.command(command)
+        return answer
 
     def pool_stats(self) -> PoolStats:
         """Return the pool's configuration and its connections, as counted by the driver's pool events."""
@@ -450,7 +501,7 @@ class Connection:
             },
             "connections_open": None if borrowed else self._counter.open,
             "connections_in_use": None if borrowed else self._counter.in_use,
-            "wait_queue": None if borrowed else self._counter.waiting,
+            "wait_queue": None if borrowed else self._counter.waiting + (self._gate.waiting if self._gate else 0),
         }
 
     def close_blocking(self) -> None:
@@ -466,8 +517,8 @@ class Connection:
     async def aclose(self) -> None:
         """Wait for what is under way, then close an owned client. Idempotent. Runs on the loop of the client."""
         self._closing = True
-        if self._pid != os.getpid():
-            self._leave_parent()
+        if self._is_left_behind:
+            self._leave_behind()
         while self._tasks or self._operations:
             if self._tasks:
                 await asyncio.wait(set(self._tasks))
@@ -475,10 +526,12 @@ class Connection:
                 self._idle.clear()
                 await self._idle.wait()
         if self.settings.client is None and (client := self._client) is not None:
-            self._client = None
+            self._client, self._threaded = None, None
             if self._finalizer is not None:
                 self._finalizer.detach()
             await _close_client(client)
+            if self._gate is not None:
+                self._gate.executor.shutdown(wait=False)
 
     async def aclose_at_exit(self, seconds: float) -> None:
         """Close when the interpreter ends."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 
 from ._loop import Portal
 from .errors import ConfigurationError
@@ -89,9 +91,24 @@ async def run_hooked(
     return await _in_thread(partial(hook, waiting, action, session_id, **argument))
 
 
+_THREADS = 40
+"""`def` hooks that run at once on an event loop, for each depth."""
+
+_depth: ContextVar[int] = ContextVar("mongodb_session_manager_hook_depth", default=0)
+_limiters: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("mongodb_session_manager_hook_limiters")
+
+
 async def _in_thread(call: Callable[[], Any]) -> Any:
-    # Not of anyio's 40 threads: hooks that call the manager again would wait for each other's.
-    return await anyio.to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
+    # Hooks within hooks have threads of their own: hooks that call the manager again would wait for each other's.
+    depth = _depth.get()
+    limiters = _limiters.get({})
+    _limiters.set(limiters)
+    limiter = limiters.setdefault(depth, anyio.CapacityLimiter(_THREADS))
+    token = _depth.set(depth + 1)
+    try:
+        return await anyio.to_thread.run_sync(call, limiter=limiter)
+    finally:
+        _depth.reset(token)
 
 
 @runtime_checkable
