@@ -8,13 +8,14 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import pytest
 
-from mongodb_session_manager import EventLoopError
+from mongodb_session_manager import EventLoopError, _loop
 from mongodb_session_manager._loop import Portal, io_portal, portal_to
 from support import eventually
 
@@ -253,8 +254,13 @@ async def test_a_caller_that_lost_patience_does_not_cancel_the_work(portal: Port
 
 
 @pytest.mark.anyio
-async def test_work_that_fails_after_its_caller_left_is_quiet(portal: Portal, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_far", [True, False])
+async def test_work_that_fails_after_its_caller_left_is_quiet(
+    portal: Portal, caplog: pytest.LogCaptureFixture, is_far: bool
+) -> None:
     gate = Gate()
+    if not is_far:
+        portal = portal_to(asyncio.get_running_loop())
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(portal.run(gate.work, LookupError("nobody listens")), 0.05)
     gate.open.set()
@@ -404,6 +410,106 @@ def test_drain_hears_of_no_failure() -> None:
         assert isinstance(future.exception(0), LookupError)
 
 
+class Stop(BaseException):
+    """Of no kind that the event loop knows."""
+
+
+FATAL = pytest.mark.parametrize(
+    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), Stop()], ids=repr
+)
+
+
+@FATAL
+def test_whatever_the_work_raises_reaches_a_waiting_thread_and_not_the_loop(
+    portal: Portal, error: BaseException
+) -> None:
+    with pytest.raises(type(error)) as raised:
+        portal.call(fail, error)
+    assert raised.value is error
+    assert portal.call(double, 21) == 42
+    assert io_portal() is portal
+
+
+@FATAL
+def test_whatever_the_work_raises_reaches_a_waiting_task_and_not_the_loop(portal: Portal, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        asyncio.run(portal.run(fail, error))
+    assert portal.call(double, 21) == 42
+
+
+@FATAL
+def test_whatever_the_work_raises_leaves_the_loop_of_a_borrowed_client_alone(error: BaseException) -> None:
+    with serving_loop() as loop:
+        portal = Portal(loop)
+        with pytest.raises(type(error)):
+            portal.call(fail, error)
+        assert portal.call(double, 21) == 42
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_tasks_and_callbacks_that_end_an_event_loop_do_not_end_the_io_loop(
+    portal: Portal, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    def callback() -> None:
+        raise error
+
+    async def start() -> asyncio.Task[None]:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(callback)
+        loop.call_later(0.01, loop.stop)
+        return loop.create_task(fail(error))
+
+    task = portal.call(start)
+    eventually(task.done)
+    assert portal.call(double, 21) == 42
+    time.sleep(0.05)
+    assert portal.call(double, 21) == 42
+    assert task.exception() is error
+    assert {record.getMessage().partition(",")[0] for record in caplog.records} == {
+        f"error=<{type(error).__name__}> | raised on the I/O loop"
+    }
+
+
+# Blocked loops.
+
+
+@pytest.mark.may_block
+def test_a_call_to_a_blocked_loop_is_an_error_and_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_loop, "PATIENCE", 0.3)
+    made: list[str] = []
+
+    async def note(text: str) -> None:
+        made.append(text)
+
+    async def block(portal: Portal, done: threading.Event) -> None:
+        done.wait(30)
+
+    with serving_loop() as loop:
+        portal, done = Portal(loop), threading.Event()
+        blocking = portal.submit(block, portal, done)
+        eventually(blocking.running)
+        helpful = pytest.raises(EventLoopError, match=r"blocks it.*invoke_async")
+        with helpful:
+            portal.call(note, "thread")
+        with helpful:
+            asyncio.run(portal.run(note, "task"))
+        done.set()
+        portal.call(note, "afterwards")
+    assert made == ["afterwards"]
+
+
+def test_work_may_take_longer_than_its_beginning(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_loop, "PATIENCE", 0.1)
+    monkeypatch.setattr(_loop, "_NO_PATIENCE", 0.1)
+
+    async def work() -> str:
+        await asyncio.sleep(0.5)
+        return "done"
+
+    assert portal.call(work) == "done"
+    assert asyncio.run(portal.run(work)) == "done"
+
+
 def test_the_io_thread_is_a_named_daemon(portal: Portal) -> None:
     (thread,) = (thread for thread in threading.enumerate() if thread.name == NAME)
     assert thread.daemon
@@ -444,6 +550,30 @@ atexit.register(late)
 """
 
 
+POLICY_SET_LATER = """
+import asyncio
+from mongodb_session_manager._loop import io_portal
+async def nothing(): pass
+io_portal().call(nothing)
+class Policy(asyncio.DefaultEventLoopPolicy):
+    def get_event_loop(self):
+        raise RuntimeError("not here")
+asyncio.set_event_loop_policy(Policy())
+io_portal().call(nothing)
+"""
+
+UNDER_GEVENT = """
+import sys, types
+sys.modules["gevent.monkey"] = types.ModuleType("gevent.monkey")
+sys.modules["gevent.monkey"].is_module_patched = lambda name: name == "threading"
+from mongodb_session_manager import EventLoopError, MongoDBSessionManager
+try:
+    MongoDBSessionManager("s", "mongodb://127.0.0.1:1")
+except EventLoopError as error:
+    print(error)
+"""
+
+
 def run_script(script: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60, check=False
@@ -458,3 +588,12 @@ def test_importing_starts_no_thread_and_first_users_at_once_start_one() -> None:
 
 def test_first_use_while_the_interpreter_ends_is_refused_with_a_sentence() -> None:
     assert "the interpreter is shutting down" in run_script(FIRST_USE_AT_EXIT)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="event-loop policies are deprecated")
+def test_an_event_loop_policy_set_later_does_not_matter() -> None:
+    assert run_script(POLICY_SET_LATER) == ""
+
+
+def test_greenlets_in_the_place_of_threads_are_refused_with_a_sentence() -> None:
+    assert "patch_all(thread=False)" in run_script(UNDER_GEVENT)

@@ -62,7 +62,10 @@ def run(script: str, uri: str, database: str, *options: str, timeout: float = 60
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT.parent / "examples")])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT.parent / "src", ROOT.parent / "examples"))),
+        },
     )
     try:
         output, stderr = process.communicate(timeout=timeout)
@@ -307,27 +310,24 @@ while connections():
     assert run_silently(script, server, database) == []
 
 
-@pytest.mark.parametrize("daemon", [True, False])
-def test_exit_while_threads_are_in_the_middle_of_turns(
-    server: str, database: str, stored: Documents, daemon: bool
-) -> None:
-    script = f"""
+def test_exit_while_daemon_threads_are_in_the_middle_of_turns(server: str, database: str, stored: Documents) -> None:
+    script = """
 factory = MongoDBSessionManagerFactory(uri, database)
 told = []
 
 def work(number):
     try:
-        manager = factory.create_session_manager(f"s{{number}}")
+        manager = factory.create_session_manager(f"s{number}")
         mine = agent(manager)
         for turn in range(1000):
-            mine(f"turn {{turn}}")
+            mine(f"turn {turn}")
             say(number, turn)
             told.append(number)
     except BaseException as error:  # the interpreter ends
         say("ended", type(error).__name__)
 
 for number in range(20):
-    threading.Thread(target=work, args=(number,), daemon={daemon}).start()
+    threading.Thread(target=work, args=(number,), daemon=True).start()
 while len(told) < 60:
     time.sleep(0.001)
 """
@@ -338,6 +338,102 @@ while len(told) < 60:
     assert len(acknowledged) >= 60
     kept = {number: conversation(stored, f"s{number}") for number in {number for number, _ in acknowledged}}
     assert [(n, turn) for n, turn in acknowledged if f"turn {turn}" not in kept[n]] == []
+
+
+# The threads of the application that outlive its main thread.
+
+OUTLIVING = {
+    "thread": """
+for number in range(5):
+    threading.Thread(target=work, args=(number,)).start()
+""",
+    "executor": """
+from concurrent.futures import ThreadPoolExecutor
+executor = ThreadPoolExecutor(3)
+for number in range(5):
+    executor.submit(work, number)
+""",
+    "thread that starts threads": """
+def start():
+    for number in range(5):
+        time.sleep(0.2)
+        threading.Thread(target=work, args=(number,)).start()
+threading.Thread(target=start).start()
+""",
+}
+
+
+@pytest.mark.parametrize("way", OUTLIVING)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_threads_go_on_with_their_sessions_when_the_main_thread_has_ended(
+    server: str, database: str, stored: Documents, way: str, kind: str
+) -> None:
+    script = f"""
+from concurrent.futures import ProcessPoolExecutor
+factory = MongoDBSessionManagerFactory(uri, database)
+
+def sync_work(number):
+    mine = agent(factory.create_session_manager(f"s{{number}}"))
+    for turn in range(10):
+        mine(f"turn {{turn}}")
+        time.sleep(0.05)
+    say(number)
+
+async def async_work(number):
+    manager = await factory.create_session_manager_async(f"s{{number}}")
+    mine = agent(manager)
+    for turn in range(10):
+        await mine.invoke_async(f"turn {{turn}}")
+        await asyncio.sleep(0.05)
+    manager.redact_latest_message(redaction("removed"), mine)
+    say(number)
+
+work = sync_work if "{kind}" == "sync" else lambda number: asyncio.run(async_work(number))
+factory.ping()
+{OUTLIVING[way]}
+"""
+    assert sorted(run_silently(script, server, database)) == list("01234")
+    for number in range(5):
+        kept = conversation(stored, f"s{number}")
+        assert kept[::2] == [f"turn {turn}" for turn in range(10)]
+        assert kind == "sync" or kept[-1] == "removed"
+
+
+def test_idle_executors_do_not_keep_a_process_from_ending(server: str, database: str) -> None:
+    script = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+manager = MongoDBSessionManager("s", uri, database)
+threads = ThreadPoolExecutor(3)
+processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+say(processes.submit(abs, -1).result(), threads.submit(abs, -2).result())
+"""
+    assert run(script, server, database, timeout=30).output == ["1 2"]
+
+
+def test_sessions_survive_the_io_thread(server: str, database: str, stored: Documents) -> None:
+    script = """
+from mongodb_session_manager import _loop
+factory = MongoDBSessionManagerFactory(uri, database)
+manager = factory.create_session_manager("s")
+mine = agent(manager)
+mine("one")
+delivered = threading.Event()
+async def deliver():
+    delivered.set()
+notify_later("test", "s", deliver)
+assert delivered.wait(30)
+_loop._thread.stop(30)
+delivered.clear()
+mine("two")
+notify_later("test", "s", deliver)
+assert delivered.wait(30)
+other = agent(factory.create_session_manager("other"))
+other("three")
+"""
+    run(script, server, database)
+    assert conversation(stored, "s")[::2] == ["one", "two"]
+    assert conversation(stored, "other")[::2] == ["three"]
 
 
 def test_exit_while_tasks_on_a_daemon_thread_are_in_the_middle_of_turns(

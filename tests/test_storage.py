@@ -37,6 +37,7 @@ from mongodb_session_manager import (
     MongoDBStorage,
     SessionClosedError,
     _blobs,
+    _loop,
     _storage,
 )
 from proxy import Proxy, command
@@ -559,7 +560,7 @@ async def test_from_many_loops_and_threads_without_a_thread_of_its_own(server: s
         await storage.write("key", b"")
         results = await asyncio.gather(*(asyncio.to_thread(work, number) for number in range(8)))
         assert results == [b"%d" % number for number in range(8)]
-        ours = [thread.name for thread in threading.enumerate() if "mongodb" in thread.name]
+        ours = [thread.name for thread in threading.enumerate() if thread.name.startswith("mongodb-session-manager-io")]
         assert ours == ["mongodb-session-manager-io"]
 
 
@@ -582,7 +583,7 @@ async def test_over_a_borrowed_client(server: str, database: str, small_files: N
 async def test_a_blocked_loop_is_an_error_rather_than_a_deadlock(
     server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_storage, "_PATIENCE", 0.3)
+    monkeypatch.setattr(_loop, "PATIENCE", 0.3)
     client: AsyncMongoClient[Any] = AsyncMongoClient(server)
     storage = MongoDBStorage(database_name=database, client=client)
     await storage.write("a", b"1")

@@ -66,6 +66,7 @@ ORDER = [
     "hooks.websocket",
     "hooks.__init__",
     "_driver_errors",
+    "_gate",
     "_connection",
     "_pool",
     "_commands",

@@ -157,7 +157,8 @@ async def send(
         collection = await connection.collection(database, name)
         for pause in _PAUSES:
             try:
-                return await command(collection)
+                async with connection.admission():
+                    return await command(collection)
             except PyMongoError as error:
                 if not may_be_sent_again(error):
                     raise
@@ -165,7 +166,8 @@ async def send(
                 logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
             # Not within `except`: the driver's error must not become the context of a cancellation.
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        return await command(collection)
+        async with connection.admission():
+            return await command(collection)
 
 
 def ensure_indexes(

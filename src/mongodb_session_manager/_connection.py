@@ -12,7 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from pymongo.uri_parser import parse_uri
 
 from ._codec import CODEC_OPTIONS
 from ._driver_errors import Account, driver_errors
+from ._gate import Gate, Threads
 from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
     ClientTypeError,
@@ -51,6 +52,11 @@ SOCKET_TIMEOUT_MS = 30_000
 """How long an owned client waits for an answer unless the user says otherwise; the driver would wait for ever."""
 
 _CHECK_GRACE = 0.5  # seconds
+
+_OPEN: AbstractAsyncContextManager[None] = nullcontext()
+
+_gates: weakref.WeakValueDictionary[tuple[int, int], Gate] = weakref.WeakValueDictionary()
+"""Gates by client and loop; a gate keeps its client, so the id of one in use is nobody else's."""
 
 _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", default=False)
 
@@ -251,6 +257,15 @@ def _bound_loop(client: Client) -> asyncio.AbstractEventLoop | None:
     return loop
 
 
+def _gate(client: pymongo.MongoClient[Any], loop: asyncio.AbstractEventLoop) -> Gate:
+    """Return the one gate of a client and a loop, however many connections borrow the client."""
+    key = id(client), id(loop)
+    gate = _gates.get(key)
+    if gate is None:
+        _gates[key] = gate = Gate(client)
+    return gate
+
+
 def _options(client: Client) -> ClientOptions:
     return cast(ClientOptions, client.options)
 
@@ -284,6 +299,8 @@ class Connection:
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._abandoned: list[object] = []
+        self._gate: Gate | None = None
+        self._threaded: AsyncIOMotorClient[Any] | None = None
 
     def __repr__(self) -> str:
         kind = "borrowed" if self.settings.client is not None else "owned"
@@ -334,8 +351,8 @@ class Connection:
             EventLoopError: The client belongs to another loop.
         """
         loop = asyncio.get_running_loop()
-        if self._pid != os.getpid():
-            self._leave_parent()
+        if self._is_left_behind:
+            self._leave_behind()
         if self._loop is None:
             self._loop = loop if self.settings.client is None else _bound_loop(self.settings.client) or loop
         if self._loop is not loop:
@@ -370,13 +387,39 @@ class Connection:
         close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
         return client
 
-    def _leave_parent(self) -> None:
-        """Forget, in a forked child, the client whose sockets belong to the parent; keep it from being collected."""
+    async def _commanded(self) -> Client:
+        """Return the client as commands use it: one of Motor's with threads of ours."""
+        client = await self.client()
+        if not isinstance(client, AsyncIOMotorClient):
+            return client
+        if self._threaded is None:
+            loop = asyncio.get_running_loop()
+            self._gate = gate = _gate(client.delegate, loop)
+            self._threaded = threaded = AsyncIOMotorClient.__new__(AsyncIOMotorClient)
+            threaded.delegate = client.delegate
+            threaded._io_loop = Threads(loop, gate.executor)
+        return self._threaded
+
+    def admission(self) -> AbstractAsyncContextManager[None]:
+        """Return what a command to a collection is sent within: it waits until there is a server and a thread.
+
+        Entering it raises errors of the driver's.
+        """
+        return _OPEN if self._gate is None else self._gate
+
+    @property
+    def _is_left_behind(self) -> bool:
+        """Whether the client is a parent process's, or one of ours whose loop has ended."""
+        has_ended = self.settings.client is None and self._loop is not None and self._loop.is_closed()
+        return has_ended or self._pid != os.getpid()
+
+    def _leave_behind(self) -> None:
+        """Forget the client. In a forked child its sockets belong to the parent: keep it from being collected."""
         self._refuse_in_child()
-        self._abandoned += [self._client, self._finalizer]
+        self._abandoned += [self._client, self._finalizer, self._gate, self._threaded]
         if self._finalizer is not None:
             self._finalizer.detach()
-        self._client, self._loop, self._finalizer = None, None, None
+        self._client, self._loop, self._finalizer, self._gate, self._threaded = None, None, None, None, None
         self._pid, self._counter, self._operations, self._tasks = os.getpid(), _PoolCounter(), 0, set()
         self._idle, self._opening = asyncio.Event(), asyncio.Lock()
 
@@ -389,7 +432,7 @@ class Connection:
 
         Reads go to the primary. Writes wait for a majority unless the client's own settings say otherwise.
         """
-        client = await self.client()
+        client = await self._commanded()
         concern = client.write_concern.document
         write_concern = WriteConcern(**concern) if "w" in concern else WriteConcern(w="majority", **concern)
         collection: AsyncCollection = client.get_database(database).get_collection(
@@ -410,8 +453,8 @@ class Connection:
         """
         if self._closing and not _entered.get():
             raise SessionClosedError("the connection is closed: open a new manager or factory")
-        if self._pid != os.getpid():
-            self._leave_parent()
+        if self._is_left_behind:
+            self._leave_behind()
         token = _entered.set(True)
         self._operations += 1
         try:
@@ -446,7 +489,7 @@ class Connection:
         """Raise unless the server answers."""
         async with self.operation():
             with driver_errors(account=self.account):
-                await (await self.client()).admin.command("ping")
+                await self._ask("ping")
 
     async def check(self, database: str, name: str, seconds: float) -> None:
         """Read from a collection within a time limit, which includes opening the client."""
@@ -466,7 +509,15 @@ class Connection:
         """Return the version of the server, like `"7.0.14"`."""
         async with self.operation():
             with driver_errors(account=self.account):
-                return str((await (await self.client()).admin.command("buildInfo"))["version"])
+                return str((await self._ask("buildInfo"))["version"])
+
+    async def _ask(self, command: str) -> dict[str, Any]:
+        """Send a command that waits behind no other."""
+        client = await self._commanded()
+        if self._gate is not None:
+            await self._gate.server()
+        answer: dict[str, Any] = await client.admin.command(command)
+        return answer
 
     def pool_stats(self) -> PoolStats:
         """Return the pool's configuration and its connections, as counted by the driver's pool events."""
@@ -484,7 +535,7 @@ class Connection:
             },
             "connections_open": None if borrowed else self._counter.open,
             "connections_in_use": None if borrowed else self._counter.in_use,
-            "wait_queue": None if borrowed else self._counter.waiting,
+            "wait_queue": None if borrowed else self._counter.waiting + (self._gate.waiting if self._gate else 0),
         }
 
     def close_blocking(self) -> None:
@@ -500,8 +551,8 @@ class Connection:
     async def aclose(self) -> None:
         """Wait for what is under way, then close an owned client. Idempotent. Runs on the loop of the client."""
         self._closing = True
-        if self._pid != os.getpid():
-            self._leave_parent()
+        if self._is_left_behind:
+            self._leave_behind()
         while self._tasks or self._operations:
             if self._tasks:
                 await asyncio.wait(set(self._tasks))
@@ -509,10 +560,12 @@ class Connection:
                 self._idle.clear()
                 await self._idle.wait()
         if self.settings.client is None and (client := self._client) is not None:
-            self._client = None
+            self._client, self._threaded = None, None
             if self._finalizer is not None:
                 self._finalizer.detach()
             await _close_client(client)
+            if self._gate is not None:
+                self._gate.executor.shutdown(wait=False)
 
     async def aclose_at_exit(self, seconds: float) -> None:
         """Close when the interpreter ends."""

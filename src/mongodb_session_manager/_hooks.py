@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 
 from ._loop import Portal, io_portal, portal_to
 from .errors import ConfigurationError
@@ -172,9 +173,24 @@ async def _threaded(call: Callable[[], Any]) -> Any:
     return await _awaited(lambda: result)
 
 
+_THREADS = 40
+"""`def` hooks that run at once on an event loop, for each depth."""
+
+_depth: ContextVar[int] = ContextVar("mongodb_session_manager_hook_depth", default=0)
+_limiters: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("mongodb_session_manager_hook_limiters")
+
+
 async def _in_thread(call: Callable[[], Any]) -> Any:
-    # Not of anyio's 40 threads: hooks that call the manager again would wait for each other's.
-    return await anyio.to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
+    # Hooks within hooks have threads of their own: hooks that call the manager again would wait for each other's.
+    depth = _depth.get()
+    limiters = _limiters.get({})
+    _limiters.set(limiters)
+    limiter = limiters.setdefault(depth, anyio.CapacityLimiter(_THREADS))
+    token = _depth.set(depth + 1)
+    try:
+        return await anyio.to_thread.run_sync(call, limiter=limiter)
+    finally:
+        _depth.reset(token)
 
 
 @runtime_checkable

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures.thread
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from enum import IntEnum
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import EventLoopError, MongoDBSessionError
@@ -30,6 +33,28 @@ T = TypeVar("T")
 
 _STOPPED = "the event loop that the MongoDB client belongs to was stopped"
 
+_GONE = (
+    "the event loop that the MongoDB client belongs to does not run: create the client on a loop that lives as long "
+    "as its sessions, or pass connection_string and let the library keep a loop of its own"
+)
+
+_BLOCKED = (
+    "the event loop that the MongoDB client belongs to takes no calls: something blocks it, perhaps a synchronous "
+    'call on it that waits for this one, like agent("..."); on that loop await the asynchronous twin '
+    "(agent.invoke_async, agent.stream_async), or pass connection_string and let the library keep a loop of its own"
+)
+
+_GREENLETS = (
+    "gevent.monkey.patch_all() turns threads into greenlets, but the library needs a real thread for its event loop: "
+    "call patch_all(thread=False) instead, or use threaded workers (gunicorn -k gthread)"
+)
+
+PATIENCE = 10.0
+"""Seconds within which an event loop must begin with a call."""
+
+_NO_PATIENCE = 0.5
+"""The same for one that is known to be blocked."""
+
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of the interpreter may wait for writes under way."""
 
@@ -38,7 +63,20 @@ _EXIT_GRACE = 1.0
 
 _POLL = 0.005  # seconds
 
+_NAME = "mongodb-session-manager"
+"""How the names of the library's threads begin."""
+
+_IDLE = concurrent.futures.thread._worker.__code__
+"""What a thread of an executor runs while it waits for work."""
+
 Lock = threading.Lock
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """Threads for the I/O of one client."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, _NAME)
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -52,14 +90,16 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 class Portal:
     """Runs coroutine functions on one event loop, for callers on any thread and any loop.
 
-    What was handed in runs to its end, whatever becomes of the caller: a cancelled request does not cancel the write
-    it had begun. Context variables of the caller are visible to the coroutine.
+    Work that has begun runs to its end, whatever becomes of the caller: a cancelled request does not cancel the write
+    it had begun. Context variables of the caller are visible to the coroutine. What the coroutine raises, be it
+    `SystemExit`, reaches the caller and not the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, is_alive: Callable[[], bool] | None = None) -> None:
         self.loop = loop
-        self._is_alive = is_alive or loop.is_running
+        self.is_alive = is_alive or loop.is_running
         self._under_way: set[Future[Any] | asyncio.Task[Any]] = set()
+        self._blocked = False
 
     def submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start `function(*args, **kwargs)` on the loop and return at once; calls start in the order of submission.
@@ -67,21 +107,48 @@ class Portal:
         Raises:
             EventLoopError: The loop is closed or stopped.
         """
-        if not self._is_alive():
-            raise EventLoopError(
-                "the event loop that the MongoDB client belongs to does not run: create the client on a loop that "
-                "lives as long as its sessions, or pass connection_string and let the library keep a loop of its own"
-            )
-        future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self.loop)
+        if not self.is_alive():
+            raise EventLoopError(_GONE)
+        future: Future[T] = Future()
         self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
+        try:
+            self.loop.call_soon_threadsafe(self._begin, future, partial(function, *args, **kwargs))
+        except RuntimeError:  # closed since
+            future.cancel()
+            raise EventLoopError(_GONE) from None
         return future
+
+    def _begin(self, future: Future[T], work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._blocked = False
+        if future.set_running_or_notify_cancel():
+            self._keep(self.loop.create_task(_carry_out(work, future)))
+            self._under_way.discard(future)  # it counts once
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.add(task)  # the loop itself may forget it
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller may have left
+
+    @property
+    def _patience(self) -> float:
+        return _NO_PATIENCE if self._blocked else PATIENCE
+
+    def _give_up(self, future: Future[Any]) -> None:
+        """Take back a call that the loop has not begun with."""
+        if future.cancel():
+            self._blocked = True
 
     def call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function(*args, **kwargs)` on the loop and block the calling thread until it is done.
 
         Raises:
-            EventLoopError: The calling thread is the one that runs the loop, so that waiting would never end.
+            EventLoopError: The calling thread is the one that runs the loop, so that waiting would never end, or
+                something else blocks the loop.
         """
         if running_loop() is self.loop:
             raise EventLoopError(
@@ -90,17 +157,25 @@ class Portal:
             )
         future = self.submit(function, *args, **kwargs)
         try:
-            return future.result()
+            future.exception(self._patience)
+        except TimeoutError:
+            self._give_up(future)
         except CancelledError:
-            raise EventLoopError(_STOPPED) from None
+            pass
+        if future.cancelled():
+            raise EventLoopError(_BLOCKED)
+        return future.result()
 
     async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on."""
+        """Run `function(*args, **kwargs)` on the loop while the caller's own loop goes on.
+
+        Raises:
+            EventLoopError: Something blocks the loop.
+        """
         caller = asyncio.get_running_loop()
         if caller is self.loop:  # as with a client of the caller's own: nowhere to go
             task = caller.create_task(function(*args, **kwargs))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+            self._keep(task)
             return await asyncio.shield(task)
         outcome: asyncio.Future[T] = caller.create_future()
 
@@ -108,23 +183,13 @@ class Portal:
             with suppress(RuntimeError):  # the caller's loop is closed: nobody waits any more
                 caller.call_soon_threadsafe(_copy_outcome, finished, outcome)
 
-        self.submit(function, *args, **kwargs).add_done_callback(hand_over)
-        return await outcome
-
-    async def reach(self, patience: float) -> None:
-        """Return once the loop takes calls.
-
-        Raises:
-            EventLoopError: It took none for `patience` seconds.
-        """
+        future = self.submit(function, *args, **kwargs)
+        future.add_done_callback(hand_over)
+        patience = caller.call_later(self._patience, self._give_up, future)
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self.submit(_nothing)), patience)
-        except TimeoutError:
-            raise EventLoopError(
-                f"the event loop that the MongoDB client belongs to has taken no call for {patience:g} s: something "
-                "blocks it, maybe the very call that waits for this one; pass connection_string and let the library "
-                "keep a loop of its own"
-            ) from None
+            return await outcome
+        finally:
+            patience.cancel()
 
     def drain(self, timeout: float) -> int:
         """Block until what was submitted is done, at most `timeout` seconds; return how many calls are not."""
@@ -134,14 +199,25 @@ class Portal:
         return len(self._under_way)
 
 
-async def _nothing() -> None: ...
+async def _carry_out(work: Callable[[], Coroutine[Any, Any, T]], future: Future[T]) -> None:
+    """Await `work()` and settle `future`. Raises nothing: a loop ends with a task that raises `SystemExit`."""
+    try:
+        result = await work()
+    except BaseException as error:
+        task = asyncio.current_task()
+        is_stopped = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
+        future.set_exception(EventLoopError(_STOPPED) if is_stopped else error)
+    else:
+        future.set_result(result)
+    finally:
+        del future  # which may hold an error whose traceback holds this frame
 
 
 def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
     if outcome.done():
         return
     if finished.cancelled():
-        outcome.set_exception(EventLoopError(_STOPPED))
+        outcome.set_exception(EventLoopError(_BLOCKED))
     elif (error := finished.exception()) is not None:
         outcome.set_exception(error)
     else:
@@ -165,28 +241,38 @@ class _IOThread:
 
     def __init__(self) -> None:
         loop = asyncio.new_event_loop()
-        name = "mongodb-session-manager-io"
-        self._thread = threading.Thread(target=self._serve, args=(loop,), name=name, daemon=True)
+        self._is_ending = False
+        self._thread = threading.Thread(target=self._serve, args=(loop,), name=f"{_NAME}-io", daemon=True)
         # The loop takes calls before it runs, so nobody has to wait for the thread.
         self.portal = Portal(loop, self._thread.is_alive)
         self._thread.start()
 
-    @staticmethod
-    def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         try:
-            loop.run_forever()
+            while not self._is_ending and not loop.is_closed():
+                try:
+                    loop.run_forever()
+                except BaseException as error:
+                    # A task or callback of a hook's raised SystemExit or the like; everybody else's sessions go on.
+                    logger.error("error=<%s> | raised on the I/O loop, which goes on", type(error).__name__)
+            if not loop.is_closed():
+                loop.run_until_complete(_cancel_the_rest())
         finally:
-            tasks = asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
     def stop(self, timeout: float) -> None:
+        self._is_ending = True
         self.portal.loop.call_soon_threadsafe(self.portal.loop.stop)
         self._thread.join(timeout)
+
+
+async def _cancel_the_rest() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 # Reentrant, because the garbage collector may close something while its thread holds the lock.
@@ -202,7 +288,7 @@ def io_portal() -> Portal:
     """Return the portal to the library's own event loop, whose thread the first call starts.
 
     Raises:
-        EventLoopError: The interpreter is shutting down.
+        EventLoopError: The interpreter is shutting down, or threads are no threads.
     """
     global _thread, _exit_registered, _exiting
     with _lock:
@@ -216,9 +302,16 @@ def io_portal() -> Portal:
             _exit_registered = True
         if _exiting:
             raise EventLoopError("the interpreter is shutting down: close sessions before the main thread ends")
-        if _thread is None:
+        if _thread is None or not _thread.portal.is_alive():
+            if _is_patched_by_gevent():
+                raise EventLoopError(_GREENLETS)
             _thread = _IOThread()
         return _thread.portal
+
+
+def _is_patched_by_gevent() -> bool:
+    patching = sys.modules.get("gevent.monkey")
+    return patching is not None and bool(patching.is_module_patched("threading"))
 
 
 def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
@@ -238,6 +331,35 @@ def close_at_exit(close: CloseAtExit, loop: asyncio.AbstractEventLoop, order: Ex
 
 
 def _finish() -> None:
+    try:
+        _await_other_threads()
+    finally:  # also when the user loses patience and interrupts
+        _close_everything()
+
+
+def _await_other_threads() -> None:
+    """Wait for the threads that the interpreter waits for, as their sessions must stay open as long.
+
+    It would do so itself, but only once executors take no more work, without which neither Motor nor a synchronous
+    agent can go on.
+    """
+    idle = 0
+    while idle < 2:  # a worker between two pieces of work looks idle
+        idle = 0 if any(map(_is_working, threading.enumerate())) else idle + 1
+        time.sleep(_POLL)
+
+
+def _is_working(thread: threading.Thread) -> bool:
+    if thread.daemon or thread in (threading.main_thread(), threading.current_thread()):
+        return False
+    if thread.name.startswith(_NAME) or type(thread).__name__ == "_ExecutorManagerThread":
+        return False  # ours, and those of process pools: they end after this
+    frame = sys._current_frames().get(thread.ident or 0)
+    # Executors end their workers after this, too: one that waits for work does not count.
+    return frame is not None and frame.f_code is not _IDLE
+
+
+def _close_everything() -> None:
     global _exiting
     with _lock:
         _exiting = True

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import copy
 import re
@@ -37,9 +36,6 @@ A document may hold 16 MiB, but a server with a small cache (256 MiB) refuses no
 
 _ROUNDS = 8
 """How often a value may be found changed by others while it is written before the write gives up."""
-
-_PATIENCE = 10.0
-"""Seconds until a borrowed client's event loop that takes no calls counts as blocked."""
 
 # What tells Strands that a view has its prefix already, so that no subsystem adds its own; there is no public name.
 _NAMESPACED = getattr(strands_storage, "_NAMESPACED", None)
@@ -178,10 +174,7 @@ class MongoDBStorage(Storage[str, str]):
             async with self._connection.operation():
                 return await operation(*args, **kwargs)
 
-        portal = self._connection.portal
-        if self._connection.settings.client is not None and portal.loop is not asyncio.get_running_loop():
-            await portal.reach(_PATIENCE)
-        return await portal.run(counted)
+        return await self._connection.portal.run(counted)
 
     async def _write(self, key: str, data: bytes) -> None:
         value: Document = {"size": len(data), "updated_at": now()}

@@ -30,9 +30,16 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
 def _is_worth_retrying(notification: Notification, error: BaseException) -> bool:
     try:
         return isinstance(error, Exception) and bool(notification.policy.is_worth_retrying(error))
-    except Exception as failure:
+    except BaseException as failure:  # also SystemExit, which would end the event loop
         logger.error("event=<%r>, error=<%s> | retry_on failed", notification.name, type(failure).__name__)
         return False
+
+
+def _give_up_on_loop(notification: Notification, error: BaseException) -> None:
+    try:
+        give_up(notification, error)
+    except BaseException as failure:  # SystemExit of a user's on_error would end the event loop
+        logger.error("event=<%r>, error=<%s> | on_error failed", notification.name, type(failure).__name__)
 
 
 class Dispatcher:
@@ -188,7 +195,7 @@ class Dispatcher:
                 return pause
             with self._lock:
                 source.failed += 1
-            give_up(notification, error)
+            _give_up_on_loop(notification, error)
         else:
             with self._lock:
                 source.delivered += 1
@@ -247,7 +254,7 @@ class Dispatcher:
             self._take_out(notification)
             with self._lock:
                 notification.source.failed += 1
-            give_up(notification, NotificationError("the process ended before it was delivered"))
+            _give_up_on_loop(notification, NotificationError("the process ended before it was delivered"))
         if left:
             logger.error("undelivered=<%r> | notifications were lost at the end of the process", names_of(left))
 

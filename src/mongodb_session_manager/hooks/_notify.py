@@ -129,7 +129,7 @@ def _started() -> Dispatcher:
     global _dispatcher
     portal = io_portal()
     with _lock:
-        if _dispatcher is None:
+        if _dispatcher is None or _dispatcher.portal is not portal:
             _dispatcher = Dispatcher(portal)
             _dispatcher.start()
             close_at_exit(_dispatcher.aclose, portal.loop, ExitOrder.NOTIFICATIONS)
