@@ -195,7 +195,7 @@ def test_everybody_who_blocks_takes_a_ttl(server: str, database: str, stored: St
         factory.create_session_manager("d", session_ttl=None)
     initialize_global_factory(server, database, session_ttl=TTL).create_session_manager("e")
     close_global_factory()
-    assert [ttl_of(stored, session_id) for session_id in "abcde"] == [28800, 28800, 86400, None, 28800]
+    assert [ttl_of(stored, session_id) for session_id in "abcde"] == [28800, 28800, 86400, 28800, 28800]
 
 
 # The server removes it.

@@ -139,12 +139,12 @@ def test_overrides_do_not_change_the_factory(server: str, database: str, stored:
     assert {each["_id"]: each["application_name"] for each in stored.find()} == {
         "s": "theirs",
         "t": "ours",
-        "u": None,
+        "u": "ours",
     }
 
 
 @pytest.mark.parametrize(
-    "override", [{"no_such": 1}, {"connection_string": "mongodb://host"}, {"client": None}, {"maxPoolSize": 5}]
+    "override", [{"no_such": 1}, {"connection_string": "mongodb://host"}, {"client": 5}, {"maxPoolSize": 5}]
 )
 def test_what_cannot_be_overridden_is_named(factory: MongoDBSessionManagerFactory, override: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(override))):
@@ -153,7 +153,7 @@ def test_what_cannot_be_overridden_is_named(factory: MongoDBSessionManagerFactor
         asyncio.run(factory.create_session_manager_async("s", **override))
 
 
-@pytest.mark.parametrize("save_on", ["", "never", "Message", None, True, ["message"]])
+@pytest.mark.parametrize("save_on", ["", "never", "Message", True, ["message"]])
 def test_save_on_is_checked(server: str, factory: MongoDBSessionManagerFactory, save_on: Any) -> None:
     with pytest.raises(ConfigurationError, match="save_on"):
         factory.create_session_manager("s", save_on=save_on)
@@ -165,7 +165,11 @@ def test_save_on_is_checked(server: str, factory: MongoDBSessionManagerFactory, 
         AsyncMongoDBSessionManager("s", server, save_on=save_on)
 
 
-@pytest.mark.parametrize("fields", ["priority", [5], ["a..b"], ["$x"], [""], ["a\0b"], ["a.$b"], [None]])
+@pytest.mark.parametrize(
+    "fields",
+    [*("priority", 5, [5], b"priority", {"a": 1}, [None]), ["a..b"], ["$x"], [""], ["a\0b"], ["a.$b"], ["\ud800"]],
+    ids=ascii,
+)
 def test_metadata_fields_are_checked(server: str, factory: MongoDBSessionManagerFactory, fields: Any) -> None:
     with pytest.raises(ConfigurationError, match="metadata_fields"):
         MongoDBSessionManagerFactory(server, metadata_fields=fields)
@@ -396,8 +400,7 @@ def test_the_pool_closes(server: str, database: str) -> None:
     assert MongoDBConnectionPool.get_client() is None
     with pytest.raises(SessionClosedError):
         live("hi")
-    with pytest.raises(RuntimeError, match="initialize"):
-        MongoDBConnectionPool.get_pool_stats()
+    assert MongoDBConnectionPool.get_pool_stats()["status"] == "not_initialized"
     assert MongoDBConnectionPool.initialize(server) is not client
 
 
@@ -408,6 +411,107 @@ def test_other_arguments_replace_the_pool(server: str) -> None:
     assert later is not earlier
     assert MongoDBConnectionPool.get_client() is later
     assert MongoDBConnectionPool.get_pool_stats()["pool_config"]["maxPoolSize"] == 8
+
+
+@pytest.mark.usefixtures("pool_closed")
+def test_the_clients_of_the_pool_do_what_those_of_pymongo_do(server: str, database: str) -> None:
+    assert MongoDBConnectionPool() is MongoDBConnectionPool()
+    client = MongoDBConnectionPool.initialize(server)
+    assert isinstance(client, pymongo.MongoClient)
+    assert client.admin.command("ping")["ok"] == 1
+    client[database]["c"].insert_one({"_id": 1})
+    assert MongoDBConnectionPool().get_client()[database]["c"].find_one({"_id": 1}) == {"_id": 1}  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("pool_closed")
+def test_the_stats_of_a_pool_without_a_server() -> None:
+    assert MongoDBConnectionPool.get_pool_stats()["status"] == "not_initialized"
+    MongoDBConnectionPool.initialize("mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=100")
+    stats = MongoDBConnectionPool.get_pool_stats()
+    assert stats["status"] == "error"
+    assert "127.0.0.1:1" in str(stats["error"])
+
+
+@pytest.mark.usefixtures("pool_closed", "global_factory_closed")
+def test_the_pool_is_that_of_the_global_factory(
+    server: str, database: str, stored: Documents, commands: CommandLog
+) -> None:
+    options: Any = {"maxPoolSize": 7, "event_listeners": [commands]}
+    factory = initialize_global_factory(server, database, **options)
+    turn(factory.create_session_manager("s"))
+    commands.clear()
+    client = MongoDBConnectionPool.get_client()
+    assert client is not None
+    assert client[database]["agent_sessions"].find_one({"_id": "s"}, {"_id": 1}) == {"_id": "s"}
+    assert "find" in commands.names  # by the factory's own client
+    stats = MongoDBConnectionPool.get_pool_stats()
+    assert stats["status"] == "connected"
+    assert stats["pool_config"] == factory.get_connection_stats()["pool_config"]
+    assert (stats["connections_open"] or 0) >= 1
+    assert MongoDBConnectionPool.initialize(server, **options) is client
+    with MongoDBSessionManager("t", client=client, database_name=database) as manager:
+        turn(manager)
+    assert conversation(stored, "t") == ["hi", "hello"]
+    close_global_factory()
+    assert MongoDBConnectionPool.get_client() is None
+    assert MongoDBConnectionPool.get_pool_stats()["status"] == "not_initialized"
+
+
+@pytest.mark.usefixtures("pool_closed", "global_factory_closed")
+def test_a_global_factory_takes_the_pool_that_is_there(server: str, database: str) -> None:
+    client = MongoDBConnectionPool.initialize(server, maxPoolSize=7)
+    client.admin.command("ping")
+    factory = initialize_global_factory(server, database, maxPoolSize=7)
+    turn(factory.create_session_manager("s"))
+    assert MongoDBConnectionPool.get_client() is client
+    assert factory.count_sessions() == 1
+    # Another one with the same settings does not lose its connections when the earlier one is closed.
+    later = initialize_global_factory(server, database, maxPoolSize=7)
+    assert later.count_sessions() == 1
+    with pytest.raises(pymongo.errors.InvalidOperation):
+        client.admin.command("ping")
+    assert factory.get_connection_stats()["status"] == "closed"
+    assert MongoDBConnectionPool.get_client() is not client
+
+
+@pytest.mark.usefixtures("pool_closed", "global_factory_closed")
+def test_a_global_factory_with_other_settings_replaces_the_pool(server: str, database: str) -> None:
+    client = MongoDBConnectionPool.initialize(server, maxPoolSize=7)
+    factory = initialize_global_factory(server, database, maxPoolSize=8)
+    assert MongoDBConnectionPool.get_client() is not client
+    assert MongoDBConnectionPool.get_pool_stats()["pool_config"]["maxPoolSize"] == 8
+    # A pool with settings of its own leaves the factory open.
+    assert MongoDBConnectionPool.initialize(server, maxPoolSize=9) is not client
+    assert factory.count_sessions() == 0
+
+
+@pytest.mark.usefixtures("pool_closed", "global_factory_closed")
+def test_a_factory_of_its_own_is_not_the_pool(server: str, database: str) -> None:
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        factory.ping()
+        assert MongoDBConnectionPool.get_client() is None
+        with pytest.raises(FactoryNotInitializedError):
+            get_global_factory()
+        initialize_global_factory(server, database)
+        close_global_factory()
+        factory.ping()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("pool_closed", "global_factory_closed")
+async def test_the_pool_of_a_global_factory_over_a_borrowed_client(server: str, database: str) -> None:
+    motor: Any = AsyncIOMotorClient(server)
+    await initialize_global_factory(client=motor, database_name=database).ping_async()
+    assert MongoDBConnectionPool.get_client() is motor.delegate
+    await get_global_factory().close_async()
+    assert (await motor.admin.command("ping"))["ok"] == 1
+    motor.close()
+    theirs: Any = AsyncMongoClient(server)
+    factory = initialize_global_factory(client=theirs, database_name=database)
+    with pytest.raises(ConfigurationError, match="AsyncMongoClient"):
+        MongoDBConnectionPool.get_client()
+    await factory.close_async()
+    await theirs.close()
 
 
 @pytest.mark.usefixtures("pool_closed")
@@ -600,8 +704,9 @@ def test_the_application_name_is_fixed_at_creation(server: str, database: str, s
         turn(factory.create_session_manager("s", application_name="second"))
         assert factory.create_session_manager("s", application_name="second").get_application_name() == "first"
         assert factory.create_session_manager("s", application_name=None).get_application_name() == "first"
-        assert factory.create_session_manager("t", application_name=None).get_application_name() is None
+    with MongoDBSessionManagerFactory(server, database) as factory:
         assert factory.create_session_manager("t").get_application_name() is None
+        assert factory.create_session_manager("t", application_name="late").get_application_name() is None
     assert {each["_id"]: each["application_name"] for each in stored.find()} == {"s": "first", "t": None}
 
 

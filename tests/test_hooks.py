@@ -811,7 +811,7 @@ def test_both_spellings_on_the_factory_and_instead_of_its_own(
             session = Session(factory, runner, is_async).open(**override)
             assert (session.update_metadata({"a": 1}), session.add_feedback({})) == ("own", "factory")
             session = Session(factory, runner, is_async).open(**none)
-            assert (session.update_metadata({"a": 1}), session.add_feedback({})) == (None, None)
+            assert (session.update_metadata({"a": 1}), session.add_feedback({})) == ("factory", "factory")
 
 
 @pytest.mark.parametrize(("snake", "camel"), [*zip(NEW, OLD, strict=True)])

@@ -535,9 +535,12 @@ async def test_after_closing(server: str, database: str) -> None:
 
 
 def test_names_are_checked(server: str) -> None:
-    for options in ({"collection_name": ""}, {"collection_name": None}, {"database_name": "a\0b"}):
+    for options in ({"collection_name": ""}, {"collection_name": 5}, {"database_name": "a\0b"}):
         with pytest.raises(ConfigurationError):
             MongoDBStorage(server, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"'aplication_name'.*collection_name"):
+        MongoDBStorage(server, aplication_name="a")
+    assert "(agent_sessions.agent_storage," in repr(MongoDBStorage(server, None, None))
 
 
 def test_nothing_shows_the_password() -> None:

@@ -16,7 +16,7 @@ from ._documents import checked_id
 from ._hooks import Hook, Operation, run_hooked
 from ._metadata_tool import MetadataPolicy, async_tool
 from ._references import MAX_INLINE_ATTACHMENT_BYTES
-from ._session import ManagerOptions, SaveOn, SessionManagerBase, take_hooks
+from ._session import OPTIONS, ManagerOptions, SaveOn, SessionManagerBase, take_hooks
 from .errors import InvalidArgumentError, SessionClosedError
 from .hooks._notify import DRAIN_TIMEOUT, in_the_name_of
 
@@ -36,7 +36,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
+        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
         application_name: Stored in the session if this manager creates it; never changed afterwards.
         metadata_fields: Fields of `metadata` that get an index each.
         metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
@@ -60,17 +60,17 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         session_id: str,
         connection_string: str | None = None,
         database_name: str | None = None,
-        collection_name: str = "agent_sessions",
+        collection_name: str | None = "agent_sessions",
         *,
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
         metadata_hook: Hook | None = None,
         feedback_hook: Hook | None = None,
-        save_on: SaveOn = "message",
-        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        save_on: SaveOn | None = "message",
+        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
         session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
@@ -89,7 +89,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             session_ttl=session_ttl,
             **take_hooks(client_options),
         )
-        connection = Connection(Settings.checked(connection_string, client, client_options))
+        connection = Connection(Settings.checked(connection_string, client, client_options, OPTIONS))
         self._prepare(session_id, connection, options, owned=True)
 
     @classmethod

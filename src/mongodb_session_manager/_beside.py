@@ -68,10 +68,10 @@ def checked_ttl(value: object) -> int | None:
     if value is None:
         return None
     if not isinstance(value, timedelta):
-        raise ConfigurationError(f"session_ttl must be a timedelta, not {type(value).__name__}")
+        raise ConfigurationError(f"session_ttl must be a datetime.timedelta, got {value!r}")
     seconds = -(value // timedelta(seconds=-1))
     if value < timedelta(seconds=1) or seconds > _MOST_SECONDS:
-        raise ConfigurationError(f"session_ttl must be from 1 to {_MOST_SECONDS} seconds")
+        raise ConfigurationError(f"session_ttl must be from 1 to {_MOST_SECONDS} seconds, got {value!r}")
     return seconds
 
 

@@ -128,10 +128,10 @@ class Limits:
             ("max_embedded_bytes", max_embedded_bytes),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"{name} must be an int from 1")
+                raise ConfigurationError(f"{name} must be an int >= 1, got {value!r}")
         limits = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
         if limits.size > _MOST_EMBEDDED_BYTES:
-            raise ConfigurationError(f"max_embedded_bytes must be at most {_MOST_EMBEDDED_BYTES}")
+            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MOST_EMBEDDED_BYTES}, got {limits.size}")
         return limits
 
     def exceeded(self, head: Head, times: int = 1) -> bool:

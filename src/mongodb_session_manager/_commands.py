@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import reprlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -54,7 +55,7 @@ class SessionCollection:
         cls,
         connection: Connection,
         database_name: str | None,
-        collection_name: str,
+        collection_name: str | None,
         application_name: str | None,
         metadata_fields: Sequence[str] | None,
         **options: Any,
@@ -68,15 +69,15 @@ class SessionCollection:
         self,
         connection: Connection,
         database_name: str | None,
-        collection_name: str,
+        collection_name: str | None,
         application_name: str | None,
         metadata_fields: Sequence[str] | None,
     ) -> None:
         self._connection = connection
         self._database_name = checked_name(connection.database_name(database_name), "database_name")
-        self._collection_name = checked_name(collection_name, "collection_name")
-        if application_name is not None and not isinstance(application_name, str):
-            raise ConfigurationError(f"application_name must be a str, not {type(application_name).__name__}")
+        self._collection_name = checked_name(given(collection_name, "agent_sessions"), "collection_name")
+        if application_name is not None:
+            _checked_text(application_name, "application_name")
         self._application_name = application_name
         self._metadata_fields = _checked_fields(metadata_fields)
         self._indexes = session_indexes(self._metadata_fields)
@@ -208,20 +209,57 @@ async def _build_indexes(
         logger.warning("fields=<%r>, error=<%s> | indexes not built, queries on them will be slow", shown, error)
 
 
-def checked_name(value: object, name: str) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ConfigurationError(f"{name} must be a non-empty str without NUL")
+def given(value: T | None, default: T) -> T:
+    """Return the value of an option, or the default if it is `None`."""
+    return default if value is None else value
+
+
+def _checked_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{name} must be a str, got {reprlib.repr(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{name} must be text that UTF-8 can encode, got {reprlib.repr(value)}") from None
     return value
+
+
+_REFUSED = {"database_name": '/\\. "$\0', "collection_name": "$\0"}
+_MOST_BYTES = {"database_name": 63, "collection_name": 170}
+"""MongoDB allows 255 bytes for a database, a dot and a collection: `agent_sessions_attachments.chunks` among them."""
+
+
+def checked_name(value: object, name: str) -> str:
+    """Return the name of a database or collection that MongoDB takes; `name` is the argument's.
+
+    Raises:
+        ConfigurationError: MongoDB would refuse it.
+    """
+    text = _checked_text(value, name)
+    shown = reprlib.repr(text)
+    if not text:
+        raise ConfigurationError(f"{name} must be a non-empty str")
+    if refused := [character for character in _REFUSED[name] if character in text]:
+        raise ConfigurationError(f"{name} must not hold {refused[0]!r}, got {shown}")
+    if len(text.encode()) > _MOST_BYTES[name]:
+        raise ConfigurationError(f"{name} must have at most {_MOST_BYTES[name]} bytes, got {len(text.encode())}")
+    if name == "collection_name" and (text.startswith((".", "system.")) or text.endswith(".") or ".." in text):
+        raise ConfigurationError(f"{name} must not begin with 'system.', nor with a dot, nor end with one, got {shown}")
+    return text
 
 
 def _checked_fields(fields: Sequence[str] | None) -> tuple[str, ...]:
     if fields is None:
         return ()
-    if isinstance(fields, str) or not all(isinstance(field, str) for field in fields):
-        raise ConfigurationError("metadata_fields must be a list of field names")
-    for field in fields:
+    if isinstance(fields, str | bytes | Mapping) or not isinstance(fields, Iterable):
+        raise ConfigurationError(f"metadata_fields must be a list of field names, got {reprlib.repr(fields)}")
+    fields = list(fields)
+    for number, field in enumerate(fields):
+        _checked_text(field, f"metadata_fields[{number}]")
         if "\0" in field or any(not part or part.startswith("$") for part in field.split(".")):
-            raise ConfigurationError(f"metadata_fields holds {field!r}, which is not the name of a field")
+            raise ConfigurationError(
+                f"metadata_fields[{number}] must be the name of a field, got {reprlib.repr(field)}"
+            )
     return tuple(dict.fromkeys(fields))
 
 

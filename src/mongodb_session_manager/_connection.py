@@ -6,22 +6,25 @@ Everything above sees collections whose methods are awaited, and does not know w
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
 import logging
 import os
 import re
+import reprlib
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, TypeAlias, TypedDict, cast
 from urllib.parse import unquote
 
 import pymongo
+from motor.core import AgnosticBase
 from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo import AsyncMongoClient, ReadPreference, WriteConcern, monitoring
+from pymongo import AsyncMongoClient, ReadPreference, WriteConcern, common, monitoring
 from pymongo import errors as driver
 from pymongo.client_options import ClientOptions
 from pymongo.read_concern import ReadConcern
@@ -44,7 +47,9 @@ from .errors import (
 
 logger = logging.getLogger(__name__)
 
-Client: TypeAlias = "AsyncIOMotorClient[Any] | AsyncMongoClient[Any]"
+AsyncClient: TypeAlias = "AsyncIOMotorClient[Any] | AsyncMongoClient[Any]"
+SyncClient: TypeAlias = "pymongo.MongoClient[Any]"
+Client: TypeAlias = "AsyncClient | SyncClient"
 
 DEFAULT_DATABASE = "agent_sessions"
 
@@ -179,14 +184,25 @@ class Settings:
 
     @classmethod
     def checked(
-        cls, connection_string: str | None, client: Client | None, client_options: Mapping[str, Any]
+        cls,
+        connection_string: str | None,
+        client: Client | None,
+        client_options: Mapping[str, Any],
+        ours: Iterable[str] = (),
     ) -> Settings:
         """Return settings that can be used, the environment variable `MONGODB_URI` filled in.
 
+        Args:
+            connection_string: Where MongoDB is.
+            client: A client of the caller's.
+            client_options: Options of the driver; one that is `None` is not given.
+            ours: The other options that the caller could have been given.
+
         Raises:
-            ConfigurationError: Nothing says where MongoDB is, or too much does.
-            ClientTypeError: `client` is not an asynchronous client.
+            ConfigurationError: No MongoDB is configured, or two are; or an option is unknown or cannot be used.
+            ClientTypeError: `client` is not a MongoDB client.
         """
+        client_options = _checked_options(client_options, ours)
         if client is not None:
             _check_client(client)
             if connection_string is not None or client_options:
@@ -196,10 +212,12 @@ class Settings:
                 )
             return cls(client=client)
         connection_string = connection_string or os.environ.get("MONGODB_URI")
+        if isinstance(connection_string, str):
+            connection_string = connection_string.strip()
         if not connection_string:
             raise ConfigurationError(
-                "nothing says where MongoDB is: pass connection_string, set the environment variable MONGODB_URI, or "
-                "pass client (an AsyncIOMotorClient or AsyncMongoClient)"
+                "no MongoDB connection configured: pass connection_string, set the environment variable MONGODB_URI, "
+                "or pass client (an AsyncIOMotorClient, AsyncMongoClient or MongoClient)"
             )
         if not isinstance(connection_string, str):
             raise ConfigurationError(f"connection_string must be a str, not {type(connection_string).__name__}")
@@ -210,6 +228,7 @@ class Settings:
         """Return what may be shown of a driver's error, which may quote any part of a string that holds a password."""
         address = (self.connection_string or "").partition("://")[2]
         secrets = re.split(r"[:/@?&=]", address.rpartition("@")[0])
+        secrets += [str(value) for name, value in self.client_options.items() if name.lower() in _SECRETS]
         return "" if any(secret and secret in str(error) for secret in secrets) else f": {error}"
 
     def bounded_options(self) -> dict[str, Any]:
@@ -221,27 +240,94 @@ class Settings:
         return {**bound, **self.client_options}
 
 
+def unexpected_option(name: str, expected: Iterable[str], of_driver: Iterable[str] = ()) -> ConfigurationError:
+    """Return the error for an unknown option, which suggests ours before the driver's."""
+    expected = list(expected)
+    close = difflib.get_close_matches(name, expected, 1) or difflib.get_close_matches(name, list(of_driver), 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    rest = " or an option of pymongo.MongoClient" if of_driver else ""
+    listed = ", ".join(expected)
+    return ConfigurationError(f"unexpected option {name!r}{hint} expected one of: {listed}{rest}")
+
+
+_SECRETS = {"password", "authmechanismproperties", "tlscertificatekeyfilepassword"}
+
+_FILES = {"tlscafile", "tlscertificatekeyfile", "tlscrlfile"}
+"""Options whose validation reads a file: that is left to the opening of the client, off the caller's event loop."""
+
+
+@cache
+def _driver_options() -> dict[str, str]:
+    """Return the driver's options as they are documented, by their names in lower case."""
+    names = re.findall(r"`(\w+)`", pymongo.MongoClient.__init__.__doc__ or "")
+    return {name: name for name in common.VALIDATORS} | {
+        name.lower(): name for name in names if name.lower() in common.VALIDATORS
+    }
+
+
+def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str, Any]:
+    """Return the driver's options that are given."""
+    for name in given:
+        if name.lower() not in _driver_options():
+            raise unexpected_option(name, ours, _driver_options().values())
+    options = {name: value for name, value in given.items() if value is not None}
+    refusal = ""
+    for name, value in options.items():
+        try:
+            if name.lower() not in _FILES:
+                common.validate(name, value)
+        except Exception as error:
+            refusal = f"{name} cannot be used"
+            if name.lower() not in _SECRETS:
+                shown = reprlib.repr(value)
+                refusal = f"{name} cannot be {shown}" + ("" if isinstance(error, LookupError) else f": {error}")
+        if refusal:  # not within `except`, so that an error that may hold a password is not its context
+            raise ConfigurationError(refusal)
+    return options
+
+
+def _unreadable(error: OSError, options: Mapping[str, Any]) -> str:
+    """Return which option names the file that cannot be read."""
+    names = [name for name, value in options.items() if name.lower() in _FILES]
+    named = [name for name in names if error.filename is not None and options[name] == error.filename] or names
+    reason = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    return f"{' or '.join(named) or 'a file of TLS'} cannot be read ({reason})"
+
+
 def _check_client(client: object) -> None:
-    if isinstance(client, AsyncIOMotorClient | AsyncMongoClient):
+    if isinstance(client, AsyncIOMotorClient | AsyncMongoClient | pymongo.MongoClient):
         if not _options(client).write_concern.acknowledged:
             raise ConfigurationError("client has write concern w=0: a session cannot rely on unacknowledged writes")
         return
-    kind = "a synchronous MongoClient" if isinstance(client, pymongo.MongoClient) else f"a {type(client).__name__}"
     raise ClientTypeError(
-        f"client is {kind}: pass motor.motor_asyncio.AsyncIOMotorClient or pymongo.AsyncMongoClient, or pass "
-        "connection_string and let the library open its own"
+        f"client must be a motor.motor_asyncio.AsyncIOMotorClient, pymongo.AsyncMongoClient or pymongo.MongoClient, "
+        f"not a {type(client).__name__}; or pass connection_string and let the library open its own"
     )
 
 
+_ESCAPE = "percent-encode the user name and the password (urllib.parse.quote_plus) if they hold any of : / ? # [ ] @ %"
+
+
 def _check_uri(connection_string: str) -> None:
+    if re.search(r"[\x00-\x1f\x7f]", connection_string):
+        raise ConfigurationError("connection_string holds a line break or another control character")
+    address = connection_string.partition("://")[2]
+    authority = re.split("[/?]", address, maxsplit=1)[0]
+    credentials = authority.rpartition("@")[0]
+    # The driver would take a part of the password for a host or a port, and show it.
+    if "@" in credentials or credentials.count(":") > 1 or re.match(r"[^/?]*(/[^?]*|(/[^?]*)?\?[^=]*)@", address):
+        raise ConfigurationError(f"connection_string cannot be parsed: {_ESCAPE}")
     if connection_string.startswith("mongodb+srv://"):
         return  # parsing it would ask DNS; the driver does that when it connects
     refusal = None
     options: Mapping[str, Any] = {}
     try:
         options = parse_uri(connection_string)["options"]
-    except (driver.ConfigurationError, ValueError) as error:
-        refusal = Settings(connection_string).reason(error)
+    except OSError as error:
+        found = dict(re.findall(r"[?&](\w+)=([^&]*)", connection_string))
+        refusal = f": {_unreadable(error, {name: unquote(value) for name, value in found.items()})}"
+    except (driver.PyMongoError, ValueError, TypeError, LookupError) as error:
+        refusal = Settings(connection_string).reason(error) or ("@" in address and f": {_ESCAPE}") or ""
     if refusal is not None:  # raised here so that the driver's error, which may hold the password, is not its context
         raise ConfigurationError(
             f"connection_string is not mongodb://[user:password@]host[:port]/[database][?options]{refusal}"
@@ -250,7 +336,15 @@ def _check_uri(connection_string: str) -> None:
         raise ConfigurationError("connection_string has w=0: a session cannot rely on unacknowledged writes")
 
 
-def _bound_loop(client: Client) -> asyncio.AbstractEventLoop | None:
+def _wrapped(client: SyncClient, loop: asyncio.AbstractEventLoop) -> AsyncIOMotorClient[Any]:
+    """Return a client of Motor's for an event loop whose connections are those of a synchronous client."""
+    wrapper: AsyncIOMotorClient[Any] = AsyncIOMotorClient.__new__(AsyncIOMotorClient)
+    AgnosticBase.__init__(wrapper, client)
+    wrapper._io_loop = loop
+    return wrapper
+
+
+def _bound_loop(client: AsyncClient) -> asyncio.AbstractEventLoop | None:
     """Return the loop a borrowed client has been used on; neither driver tells it in public."""
     attribute = "_io_loop" if isinstance(client, AsyncIOMotorClient) else "_loop"
     loop: asyncio.AbstractEventLoop | None = getattr(client, attribute, None)
@@ -270,7 +364,7 @@ def _options(client: Client) -> ClientOptions:
     return cast(ClientOptions, client.options)
 
 
-async def _close_client(client: Client) -> None:
+async def _close_client(client: AsyncClient) -> None:
     # Motor's close() says goodbye to the server on the calling thread, PyMongo's is awaited.
     if isinstance(client, AsyncIOMotorClient):
         await asyncio.get_running_loop().run_in_executor(None, client.close)
@@ -282,12 +376,15 @@ class Connection:
     """One client, owned or borrowed, on one event loop.
 
     An owned client is opened on first use and closed by `aclose`. A borrowed one is never closed; its own loop, if it
-    has one already, does its I/O. In a forked child an owned client is opened anew.
+    has one already, does its I/O; a synchronous one has none and is used on the library's. In a forked child an owned
+    client is opened anew.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._client: Client | None = settings.client
+        lent = settings.client
+        self._synchronous = lent if isinstance(lent, pymongo.MongoClient) else None
+        self._client: AsyncClient | None = None if isinstance(lent, pymongo.MongoClient) else lent
         self._loop: asyncio.AbstractEventLoop | None = None
         self._portal: Portal | None = None
         self._pid = os.getpid()
@@ -317,8 +414,10 @@ class Connection:
         if self.settings.client is None:
             return io_portal()
         self._refuse_in_child()
+        if self._client is None:
+            return io_portal()
         if self._loop is None:
-            self._loop = _bound_loop(self.settings.client) or running_loop()
+            self._loop = _bound_loop(self._client) or running_loop()
         if self._loop is None:
             return io_portal()
         if self._portal is None:
@@ -344,7 +443,25 @@ class Connection:
         path = (self.settings.connection_string or "").partition("://")[2].partition("/")[2].partition("?")[0]
         return unquote(path).partition(".")[0] or DEFAULT_DATABASE
 
-    async def client(self) -> Client:
+    def synchronous_client(self) -> SyncClient:
+        """Return a synchronous client with the same connections; opened, if this is its first use.
+
+        Raises:
+            ConfigurationError: The client is PyMongo's asynchronous one.
+            SessionClosedError: The connection is closed.
+        """
+        if self._closing:
+            raise SessionClosedError("the connection is closed: open a new manager or factory")
+        client = self.settings.client
+        if client is None:
+            client = self.portal.call(self.client)
+        if isinstance(client, AsyncMongoClient):
+            raise ConfigurationError(
+                "a pymongo.AsyncMongoClient cannot be used synchronously: pass another client, or await this one"
+            )
+        return client if isinstance(client, pymongo.MongoClient) else client.delegate
+
+    async def client(self) -> AsyncClient:
         """Return the client, opened on the running loop if this is its first use.
 
         Raises:
@@ -354,7 +471,7 @@ class Connection:
         if self._is_left_behind:
             self._leave_behind()
         if self._loop is None:
-            self._loop = loop if self.settings.client is None else _bound_loop(self.settings.client) or loop
+            self._loop = loop if self._client is None else _bound_loop(self._client) or loop
         if self._loop is not loop:
             raise EventLoopError(
                 "this connection belongs to another event loop: open one repository per loop, or use the managers, "
@@ -366,7 +483,9 @@ class Connection:
                     self._client = await self._open_client(loop)
         return self._client
 
-    async def _open_client(self, loop: asyncio.AbstractEventLoop) -> Client:
+    async def _open_client(self, loop: asyncio.AbstractEventLoop) -> AsyncClient:
+        if self._synchronous is not None:
+            return _wrapped(self._synchronous, loop)
         options = self.settings.bounded_options()
         listeners = [*options.pop("event_listeners", ()), self._counter]
         make = partial(
@@ -375,9 +494,13 @@ class Connection:
         refusal = None
         try:
             # In a thread, because the driver looks at files to describe the machine to the server.
-            client: Client = await loop.run_in_executor(None, make)
-        except (driver.PyMongoError, ValueError, TypeError, OSError) as error:
+            client: AsyncClient = await loop.run_in_executor(None, make)
+        except OSError as error:
+            refusal = f": {_unreadable(error, self.settings.client_options)}"
+        except (driver.PyMongoError, ValueError, TypeError, LookupError) as error:
             refusal = self.settings.reason(error)
+            if files := [name for name in self.settings.client_options if name.lower() in _FILES]:
+                refusal += f"; check {' and '.join(files)}"
         if refusal is not None:  # not within `except`, so that an error that may hold the password is not its context
             raise ConfigurationError(f"the MongoDB client refused its configuration{refusal}")
         if not _options(client).write_concern.acknowledged:
@@ -387,7 +510,7 @@ class Connection:
         close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
         return client
 
-    async def _commanded(self) -> Client:
+    async def _commanded(self) -> AsyncClient:
         """Return the client as commands use it: one of Motor's with threads of ours."""
         client = await self.client()
         if not isinstance(client, AsyncIOMotorClient):
@@ -576,7 +699,7 @@ def _milliseconds(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1000)
 
 
-def _close_collected(client: Client, loop: asyncio.AbstractEventLoop, pid: int) -> None:
+def _close_collected(client: AsyncClient, loop: asyncio.AbstractEventLoop, pid: int) -> None:
     """End the sockets and threads of a client whose connection was collected without being closed."""
     if pid == os.getpid() and loop.is_running():
         portal_to(loop).submit(_close_client, client)

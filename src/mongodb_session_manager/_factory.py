@@ -16,9 +16,9 @@ from ._hooks import Hook, hold, let_go
 from ._imports import feed, feed_blocking
 from ._loop import Lock
 from ._manager import MongoDBSessionManager
-from ._pool import ConnectionStats, connection_stats
+from ._pool import ConnectionStats, MongoDBConnectionPool, connection_stats
 from ._references import MAX_INLINE_ATTACHMENT_BYTES
-from ._session import ManagerOptions, SaveOn, take_hooks
+from ._session import OPTIONS, ManagerOptions, SaveOn, take_hooks
 from ._storage import MongoDBStorage
 from .errors import ConfigurationError, FactoryNotInitializedError
 from .hooks._notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
@@ -34,7 +34,7 @@ class MongoDBSessionManagerFactory:
         connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
+        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that the factory's managers create.
         metadata_fields: Fields of `metadata` that get an index each.
         metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
@@ -56,17 +56,17 @@ class MongoDBSessionManagerFactory:
         self,
         connection_string: str | None = None,
         database_name: str | None = None,
-        collection_name: str = "agent_sessions",
+        collection_name: str | None = "agent_sessions",
         *,
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
         metadata_hook: Hook | None = None,
         feedback_hook: Hook | None = None,
-        save_on: SaveOn = "message",
-        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        save_on: SaveOn | None = "message",
+        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
         session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
@@ -84,9 +84,15 @@ class MongoDBSessionManagerFactory:
             session_ttl=session_ttl,
             **take_hooks(client_options),
         )
-        self._connection = Connection(Settings.checked(connection_string, client, client_options))
+        self._connection = Connection(Settings.checked(connection_string, client, client_options, OPTIONS))
         self._repository = self._options.repository(self._connection)  # refuses now what it cannot use
         hold(self, self._options.metadata_hook, self._options.feedback_hook)
+
+    def _share(self, connection: Connection) -> None:
+        """Use another connection with the same settings; only before the first use."""
+        if connection is not self._connection:
+            self._connection = connection
+            self._repository = self._options.repository(connection)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._connection!r}>"
@@ -125,7 +131,7 @@ class MongoDBSessionManagerFactory:
         return await manager.open()
 
     def create_storage(
-        self, collection_name: str = "agent_storage", *, database_name: str | None = None
+        self, collection_name: str | None = "agent_storage", *, database_name: str | None = None
     ) -> MongoDBStorage:
         """Return a Strands `Storage` on the factory's client; sends nothing.
 
@@ -388,7 +394,7 @@ _of_applications: list[MongoDBSessionManagerFactory] = []
 def initialize_global_factory(*args: Any, **kwargs: Any) -> MongoDBSessionManagerFactory:
     """Make the process-wide factory, close an earlier one, and return it.
 
-    The arguments are those of `MongoDBSessionManagerFactory`.
+    The arguments are those of `MongoDBSessionManagerFactory`. Its connections are those of `MongoDBConnectionPool`.
     """
     factory = MongoDBSessionManagerFactory(*args, **kwargs)
     _exchange(factory)
@@ -420,6 +426,8 @@ def close_global_factory() -> None:
 def _exchange(factory: MongoDBSessionManagerFactory | None) -> None:
     global _global_factory
     with _global_lock:
+        if factory is not None:
+            factory._share(MongoDBConnectionPool._replace(factory._connection, taking=True))
         earlier, _global_factory = _global_factory, factory
     if earlier is not None:
         earlier.close()

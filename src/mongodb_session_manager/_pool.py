@@ -1,12 +1,12 @@
-"""The state of a connection, and the original's process-wide pool."""
+"""The state of a connection, and the connection pool of the process."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Self, TypedDict, cast
 
-from ._connection import Client, Connection, Settings
+from ._connection import Connection, Settings, SyncClient
 from ._loop import Lock
-from .errors import FactoryNotInitializedError, MongoDBSessionError
+from .errors import MongoDBSessionError
 
 
 class ConnectionStats(TypedDict):
@@ -45,59 +45,100 @@ async def connection_stats(connection: Connection) -> ConnectionStats:
 
 
 class MongoDBConnectionPool:
-    """One asynchronous client for the whole process, kept on the library's own event loop.
+    """The connection pool of the process: that of the global factory, or one that `initialize` makes.
 
-    What the original offered beside the factory. The client is to be passed on as `client=`; asynchronous code of the
-    caller's own cannot await it, because it belongs to the library's loop.
+    Its client is synchronous. It may be passed as `client=`, and used for everything else that the application does
+    with MongoDB. `initialize_global_factory` with the same connection string and options takes this pool; with others
+    it replaces it.
     """
 
     _lock: ClassVar[Any] = Lock()
+    _instance: ClassVar[MongoDBConnectionPool | None] = None
     _connection: ClassVar[Connection | None] = None
+    _is_taken: ClassVar[bool] = False
+
+    def __new__(cls) -> Self:
+        """Return the one instance; everything is a class method."""
+        with cls._lock:
+            if cls._instance is None:
+                cls._instance = super().__new__(cls)
+            return cast(Self, cls._instance)
 
     @classmethod
-    def initialize(cls, connection_string: str | None = None, **client_options: Any) -> Client:
+    def initialize(cls, connection_string: str | None = None, **client_options: Any) -> SyncClient:
         """Return the process's client; the first call, and one with other arguments, makes it.
+
+        The pool of a global factory that was initialised with the same arguments is used. An earlier pool with other
+        arguments is closed, unless it is a global factory's.
 
         Raises:
             ConfigurationError: An argument cannot be used.
         """
-        settings = Settings.checked(connection_string, None, client_options)
-        with cls._lock:
-            earlier = current = cls._connection
-            if current is None or current.settings != settings:
-                cls._connection = current = Connection(settings)
-        if earlier is not None and earlier is not current:
-            earlier.close_blocking()
+        wanted = Connection(Settings.checked(connection_string, None, client_options, ("connection_string",)))
+        current = cls._replace(wanted, taking=False)
         try:
-            return cls._client_of(current)
+            return current.synchronous_client()
         except MongoDBSessionError:
             cls._connection = None
             raise
 
     @classmethod
-    def get_client(cls) -> Client | None:
-        """Return the process's client, `None` before `initialize`."""
-        return None if cls._connection is None else cls._client_of(cls._connection)
+    def get_client(cls) -> SyncClient | None:
+        """Return the process's client, `None` if there is no pool.
+
+        Raises:
+            ConfigurationError: The global factory was given a `pymongo.AsyncMongoClient`.
+        """
+        current = cls._current()
+        return None if current is None else current.synchronous_client()
 
     @classmethod
     def get_pool_stats(cls) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool.
 
-        Raises:
-            FactoryNotInitializedError: The pool was not initialised.
+        `status` is `"connected"`, `"error"` with the reason as `error`, or `"not_initialized"`.
         """
-        if cls._connection is None:
-            raise FactoryNotInitializedError("there is no pool: call MongoDBConnectionPool.initialize(...) first")
-        return cls._connection.portal.call(connection_stats, cls._connection)
+        current = cls._current()
+        if current is None:
+            return {
+                "status": "not_initialized",
+                "error": None,
+                "server_version": None,
+                "pool_config": {},
+                "connections_open": None,
+                "connections_in_use": None,
+                "wait_queue": None,
+            }
+        stats = current.portal.call(connection_stats, current)
+        if stats["status"] != "connected":
+            stats["status"] = "error"
+        return stats
 
     @classmethod
     def close(cls) -> None:
-        """Close the process's client, if there is one."""
+        """Close the pool, if there is one; a global factory that uses it cannot be used any more."""
         with cls._lock:
-            connection, cls._connection = cls._connection, None
+            connection, cls._connection = cls._current(), None
         if connection is not None:
             connection.close_blocking()
 
-    @staticmethod
-    def _client_of(connection: Connection) -> Client:
-        return connection.portal.call(connection.client)
+    @classmethod
+    def _current(cls) -> Connection | None:
+        return None if cls._connection is None or cls._connection.closed else cls._connection
+
+    @classmethod
+    def _replace(cls, wanted: Connection, *, taking: bool) -> Connection:
+        """Return the pool's connection if it has the wanted settings; else make the wanted one the pool's.
+
+        The connection before is closed, unless a global factory has taken it: that closes it itself. Nor is one that
+        is taken given to another factory.
+        """
+        with cls._lock:
+            current, is_taken = cls._current(), cls._is_taken
+            if current is not None and current.settings == wanted.settings and not (taking and is_taken):
+                cls._is_taken = is_taken or taking
+                return current
+            cls._connection, cls._is_taken = wanted, taking
+        if current is not None and not is_taken:
+            current.close_blocking()
+        return wanted

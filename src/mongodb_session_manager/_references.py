@@ -62,7 +62,9 @@ def checked_inline_bytes(value: object) -> int:
         ConfigurationError: It cannot.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_MESSAGE_BYTES:
-        raise ConfigurationError(f"max_inline_attachment_bytes must be an int from 0 to {MAX_MESSAGE_BYTES}")
+        raise ConfigurationError(
+            f"max_inline_attachment_bytes must be an int from 0 to {MAX_MESSAGE_BYTES}, got {value!r}"
+        )
     return value
 
 

@@ -22,6 +22,7 @@ from ._changes import (
     ReplaceMessage,
     UpdateAgent,
 )
+from ._commands import given
 from ._connection import Client, Connection, Settings
 from ._copying import SessionCopying
 from ._documents import (
@@ -62,6 +63,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ALL = 2**31 - 1
+
+_OPTIONS = (
+    *("connection_string", "database_name", "collection_name", "client", "application_name", "metadata_fields"),
+    *("max_inline_attachment_bytes", "max_embedded_messages", "max_embedded_bytes", "session_ttl"),
+)
 
 _RESTORE: Document = {
     "session_id": 1,
@@ -111,7 +117,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
+        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that this repository creates.
         metadata_fields: Fields of `metadata` that get an index each.
         max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
@@ -130,18 +136,18 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         self,
         connection_string: str | None = None,
         database_name: str | None = None,
-        collection_name: str = "agent_sessions",
+        collection_name: str | None = "agent_sessions",
         *,
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
-        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
         session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
-        connection = Connection(Settings.checked(connection_string, client, client_options))
+        connection = Connection(Settings.checked(connection_string, client, client_options, _OPTIONS))
         self._bind(
             connection,
             database_name,
@@ -157,16 +163,18 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
     def _bind(
         self,
         *args: Any,
-        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        max_inline_attachment_bytes: int | None = None,
+        max_embedded_messages: int | None = None,
+        max_embedded_bytes: int | None = None,
         session_ttl: timedelta | None = None,
     ) -> None:
         super()._bind(*args)
         self._session_ttl = checked_ttl(session_ttl)
-        self._max_inline = checked_inline_bytes(max_inline_attachment_bytes)
+        self._max_inline = checked_inline_bytes(given(max_inline_attachment_bytes, MAX_INLINE_ATTACHMENT_BYTES))
         self._attachments = Attachments(self._connection, self._database_name, self._collection_name)
-        self._limits = Limits.checked(max_embedded_messages, max_embedded_bytes)
+        self._limits = Limits.checked(
+            given(max_embedded_messages, MAX_EMBEDDED_MESSAGES), given(max_embedded_bytes, MAX_EMBEDDED_BYTES)
+        )
         self._archive_name = f"{self._collection_name}{ARCHIVE}"
         self._heads = {}
 

@@ -31,7 +31,7 @@ from strands.types.session import SessionMessage
 from ._beside import checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
-from ._connection import Connection
+from ._connection import Connection, unexpected_option
 from ._documents import checked_id, now
 from ._hooks import Hook, checked_hook, hold, let_go
 from ._loop import ExitOrder, close_at_exit, running_loop
@@ -87,21 +87,21 @@ class ManagerOptions:
         Raises:
             ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
         """
-        return cls(**_renamed(given))
+        return cls(**_given(given))
 
     def overridden(self, given: Mapping[str, Any]) -> Self:
-        """Return these options with others in the place of some.
+        """Return these options with others in the place of some; one that is `None` is not given.
 
         Raises:
             ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
         """
-        return replace(self, **_renamed(given))
+        return replace(self, **_given(given))
 
     def __post_init__(self) -> None:
         checked_hook(self.metadata_hook, "metadata_hook")
         checked_hook(self.feedback_hook, "feedback_hook")
         if self.save_on not in ("message", "invocation"):
-            raise ConfigurationError(f'save_on must be "message" or "invocation", not {self.save_on!r}')
+            raise ConfigurationError(f"save_on must be 'message' or 'invocation', got {self.save_on!r}")
         checked_inline_bytes(self.max_inline_attachment_bytes)
         checked_ttl(self.session_ttl)
 
@@ -123,19 +123,22 @@ class ManagerOptions:
 _SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}
 
 
-def _renamed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments under the names of the fields of `ManagerOptions`."""
+OPTIONS = ("connection_string", "client", *ManagerOptions.__dataclass_fields__)
+"""The options of managers and factories, without those of the driver."""
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are not `None` under the names of the fields of `ManagerOptions`."""
     options: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in arguments.items():
         field = _SPELLINGS.get(name, name)
-        if field not in ManagerOptions.__dataclass_fields__:
-            raise ConfigurationError(
-                f"{name} cannot be used here; what can is {', '.join(ManagerOptions.__dataclass_fields__)}"
-            )
-        if options.get(field) is not None and value is not None:
+        if field not in ManagerOptions.__dataclass_fields__ and (value is not None or field not in OPTIONS):
+            raise unexpected_option(name, ManagerOptions.__dataclass_fields__)
+        if value is None:
+            continue
+        if field in options:
             raise ConfigurationError(f"{field} is given in both spellings")
-        if options.get(field) is None:
-            options[field] = value
+        options[field] = value
     return options
 
 

@@ -18,7 +18,7 @@ from strands.storage import Storage
 from strands.storage import storage as strands_storage
 
 from ._blobs import Bucket
-from ._commands import checked_name, send
+from ._commands import checked_name, given, send
 from ._connection import AsyncCollection, Client, Connection, Settings
 from ._documents import Document, now
 from ._driver_errors import DuplicateKeyError
@@ -41,6 +41,9 @@ _ROUNDS = 8
 _NAMESPACED = getattr(strands_storage, "_NAMESPACED", None)
 
 
+_OPTIONS = ("connection_string", "database_name", "collection_name", "client")
+
+
 class MongoDBStorage(Storage[str, str]):
     """Keeps bytes under string keys, for `SnapshotSessionManager(storage=...)` and `Agent(storage=...)`.
 
@@ -57,7 +60,7 @@ class MongoDBStorage(Storage[str, str]):
         connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the values; sessions are kept in another.
-        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
+        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -68,26 +71,28 @@ class MongoDBStorage(Storage[str, str]):
         self,
         connection_string: str | None = None,
         database_name: str | None = None,
-        collection_name: str = "agent_storage",
+        collection_name: str | None = "agent_storage",
         *,
         client: Client | None = None,
         **client_options: Any,
     ) -> None:
-        connection = Connection(Settings.checked(connection_string, client, client_options))
+        connection = Connection(Settings.checked(connection_string, client, client_options, _OPTIONS))
         self._bind(connection, database_name, collection_name, owned=True)
 
     @classmethod
-    def _over(cls, connection: Connection, database_name: str | None, collection_name: str) -> Self:
+    def _over(cls, connection: Connection, database_name: str | None, collection_name: str | None) -> Self:
         """Return a storage over a connection that somebody else closes."""
         storage = cls.__new__(cls)
         storage._bind(connection, database_name, collection_name, owned=False)
         return storage
 
-    def _bind(self, connection: Connection, database_name: str | None, collection_name: str, *, owned: bool) -> None:
+    def _bind(
+        self, connection: Connection, database_name: str | None, collection_name: str | None, *, owned: bool
+    ) -> None:
         self._connection = connection
         self._owns_connection = owned
         self._database_name = checked_name(connection.database_name(database_name), "database_name")
-        self._collection_name = checked_name(collection_name, "collection_name")
+        self._collection_name = checked_name(given(collection_name, "agent_storage"), "collection_name")
         self._bucket = Bucket(connection, self._database_name, f"{self._collection_name}_blobs")
         self._prefix = ""
 

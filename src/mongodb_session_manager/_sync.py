@@ -6,13 +6,15 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
+from pymongo.collection import Collection
+from pymongo.database import Database
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import AgentConfigDict, UsageReport
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._changes import Change
-from ._connection import Client
+from ._connection import Client, SyncClient
 from ._documents import Document
 from ._finding import Order, SessionPage
 from ._imports import feed_blocking
@@ -35,7 +37,7 @@ class MongoDBSessionRepository(SessionRepository):
         connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient` or `AsyncMongoClient` that the caller owns; it is never closed.
+        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
         application_name: Stored in sessions that this repository creates.
         metadata_fields: Fields of `metadata` that get an index each.
         max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
@@ -54,14 +56,14 @@ class MongoDBSessionRepository(SessionRepository):
         self,
         connection_string: str | None = None,
         database_name: str | None = None,
-        collection_name: str = "agent_sessions",
+        collection_name: str | None = "agent_sessions",
         *,
         client: Client | None = None,
         application_name: str | None = None,
         metadata_fields: Sequence[str] | None = None,
-        max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
+        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
+        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
+        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
         session_ttl: timedelta | None = None,
         **client_options: Any,
     ) -> None:
@@ -78,6 +80,26 @@ class MongoDBSessionRepository(SessionRepository):
             session_ttl=session_ttl,
             **client_options,
         )
+
+    @property
+    def client(self) -> SyncClient:
+        """A synchronous client on the repository's connections, for commands of the caller's own.
+
+        Raises:
+            ConfigurationError: The repository was given a `pymongo.AsyncMongoClient`.
+            SessionClosedError: The repository is closed.
+        """
+        return self._async._connection.synchronous_client()
+
+    @property
+    def database(self) -> Database[dict[str, Any]]:
+        """The database of the sessions, by the synchronous client."""
+        return self.client[self._async._database_name]
+
+    @property
+    def collection(self) -> Collection[dict[str, Any]]:
+        """The collection of the sessions, by the synchronous client."""
+        return self.database[self._async._collection_name]
 
     @property
     def _portal(self) -> Portal:
