@@ -19,8 +19,8 @@ from mongodb_session_manager import (
     SessionConflictError,
     StateTooLargeError,
 )
-from mongodb_session_manager._changes import UpdateAgent
-from mongodb_session_manager._documents import agent_state, now
+from mongodb_session_manager._changes import AppendMessage, UpdateAgent
+from mongodb_session_manager._documents import agent_state, now, stored_message
 from support import CommandLog, agent, fail_point, texts
 from test_multi_agents import Odd
 
@@ -206,6 +206,18 @@ def test_another_agent_in_the_same_statement_is_stored(server: str, database: st
         assert isinstance(error, StateTooLargeError)
         assert repository.read_agent("s", "small").state == {"kept": 1}
         assert repository.read_agent("s", "large").state == {}
+
+
+def test_a_state_recorded_before_the_message_is_stored_after_it(server: str, database: str, stored: Any) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.open_session("s")
+        repository.create_agent("s", SessionAgent("agent", {}, {}))
+        message = SessionMessage({"role": "user", "content": [{"text": "y" * (12 * MIB)}]}, 0)
+        state = agent_state(SessionAgent("agent", {"kept": "x" * (12 * MIB)}, {}))
+        changes = [UpdateAgent("agent", 0, state, now()), AppendMessage("agent", stored_message(message, 0))]
+        assert repository.apply("s", changes) == {}
+        assert len(repository.read_agent("s", "agent").state["kept"]) == 12 * MIB
+        assert len(repository.list_messages("s", "agent")) == 1
 
 
 def test_a_stale_agent_is_refused_as_one(factory: MongoDBSessionManagerFactory, stored: Any) -> None:
