@@ -379,6 +379,25 @@ def test_messages_that_find_no_room_are_stored_once_there_is(
     assert [len(text) for text in texts(live.messages)][:3] == [3, 1, 2 * MIB]
 
 
+def test_messages_that_another_agent_could_not_store_are_no_error_once_they_are(
+    factory: MongoDBSessionManagerFactory, stored: Any
+) -> None:
+    manager = factory.create_session_manager("s", save_on="invocation")
+    live, other = agent(manager, "1", "2"), agent(manager, "1", agent_id="other")
+    live("one")
+    manager.update_metadata({"filler": "x" * (15 * MIB)})
+
+    async def append() -> None:
+        manager.append_message({"role": "user", "content": [{"text": "y" * (2 * MIB)}]}, live)
+
+    asyncio.run(append())  # which nobody awaits
+    other("one")
+    manager.delete_metadata(["filler"])
+    live("two")
+    manager.flush()
+    assert [text[:3] for text in conversation(stored)] == ["one", "1", "yyy", "two", "2"]
+
+
 def test_a_graph_goes_on_storing_once_there_is_room(crowded: MongoDBSessionManager, stored: Any) -> None:
     """Also if its state is the same as the one that was refused."""
     crowded.initialize_multi_agent(Odd({}))
