@@ -19,8 +19,8 @@ from mongodb_session_manager import (
     SessionConflictError,
     StateTooLargeError,
 )
-from mongodb_session_manager._changes import UpdateAgent
-from mongodb_session_manager._documents import agent_state, now
+from mongodb_session_manager._changes import AppendMessage, UpdateAgent
+from mongodb_session_manager._documents import agent_state, now, stored_message
 from support import CommandLog, agent, fail_point, texts
 from test_multi_agents import Odd
 
@@ -208,6 +208,18 @@ def test_another_agent_in_the_same_statement_is_stored(server: str, database: st
         assert repository.read_agent("s", "large").state == {}
 
 
+def test_a_state_recorded_before_the_message_is_stored_after_it(server: str, database: str, stored: Any) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.open_session("s")
+        repository.create_agent("s", SessionAgent("agent", {}, {}))
+        message = SessionMessage({"role": "user", "content": [{"text": "y" * (12 * MIB)}]}, 0)
+        state = agent_state(SessionAgent("agent", {"kept": "x" * (12 * MIB)}, {}))
+        changes = [UpdateAgent("agent", 0, state, now()), AppendMessage("agent", stored_message(message, 0))]
+        assert repository.apply("s", changes) == {}
+        assert len(repository.read_agent("s", "agent").state["kept"]) == 12 * MIB
+        assert len(repository.list_messages("s", "agent")) == 1
+
+
 def test_a_stale_agent_is_refused_as_one(factory: MongoDBSessionManagerFactory, stored: Any) -> None:
     holder = Holder(factory, "state")
     holder.agent("one")
@@ -365,6 +377,25 @@ def test_messages_that_find_no_room_are_stored_once_there_is(
     assert restored[2]["content"] == [{"text": "y" * (2 * MIB)}, IMAGE]
     assert conversation(stored) == texts(live.messages)
     assert [len(text) for text in texts(live.messages)][:3] == [3, 1, 2 * MIB]
+
+
+def test_messages_that_another_agent_could_not_store_are_no_error_once_they_are(
+    factory: MongoDBSessionManagerFactory, stored: Any
+) -> None:
+    manager = factory.create_session_manager("s", save_on="invocation")
+    live, other = agent(manager, "1", "2"), agent(manager, "1", agent_id="other")
+    live("one")
+    manager.update_metadata({"filler": "x" * (15 * MIB)})
+
+    async def append() -> None:
+        manager.append_message({"role": "user", "content": [{"text": "y" * (2 * MIB)}]}, live)
+
+    asyncio.run(append())  # which nobody awaits
+    other("one")
+    manager.delete_metadata(["filler"])
+    live("two")
+    manager.flush()
+    assert [text[:3] for text in conversation(stored)] == ["one", "1", "yyy", "two", "2"]
 
 
 def test_a_graph_goes_on_storing_once_there_is_room(crowded: MongoDBSessionManager, stored: Any) -> None:

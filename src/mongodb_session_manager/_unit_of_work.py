@@ -198,6 +198,10 @@ class UnitOfWork(SessionRepository):
             agent.too_large, agent.too_large_told = error, False
             if error.pending:
                 pending.add(agent_id)
+        for agent_id in {change.agent_id for change in self._log[:count]} - refused.keys():
+            agent = self._agents[agent_id]
+            if agent.too_large is not None and agent.too_large.pending:
+                agent.too_large = None
         self._log[:count] = [change for change in self._log[:count] if change.agent_id in pending]
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
