@@ -592,7 +592,7 @@ def test_a_bad_connection_string_shows_no_password(
 )
 def test_a_bad_connection_string_is_a_configuration_error(uri: str) -> None:
     with pytest.raises(ConfigurationError):
-        MongoDBSessionManager("s", uri, serverSelectionTimeoutMS=50)
+        MongoDBSessionManager("s", uri, serverSelectionTimeoutMS=20_000)
 
 
 def test_a_wrong_port_is_named(server: str) -> None:

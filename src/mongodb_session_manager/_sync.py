@@ -132,8 +132,8 @@ class MongoDBSessionRepository(SessionRepository):
         The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
         messages that the agents' conversation managers have removed; `first` is the position of an agent's first
         message in it. Archived messages that restoring needs come with a second command, and attachments of messages
-        with one more. The first opening of an agent of a version before 1.0 gives it its `next_message_id`, in another
-        command.
+        with one more. One more command numbers the messages of an agent that a version before 1.0 has written to, and
+        moves what 1.0.0 has stored in another place.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.
@@ -219,10 +219,10 @@ class MongoDBSessionRepository(SessionRepository):
         self._portal.call(self._async.update_agent, session_id, session_agent, **kwargs)
 
     def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
-        """Append a message, whose `message_id` must be the one that follows the last.
+        """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
 
         Raises:
-            SessionConflictError: The agent has a message of that id already, or not yet the one before it.
+            SessionConflictError: The message's id does not follow that of the agent's last message.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
