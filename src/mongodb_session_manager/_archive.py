@@ -33,18 +33,7 @@ from ._buckets import (
 from ._changes import AgentWrite, Update
 from ._codec import stored_size
 from ._connection import AsyncCollection, find_and_modify, run_pipeline
-from ._documents import (
-    Document,
-    agent_key,
-    config_set,
-    is_numbered,
-    new_generation,
-    now,
-    numbered,
-    removed_messages,
-    stored_config_set,
-    with_ids,
-)
+from ._documents import Document, agent_key, new_generation, now, removed_messages
 from ._driver_errors import DuplicateKeyError
 from ._ending import SessionEnding
 from ._expiry import SessionExpiry
@@ -86,7 +75,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
             if write.created is not None:
                 empty = dict.fromkeys(("archived", "revision", "next_message_id", "count", "bytes", "removed"), 0)
                 session = {"session_ttl": self._session_ttl}
-                head.learn({**empty, "ids": [], "created_at": write.created["created_at"], "session": session})
+                head.learn({**empty, "created_at": write.created["created_at"], "session": session})
             if "conversation_manager_state" in write.data:
                 head.removed = removed_messages({"agent_data": write.data})
             if write.replaced:
@@ -193,61 +182,6 @@ class SessionArchive(SessionExpiry, SessionEnding):
         )
         await self._update(outrun(session_id, key, head, 0 if bucket is None else int(bucket["revision"])))
 
-    async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
-        """Bring agents into today's form in one command; return `False` if somebody changes them meanwhile.
-
-        Their messages get ids that increase, and they the `next_message_id` that follows: versions before 1.0 store
-        none, and count for themselves. They did not encode ids either, so an agent without `next_message_id` whose id
-        holds `%` or `$` moves to its key.
-
-        Args:
-            session_id: The session.
-            agents: By key, what `head_numbers` brings; in place, `messages` and numbers become what is stored now.
-            keys: The agents to bring into today's form.
-        """
-        condition: Document = {"_id": session_id}
-        sets: Document = {}
-        unsets: list[str] = []
-        moved = []
-        for old in keys:
-            agent, new = agents[old], old
-            ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
-            if following is None and (new := agent_key(old)) != old:
-                if new in agents:
-                    logger.warning(
-                        "session_id=<%r>, agent=<%r> | an agent of that id is there already", session_id, old
-                    )
-                    continue
-                condition[f"agents.{new}"] = {"$exists": False}
-                moved.append(old)
-            path = f"agents.{old}"
-            condition[path] = {"$exists": True}
-            condition[f"{path}.next_message_id"] = following
-            condition[f"{path}.messages"] = {"$size": len(ids)} if ids else {"$in": [None, []]}
-            for name in ("archived", "revision"):
-                condition[f"{path}.{name}"] = agent[name] or {"$in": [None, 0]}
-            sequence, agent["next_message_id"] = numbered(ids, archived, following)
-            gained: Document = {"next_message_id": agent["next_message_id"]}
-            if sequence != ids:
-                agent["ids"], agent["revision"] = sequence, agent["revision"] + 1
-                gained |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
-                loaded = agent.get("messages") or []
-                for message, message_id in zip(loaded, sequence[len(ids) - len(loaded) :], strict=True):
-                    message["message_id"] = message_id
-            if "config_set" in (agent.get("agent_data") or {}):
-                agent["config_set"] = sorted(config_set(agent))
-                del agent["agent_data"]["config_set"]
-                gained["config_set"] = stored_config_set(f"${path}")
-                unsets.append(f"agents.{new}.agent_data.config_set")
-            sets[f"agents.{new}"] = {"$mergeObjects": [f"${path}", gained]}
-        unsets += [f"agents.{old}" for old in moved]
-        for old in moved:
-            agents[agent_key(old)] = agents.pop(old)
-        if not sets:
-            return True
-        stages: list[Document] = [{"$set": sets}, *([{"$unset": unsets}] if unsets else [])]
-        return await self._update_with_room(session_id, Update(condition, stages, None))
-
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
         """Send an update of a session that may have no room left; make room where there is none."""
         return await self._with_room(session_id, lambda: self._update(update))
@@ -296,10 +230,6 @@ class SessionArchive(SessionExpiry, SessionEnding):
             if self._is_moving(head):
                 await asyncio.wait({head.moving})
                 return True
-            if not is_numbered(numbers) and not await self._adopt(
-                session_id, {numbers["key"]: numbers}, [numbers["key"]]
-            ):
-                continue
             head.learn(numbers)
             if await self._move(session_id, numbers["key"], head, everything(head)):
                 return True

@@ -61,7 +61,7 @@ class Head:
         removed: How many of the agent's oldest messages its conversation manager has removed.
         learned: Whether the server was ever asked.
         certain: Whether nothing but appends has happened since.
-        is_numbered: Whether the ids of the messages increase; no bucket takes messages of others.
+        is_numbered: Whether the ids of the messages increase; others are only moved where there is no room.
         moving: A future that is done when the bucket that is being moved is.
         keeping: How long the session's buckets are kept.
     """
@@ -97,7 +97,7 @@ class Head:
         self.below = self.next_id - int(numbers["count"])
         self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
         self.keeping = Keeping.of(numbers.get("session") or {})
-        self.is_numbered = is_numbered(numbers)
+        self.is_numbered = "ids" not in numbers or is_numbered(numbers)
         self.learned = self.certain = True
 
 
@@ -197,16 +197,22 @@ NUMBERS_OF_ALL: Document = {
 def _unchanged(session_id: str, key: str, head: Head) -> Document:
     """Return the filter that matches while the head's messages are those `head` was told of, and others after them."""
     numbers = {"archived": head.archived, "revision": head.revision}
-    at = {"$range": [1, {"$size": "$$ids"}]}
-    above = {"$gt": [{"$arrayElemAt": ["$$ids", "$$at"]}, {"$arrayElemAt": ["$$ids", {"$subtract": ["$$at", 1]}]}]}
-    increase = {"$allElementsTrue": [{"$map": {"input": at, "as": "at", "in": above}}]}
     return {
         "_id": session_id,
-        "$expr": {"$let": {"vars": {"ids": {"$ifNull": [f"$agents.{key}.messages.message_id", []]}}, "in": increase}},
+        **(_increasing_ids(f"$agents.{key}.messages") if head.is_numbered else {}),
         f"agents.{key}.messages.0": {"$exists": True},
         f"agents.{key}.created_at": head.since,
         **{f"agents.{key}.{name}": value or {"$in": [None, 0]} for name, value in numbers.items()},
     }
+
+
+def _increasing_ids(messages: str) -> Document:
+    """Return the filter that matches while no version before 1.0 has given an id again since the head was numbered."""
+    ids = {"$ifNull": [f"{messages}.message_id", []]}
+    at = {"$range": [1, {"$size": "$$ids"}]}
+    above = {"$gt": [{"$arrayElemAt": ["$$ids", "$$at"]}, {"$arrayElemAt": ["$$ids", {"$subtract": ["$$at", 1]}]}]}
+    increase = {"$allElementsTrue": [{"$map": {"input": at, "as": "at", "in": above}}]}
+    return {"$expr": {"$let": {"vars": {"ids": ids}, "in": increase}}}
 
 
 def _taken(messages: str, step: Step) -> Document:

@@ -321,9 +321,22 @@ def to_restore(agent: str) -> Document:
     with `$`.
     """
     messages = {"$ifNull": [f"{agent}.messages", []]}
+    return {"$slice": [messages, _left_out(agent), 2**31 - 1]}
+
+
+def ids_left_out(agent: str) -> Document:
+    """Return the aggregation expression for the ids of the messages in the head that `to_restore` leaves out.
+
+    Those of the others come with them: a document of 16 MiB has no room for an id twice.
+    """
+    messages = {"$slice": [{"$ifNull": [f"{agent}.messages", []]}, _left_out(agent)]}
+    return {"$map": {"input": messages, "in": {"$ifNull": ["$$this.message_id", None]}}}
+
+
+def _left_out(agent: str) -> Document:
     removed = {"$subtract": [stored_removed(agent), {"$ifNull": [f"{agent}.archived", 0]}]}
-    begin = {"$cond": [{"$gt": [removed, {"$size": messages}]}, 0, {"$max": [removed, 0]}]}
-    return {"$slice": [messages, begin, 2**31 - 1]}
+    count = {"$size": {"$ifNull": [f"{agent}.messages", []]}}
+    return {"$cond": [{"$gt": [removed, count]}, 0, {"$max": [removed, 0]}]}
 
 
 def with_ids(messages: str, ids: Sequence[int]) -> Document:

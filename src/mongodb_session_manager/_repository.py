@@ -34,6 +34,7 @@ from ._documents import (
     agent_state,
     checked_id,
     checked_message_id,
+    ids_left_out,
     is_of_old,
     message_body,
     message_from,
@@ -92,6 +93,7 @@ _RESTORE: Document = {
                         "config_set": "$$agent.v.config_set",
                         "updated_at": "$$agent.v.updated_at",
                         **head_numbers("$$agent.v"),
+                        "ids": ids_left_out("$$agent.v"),
                         "messages": {
                             "$map": {
                                 "input": to_restore("$$agent.v"),
@@ -220,6 +222,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id, fresh)
                 agents: dict[str, Document] = document["agents"]
+                for agent in agents.values():
+                    agent["ids"] += [message.get("message_id") for message in agent["messages"]]
                 if await self._adopt(session_id, agents, [key for key, agent in agents.items() if is_of_old(agent)]):
                     self._ensure_indexes()
                     await self._restore_archived(session_id, agents)

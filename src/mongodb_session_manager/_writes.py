@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -9,8 +10,20 @@ from typing import Any, TypeAlias
 from ._archive import SessionArchive
 from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
-from ._changes import AgentWrite, Change, Identity, StoredView, compile_update, fold, in_parts, reconcile
-from ._documents import Document, agent_key, as_date, checked_id, is_message_id, is_numbered, now
+from ._changes import AgentWrite, Change, Identity, StoredView, Update, compile_update, fold, in_parts, reconcile
+from ._documents import (
+    Document,
+    agent_key,
+    as_date,
+    checked_id,
+    config_set,
+    is_message_id,
+    is_numbered,
+    now,
+    numbered,
+    stored_config_set,
+    with_ids,
+)
 from ._sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .errors import (
     AgentNotFoundError,
@@ -20,6 +33,8 @@ from .errors import (
     SessionNotFoundError,
     StateTooLargeError,
 )
+
+logger = logging.getLogger(__name__)
 
 Changed: TypeAlias = MutableMapping[tuple[int, Any], Document]
 """Fields of archived messages that change, by message id and `created_at`, which is `None` if it is not known."""
@@ -260,6 +275,61 @@ class SessionWrites(SessionArchive):
                 if message is not None:
                     found[message_id] = message
         return found
+
+    async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
+        """Bring agents into today's form in one command; return `False` if somebody changes them meanwhile.
+
+        Their messages get ids that increase, and they the `next_message_id` that follows: versions before 1.0 store
+        none, and count for themselves. They did not encode ids either, so an agent without `next_message_id` whose id
+        holds `%` or `$` moves to its key.
+
+        Args:
+            session_id: The session.
+            agents: By key, what `head_numbers` brings; in place, `messages` and numbers become what is stored now.
+            keys: The agents to bring into today's form.
+        """
+        condition: Document = {"_id": session_id}
+        sets: Document = {}
+        unsets: list[str] = []
+        moved = []
+        for old in keys:
+            agent, new = agents[old], old
+            ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
+            if following is None and (new := agent_key(old)) != old:
+                if new in agents:
+                    logger.warning(
+                        "session_id=<%r>, agent=<%r> | an agent of that id is there already", session_id, old
+                    )
+                    continue
+                condition[f"agents.{new}"] = {"$exists": False}
+                moved.append(old)
+            path = f"agents.{old}"
+            condition[path] = {"$exists": True}
+            condition[f"{path}.next_message_id"] = following
+            condition[f"{path}.messages"] = {"$size": len(ids)} if ids else {"$in": [None, []]}
+            for name in ("archived", "revision"):
+                condition[f"{path}.{name}"] = agent[name] or {"$in": [None, 0]}
+            sequence, agent["next_message_id"] = numbered(ids, archived, following)
+            gained: Document = {"next_message_id": agent["next_message_id"]}
+            if sequence != ids:
+                agent["ids"], agent["revision"] = sequence, agent["revision"] + 1
+                gained |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
+                loaded = agent.get("messages") or []
+                for message, message_id in zip(loaded, sequence[len(ids) - len(loaded) :], strict=True):
+                    message["message_id"] = message_id
+            if "config_set" in (agent.get("agent_data") or {}):
+                agent["config_set"] = sorted(config_set(agent))
+                del agent["agent_data"]["config_set"]
+                gained["config_set"] = stored_config_set(f"${path}")
+                unsets.append(f"agents.{new}.agent_data.config_set")
+            sets[f"agents.{new}"] = {"$mergeObjects": [f"${path}", gained]}
+        unsets += [f"agents.{old}" for old in moved]
+        for old in moved:
+            agents[agent_key(old)] = agents.pop(old)
+        if not sets:
+            return True
+        stages: list[Document] = [{"$set": sets}, *([{"$unset": unsets}] if unsets else [])]
+        return await self._update_with_room(session_id, Update(condition, stages, None))
 
 
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
