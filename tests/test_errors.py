@@ -506,3 +506,20 @@ def test_every_log_line_escapes_what_comes_from_outside() -> None:
             ]
     assert calls > 10
     assert unescaped == []
+
+
+def test_every_error_escapes_what_comes_from_outside() -> None:
+    unescaped = [
+        f"{path.stem}: {ast.unparse(value)}"
+        for path, tree in SOURCES.items()
+        for error in ast.walk(tree)
+        if isinstance(error, ast.Call) and re.search(r"Error$", called(error.func))
+        for text in error.args
+        for value in ast.walk(text)
+        if isinstance(value, ast.FormattedValue)
+        and re.search(
+            r"(session|agent|new|connection|tracking)_id$|^(id|key|path|collection_name)$", called(value.value)
+        )
+        and value.conversion != ord("r")
+    ]
+    assert unescaped == []
