@@ -9,8 +9,9 @@ The page is `chat.html` beside this file. The model is scripted and the MongoDB 
 data in the directory `chat-data`. --model and MONGODB_URI take a real model and a real server; see offline.py.
 
 An answer belongs to the server, not to the request that asked for it: who closes the tab finds it complete afterwards,
-and who loses the connection follows it from where it was. There are no users here: who knows a session may read it, so
-put your own authentication before the routes.
+and who loses the connection follows it from where it was. A message is accepted when it is stored. Without its database
+the page says so within seconds and keeps the text. There are no users here: who knows a session may read it, so put
+your own authentication before the routes.
 """
 
 from __future__ import annotations
@@ -30,16 +31,26 @@ from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 from strands import Agent
+from strands.hooks import BeforeModelCallEvent
 from strands.types.content import Message, Messages
+from strands.types.exceptions import EventLoopException
 
-from mongodb_session_manager import AgentNotFoundError, AsyncMongoDBSessionManager, get_global_factory
-from mongodb_session_manager.fastapi import add_session_support, health, session_lifespan
+from mongodb_session_manager import (
+    AgentNotFoundError,
+    AsyncMongoDBSessionManager,
+    DatabaseTimeoutError,
+    DatabaseUnavailableError,
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+)
+from mongodb_session_manager.fastapi import Factory, add_session_support, health, session_lifespan
 from offline import make_model, mongodb, option_parser
 
 logger = logging.getLogger(__name__)
 
 AGENT_ID = "assistant"
 LINGER = 10.0  # seconds for which who comes late is told how an answer ended
+IMPATIENCE: dict[str, Any] = {"serverSelectionTimeoutMS": 2_000, "connectTimeoutMS": 2_000, "socketTimeoutMS": 4_000}
 SYSTEM_PROMPT = "Be brief. When the user tells you their name, keep it with manage_metadata under the key name."
 
 
@@ -78,6 +89,26 @@ class Turn:
         self._shown = 0
         self._news = anyio.Event()
         self.over = False
+        self.accepted = anyio.Event()  # the message is stored, or refused
+        self.refusal: MongoDBSessionError | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Refuse the message if it is not stored yet, else let those who follow know that the answer failed."""
+        if isinstance(error, EventLoopException):
+            error = error.original_exception
+        if isinstance(error, MongoDBSessionError) and not self.accepted.is_set():
+            self.refusal = error
+        elif isinstance(error, DatabaseUnavailableError | DatabaseTimeoutError):
+            self.tell("failed", "The answer could not be stored: the database cannot be reached.")
+        else:
+            self.tell("failed", f"The answer failed: {type(error).__name__}.")
+        self.end()
+
+    def end(self) -> None:
+        """Let those who wait and those who follow know that nothing more happens."""
+        if not self.over:
+            self.tell("done", {})
+        self.accepted.set()
 
     def tell(self, event: str, data: Any) -> None:
         """Let those who follow know."""
@@ -107,12 +138,14 @@ class Chat:
 
     def __init__(self, model: str) -> None:
         self._model = model
+        self._factory: MongoDBSessionManagerFactory
         self._tasks: TaskGroup
         self.turns: dict[str, Turn] = {}
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, factory: MongoDBSessionManagerFactory) -> AsyncIterator[None]:
         """Own the tasks that write answers. What is not finished at the end is cancelled; it can be asked for again."""
+        self._factory = factory
         async with anyio.create_task_group() as self._tasks:
             yield
             self._tasks.cancel_scope.cancel()
@@ -121,42 +154,54 @@ class Chat:
         """Tell whether an answer of a session is under way."""
         return session_id in self.turns and not self.turns[session_id].over
 
-    def begin(self, session_id: str, prompt: str | None) -> None:
-        """Begin to answer."""
+    async def begin(self, session_id: str, prompt: str | None) -> None:
+        """Store a message and begin to answer it."""
         if self.is_answering(session_id):
             raise HTTPException(409, "The last message is being answered.")
         self.turns[session_id] = turn = Turn()
         self._tasks.start_soon(self._answer, session_id, prompt, turn)
+        await turn.accepted.wait()
+        if turn.refusal is not None:
+            raise turn.refusal
 
     async def _answer(self, session_id: str, prompt: str | None, turn: Turn) -> None:
         try:
-            async with await get_global_factory().create_session_manager_async(session_id) as session:
-                if prompt and "title" not in (await session.get_metadata())["metadata"]:
-                    await session.update_metadata({"title": prompt[:80]})
-                turn.agent = Agent(
-                    model=make_model(self._model, [answer] * 3, delay=0.03),
-                    agent_id=AGENT_ID,
-                    system_prompt=SYSTEM_PROMPT,
-                    tools=[session.get_metadata_tool(allowed_keys=["name"])],
-                    session_manager=session,
-                    callback_handler=None,
-                )
-                async for event in turn.agent.stream_async(prompt):
-                    if "data" in event:
-                        turn.tell("token", event["data"])
-                    elif "message" in event:
-                        if shown := shown_of(event["message"]):
-                            turn.tell("message", shown)
-                        turn.tell("session", await facts(session))
-                turn.tell("session", await facts(session))
-        except Exception as error:  # the browser is told, whatever it was
-            logger.exception("session_id=<%s> | the answer failed", session_id)
-            turn.tell("failed", f"The answer failed: {type(error).__name__}.")
+            async with await self._factory.create_session_manager_async(session_id) as session:
+                try:
+                    await self._run(session, prompt, turn)
+                except Exception as error:
+                    logger.exception("session_id=<%r> | the answer failed", session_id)
+                    turn.fail(error)  # now: closing the session tries once more to store, and waits for the database
+        except Exception as error:
+            if not turn.over:
+                turn.fail(error)
+            logger.warning("session_id=<%r>, error=<%s> | not stored", session_id, error)
         finally:
-            turn.tell("done", {})
+            turn.end()
         await anyio.sleep(LINGER)
         if self.turns[session_id] is turn:
             del self.turns[session_id]
+
+    async def _run(self, session: AsyncMongoDBSessionManager, prompt: str | None, turn: Turn) -> None:
+        if prompt and "title" not in (await session.get_metadata())["metadata"]:
+            await session.update_metadata({"title": prompt[:80]})
+        turn.agent = Agent(
+            model=make_model(self._model, [answer] * 3, delay=0.03),
+            agent_id=AGENT_ID,
+            system_prompt=SYSTEM_PROMPT,
+            tools=[session.get_metadata_tool(allowed_keys=["name"])],
+            session_manager=session,
+            callback_handler=None,
+        )
+        turn.agent.add_hook(lambda _: turn.accepted.set(), BeforeModelCallEvent)  # the message is stored by then
+        async for event in turn.agent.stream_async(prompt):
+            if "data" in event:
+                turn.tell("token", event["data"])
+            elif "message" in event:
+                if shown := shown_of(event["message"]):
+                    turn.tell("message", shown)
+                turn.tell("session", await facts(session))
+        turn.tell("session", await facts(session))
 
 
 # What the browser is shown.
@@ -200,24 +245,26 @@ def create_app(connection_string: str, model: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with session_lifespan(connection_string, application_name="chat")(app), chat.running():
+        sessions = session_lifespan(connection_string, application_name="chat", **IMPATIENCE)
+        async with sessions(app), chat.running(app.state.mongodb_session_factory):
             yield
 
     app = FastAPI(title="Chat", lifespan=lifespan)
     add_session_support(app)
     app.get("/health")(health)
 
-    async def existing(session_id: str) -> None:
-        if not await get_global_factory().session_exists_async(session_id):
+    async def existing(session_id: str, factory: MongoDBSessionManagerFactory) -> AsyncMongoDBSessionManager:
+        if not await factory.session_exists_async(session_id):
             raise HTTPException(404, "There is no such session.")
+        return await factory.create_session_manager_async(session_id)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(Path(__file__).with_name("chat.html"), media_type="text/html")
 
     @app.get("/api/sessions")
-    async def list_sessions(cursor: str | None = None) -> dict[str, Any]:
-        found = await get_global_factory().list_sessions_async("chat", limit=30, cursor=cursor)
+    async def list_sessions(factory: Factory, cursor: str | None = None) -> dict[str, Any]:
+        found = await factory.list_sessions_async("chat", limit=30, cursor=cursor)
         sessions = [
             {
                 "session_id": summary.session_id,
@@ -230,16 +277,14 @@ def create_app(connection_string: str, model: str) -> FastAPI:
         return {"sessions": sessions, "next_cursor": found.next_cursor}
 
     @app.get("/api/sessions/{session_id}")
-    async def show_session(session_id: str) -> dict[str, Any]:
+    async def show_session(session_id: str, factory: Factory) -> dict[str, Any]:
         answering = chat.is_answering(session_id)
-        if not answering:
-            await existing(session_id)
-        async with await get_global_factory().create_session_manager_async(session_id) as session:
+        async with await existing(session_id, factory) as session:
             return {"answering": answering, **await conversation(session)}
 
     @app.post("/api/sessions/{session_id}/messages", status_code=202)
     async def say(session_id: str, prompt: Prompt) -> dict[str, str]:
-        chat.begin(session_id, prompt.text)
+        await chat.begin(session_id, prompt.text)
         return {"session_id": session_id}
 
     @app.get("/api/sessions/{session_id}/events", response_class=EventSourceResponse)
@@ -258,15 +303,13 @@ def create_app(connection_string: str, model: str) -> FastAPI:
             turn.agent.cancel()
 
     @app.post("/api/sessions/{session_id}/feedback", status_code=204)
-    async def rate(session_id: str, rating: Rating) -> None:
-        await existing(session_id)
-        async with await get_global_factory().create_session_manager_async(session_id) as session:
+    async def rate(session_id: str, rating: Rating, factory: Factory) -> None:
+        async with await existing(session_id, factory) as session:
             await session.add_feedback(rating.model_dump())
 
     @app.post("/api/sessions/{session_id}/fork", status_code=201)
-    async def fork(session_id: str, fork: Fork) -> dict[str, str]:
+    async def fork(session_id: str, fork: Fork, factory: Factory) -> dict[str, str]:
         new_id = uuid4().hex
-        factory = get_global_factory()
         await factory.fork_session_async(session_id, new_id, at_message=fork.at_message)
         async with await factory.create_session_manager_async(new_id) as session:
             title = (await session.get_metadata())["metadata"].get("title", "New chat")
@@ -274,9 +317,9 @@ def create_app(connection_string: str, model: str) -> FastAPI:
         return {"session_id": new_id}
 
     @app.delete("/api/sessions/{session_id}", status_code=204)
-    async def delete(session_id: str) -> None:
+    async def delete(session_id: str, factory: Factory) -> None:
         await stop(session_id)
-        await get_global_factory().delete_session_async(session_id)
+        await factory.delete_session_async(session_id)
 
     return app
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pymongo
 import pytest
 
+from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import eventually, texts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `dev` brings Playwright")
@@ -25,7 +27,12 @@ expect = playwright.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "example_fastapi_streaming.py"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH")
+NICE = "Nice to meet you. I keep your name with the session, so that you can see it beside this conversation."
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH"),
+    pytest.mark.may_block,  # Playwright runs an event loop in the thread of the tests
+]
 
 
 class Served:
@@ -152,8 +159,7 @@ def test_tokens_arrive_as_they_are_made(page: Any) -> None:
 
 
 def test_the_conversation_is_there_after_a_reload_and_after_a_restart(page: Any, served: Served) -> None:
-    ask(page, "Hello, my name is Ada.", "Nice to meet you. I keep your name with the session, so that you can see it "
-        "beside this conversation.")  # fmt: skip
+    ask(page, "Hello, my name is Ada.", NICE)
     before = said(page)
     page.reload()
     expect(page.locator(".said")).to_have_count(3)
@@ -268,6 +274,139 @@ def test_what_cannot_be_sent_stays_in_the_box(page: Any, served: Served) -> None
     served.start()
     page.get_by_role("button", name="Try again").click()
     expect(page.locator(".said").last).to_have_text("Hello! I have been sent 1 message.")
+
+
+# The database is killed.
+
+AWAY = "The database cannot be reached"
+SOON = 5_000  # milliseconds within which the page must say so
+
+
+@pytest.fixture(scope="module")
+def mortal(kept_in_memory: None) -> Iterator[EmbeddedMongoDB]:
+    with EmbeddedMongoDB() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mortal_served(mortal: EmbeddedMongoDB) -> Iterator[Served]:
+    process = Served(mortal.connection_string, "chat")
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def mortal_page(browser: Any, mortal: EmbeddedMongoDB, mortal_served: Served) -> Iterator[Any]:
+    """The chat on a database of its own, with a conversation."""
+    if httpx.get(f"{mortal_served.url}/health").status_code != 200:
+        mortal.restart()
+    with pymongo.MongoClient(mortal.connection_string) as client:
+        client["chat"]["agent_sessions"].delete_many({})
+    page = browser.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(mortal_served.url)
+    ask(page, "My name is Ada.", NICE)
+    expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])
+    yield page
+    page.close()
+    assert wrong == []
+
+
+def test_a_message_without_its_database_is_refused_in_words_and_kept(mortal_page: Any, mortal: EmbeddedMongoDB) -> None:
+    page, alert = mortal_page, mortal_page.get_by_role("alert")
+    before = said(page)
+    mortal.kill()
+    say(page, "What is my name?")
+    expect(alert).to_contain_text(AWAY, timeout=SOON)
+    expect(page.get_by_role("status")).to_have_text("")
+    assert said(page) == before
+    box = page.get_by_label("Message", exact=True)
+    expect(box).to_have_value("What is my name?")
+
+    alert.get_by_role("button", name="Try again").click()
+    expect(alert).to_be_hidden()
+    expect(alert).to_contain_text(AWAY, timeout=SOON)
+    expect(box).to_have_value("What is my name?")
+
+    mortal.restart()
+    alert.get_by_role("button", name="Try again").click()
+    expect(page.locator(".said").last).to_have_text("Your name is Ada.", timeout=30_000)
+    expect(box).to_have_value("")
+    assert said(page) == [*before, "What is my name?", "Your name is Ada."]
+
+
+def test_a_new_chat_without_its_database_keeps_what_was_written(mortal_page: Any, mortal: EmbeddedMongoDB) -> None:
+    page, alert = mortal_page, mortal_page.get_by_role("alert")
+    mortal.kill()
+    page.get_by_role("button", name="New chat", exact=True).click()
+    say(page, "hello")
+    expect(alert).to_contain_text(AWAY, timeout=SOON)
+    expect(page.get_by_label("Message", exact=True)).to_have_value("hello")
+    expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])  # what is known stays
+
+
+def test_a_reload_without_the_database_says_so_and_shows_no_empty_list(
+    mortal_page: Any, mortal: EmbeddedMongoDB
+) -> None:
+    page, alert = mortal_page, mortal_page.get_by_role("alert")
+    before = said(page)
+    page.get_by_label("Message", exact=True).fill("half a thought")
+    mortal.kill()
+    page.reload()
+    expect(alert).to_contain_text(AWAY, timeout=SOON)
+    expect(page.locator("#messages")).to_have_text("This conversation cannot be shown now.")
+    expect(page.locator("#list")).to_have_text("The sessions cannot be shown now.")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not available")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("half a thought")
+
+    mortal.restart()
+    alert.get_by_role("button", name="Try again").click()
+    expect(page.locator(".said")).to_have_text(before, use_inner_text=True, timeout=30_000)
+    expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])
+    expect(alert).to_be_hidden()
+
+
+def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(
+    mortal_page: Any, mortal: EmbeddedMongoDB
+) -> None:
+    page, alert = mortal_page, mortal_page.get_by_role("alert")
+    say(page, "Tell me a story")
+    expect(page.locator(".writing .said")).to_contain_text("Once upon")
+    mortal.kill()
+    expect(alert).to_contain_text("database cannot be reached", timeout=30_000)  # it is stored when it is complete
+    expect(page.get_by_role("status")).to_have_text("")
+    assert said(page)[3] == "Tell me a story"
+
+    alert.get_by_role("button", name="Try again").click()
+    expect(alert).to_be_hidden()
+    expect(alert).to_contain_text(AWAY, timeout=SOON)
+    assert said(page)[3] == "Tell me a story"
+
+    mortal.restart()
+    alert.get_by_role("button", name="Try again").click()
+    expect(page.locator(".said")).to_have_count(5, timeout=30_000)
+    expect(page.locator(".said").last).to_contain_text("The end.", timeout=30_000)
+    answered(page)
+    assert said(page)[3] == "Tell me a story"
+
+
+@pytest.mark.parametrize("action", ["open", "rate", "delete"])
+def test_whatever_is_done_without_the_database_says_so(mortal_page: Any, mortal: EmbeddedMongoDB, action: str) -> None:
+    page, alert = mortal_page, mortal_page.get_by_role("alert")
+    mortal.kill()
+    match action:
+        case "open":
+            page.locator("#list .open").click()
+        case "rate":
+            page.get_by_role("button", name="Good answer").last.click()
+        case "delete":
+            page.get_by_role("button", name="Delete My name is Ada.").click()
+            page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(alert).to_contain_text(AWAY, timeout=SOON)
+    expect(alert.get_by_role("button", name="Try again")).to_be_visible()
+    expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])
+    expect(page.locator(".said")).to_have_count(3)
 
 
 def test_a_closed_tab_loses_nothing(page: Any, stored: Any) -> None:
