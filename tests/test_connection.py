@@ -35,6 +35,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionClosedError,
     SessionConflictError,
+    _loop,
     create_mongodb_session_manager_async,
 )
 from mongodb_session_manager._loop import io_portal
@@ -267,6 +268,23 @@ async def test_waiting_on_the_loop_of_the_borrowed_client_is_refused(
             MongoDBSessionRepository(client=client, database_name=database).read_session("s")
         async with await factory.create_session_manager_async("s") as manager:
             await agent(manager, "hello").invoke_async("hi")
+
+
+@DRIVERS
+@pytest.mark.may_block
+@pytest.mark.anyio
+async def test_a_synchronous_agent_on_the_loop_of_the_borrowed_client_is_refused(
+    server: str, database: str, stored: Documents, driver_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_loop, "PATIENCE", 1.0)
+    async with borrowed(driver_class, server, used=True) as client:
+        manager = await create_mongodb_session_manager_async("s", client=client, database_name=database)
+        mine = agent(manager, "hello", "hello again")
+        with pytest.raises(EventLoopError, match=r"blocks it.*agent\.invoke_async"):
+            mine("hi")  # Strands runs it on another thread, for which this one waits
+        await mine.invoke_async("hi again")
+        await manager.close()
+    assert conversation(stored)[-2:] == ["hi again", "hello"]
 
 
 @DRIVERS

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -763,6 +764,44 @@ def test_many_hooked_updates_of_the_sync_manager(
     with ThreadPoolExecutor(50) as pool:
         list(pool.map(lambda number: manager.update_metadata({f"key{number}": number}), range(100)))
     assert manager.get_metadata() == {"metadata": {f"key{number}": number for number in range(100)}}
+
+
+@pytest.mark.anyio
+async def test_many_slow_def_hooks_of_the_async_manager_share_a_few_threads(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    before = threading.active_count()
+    most = 0
+
+    def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        nonlocal most
+        time.sleep(0.01)
+        most = max(most, threading.active_count() - before)
+        return original_func(**kwargs)
+
+    manager = await factory.create_session_manager_async("s", metadata_hook=hook)
+    await asyncio.gather(*(manager.get_metadata() for _ in range(400)))
+    assert most < 40 + 100 + 2  # of hooks, of commands, and of nothing else
+
+
+FATAL = [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
+
+
+@pytest.mark.parametrize("error", FATAL, ids=repr)
+@BOTH
+def test_whatever_a_hook_raises_other_sessions_go_on(
+    session: Session, form: Callable[..., Hook], error: BaseException, factory: MongoDBSessionManagerFactory
+) -> None:
+    def hook(action: str, session_id: str, **kwargs: Any) -> Iterator[Any]:
+        raise error
+        yield
+
+    other = factory.create_session_manager("other")
+    session.open(metadata_hook=form(hook))
+    with pytest.raises(type(error)):
+        session.update_metadata({"a": 1})
+    other.update_metadata({"a": 1})
+    assert other.get_metadata() == {"metadata": {"a": 1}}
 
 
 # How a hook is given.

@@ -596,4 +596,4 @@ def test_an_event_loop_policy_set_later_does_not_matter() -> None:
 
 
 def test_greenlets_in_the_place_of_threads_are_refused_with_a_sentence() -> None:
-    assert "patch_all(thread=False)" in run_script(UNDER_GEVENT)
+    assert "gevent has patched the module 'threading'" in run_script(UNDER_GEVENT)

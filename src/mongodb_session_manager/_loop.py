@@ -45,8 +45,8 @@ _BLOCKED = (
 )
 
 _GREENLETS = (
-    "gevent.monkey.patch_all() turns threads into greenlets, but the library needs a real thread for its event loop: "
-    "call patch_all(thread=False) instead, or use threaded workers (gunicorn -k gthread)"
+    "gevent has patched the module {module!r}: the library needs real threads, and greenlets have taken their place; "
+    "use threaded or asynchronous workers (gunicorn -k gthread, uvicorn) instead of gevent's"
 )
 
 PATIENCE = 10.0
@@ -253,8 +253,8 @@ class _IOThread:
             while not self._is_ending and not loop.is_closed():
                 try:
                     loop.run_forever()
-                except BaseException as error:
-                    # A task or callback of a hook's raised SystemExit or the like; everybody else's sessions go on.
+                except (SystemExit, KeyboardInterrupt) as error:
+                    # A task or callback that a hook started raised it; the other sessions of the process go on.
                     logger.error("error=<%s> | raised on the I/O loop, which goes on", type(error).__name__)
             if not loop.is_closed():
                 loop.run_until_complete(_cancel_the_rest())
@@ -263,7 +263,8 @@ class _IOThread:
 
     def stop(self, timeout: float) -> None:
         self._is_ending = True
-        self.portal.loop.call_soon_threadsafe(self.portal.loop.stop)
+        with suppress(RuntimeError):  # it has ended before
+            self.portal.loop.call_soon_threadsafe(self.portal.loop.stop)
         self._thread.join(timeout)
 
 
@@ -288,7 +289,7 @@ def io_portal() -> Portal:
     """Return the portal to the library's own event loop, whose thread the first call starts.
 
     Raises:
-        EventLoopError: The interpreter is shutting down, or threads are no threads.
+        EventLoopError: The interpreter is shutting down, or gevent has replaced threads by greenlets.
     """
     global _thread, _exit_registered, _exiting
     with _lock:
@@ -303,15 +304,16 @@ def io_portal() -> Portal:
         if _exiting:
             raise EventLoopError("the interpreter is shutting down: close sessions before the main thread ends")
         if _thread is None or not _thread.portal.is_alive():
-            if _is_patched_by_gevent():
-                raise EventLoopError(_GREENLETS)
+            _refuse_greenlets()
             _thread = _IOThread()
         return _thread.portal
 
 
-def _is_patched_by_gevent() -> bool:
+def _refuse_greenlets() -> None:
     patching = sys.modules.get("gevent.monkey")
-    return patching is not None and bool(patching.is_module_patched("threading"))
+    for module in ("threading", "select", "queue", "socket"):
+        if patching is not None and patching.is_module_patched(module):
+            raise EventLoopError(_GREENLETS.format(module=module))
 
 
 def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:

@@ -173,6 +173,18 @@ def test_whatever_a_delivery_or_on_error_raises_ends_nothing(gate: Gate) -> None
     eventually(lambda: gate.delivered == ["last"])
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()], ids=repr)
+def test_on_error_and_retry_on_may_raise_anything(gate: Gate, error: BaseException) -> None:
+    def refuse(*_: object) -> bool:
+        raise error
+
+    for _ in range(20):
+        notify_later("test", "s", Failing(OSError()), on_error=refuse, retry_on=refuse)
+    gate.opened.set()
+    notify_later("test", "s", gate.delivering("last"))
+    eventually(lambda: gate.delivered == ["last"])
+
+
 def test_a_retry_on_that_fails_ends_nothing(gate: Gate) -> None:
     def refuse(error: Exception) -> bool:
         raise RuntimeError("retry_on itself")
