@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Self
 
 from ._beside import FOREVER, KEEPING, KEPT, Keeping, may_add
 from ._changes import Update
-from ._documents import Document, stored_removed
+from ._documents import Document, array_at, entries_at, number_at, size_at, stored_removed
 from .errors import ConfigurationError
 
 MAX_EMBEDDED_MESSAGES = 128
@@ -156,11 +156,11 @@ def everything(head: Head) -> Step:
 
 def head_numbers(path: str) -> Document:
     """Return the expression for what `Head.learn` takes; `path` leads to the agent and begins with `$`."""
-    messages = {"$ifNull": [f"{path}.messages", []]}
+    messages = array_at(f"{path}.messages")
     return {
         "created_at": f"{path}.created_at",
-        "archived": {"$ifNull": [f"{path}.archived", 0]},
-        "revision": {"$ifNull": [f"{path}.revision", 0]},
+        "archived": number_at(f"{path}.archived"),
+        "revision": number_at(f"{path}.revision"),
         "next_message_id": f"{path}.next_message_id",
         "count": {"$size": messages},
         "bytes": {"$bsonSize": {"m": messages}},
@@ -179,7 +179,7 @@ NUMBERS_OF_ALL: Document = {
     "_id": 0,
     "heads": {
         "$map": {
-            "input": {"$objectToArray": {"$ifNull": ["$agents", {}]}},
+            "input": entries_at("$agents"),
             "as": "agent",
             "in": {"key": "$$agent.k", **head_numbers("$$agent.v")},
         }
@@ -201,7 +201,7 @@ def _unchanged(session_id: str, key: str, head: Head) -> Document:
 
 def _taken(messages: str, step: Step) -> Document:
     """Return the expression for how many of `messages` a step takes: at least one."""
-    size = {"$add": ["$$value.size", {"$bsonSize": "$$this"}]}
+    size = {"$add": ["$$value.size", size_at("$$this")]}
     wanted = {"$or": [{"$lt": ["$$value.count", step.messages]}, {"$lt": ["$$value.size", step.size]}]}
     fits = {"$or": [{"$eq": ["$$value.count", 0]}, {"$lte": [size, _BUCKET_BYTES]}]}
     more = {

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 from ._beside import KEPT, may_add
 from ._codec import stored_size
-from ._documents import Document, StoredMessage, agent_key, checked_id
+from ._documents import Document, StoredMessage, agent_key, array_at, checked_id
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 
 _PART_BYTES = 15 * 1024 * 1024
@@ -274,7 +274,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
             if write.expires_from is not None:
                 parts.kept = write.expires_from
         if write.created is not None:
-            condition[path] = {"$exists": False}
+            condition[path] = None
             parts.sets[path] = _whole(write)
             continue
         if write.expected_id is not None:
@@ -346,7 +346,7 @@ def _pipeline(parts: _Parts) -> Document:
     """
     stage: Document = {path: {"$literal": value} for path, value in parts.sets.items()}
     for path, (already_set, value) in parts.unless_set.items():
-        is_set = {"$in": [path.rpartition(".")[2], {"$ifNull": [f"${already_set}", []]}]}
+        is_set = {"$in": [path.rpartition(".")[2], array_at(f"${already_set}")]}
         stage[path] = {"$cond": [is_set, f"${path}", {"$literal": value}]}
     for path, amount in parts.increments.items():
         stage[path] = {"$add": [{"$ifNull": [f"${path}", 0]}, amount]}

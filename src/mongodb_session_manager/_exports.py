@@ -9,7 +9,7 @@ from typing import Any
 
 from ._archive import SessionArchive
 from ._attachments import Attachments
-from ._documents import Document, agent_id_of, checked_id, now
+from ._documents import Document, OddField, agent_id_of, agent_key, checked_id, now, odd_fields, usable_agents
 from ._portable import Writer
 from ._references import Reference, references_of
 from ._untrusted import AGENT_LEFT_BEHIND, LEFT_BEHIND
@@ -52,8 +52,12 @@ class SessionExports(SessionArchive):
             document = await self._send(lambda collection: collection.find_one({"_id": session_id}))
         if document is None:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        for odd in odd_fields(document):
+            if odd.value is not None:
+                raise odd.error(session_id)
         writer = Writer()
-        agents: dict[str, Document] = document.pop("agents", None) or {}
+        agents: dict[str, Document] = usable_agents(session_id, document)
+        document.pop("agents", None)
         yield writer.head(session_id, _without(document, LEFT_BEHIND), now())
         for key in tuple(agents):
             async for lines in self._agent_lines(session_id, key, agents.pop(key), writer):
@@ -85,6 +89,8 @@ class SessionExports(SessionArchive):
     ) -> AsyncGenerator[list[str], None]:
         waiting: list[Document] = []
         for position, stored in enumerate(messages, first):
+            if type(stored) is not dict:
+                raise OddField(f"agents.{agent_key(agent_id)}.messages.{position}", stored, dict).error(session_id)
             message = {"message_id": position, **stored}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
                 yield await asyncio.to_thread(_lines_of, writer, waiting)

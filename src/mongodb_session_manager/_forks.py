@@ -17,7 +17,7 @@ from ._buckets import bucket_of, holding_message, holding_positions
 from ._connection import run_pipeline
 from ._copies import Copy, SessionCopies
 from ._cutting import Branch, checked_ends, document_of, ends_of, facts, unchanged, usage_of
-from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id
+from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, unusable_agents, usable_agents
 from ._references import Reference, in_generation, references_of
 from ._writes import SessionWrites
 from .errors import (
@@ -86,8 +86,9 @@ class SessionForks(SessionCopies, SessionWrites):
         ]
         progress.begin(document.get("attachments_generation"))
         for branch in branches:
-            at = {message["message_id"]: n for n, message in enumerate(branch.agent["messages"])}
-            messages = {at[one["message_id"]]: one for one in branch.agent["with_attachments"]}
+            at = {message.get("message_id"): n for n, message in enumerate(branch.agent["messages"])}
+            with_attachments = [one for one in branch.agent["with_attachments"] if references_of(one)]
+            messages = {at[one.get("message_id")]: one for one in with_attachments}
             branch.replaced = {n: one for n, one in messages.items() if n < branch.kept}
             progress.use(branch.replaced.values())
         for branch in branches:
@@ -130,10 +131,12 @@ class SessionForks(SessionCopies, SessionWrites):
             if new_id in found:
                 raise SessionExistsError(f"session {new_id!r} exists already")
             heads = found[session_id]["heads"]
+            for odd in unusable_agents({**found[session_id], "agents": {head["key"]: head for head in heads}}).values():
+                raise odd.error(session_id)
             unnumbered = [head["key"] for head in heads if head.get("next_message_id") is None]
             if not unnumbered:
                 return found[session_id]
-            agents = (await self._found(session_id, {"agents": 1}))["agents"]
+            agents = usable_agents(session_id, await self._found(session_id, {"agents": 1}))
             await self._adopt(session_id, agents, [key for key in unnumbered if key in agents])
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was forked")
 
@@ -142,7 +145,7 @@ class SessionForks(SessionCopies, SessionWrites):
             return Branch(head, None, int(head["next_message_id"]), {}, {})
         archived = int(head["archived"])
         cut_usage = head["cut_usage"]
-        ids = [message["message_id"] for message in head["messages"]]
+        ids = [message.get("message_id") for message in head["messages"]]
         if last in ids:
             return Branch(head, archived + ids.index(last) + 1, last + 1, cut_usage, {})
         position = None

@@ -10,7 +10,7 @@ from ._archive import SessionArchive
 from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, StoredView, Update, compile_update, fold, in_parts, reconcile
-from ._documents import Document, agent_key, checked_id, next_message_id, now, with_ids
+from ._documents import Document, agent_key, checked_id, next_message_id, now, usable_agents, with_ids
 from .errors import (
     AgentNotFoundError,
     DatabaseError,
@@ -111,6 +111,7 @@ class SessionWrites(SessionArchive):
                 break
             writes = await self._remaining(session_id, writes, refused, archived)
         else:
+            await self._raise_odd(session_id)
             raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
         for agent_id in archived.keys() - refused.keys():
             for message_id, fields in archived[agent_id].items():
@@ -141,7 +142,7 @@ class SessionWrites(SessionArchive):
         )
         if document is not None and _is_another(document, writes.values()):
             document = None
-        agents: dict[str, Document] = {} if document is None else document.get("agents", {})
+        agents = {} if document is None else usable_agents(session_id, document)
         unnumbered = [key for key, agent in agents.items() if agent.get("next_message_id") is None]
         if unnumbered and not await self._adopt(session_id, agents, unnumbered):
             return dict(writes)
@@ -209,9 +210,12 @@ class SessionWrites(SessionArchive):
             condition[f"agents.{old}.archived"] = archived or {"$in": [None, 0]}
             condition[f"agents.{old}.messages"] = {"$size": len(messages)} if messages else {"$in": [None, []]}
             gained = {"next_message_id": agent["next_message_id"]}
-            if any("message_id" not in message for message in messages):
+            if any("message_id" not in message for message in messages if isinstance(message, dict)):
                 gained["messages"] = with_ids(f"$agents.{old}.messages", archived)
-                agent["messages"] = [{"message_id": n, **message} for n, message in enumerate(messages, archived)]
+                agent["messages"] = [
+                    {"message_id": n, **message} if isinstance(message, dict) else message
+                    for n, message in enumerate(messages, archived)
+                ]
             adopted[f"agents.{new}"] = {"$mergeObjects": [f"$agents.{old}", gained]}
             if new != old:
                 condition[f"agents.{new}"] = {"$exists": False}
@@ -230,5 +234,9 @@ def _is_another(document: Document, writes: Iterable[AgentWrite]) -> bool:
 
 
 def _messages_by_id(stored: Mapping[str, Any] | None) -> dict[int, Document]:
-    messages = enumerate((stored or {}).get("messages") or [])
-    return {message.get("message_id", position): message for position, message in messages}
+    messages = (stored or {}).get("messages")
+    return {
+        message.get("message_id", position): message
+        for position, message in enumerate(messages if isinstance(messages, list) else ())
+        if isinstance(message, dict)
+    }
