@@ -102,7 +102,7 @@ def test_append() -> None:
 
 def test_create_alone() -> None:
     assert compiled(new()) == Update(
-        {"_id": "s", "agents.agent": {"$exists": False}},
+        {"_id": "s", "agents.agent": None},
         {"$set": {"agents.agent": new().document, "updated_at": T0}},
         None,
     )
@@ -112,7 +112,7 @@ def test_create_append_state_and_metrics_in_one() -> None:
     metrics = {"event_loop_metrics": {"accumulated_usage": {"inputTokens": 1}}}
     changes = [new(), append(0, "one", T1), state(1, {"k": 1}), append(1, "two", T3)]
     assert compiled(*changes, SetMessageFields("agent", 1, metrics)) == Update(
-        {"_id": "s", "agents.agent": {"$exists": False}},
+        {"_id": "s", "agents.agent": None},
         {
             "$set": {
                 "agents.agent": {
@@ -249,7 +249,7 @@ def test_several_agents_in_one_statement() -> None:
         {
             "_id": "s",
             "agents.a%2Eb.next_message_id": 4,
-            "agents.%24x": {"$exists": False},
+            "agents.%24x": None,
             "agents.50%25.next_message_id": 2,
             "agents.日本.messages.message_id": {"$all": [1]},
         },

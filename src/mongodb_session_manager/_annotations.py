@@ -18,7 +18,22 @@ from ._archive import SessionArchive
 from ._changes import Update
 from ._codec import MARKER, decode, encode, subscript
 from ._connection import AsyncCollection
-from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, now, to_date
+from ._documents import (
+    USAGE,
+    Document,
+    agent_id_of,
+    agent_key,
+    array_at,
+    checked_id,
+    entries_at,
+    now,
+    number_at,
+    tell_odd,
+    to_date,
+    usable,
+    usable_agents,
+    usable_numbers,
+)
 from ._sizes import of_agent
 from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
@@ -137,7 +152,7 @@ def encoded(value: Any, depth: int, name: str, *, arrays: bool = True) -> Any:
 def _queryable(value: Any, arrays: bool) -> Any:
     match value:
         case datetime():
-            with suppress(OverflowError):  # the first or last day of the calendar, in another zone
+            with suppress(InvalidArgumentError):  # the first or last day of the calendar, in another zone
                 return to_date(value)
             return value
         case dict():
@@ -197,7 +212,8 @@ class SessionAnnotations(SessionArchive):
         document = await self._find(session_id, {"metadata": 1})
         if document is None:
             return {}
-        return {"metadata": {key: decode(value) for key, value in (document.get("metadata") or {}).items()}}
+        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+        return {"metadata": {key: decode(value) for key, value in metadata.items()}}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
         """Remove keys from a session's metadata; unknown keys are no error.
@@ -208,7 +224,7 @@ class SessionAnnotations(SessionArchive):
         """
         wanted = checked_keys(keys)
         while not await self._change_intact(session_id, wanted, _unset(wanted)):
-            stored = (await self._found(session_id, {"metadata": 1})).get("metadata") or {}
+            stored = (await self._found(session_id, {"metadata": 1})).get("metadata")
             wanted = [key for key in wanted if not _leads_into_marked(stored, key)]
 
     async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
@@ -240,7 +256,10 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         document = await self._found(session_id, {"feedbacks": 1})
-        return [decode(entry) for entry in document.get("feedbacks") or []]
+        feedbacks: list[Any] = usable(list, document.get("feedbacks"), session_id, "feedbacks")
+        if not all(type(entry) is dict for entry in feedbacks):
+            tell_odd(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
+        return [decode(entry) for entry in feedbacks if type(entry) is dict]
 
     async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
         """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
@@ -250,8 +269,8 @@ class SessionAnnotations(SessionArchive):
         """
         key = agent_key(agent_id)
         document = await self._found(session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG})
-        stored = document.get("agents", {}).get(key)
-        return None if stored is None else _config_from(agent_id, stored)
+        stored = usable_agents(session_id, document).get(key)
+        return None if stored is None else _config_from(session_id, agent_id, stored)
 
     async def list_agents(self, session_id: str) -> list[AgentConfigDict]:
         """Return the configuration of every agent of a session.
@@ -260,7 +279,7 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         agents = (await self._agents(session_id, "agent_data")).items()
-        return [_config_from(agent_id_of(key), stored) for key, stored in agents]
+        return [_config_from(session_id, agent_id_of(key), stored) for key, stored in agents]
 
     async def update_agent_config(
         self,
@@ -310,7 +329,7 @@ class SessionAnnotations(SessionArchive):
             AgentNotFoundError: The session holds no such agent.
         """
         path = f"$agents.{agent_key(agent_id)}"
-        count = {"$add": [{"$ifNull": [f"{path}.archived", 0]}, {"$size": {"$ifNull": [f"{path}.messages", []]}}]}
+        count = {"$add": [number_at(f"{path}.archived"), {"$size": array_at(f"{path}.messages")}]}
         messages: int = (await self._stored_agent(session_id, agent_id, {"messages": count}))["messages"]
         return messages
 
@@ -322,14 +341,14 @@ class SessionAnnotations(SessionArchive):
         """
         stored = await self._agents(session_id, "usage")
         agents = {
-            agent_id_of(key): {name: (agent.get("usage") or {}).get(name, 0) for name in USAGE}
+            agent_id_of(key): {name: usable_numbers(agent.get("usage")).get(name, 0) for name in USAGE}
             for key, agent in stored.items()
         }
         return {"agents": agents, "total": {name: sum(usage[name] for usage in agents.values()) for name in USAGE}}
 
     async def _agents(self, session_id: str, field: str) -> dict[str, Document]:
         """Return one field of every agent, by agent key."""
-        entries = {"$objectToArray": {"$ifNull": ["$agents", {}]}}
+        entries = entries_at("$agents")
         pair = {"k": "$$this.k", "v": {field: f"$$this.v.{field}"}}
         projection = {"agents": {"$arrayToObject": {"$map": {"input": entries, "in": pair}}}}
         agents: dict[str, Document] = (await self._found(session_id, projection))["agents"]
@@ -362,7 +381,7 @@ class SessionAnnotations(SessionArchive):
         document = await self._update_with(Update(condition, update, None), change)
         if document is None:
             return False
-        metadata = document.get("metadata") or {}
+        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
             fields.values = {name: decode(metadata[name]) for name in fields.names if name in metadata}
@@ -397,8 +416,8 @@ def _leads_into_marked(stored: Any, key: str) -> bool:
     return False
 
 
-def _config_from(agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:
-    data = stored.get("agent_data") or {}
+def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:
+    data: Document = usable(dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data")
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
     return {
         "agent_id": agent_id,

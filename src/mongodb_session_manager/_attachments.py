@@ -27,7 +27,7 @@ from ._beside import ARCHIVE, CHUNKS, FILES, FOREVER, Keeping, beside, kept_from
 from ._changes import AgentWrite
 from ._commands import ensure_indexes, send
 from ._connection import AsyncCollection, Connection, run_pipeline
-from ._documents import Document, now
+from ._documents import Document, array_at, entries_at, message_id_of, now
 from ._driver_errors import DuplicateKeyError
 from ._references import Reference, attached, detached, references_of
 from .errors import AttachmentError, SessionNotFoundError
@@ -44,8 +44,8 @@ _REFERENCES: Document = {
     **dict.fromkeys(("attachments_generation", "session_ttl", "keep_until"), 1),
     "attachments": {
         "$map": {
-            "input": {"$objectToArray": {"$ifNull": ["$agents", {}]}},
-            "in": {"$ifNull": ["$$this.v.messages.attachments", []]},
+            "input": entries_at("$agents"),
+            "in": array_at("$$this.v.messages.attachments"),
         }
     },
 }
@@ -204,7 +204,7 @@ class Attachments:
         for agent_id, elements in messages.items():
             for position, element in enumerate(elements):
                 for reference in references_of(element):
-                    wanted.setdefault(reference, f"message {element.get('message_id', position)} of agent {agent_id!r}")
+                    wanted.setdefault(reference, f"message {message_id_of(element, position)} of agent {agent_id!r}")
         if not wanted:
             return
         async with self._connection.operation():
@@ -355,7 +355,7 @@ async def _archived(archive: AsyncCollection, session_id: str) -> set[Reference]
     return {
         reference
         async for bucket in buckets
-        for reference in _parsed(message.get("attachments") for message in bucket["messages"])
+        for reference in _parsed(message.get("attachments") for message in bucket["messages"] if type(message) is dict)
     }
 
 

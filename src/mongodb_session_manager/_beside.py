@@ -136,7 +136,7 @@ class Keeping(NamedTuple):
             value if isinstance(value, datetime) else None
             for value in (document.get("updated_at"), document.get("keep_until"))
         )
-        return cls(None if ttl is None else timedelta(seconds=ttl), updated_at, keep_until)
+        return cls(timedelta(seconds=ttl) if isinstance(ttl, int | float) else None, updated_at, keep_until)
 
     def expires_from(self, moment: datetime) -> datetime | None:
         """Return the date for what is added at `moment`; `None` if it is to stay."""

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Self
 
 from ._beside import FOREVER, KEEPING, KEPT, Keeping, may_add
 from ._changes import Update, split_fields
-from ._documents import Document, is_numbered, stored_removed
+from ._documents import Document, array_at, entries_at, ids_of, is_numbered, number_at, size_at, stored_removed
 from .errors import ConfigurationError
 
 MAX_EMBEDDED_MESSAGES = 128
@@ -161,13 +161,13 @@ def everything(head: Head) -> Step:
 
 def head_numbers(path: str) -> Document:
     """Return the expression for what `Head.learn` takes; `path` leads to the agent and begins with `$`."""
-    messages = {"$ifNull": [f"{path}.messages", []]}
+    messages = array_at(f"{path}.messages")
     return {
         "created_at": f"{path}.created_at",
-        "archived": {"$ifNull": [f"{path}.archived", 0]},
-        "revision": {"$ifNull": [f"{path}.revision", 0]},
+        "archived": number_at(f"{path}.archived"),
+        "revision": number_at(f"{path}.revision"),
         "next_message_id": f"{path}.next_message_id",
-        "ids": {"$map": {"input": messages, "in": {"$ifNull": ["$$this.message_id", None]}}},
+        "ids": ids_of(messages),
         "count": {"$size": messages},
         "bytes": {"$bsonSize": {"m": messages}},
         "removed": stored_removed(path),
@@ -185,7 +185,7 @@ NUMBERS_OF_ALL: Document = {
     "_id": 0,
     "heads": {
         "$map": {
-            "input": {"$objectToArray": {"$ifNull": ["$agents", {}]}},
+            "input": entries_at("$agents"),
             "as": "agent",
             "in": {"key": "$$agent.k", **head_numbers("$$agent.v")},
         }
@@ -202,7 +202,7 @@ def _unchanged(session_id: str, key: str, head: Head) -> Document:
         **(_increasing_ids(f"$agents.{key}.messages") if head.is_numbered else {}),
         f"agents.{key}.messages.0": {"$exists": True},
         f"agents.{key}.created_at": head.since,
-        **{f"agents.{key}.{name}": value or {"$in": [None, 0]} for name, value in numbers.items()},
+        **{f"agents.{key}.{name}": value or {"$not": {"$gt": 0}} for name, value in numbers.items()},
     }
 
 
@@ -217,7 +217,7 @@ def _increasing_ids(messages: str) -> Document:
 
 def _taken(messages: str, step: Step) -> Document:
     """Return the expression for how many of `messages` a step takes: at least one."""
-    size = {"$add": ["$$value.size", {"$bsonSize": "$$this"}]}
+    size = {"$add": ["$$value.size", size_at("$$this")]}
     wanted = {"$or": [{"$lt": ["$$value.count", step.messages]}, {"$lt": ["$$value.size", step.size]}]}
     fits = {"$or": [{"$eq": ["$$value.count", 0]}, {"$lte": [size, _BUCKET_BYTES]}]}
     more = {

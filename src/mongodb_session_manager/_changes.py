@@ -41,7 +41,11 @@ class Identity(NamedTuple):
         """Return the identity of a stored message."""
         message = stored.get("message")
         tracking_id = message.get("tracking_id") if isinstance(message, Mapping) else None
-        return cls(stored.get("created_at"), tracking_id if isinstance(tracking_id, str) else None)
+        created_at = stored.get("created_at")
+        return cls(
+            created_at if isinstance(created_at, str | datetime) else None,
+            tracking_id if isinstance(tracking_id, str) else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +360,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
             if write.expires_from is not None:
                 parts.kept = write.expires_from
         if write.created is not None:
-            condition[path] = {"$exists": False}
+            condition[path] = None
             parts.sets[path] = _whole(write)
             continue
         if write.by_id and write.appended:

@@ -34,7 +34,8 @@ from uuid import UUID
 import bson
 from bson import Binary, Code, Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from bson.binary import UuidRepresentation
-from bson.codec_options import CodecOptions
+from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError, InvalidBSON
 
 from .errors import EncodingError, raise_alone
@@ -42,7 +43,10 @@ from .errors import EncodingError, raise_alone
 MARKER: Final = "__msm__"
 
 CODEC_OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
-    tz_aware=True, tzinfo=UTC, uuid_representation=UuidRepresentation.STANDARD
+    tz_aware=True,
+    tzinfo=UTC,
+    uuid_representation=UuidRepresentation.STANDARD,
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # a date beyond the year 9999 is a `DatetimeMS`
 )
 
 # Levels of a stored document, its root included. MongoDB documents 100. Measured on 6.0: 180 in an insert, `$set`,
@@ -273,6 +277,7 @@ _SCALARS: Final[dict[type, Callable[[Any], Any]]] = {
     timedelta: lambda value: _marked("timedelta", str(value // _MICROSECOND)),
     bytearray: lambda value: _marked("bytearray", bytes(value)),
     Binary: _encode_bson_type,
+    DatetimeMS: _encode_bson_type,
     Regex: _encode_bson_type,
     Code: _encode_bson_type,
 }

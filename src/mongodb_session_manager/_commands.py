@@ -15,12 +15,14 @@ from pymongo.errors import PyMongoError
 
 from ._changes import Update
 from ._connection import AsyncCollection, Connection
-from ._documents import Document, agent_key, checked_id
+from ._documents import Document, OddField, agent_key, checked_id, odd_fields
 from ._driver_errors import driver_errors, is_refusal, may_be_sent_again, may_have_been_applied
 from ._loop import Portal
 from .errors import (
     AgentNotFoundError,
     ConfigurationError,
+    DatabaseError,
+    InvalidArgumentError,
     MongoDBSessionError,
     SessionNotFoundError,
 )
@@ -120,7 +122,45 @@ class SessionCollection:
         self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]
     ) -> T | None:
         """Send an update statement with a command whose result is false if it matched nothing."""
+        try:
+            return await self._send(lambda collection: command(collection, update))
+        except (DatabaseError, InvalidArgumentError):
+            if not await self._clear_nulls(update):
+                raise
         return await self._send(lambda collection: command(collection, update))
+
+    async def _clear_nulls(self, update: Update) -> bool:
+        """Remove each `null` that a refused statement writes into; return whether there was one.
+
+        Raises:
+            DatabaseError: The statement writes into a field that holds a value of another type.
+        """
+        stages = update.update if isinstance(update.update, list) else [update.update]
+        written = {path for stage in stages for fields in stage.values() for path in fields}
+        session_id = update.filter["_id"]
+        odd = [
+            field
+            for field in await self._odd_fields(session_id)
+            if any(path == field.path or path.startswith(f"{field.path}.") for path in written)
+        ]
+        for field in odd:
+            if field.value is not None:
+                raise field.error(session_id)
+        if not odd:
+            return False
+        nulls = {field.path: "" for field in odd}
+        condition = {"_id": session_id, **dict.fromkeys(nulls)}
+        await self._send(lambda collection: collection.update_one(condition, {"$unset": nulls}))
+        return True
+
+    async def _odd_fields(self, session_id: str) -> list[OddField]:
+        return list(odd_fields(await self._find(session_id, {}) or {}))
+
+    async def _raise_odd(self, session_id: str) -> None:
+        """Raise which field of a session cannot be written into, if there is one."""
+        for field in await self._odd_fields(session_id):
+            if field.value is not None:
+                raise field.error(session_id)
 
     async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]], name: str | None = None) -> T:
         """Send a command that may be sent twice, again after a lost connection, and raise our errors.

@@ -8,7 +8,19 @@ from typing import Any
 
 from ._buckets import head_numbers
 from ._codec import decode, encode
-from ._documents import MESSAGE_USAGE, USAGE, Document, agent_id_of, checked_id, checked_message_id
+from ._documents import (
+    MESSAGE_USAGE,
+    ODD_AGENTS,
+    USAGE,
+    Document,
+    agent_id_of,
+    array_at,
+    checked_id,
+    checked_message_id,
+    entries_at,
+    odd_at,
+    usable_numbers,
+)
 from ._untrusted import LEFT_BEHIND
 from .errors import AgentNotFoundError, InvalidArgumentError
 
@@ -58,8 +70,8 @@ def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: It
 def facts(ends: int | dict[str, int] | None) -> Document:
     """Return the projection that brings what has to be known of a session to fork it."""
     agent = "$$agent.v"
-    messages = {"$ifNull": [f"{agent}.messages", []]}
-    has_attachments = {"$gt": [{"$size": {"$ifNull": ["$$this.attachments", []]}}, 0]}
+    messages = array_at(f"{agent}.messages")
+    has_attachments = {"$gt": [{"$size": array_at("$$this.attachments")}, 0]}
     if isinstance(ends, int):
         last: Any = ends
     else:
@@ -75,12 +87,15 @@ def facts(ends: int | dict[str, int] | None) -> Document:
         "with_attachments": {"$filter": {"input": messages, "cond": has_attachments}},
         "state": f"{agent}.agent_data.conversation_manager_state",
         "usage": f"{agent}.usage",
+        "odd_messages": odd_at(f"{agent}.messages", "array"),
+        "agent_data": odd_at(f"{agent}.agent_data", "object"),
         "cut_usage": {"$let": {"vars": {"later": later}, "in": usage_of("$$later")}},
     }
-    entries = {"$objectToArray": {"$ifNull": ["$agents", {}]}}
+    entries = entries_at("$agents")
     return {
         "attachments_generation": 1,
         "session_ttl": 1,
+        "odd_agents": ODD_AGENTS,
         "heads": {"$map": {"input": entries, "as": "agent", "in": fields}},
     }
 
@@ -146,7 +161,7 @@ def unchanged(session_id: str, document: Mapping[str, Any]) -> Document:
         condition[f"{path}.next_message_id"] = head["next_message_id"]
         condition |= {f"{path}.{name}": head[name] or {"$in": [None, 0]} for name in ("archived", "revision")}
     condition["attachments_generation"] = document.get("attachments_generation")
-    agents = {"$size": {"$objectToArray": {"$ifNull": ["$agents", {}]}}}
+    agents = {"$size": entries_at("$agents")}
     condition["$expr"] = {"$eq": [agents, len(document["heads"])]}
     return condition
 
@@ -177,7 +192,7 @@ def document_of(session_id: str, moment: Any, own: Document, branches: Iterable[
 
 def _agent(branch: Branch, moment: Any) -> Document:
     path = f"$agents.{branch.agent['key']}"
-    messages: Any = {"$slice": [{"$ifNull": [f"{path}.messages", []]}, branch.kept]} if branch.kept else []
+    messages: Any = {"$slice": [array_at(f"{path}.messages"), branch.kept]} if branch.kept else []
     if branch.replaced and branch.kept:
         cases = [
             {"case": {"$eq": ["$$at", at]}, "then": {"$literal": message}} for at, message in branch.replaced.items()
@@ -200,11 +215,9 @@ def _agent(branch: Branch, moment: Any) -> Document:
             ("_internal_state", {}),
         )
     }
-    if branch.agent.get("usage"):
+    if usage := usable_numbers(branch.agent.get("usage")):
         cut = branch.cut_usage
-        fields["usage"] = {
-            "$literal": {name: max(0, total - cut.get(name, 0)) for name, total in branch.agent["usage"].items()}
-        }
+        fields["usage"] = {"$literal": {name: max(0, total - cut.get(name, 0)) for name, total in usage.items()}}
     return fields
 
 
@@ -215,7 +228,9 @@ def _state(branch: Branch) -> Any:
     goes, and what it stood for is shown again.
     """
     cut_at = branch.cut_at or 0
-    state = decode(branch.agent.get("state") or {})
+    state = decode(branch.agent.get("state"))
+    if type(state) is not dict:
+        return branch.agent.get("state")
     removed = state.get("removed_message_count")
     if type(removed) is not int or removed <= 0:
         return encode(state, depth=_STATE_DEPTH, name="conversation_manager_state")

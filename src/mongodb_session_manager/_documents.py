@@ -24,19 +24,26 @@ copy_of                  what an imported session or a fork was made from: {sess
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from ._codec import decode, encode
-from .errors import InvalidArgumentError, raise_alone
+from .errors import DatabaseError, InvalidArgumentError, raise_alone
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
 _STATE_DEPTH = 5  # document, agents, key, agent_data, field
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MOST_SECONDS = 10**11  # the year 5138; a larger number is milliseconds
 
 USAGE = (
     "inputTokens",
@@ -130,11 +137,22 @@ def checked_message_id(value: object) -> int:
     """Return `value` if it can be the id of a message.
 
     Raises:
-        InvalidArgumentError: It is not a whole number from 0.
+        InvalidArgumentError: It is not an int >= 0 that MongoDB can hold.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InvalidArgumentError("message_id must be an int from 0")
-    return value
+    return checked_count(value, "message_id")
+
+
+def checked_count(value: object, name: str) -> int:
+    """Return `value` if it is a number of messages.
+
+    Raises:
+        InvalidArgumentError: It is not an int >= 0 that MongoDB can hold.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} must be an int >= 0, not {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise InvalidArgumentError(f"{name} must be an int >= 0 and < 2**63")
+    return int(value)
 
 
 def agent_key(agent_id: str) -> str:
@@ -152,20 +170,51 @@ def now() -> datetime:
     return _to_milliseconds(datetime.now(UTC))
 
 
-def to_date(value: str | datetime | None) -> datetime:
-    """Return the BSON date of an ISO string or datetime; one without a zone is UTC, `None` is the present."""
+def to_date(value: object) -> datetime:
+    """Return the BSON date of an ISO string or datetime; one without a zone is UTC, `None` is the present.
+
+    Raises:
+        InvalidArgumentError: It is not a date.
+    """
     if value is None:
         return now()
-    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if not isinstance(moment, datetime):
+            raise InvalidArgumentError(f"a date must be an ISO 8601 string or a datetime, not {type(value).__name__}")
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise InvalidArgumentError("a date must be within the years 1 to 9999 in UTC") from None
+    except ValueError as error:
+        if isinstance(error, InvalidArgumentError):
+            raise
+        raise InvalidArgumentError("a date must be an ISO 8601 string or a datetime, not another text") from None
     return _to_milliseconds(moment)
+
+
+def date_from(value: object) -> datetime:
+    """Return a stored date. A number is the time since 1970 (seconds, or milliseconds); what is no date is the present.
+
+    Versions before 1.0, and whoever has repaired their documents, stored dates in several forms.
+    """
+    if type(value) is datetime and value.tzinfo is UTC:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return _to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
+        except (ValueError, OverflowError):
+            return now()
+    try:
+        return to_date(value)
+    except InvalidArgumentError:
+        return now()
 
 
 def as_date(value: object) -> object:
     """Return the date that a stored value is, if it is one, else the value."""
     try:
         return to_date(value) if isinstance(value, str | datetime) else value
-    except (ValueError, OverflowError):
+    except InvalidArgumentError:
         return value
 
 
@@ -173,9 +222,9 @@ def _to_milliseconds(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
-def to_iso(value: str | datetime | None) -> str:
+def to_iso(value: object) -> str:
     """Return the ISO string, in UTC, of a stored date."""
-    return to_date(value).isoformat()
+    return date_from(value).isoformat()
 
 
 def new_generation() -> int:
@@ -206,13 +255,176 @@ def new_session(
 
 
 def session_from(document: Mapping[str, Any]) -> Session:
-    """Return Strands' view of a session document."""
+    """Return Strands' view of a session document; a `session_type` that Strands does not know is `AGENT`."""
     return Session(
         session_id=document["_id"],
-        session_type=SessionType(document.get("session_type", SessionType.AGENT)),
+        session_type=SessionType.AGENT,
         created_at=to_iso(document.get("created_at")),
         updated_at=to_iso(document.get("updated_at")),
     )
+
+
+# What cannot be used. A stored value of another type than its field has is read as the default and kept as it is.
+
+_SESSION_TYPES: Mapping[str, type] = {
+    "metadata": dict,
+    "feedbacks": list,
+    "guardrail_events": list,
+    "agents": dict,
+    "multi_agents": dict,
+}
+_AGENT_TYPES: Mapping[str, type] = {"agent_data": dict, "messages": list, "usage": dict}
+_BLOCKS = ("toolUse", "toolResult")
+
+_told: dict[tuple[str, str], None] = {}
+_MOST_TOLD = 4096
+
+
+def tell_odd(session_id: object, field: str, value: object) -> None:
+    """Log, once for a session and field, that a stored value is read as its default."""
+    if (key := (str(session_id), field)) not in _told:
+        if len(_told) >= _MOST_TOLD:
+            _told.clear()
+        _told[key] = None
+        logger.warning(
+            "session_id=<%r>, field=<%r>, type=<%s> | a stored value cannot be used; it is kept, and read as absent",
+            session_id,
+            field,
+            type(value).__name__,
+        )
+
+
+def usable(kind: type[T], value: object, session_id: object, field: str) -> T:
+    """Return a stored value of the type that its field has, in the place of any other an empty one."""
+    if type(value) is kind:
+        return value
+    if value is not None:
+        tell_odd(session_id, field, value)
+    return kind()
+
+
+def usable_agents(session_id: object, document: Mapping[str, Any]) -> dict[str, Document]:
+    """Return those values of `agents` that are the sub-document of an agent, by key."""
+    agents: dict[str, Any] = usable(dict, document.get("agents"), session_id, "agents")
+    for key in [key for key, agent in agents.items() if type(agent) is not dict]:
+        usable(dict, agents.pop(key), session_id, f"agents.{key}")
+    return agents
+
+
+def usable_numbers(values: object) -> dict[str, Any]:
+    """Return those values of a stored object that are numbers."""
+    numbers: dict[str, Any] = values if type(values) is dict else {}
+    return {name: number for name, number in numbers.items() if _is_number(number)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool
+
+
+class OddField(NamedTuple):
+    """A field of a session document that holds a value of another type than it must."""
+
+    path: str
+    value: Any
+    kind: type
+
+    def error(self, session_id: str) -> DatabaseError:
+        """Return the error for whoever needs the field."""
+        return DatabaseError(
+            f"session {session_id!r} holds a {type(self.value).__name__} in the field {self.path!r}, where a "
+            f"{self.kind.__name__} is needed: correct or remove it"
+        )
+
+
+def odd_fields(document: Mapping[str, Any]) -> Iterator[OddField]:
+    """Yield the fields of a session document that cannot be written into as they are."""
+    yield from _odd(document, "", _SESSION_TYPES)
+    agents, multi_agents = document.get("agents"), document.get("multi_agents")
+    for key, agent in agents.items() if type(agents) is dict else ():
+        if type(agent) is not dict:
+            yield OddField(f"agents.{key}", agent, dict)
+            continue
+        yield from _odd(agent, f"agents.{key}.", _AGENT_TYPES)
+        data, usage = agent.get("agent_data"), agent.get("usage")
+        if type(data) is dict and type(data.get("config_set", [])) is not list:
+            yield OddField(f"agents.{key}.agent_data.config_set", data["config_set"], list)
+        for name, number in usage.items() if type(usage) is dict else ():
+            if not _is_number(number):
+                yield OddField(f"agents.{key}.usage.{name}", number, int)
+    for key, stored in multi_agents.items() if type(multi_agents) is dict else ():
+        if type(stored) is not dict:
+            yield OddField(f"multi_agents.{key}", stored, dict)
+
+
+def _odd(fields: Mapping[str, Any], path: str, types: Mapping[str, type]) -> Iterator[OddField]:
+    for name, kind in types.items():
+        if name in fields and type(fields[name]) is not kind:
+            yield OddField(f"{path}{name}", fields[name], kind)
+
+
+def unusable_agents(document: Mapping[str, Any]) -> dict[str | None, OddField]:
+    """Return, by agent id, why agents can neither be restored nor written; `None` stands for all of them.
+
+    The document is one that was read with `ODD_AGENTS` and `odd_messages`.
+    """
+    odd: list[Document] = document.get("odd_agents") or []
+    found = {
+        None if entry["k"] is None else agent_id_of(entry["k"]): OddField(
+            "agents" if entry["k"] is None else f"agents.{entry['k']}", entry["v"], dict
+        )
+        for entry in odd
+        if entry.get("v") is not None
+    }
+    for key, agent in document["agents"].items():
+        for name, value, kind in (
+            ("messages", agent.get("odd_messages"), list),
+            ("agent_data", agent.get("agent_data"), dict),
+            ("next_message_id", agent.get("next_message_id"), int),
+        ):
+            if value is not None and not isinstance(value, kind):
+                found[agent_id_of(key)] = OddField(f"agents.{key}.{name}", value, kind)
+    return found
+
+
+def array_at(path: str) -> Document:
+    """Return the aggregation expression for an array; what is none is an empty one."""
+    return {"$cond": [{"$isArray": [path]}, path, []]}
+
+
+def number_at(path: str, otherwise: int | None = 0) -> Document:
+    """Return the aggregation expression for a whole number, or for `otherwise` where there is none."""
+    return {"$cond": [{"$in": [{"$type": path}, ["int", "long"]]}, path, otherwise]}
+
+
+def entries_at(path: str, *, odd: bool = False) -> Document:
+    """Return the aggregation expression for those fields of an object that are objects; with `odd`, for the others."""
+    entries = {"$objectToArray": {"$cond": [{"$eq": [{"$type": path}, "object"]}, path, {}]}}
+    is_object = {"$eq": [{"$type": "$$this.v"}, "object"]}
+    return {"$filter": {"input": entries, "cond": {"$not": [is_object]} if odd else is_object}}
+
+
+def size_at(message: str) -> Document:
+    """Return the aggregation expression for the bytes of an element of `messages`."""
+    return {"$bsonSize": {"$cond": [{"$eq": [{"$type": message}, "object"]}, message, {"m": message}]}}
+
+
+ODD_AGENTS: Document = {
+    "$cond": [
+        {"$in": [{"$type": "$agents"}, ["object", "missing", "null"]]},
+        entries_at("$agents", odd=True),
+        [{"k": None, "v": "$agents"}],
+    ]
+}
+"""The aggregation expression for what is in the place of agents; `k` is `null` for all of them."""
+
+
+def odd_at(path: str, kind: str) -> Document:
+    """Return the aggregation expression for what is in the place of an object or array; nothing if it is one."""
+    return {"$cond": [{"$in": [{"$type": path}, [kind, "missing", "null"]]}, "$$REMOVE", path]}
+
+
+STATE_FIELDS = ("state", "conversation_manager_state", "_internal_state")
+_INTERNAL = ("interrupt_state", "model_state")
 
 
 def agent_state(agent: SessionAgent) -> Document:
@@ -239,16 +451,33 @@ def new_agent(agent: SessionAgent) -> Document:
     }
 
 
-def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
+def agent_from(agent_id: str, stored: Mapping[str, Any], session_id: object = None) -> SessionAgent:
     """Return Strands' view of a stored agent."""
-    data = stored.get("agent_data") or {}
+    path = f"agents.{agent_key(agent_id)}.agent_data"
+    data: Document = usable(dict, stored.get("agent_data"), session_id, path)
+    state, manager_state, internal_state = (
+        usable(dict, decode(data.get(name)), session_id, f"{path}.{name}") for name in STATE_FIELDS
+    )
     return SessionAgent(
         agent_id=agent_id,
-        state=decode(data.get("state") or {}),
-        conversation_manager_state=decode(data.get("conversation_manager_state") or {}),
-        _internal_state=decode(data.get("_internal_state") or {}),
+        state=state,
+        conversation_manager_state=manager_state,
+        _internal_state=usable_internal_state(internal_state),
         created_at=to_iso(data.get("created_at") or stored.get("created_at")),
         updated_at=to_iso(stored.get("updated_at") or data.get("updated_at")),
+    )
+
+
+def usable_internal_state(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Strands can restore of a decoded `_internal_state`."""
+    return {name: value for name, value in stored.items() if name not in _INTERNAL or _is_internal(name, value)}
+
+
+def _is_internal(name: str, value: Any) -> bool:
+    if type(value) is not dict:
+        return False
+    return name != "interrupt_state" or (
+        "activated" in value and type(value.get("context")) is dict and type(value.get("interrupts")) is dict
     )
 
 
@@ -289,29 +518,85 @@ def message_usage(message: Mapping[str, Any]) -> Document:
     return {name: value for name, value in reported.items() if isinstance(value, int | float)}
 
 
-def message_from(stored: Mapping[str, Any], position: int) -> SessionMessage:
-    """Return Strands' view of a stored message; `position` is its id where a document of old holds none."""
-    redacted = stored.get("redact_message")
+def message_from(stored: Any, position: int) -> SessionMessage | None:
+    """Return Strands' view of a stored message, `None` if it is none that can be shown.
+
+    `position` is its id where a document of old holds none. A redacted message of which only the original can be shown
+    cannot be shown.
+    """
+    if type(stored) is not dict:
+        return None
+    message, redacted = _content_from(stored.get("message")), stored.get("redact_message")
+    if message is None or (redacted is not None and (redacted := _content_from(redacted)) is None):
+        return None
     return SessionMessage(
-        message=decode(stored["message"]),
-        message_id=int(stored.get("message_id", position)),
-        redact_message=decode(redacted) if redacted is not None else None,
+        message=message,
+        message_id=message_id_of(stored, position),
+        redact_message=redacted,
         created_at=to_iso(stored.get("created_at")),
         updated_at=to_iso(stored.get("updated_at")),
     )
 
 
+def messages_from(
+    stored: Iterable[Any], first: int, session_id: str, agent_id: str
+) -> Iterator[tuple[SessionMessage | None, Any]]:
+    """Yield Strands' view of stored messages, with each of them; log the first of those that are none."""
+    for position, element in enumerate(stored, first):
+        message = message_from(element, position)
+        if message is None:
+            tell_odd(session_id, f"agents.{agent_key(agent_id)}.messages", element)
+        yield message, element
+
+
+def message_id_of(stored: Any, position: int) -> int:
+    """Return the id of an element of `messages`; that is its position if it holds none."""
+    message_id = stored.get("message_id") if type(stored) is dict else None
+    if isinstance(message_id, float) and message_id.is_integer():
+        message_id = int(message_id)
+    if not isinstance(message_id, int) or type(message_id) is bool or not 0 <= message_id < 2**63:
+        return position
+    return int(message_id)
+
+
+def _content_from(stored: Any) -> Any:
+    """Return a decoded message with those of its blocks that can be used; text is one block."""
+    message = decode(stored)
+    if type(message) is not dict or type(message.get("role")) is not str:
+        return None
+    content = message.get("content")
+    if type(content) is str:
+        message["content"] = [{"text": content}]
+    elif not isinstance(content, list | tuple):
+        return None
+    elif not all(map(_is_block, content)):
+        message["content"] = [block for block in content if _is_block(block)]
+        if not message["content"]:
+            return None
+    if type(message.get("tracking_id", "")) is not str:
+        del message["tracking_id"]
+    return message
+
+
+def _is_block(block: Any) -> bool:
+    return type(block) is dict and not any(
+        name in block and (type(block[name]) is not dict or type(block[name].get("toolUseId")) is not str)
+        for name in _BLOCKS
+    )
+
+
 def removed_messages(stored: Mapping[str, Any]) -> int:
     """Return how many of an agent's oldest messages its conversation manager has removed, and restoring leaves out."""
-    state = decode((stored.get("agent_data") or {}).get("conversation_manager_state") or {})
-    removed = state.get("removed_message_count")
+    data = stored.get("agent_data")
+    state = decode(data.get("conversation_manager_state")) if type(data) is dict else None
+    removed = state.get("removed_message_count") if type(state) is dict else None
     return max(removed, 0) if type(removed) is int else 0
 
 
 def stored_removed(agent: str) -> Document:
     """Return the aggregation expression for `removed_messages`; `agent` is the path of the agent, with `$`."""
-    removed = f"{agent}.agent_data.conversation_manager_state.removed_message_count"
-    return {"$cond": [{"$in": [{"$type": removed}, ["int", "long"]]}, {"$max": [removed, 0]}, 0]}
+    removed = number_at(f"{agent}.agent_data.conversation_manager_state.removed_message_count")
+    return {"$max": [removed, 0]}
 
 
 def to_restore(agent: str) -> Document:
@@ -320,8 +605,7 @@ def to_restore(agent: str) -> Document:
     If the stored count is greater than the number of messages, all of them are left. `agent` is the path of the agent,
     with `$`.
     """
-    messages = {"$ifNull": [f"{agent}.messages", []]}
-    return {"$slice": [messages, _left_out(agent), 2**31 - 1]}
+    return {"$slice": [array_at(f"{agent}.messages"), _left_out(agent), 2**31 - 1]}
 
 
 def ids_left_out(agent: str) -> Document:
@@ -329,24 +613,46 @@ def ids_left_out(agent: str) -> Document:
 
     Those of the others come with them: a document of 16 MiB has no room for an id twice.
     """
-    messages = {"$slice": [{"$ifNull": [f"{agent}.messages", []]}, _left_out(agent)]}
-    return {"$map": {"input": messages, "in": {"$ifNull": ["$$this.message_id", None]}}}
+    return ids_of({"$slice": [array_at(f"{agent}.messages"), _left_out(agent)]})
+
+
+NO_MESSAGE: list[Any] = []
+"""Stands in lists of ids for an element of `messages` that is no message. It stays as it is and has no id."""
+
+
+def ids_of(messages: Any) -> Document:
+    """Return the aggregation expression for the ids of `messages`, as `stored_id` returns each."""
+    is_message = {"$eq": [{"$type": "$$this"}, "object"]}
+    stored = {"$cond": [is_message, {"$ifNull": ["$$this.message_id", None]}, NO_MESSAGE]}
+    return {"$map": {"input": messages, "in": stored}}
+
+
+def stored_id(message: object) -> Any:
+    """Return the id of an element of `messages` as it is stored, `None` for a message without one."""
+    return message.get("message_id") if isinstance(message, dict) else NO_MESSAGE
+
+
+def restored(message: str) -> Document:
+    """Return the aggregation expression for those fields of an element of `messages` that restoring needs."""
+    fields = {name: f"{message}.{name}" for name in RESTORED}
+    return {"$cond": [{"$eq": [{"$type": message}, "object"]}, fields, NO_MESSAGE]}
 
 
 def _left_out(agent: str) -> Document:
-    removed = {"$subtract": [stored_removed(agent), {"$ifNull": [f"{agent}.archived", 0]}]}
-    count = {"$size": {"$ifNull": [f"{agent}.messages", []]}}
+    removed = {"$subtract": [stored_removed(agent), number_at(f"{agent}.archived")]}
+    count = {"$size": array_at(f"{agent}.messages")}
     return {"$cond": [{"$gt": [removed, count]}, 0, {"$max": [removed, 0]}]}
 
 
 def with_ids(messages: str, ids: Sequence[int]) -> Document:
-    """Return the aggregation expression for `messages` with these ids."""
+    """Return the aggregation expression for `messages` with these ids; what is no message stays as it is."""
     message = {"$arrayElemAt": [messages, "$$at"]}
     merged = {"$mergeObjects": [message, {"message_id": {"$arrayElemAt": [{"$literal": list(ids)}, "$$at"]}}]}
-    return {"$map": {"input": {"$range": [0, len(ids)]}, "as": "at", "in": merged}}
+    numbered = {"$cond": [{"$eq": [{"$type": message}, "object"]}, merged, message]}
+    return {"$map": {"input": {"$range": [0, len(ids)]}, "as": "at", "in": numbered}}
 
 
-def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tuple[list[int], int]:
+def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tuple[list[Any], int]:
     """Return the ids that the messages of a head must have, and the id that follows them.
 
     Ids increase strictly, gaps are allowed. A message keeps its id if it can: only one whose id is not above the one
@@ -363,6 +669,9 @@ def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tu
         last = max(last, following - 1)
     sequence = []
     for position, each in enumerate(ids, archived):
+        if each == NO_MESSAGE:
+            sequence.append(each)
+            continue
         last = int(each) if is_message_id(each) and each > last else max(position, last + 1)
         sequence.append(last)
     return sequence, last + 1
@@ -379,21 +688,27 @@ def is_message_id(value: object) -> bool:
 def is_numbered(numbers: Mapping[str, Any]) -> bool:
     """Return whether the ids of an agent's head, as `head_numbers` brings them, need no change."""
     ids, following = numbers["ids"], numbers.get("next_message_id")
-    return bool(is_message_id(following) and numbered(ids, int(numbers["archived"]), following) == (ids, following))
+    return type(following) is int and numbered(ids, int(numbers["archived"]), following) == (ids, following)
 
 
 def is_of_old(agent: Mapping[str, Any]) -> bool:
     """Return whether a loaded agent has to be brought into today's form: its ids, and the place of `config_set`."""
-    return not is_numbered(agent) or "config_set" in (agent.get("agent_data") or {})
+    return "odd_messages" not in agent and (not is_numbered(agent) or has_old_config_set(agent))
+
+
+def has_old_config_set(agent: Mapping[str, Any]) -> bool:
+    """Return whether `config_set` is where 1.0.0 kept it."""
+    data = agent.get("agent_data")
+    return type(data) is dict and type(data.get("config_set")) is list
 
 
 def config_set(agent: Mapping[str, Any]) -> set[str]:
     """Return the names of the configuration fields of a stored agent that a user has set."""
-    places = (agent.get("config_set"), (agent.get("agent_data") or {}).get("config_set"))
+    old = agent["agent_data"]["config_set"] if has_old_config_set(agent) else None
+    places = (agent.get("config_set"), old)
     return {name for place in places if isinstance(place, list) for name in place if isinstance(name, str)}
 
 
 def stored_config_set(agent: str) -> Document:
     """Return the aggregation expression for `config_set`; `agent` is the path of the agent, with `$`."""
-    places = (f"{agent}.config_set", f"{agent}.agent_data.config_set")
-    return {"$setUnion": [{"$cond": [{"$isArray": place}, place, []]} for place in places]}
+    return {"$setUnion": [array_at(f"{agent}.config_set"), array_at(f"{agent}.agent_data.config_set")]}

@@ -9,7 +9,17 @@ from typing import Any
 
 from ._archive import SessionArchive
 from ._attachments import Attachments
-from ._documents import Document, agent_id_of, checked_id, is_message_id, now
+from ._documents import (
+    Document,
+    OddField,
+    agent_id_of,
+    agent_key,
+    checked_id,
+    is_message_id,
+    now,
+    odd_fields,
+    usable_agents,
+)
 from ._portable import Writer
 from ._references import Reference, references_of
 from ._untrusted import AGENT_LEFT_BEHIND, LEFT_BEHIND
@@ -52,8 +62,12 @@ class SessionExports(SessionArchive):
             document = await self._send(lambda collection: collection.find_one({"_id": session_id}))
         if document is None:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        for odd in odd_fields(document):
+            if odd.value is not None:
+                raise odd.error(session_id)
         writer = Writer()
-        agents: dict[str, Document] = document.pop("agents", None) or {}
+        agents: dict[str, Document] = usable_agents(session_id, document)
+        document.pop("agents", None)
         yield writer.head(session_id, _without(document, LEFT_BEHIND), now())
         for key in tuple(agents):
             async for lines in self._agent_lines(session_id, key, agents.pop(key), writer):
@@ -86,6 +100,9 @@ class SessionExports(SessionArchive):
     ) -> AsyncGenerator[list[str], None]:
         waiting: list[Document] = []
         for stored in messages:
+            if type(stored) is not dict:
+                path = f"agents.{agent_key(agent_id)}.messages.{sequence.position}"
+                raise OddField(path, stored, dict).error(session_id)
             message_id = sequence.next(stored.get("message_id"))
             message = {**stored, "message_id": message_id}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
@@ -136,7 +153,7 @@ class _Sequence:
     """The ids of an agent's messages as they are exported: as stored, unless they do not increase."""
 
     def __init__(self) -> None:
-        self._position = 0
+        self.position = 0
         self._following = 0
 
     def next(self, stored: object) -> int:
@@ -144,8 +161,8 @@ class _Sequence:
         if is_message_id(stored) and stored >= self._following:  # type: ignore[operator]
             message_id: int = int(stored)  # type: ignore[call-overload]
         else:
-            message_id = max(self._position, self._following)
-        self._position, self._following = self._position + 1, message_id + 1
+            message_id = max(self.position, self._following)
+        self.position, self._following = self.position + 1, message_id + 1
         return message_id
 
 

@@ -17,8 +17,20 @@ from typing import Any, Literal, TypeAlias, get_args
 from ._annotations import checked_metadata, encoded, name_of
 from ._codec import decode
 from ._commands import SessionCollection
-from ._documents import USAGE, Document, agent_id_of, checked_id, to_date
-from .errors import DatabaseError, InvalidArgumentError, raise_alone
+from ._documents import (
+    USAGE,
+    Document,
+    agent_id_of,
+    array_at,
+    checked_id,
+    date_from,
+    entries_at,
+    number_at,
+    to_date,
+    usable,
+    usable_numbers,
+)
+from .errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
 
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
 
@@ -37,13 +49,11 @@ _SUMMARY: Document = {
     "metadata": 1,
     "agents": {
         "$map": {
-            "input": {"$objectToArray": {"$ifNull": ["$agents", {}]}},
+            "input": entries_at("$agents"),
             "in": {
                 "key": "$$this.k",
                 "usage": "$$this.v.usage",
-                "messages": {
-                    "$add": [{"$ifNull": ["$$this.v.archived", 0]}, {"$size": {"$ifNull": ["$$this.v.messages", []]}}]
-                },
+                "messages": {"$add": [number_at("$$this.v.archived"), {"$size": array_at("$$this.v.messages")}]},
             },
         }
     },
@@ -117,7 +127,10 @@ class Criteria:
         if metadata is not None:
             for key, value in checked_metadata(metadata).items():
                 _refuse_operators(value, f"metadata[{key!r}]")
-                equal[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
+                try:
+                    equal[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
+                except EncodingError as error:
+                    raise_alone(InvalidArgumentError(f"metadata[{key!r}] cannot be searched for: {error}"))
         after = {}
         for name, moment in (("created_at", created_after), ("updated_at", updated_after)):
             if moment is not None:
@@ -233,17 +246,19 @@ def checked_limit(limit: object) -> int:
 
 def summary_from(document: Mapping[str, Any]) -> SessionSummary:
     """Return the summary of a session from what `_SUMMARY` leaves of its document."""
+    session_id, name = document["_id"], document.get("application_name")
     agents = {agent_id_of(agent["key"]): agent for agent in document.get("agents") or []}
-    totals = [agent.get("usage") or {} for agent in agents.values()]
+    totals = [usable_numbers(agent.get("usage")) for agent in agents.values()]
+    metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
     return SessionSummary(
-        session_id=document["_id"],
-        application_name=document.get("application_name"),
-        created_at=to_date(document.get("created_at")),
-        updated_at=to_date(document.get("updated_at")),
+        session_id=session_id,
+        application_name=name if isinstance(name, str) else None,
+        created_at=date_from(document.get("created_at")),
+        updated_at=date_from(document.get("updated_at")),
         agents=tuple(agents),
         message_counts={agent_id: agent["messages"] for agent_id, agent in agents.items()},
         usage={name: sum(total.get(name, 0) for total in totals) for name in USAGE},
-        metadata={key: decode(value) for key, value in (document.get("metadata") or {}).items()},
+        metadata={key: decode(value) for key, value in metadata.items()},
     )
 
 
@@ -252,7 +267,7 @@ def _checked_date(value: object, name: str) -> datetime:
         raise InvalidArgumentError(f"{name} must be a datetime, not {type(value).__name__}")
     try:
         return to_date(value)
-    except OverflowError:  # the first or last day of the calendar, in another zone
+    except InvalidArgumentError:  # the first or last day of the calendar, in another zone
         raise_alone(InvalidArgumentError(f"{name} has no equal in UTC"))
 
 
@@ -266,14 +281,18 @@ def _valid(text: str, name: str) -> str:
 
 def _refuse_operators(value: object, name: str) -> None:
     """Refuse a value that holds what MongoDB could take for an operator, at any depth."""
-    waiting = [value]
+    waiting, seen = [value], set()
     while waiting:
-        match waiting.pop():
-            case Mapping() as found:
+        found = waiting.pop()
+        if id(found) in seen:  # it holds itself, or the same value twice
+            continue
+        seen.add(id(found))
+        match found:
+            case Mapping():
                 if any(isinstance(key, str) and key.startswith("$") for key in found):
                     raise InvalidArgumentError(f"{name} holds a key that begins with $: give a value, not an operator")
                 waiting += found.values()
-            case list() | tuple() | set() | frozenset() as found:
+            case list() | tuple() | set() | frozenset():
                 waiting += found
             case _:
                 pass

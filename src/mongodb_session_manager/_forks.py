@@ -17,7 +17,7 @@ from ._buckets import bucket_of, holding_message, holding_positions
 from ._connection import run_pipeline
 from ._copies import Copy, SessionCopies
 from ._cutting import Branch, checked_ends, document_of, ends_of, facts, unchanged, usage_of
-from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered
+from ._documents import NO_MESSAGE, USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
 from ._references import Reference, in_generation, references_of
 from ._writes import SessionWrites
 from .errors import (
@@ -87,8 +87,9 @@ class SessionForks(SessionCopies, SessionWrites):
         ]
         progress.begin(document.get("attachments_generation"))
         for branch in branches:
-            at = {message_id: n for n, message_id in enumerate(branch.agent["ids"])}
-            messages = {at[one["message_id"]]: one for one in branch.agent["with_attachments"]}
+            at = {message_id: n for n, message_id in enumerate(branch.agent["ids"]) if message_id != NO_MESSAGE}
+            with_attachments = [one for one in branch.agent["with_attachments"] if references_of(one)]
+            messages = {at[one.get("message_id")]: one for one in with_attachments}
             branch.replaced = {n: one for n, one in messages.items() if n < branch.kept}
             progress.use(branch.replaced.values())
         for branch in branches:
@@ -131,8 +132,10 @@ class SessionForks(SessionCopies, SessionWrites):
             if new_id in found:
                 raise SessionExistsError(f"session {new_id!r} exists already")
             agents = {head["key"]: head for head in found[session_id]["heads"]}
-            unnumbered = [key for key, head in agents.items() if not is_numbered(head)]
+            unnumbered = [key for key, head in agents.items() if not is_numbered(head) and "odd_messages" not in head]
             if not unnumbered:
+                for odd in unusable_agents({**found[session_id], "agents": agents}).values():
+                    raise odd.error(session_id)
                 return found[session_id]
             await self._adopt(session_id, agents, unnumbered)
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was forked")

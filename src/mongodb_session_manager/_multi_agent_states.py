@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._archive import SessionArchive
 from ._changes import Update
 from ._codec import decode
-from ._documents import Document, checked_id
+from ._documents import Document, OddField, checked_id
 from ._multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -54,7 +54,7 @@ class MultiAgentStates(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
-        return None if stored is None else decode(stored["state"])
+        return None if stored is None else decode(stored.get("state"))
 
     async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, whatever is there.
@@ -123,8 +123,10 @@ class MultiAgentStates(SessionArchive):
         path = path_of(multi_agent_id)
         found: Any = await self._found(session_id, {f"{path}.{field}": 1 for field in fields})
         for name in path.split("."):
-            found = found.get(name)
+            found = found.get(name) if isinstance(found, dict) else None
             if found is None:
                 return None
+        if not isinstance(found, dict):
+            raise OddField(path, found, dict).error(session_id)
         stored: Document = found
         return stored

@@ -20,7 +20,7 @@ from typing import Any
 
 from ._changes import Update
 from ._codec import decode, encode
-from ._documents import Document, agent_id_of, agent_key, checked_id, now
+from ._documents import Document, OddField, agent_id_of, agent_key, checked_id, now
 from .errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError, again
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
@@ -139,18 +139,32 @@ class MultiAgents:
 
     Args:
         stored: `multi_agents` of the session document.
+        session_id: The session.
     """
 
-    def __init__(self, stored: Mapping[str, Any]) -> None:
+    def __init__(self, stored: Any, session_id: str = "") -> None:
+        self._session_id = session_id
         self._writer = uuid.uuid4().hex
         self._known: dict[str, _Known] = {}
-        for key, value in stored.items():
-            multi_agent_id, revision = agent_id_of(key), value["revision"]
+        self._odd = OddField("multi_agents", stored, dict) if not isinstance(stored, dict | None) else None
+        self._unusable: dict[str, OddField] = {}
+        for key, value in stored.items() if type(stored) is dict else ():
+            multi_agent_id = agent_id_of(key)
+            revision = value.get("revision") if type(value) is dict else None
+            if not isinstance(revision, int) or "state" not in value:
+                self._unusable[multi_agent_id] = OddField(f"multi_agents.{key}", value, dict)
+                continue
             newest = MultiAgentWrite(multi_agent_id, value["state"], revision, revision, self._writer, now())
             self._known[multi_agent_id] = _Known(newest, revision)
 
     def read(self, multi_agent_id: str) -> dict[str, Any] | None:
-        """Return the newest state of an orchestrator, `None` if there is none of that id."""
+        """Return the newest state of an orchestrator, `None` if there is none of that id.
+
+        Raises:
+            DatabaseError: What is stored in its place can neither be restored nor written to.
+        """
+        if (odd := self._unusable.get(multi_agent_id, self._odd)) is not None:
+            raise odd.error(self._session_id)
         known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
         return None if known is None else decode(known.newest.state)
 

@@ -117,9 +117,9 @@ def detached(fields: Mapping[str, Any], references: Mapping[int, str]) -> Docume
     return {**_exchanged(fields, refer), "attachments": listed}
 
 
-def references_of(stored: Mapping[str, Any]) -> list[Reference]:
+def references_of(stored: object) -> list[Reference]:
     """Return what a stored message refers to."""
-    listed = stored.get("attachments")
+    listed = stored.get("attachments") if isinstance(stored, Mapping) else None
     found = map(Reference.parse, listed if isinstance(listed, list) else ())
     return [reference for reference in found if reference is not None]
 

@@ -23,29 +23,40 @@ from ._changes import (
     UpdateAgent,
 )
 from ._commands import given
-from ._connection import Client, Connection, Settings
+from ._connection import AsyncCollection, Client, Connection, Settings
 from ._copying import SessionCopying
 from ._documents import (
-    RESTORED,
+    ODD_AGENTS,
     Document,
+    OddField,
     agent_from,
     agent_id_of,
     agent_key,
     agent_state,
+    array_at,
+    checked_count,
     checked_id,
     checked_message_id,
+    entries_at,
     ids_left_out,
     is_of_old,
     message_body,
     message_from,
+    messages_from,
     new_agent,
     new_session,
     now,
+    number_at,
+    odd_at,
     removed_messages,
+    restored,
     session_from,
+    stored_id,
     stored_message,
+    tell_odd,
     to_date,
     to_restore,
+    usable,
 )
 from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
@@ -54,7 +65,6 @@ from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, refe
 from ._writes import ROUNDS
 from .errors import (
     DatabaseError,
-    InvalidArgumentError,
     SessionExistsError,
     raise_alone,
 )
@@ -80,11 +90,12 @@ _RESTORE: Document = {
     "attachments_generation": 1,
     "session_ttl": 1,
     "keep_until": 1,
+    "odd_agents": ODD_AGENTS,
     # All agents, each message without its metrics, which no restored agent needs.
     "agents": {
         "$arrayToObject": {
             "$map": {
-                "input": {"$objectToArray": {"$ifNull": ["$agents", {}]}},
+                "input": entries_at("$agents"),
                 "as": "agent",
                 "in": {
                     "k": "$$agent.k",
@@ -92,13 +103,15 @@ _RESTORE: Document = {
                         "agent_data": "$$agent.v.agent_data",
                         "config_set": "$$agent.v.config_set",
                         "updated_at": "$$agent.v.updated_at",
+                        "usage": "$$agent.v.usage",
+                        "odd_messages": odd_at("$$agent.v.messages", "array"),
                         **head_numbers("$$agent.v"),
                         "ids": ids_left_out("$$agent.v"),
                         "messages": {
                             "$map": {
                                 "input": to_restore("$$agent.v"),
                                 "as": "message",
-                                "in": {name: f"$$message.{name}" for name in RESTORED},
+                                "in": restored("$$message"),
                             }
                         },
                     },
@@ -222,8 +235,11 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id, fresh)
                 agents: dict[str, Document] = document["agents"]
+                for key in [key for key in agents if not key or "." in key]:
+                    tell_odd(session_id, "agents", key)
+                    del agents[key]
                 for agent in agents.values():
-                    agent["ids"] += [message.get("message_id") for message in agent["messages"]]
+                    agent["ids"] += map(stored_id, agent["messages"])
                 if await self._adopt(session_id, agents, [key for key, agent in agents.items() if is_of_old(agent)]):
                     self._ensure_indexes()
                     await self._restore_archived(session_id, agents)
@@ -267,7 +283,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
 
     async def _restore_attachments(self, session_id: str, document: Document) -> None:
         """Put attachments back into all messages of a document, and remember that they are there."""
-        messages = {agent_id_of(key): agent.get("messages") or [] for key, agent in document["agents"].items()}
+        messages = {agent_id_of(key): agent["messages"] for key, agent in document["agents"].items()}
         stored = [reference for elements in messages.values() for e in elements for reference in references_of(e)]
         self._attachments.learn(session_id, document, stored)
         await self._attachments.restore(session_id, messages)
@@ -280,20 +296,30 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         Raises:
             SessionExistsError: There is one of that id.
         """
-        document = new_session(
-            checked_id(session.session_id, "session_id"),
+        session_id, sent = checked_id(session.session_id, "session_id"), 0
+        document: Document = new_session(  # type: ignore[assignment]
+            session_id,
             self._application_name,
             to_date(session.created_at),
             self._session_ttl,
         )
         if self._session_ttl is not None:
             document["updated_at"] = now()
+
+        async def insert(collection: AsyncCollection) -> None:
+            nonlocal sent
+            sent += 1
+            await collection.insert_one(document)
+
         async with self._connection.operation():
             try:
-                await self._send(lambda collection: collection.insert_one(document))
+                await self._send(insert)
             except DuplicateKeyError:
-                raise_alone(SessionExistsError(f"session {session.session_id!r} exists already"))
-            self._attachments.learn(session.session_id, document)
+                # It may be this one, stored by an attempt whose acknowledgement was lost.
+                ours = {name: document[name] for name in ("_id", "attachments_generation", "created_at")}
+                if sent == 1 or await self._send(lambda collection: collection.find_one(ours, {"_id": 1})) is None:
+                    raise_alone(SessionExistsError(f"session {session_id!r} exists already"))
+            self._attachments.learn(session_id, document)
             self._ensure_indexes()
         return session
 
@@ -320,8 +346,11 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         key = agent_key(agent_id)
         names = ("agent_data", "created_at", "updated_at")
         document = await self._found(session_id, {f"agents.{key}.{name}": 1 for name in names})
-        stored = document.get("agents", {}).get(key)
-        return None if stored is None else agent_from(agent_id, stored)
+        agents: Document = usable(dict, document.get("agents"), session_id, "agents")
+        stored = agents.get(key)
+        if not isinstance(stored, dict | None):
+            raise OddField(f"agents.{key}", stored, dict).error(session_id)
+        return None if stored is None else agent_from(agent_id, stored, session_id)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Store an agent's state; its creation date and configuration stay.
@@ -366,7 +395,10 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
                 return None
             messages = [message]
             await self._attachments.restore(session_id, {agent_id: messages})
-        return message_from(messages[0], message_id)
+        found = message_from(messages[0], message_id)
+        if found is None:
+            raise OddField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(session_id)
+        return found
 
     async def update_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
@@ -393,7 +425,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages of an agent, oldest first.
+        """Return messages of an agent, oldest first; an element of `messages` that is no message is left out.
 
         Args:
             session_id: The session.
@@ -403,14 +435,15 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             **kwargs: Accepted because Strands may pass more one day; unused.
 
         Raises:
+            InvalidArgumentError: `limit` or `offset` is not an int >= 0.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             AttachmentError: An attachment is missing or damaged.
         """
-        if offset < 0 or (limit is not None and limit < 0):
-            raise InvalidArgumentError("limit and offset must not be negative")
+        offset = min(checked_count(offset, "offset"), _ALL)
+        limit = None if limit is None else min(checked_count(limit, "limit"), _ALL)
         path = f"$agents.{agent_key(agent_id)}"
-        position = {"$ifNull": [f"{path}.archived", 0]}
+        position = number_at(f"{path}.archived")
         begin = {"$max": [0, {"$subtract": [offset, position]}]}
         count = {
             "$min": [
@@ -418,7 +451,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
                 {"$subtract": [{"$subtract": [offset + (_ALL if limit is None else limit), position]}, begin]},
             ]
         }
-        sliced = {"$slice": [{"$ifNull": [f"{path}.messages", []]}, begin, {"$max": [1, count]}]}
+        sliced = {"$slice": [array_at(f"{path}.messages"), begin, {"$max": [1, count]}]}
         created_at = f"{path}.created_at"
         wanted = {
             "created_at": created_at,
@@ -435,7 +468,8 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
                 older = (await self._archived(session_id, {key: which}))[key]
             messages = older + stored["messages"]
             await self._attachments.restore(session_id, {agent_id: messages})
-        return [message_from(message, n) for n, message in enumerate(messages, offset)]
+        found = messages_from(messages, offset, session_id, agent_id)
+        return [message for message, _ in found if message is not None]
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self.apply(session_id, (change,))).values():

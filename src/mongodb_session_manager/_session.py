@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from traceback import walk_tb
 from typing import Any, Literal, Self
 
 from strands import Agent
@@ -32,7 +33,7 @@ from ._beside import checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection, unexpected_option
-from ._documents import checked_id, now
+from ._documents import agent_key, checked_id, now
 from ._hooks import Hook, checked_hook, hold, let_go
 from ._loop import ExitOrder, close_at_exit, running_loop
 from ._orchestration import OrchestratorSessionManager, is_recording_only, recording_only
@@ -42,6 +43,7 @@ from ._unit_of_work import UnitOfWork
 from .errors import (
     AgentNotFoundError,
     ConfigurationError,
+    DatabaseError,
     EncodingError,
     EventLoopError,
     MessageTooLargeError,
@@ -152,6 +154,21 @@ def _is_final(message: Message) -> bool:
     return message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
 
 
+_RESTORED_IN = {
+    "_validate_json_serializable": "agent_data.state",
+    "initialize_internal_state": "agent_data._internal_state",
+    "restore_from_session": "agent_data.conversation_manager_state",
+}
+"""Functions of Strands that restore one part of an agent."""
+
+
+def _restoring(error: Exception) -> tuple[str, str]:
+    """Return which field of an agent could not be restored, and why: where it failed, not the text, which may quote."""
+    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
+    field = next((field for name, field in _RESTORED_IN.items() if name in names), "messages")
+    return field, f"{type(error).__name__} in {names[-1]}"
+
+
 class SessionManagerBase(OrchestratorSessionManager):
     """What both managers share: all but how the caller waits."""
 
@@ -222,7 +239,9 @@ class SessionManagerBase(OrchestratorSessionManager):
         """
         work = self._unit
         checked_id(agent.agent_id, "agent_id")
-        super().initialize(agent, **kwargs)
+        work.prepare(agent)
+        self._restore(agent, **kwargs)
+        work.keep_odd(agent)
         if isinstance(agent, Agent):
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
@@ -230,6 +249,21 @@ class SessionManagerBase(OrchestratorSessionManager):
             work.start_invocation(agent.agent_id)  # no event tells when one starts
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
+
+    def _restore(self, agent: LocalAgent, **kwargs: Any) -> None:
+        """Have Strands restore an agent; name the session where what is stored is nothing that it can restore."""
+        is_stored = self._unit.is_stored(agent.agent_id)
+        try:
+            super().initialize(agent, **kwargs)
+            return
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, MongoDBSessionError) or not is_stored:
+                raise
+            field, reason = _restoring(error)
+        raise DatabaseError(
+            f"session {self.session_id!r}: the field 'agents.{agent_key(agent.agent_id)}.{field}' cannot be restored "
+            f"({reason})"
+        )
 
     def append_message(self, message: Message, agent: LocalAgent, **kwargs: Any) -> None:
         """Append a message to the agent's stored conversation.

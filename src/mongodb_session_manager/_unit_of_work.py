@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from strands.session.session_repository import SessionRepository
+from strands.types.agent import LocalAgent
 from strands.types.content import Message
 from strands.types.session import Session, SessionAgent, SessionMessage
 
@@ -25,20 +27,27 @@ from ._changes import (
 )
 from ._codec import decode, encode
 from ._documents import (
+    STATE_FIELDS,
     USAGE,
     Document,
     agent_from,
     agent_id_of,
     agent_state,
+    checked_count,
     checked_id,
     config_set,
     message_body,
-    message_from,
     message_usage,
+    messages_from,
     new_agent,
     now,
+    removed_messages,
     session_from,
     stored_message,
+    unusable_agents,
+    usable,
+    usable_internal_state,
+    usable_numbers,
 )
 from ._multi_agents import MultiAgents
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
@@ -68,34 +77,35 @@ _METRICS_DEPTH = 6  # document, agents, key, messages, element, event_loop_metri
 class _Agent:
     """What is known of one agent: what was loaded until it is handed over, then where its next message goes."""
 
-    def __init__(self, agent_id: str, stored: Mapping[str, Any] | None) -> None:
-        self.loaded = None if stored is None else agent_from(agent_id, stored)
+    def __init__(self, agent_id: str, stored: Mapping[str, Any] | None, session_id: str = "") -> None:
+        self.loaded = None if stored is None else agent_from(agent_id, stored, session_id)
         documents = [] if stored is None else stored.get("messages") or []
         self.first: int = 0 if stored is None else stored.get("first", 0)
-        self.messages: list[SessionMessage] | None = [
-            message_from(document, position) for position, document in enumerate(documents, self.first)
-        ]
-        self.with_attachments = {
-            message.message_id
-            for message, document in zip(self.messages, documents, strict=True)
-            if document.get("attachments")
-        }
+        # By position: `None` stands for an element that is no message, which is kept but not restored.
+        found = list(messages_from(documents, self.first, session_id, agent_id))
+        self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
+        known = [(message, document) for message, document in found if message is not None]
+        self.with_attachments = {message.message_id for message, document in known if document.get("attachments")}
         self.next_message_id: int = 0 if stored is None else stored["next_message_id"]
-        self.first_loaded = self.messages[0].message_id if self.messages else self.next_message_id
+        self.first_loaded = known[0][0].message_id if known else self.next_message_id
         self.message_ids = {
             tracking_id: message.message_id
-            for message in self.messages
+            for message, _ in known
             if (tracking_id := message.message.get("tracking_id")) is not None
         }
         self.remembered = max(_REMEMBERED, len(self.messages))
-        self.identities = {
-            message.message_id: Identity.of(document)
-            for message, document in zip(self.messages, documents, strict=True)
-        }
-        self.last = _LastMessage.of(self.messages[-1].message) if self.messages else None
-        data = {} if stored is None else stored.get("agent_data") or {}
+        self.identities = {message.message_id: Identity.of(document) for message, document in known}
+        last = self.messages[-1] if self.messages else None
+        self.last = None if last is None else _LastMessage.of(last.message)
+        data: Document = usable(dict, None if stored is None else stored.get("agent_data"), session_id, agent_id)
         self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = config_set(stored or {})
+        usage = None if stored is None else stored.get("usage")
+        self.counts_usage = usage is None or (type(usage) is dict and usable_numbers(usage) == usage)
+        # What is stored in the place of these cannot be used. It stays until the agent has another value for them.
+        self.odd_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
+        self.defaults: Document = {}
+        self.removed = 0 if stored is None else removed_messages(stored)
         self.last_appended: int | None = None
         self.last_usage: Document = {}
         self.counts_invocation = False
@@ -128,6 +138,17 @@ class _LastMessage(NamedTuple):
         )
 
 
+def _is_odd(name: str, stored: Any) -> bool:
+    """Return whether a stored part of an agent's state is not what the agent is restored from."""
+    state = decode(stored)
+    if type(state) is not dict:
+        return state is not None
+    if name == "conversation_manager_state":
+        removed = state.get("removed_message_count")
+        return type(state.get("__name__")) is not str or type(removed) is not int or removed < 0
+    return name == "_internal_state" and usable_internal_state(state) != state
+
+
 class UnitOfWork(SessionRepository):
     """One open session.
 
@@ -151,15 +172,19 @@ class UnitOfWork(SessionRepository):
         fetch: FetchMessages | None = None,
     ) -> None:
         self.session_id = session_id
-        self.application_name: str | None = document.get("application_name")
-        self.created_at = document.get("created_at")
+        name, created_at = document.get("application_name"), document.get("created_at")
+        self.application_name: str | None = name if isinstance(name, str) else None
+        # Tells the session from a later one of its id, unless it is something that a query would not take literally.
+        self.created_at = created_at if isinstance(created_at, str | datetime) else None
         self._session = session_from(document)
+        self._unusable = unusable_agents(document)
         self._agents = {
-            agent_id: _Agent(agent_id, stored)
+            agent_id: _Agent(agent_id, stored, session_id)
             for key, stored in document["agents"].items()
             for agent_id in (agent_id_of(key),)
+            if agent_id not in self._unusable
         }
-        self.multi_agents = MultiAgents(document.get("multi_agents") or {})
+        self.multi_agents = MultiAgents(document.get("multi_agents"), session_id)
         self._max_inline = max_inline
         self._fetch = fetch
         self._log: list[Change] = []
@@ -256,6 +281,27 @@ class UnitOfWork(SessionRepository):
         agent = self._agent(agent_id)
         agent.last_appended, agent.counts_invocation = None, True
 
+    def is_stored(self, agent_id: str) -> bool:
+        """Return whether an agent was loaded."""
+        return agent_id in self._agents and self._agents[agent_id].loaded is not None
+
+    def prepare(self, agent: LocalAgent) -> None:
+        """Have what cannot be used of an agent's conversation manager's state be that of a new one."""
+        stored = self._agents.get(agent.agent_id)
+        if stored is None or stored.loaded is None or "conversation_manager_state" not in stored.odd_state:
+            return
+        state = stored.loaded.conversation_manager_state
+        if (manager := getattr(agent, "conversation_manager", None)) is not None:
+            state = manager.get_state() if type(state.get("__name__")) is not str else state
+            stored.loaded.conversation_manager_state = {**state, "removed_message_count": stored.removed}
+
+    def keep_odd(self, agent: LocalAgent) -> None:
+        """Keep what cannot be used of a restored agent's state until the agent has another than now."""
+        stored = self._agents[agent.agent_id]
+        if stored.odd_state:
+            state = agent_state(SessionAgent.from_agent(agent))
+            stored.defaults = {name: state[name] for name in stored.odd_state}
+
     # What is recorded beside Strands' own calls.
 
     def record_config(self, agent_id: str, config: AgentConfig) -> None:
@@ -321,16 +367,27 @@ class UnitOfWork(SessionRepository):
         self._record(CreateAgent(agent_id, document))
 
     def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
-        """Return an agent as it was loaded."""
+        """Return an agent as it was loaded.
+
+        Raises:
+            DatabaseError: What is stored in its place can neither be restored nor written to.
+        """
         agent = self._agents.get(checked_id(agent_id, "agent_id"))
+        for candidate in (agent_id, None):
+            if (odd := self._unusable.get(candidate)) is not None:
+                raise odd.error(self.session_id)
         return None if agent is None else agent.loaded
 
     def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Record an agent's state."""
         agent = self._agent(session_agent.agent_id)
-        self._record(
-            UpdateAgent(session_agent.agent_id, agent.next_message_id, agent_state(session_agent), now()),
-        )
+        fields = agent_state(session_agent)
+        for name, default in tuple(agent.defaults.items()):
+            if fields[name] == default:
+                del fields[name]
+            else:
+                del agent.defaults[name]
+        self._record(UpdateAgent(session_agent.agent_id, agent.next_message_id, fields, now()))
         agent.too_large = None
 
     def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
@@ -373,6 +430,8 @@ class UnitOfWork(SessionRepository):
         """Return what a message adds to its agent's totals; one the agent was built with was paid for elsewhere."""
         if agent.messages is not None:
             return {}
+        if not agent.counts_usage:
+            return {}
         usage = message_usage(session_message.message)
         counted = {name: usage[name] for name in USAGE if usage.get(name)}
         if agent.counts_invocation:
@@ -384,7 +443,8 @@ class UnitOfWork(SessionRepository):
 
     def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
         """Return a message as it was loaded."""
-        return next((message for message in self._loaded(agent_id) if message.message_id == message_id), None)
+        found = (message for message in self._loaded(agent_id) if message is not None)
+        return next((message for message in found if message.message_id == message_id), None)
 
     def update_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
         """Record another content of a message."""
@@ -415,12 +475,14 @@ class UnitOfWork(SessionRepository):
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages, oldest first, without the `offset` oldest.
+        """Return messages, oldest first, without the `offset` oldest; what is no message is left out.
 
         They come from what was loaded. Older ones, which the stored state of the conversation manager says it has
         removed, are fetched: a conversation manager need not restore that state. If there are fewer than `offset`
         messages, all are returned: the count that Strands asks with is wrong, and an empty conversation would hide it.
         """
+        offset = checked_count(offset, "offset")
+        limit = None if limit is None else checked_count(limit, "limit")
         messages, agent = self._loaded(agent_id), self._agent(agent_id)
         stored = agent.first + len(messages)
         if offset > stored:
@@ -439,10 +501,10 @@ class UnitOfWork(SessionRepository):
                     f"the {agent.first} oldest messages of agent {agent_id!r} were not loaded: read them with "
                     "MongoDBSessionRepository.list_messages"
                 )
-            messages = self._fetch(agent_id, offset, agent.first) + messages
+            messages = [*self._fetch(agent_id, offset, agent.first), *messages]
         else:
             messages = messages[offset - agent.first :]
-        return messages[:limit]
+        return [message for message in messages[:limit] if message is not None]
 
     def corrected_offset(self, agent_id: str) -> int | None:
         """Return the number of messages left out when the agent was restored, `None` if it is what was asked for."""
@@ -462,7 +524,7 @@ class UnitOfWork(SessionRepository):
         self._check_open()
         self.multi_agents.update(multi_agent.id, multi_agent.serialize_state())
 
-    def _loaded(self, agent_id: str) -> list[SessionMessage]:
+    def _loaded(self, agent_id: str) -> list[SessionMessage | None]:
         messages = self._agent(agent_id).messages
         if messages is None:
             raise MongoDBSessionError(

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from ._codec import decode, stored_size
-from ._documents import Document, to_iso
+from ._documents import Document, to_date
 from ._references import references_of
 from .errors import EncodingError, InvalidArgumentError, raise_alone
 
@@ -46,8 +46,8 @@ def _check_date(value: object, name: str) -> None:
     try:
         if not isinstance(value, str | datetime | None):
             raise ValueError
-        to_iso(value)
-    except (ValueError, OverflowError):
+        to_date(value)
+    except InvalidArgumentError:
         raise_alone(InvalidArgumentError(f"{name} is no date"))
 
 
@@ -62,9 +62,15 @@ def checked_session(fields: Document) -> Document:
     _check_names(fields, "the session")
     _check_kinds(
         fields,
-        {"application_name": str, "metadata": dict, "feedbacks": list, "guardrail_events": list, "multi_agents": dict},
+        {
+            "application_name": str,
+            "session_type": str,
+            "metadata": dict,
+            "feedbacks": list,
+            "guardrail_events": list,
+            "multi_agents": dict,
+        },
     )
-    require(fields.get("session_type", "AGENT") == "AGENT", "session_type is another one than AGENT")
     for name in ("created_at", "updated_at"):
         _check_date(fields.get(name), name)
     require(not any(key.startswith("$") for key in fields.get("metadata") or {}), "metadata holds an operator")

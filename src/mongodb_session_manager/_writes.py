@@ -17,11 +17,14 @@ from ._documents import (
     as_date,
     checked_id,
     config_set,
+    has_old_config_set,
     is_message_id,
     is_numbered,
     now,
     numbered,
     stored_config_set,
+    stored_id,
+    usable_agents,
     with_ids,
 )
 from ._sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
@@ -134,6 +137,7 @@ class SessionWrites(SessionArchive):
                 break
             writes = await self._remaining(session_id, writes, refused, archived)
         else:
+            await self._raise_odd(session_id)
             raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
         for agent_id in archived:
             if not _are_messages_stored(refused.get(agent_id)):
@@ -196,12 +200,14 @@ class SessionWrites(SessionArchive):
         )
         if document is not None and _is_another(document, writes.values()):
             document = None
-        agents: dict[str, Document] = {} if document is None else document.get("agents", {})
+        agents = {} if document is None else usable_agents(session_id, document)
         by_id = {agent_key(agent_id) for agent_id, write in writes.items() if write.by_id}
         for agent in agents.values():
-            agent["messages"] = agent.get("messages") or []
-            agent["ids"] = [message.get("message_id") for message in agent["messages"]]
-            agent["archived"], agent["revision"] = agent.get("archived") or 0, agent.get("revision") or 0
+            messages = agent["messages"] if type(agent.get("messages")) is list else []
+            agent["ids"] = list(map(stored_id, messages))
+            agent["messages"] = [message if type(message) is dict else {} for message in messages]
+            for name in ("archived", "revision"):
+                agent[name] = agent[name] if type(agent.get(name)) is int else 0
         # A manager goes on where an old process has written as well; the next opening numbers the messages anew.
         unnumbered = [
             key
@@ -308,7 +314,7 @@ class SessionWrites(SessionArchive):
             condition[f"{path}.next_message_id"] = following
             condition[f"{path}.messages"] = {"$size": len(ids)} if ids else {"$in": [None, []]}
             for name in ("archived", "revision"):
-                condition[f"{path}.{name}"] = agent[name] or {"$in": [None, 0]}
+                condition[f"{path}.{name}"] = agent[name] or {"$not": {"$gt": 0}}
             sequence, agent["next_message_id"] = numbered(ids, archived, following)
             gained: Document = {"next_message_id": agent["next_message_id"]}
             if sequence != ids:
@@ -316,8 +322,9 @@ class SessionWrites(SessionArchive):
                 gained |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
                 loaded = agent.get("messages") or []
                 for message, message_id in zip(loaded, sequence[len(ids) - len(loaded) :], strict=True):
-                    message["message_id"] = message_id
-            if "config_set" in (agent.get("agent_data") or {}):
+                    if type(message) is dict:
+                        message["message_id"] = message_id
+            if has_old_config_set(agent):
                 agent["config_set"] = sorted(config_set(agent))
                 del agent["agent_data"]["config_set"]
                 gained["config_set"] = stored_config_set(f"${path}")

@@ -1,0 +1,288 @@
+"""Any document that an earlier version, or a hand, has left opens: what cannot be used is kept, and read as absent."""
+
+from __future__ import annotations
+
+import copy
+import re
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import bson
+import pytest
+from bson import DatetimeMS, Decimal128, Int64, ObjectId, Regex
+from bson.codec_options import CodecOptions, DatetimeConversion
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pymongo.collection import Collection
+
+from mongodb_session_manager import (
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+)
+from support import agent, texts
+from test_legacy import CREATED, conversation, old_agent, old_session
+
+ABSENT = Ellipsis
+
+ODD: list[Any] = [ABSENT, None, -1, "x", [None, 3, "x"], {"a": {"b": [1]}}]
+ODDER: list[Any] = [
+    5,
+    2.5,
+    True,
+    "",
+    [],
+    [{"role": "user"}],
+    {},
+    b"x",
+    ObjectId(),
+    Regex("x"),
+    Decimal128("1.5"),
+    Int64(2**62),
+    DatetimeMS(2**55),
+    CREATED,
+]
+
+SESSION = [
+    "session_id",
+    "application_name",
+    "session_type",
+    "created_at",
+    "updated_at",
+    "metadata",
+    "feedbacks",
+    "feedbacks.0",
+    "guardrail_events",
+    "guardrail_events.0",
+    "agents",
+    "multi_agents",
+    "multi_agents.graph",
+]
+AGENT = [
+    "",
+    ".agent_data",
+    ".agent_data.agent_id",
+    ".agent_data.state",
+    ".agent_data.conversation_manager_state",
+    ".agent_data.conversation_manager_state.__name__",
+    ".agent_data.conversation_manager_state.removed_message_count",
+    ".agent_data._internal_state",
+    ".agent_data._internal_state.interrupt_state",
+    ".agent_data._internal_state.model_state",
+    ".agent_data.created_at",
+    ".agent_data.prompt_metadata",
+    ".agent_data.config_set",
+    ".created_at",
+    ".updated_at",
+    ".usage",
+    ".usage.inputTokens",
+    ".messages",
+]
+MESSAGE = [
+    "",
+    ".message",
+    ".message.role",
+    ".message.content",
+    ".message.content.0",
+    ".message.tracking_id",
+    ".message_id",
+    ".redact_message",
+    ".redact_message.content",
+    ".created_at",
+    ".updated_at",
+    ".attachments",
+    ".event_loop_metrics",
+    ".guardrail_event",
+]
+PATHS = [
+    *SESSION,
+    *(f"agents.agent{path}" for path in AGENT),
+    *(f"agents.agent.messages.{n}{path}" for n in (1, 4) for path in MESSAGE),
+    "agents.agent.messages.1.message.content.0.toolUse",
+    "agents.agent.messages.2.message.content.0.toolResult",
+]
+
+READ = CodecOptions(tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO)
+
+Documents = Collection[dict[str, Any]]
+
+
+def usual() -> dict[str, Any]:
+    session = old_session(agent=old_agent("agent", *conversation(), state={"visits": 3}), other=old_agent("other"))
+    session["agents"]["agent"]["usage"] = {"inputTokens": 12}
+    session["agents"]["agent"]["agent_data"]["_internal_state"]["model_state"] = {}
+    session["agents"]["agent"]["agent_data"]["config_set"] = ["model", "system_prompt"]
+    session["multi_agents"] = {"graph": {"state": {"type": "graph"}, "revision": 0, "writer": "w"}}
+    return session
+
+
+def put(document: Any, path: str, value: Any) -> None:
+    *way, last = [int(name) if name.isdigit() else name for name in path.split(".")]
+    for name in way:
+        try:
+            document = document[name]
+        except (KeyError, IndexError, TypeError):
+            return  # another odd value is there already
+    if not isinstance(document, list if isinstance(last, int) else dict):
+        return
+    if value is not ABSENT:
+        if isinstance(document, dict) or last < len(document):
+            document[last] = value
+    elif isinstance(document, dict):
+        document.pop(last, None)
+    elif last < len(document):
+        del document[last]
+
+
+def attempt(function: Any, *args: Any, **options: Any) -> Any:
+    """Call a function; return what it returns, or the error of ours that names the session and a field."""
+    try:
+        return function(*args, **options)
+    except MongoDBSessionError as error:
+        refusal = error
+    assert re.search("session '[sf]'", str(refusal)), refusal
+    assert re.search("'(agents|multi_agents|metadata|feedbacks|guardrail_)|no (agent|message)", str(refusal)), refusal
+    return refusal
+
+
+def is_error(outcome: Any) -> bool:
+    return isinstance(outcome, MongoDBSessionError)
+
+
+def left(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths at which `after` does not hold what `before` holds."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name, value in before.items():
+            yield from left(value, after.get(name, ABSENT), f"{path}.{name}")
+    elif isinstance(before, list) and isinstance(after, list) and len(after) >= len(before):
+        for n, value in enumerate(before):
+            yield from left(value, after[n], f"{path}.{n}")
+    elif after is ABSENT or bson.encode({"": before}) != bson.encode({"": after}):
+        yield path
+
+
+FOLLOWS = (
+    # What a turn, or opening, is to change.
+    ".updated_at",
+    ".agents.agent.updated_at",
+    ".agents.agent.agent_data.updated_at",
+    ".agents.agent.agent_data.model",
+    ".agents.agent.agent_data.system_prompt",
+    ".agents.agent.usage",
+    ".agents.agent.agent_data.config_set",
+    ".agents.agent.agent_data.state",
+    ".agents.agent.agent_data.conversation_manager_state",
+    ".agents.agent.agent_data._internal_state",
+)
+
+
+class Server:
+    """Documents, and what every test does with one."""
+
+    def __init__(self, uri: str, database: str, stored: Documents, factory: MongoDBSessionManagerFactory) -> None:
+        self.stored = stored.with_options(READ)
+        self.factory = factory
+        self.repository = MongoDBSessionRepository(uri, database)
+
+    def use(self, document: dict[str, Any]) -> None:
+        self.stored.delete_many({})
+        self.stored.insert_one(copy.deepcopy(document))
+        self.read("s")
+        # With a turn, or with an error before anything of it is stored.
+        with self.factory.create_session_manager("s") as manager:
+            made = attempt(lambda: agent(manager, "a reply"))
+            after_opening = self.stored.find_one({"_id": "s"})
+            said = made if is_error(made) else attempt(made, "a prompt")
+            attempt(manager.list_agents)
+            attempt(manager.get_application_name)
+        after = self.stored.find_one({"_id": "s"})
+        assert after is not None
+        if is_error(said):
+            assert after == after_opening
+        else:
+            assert made.messages[-1]["content"] == [{"text": "a reply"}]
+            assert texts(after["agents"]["agent"]["messages"][-2:]) == ["a prompt", "a reply"]
+            with self.factory.create_session_manager("s") as manager:
+                again = agent(manager, "never said")
+            assert texts(again.messages[-2:]) == ["a prompt", "a reply"]
+        lost = [path for path in left(document, after) if not path.startswith(FOLLOWS) and not was_null(document, path)]
+        lost = [path for path in lost if not path.endswith(".message_id")]  # an id that is none is exchanged
+        assert not lost, lost
+        self.read("s")
+        if not is_error(attempt(self.repository.fork_session, "s", "f")):
+            self.read("f")
+            self.repository.delete_session("f")
+        if not is_error(attempt(lambda: list(self.repository.export_session("s")))):
+            pass
+        attempt(self.repository.update_metadata, "s", {"a": 1})
+        attempt(self.repository.add_feedback, "s", {"rating": "up"})
+        assert self.repository.delete_session("s")
+        assert self.stored.find_one({"_id": "s"}) is None
+
+    def read(self, session_id: str) -> None:
+        repository = self.repository
+        assert repository.read_session(session_id) is not None
+        assert repository.session_exists(session_id)
+        assert repository.count_sessions() >= 1
+        for order in ("-updated_at", "created_at"):
+            repository.list_sessions(order=order)  # one without a date is in no order of it
+        assert isinstance(repository.get_metadata(session_id)["metadata"], dict)
+        for reading in (repository.get_feedbacks, repository.list_agents, repository.get_usage):
+            reading(session_id)
+        if not is_error(attempt(repository.get_agent_config, session_id, "agent")):
+            attempt(repository.read_agent, session_id, "agent")
+        attempt(repository.list_messages, session_id, "agent")
+        attempt(repository.list_messages, session_id, "agent", limit=2, offset=3)
+        attempt(repository.get_message_count, session_id, "agent")
+        for n in range(6):
+            attempt(repository.read_message, session_id, "agent", n)
+
+
+def was_null(document: Any, path: str) -> bool:
+    """Return whether a field held `null`, in whose place there may be something by now."""
+    for name in path.split(".")[1:]:
+        document = document[int(name)] if isinstance(document, list) else document[name]
+    return document is None
+
+
+@pytest.fixture
+def odd_server(
+    server: str, database: str, stored: Documents, factory: MongoDBSessionManagerFactory
+) -> Iterator[Server]:
+    odd = Server(server, database, stored, factory)
+    yield odd
+    odd.repository.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_session_with_an_odd_field_is_used(odd_server: Server, path: str) -> None:
+    for value in ODD:
+        document = usual()
+        put(document, path, value)
+        document.setdefault("colour", uuid.uuid4().hex)
+        try:
+            odd_server.use(document)
+        except BaseException as error:
+            error.add_note(f"{path} = {value!r}")
+            raise
+
+
+odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats()
+    | st.text(max_size=3).filter(lambda t: "\0" not in t),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "role", "v"]), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(PATHS), odd_values), min_size=1, max_size=4))
+def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: list[tuple[str, Any]]) -> None:
+    document = usual()
+    for path, value in fields:
+        put(document, path, copy.deepcopy(value))
+    odd_server.use(document)
