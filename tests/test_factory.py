@@ -475,6 +475,16 @@ def test_a_global_factory_takes_the_pool_that_is_there(server: str, database: st
 
 
 @pytest.mark.usefixtures("pool_closed", "global_factory_closed")
+def test_closing_the_pool_closes_the_global_factory_that_took_it(server: str, database: str) -> None:
+    MongoDBConnectionPool.initialize(server)
+    factory = initialize_global_factory(server, database)
+    factory.ping()
+    MongoDBConnectionPool.close()
+    with pytest.raises(SessionClosedError):
+        factory.ping()
+
+
+@pytest.mark.usefixtures("pool_closed", "global_factory_closed")
 def test_a_global_factory_with_other_settings_replaces_the_pool(server: str, database: str) -> None:
     client = MongoDBConnectionPool.initialize(server, maxPoolSize=7)
     factory = initialize_global_factory(server, database, maxPoolSize=8)
