@@ -121,8 +121,8 @@ class Gate:
         Raises:
             ServerSelectionTimeoutError: There was none all the time.
         """
-        if self._is_known():
-            return
+        if self._patience <= 0 or self._is_known():
+            return  # who does not wait for a server leaves it to the driver to find one
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience
         error: ServerSelectionTimeoutError | None = None
