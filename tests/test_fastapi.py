@@ -81,6 +81,7 @@ class Application:
         script: What the agents say.
         options: Of the agents that stream.
         agents: The agents that streamed.
+        ended: Whether the session of each was open when its turn ended.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -91,6 +92,7 @@ class Application:
         self.script: list[Any] = []
         self.options: dict[str, Any] = {}
         self.agents: list[Any] = []
+        self.ended: list[str] = []
         add_session_support(self.app)
         self.app.get("/health")(health)
 
@@ -105,6 +107,7 @@ class Application:
             self.sessions.append(session)
             asked = agent(session, *self.script, **self.options)
             asked.model.delay = delay
+            asked.add_hook(lambda _: self.ended.append(repr(session).rpartition(" ")[2]), AfterInvocationEvent)
             self.agents.append(asked)
             await asyncio.to_thread(self.before_answering)
             response = await stream(asked, text, format=format)
@@ -291,15 +294,11 @@ def deletes(stored: Stored) -> Any:
     return delete
 
 
-def test_an_error_in_a_later_cycle_of_a_turn_has_its_status(
-    client: httpx.Client, application: Application, stored: Stored
-) -> None:
-    @application.app.post("/sessions/{session_id}/tools")
-    async def answer(session: Session) -> str:
-        return str(await agent(session, {"tool": "delete"}, "The end.", tools=[deletes(stored)]).invoke_async("hi"))
-
-    given = client.post("/sessions/s/tools")
-    assert (given.status_code, given.json()) == (404, {"detail": "the session does not exist"})
+def test_an_error_in_a_later_cycle_of_a_turn_has_its_status(client: httpx.Client, application: Application) -> None:
+    application.script = [{"tool": "none"}, SessionConflictError("x")]
+    answer = client.post("/sessions/s/messages", params={"text": "hi"})
+    assert answer.status_code == 409
+    assert answer.json() == {"detail": "another request changed the session meanwhile: repeat this one"}
 
 
 def test_an_error_of_the_database_after_the_first_part_is_the_last_event(
@@ -344,6 +343,7 @@ def test_a_client_that_goes_away_loses_nothing_that_was_stored(
     (session,) = application.sessions
     eventually(lambda: "closed" in repr(session))
     assert conversation(stored)[:1] == ["My name is Ada."]
+    assert application.ended == ["open>"]
     assert len(application.agents[0].messages) < 2
 
     application.script = []
@@ -355,13 +355,11 @@ def test_a_client_that_goes_away_loses_nothing_that_was_stored(
 def test_a_client_that_goes_away_before_the_first_token_stops_the_agent(
     application: Application, stored: Stored, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ended: list[str] = []
     with serving(application.app) as client:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/sessions/s/sse", params={"text": "hi", "delay": 600}, timeout=1)
-        application.agents[0].add_hook(lambda event: ended.append("ended"), AfterInvocationEvent)
-        eventually(lambda: ended == ["ended"])
-        eventually(lambda: "closed" in repr(application.sessions[0]))
+        eventually(lambda: application.sessions and "closed" in repr(application.sessions[0]))
+        assert application.ended == ["open>"]
         assert conversation(stored) == ["hi"]
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -376,6 +374,7 @@ def test_a_response_that_is_never_sent_stops_the_agent(
     application.before_responding = refuse_to_respond
     assert client.post("/sessions/s/sse", params={"text": "hi", "delay": 0.2}).status_code == 418
     eventually(lambda: "closed" in repr(application.sessions[0]))
+    assert application.ended == ["open>"]
     assert len(application.agents[0].messages) < 2
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
