@@ -237,6 +237,20 @@ def test_an_old_process_that_does_not_see_the_archive_begins_at_zero(
         assert repository.read_message("s", "agent", 10).message["content"] == [{"text": "old"}]
 
 
+def test_an_agent_that_an_old_process_stored_under_another_key_is_left_as_it_is(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    with factory.create_session_manager("s") as manager:
+        agent(manager, "first", agent_id="50%")("one")
+    theirs = {"agent_data": {"agent_id": "50%"}, "messages": []}
+    stored.update_one({"_id": "s"}, {"$set": {"agents.50%": theirs}})
+    with factory.create_session_manager("s") as manager:
+        live = agent(manager, "second", agent_id="50%")
+        live("two")
+    assert texts(live.messages) == ["one", "first", "two", "second"]
+    assert stored.find_one({"_id": "s"})["agents"]["50%"] == theirs
+
+
 # A manager that is open while an old process writes.
 
 
@@ -304,17 +318,22 @@ def test_a_lost_acknowledgement_is_recognised_beside_a_doubled_id(
     assert said(stored) == ["one", "first", "old", "two", "second", "three", "third"]
 
 
-def test_no_bucket_gets_doubled_ids(server: str, database: str, stored: Stored) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=4) as factory:
+def test_no_bucket_gets_doubled_ids(
+    server: str, database: str, stored: Stored, driver: pymongo.MongoClient[dict[str, Any]]
+) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=8) as factory:
         with factory.create_session_manager("s") as manager:
             live = agent(manager, *"abcdef")
             live("1")
-            OldWriter(stored).turn("old", "older")
+            old = OldWriter(stored)
+            old.next_id = 0
+            old.turn("old", "older")
             for text in "23456":
                 live(text)
+        assert driver[database]["agent_sessions_archive"].count_documents({}) == 0
         again = one_turn(factory, "7", "g")
         assert len(again.messages) == 16
-        eventually(lambda: len(ids(stored)) <= 4)
+        eventually(lambda: len(ids(stored)) <= 8)
     with MongoDBSessionRepository(server, database) as repository:
         found = repository.list_messages("s", "agent")
     assert [message.message_id for message in found] == list(range(16))

@@ -302,10 +302,11 @@ class SessionWrites(SessionArchive):
             agent, new = agents[old], old
             ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
             if following is None and (new := agent_key(old)) != old:
-                if new in agents:
+                if new in agents:  # the original did not find it under its key and made another one
                     logger.warning(
-                        "session_id=<%r>, agent=<%r> | an agent of that id is there already", session_id, old
+                        "session_id=<%r>, agent=<%r> | left out: this agent has another key", session_id, old
                     )
+                    del agents[old]
                     continue
                 condition[f"agents.{new}"] = {"$exists": False}
                 moved.append(old)
