@@ -44,6 +44,12 @@ def may_have_been_applied(error: Exception) -> bool:
     return lost or isinstance(error, driver.WriteConcernError)
 
 
+def code_of(error: BaseException | None) -> int | None:
+    """Return the server's error code of an error of ours or the driver's, `None` if the server has sent none."""
+    code = getattr(error, "code", None) or getattr(getattr(error, "__cause__", None), "code", None)
+    return code if isinstance(code, int) else None
+
+
 @dataclass
 class Attempts:
     """What is known of a command that is sent several times.
