@@ -653,15 +653,13 @@ def test_a_refused_index_is_built_later(
 
 
 def test_a_collection_dropped_under_its_index_build_is_no_refusal(
-    server: str, database: str, driver: Any, caplog: pytest.LogCaptureFixture
+    server: str, database: str, stored: Documents, commands: CommandLog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
+    with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
         with fail_point(server, failCommands=["createIndexes"], errorCode=276):
             factory.create_session_manager("s")
-            eventually(lambda: driver.admin.command("ping"))
-        eventually(
-            lambda: factory.create_session_manager("s") and len(index_names(driver[database]["agent_sessions"])) > 1
-        )
+            commands.wait_for("createIndexes")
+        eventually(lambda: factory.create_session_manager("s") and index_names(stored) == USUAL)
     assert refusals(caplog, database) == []
 
 

@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Self, TypeVar
 
 from pymongo import IndexModel
@@ -16,7 +17,7 @@ from pymongo.errors import DuplicateKeyError, PyMongoError
 from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, OddField, agent_key, checked_id, odd_fields
-from ._driver_errors import code_of, driver_errors, may_be_sent_again, may_have_been_applied
+from ._driver_errors import UNSUPPORTED, code_of, driver_errors, may_be_sent_again, may_have_been_applied
 from ._loop import Portal
 from .errors import (
     AgentNotFoundError,
@@ -209,6 +210,19 @@ async def send(
 
     A `DuplicateKeyError` is left to the caller, who expects it.
     """
+    try:
+        return await _sent(connection, database, name, command)
+    except DatabaseError as error:
+        if str(error).startswith(UNSUPPORTED):
+            with suppress(MongoDBSessionError):
+                version = await connection.server_version() or "of an unknown version"
+                error.args = (str(error).replace(UNSUPPORTED, f"the server, MongoDB {version}, does not support", 1),)
+        raise
+
+
+async def _sent(
+    connection: Connection, database: str, name: str, command: Callable[[AsyncCollection], Awaitable[T]]
+) -> T:
     with driver_errors(passing=DuplicateKeyError) as attempts:
         collection = await connection.collection(database, name)
         for pause in _PAUSES:

@@ -33,6 +33,7 @@ from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to,
 from .errors import (
     ClientTypeError,
     ConfigurationError,
+    DatabaseError,
     EventLoopError,
     SessionClosedError,
 )
@@ -428,11 +429,15 @@ class Connection:
             with driver_errors():
                 await (await self.client()).admin.command("ping")
 
-    async def server_version(self) -> str:
-        """Return the version of the server, like `"7.0.14"`."""
+    async def server_version(self) -> str | None:
+        """Return the version of the server, like `"7.0.14"`; `None` if it answers, but refuses to say."""
         async with self.operation():
-            with driver_errors():
-                return str((await (await self.client()).admin.command("buildInfo"))["version"])
+            try:
+                with driver_errors():
+                    return str((await (await self.client()).admin.command("buildInfo"))["version"])
+            except DatabaseError:
+                await self.ping()
+                return None
 
     def pool_stats(self) -> PoolStats:
         """Return the pool's configuration and its connections, as counted by the driver's pool events."""

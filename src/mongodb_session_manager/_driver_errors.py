@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,21 @@ from .errors import (
 # Server error codes: BSONObjectTooLarge and the two older codes of an update that outgrows 16 MiB.
 _TOO_LARGE = {10334, 17419, 17420}
 _NO_SUCH_PATH = 28
+
+# Server error codes of what a server does not know: operators (2, 9, 15952), commands (59, 115), expressions (168,
+# 31325), stages (40324), features (303), and what is not in the strict Stable API (323).
+_UNKNOWN_FEATURE = {2, 9, 59, 115, 168, 303, 323, 15952, 31325, 40324}
+_FEATURES = [
+    re.compile(rf"(?:^|:: caused by :: ){form}")
+    for form in (
+        r"(?:[A-Z][a-z ]+ not supported|(?i:unknown|unrecognized|unsupported)[a-z ]+):? '?(\$[A-Za-z]{2,40})\b",
+        r"(\$[A-Za-z]{2,40}) is not (?:allowed|supported)\b",
+        r"(?:no such c[a-z]+: '|Provided apiStrict:true, but the command )([A-Za-z]{2,40})\b",
+    )
+]
+"""The texts of the server that name it. A text can quote documents, so no other part of one is ever shown."""
+
+UNSUPPORTED = "the server does not support"
 
 
 def may_be_sent_again(error: Exception) -> bool:
@@ -107,11 +123,21 @@ def translate(error: driver.PyMongoError | driver.DocumentTooLarge) -> MongoDBSe
             return MessageTooLargeError("the session's document would grow beyond 16 MiB")
         case driver.OperationFailure() if error.code == _NO_SUCH_PATH:
             return InvalidArgumentError("a key with dots leads through a stored value that holds no keys")
+        case driver.OperationFailure() if (refused := refused_feature(error)) is not None:
+            return DatabaseError(f"{UNSUPPORTED} {refused} (code {error.code})")
         case driver.OperationFailure():
             name = (error.details or {}).get("codeName", type(error).__name__)
             return DatabaseError(f"MongoDB refused the command: {name} (code {error.code})")
         case _:
             return DatabaseError(f"MongoDB failed: {type(error).__name__}")
+
+
+def refused_feature(error: driver.OperationFailure) -> str | None:
+    """Return the operator, stage or command that a server does not know, `None` if it refused for another reason."""
+    if error.code not in _UNKNOWN_FEATURE:
+        return None
+    text = str((error.details or {}).get("errmsg", ""))
+    return next((match[1] for form in _FEATURES if (match := form.search(text)) is not None), None)
 
 
 def _first_line(error: driver.PyMongoError) -> str:
