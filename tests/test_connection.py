@@ -17,6 +17,7 @@ import pymongo
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient
+from pymongo.server_api import ServerApi
 
 from mongodb_session_manager import (
     AccessDeniedError,
@@ -1080,6 +1081,24 @@ def test_statistics_name_configuration_and_version(
     assert stats["pool_config"] == options
 
 
+def test_statistics_of_a_server_that_does_not_tell_its_version(server: str, database: str) -> None:
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        factory.ping()
+        for code in (13, 59, 323):
+            with fail_point(server, failCommands=["buildInfo"], errorCode=code):
+                stats = factory.get_connection_stats()
+            assert (stats["status"], stats["error"], stats["server_version"]) == ("connected", None, None)
+
+
+def test_statistics_of_a_server_that_refuses_everything(server: str, database: str) -> None:
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        factory.ping()
+        with fail_point(server, failCommands=["buildInfo", "ping"], errorCode=18, times=2):
+            stats = factory.get_connection_stats()
+    assert stats["status"] == "disconnected"
+    assert "18" in (stats["error"] or "")
+
+
 def test_statistics_without_a_server(nowhere: str) -> None:
     with MongoDBSessionManagerFactory(f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300") as factory:
         stats = factory.get_connection_stats()
@@ -1096,6 +1115,55 @@ def test_statistics_after_closing(server: str, database: str) -> None:
     factory.close()
     stats = factory.get_connection_stats()
     assert (stats["status"], stats["connections_open"], stats["connections_in_use"]) == ("closed", 0, 0)
+
+
+# A server that does not know what is asked of it.
+
+FEATURES: dict[str, tuple[Any, str]] = {
+    "an expression": (lambda sessions: sessions.update_one({}, [{"$set": {"a": {"$noSuch": SECRET}}}]), "$noSuch"),
+    "a stage": (lambda sessions: sessions.database.command(aggregated([{"$noSuch": SECRET}])), "$noSuch"),
+    "a stage within a stage": (
+        lambda sessions: sessions.database.command(aggregated([{"$project": {SECRET: {"$noSuch": 1}}}])),
+        "$noSuch",
+    ),
+    "an accumulator": (
+        lambda sessions: sessions.database.command(aggregated([{"$group": {"_id": 1, SECRET: {"$noSuch": 1}}}])),
+        "$noSuch",
+    ),
+    "a modifier": (lambda sessions: sessions.update_one({}, {"$noSuch": {"a": SECRET}}), "$noSuch"),
+    "a command": (lambda sessions: sessions.database.command("noSuch", SECRET), "noSuch"),
+}
+
+
+def aggregated(pipeline: list[Any]) -> dict[str, Any]:
+    return {"aggregate": "agent_sessions", "pipeline": pipeline, "cursor": {}}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("command", "name"), FEATURES.values(), ids=FEATURES)
+async def test_a_feature_that_the_server_does_not_know_is_named_with_its_version(
+    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]], command: Any, name: str
+) -> None:
+    version = driver.server_info()["version"]
+    driver[database]["agent_sessions"].insert_one({"_id": "s"})
+    async with AsyncMongoDBSessionRepository(server, database) as repository:
+        with pytest.raises(DatabaseError) as refused:
+            await repository._send(command)
+    assert str(refused.value).startswith(f"the server, MongoDB {version}, does not support {name} (code ")
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.anyio
+async def test_what_the_strict_stable_api_refuses_is_named(
+    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]]
+) -> None:
+    driver[database]["agent_sessions"].insert_one({"_id": "s"})
+    client: Any = AsyncIOMotorClient(server, server_api=ServerApi("1", strict=True))
+    repository = AsyncMongoDBSessionRepository(client=client, database_name=database)
+    expression = {"$unsetField": {"field": "b", "input": "$$ROOT"}}
+    with pytest.raises(DatabaseError, match=r"^the server, .*, does not support \$unsetField \(code 323\)$"):
+        await repository._send(lambda sessions: sessions.update_one({}, [{"$set": {"a": expression}}]))
+    client.close()
 
 
 # After closing, and on the wrong loop.

@@ -6,8 +6,10 @@ import asyncio
 import inspect
 import itertools
 import logging
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from mongodb_session_manager import (
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     SessionClosedError,
+    _commands,
     close_global_factory,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
@@ -661,11 +664,14 @@ async def test_indexes_over_a_borrowed_client(
     assert index_names(stored) == USUAL
 
 
-def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
+def refusals(caplog: pytest.LogCaptureFixture, database: str) -> list[str]:
+    """What was logged of the indexes of a database: builds of others may end while a test runs."""
     return [
         record.getMessage()
         for record in caplog.records
-        if record.name.startswith("mongodb_session_manager") and record.levelno >= logging.WARNING
+        if record.name.startswith("mongodb_session_manager")
+        and record.levelno >= logging.WARNING
+        and f"'{database}." in record.getMessage()
     ]
 
 
@@ -676,9 +682,9 @@ def test_a_refused_index_build_is_logged_and_harmless(
         with fail_point(server, failCommands=["createIndexes"], errorCode=13, times=1000):
             for number in range(3):
                 turn(factory.create_session_manager(f"s{number}"))
-            eventually(lambda: refusals(caplog))
+            eventually(lambda: refusals(caplog, database))
         turn(factory.create_session_manager("t"))
-    (refusal,) = refusals(caplog)
+    (refusal,) = refusals(caplog, database)
     assert "index" in refusal
     assert "code 13" in refusal
     assert commands.names.count("createIndexes") == 1
@@ -687,13 +693,88 @@ def test_a_refused_index_build_is_logged_and_harmless(
 
 
 def test_a_conflicting_index_is_harmless(
-    cold: MongoDBSessionManagerFactory, stored: Documents, caplog: pytest.LogCaptureFixture
+    cold: MongoDBSessionManagerFactory, database: str, stored: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
     stored.create_index("created_at", expireAfterSeconds=3600)
     turn(cold.create_session_manager("s"))
-    eventually(lambda: refusals(caplog))
-    assert len(refusals(caplog)) == 1
+    eventually(lambda: refusals(caplog, database))
+    assert len(refusals(caplog, database)) == 1
     assert conversation(stored) == ["hi", "hello"]
+
+
+IN_THE_WAY: dict[str, tuple[Callable[[Documents], object], set[str]]] = {
+    "a TTL": (lambda stored: stored.create_index("updated_at", expireAfterSeconds=3600), {"updated_at"}),
+    "a sparse one": (lambda stored: stored.create_index("application_name", sparse=True), {"application_name"}),
+    "two": (
+        lambda stored: [stored.create_index(name, expireAfterSeconds=3600) for name in ("created_at", "updated_at")],
+        {"created_at", "updated_at"},
+    ),
+    "too many": (
+        lambda stored: [stored.create_index(f"f{number}") for number in range(60)],
+        {"application_name", "updated_at+_id", "application_name+updated_at+_id"}
+        | {"created_at+_id", "application_name+created_at+_id"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "missing"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_an_index_in_the_way_keeps_no_other_away(
+    cold: MongoDBSessionManagerFactory,
+    database: str,
+    stored: Documents,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[Documents], object],
+    missing: set[str],
+) -> None:
+    make(stored)
+    cold.create_session_manager("s")
+    eventually(lambda: refusals(caplog, database))
+    (told,) = refusals(caplog, database)
+    assert set(re.findall(r"([a-z_+]+): MongoDB refused", told)) == missing
+    names = {"_".join(f"{field}_1" for field in fields.split("+")) for fields in missing}
+    assert index_names(stored) >= USUAL - names
+    for _ in range(3):
+        cold.create_session_manager("s")
+    assert refusals(caplog, database) == [told]
+
+
+def test_a_refused_index_is_built_later(
+    cold: MongoDBSessionManagerFactory,
+    commands: CommandLog,
+    database: str,
+    stored: Documents,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = stored.create_index("updated_at", expireAfterSeconds=3600)
+    monkeypatch.setattr(_commands, "_RETRY_REFUSED", 0.5)
+    cold.create_session_manager("s")
+    eventually(lambda: refusals(caplog, database))
+    cold.create_session_manager("s")  # too early
+    time.sleep(0.6)
+    commands.clear()
+    cold.create_session_manager("s")  # in vain
+    commands.wait_for("createIndexes")
+    assert len(refusals(caplog, database)) == 1
+    stored.drop_index(name)
+    time.sleep(0.6)
+    cold.create_session_manager("s")
+    eventually(lambda: index_names(stored) == USUAL)
+    commands.clear()
+    time.sleep(0.6)
+    cold.create_session_manager("s")
+    assert commands.names == ["findAndModify"]
+
+
+def test_a_collection_dropped_under_its_index_build_is_no_refusal(
+    server: str, database: str, stored: Documents, commands: CommandLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
+        with fail_point(server, failCommands=["createIndexes"], errorCode=276):
+            factory.create_session_manager("s")
+            commands.wait_for("createIndexes")
+        eventually(lambda: factory.create_session_manager("s") and index_names(stored) == USUAL)
+    assert refusals(caplog, database) == []
 
 
 def test_an_index_build_lost_with_its_connection_is_made_up_for(server: str, database: str, stored: Documents) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import bson
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from pymongo.collection import Collection
 
 from mongodb_session_manager import (
+    DatabaseError,
     MongoDBSessionError,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
@@ -286,3 +289,211 @@ def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: l
     for path, value in fields:
         put(document, path, copy.deepcopy(value))
     odd_server.use(document)
+
+
+# What is read in the place of what cannot be used.
+
+
+def put_in(stored: Documents, path: str, value: Any) -> dict[str, Any]:
+    document = usual()
+    put(document, path, value)
+    stored.insert_one(document)
+    return document
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("mongodb_session_manager") and record.levelno >= logging.WARNING
+    ]
+
+
+@pytest.mark.parametrize("value", ["chat", "default", "agent", None, 5, {"a": 1}, ABSENT], ids=repr)
+def test_a_session_of_any_type_opens(
+    factory: MongoDBSessionManagerFactory, stored: Documents, caplog: pytest.LogCaptureFixture, value: Any
+) -> None:
+    put_in(stored, "session_type", value)
+    with factory.create_session_manager("s") as manager:
+        first = agent(manager, "a reply")
+        first("a prompt")
+    assert len(first.messages) == 8
+    assert manager.session.session_type == "AGENT"
+    assert (stored.find_one() or {}).get("session_type", ABSENT) == value
+    assert warnings(caplog) == []
+
+
+def test_what_cannot_be_used_is_told_once_without_what_it_holds(
+    factory: MongoDBSessionManagerFactory, stored: Documents, caplog: pytest.LogCaptureFixture
+) -> None:
+    document = usual()
+    document["_id"] = name = f"s\n{uuid.uuid4().hex}"
+    document["agents"]["agent"]["agent_data"]["state"] = ["secret"]
+    document["agents"]["agent"]["messages"] += [{"message": "secret"}, "secret", {"message": {"role": "secret"}}]
+    stored.insert_one(document)
+    for _ in range(2):
+        with factory.create_session_manager(name) as manager:
+            first = agent(manager, "a reply")
+            assert len(first.messages) == 6
+    told = warnings(caplog)
+    assert len(told) == 2
+    assert all(repr(name) in line and "agents.agent." in line for line in told)
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "redacted", ["x", 5, False, [], {}, {"role": "user"}, {"role": "user", "content": 5}], ids=repr
+)
+def test_a_redacted_message_is_never_shown_as_it_was(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Documents, redacted: Any
+) -> None:
+    document = put_in(stored, "agents.agent.messages.4.redact_message", redacted)
+    with factory.create_session_manager("s") as manager:
+        first = agent(manager)
+    assert "4111" not in repr(first.messages)
+    with MongoDBSessionRepository(server, database) as repository:
+        assert "4111" not in repr(repository.list_messages("s", "agent"))
+        with pytest.raises(MongoDBSessionError, match=r"session 's' .* 'agents\.agent\.messages'"):
+            repository.read_message("s", "agent", 4)
+    after = stored.find_one()
+    assert after is not None
+    assert after["agents"]["agent"]["messages"] == document["agents"]["agent"]["messages"]
+
+
+@pytest.mark.parametrize(
+    ("content", "restored"),
+    [
+        ("Hi", [{"text": "Hi"}]),
+        ([{"text": "Hi"}, None, "x", {"toolUse": None}, {"toolResult": {}}], [{"text": "Hi"}]),
+        ([], []),
+    ],
+    ids=["text", "odd blocks", "none"],
+)
+def test_a_message_is_restored_with_what_can_be_used_of_it(
+    factory: MongoDBSessionManagerFactory, stored: Documents, content: Any, restored: Any
+) -> None:
+    put_in(stored, "agents.agent.messages.3.message.content", content)
+    with factory.create_session_manager("s") as manager:
+        assert agent(manager).messages[3]["content"] == restored
+    after = stored.find_one()
+    assert after is not None
+    assert after["agents"]["agent"]["messages"][3]["message"]["content"] == content
+
+
+@pytest.mark.parametrize("name", ["state", "conversation_manager_state", "_internal_state"])
+def test_odd_state_is_kept_until_the_agent_has_another(
+    factory: MongoDBSessionManagerFactory, stored: Documents, name: str
+) -> None:
+    odd = ["what", {"nobody": "understands"}]
+    put_in(stored, f"agents.agent.agent_data.{name}", odd)
+
+    def data() -> Any:
+        return (stored.find_one() or {})["agents"]["agent"]["agent_data"]
+
+    with factory.create_session_manager("s") as manager:
+        agent(manager, "a reply")("a prompt")
+    assert data()[name] == odd
+    with factory.create_session_manager("s") as manager:
+        first = agent(manager, "a reply")
+        assert len(first.messages) == 8
+        first.state.set("visits", 4)
+        first.conversation_manager.removed_message_count = 2
+        first("a prompt")
+    assert data()["state"] == {"visits": 4} if name == "state" else data()["state"]["visits"] == 4
+    assert (data()[name] == odd) == (name == "_internal_state")
+
+
+DATES = {
+    "2024-11-05T09:30:00Z": "2024-11-05T09:30:00+00:00",
+    "2024-11-05 10:30:00.123456+01:00": "2024-11-05T09:30:00.123000+00:00",
+    "2024-11-05": "2024-11-05T00:00:00+00:00",
+    1730799000: "2024-11-05T09:30:00+00:00",
+    1730799000.5: "2024-11-05T09:30:00.500000+00:00",
+    1730799000123: "2024-11-05T09:30:00.123000+00:00",
+}
+
+
+@pytest.mark.parametrize(("value", "read"), DATES.items())
+def test_a_date_is_read_in_each_form(stored: Documents, server: str, database: str, value: Any, read: str) -> None:
+    for path in ("created_at", "agents.agent.agent_data.created_at", "agents.agent.messages.1.created_at"):
+        stored.delete_many({})
+        put_in(stored, path, value)
+        with MongoDBSessionRepository(server, database) as repository:
+            session, stored_agent = repository.read_session("s"), repository.read_agent("s", "agent")
+            message = repository.list_messages("s", "agent")[1]
+            assert session is not None
+            assert stored_agent is not None
+            found = {"created_at": session, "agents.agent.agent_data.created_at": stored_agent}.get(path, message)
+            assert found.created_at == read
+
+
+@pytest.mark.parametrize(
+    "value", ["garbage", float("nan"), 1e300, DatetimeMS(2**55), DatetimeMS(-(2**55)), b"x"], ids=repr
+)
+def test_what_is_no_date_is_read_as_the_present(stored: Documents, server: str, database: str, value: Any) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    put_in(stored, "agents.agent.messages.1.created_at", value)
+    with MongoDBSessionRepository(server, database) as repository:
+        assert datetime.fromisoformat(repository.list_messages("s", "agent")[1].created_at) >= before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("agents", ["x"], "agents"),
+        ("agents.agent", "x", "agents.agent"),
+        ("agents.agent.messages", {"0": "x"}, "agents.agent.messages"),
+        ("agents.agent.agent_data", 5, "agents.agent.agent_data"),
+        ("agents.agent.agent_data.state", {"at": CREATED}, "agents.agent.agent_data.state"),
+        (
+            "agents.agent.agent_data.conversation_manager_state.__name__",
+            "Another",
+            "agents.agent.agent_data.conversation_manager_state",
+        ),
+        (
+            "agents.agent.agent_data._internal_state.interrupt_state",
+            {"activated": 1, "context": {}, "interrupts": {"i": 5}},
+            "agents.agent.agent_data._internal_state",
+        ),
+    ],
+)
+def test_an_agent_that_cannot_be_restored_says_so_before_anything_is_said(
+    factory: MongoDBSessionManagerFactory, stored: Documents, path: str, value: Any, field: str
+) -> None:
+    document = put_in(stored, path, value)
+    with factory.create_session_manager("s") as manager:
+        with pytest.raises(DatabaseError, match=rf"^session 's'.*the field '{re.escape(field)}'") as refused:
+            agent(manager, "a reply")
+        assert refused.value.__cause__ is None
+        if path != "agents":
+            agent(manager, "a reply", agent_id="third")("a prompt")
+    after = stored.find_one() or {}
+    assert not [path for path in left(document, after) if path != ".updated_at"]
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("metadata", lambda repository: repository.update_metadata("s", {"a": 1})),
+        ("feedbacks", lambda repository: repository.add_feedback("s", {"rating": "up"})),
+        ("agents.agent.agent_data", lambda repository: repository.update_agent_config("s", "agent", model="m")),
+    ],
+    ids=["metadata", "feedbacks", "configuration"],
+)
+def test_a_field_that_cannot_be_written_into_is_named_and_null_is_as_none(
+    server: str, database: str, stored: Documents, path: str, change: Any
+) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        put_in(stored, path, "secret")
+        with pytest.raises(
+            DatabaseError, match=rf"^session 's' holds a str in the field '{re.escape(path)}'"
+        ) as refused:
+            change(repository)
+        assert "secret" not in str(refused.value)
+        stored.delete_many({})
+        put_in(stored, path, None)
+        change(repository)
+        after = stored.find_one()
+        for name in path.split("."):
+            after = (after or {})[name]
+        assert after

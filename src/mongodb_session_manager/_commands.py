@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import reprlib
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from pymongo import IndexModel
 from pymongo.errors import PyMongoError
@@ -16,7 +19,7 @@ from pymongo.errors import PyMongoError
 from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, OddField, agent_key, checked_id, odd_fields
-from ._driver_errors import driver_errors, is_refusal, may_be_sent_again, may_have_been_applied
+from ._driver_errors import UNSUPPORTED, driver_errors, may_be_sent_again, may_have_been_applied
 from ._loop import Portal
 from .errors import (
     AgentNotFoundError,
@@ -34,11 +37,26 @@ T = TypeVar("T")
 _PAUSES = (0.05, 0.2, 0.8)
 """Seconds before a command is sent again after a lost connection, shortened at random by up to half."""
 
-_indexed: dict[object, set[tuple[object, ...]]] = {}
-"""Database, collection and fields of the indexes this process has seen to, by server or client.
+_RETRY_REFUSED = 600.0
+"""Seconds after which an opening tries again to build an index that the server has refused."""
+
+_DROPPED = {26, 215, 276}
+"""Server error codes of a build that ended because its collection was dropped meanwhile."""
+
+_PASSING = {None, *_DROPPED}
+"""The same, and no code: an index that was not built for a reason that passes by itself."""
+
+_ALIKE = {13, 8000, *_PASSING}
+"""The same, and the codes of a user who must not build any index: no index would fare better by itself."""
+
+_indexed: dict[object, dict[tuple[object, ...], float]] = {}
+"""Until when this process has seen to an index, by server or client, then by database, collection and fields.
 
 Clients live on event loops of several threads, so nothing goes over all of it.
 """
+
+_told: set[tuple[object, ...]] = set()
+"""Which missing indexes were logged: server or client, database, collection, fields."""
 
 _MOST_INDEXES = 63
 """What MongoDB allows for a collection, without the index of `_id`."""
@@ -194,6 +212,19 @@ async def send(
 
     The driver's `DuplicateKeyError` becomes the one of `_driver_errors`.
     """
+    try:
+        return await _sent(connection, database, name, command)
+    except DatabaseError as error:
+        if str(error).startswith(UNSUPPORTED):
+            with suppress(MongoDBSessionError):
+                version = await connection.server_version() or "of an unknown version"
+                error.args = (str(error).replace(UNSUPPORTED, f"the server, MongoDB {version}, does not support", 1),)
+        raise
+
+
+async def _sent(
+    connection: Connection, database: str, name: str, command: Callable[[AsyncCollection], Awaitable[T]]
+) -> T:
     with driver_errors(account=partial(connection.account, database)) as attempts:
         collection = await connection.collection(database, name)
         for pause in _PAUSES:
@@ -223,30 +254,62 @@ def unseen(connection: Connection, database: str, name: str, wanted: Iterable[Fi
     """Return those indexes of a collection that this process has not seen to, and take it that it does now."""
     seen = _indexed.get(connection.identity)
     if seen is None:
-        seen = _indexed.setdefault(connection.identity, set())
+        seen = _indexed.setdefault(connection.identity, {})
         connection.when_client_is_collected(_forget_indexes)
-    missing = [fields for fields in wanted if (database, name, fields) not in seen]
-    seen.update((database, name, fields) for fields in missing)
+    moment = time.monotonic()
+    missing = [fields for fields in wanted if seen.get((database, name, fields), moment) <= moment]
+    seen.update(dict.fromkeys(((database, name, fields) for fields in missing), math.inf))
     return missing
 
 
-def see_again(connection: Connection, database: str, name: str, fields: Iterable[Fields]) -> None:
-    """Forget that indexes of a collection were seen to."""
-    _indexed.get(connection.identity, set()).difference_update((database, name, each) for each in fields)
+def see_again(connection: Connection, database: str, name: str, fields: Iterable[Fields], after: float = 0.0) -> None:
+    """Have indexes of a collection seen to again, by the first opening after so many seconds."""
+    seen = _indexed.get(connection.identity, {})
+    seen.update(dict.fromkeys(((database, name, each) for each in fields), time.monotonic() + after))
 
 
 async def _build_indexes(
     connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
 ) -> None:
+    """Build indexes with one command, or, if the server refuses it, each by itself; log once which are missing."""
+    missing = await _build(connection, database, name, wanted, unique)
+    if len(wanted) > 1 and any(reason.code not in _ALIKE for reason in missing.values()):
+        missing = {}
+        for fields in wanted:
+            missing |= await _build(connection, database, name, [fields], unique)
+    refused = [fields for fields, reason in missing.items() if reason.code not in _PASSING]
+    see_again(connection, database, name, missing.keys() - refused)
+    see_again(connection, database, name, refused, after=_RETRY_REFUSED)
+    told = {fields: (connection.identity, database, name, fields) for fields in wanted}
+    untold = [fields for fields, reason in missing.items() if told[fields] not in _told and reason.code not in _DROPPED]
+    _told.difference_update(told[fields] for fields in wanted if fields not in missing)
+    _told.update(told[fields] for fields in untold)
+    if untold:
+        logger.warning(
+            "collection=<%r>, indexes=<%s> | indexes not built, queries that need them will be slow",
+            f"{database}.{name}",
+            ", ".join(f"{'+'.join(fields)}: {missing[fields].text}" for fields in untold),
+        )
+
+
+class _Missing(NamedTuple):
+    """Why an index was not built."""
+
+    text: str
+    code: int | None
+
+
+async def _build(
+    connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
+) -> dict[Fields, _Missing]:
+    """Build indexes with one command; return why they were not built, by index."""
     options = {"unique": True} if unique else {}
     indexes = [IndexModel([(field, 1) for field in fields], **options) for fields in wanted]
     try:
         await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
     except MongoDBSessionError as error:
-        if not is_refusal(error):
-            see_again(connection, database, name, wanted)
-        shown = ["+".join(fields) for fields in wanted]
-        logger.warning("fields=<%r>, error=<%s> | indexes not built, queries on them will be slow", shown, error)
+        return dict.fromkeys(wanted, _Missing(str(error), error.code))
+    return {}
 
 
 def given(value: T | None, default: T) -> T:
@@ -305,3 +368,4 @@ def _checked_fields(fields: Sequence[str] | None) -> tuple[str, ...]:
 
 def _forget_indexes(identity: object) -> None:
     _indexed.pop(identity, None)
+    _told.difference_update([told for told in tuple(_told) if told[0] == identity])

@@ -36,8 +36,10 @@ from ._driver_errors import Account, driver_errors
 from ._gate import Gate, Threads
 from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
+    AccessDeniedError,
     ClientTypeError,
     ConfigurationError,
+    DatabaseError,
     DatabaseUnavailableError,
     EventLoopError,
     InvalidArgumentError,
@@ -628,11 +630,15 @@ class Connection:
                 raise
             raise DatabaseUnavailableError(f"no usable MongoDB server within {seconds:g} s") from None
 
-    async def server_version(self) -> str:
-        """Return the version of the server, like `"7.0.14"`."""
+    async def server_version(self) -> str | None:
+        """Return the version of the server, like `"7.0.14"`; `None` if it answers, but refuses to say."""
         async with self.operation():
-            with driver_errors(account=self.account):
-                return str((await self._ask("buildInfo"))["version"])
+            try:
+                with driver_errors(account=self.account):
+                    return str((await self._ask("buildInfo"))["version"])
+            except (AccessDeniedError, DatabaseError):
+                await self.ping()
+                return None
 
     async def _ask(self, command: str) -> dict[str, Any]:
         """Send a command that waits behind no other."""

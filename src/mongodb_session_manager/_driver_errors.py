@@ -84,6 +84,22 @@ class Account:
         )
 
 
+# Server error codes of what a server does not know: operators (2, 9, 15952), commands (59, 115), expressions (168,
+# 31325), stages (40324), features (303), and what is not in the strict Stable API (323).
+_UNKNOWN_FEATURE = {2, 9, 59, 115, 168, 303, 323, 15952, 31325, 40324}
+_FEATURES = [
+    re.compile(rf"(?:^|:: caused by :: ){form}")
+    for form in (
+        r"(?:[A-Z][a-z ]+ not supported|(?i:unknown|unrecognized|unsupported)[a-z ]+):? '?(\$[A-Za-z]{2,40})\b",
+        r"(\$[A-Za-z]{2,40}) is not (?:allowed|supported)\b",
+        r"(?:no such c[a-z]+: '|Provided apiStrict:true, but the command )([A-Za-z]{2,40})\b",
+    )
+]
+"""The texts of the server that name it. A text can quote documents, so no other part of one is ever shown."""
+
+UNSUPPORTED = "the server does not support"
+
+
 def may_be_sent_again(error: Exception) -> bool:
     """Return whether the command that failed can be sent again at once; it may or may not have been applied.
 
@@ -191,6 +207,8 @@ def translate(
             return DatabaseUnavailableError(f"MongoDB is not available: {_shown_code(error)}")
         case driver.OperationFailure() if _code(error) in _TIMED_OUT:
             return DatabaseTimeoutError(f"MongoDB took too long: {_shown_code(error)}")
+        case driver.OperationFailure() if (refused := refused_feature(error)) is not None:
+            return DatabaseError(f"{UNSUPPORTED} {refused} (code {_code(error)})")
         case driver.OperationFailure():
             return DatabaseError(f"MongoDB refused the command: {_shown_code(error)}")
         case InvalidBSON():
@@ -206,6 +224,14 @@ def _is_denied(error: driver.OperationFailure) -> bool:
     if code == _ATLAS:
         return "bad auth" in str(error)
     return code == _UNAUTHORIZED or code in _NOT_AUTHENTICATED
+
+
+def refused_feature(error: driver.OperationFailure) -> str | None:
+    """Return the operator, stage or command that a server does not know, `None` if it refused for another reason."""
+    if error.code not in _UNKNOWN_FEATURE:
+        return None
+    text = str((error.details or {}).get("errmsg", ""))
+    return next((match[1] for form in _FEATURES if (match := form.search(text)) is not None), None)
 
 
 def _first_line(error: driver.PyMongoError) -> str:

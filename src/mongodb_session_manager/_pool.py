@@ -15,7 +15,7 @@ class ConnectionStats(TypedDict):
     Attributes:
         status: `"connected"`, or `"disconnected"` if the server does not answer, or `"closed"`.
         error: Why it is not connected.
-        server_version: Like `"7.0.14"`.
+        server_version: Like `"7.0.14"`; `None` if the server refuses to say.
         pool_config: `maxPoolSize`, `minPoolSize`, `maxIdleTimeMS`, `waitQueueTimeoutMS` (milliseconds).
         connections_open: Connections to the server; `None` for a borrowed client, whose pool only its owner sees.
         connections_in_use: Those of them a command is using.
