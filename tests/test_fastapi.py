@@ -529,6 +529,7 @@ ANSWERS: dict[type[MongoDBSessionError], tuple[int, int, str | None]] = {
     errors.InvalidArgumentError: (422, 1008, "of this error"),
     errors.EncodingError: (422, 1008, "a value cannot be stored"),
     errors.MessageTooLargeError: (413, 1008, "the message is too large"),
+    errors.StateTooLargeError: (413, 1008, "the session is too large"),
     errors.SessionNotFoundError: (404, 1008, "the session does not exist"),
     errors.AgentNotFoundError: (404, 1008, "the session holds no such agent"),
     errors.MessageNotFoundError: (404, 1008, "the agent holds no such message"),

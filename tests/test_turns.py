@@ -207,6 +207,31 @@ def test_more_messages_removed_than_archived_and_stored(
     assert "removed more messages than are stored" in caplog.text
 
 
+def test_fewer_messages_archived_than_counted(
+    factory: MongoDBSessionManagerFactory,
+    driver: pymongo.MongoClient[dict[str, Any]],
+    database: str,
+    stored: Stored,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with factory.create_session_manager("s", max_embedded_messages=2) as manager:
+        live = agent(manager, *"12345")
+        for letter in "abcde":
+            live(letter)
+    archive = driver[database]["agent_sessions_archive"]
+    eventually(lambda: archive.count_documents({}) > 2)
+    lost = archive.find({}, sort=[("_id", 1)])[1]
+    archive.delete_one({"_id": lost["_id"]})
+    gone = texts(lost["messages"])
+    left = [text for text in "a1b2c3d4e5" if text not in gone]
+    with factory.create_session_manager("s") as manager, caplog.at_level(logging.WARNING):
+        resumed = agent(manager, "6")
+        assert texts(resumed.messages) == left
+        assert f"missing=<{len(gone)}>" in caplog.text
+        resumed("f")
+    assert texts(restored(factory).messages) == [*left, "f", "6"]
+
+
 class Forgetful(NullConversationManager):
     """A conversation manager that does not restore what it has removed."""
 

@@ -243,7 +243,15 @@ class SessionArchive(SessionExpiry, SessionEnding):
         Args:
             session_id: The session.
             wanted: By agent key, when the agent was created, and the positions to begin with and to end before.
+
+        Raises:
+            DatabaseError: A message is missing.
         """
+        found = await self._buckets(session_id, wanted)
+        return {key: _joined(session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()}
+
+    async def _buckets(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
+        """Return the buckets that hold archived messages, oldest first, from one query; `wanted` as for `_archived`."""
         found: dict[str, dict[int, Document]] = {key: {} for key in wanted}
         condition = {"$or": [holding_positions(session_id, key, *which) for key, which in wanted.items()]}
 
@@ -252,10 +260,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
                 found[bucket["_id"]["agent"]][bucket["_id"]["first"]] = bucket
 
         await self._send(read, self._archive_name)
-        return {
-            key: _joined(session_id, [found[key][first] for first in sorted(found[key])], begin, end)
-            for key, (_, begin, end) in wanted.items()
-        }
+        return {key: [buckets[first] for first in sorted(buckets)] for key, buckets in found.items()}
 
     async def _stored_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
@@ -350,4 +355,14 @@ def _joined(session_id: str, buckets: Iterable[Document], begin: int, end: int) 
         messages += bucket["messages"][begin + len(messages) - first : end - first]
     if len(messages) < end - begin:
         raise DatabaseError(f"session {session_id!r}: message {begin + len(messages)} is missing in its archive")
+    return messages
+
+
+def present(buckets: Iterable[Document], begin: int, end: int) -> list[Document]:
+    """Return the messages at positions from `begin` to below `end`, without those that are missing."""
+    messages: list[Document] = []
+    for bucket in buckets:
+        first = bucket["_id"]["first"]
+        messages += bucket["messages"][max(begin - first, 0) : max(end - first, 0)]
+        begin = max(begin, first + len(bucket["messages"]))
     return messages

@@ -11,6 +11,7 @@ from pymongo import ReturnDocument
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
+from ._archive import present
 from ._attachments import Attachments
 from ._beside import ARCHIVE, checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits, head_numbers
@@ -259,9 +260,20 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             if removed < archived:
                 wanted[key] = (agent.get("created_at"), removed, archived)
                 agent["first"] = removed
-        if wanted:
-            for key, messages in (await self._archived(session_id, wanted)).items():
-                agents[key]["messages"] = messages + agents[key]["messages"]
+        if not wanted:
+            return
+        for key, buckets in (await self._buckets(session_id, wanted)).items():
+            _, begin, end = wanted[key]
+            messages = present(buckets, begin, end)
+            if missing := end - begin - len(messages):
+                logger.warning(
+                    "session_id=<%r>, agent=<%r>, missing=<%d> | restoring an agent without messages that are missing "
+                    "in the archive",
+                    session_id,
+                    key,
+                    missing,
+                )
+            agents[key]["messages"] = messages + agents[key]["messages"]
 
     async def _create_or_read(self, session_id: str, fresh: Document) -> Document:
         for _ in range(ROUNDS):

@@ -48,6 +48,7 @@ from .errors import (
     SessionConflictError,
     SessionExistsError,
     SessionNotFoundError,
+    StateTooLargeError,
 )
 
 try:
@@ -103,6 +104,7 @@ _ANSWERS: dict[type[MongoDBSessionError], _Answer] = {
     InvalidArgumentError: _Answer(422, 1008, ""),
     EncodingError: _Answer(422, 1008, "a value cannot be stored"),
     MessageTooLargeError: _Answer(413, 1008, "the message is too large"),
+    StateTooLargeError: _Answer(413, 1008, "the session is too large"),
     DatabaseUnavailableError: _Answer(503, 1013, "the database cannot be reached: try again later"),
     DatabaseTimeoutError: _Answer(503, 1013, "the database takes too long: try again later"),
     DatabaseError: _Answer(500, 1011, "the database refused a command"),
@@ -173,7 +175,7 @@ def add_session_support(app: FastAPI) -> None:
     | 404 | 1008 | `SessionNotFoundError`, `AgentNotFoundError`, `MessageNotFoundError` |
     | 409 | 1013 | `SessionConflictError` |
     | 409 | 1008 | `SessionExistsError` |
-    | 413 | 1008 | `MessageTooLargeError` |
+    | 413 | 1008 | `MessageTooLargeError`, `StateTooLargeError` |
     | 422 | 1008 | `InvalidArgumentError`, `EncodingError` |
     | 503 | 1013 | `DatabaseUnavailableError`, `DatabaseTimeoutError` |
     | 500 | 1011 | `DatabaseError`, `ConfigurationError`, `AccessDeniedError`: trying again does not help |
