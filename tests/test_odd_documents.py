@@ -229,7 +229,7 @@ class Server:
         assert repository.session_exists(session_id)
         assert repository.count_sessions() >= 1
         for order in ("-updated_at", "created_at"):
-            repository.list_sessions(order=order)  # one without a date is in no order of it
+            repository.list_sessions(order=order, limit=1)  # one without a date is in no order of it
         assert isinstance(repository.get_metadata(session_id)["metadata"], dict)
         for reading in (repository.get_feedbacks, repository.list_agents, repository.get_usage):
             reading(session_id)
@@ -497,3 +497,18 @@ def test_a_field_that_cannot_be_written_into_is_named_and_null_is_as_none(
         for name in path.split("."):
             after = (after or {})[name]
         assert after
+
+
+def test_a_date_beyond_the_calendar_ends_no_list(stored: Documents, server: str, database: str) -> None:
+    for number, moment in enumerate([DatetimeMS(2**55), DatetimeMS(-(2**55)), CREATED, CREATED]):
+        stored.insert_one({**usual(), "_id": f"s{number}", "updated_at": moment})
+    with MongoDBSessionRepository(server, database) as repository:
+        for order in ("-updated_at", "updated_at"):
+            cursor, found = None, []
+            for _ in range(3):
+                page = repository.list_sessions(order=order, limit=1, cursor=cursor)
+                cursor, found = page.next_cursor, [*found, *(each.session_id for each in page.sessions)]
+                if cursor is None:
+                    break
+            assert sorted(found) == ["s2", "s3"]
+        assert repository.count_sessions() == 4

@@ -39,6 +39,7 @@ MOST = 1000
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
+_LAST = datetime(9999, 12, 31, 23, 59, 59, 999000, tzinfo=UTC)
 _VALUE_DEPTH = 2  # document, metadata, value
 _BAD_VALUE = 2  # what the server says of a hint that names no index
 
@@ -202,8 +203,8 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
     date = order.removeprefix("-")
     backwards = order.startswith("-")
     meant = criteria.filter()
-    # Only what has the date is in its order, in which nothing lies before `_FIRST`.
-    bounds: Document = meant.pop(date, {"$gte": _FIRST})
+    # Only what has the date is in its order, if it is one that a cursor can hold.
+    bounds: Document = {"$gte": _FIRST, "$lte": _LAST, **meant.pop(date, {})}
     if position is None:
         query = {**meant, date: bounds}
     else:
