@@ -348,7 +348,8 @@ class SessionManagerBase(OrchestratorSessionManager):
         except (EncodingError, MessageTooLargeError):
             # A continued message stays as it is stored; only the agent holds what was added to it.
             if not is_continuation:
-                agent.messages[:] = [kept for kept in agent.messages if kept is not message]
+                for position in [n for n, added in enumerate(agent.messages) if added is message][-1:]:
+                    del agent.messages[position]
             raise
 
     async def _on_message_updated(self, event: MessageUpdatedEvent[LocalAgent]) -> None:
@@ -362,6 +363,7 @@ class SessionManagerBase(OrchestratorSessionManager):
 
     def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
         self._invoked.add(event.agent.agent_id)
+        self._stopped.pop(event.agent.agent_id, None)
         self._unit.start_invocation(event.agent.agent_id)
 
     async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
