@@ -37,6 +37,7 @@ SAME: dict[str, tuple[Call, Any]] = {
     "a message that is not there": (lambda m, r: r.read_message("s", "ag", 99), None),
     "a session that is not there": (lambda m, r: r.read_session("none"), None),
     "messages are counted": (lambda m, r: m.get_message_count("ag"), 2),
+    "the name of the application": (lambda m, r: r.get_application_name("s"), None),
     "a page of messages": (lambda m, r: [entry.message_id for entry in r.list_messages("s", "ag", 1, 1)], [1]),
 }
 
@@ -45,6 +46,7 @@ DIFFERENT: dict[str, tuple[Call, type[Exception]]] = {
     "no session to delete from": (lambda m, r: r.delete_metadata("none", ["a"]), SessionNotFoundError),
     "no session for feedback": (lambda m, r: r.add_feedback("none", {}), SessionNotFoundError),
     "no session with feedback": (lambda m, r: r.get_feedbacks("none"), SessionNotFoundError),
+    "no session with an application": (lambda m, r: r.get_application_name("none"), SessionNotFoundError),
     "no session with agents": (lambda m, r: r.list_agents("none"), SessionNotFoundError),
     "no session with a configuration": (lambda m, r: r.get_agent_config("none", "ag"), SessionNotFoundError),
     "no agent to count": (lambda m, r: m.get_message_count("nobody"), AgentNotFoundError),

@@ -249,6 +249,15 @@ class SessionAnnotations(SessionArchive):
         async with self._connection.operation():
             await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
 
+    async def get_application_name(self, session_id: str) -> str | None:
+        """Return the name that the session was created with, `None` if it has none.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        name = (await self._found(session_id, {"application_name": 1})).get("application_name")
+        return name if isinstance(name, str) else None
+
     async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
         """Return a session's feedback, oldest first.
 

@@ -363,6 +363,14 @@ class MongoDBSessionRepository(SessionRepository):
         """
         self._portal.call(self._async.add_feedback, session_id, feedback)
 
+    def get_application_name(self, session_id: str) -> str | None:
+        """Return the name that the session was created with, `None` if it has none.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return self._portal.call(self._async.get_application_name, session_id)
+
     def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
         """Return a session's feedback, oldest first.
 
