@@ -725,7 +725,7 @@ def test_removing_while_others_append(server: str, database: str, factory: Mongo
 # The option.
 
 
-@pytest.mark.parametrize("value", [-1, 15 * MIB + 1, True, "1000", 1.5, None])
+@pytest.mark.parametrize("value", [-1, 15 * MIB + 1, True, "1000", 1.5])
 @pytest.mark.parametrize(
     "make",
     [MongoDBSessionRepository, MongoDBSessionManagerFactory, initialize_global_factory],

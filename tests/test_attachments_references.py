@@ -73,8 +73,8 @@ values = st.recursive(
 
 @given(content=st.lists(values, max_size=4), redacted=st.none() | values, bound=st.sampled_from([0, 200, 5000]))
 def test_what_is_kept_outside_comes_back_equal(content: list[Any], redacted: Any, bound: int) -> None:
-    said = message(*content)
-    redacted = None if redacted is None else message(redacted)
+    said = message(*({"json": value} for value in content))
+    redacted = None if redacted is None else message({"json": redacted})
     stored = through_storage(set_aside(fields_of(said, redacted), bound))
     restored = message_from(stored, 0)
     assert restored.message == said or redacted is not None
@@ -84,7 +84,7 @@ def test_what_is_kept_outside_comes_back_equal(content: list[Any], redacted: Any
 
 @pytest.mark.parametrize("lookalike", LOOKALIKES)
 def test_what_looks_like_a_reference_is_data(lookalike: Any) -> None:
-    said = message({"image": {"source": {"bytes": IMAGE}}}, {"text": "see"}, lookalike)
+    said = message({"image": {"source": {"bytes": IMAGE}}}, {"text": "see"}, {"json": lookalike})
     stored = through_storage(set_aside(fields_of(said), 0))
     assert "attachments" in stored
     assert message_from(stored, 0).message == said
@@ -94,7 +94,7 @@ def test_deep_within_a_message() -> None:
     nested: Any = IMAGE
     for _ in range(150):  # deeper than a document may be
         nested = [nested]
-    said = message({"toolResult": {"content": [{"json": nested}]}})
+    said = message({"toolResult": {"toolUseId": "t", "content": [{"json": nested}]}})
     stored = through_storage(set_aside(fields_of(said), 0))
     assert len(stored["attachments"]) == 1
     assert message_from(stored, 0).message == said

@@ -532,7 +532,7 @@ def test_whatever_fails_is_answered_without_content(
 
 
 def test_what_the_database_refuses_is_answered(session: Session, server: str) -> None:
-    with fail_point(server, failCommands=["update"], errorCode=13, times=4):
+    with fail_point(server, failCommands=["update"], errorCode=2, times=4):
         answer = session.ask_directly({"action": "set", "metadata": {"a": 1}})
     assert answer == "Error: the metadata could not be used (DatabaseError)"
     session.run(session.manager.close)

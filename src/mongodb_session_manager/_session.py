@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from traceback import walk_tb
@@ -335,7 +336,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             if self._is_due(event.message, agent):
                 await self._flush(agent.agent_id)
             elif _is_final(event.message):
-                asyncio.get_running_loop().call_later(_PATIENCE, self._submit)
+                asyncio.get_running_loop().call_later(_PATIENCE, self._submit_late)
         except MongoDBSessionError as error:
             self._stopped[agent.agent_id] = error
             raise
@@ -462,6 +463,10 @@ class SessionManagerBase(OrchestratorSessionManager):
         """Send what is recorded without waiting for it; the next flush raises what failed."""
         if not self._closed and not self._unit.is_settled:
             self._connection.portal.submit(self._store)
+
+    def _submit_late(self) -> None:
+        with suppress(EventLoopError):  # closing, or the next flush, says so
+            self._submit()
 
     def _settle(self, agent_id: str | None = None, *, multi_agent_id: str | None = None) -> None:
         """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""

@@ -47,7 +47,7 @@ def _check_date(value: object, name: str) -> None:
         if not isinstance(value, str | datetime | None):
             raise ValueError
         to_date(value)
-    except InvalidArgumentError:
+    except ValueError:
         raise_alone(InvalidArgumentError(f"{name} is no date"))
 
 

@@ -160,6 +160,7 @@ class SessionWrites(SessionArchive):
             if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits; the document is full of something else
                 full = await self._too_large(session_id, of_agent("a message", agent_id), contents)
                 full.pending = True
+                full.code, full.code_name, full.operation = too_large.code, too_large.code_name, too_large.operation
                 refused[agent_id] = full
             return
         if write.has_more_than_states:

@@ -111,17 +111,21 @@ def test_a_client_whose_opening_was_given_up_is_used_by_the_next(
             "sqs", region_name=None, endpoint_url=moto, aws_session=aioboto3.Session(), config=None
         )
 
+        tasks: list[asyncio.Task[Any] | None] = []
+
         async def send(service: _aws.AwsService, text: str) -> None:
+            tasks.append(asyncio.current_task())
             await service.call("send_message", QueueUrl=queue.url, MessageBody=text)
 
-        cancelled = io_portal().submit(send, service, "cancelled")
+        io_portal().submit(send, service, "cancelled")
         eventually(lambda: handler.asked)
-        cancelled.cancel()
+        io_portal().loop.call_soon_threadsafe(tasks[0].cancel)
         handler.may_answer.set()
         io_portal().call(send, service, "sent")
         assert handler.asked == ["/credentials"]
         assert open_clients() == 1
-        del service, cancelled
+        del service
+        tasks.clear()
         gc.collect()
         eventually(lambda: open_clients() == 0)
         server.shutdown()
