@@ -29,6 +29,7 @@ from ._buckets import (
     merge,
     numbers_of,
     outrun,
+    stale_buckets,
 )
 from ._changes import AgentWrite, Update
 from ._codec import stored_size
@@ -131,6 +132,10 @@ class SessionArchive(SessionExpiry, SessionEnding):
 
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
         """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as."""
+        if head.stale_below:
+            await self._remove_stale(session_id, key, head.since, head.stale_below)
+            head.certain = False
+            return False
         as_known = replace(head)  # what is stored meanwhile must not change the second statement
         expires_from = head.keeping.expires_from(now())
         begin = new_generation()
@@ -160,12 +165,25 @@ class SessionArchive(SessionExpiry, SessionEnding):
         return True
 
     async def _remove_orphan(self, session_id: str, key: str, head: Head, begin: int) -> None:
-        """Remove a bucket that was made after `begin` if its session was deleted meanwhile, even if it is back."""
-        document = await self._find(session_id, {f"agents.{key}.created_at": 1})
+        """Remove a bucket that was made after `begin` if its session was deleted or written back meanwhile.
+
+        A session that was deleted may be back.
+        """
+        document = await self._find(session_id, {f"agents.{key}.{name}": 1 for name in ("created_at", "archived")})
         agent = ((document or {}).get("agents") or {}).get(key)
+        if agent is not None and agent.get("created_at") == head.since and (agent.get("archived") or 0) < head.archived:
+            bucket = {"_id": bucket_id(session_id, key, head.since, head.archived)}
+            await self._remove_some(ARCHIVE, {**bucket, "revision": {"$lte": head.revision}})
         if agent is None or agent.get("created_at") != head.since:
             orphan = {"_id": bucket_id(session_id, key, head.since, head.archived)}
             await self._remove_some(ARCHIVE, {**orphan, "generation": {"$not": {"$gt": begin}}})
+
+    async def _remove_stale(self, session_id: str, key: str, since: Any, below: int) -> None:
+        """Remove the buckets that a write-back has left behind, and then let messages move again."""
+        await self._remove_some(ARCHIVE, stale_buckets(session_id, key, since, below))
+        path = f"agents.{key}"
+        condition = {"_id": session_id, f"{path}.created_at": since, f"{path}.stale_below": below}
+        await self._update(Update(condition, {"$unset": {f"{path}.stale_below": ""}}, None))
 
     async def _ask_head(self, session_id: str, key: str, head: Head) -> bool:
         """Read the numbers of a head; return `False` if it is gone."""

@@ -62,6 +62,7 @@ from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
 from ._multi_agent_states import MultiAgentStates
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
+from ._write_back import SessionWriteBack
 from ._writes import ROUNDS
 from .errors import (
     DatabaseError,
@@ -122,7 +123,9 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionFinding, SessionCopying):
+class AsyncMongoDBSessionRepository(
+    SessionAnnotations, MultiAgentStates, SessionFinding, SessionCopying, SessionWriteBack
+):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
