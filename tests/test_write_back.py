@@ -478,6 +478,19 @@ def test_a_move_that_is_overtaken_moves_nothing(filled: MongoDBSessionRepository
     assert_in_one_document(stored)
 
 
+def test_a_copy_that_arrives_after_its_session_was_written_back_is_removed(
+    filled: MongoDBSessionRepository, stored: Stored
+) -> None:
+    other = Other(stored, 4)
+    other.merge()
+    late = archive_of(stored).find_one({"_id.agent": "agent", "_id.first": other.head.archived})
+    filled.write_back("s")
+    archive_of(stored).insert_one(late)
+    assert not other.cut()
+    filled._portal.call(filled._async._remove_orphan, "s", "agent", other.head, 0)
+    assert_in_one_document(stored)
+
+
 def test_two_calls_at_once(filled: MongoDBSessionRepository, stored: Stored, server: str, database: str) -> None:
     async def write_back() -> None:
         async with overtaken_by(server, database, lambda: filled.write_back("s")) as r:
