@@ -491,6 +491,45 @@ def test_a_copy_that_arrives_after_its_session_was_written_back_is_removed(
     assert_in_one_document(stored)
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("read", ["open_session", "list_messages", "read_message", "update_message"])
+async def test_what_reads_the_archive_meanwhile_finds_every_message(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str, read: str
+) -> None:
+    class Reading(AsyncMongoDBSessionRepository):
+        rounds = 1
+
+        async def _overtaken(self) -> None:
+            if self.rounds:
+                self.rounds -= 1
+                await asyncio.to_thread(filled.write_back, "s")
+
+        async def _archived(self, *args: Any) -> Any:
+            await self._overtaken()
+            return await super()._archived(*args)
+
+        async def _archived_message(self, *args: Any) -> Any:
+            await self._overtaken()
+            return await super()._archived_message(*args)
+
+    wanted = WANTED
+    async with Reading(server, database) as repository:
+        if read == "open_session":
+            document = await repository.open_session("s")
+            assert texts(document["agents"]["agent"]["messages"]) == wanted
+        elif read == "list_messages":
+            assert told(await repository.list_messages("s", "agent")) == wanted
+        elif read == "read_message":
+            message = await repository.read_message("s", "agent", 7)
+            assert message is not None
+            assert told([message]) == ["text 7"]
+        else:
+            await repository.update_message("s", "agent", redacted(7))
+            wanted = [*wanted[:7], "[redacted]", *wanted[8:]]
+        assert repository.rounds == 0
+    await asyncio.to_thread(assert_in_one_document, stored, wanted)
+
+
 def test_two_calls_at_once(filled: MongoDBSessionRepository, stored: Stored, server: str, database: str) -> None:
     async def write_back() -> None:
         async with overtaken_by(server, database, lambda: filled.write_back("s")) as r:

@@ -39,7 +39,7 @@ from ._driver_errors import DuplicateKeyError
 from ._ending import SessionEnding
 from ._expiry import SessionExpiry
 from ._sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
-from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError
+from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError, raise_alone
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ _TRIES = 8
 """How often a move begins again because somebody else changed the head, before it is left to the next append."""
 
 _KNOWN_HEADS = 4096
+
+
+class WrittenBackError(Exception):
+    """Archived messages are in the session document again since that was read."""
 
 
 class SessionArchive(SessionExpiry, SessionEnding):
@@ -261,6 +265,10 @@ class SessionArchive(SessionExpiry, SessionEnding):
         Args:
             session_id: The session.
             wanted: By agent key, when the agent was created, and the positions to begin with and to end before.
+
+        Raises:
+            DatabaseError: A message is missing.
+            WrittenBackError: The session was written back meanwhile.
         """
         found: dict[str, dict[int, Document]] = {key: {} for key in wanted}
         condition = {"$or": [holding_positions(session_id, key, *which) for key, which in wanted.items()]}
@@ -270,10 +278,23 @@ class SessionArchive(SessionExpiry, SessionEnding):
                 found[bucket["_id"]["agent"]][bucket["_id"]["first"]] = bucket
 
         await self._send(read, self._archive_name)
-        return {
-            key: _joined(session_id, [found[key][first] for first in sorted(found[key])], begin, end)
-            for key, (_, begin, end) in wanted.items()
-        }
+        try:
+            return {
+                key: _joined(session_id, [found[key][first] for first in sorted(found[key])], begin, end)
+                for key, (_, begin, end) in wanted.items()
+            }
+        except DatabaseError:
+            for key, (since, _, end) in wanted.items():
+                if await self._is_back(session_id, key, since, end):
+                    raise_alone(WrittenBackError())
+            raise
+
+    async def _is_back(self, session_id: str, key: str, since: Any, archived: int) -> bool:
+        """Return whether messages below a position are in the session document again; `False` without the agent."""
+        path = f"agents.{key}"
+        lower = {f"{path}.created_at": since, f"{path}.archived": {"$not": {"$gte": archived}}}
+        condition = {"_id": session_id, path: {"$exists": True}, **lower}
+        return await self._send(lambda collection: collection.find_one(condition, {"_id": 1})) is not None
 
     async def _stored_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
@@ -284,17 +305,21 @@ class SessionArchive(SessionExpiry, SessionEnding):
         """
         key = agent_key(agent_id)
         path = f"agents.{key}.messages"
+        wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
         meant = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
         condition = {"_id": session_id, path: {"$elemMatch": meant}}
-        document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
-        if document is not None:
-            message: Document = document["agents"][key]["messages"][0]
-            return message
-        wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
-        stored = await self._stored_agent(session_id, agent_id, wanted)
-        if not stored.get("archived"):
-            return None
-        return await self._archived_message(session_id, key, message_id, stored.get("created_at"), created_at)
+        while True:
+            document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
+            if document is not None:
+                message: Document = document["agents"][key]["messages"][0]
+                return message
+            stored = await self._stored_agent(session_id, agent_id, wanted)
+            if not (archived := stored.get("archived")):
+                return None
+            since = stored.get("created_at")
+            found = await self._archived_message(session_id, key, message_id, since, created_at)
+            if found is not None or not await self._is_back(session_id, key, since, archived):
+                return found
 
     async def _bucket_at(self, session_id: str, key: str, since: Any, begin: int, end: int) -> list[Document]:
         """Return the messages from position `begin` to the end of the bucket that holds it, or to below `end`.

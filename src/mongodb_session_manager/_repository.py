@@ -11,6 +11,7 @@ from pymongo import ReturnDocument
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
+from ._archive import WrittenBackError
 from ._attachments import Attachments
 from ._beside import ARCHIVE, checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits, head_numbers
@@ -245,7 +246,10 @@ class AsyncMongoDBSessionRepository(
                     agent["ids"] += map(stored_id, agent["messages"])
                 if await self._adopt(session_id, agents, [key for key, agent in agents.items() if is_of_old(agent)]):
                     self._ensure_indexes()
-                    await self._restore_archived(session_id, agents)
+                    try:
+                        await self._restore_archived(session_id, agents)
+                    except WrittenBackError:
+                        continue
                     await self._restore_attachments(session_id, document)
                     return document
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was opened")
@@ -462,13 +466,20 @@ class AsyncMongoDBSessionRepository(
             "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
         }
         async with self._connection.operation():
-            stored = await self._stored_agent(session_id, agent_id, wanted)
-            archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
-            key = agent_key(agent_id)
-            older = []
-            if offset < archived:
-                which = (stored.get("created_at"), offset, archived)
-                older = (await self._archived(session_id, {key: which}))[key]
+            for _ in range(ROUNDS):
+                stored = await self._stored_agent(session_id, agent_id, wanted)
+                archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
+                key = agent_key(agent_id)
+                older = []
+                if offset < archived:
+                    which = (stored.get("created_at"), offset, archived)
+                    try:
+                        older = (await self._archived(session_id, {key: which}))[key]
+                    except WrittenBackError:
+                        continue
+                break
+            else:
+                raise DatabaseError(f"session {session_id!r} was written back again and again while it was read")
             messages = older + stored["messages"]
             await self._attachments.restore(session_id, {agent_id: messages})
         found = messages_from(messages, offset, session_id, agent_id)

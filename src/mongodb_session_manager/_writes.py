@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from ._archive import SessionArchive
+from ._archive import SessionArchive, WrittenBackError
 from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, Identity, StoredView, Update, compile_update, fold, in_parts, reconcile
@@ -249,7 +249,11 @@ class SessionWrites(SessionArchive):
                 continue
             stored = agents.get(agent_key(agent_id))
             newer = {} if stored is None else _known_messages(write, stored["messages"])
-            older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
+            try:
+                older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
+            except WrittenBackError:
+                remaining[agent_id] = write
+                continue
             try:
                 view = None if stored is None else StoredView(stored["next_message_id"], {**older, **newer})
                 rest = reconcile(write, view)
@@ -282,7 +286,11 @@ class SessionWrites(SessionArchive):
     async def _sought(
         self, session_id: str, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
     ) -> dict[int, Document]:
-        """Return those messages of a write that are archived, by id."""
+        """Return those messages of a write that are archived, by id.
+
+        Raises:
+            WrittenBackError: The session was written back meanwhile.
+        """
         if not stored.get("archived"):
             return {}
         ids = {*write.replaced, *write.recorded} - newer.keys()
@@ -298,6 +306,8 @@ class SessionWrites(SessionArchive):
                     message = await self._archived_message(session_id, key, message_id, since)
                 if message is not None:
                     found[message_id] = message
+                elif await self._is_back(session_id, key, since, stored["archived"]):
+                    raise WrittenBackError
         return found
 
     async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
