@@ -80,6 +80,7 @@ ORDER = [
     "_attachments",
     "_finding",
     "_writes",
+    "_write_back",
     "_copies",
     "_exports",
     "_imports",
@@ -274,7 +275,7 @@ def test_the_factory_has_each_method_twice() -> None:
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
     finding = {"list_sessions", "count_sessions", "session_exists", "delete_session"}
-    copying = {"export_session", "import_session", "fork_session"}
+    copying = {"export_session", "import_session", "fork_session", "write_back"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "check", "close"}
     assert blocking == finding | copying | others
     blocking -= {"create_storage"}  # which waits for nothing
@@ -289,7 +290,7 @@ def test_the_factory_has_each_method_twice() -> None:
 def test_a_factory_finds_copies_and_deletes_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
     finding = ("list_sessions", "count_sessions", "session_exists", "delete_session")
-    for name in (*finding, "export_session", "import_session", "fork_session"):
+    for name in (*finding, "export_session", "import_session", "fork_session", "write_back"):
         assert ours[name] == theirs[name]
 
 

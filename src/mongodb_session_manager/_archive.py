@@ -29,6 +29,7 @@ from ._buckets import (
     merge,
     numbers_of,
     outrun,
+    stale_buckets,
 )
 from ._changes import AgentWrite, Update
 from ._codec import stored_size
@@ -38,7 +39,7 @@ from ._driver_errors import DuplicateKeyError
 from ._ending import SessionEnding
 from ._expiry import SessionExpiry
 from ._sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
-from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError
+from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError, raise_alone
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,10 @@ _TRIES = 8
 """How often a move begins again because somebody else changed the head, before it is left to the next append."""
 
 _KNOWN_HEADS = 4096
+
+
+class WrittenBackError(Exception):
+    """Archived messages are in the session document again since that was read."""
 
 
 class SessionArchive(SessionExpiry, SessionEnding):
@@ -131,6 +136,10 @@ class SessionArchive(SessionExpiry, SessionEnding):
 
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
         """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as."""
+        if head.stale_below:
+            await self._remove_stale(session_id, key, head.since, head.stale_below)
+            head.certain = False
+            return False
         as_known = replace(head)  # what is stored meanwhile must not change the second statement
         expires_from = head.keeping.expires_from(now())
         begin = new_generation()
@@ -160,12 +169,25 @@ class SessionArchive(SessionExpiry, SessionEnding):
         return True
 
     async def _remove_orphan(self, session_id: str, key: str, head: Head, begin: int) -> None:
-        """Remove a bucket that was made after `begin` if its session was deleted meanwhile, even if it is back."""
-        document = await self._find(session_id, {f"agents.{key}.created_at": 1})
+        """Remove a bucket that was made after `begin` if its session was deleted or written back meanwhile.
+
+        A session that was deleted may be back.
+        """
+        document = await self._find(session_id, {f"agents.{key}.{name}": 1 for name in ("created_at", "archived")})
         agent = ((document or {}).get("agents") or {}).get(key)
+        if agent is not None and agent.get("created_at") == head.since and (agent.get("archived") or 0) < head.archived:
+            bucket = {"_id": bucket_id(session_id, key, head.since, head.archived)}
+            await self._remove_some(ARCHIVE, {**bucket, "revision": {"$lte": head.revision}})
         if agent is None or agent.get("created_at") != head.since:
             orphan = {"_id": bucket_id(session_id, key, head.since, head.archived)}
             await self._remove_some(ARCHIVE, {**orphan, "generation": {"$not": {"$gt": begin}}})
+
+    async def _remove_stale(self, session_id: str, key: str, since: Any, below: int) -> None:
+        """Remove the buckets that a write-back has left behind, and then let messages move again."""
+        await self._remove_some(ARCHIVE, stale_buckets(session_id, key, since, below))
+        path = f"agents.{key}"
+        condition = {"_id": session_id, f"{path}.created_at": since, f"{path}.stale_below": below}
+        await self._update(Update(condition, {"$unset": {f"{path}.stale_below": ""}}, None))
 
     async def _ask_head(self, session_id: str, key: str, head: Head) -> bool:
         """Read the numbers of a head; return `False` if it is gone."""
@@ -246,9 +268,14 @@ class SessionArchive(SessionExpiry, SessionEnding):
 
         Raises:
             DatabaseError: A message is missing.
+            WrittenBackError: The session was written back meanwhile.
         """
         found = await self._buckets(session_id, wanted)
-        return {key: _joined(session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()}
+        try:
+            return {key: _joined(session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()}
+        except DatabaseError:
+            await self._raise_if_written_back(session_id, wanted)
+            raise
 
     async def _buckets(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return the buckets that hold archived messages, oldest first, from one query; `wanted` as for `_archived`."""
@@ -262,6 +289,18 @@ class SessionArchive(SessionExpiry, SessionEnding):
         await self._send(read, self._archive_name)
         return {key: [buckets[first] for first in sorted(buckets)] for key, buckets in found.items()}
 
+    async def _raise_if_written_back(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> None:
+        for key, (since, _, end) in wanted.items():
+            if await self._is_back(session_id, key, since, end):
+                raise_alone(WrittenBackError())
+
+    async def _is_back(self, session_id: str, key: str, since: Any, archived: int) -> bool:
+        """Return whether messages below a position are in the session document again; `False` without the agent."""
+        path = f"agents.{key}"
+        lower = {f"{path}.created_at": since, f"{path}.archived": {"$not": {"$gte": archived}}}
+        condition = {"_id": session_id, path: {"$exists": True}, **lower}
+        return await self._send(lambda collection: collection.find_one(condition, {"_id": 1})) is not None
+
     async def _stored_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
     ) -> Document | None:
@@ -271,17 +310,21 @@ class SessionArchive(SessionExpiry, SessionEnding):
         """
         key = agent_key(agent_id)
         path = f"agents.{key}.messages"
+        wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
         meant = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
         condition = {"_id": session_id, path: {"$elemMatch": meant}}
-        document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
-        if document is not None:
-            message: Document = document["agents"][key]["messages"][0]
-            return message
-        wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
-        stored = await self._stored_agent(session_id, agent_id, wanted)
-        if not stored.get("archived"):
-            return None
-        return await self._archived_message(session_id, key, message_id, stored.get("created_at"), created_at)
+        while True:
+            document = await self._send(lambda collection: collection.find_one(condition, {f"{path}.$": 1}))
+            if document is not None:
+                message: Document = document["agents"][key]["messages"][0]
+                return message
+            stored = await self._stored_agent(session_id, agent_id, wanted)
+            if not (archived := stored.get("archived")):
+                return None
+            since = stored.get("created_at")
+            found = await self._archived_message(session_id, key, message_id, since, created_at)
+            if found is not None or not await self._is_back(session_id, key, since, archived):
+                return found
 
     async def _bucket_at(self, session_id: str, key: str, since: Any, begin: int, end: int) -> list[Document]:
         """Return the messages from position `begin` to the end of the bucket that holds it, or to below `end`.

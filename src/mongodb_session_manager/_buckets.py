@@ -13,7 +13,7 @@ The session document keeps an agent's newest messages, its head. Older ones are 
 `since` keeps the agent apart from one of a session of the same id that somebody has deleted. A position counts the
 messages of an agent from 0; unlike an id it says where a message is, whatever a version before 1.0 has stored. In the
 agent's sub-document, `archived` is the position of the head's first message and `revision` grows with every change of
-a message in the head, but not with an append.
+a message in the head, but not with an append. `archive_revision` grows after every change of a message in a bucket.
 
 A move takes two statements and brings no message to the client. `merge` copies the oldest messages into the bucket
 that begins at `archived`; `cut` takes them out of the head and adds their number to `archived`. Both match the same
@@ -21,6 +21,10 @@ that begins at `archived`; `cut` takes them out of the head and adds their numbe
 bucket that begins at `archived` or later is the left-over of a move that did not come to its end: nobody reads it, and
 the next move replaces it. `merge` refuses to replace a bucket of a higher revision, or an unlike one of the same, so
 that a statement that was stuck on its way cannot undo what happened since; `outrun` is the answer to that.
+
+A write-back is the only statement that lowers `archived`, to 0; see `_write_back`. It leaves the agent's buckets behind
+and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No message moves
+while the field is there. Removing the buckets of a lower revision, and then the field, ends the write-back.
 """
 
 from __future__ import annotations
@@ -64,6 +68,7 @@ class Head:
         is_numbered: Whether the ids of the messages increase; others are only moved where there is no room.
         moving: A future that is done when the bucket that is being moved is.
         keeping: How long the session's buckets are kept.
+        stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
     """
 
     since: Any = None
@@ -78,6 +83,7 @@ class Head:
     is_numbered: bool = True
     moving: Any = None
     keeping: Keeping = FOREVER
+    stale_below: int = 0
 
     @property
     def count(self) -> int:
@@ -98,6 +104,7 @@ class Head:
         self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
         self.keeping = Keeping.of(numbers.get("session") or {})
         self.is_numbered = "ids" not in numbers or is_numbered(numbers)
+        self.stale_below = int(numbers.get("stale_below") or 0)
         self.learned = self.certain = True
 
 
@@ -171,6 +178,7 @@ def head_numbers(path: str) -> Document:
         "count": {"$size": messages},
         "bytes": {"$bsonSize": {"m": messages}},
         "removed": stored_removed(path),
+        "stale_below": number_at(f"{path}.stale_below"),
         "session": KEEPING,
     }
 
@@ -202,6 +210,7 @@ def _unchanged(session_id: str, key: str, head: Head) -> Document:
         **(_increasing_ids(f"$agents.{key}.messages") if head.is_numbered else {}),
         f"agents.{key}.messages.0": {"$exists": True},
         f"agents.{key}.created_at": head.since,
+        f"agents.{key}.stale_below": None,
         **{f"agents.{key}.{name}": value or {"$not": {"$gt": 0}} for name, value in numbers.items()},
     }
 
@@ -313,6 +322,12 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
 def bucket_id(session_id: str, key: str, since: Any, first: int) -> Document:
     """Return the `_id` of a bucket. Ids of one agent are in the order of its messages."""
     return {"session_id": session_id, "agent": key, "since": since, "first": first}
+
+
+def stale_buckets(session_id: str, key: str, since: Any, below: int) -> Document:
+    """Return the filter for the buckets that a write-back has left behind; it never matches a later bucket."""
+    first, last = (bucket_id(session_id, key, since, position) for position in (0, _ALL))
+    return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
 
 
 def holding_positions(session_id: str, key: str, since: Any, begin: int, end: int) -> Document:

@@ -92,6 +92,8 @@ class StoredAgent(TypedDict):
     next_message_id: int
     archived: NotRequired[int]
     revision: NotRequired[int]
+    archive_revision: NotRequired[int]
+    stale_below: NotRequired[int]
     config_set: NotRequired[list[str]]
     usage: NotRequired[Document]
     messages: list[StoredMessage]

@@ -271,6 +271,14 @@ class MongoDBSessionManagerFactory:
         """Delete a session with all that belongs to it; see `MongoDBSessionRepository.delete_session`."""
         return await self._connection.portal.run(self._repository.delete_session, session_id, **kwargs)
 
+    def write_back(self, session_id: str) -> None:
+        """Write a session back into one document; see `MongoDBSessionRepository.write_back`."""
+        self._connection.portal.call(self._repository.write_back, session_id)
+
+    async def write_back_async(self, session_id: str) -> None:
+        """Write a session back into one document; see `MongoDBSessionRepository.write_back`."""
+        await self._connection.portal.run(self._repository.write_back, session_id)
+
     def get_connection_stats(self) -> ConnectionStats:
         """Ask the server for its version and return it with the state of the pool."""
         return self._connection.portal.call(connection_stats, self._connection)

@@ -11,7 +11,7 @@ from pymongo import ReturnDocument
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
-from ._archive import present
+from ._archive import WrittenBackError, present
 from ._attachments import Attachments
 from ._beside import ARCHIVE, checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits, head_numbers
@@ -63,6 +63,7 @@ from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
 from ._multi_agent_states import MultiAgentStates
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
+from ._write_back import SessionWriteBack
 from ._writes import ROUNDS
 from .errors import (
     DatabaseError,
@@ -123,7 +124,9 @@ _RESTORE: Document = {
 }
 
 
-class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, SessionFinding, SessionCopying):
+class AsyncMongoDBSessionRepository(
+    SessionAnnotations, MultiAgentStates, SessionFinding, SessionCopying, SessionWriteBack
+):
     """Sessions in a MongoDB collection, one document each.
 
     Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
@@ -243,7 +246,10 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
                     agent["ids"] += map(stored_id, agent["messages"])
                 if await self._adopt(session_id, agents, [key for key, agent in agents.items() if is_of_old(agent)]):
                     self._ensure_indexes()
-                    await self._restore_archived(session_id, agents)
+                    try:
+                        await self._restore_archived(session_id, agents)
+                    except WrittenBackError:
+                        continue
                     await self._restore_attachments(session_id, document)
                     return document
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was opened")
@@ -266,6 +272,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             _, begin, end = wanted[key]
             messages = present(buckets, begin, end)
             if missing := end - begin - len(messages):
+                await self._raise_if_written_back(session_id, wanted)
                 logger.warning(
                     "session_id=<%r>, agent=<%r>, missing=<%d> | restoring an agent without messages that are missing "
                     "in the archive",
@@ -471,13 +478,20 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
             "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
         }
         async with self._connection.operation():
-            stored = await self._stored_agent(session_id, agent_id, wanted)
-            archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
-            key = agent_key(agent_id)
-            older = []
-            if offset < archived:
-                which = (stored.get("created_at"), offset, archived)
-                older = (await self._archived(session_id, {key: which}))[key]
+            for _ in range(ROUNDS):
+                stored = await self._stored_agent(session_id, agent_id, wanted)
+                archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
+                key = agent_key(agent_id)
+                older = []
+                if offset < archived:
+                    which = (stored.get("created_at"), offset, archived)
+                    try:
+                        older = (await self._archived(session_id, {key: which}))[key]
+                    except WrittenBackError:
+                        continue
+                break
+            else:
+                raise DatabaseError(f"session {session_id!r} was written back again and again while it was read")
             messages = older + stored["messages"]
             await self._attachments.restore(session_id, {agent_id: messages})
         found = messages_from(messages, offset, session_id, agent_id)

@@ -553,3 +553,26 @@ class MongoDBSessionRepository(SessionRepository):
             AttachmentError: An attachment is missing.
         """
         self._portal.call(self._async.fork_session, session_id, new_id, at_message)
+
+    def write_back(self, session_id: str) -> None:
+        """Write the archived messages and the attachments of a session back into its document.
+
+        Versions 0.5 to 0.9 then restore the whole session. Call it when no process of this version writes to the
+        session any more: the next append that exceeds the limits moves old messages to the archive again, and the next
+        large attachment goes to GridFS.
+
+        The session is written back as a whole or not at all. Messages that are appended, replaced or redacted
+        meanwhile are kept. If the call is interrupted, another call removes left-over buckets and attachments. A
+        session that is written back already stays as it is.
+
+        Args:
+            session_id: The session.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+            SessionNotFoundError: The session does not exist.
+            StateTooLargeError: The document would exceed 16 MiB; the session stays as it is.
+            AttachmentError: An attachment is missing or damaged; the session stays as it is.
+            DatabaseError: An archived message is missing, or other writers changed the session again and again.
+        """
+        self._portal.call(self._async.write_back, session_id)

@@ -25,7 +25,9 @@ LEFT_BEHIND = frozenset(
 )
 """Fields of a session document that a copy has of its own, or not at all."""
 
-AGENT_LEFT_BEHIND = frozenset({"messages", "archived", "revision", "next_message_id"})
+AGENT_LEFT_BEHIND = frozenset(
+    {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"}
+)
 """Fields of an agent's sub-document that a copy has of its own."""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
-from ._archive import SessionArchive
+from ._archive import SessionArchive, WrittenBackError
 from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, Identity, StoredView, Update, compile_update, fold, in_parts, reconcile
@@ -115,6 +115,7 @@ class SessionWrites(SessionArchive):
         self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
     ) -> None:
         archived: dict[str, Changed] = {}
+        found_in: dict[str, InArchive] = {}
         for _ in range(ROUNDS):
             if not writes:
                 break
@@ -135,7 +136,7 @@ class SessionWrites(SessionArchive):
                     else:
                         await self._write_what_fits(session_id, write, refused, too_large)
                 break
-            writes = await self._remaining(session_id, writes, refused, archived)
+            writes = await self._remaining(session_id, writes, refused, archived, found_in)
         else:
             await self._raise_odd(session_id)
             raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
@@ -144,6 +145,19 @@ class SessionWrites(SessionArchive):
                 continue
             for (message_id, created_at), fields in archived[agent_id].items():
                 await self._change_archived(session_id, agent_key(agent_id), message_id, fields, created_at)
+            if agent_id in found_in and not await self._note_change(session_id, agent_id, found_in[agent_id]):
+                # Written back meanwhile, from buckets that did not hold the change yet; or deleted.
+                await self._write(session_id, {agent_id: found_in[agent_id].write}, refused)
+
+    async def _note_change(self, session_id: str, agent_id: str, found_in: InArchive) -> bool:
+        """Count that archived messages have changed, which a write-back matches; return `False` if it came first."""
+        path = f"agents.{agent_key(agent_id)}"
+        condition = {
+            "_id": session_id,
+            f"{path}.created_at": found_in.since,
+            f"{path}.archived": {"$gte": found_in.archived},
+        }
+        return await self._update(Update(condition, {"$inc": {f"{path}.archive_revision": 1}}, None))
 
     async def _write_what_fits(
         self,
@@ -181,10 +195,11 @@ class SessionWrites(SessionArchive):
         writes: Mapping[str, AgentWrite],
         refused: dict[str, MongoDBSessionError],
         archived: dict[str, Changed],
+        found_in: dict[str, InArchive],
     ) -> dict[str, AgentWrite]:
         """Compare writes that matched nothing with what is stored; return those to send, note those refused.
 
-        What has to change in the archive goes to `archived`.
+        What has to change in the archive goes to `archived`, and as a write of its own to `found_in`.
         """
         names = (
             "created_at",
@@ -235,7 +250,11 @@ class SessionWrites(SessionArchive):
                 continue
             stored = agents.get(agent_key(agent_id))
             newer = {} if stored is None else _known_messages(write, stored["messages"])
-            older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
+            try:
+                older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
+            except WrittenBackError:
+                remaining[agent_id] = write
+                continue
             try:
                 view = None if stored is None else StoredView(stored["next_message_id"], {**older, **newer})
                 rest = reconcile(write, view)
@@ -252,6 +271,9 @@ class SessionWrites(SessionArchive):
                 for message_id in rest.replaced.keys() & older.keys():
                     which = (message_id, older[message_id].get("created_at"))
                     changes.setdefault(which, {}).update(rest.replaced[message_id])
+                    if stored is not None:
+                        known = found_in.setdefault(agent_id, InArchive.of(write, stored))
+                        known.add(message_id, rest.replaced[message_id], _identity(write, message_id))
                 found = {n: newer[n] for n in rest.replaced if n not in older}
                 rest = replace(
                     rest,
@@ -265,7 +287,11 @@ class SessionWrites(SessionArchive):
     async def _sought(
         self, session_id: str, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
     ) -> dict[int, Document]:
-        """Return those messages of a write that are archived, by id."""
+        """Return those messages of a write that are archived, by id.
+
+        Raises:
+            WrittenBackError: The session was written back meanwhile.
+        """
         if not stored.get("archived"):
             return {}
         ids = {*write.replaced, *write.recorded} - newer.keys()
@@ -281,6 +307,8 @@ class SessionWrites(SessionArchive):
                     message = await self._archived_message(session_id, key, message_id, since)
                 if message is not None:
                     found[message_id] = message
+                elif await self._is_back(session_id, key, since, stored["archived"]):
+                    raise WrittenBackError
         return found
 
     async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
@@ -339,6 +367,32 @@ class SessionWrites(SessionArchive):
             return True
         stages: list[Document] = [{"$set": sets}, *([{"$unset": unsets}] if unsets else [])]
         return await self._update_with_room(session_id, Update(condition, stages, None))
+
+
+class InArchive(NamedTuple):
+    """A write of archived messages, and the archive that they were found in."""
+
+    since: Any
+    archived: int
+    write: AgentWrite
+
+    @classmethod
+    def of(cls, write: AgentWrite, stored: Mapping[str, Any]) -> Self:
+        """Return the part of a write that changes archived messages, still empty."""
+        part = AgentWrite(
+            write.agent_id,
+            by_id=write.by_id,
+            generation=write.generation,
+            expires_from=write.expires_from,
+            session_created_at=write.session_created_at,
+        )
+        return cls(stored.get("created_at"), int(stored["archived"]), part)
+
+    def add(self, message_id: int, fields: Document, identity: Identity | None) -> None:
+        """Add the new fields of a message."""
+        self.write.replaced.setdefault(message_id, {}).update(fields)
+        if identity is not None:
+            self.write.identities[message_id] = identity
 
 
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:

@@ -1,0 +1,704 @@
+"""A session is written back into one document, which the original restores, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import bson
+import pymongo
+import pytest
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from mongodb_session_manager import (
+    AsyncMongoDBSessionRepository,
+    AttachmentError,
+    DatabaseError,
+    InvalidArgumentError,
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionNotFoundError,
+    StateTooLargeError,
+)
+from mongodb_session_manager._changes import ReplaceMessage
+from proxy import Proxy, command
+from support import CommandLog, agent, eventually, texts
+from test_archive import (
+    MOMENT,
+    SECRET,
+    SMALL,
+    Driver,
+    Stored,
+    append,
+    archive_of,
+    begin,
+    everything,
+    expected,
+    head,
+    in_database,
+    redacted,
+    said,
+    settled,
+    told,
+)
+from test_archive_faults import Other, large
+from test_attachments import CHUNKS, FILES
+from test_rollback import as_1_0_0, picture, restored_by_the_original
+
+__all__ = ["large"]  # a fixture
+
+LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 100}
+WITH_PICTURES = (2, 17, 29)
+COMMANDS = ["find", "getMore", "update", "findAndModify", "delete", "aggregate"]
+
+
+def shown(message_id: int, size: int = 5000) -> SessionMessage:
+    message = said(message_id)
+    message.message["content"] = [{"text": f"text {message_id}"}, *picture(size + message_id)[1:]]
+    return message
+
+
+def fill(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    """Store two agents of 30 messages each, most of them in several buckets; some have attachments."""
+    begin(repository)
+    repository.create_agent("s", SessionAgent("an.other", {}, {}, {}, MOMENT, MOMENT))
+    for message_id in range(30):
+        message = shown(message_id) if message_id in WITH_PICTURES else said(message_id)
+        repository.create_message("s", "agent", message)
+        append(repository, message_id, agent_id="an.other")
+        settled(stored)
+        settled(stored, agent_id="an.other")
+    for message_id in (4, 28):
+        repository.update_message("s", "agent", redacted(message_id))
+    eventually(lambda: not repository._async._connection._tasks)
+    assert archive_of(stored).count_documents({}) >= 8
+
+
+WANTED = [*expected(4), "[redacted]", *expected(28, 5), "[redacted]", "text 29"]
+
+
+@pytest.fixture
+def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database, appname=database, **LIMITS) as repository:
+        yield repository
+
+
+@pytest.fixture
+def filled(repository: MongoDBSessionRepository, stored: Stored) -> MongoDBSessionRepository:
+    fill(repository, stored)
+    return repository
+
+
+def counts(stored: Stored) -> list[int]:
+    """How many buckets, files and chunks there are."""
+    return [stored.database[name].count_documents({}) for name in ("agent_sessions_archive", FILES, CHUNKS)]
+
+
+def assert_in_one_document(stored: Stored, wanted: list[str] = WANTED) -> None:
+    for agent_id, key, expected_texts in (("agent", "agent", wanted), ("an.other", "an%2Eother", expected(30))):
+        _, messages = restored_by_the_original(stored, key)
+        assert told(messages) == expected_texts
+        assert [message.message_id for message in messages] == list(range(len(messages)))
+        found = head(stored, agent_id)
+        assert found.keys() & {"archived", "archive_revision", "stale_below"} == set()
+    for message_id in WITH_PICTURES:
+        content = head(stored)["messages"][message_id]["message"]["content"]
+        assert content[1]["image"]["source"]["bytes"] == b"x" * (5000 + message_id)
+    assert counts(stored) == [0, 0, 0]
+
+
+# What is stored afterwards.
+
+
+def test_the_original_restores_a_long_session_that_was_written_back(
+    filled: MongoDBSessionRepository, stored: Stored, driver: Driver, database: str
+) -> None:
+    before = stored.find_one({"_id": "s"})
+    filled.write_back("s")
+    assert_in_one_document(stored)
+    assert not in_database(driver, database)
+    after = stored.find_one({"_id": "s"})
+    for document in (before, after):
+        del document["attachments_generation"]
+        for stored_agent in document["agents"].values():
+            for name in ("messages", "archived", "revision", "archive_revision"):
+                stored_agent.pop(name, None)
+    assert after == before
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["factory", "factory, async"])
+def test_a_factory_writes_a_session_back(
+    factory: MongoDBSessionManagerFactory, stored: Stored, server: str, database: str, is_async: bool
+) -> None:
+    with factory.create_session_manager("s", **LIMITS) as manager:
+        live = agent(manager, *["answer"] * 10)
+        live(picture())
+        for n in range(9):
+            live(f"question {n}")
+    assert head(stored)["archived"] > 0
+    if is_async:
+        assert asyncio.run(factory.write_back_async("s")) is None  # type: ignore[func-returns-value]
+    else:
+        assert factory.write_back("s") is None  # type: ignore[func-returns-value]
+    _, messages = restored_by_the_original(stored)
+    assert len(messages) == 20
+    assert counts(stored) == [0, 0, 0]
+    with factory.create_session_manager("s") as manager:
+        assert len(agent(manager).messages) == 20
+
+
+@pytest.mark.anyio
+async def test_an_asynchronous_repository_writes_a_session_back(
+    filled: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    async with AsyncMongoDBSessionRepository(server, database) as repository:
+        await repository.write_back("s")
+    assert_in_one_document(stored)
+
+
+def test_writing_back_again_changes_nothing(filled: MongoDBSessionRepository, stored: Stored) -> None:
+    filled.write_back("s")
+    before = stored.find_one({"_id": "s"})
+    filled.write_back("s")
+    assert stored.find_one({"_id": "s"}) == before
+
+
+def test_a_short_session_stays_as_it_is_and_costs_two_reads(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
+) -> None:
+    with factory.create_session_manager("s") as manager:
+        agent(manager, "answer")("question")
+    before = stored.find_one({"_id": "s"})
+    commands.clear()
+    factory.write_back("s")
+    assert commands.names == ["find", "find"]
+    assert stored.find_one({"_id": "s"}) == before
+
+
+def test_what_1_0_0_has_stored_in_other_places_moves(
+    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    with factory.create_session_manager("s", **SMALL) as manager:
+        live = agent(manager, *["answer"] * 8)
+        for n in range(8):
+            live(f"question {n}")
+        manager.update_agent_config("agent", model="better")
+        usage, config = manager.get_usage(), manager.get_agent_config("agent")
+    settled(stored)
+    as_1_0_0(stored)
+    for bucket in archive_of(stored).find():
+        for message in bucket["messages"]:
+            if own := message.get("event_loop_metrics", {}).pop("message_usage", None):
+                message["usage"] = own
+        archive_of(stored).replace_one({"_id": bucket["_id"]}, bucket)
+    repository.write_back("s")
+    _, messages = restored_by_the_original(stored)
+    assert len(messages) == 16
+    answers = head(stored)["messages"][1::2]
+    assert all(answer["event_loop_metrics"]["message_usage"]["totalTokens"] > 0 for answer in answers)
+    assert repository.get_usage("s") == usage
+    assert repository.get_agent_config("s", "agent") == config
+    repository.fork_session("s", "fork", 3)
+    assert repository.get_usage("fork")["total"]["invocations"] == 2
+
+
+def test_this_version_goes_on_and_archives_again(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    filled.write_back("s")
+    append(filled, 30)
+    settled(stored)
+    assert everything(stored) == told(filled.list_messages("s", "agent")) == [*WANTED, "text 30"]
+    for message_id in range(31, 50):
+        append(filled, message_id)
+        settled(stored)
+    filled.update_message("s", "agent", said(7, "changed"))
+    wanted = [*WANTED[:7], "changed", *WANTED[8:], *expected(50, 30)]
+    with MongoDBSessionRepository(server, database) as other:
+        assert everything(stored) == told(other.list_messages("s", "agent")) == wanted
+        other.write_back("s")
+        assert everything(stored) == told(other.list_messages("s", "agent")) == wanted
+    assert counts(stored) == [0, 0, 0]
+
+
+def test_a_session_that_expires_still_does(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionRepository(server, database, session_ttl=timedelta(days=1), **LIMITS) as repository:
+        fill(repository, stored)
+        updated_at = stored.find_one({"_id": "s"})["updated_at"]
+        repository.write_back("s")
+        assert_in_one_document(stored)
+        assert stored.find_one({"_id": "s"})["updated_at"] == updated_at
+        append(repository, *range(30, 40))
+        settled(stored)
+        assert all("expires_from" in bucket for bucket in archive_of(stored).find())
+
+
+# What cannot be written back.
+
+
+def test_a_session_that_does_not_exist(repository: MongoDBSessionRepository) -> None:
+    with pytest.raises(SessionNotFoundError, match="'s'"):
+        repository.write_back("s")
+    with pytest.raises(InvalidArgumentError):
+        repository.write_back({"$ne": ""})  # type: ignore[arg-type]
+
+
+def everything_stored(stored: Stored) -> list[Any]:
+    names = ("agent_sessions", "agent_sessions_archive", FILES, CHUNKS)
+    return [list(stored.database[name].find(sort=[("_id", 1)])) for name in names]
+
+
+def restore_all(stored: Stored, found: list[Any]) -> None:
+    names = ("agent_sessions", "agent_sessions_archive", FILES, CHUNKS)
+    for name, documents in zip(names, found, strict=True):
+        stored.database[name].delete_many({})
+        stored.database[name].insert_many(documents)
+
+
+@pytest.mark.parametrize("what", ["messages", "attachments"])
+def test_a_session_that_does_not_fit_is_refused_and_stays(
+    filled: MongoDBSessionRepository, stored: Stored, what: str
+) -> None:
+    for message_id in range(30, 34):
+        if what == "messages":
+            filled.create_message("s", "agent", said(message_id, f"{message_id}" + "x" * 5_000_000))
+        else:
+            filled.create_message("s", "agent", shown(message_id, 5_000_000))
+    eventually(lambda: not filled._async._connection._tasks)
+    before = everything_stored(stored)
+    with pytest.raises(StateTooLargeError, match=r"'s'.* would take 200\d{5} bytes.* 16777216"):
+        filled.write_back("s")
+    assert everything_stored(stored) == before
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_the_size_is_known_to_the_byte(filled: MongoDBSessionRepository, stored: Stored, beyond: int) -> None:
+    filled.create_message("s", "agent", shown(30, 4_000_000))
+    eventually(lambda: not filled._async._connection._tasks)
+    document = stored.find_one({"_id": "s"})
+    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * 13_000_000}})
+    with pytest.raises(StateTooLargeError) as refused:
+        filled.write_back("s")
+    size = int(str(refused.value).partition("would take ")[2].partition(" ")[0])
+    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * (13_000_000 - size + 16 * 1024 * 1024 + beyond)}})
+    if beyond:
+        with pytest.raises(StateTooLargeError, match="16777217"):
+            filled.write_back("s")
+        assert head(stored)["archived"] == document["agents"]["agent"]["archived"]
+    else:
+        filled.write_back("s")
+        assert counts(stored) == [0, 0, 0]
+
+
+def test_a_missing_bucket_or_attachment_is_an_error_and_changes_nothing(
+    filled: MongoDBSessionRepository, stored: Stored
+) -> None:
+    lost = stored.database[CHUNKS].find_one_and_delete({})
+    before = everything_stored(stored)
+    with pytest.raises(AttachmentError):
+        filled.write_back("s")
+    assert everything_stored(stored) == before
+    stored.database[CHUNKS].insert_one(lost)
+    archive_of(stored).delete_one({"_id.agent": "agent", "_id.first": {"$gt": 5}})
+    before = everything_stored(stored)
+    with pytest.raises(DatabaseError, match="missing in its archive"):
+        filled.write_back("s")
+    assert everything_stored(stored) == before
+
+
+# Crashes and lost replies.
+
+
+@contextmanager
+def stopped_after(uri: str, appname: str, done: int) -> Iterator[None]:
+    """Have the server refuse all commands of a client but the first ones, as if its process ended there."""
+    data = {"failCommands": COMMANDS, "appName": appname, "errorCode": 8000}
+    with pymongo.MongoClient(uri) as client:
+        client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": done}, "data": data})
+        try:
+            yield
+        finally:
+            client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["called again", "used again"])
+def test_a_call_that_stops_anywhere_leaves_a_whole_session(embedded: str, database: str, goes_on: bool) -> None:
+    with (
+        pymongo.MongoClient[dict[str, Any]](embedded, tz_aware=True) as client,
+        MongoDBSessionRepository(embedded, database, **LIMITS) as first,
+    ):
+        stored = client[database]["agent_sessions"]
+        fill(first, stored)
+        before = everything_stored(stored)
+        for done in range(40):
+            restore_all(stored, before)
+            with (
+                MongoDBSessionRepository(embedded, database, appname=database, **LIMITS) as stopping,
+                stopped_after(embedded, database, done),
+            ):
+                is_done = False
+                with contextlib.suppress(MongoDBSessionError):
+                    stopping.write_back("s")
+                    is_done = True
+            with MongoDBSessionRepository(embedded, database, **LIMITS) as other:
+                assert told(other.list_messages("s", "agent")) == everything(stored) == WANTED
+                assert told(other.list_messages("s", "an.other")) == expected(30)
+                wanted = WANTED
+                if goes_on:
+                    wanted = go_on(other, stored)
+                other.write_back("s")
+            assert_in_one_document(stored, wanted)
+            if is_done:
+                break
+        assert is_done
+        assert done >= 8
+        client.drop_database(database)
+
+
+def go_on(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
+    """Move messages in other steps than before, and compare all that is read; return what is stored then."""
+    for message_id in range(30, 50):
+        append(repository, message_id)
+        settled(stored)
+    repository.update_message("s", "agent", said(7, "changed"))
+    wanted = [*WANTED[:7], "changed", *WANTED[8:], *expected(50, 30)]
+    for offset in range(0, 50, 7):
+        assert told(repository.list_messages("s", "agent", offset=offset)) == wanted[offset:]
+    assert everything(stored) == wanted
+    return wanted
+
+
+@pytest.mark.parametrize("where", ["server", "standalone"])
+@pytest.mark.parametrize("lost", ["find", "update", "delete", "findAndModify"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_command_that_is_lost_or_whose_reply_is_lost_is_done_once(
+    request: pytest.FixtureRequest, database: str, lost: str, where: str, when: str
+) -> None:
+    uri = request.getfixturevalue(where)
+    with (
+        pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client,
+        Proxy(uri) as proxy,
+        MongoDBSessionRepository(proxy.uri, database, **LIMITS) as repository,
+    ):
+        stored = client[database]["agent_sessions"]
+        fill(repository, stored)
+        drop = proxy.drop_before_request if when == "before" else proxy.drop_after_request
+        drop(command(lost), 2)
+        repository.write_back("s")
+        assert proxy.dropped == 2
+        assert_in_one_document(stored)
+        client.drop_database(database)
+
+
+# Other writers.
+
+
+class Overtaken(AsyncMongoDBSessionRepository):
+    """Finds that somebody else has written between its reads and its update."""
+
+    rounds = 1
+
+    async def _gather(self, *args: Any) -> int:
+        size = await super()._gather(*args)
+        if self.rounds:
+            self.rounds -= 1
+            await asyncio.to_thread(self.other)
+        return size
+
+    def other(self) -> None:
+        raise NotImplementedError
+
+
+def overtaken_by(server: str, database: str, other: Any, rounds: int = 1) -> Overtaken:
+    repository = Overtaken(server, database)
+    repository.rounds = rounds
+    repository.other = other  # type: ignore[method-assign]
+    return repository
+
+
+@pytest.mark.parametrize("message_id", [7, 27], ids=["archived", "in the document"])
+def test_a_redaction_meanwhile_is_kept(
+    filled: MongoDBSessionRepository, stored: Stored, driver: Driver, server: str, database: str, message_id: int
+) -> None:
+    filled.update_message("s", "agent", said(message_id, SECRET))
+
+    async def write_back() -> None:
+        async with overtaken_by(
+            server, database, lambda: filled.update_message("s", "agent", redacted(message_id))
+        ) as r:
+            await r.write_back("s")
+
+    asyncio.run(write_back())
+    wanted = [*WANTED[:message_id], "[redacted]", *WANTED[message_id + 1 :]]
+    assert_in_one_document(stored, wanted)
+    assert not in_database(driver, database)
+
+
+def test_an_append_with_an_attachment_meanwhile_is_written_back_too(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    async def write_back() -> None:
+        async with overtaken_by(server, database, lambda: quiet.create_message("s", "agent", shown(30))) as r:
+            await r.write_back("s")
+
+    with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=100) as quiet:
+        asyncio.run(write_back())
+    assert_in_one_document(stored, [*WANTED, "text 30"])
+
+
+def test_a_move_meanwhile_is_written_back_too(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    def move() -> None:
+        other = Other(stored, 4)
+        other.merge()
+        assert other.cut()
+
+    async def write_back() -> None:
+        async with overtaken_by(server, database, move) as r:
+            await r.write_back("s")
+
+    asyncio.run(write_back())
+    assert_in_one_document(stored)
+
+
+def test_a_move_that_is_overtaken_moves_nothing(filled: MongoDBSessionRepository, stored: Stored) -> None:
+    other = Other(stored, 4)
+    other.merge()
+    filled.write_back("s")
+    assert not other.cut()
+    assert_in_one_document(stored)
+
+
+def test_a_copy_that_arrives_after_its_session_was_written_back_is_removed(
+    filled: MongoDBSessionRepository, stored: Stored
+) -> None:
+    other = Other(stored, 4)
+    other.merge()
+    late = archive_of(stored).find_one({"_id.agent": "agent", "_id.first": other.head.archived})
+    filled.write_back("s")
+    archive_of(stored).insert_one(late)
+    assert not other.cut()
+    filled._portal.call(filled._async._remove_orphan, "s", "agent", other.head, 0)
+    assert_in_one_document(stored)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("read", ["open_session", "list_messages", "read_message", "update_message"])
+async def test_what_reads_the_archive_meanwhile_finds_every_message(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str, read: str
+) -> None:
+    class Reading(AsyncMongoDBSessionRepository):
+        rounds = 1
+
+        async def _overtaken(self) -> None:
+            if self.rounds:
+                self.rounds -= 1
+                await asyncio.to_thread(filled.write_back, "s")
+
+        async def _archived(self, *args: Any) -> Any:
+            await self._overtaken()
+            return await super()._archived(*args)
+
+        async def _archived_message(self, *args: Any) -> Any:
+            await self._overtaken()
+            return await super()._archived_message(*args)
+
+    wanted = WANTED
+    async with Reading(server, database) as repository:
+        if read == "open_session":
+            document = await repository.open_session("s")
+            assert texts(document["agents"]["agent"]["messages"]) == wanted
+        elif read == "list_messages":
+            assert told(await repository.list_messages("s", "agent")) == wanted
+        elif read == "read_message":
+            message = await repository.read_message("s", "agent", 7)
+            assert message is not None
+            assert told([message]) == ["text 7"]
+        else:
+            await repository.update_message("s", "agent", redacted(7))
+            wanted = [*wanted[:7], "[redacted]", *wanted[8:]]
+        assert repository.rounds == 0
+    await asyncio.to_thread(assert_in_one_document, stored, wanted)
+
+
+def test_two_calls_at_once(filled: MongoDBSessionRepository, stored: Stored, server: str, database: str) -> None:
+    async def write_back() -> None:
+        async with overtaken_by(server, database, lambda: filled.write_back("s")) as r:
+            await r.write_back("s")
+
+    asyncio.run(write_back())
+    assert_in_one_document(stored)
+
+
+def test_the_other_call_has_removed_the_buckets(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    class Late(Overtaken):
+        async def _gather(self, *args: Any) -> int:
+            if self.rounds:
+                self.rounds -= 1
+                await asyncio.to_thread(filled.write_back, "s")
+            return await AsyncMongoDBSessionRepository._gather(self, *args)
+
+    async def write_back() -> None:
+        async with Late(server, database) as r:
+            await r.write_back("s")
+
+    asyncio.run(write_back())
+    assert_in_one_document(stored)
+
+
+def test_a_session_that_is_deleted_meanwhile_stays_deleted(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    async def write_back() -> None:
+        async with overtaken_by(server, database, lambda: filled.delete_session("s")) as r:
+            await r.write_back("s")
+
+    with pytest.raises(SessionNotFoundError):
+        asyncio.run(write_back())
+    assert everything_stored(stored) == [[], [], [], []]
+
+
+def test_a_session_that_always_changes_is_an_error(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    async def write_back() -> None:
+        change = lambda: filled.update_message("s", "agent", said(28, "text 28"))  # noqa: E731
+        async with overtaken_by(server, database, change, rounds=100) as r:
+            await r.write_back("s")
+
+    with pytest.raises(DatabaseError, match="again and again"):
+        asyncio.run(write_back())
+    assert everything(stored) == [*WANTED[:28], "text 28", "text 29"]
+
+
+class Slow(AsyncMongoDBSessionRepository):
+    """Is overtaken between the change of an archived message and what follows."""
+
+    async def _note_change(self, *args: Any) -> bool:
+        self.overtaking, overtaking = None, self.overtaking
+        if overtaking is not None:
+            await asyncio.to_thread(overtaking)
+        return await super()._note_change(*args)
+
+    overtaking: Any = None
+
+
+@pytest.mark.parametrize("fields", ["message", "metrics"])
+def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str, fields: str
+) -> None:
+    """The change reaches the bucket after it was read, and counts only after the update."""
+    read, changed = threading.Event(), threading.Event()
+
+    def between_read_and_update() -> None:
+        read.set()
+        assert changed.wait(30)
+
+    async def write_back() -> None:
+        async with overtaken_by(server, database, between_read_and_update) as r:
+            await r.write_back("s")
+
+    async def change() -> dict[str, Any]:
+        async with Slow(server, database) as slow:
+
+            def overtaking() -> None:
+                changed.set()
+                writing.result(30)
+
+            slow.overtaking = overtaking
+            await asyncio.to_thread(read.wait, 30)
+            new: dict[str, Any] = {"event_loop_metrics": {"n": 1}, "updated_at": head(stored)["created_at"]}
+            if fields == "message":
+                new["message"] = said(7, "changed").message
+            return await slow.apply("s", [ReplaceMessage("agent", 7, new)])
+
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(lambda: asyncio.run(write_back()))
+        assert asyncio.run(change()) == {}
+    assert head(stored)["messages"][7]["event_loop_metrics"] == {"n": 1}
+    assert_in_one_document(stored, [*WANTED[:7], "changed", *WANTED[8:]] if fields == "message" else WANTED)
+
+
+def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
+    server: str, database: str, stored: Stored
+) -> None:
+    total = 150
+    with (
+        MongoDBSessionRepository(server, database, **SMALL) as writer,
+        MongoDBSessionRepository(server, database, max_embedded_messages=6) as changer,
+        MongoDBSessionRepository(server, database) as back,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        begin(writer)
+        append(writer, 0)
+        appended, done, backs = [1], threading.Event(), [0]
+        changed: dict[int, str] = {}
+
+        def change() -> None:
+            n = 0
+            while not done.is_set():
+                message_id = (n * 7) % appended[0]
+                changer.update_message("s", "agent", said(message_id, f"changed {n}"))
+                changed[message_id] = f"changed {n}"
+                n += 1
+
+        def write_back() -> None:
+            while not done.is_set():
+                with contextlib.suppress(DatabaseError):
+                    back.write_back("s")
+                    backs[0] += 1
+
+        work = [threads.submit(change), threads.submit(write_back)]
+        for message_id in range(1, total):
+            append(writer, message_id)
+            appended[0] = message_id + 1
+        done.set()
+        for future in work:
+            future.result()
+        assert backs[0] > 0
+        eventually(lambda: not (writer._async._connection._tasks or changer._async._connection._tasks))
+        wanted = [changed.get(n, f"text {n}") for n in range(total)]
+        assert told(back.list_messages("s", "agent")) == everything(stored) == wanted
+        back.write_back("s")
+        assert told(restored_by_the_original(stored)[1]) == wanted
+    assert counts(stored) == [0, 0, 0]
+
+
+def test_an_open_manager_goes_on_after_its_session_was_written_back(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    with factory.create_session_manager("s", **SMALL) as manager:
+        live = agent(manager, *["answer"] * 20)
+        for n in range(10):
+            live(f"question {n}")
+        factory.write_back("s")
+        assert "archived" not in head(stored)
+        for n in range(10, 20):
+            live(f"question {n}")
+        settled(stored)
+    assert everything(stored) == [text for n in range(20) for text in (f"question {n}", "answer")]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_document_that_is_nearly_full(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionRepository(server, database) as large:
+        large.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        large.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+        for message_id in range(15):
+            large.create_message("s", "agent", said(message_id, "x" * 1_000_000))
+        eventually(lambda: not large._async._connection._tasks)
+        assert head(stored)["archived"] > 10
+        large.write_back("s")
+    assert len(bson.encode(stored.find_one({"_id": "s"}))) > 15_000_000
+    assert [len(text) for text in texts([m.to_message() for m in restored_by_the_original(stored)[1]])] == [10**6] * 15
