@@ -502,6 +502,19 @@ def test_a_def_hook_may_leave_the_operation_to_a_thread_of_its_own(session: Sess
     assert session.get_metadata() == {"metadata": {"a": 1}}
 
 
+@pytest.mark.parametrize("other", [written_def, written_async_def])
+def test_a_def_hook_in_a_chain_may_leave_the_operation_to_a_thread_of_its_own(
+    session: Session, other: Callable[..., Hook]
+) -> None:
+    def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(original_func, *kwargs.values()).result(30)
+
+    session.open(metadata_hook=chain_hooks(hook, other(transparent), hook))
+    session.update_metadata({"a": 1})
+    assert session.get_metadata() == {"metadata": {"a": 1}}
+
+
 # Where a hook runs.
 
 

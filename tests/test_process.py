@@ -399,6 +399,30 @@ factory.ping()
         assert kind == "sync" or kept[-1] == "removed"
 
 
+WAITING_FOR_THE_MAIN_THREAD = {
+    "joins it": "threading.main_thread().join()",
+    "joins it by another name": "main.join()",
+    "asks for it": "while threading.main_thread().is_alive(): time.sleep(0.01)",
+}
+
+
+@pytest.mark.parametrize("way", WAITING_FOR_THE_MAIN_THREAD)
+def test_threads_that_wait_for_the_main_thread_do_not_keep_a_process_from_ending(
+    server: str, database: str, stored: Documents, way: str
+) -> None:
+    script = f"""
+main = threading.current_thread()
+def watch():
+    {WAITING_FOR_THE_MAIN_THREAD[way]}
+    say("seen")
+mine = agent(MongoDBSessionManager("s", uri, database))
+threading.Thread(target=watch).start()
+mine("one")
+"""
+    assert run(script, server, database, timeout=30).output == ["seen"]
+    assert conversation(stored, "s")[::2] == ["one"]
+
+
 def test_idle_executors_do_not_keep_a_process_from_ending(server: str, database: str) -> None:
     script = """
 import multiprocessing

@@ -109,6 +109,28 @@ def test_a_retry_with_the_same_list_after_the_model_failed(
     assert stored_texts(stored) == texts(live.messages) == ["again", "again", "one"]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("change", ["the same message", "another message"])
+def test_a_retry_with_a_longer_message_of_the_same_id_is_a_message_of_its_own(
+    factory: MongoDBSessionManagerFactory, stored: Stored, change: str, restart: bool
+) -> None:
+    prompt = question("why", "id-1")
+    manager = factory.create_session_manager("s")
+    live = agent(manager, OSError("the model is away"), "one")
+    with pytest.raises(Exception, match="the model is away"):
+        live(prompt)
+    if restart:
+        manager.close()
+        manager = factory.create_session_manager("s")
+        live = agent(manager, "one")
+    if change == "another message":
+        prompt = question("why", "id-1")
+    prompt[0]["content"].append({"text": " though"})
+    live(prompt)
+    manager.close()
+    assert stored_texts(stored) == ["why", "why though", "one"]
+
+
 async def test_a_constant_that_a_hook_resumes_with(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
     nudge = question("go on")
     turns = iter(range(3))

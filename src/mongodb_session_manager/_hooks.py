@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import anyio
-import anyio.from_thread
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
@@ -272,10 +271,12 @@ class _Chain:
         if place == len(self.hooks):
             return await _awaited(partial(original, **argument))
         hook = self.hooks[place]
+        loop = asyncio.get_running_loop()
 
         def following(*args: Any, **kwargs: Any) -> Any:
-            call = partial(self._run, place + 1, original, action, session_id, _argument(argument, args, kwargs))
-            return anyio.from_thread.run(call) if _original_waits(hook) else call()
+            awaited = self._run(place + 1, original, action, session_id, _argument(argument, args, kwargs))
+            # From any thread: a `def` hook may leave it to one of its own.
+            return asyncio.run_coroutine_threadsafe(awaited, loop).result() if _original_waits(hook) else awaited
 
         return await _run(hook, partial(hook, following, action, session_id, **argument))
 

@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from enum import IntEnum
 from functools import partial
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import EventLoopError, MongoDBSessionError, raise_alone
@@ -343,7 +344,7 @@ def _await_other_threads() -> None:
     """Wait for the threads that the interpreter waits for, as their sessions must stay open as long.
 
     It would do so itself, but only once executors take no more work, without which neither Motor nor a synchronous
-    agent can go on.
+    agent can go on. A thread that waits for the main thread would wait for ever, as would this.
     """
     idle = 0
     while idle < 2:  # a worker between two pieces of work looks idle
@@ -358,7 +359,23 @@ def _is_working(thread: threading.Thread) -> bool:
         return False  # ours, and those of process pools: they end after this
     frame = sys._current_frames().get(thread.ident or 0)
     # Executors end their workers after this, too: one that waits for work does not count.
-    return frame is not None and frame.f_code is not _IDLE
+    return frame is not None and frame.f_code is not _IDLE and not any(map(_waits_for_main_thread, _stack(frame)))
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _waits_for_main_thread(frame: FrameType) -> bool:
+    """Return whether a function waits for the end of the main thread, which comes only after `_finish`.
+
+    It joins the main thread, or it asks for it and whether it lives.
+    """
+    if frame.f_code is threading.Thread.join.__code__:
+        return frame.f_locals.get("self") is threading.main_thread()
+    return {"main_thread", "is_alive"} <= set(frame.f_code.co_names)
 
 
 def _close_everything() -> None:

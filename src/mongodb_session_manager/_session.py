@@ -155,6 +155,13 @@ def _is_final(message: Message) -> bool:
     return message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
 
 
+def _is_beside_its_like(message: Message, agent: LocalAgent) -> bool:
+    """Return whether the message before an agent's last one has its tracking id: it did not take its place."""
+    if len(agent.messages) < 2 or agent.messages[-1] is not message:
+        return False
+    return agent.messages[-2].get("tracking_id") == message.get("tracking_id")
+
+
 _RESTORED_IN = {
     "_validate_json_serializable": "agent_data.state",
     "initialize_internal_state": "agent_data._internal_state",
@@ -277,6 +284,8 @@ class SessionManagerBase(OrchestratorSessionManager):
         """
         self._check_initialized(agent)
         self._unit.raise_refusal(agent.agent_id)
+        if _is_beside_its_like(message, agent):
+            self._unit.end_message(agent.agent_id)
         super().append_message(message, agent, **kwargs)
         self._settle(agent.agent_id)
 
@@ -343,7 +352,9 @@ class SessionManagerBase(OrchestratorSessionManager):
 
     def _append_added(self, message: Message, agent: LocalAgent) -> None:
         """Append a message. Take it out of `agent.messages` if it cannot be stored, so that the agent can go on."""
-        is_continuation = self._unit.is_continuation(agent.agent_id, message)
+        is_continuation = not _is_beside_its_like(message, agent) and self._unit.is_continuation(
+            agent.agent_id, message
+        )
         try:
             self.append_message(message, agent)
         except (EncodingError, MessageTooLargeError):

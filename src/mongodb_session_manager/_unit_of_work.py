@@ -472,6 +472,10 @@ class UnitOfWork(SessionRepository):
         last = self._agent(agent_id).last
         return last is not None and last.is_start_of(message)
 
+    def end_message(self, agent_id: str) -> None:
+        """Take the next message of an agent for a new one, whatever it begins with."""
+        self._agent(agent_id).last = None
+
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
