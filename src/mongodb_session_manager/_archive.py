@@ -187,12 +187,12 @@ class SessionArchive(SessionExpiry, SessionEnding):
         return await self._with_room(session_id, lambda: self._update(update))
 
     async def _store_part(self, session_id: str, part: str, value: Any, send: Callable[[], Awaitable[T]]) -> T:
-        """Send what stores a part of a session that is not a message; make room where there is none.
+        """Send an update that stores a part of a session other than a message; make room for it if necessary.
 
         Args:
             session_id: The session.
-            part: What an error calls the part.
-            value: The part, encoded.
+            part: The name of the part in errors.
+            value: The encoded part.
             send: Sends the update.
 
         Raises:
@@ -203,7 +203,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
         raise await self._too_large(session_id, part, value)
 
     async def _too_large(self, session_id: str, part: str, value: Any) -> StateTooLargeError:
-        """Return the error for a part that was refused; ask the server what fills the document instead."""
+        """Return the error for a refused part; query the server for the sizes of the parts that are stored."""
         size = size_of(value)
         document = None
         if size < MAX_DOCUMENT_BYTES:
@@ -265,7 +265,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
     async def _stored_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message wherever it is, `None` if the agent holds none of that id.
+        """Return a message of the head or the archive, `None` if the agent has no message with that id.
 
         `created_at` is the message's, if it is known.
         """
