@@ -34,6 +34,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     MongoDBStorage,
     SessionConflictError,
+    StateTooLargeError,
     create_mongodb_session_manager_async,
     notify_later,
 )
@@ -200,6 +201,7 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
     """Where another error is being handled, ours is raised with `raise_alone`, or that one cannot hold content."""
     harmless = {"ImportError", "OSError", "SupervisorError", "CancelledError", "TimeoutError", "MongoDBSessionError"}
     harmless |= {name for name in dir(package) if name.endswith("Error")} | {"_RefusedError"}
+    harmless |= {"importlib", "metadata", "PackageNotFoundError"}
     raising = []
     for path, tree in SOURCES.items():
         for handler in ast.walk(tree):
@@ -212,7 +214,10 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
                 for node in ast.walk(statement)
                 if isinstance(node, ast.Raise) and node.exc is not None and caught - harmless
             ]
-    assert raising == ["_codec: raise RecursionError(str(error)) from error"]  # which the codec itself catches
+    assert raising == [  # which the codec itself catches
+        "_codec: raise _RefusedError(f'a {_type_name(value)} that cannot be read ({type(error).__name__})') from None",
+        "_codec: raise RecursionError(str(error)) from error",
+    ]
 
 
 def test_only_what_translates_the_drivers_errors_names_them() -> None:
@@ -223,7 +228,7 @@ def test_only_what_translates_the_drivers_errors_names_them() -> None:
         if (isinstance(node, ast.ImportFrom) and node.module == "pymongo.errors")
         or (isinstance(node, ast.ImportFrom) and node.module == "pymongo" and "errors" in [n.name for n in node.names])
     }
-    assert knowing == {"_driver_errors", "_connection", "_commands", "_blobs", "embedded"}
+    assert knowing == {"_driver_errors", "_connection", "_gate", "_commands", "_blobs", "embedded"}
 
 
 # What an error keeps.
@@ -239,12 +244,12 @@ def test_an_error_says_what_the_server_said(server: str, database: str) -> None:
             "aggregate": ("aggregate", lambda: repository.fork_session("s", "f")),
         }
         for command, (operation, call) in calls.items():
-            with fail_point(server, failCommands=[command], errorCode=13), pytest.raises(DatabaseError) as raised:
+            with fail_point(server, failCommands=[command], errorCode=96), pytest.raises(DatabaseError) as raised:
                 call()
             error = raised.value
-            assert (error.code, error.code_name, error.operation) == (13, "Unauthorized", operation), command
+            assert (error.code, error.code_name, error.operation) == (96, "OperationFailed", operation), command
             assert not error.outcome_unknown
-            assert str(error) == "MongoDB refused the command: Unauthorized (code 13)"
+            assert str(error) == "MongoDB refused the command: OperationFailed (code 96)"
 
 
 def test_an_error_of_arguments_has_no_code(factory: MongoDBSessionManagerFactory) -> None:
@@ -275,7 +280,7 @@ def test_a_refusal_that_is_raised_again_keeps_what_the_server_said(server: str, 
         errors = []
         with fail_point(server, failCommands=["update"], errorCode=17419, times=ALWAYS):
             for prompt in ("hi", "and"):
-                with pytest.raises(MessageTooLargeError) as raised:
+                with pytest.raises(StateTooLargeError) as raised:
                     live(prompt)
                 errors.append(raised.value)
     assert [(error.code, error.operation) for error in errors] == [(17419, "update_one")] * 2
@@ -400,13 +405,13 @@ def test_an_encoding_error_names_the_place(
     factory: MongoDBSessionManagerFactory, call: Callable[[MongoDBSessionManager], object], place: str
 ) -> None:
     manager = factory.create_session_manager("s")
-    with pytest.raises(EncodingError, match=re.escape(f", at {place}") + "$"):
+    with pytest.raises(EncodingError, match=re.escape(f", at {place}: convert it to a dict, ")):
         call(manager)
 
 
 def test_an_encoding_error_names_the_place_in_a_message(factory: MongoDBSessionManagerFactory) -> None:
     live = agent(factory.create_session_manager("s"), "hello")
-    with pytest.raises(EncodingError, match=re.escape("at message['content'][0]['text']") + "$"):
+    with pytest.raises(EncodingError, match=re.escape("at message['content'][0]['text']: ")):
         live([{"text": object()}])  # type: ignore[list-item, typeddict-item]
 
 
@@ -414,7 +419,7 @@ def test_an_encoding_error_names_the_place_in_the_state(server: str, database: s
     with MongoDBSessionRepository(server, database) as repository:
         repository.open_session("s")
         restored = SessionAgent("agent", state={"k": object()}, conversation_manager_state={})
-        with pytest.raises(EncodingError, match=re.escape("at state['k']") + "$"):
+        with pytest.raises(EncodingError, match=re.escape("at state['k']: ")):
             repository.create_agent("s", restored)
 
 

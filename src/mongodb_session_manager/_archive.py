@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -198,17 +197,23 @@ class SessionArchive(SessionExpiry, SessionEnding):
         Raises:
             StateTooLargeError: There is no room.
         """
-        with suppress(MessageTooLargeError):
+        try:
             return await self._with_room(session_id, send)
-        raise await self._too_large(session_id, part, value)
+        except MessageTooLargeError as error:
+            refusal = error
+        raise await self._too_large(session_id, part, value, refusal)
 
-    async def _too_large(self, session_id: str, part: str, value: Any) -> StateTooLargeError:
+    async def _too_large(
+        self, session_id: str, part: str, value: Any, refusal: MessageTooLargeError
+    ) -> StateTooLargeError:
         """Return the error for a refused part; query the server for the sizes of the parts that are stored."""
         size = size_of(value)
         document = None
         if size < MAX_DOCUMENT_BYTES:
             document = await self._send(lambda collection: collection.find_one({"_id": session_id}, PART_SIZES))
-        return too_large(session_id, part, size, document or {})
+        error = too_large(session_id, part, size, document or {})
+        error.code, error.code_name, error.operation = refusal.code, refusal.code_name, refusal.operation
+        return error
 
     async def _with_room(self, session_id: str, send: Callable[[], Awaitable[T]]) -> T:
         while True:

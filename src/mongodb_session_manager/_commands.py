@@ -28,6 +28,7 @@ from .errors import (
     InvalidArgumentError,
     MongoDBSessionError,
     SessionNotFoundError,
+    raise_alone,
 )
 
 logger = logging.getLogger(__name__)
@@ -323,7 +324,7 @@ def _checked_text(value: object, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(f"{name} must be text that UTF-8 can encode, got {reprlib.repr(value)}") from None
+        raise_alone(ConfigurationError(f"{name} must be text that UTF-8 can encode, got {reprlib.repr(value)}"))
     return value
 
 

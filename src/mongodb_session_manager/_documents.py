@@ -184,11 +184,11 @@ def to_date(value: object) -> datetime:
             raise InvalidArgumentError(f"a date must be an ISO 8601 string or a datetime, not {type(value).__name__}")
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except OverflowError:
-        raise InvalidArgumentError("a date must be within the years 1 to 9999 in UTC") from None
+        raise_alone(InvalidArgumentError("a date must be within the years 1 to 9999 in UTC"))
     except ValueError as error:
         if isinstance(error, InvalidArgumentError):
             raise
-        raise InvalidArgumentError("a date must be an ISO 8601 string or a datetime, not another text") from None
+        raise_alone(InvalidArgumentError("a date must be an ISO 8601 string or a datetime, not another text"))
     return _to_milliseconds(moment)
 
 

@@ -24,7 +24,7 @@ from enum import IntEnum
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from .errors import EventLoopError, MongoDBSessionError
+from .errors import EventLoopError, MongoDBSessionError, raise_alone
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Portal:
             self.loop.call_soon_threadsafe(self._begin, future, partial(function, *args, **kwargs))
         except RuntimeError:  # closed since
             future.cancel()
-            raise EventLoopError(_GONE) from None
+            raise_alone(EventLoopError(_GONE))
         return future
 
     def _begin(self, future: Future[T], work: Callable[[], Coroutine[Any, Any, T]]) -> None:

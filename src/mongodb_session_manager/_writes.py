@@ -158,7 +158,7 @@ class SessionWrites(SessionArchive):
             contents = write.contents()
             refused[agent_id] = too_large
             if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits, but other parts fill the document
-                full = await self._too_large(session_id, of_agent("a message", agent_id), contents)
+                full = await self._too_large(session_id, of_agent("a message", agent_id), contents, too_large)
                 full.pending = True
                 refused[agent_id] = full
             return
@@ -172,7 +172,8 @@ class SessionWrites(SessionArchive):
         if rest.states:
             await self._write(session_id, {agent_id: rest}, refused)
         if _are_messages_stored(refused.get(agent_id)):
-            refused[agent_id] = await self._too_large(session_id, of_agent(largest, agent_id), states[largest])
+            part = of_agent(largest, agent_id)
+            refused[agent_id] = await self._too_large(session_id, part, states[largest], too_large)
 
     async def _remaining(
         self,
