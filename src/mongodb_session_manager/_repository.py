@@ -40,6 +40,7 @@ from ._documents import (
     checked_message_id,
     entries_at,
     ids_left_out,
+    is_message_id,
     is_of_old,
     message_body,
     message_from,
@@ -66,6 +67,7 @@ from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, refe
 from ._writes import ROUNDS
 from .errors import (
     DatabaseError,
+    InvalidArgumentError,
     SessionExistsError,
     raise_alone,
 )
@@ -381,13 +383,17 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
 
         Raises:
+            InvalidArgumentError: The message's id is not an int >= 0 and < 2**31.
             SessionConflictError: The message's id does not follow that of the agent's last message.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
             StateTooLargeError: Other parts than messages fill the session's document.
         """
-        message = stored_message(session_message, checked_message_id(session_message.message_id))
+        message_id = checked_message_id(session_message.message_id)
+        if not is_message_id(message_id):  # the next opening would renumber the message
+            raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
+        message = stored_message(session_message, message_id)
         await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline), by_id=True))
 
     async def read_message(

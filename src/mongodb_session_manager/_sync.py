@@ -222,6 +222,7 @@ class MongoDBSessionRepository(SessionRepository):
         """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
 
         Raises:
+            InvalidArgumentError: The message's id is not an int >= 0 and < 2**31.
             SessionConflictError: The message's id does not follow that of the agent's last message.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
