@@ -9,9 +9,9 @@ The page is `chat.html` beside this file. The model is scripted and the MongoDB 
 data in the directory `chat-data`. --model and MONGODB_URI take a real model and a real server; see offline.py.
 
 An answer belongs to the server, not to the request that asked for it: who closes the tab finds it complete afterwards,
-and who loses the connection follows it from where it was. A message is accepted when it is stored. Without its database
-the page says so within seconds and keeps the text. There are no users here: who knows a session may read it, so put
-your own authentication before the routes.
+and who loses the connection follows it from where it was. A message is accepted when it is stored. If the database
+cannot be reached, the page says so within seconds and keeps the text. There are no users here: everyone who knows a
+session id can read the session, so put your own authentication before the routes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Turn:
         self.refusal: MongoDBSessionError | None = None
 
     def fail(self, error: Exception) -> None:
-        """Refuse the message if it is not stored yet, else let those who follow know that the answer failed."""
+        """Refuse the message if it is not stored yet, else tell the followers that the answer failed."""
         if isinstance(error, EventLoopException):
             error = error.original_exception
         if isinstance(error, MongoDBSessionError) and not self.accepted.is_set():
@@ -105,7 +105,7 @@ class Turn:
         self.end()
 
     def end(self) -> None:
-        """Let those who wait and those who follow know that nothing more happens."""
+        """Tell everyone who waits or follows that the turn has ended."""
         if not self.over:
             self.tell("done", {})
         self.accepted.set()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +18,7 @@ from pymongo.errors import PyMongoError
 from strands import Agent
 from strands.session import SessionManager
 
+from mongodb_session_manager import MongoDBSessionManagerFactory
 from scripted_model import ScriptedModel
 
 
@@ -96,3 +100,22 @@ def fail_point(uri: str, **data: Any) -> Iterator[None]:
             yield
         finally:
             client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+
+
+class Session:
+    """The session "s" through one of the managers, called as if it were synchronous."""
+
+    def __init__(self, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, is_async: bool) -> None:
+        self._factory, self._runner, self.is_async = factory, runner, is_async
+
+    def open(self, **options: Any) -> Session:
+        create = self._factory.create_session_manager_async if self.is_async else self._factory.create_session_manager
+        self.manager = self.run(create, "s", **options)
+        return self
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return self._runner.run(result) if inspect.iscoroutine(result) else result
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(self.run, getattr(self.manager, name))

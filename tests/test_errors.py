@@ -406,13 +406,13 @@ def test_an_encoding_error_names_the_place(
     factory: MongoDBSessionManagerFactory, call: Callable[[MongoDBSessionManager], object], place: str
 ) -> None:
     manager = factory.create_session_manager("s")
-    with pytest.raises(EncodingError, match=re.escape(f", at {place}") + "(: |$)"):
+    with pytest.raises(EncodingError, match=re.escape(f", at {place}: convert it to a dict, ")):
         call(manager)
 
 
 def test_an_encoding_error_names_the_place_in_a_message(factory: MongoDBSessionManagerFactory) -> None:
     live = agent(factory.create_session_manager("s"), "hello")
-    with pytest.raises(EncodingError, match=re.escape("at message['content'][0]['text']") + "(: |$)"):
+    with pytest.raises(EncodingError, match=re.escape("at message['content'][0]['text']: ")):
         live([{"text": object()}])  # type: ignore[list-item, typeddict-item]
 
 
@@ -420,7 +420,7 @@ def test_an_encoding_error_names_the_place_in_the_state(server: str, database: s
     with MongoDBSessionRepository(server, database) as repository:
         repository.open_session("s")
         restored = SessionAgent("agent", state={"k": object()}, conversation_manager_state={})
-        with pytest.raises(EncodingError, match=re.escape("at state['k']") + "(: |$)"):
+        with pytest.raises(EncodingError, match=re.escape("at state['k']: ")):
             repository.create_agent("s", restored)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
 
 import pymongo
@@ -18,31 +16,12 @@ from strands.types.exceptions import SessionException
 from mongodb_session_manager import GUARDRAIL_STOP_REASONS, MongoDBSessionManagerFactory
 from mongodb_session_manager._capture import guardrail_event, summarize_policies
 from scripted_model import Redaction, ScriptedModel
-from support import CommandLog, agent, fail_point, message_ids, texts
+from support import CommandLog, Session, agent, fail_point, message_ids, texts
 
 Stored = Collection[dict[str, Any]]
 Driver = pymongo.MongoClient[dict[str, Any]]
 
 SECRET = "my card is 4111-1111"
-
-
-class Session:
-    """The session "s" through one of the managers, called as if it were synchronous."""
-
-    def __init__(self, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, is_async: bool) -> None:
-        self._factory, self._runner, self._is_async = factory, runner, is_async
-
-    def open(self, **options: Any) -> Session:
-        create = self._factory.create_session_manager_async if self._is_async else self._factory.create_session_manager
-        self.manager = self.run(create, "s", **options)
-        return self
-
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        return self._runner.run(result) if inspect.iscoroutine(result) else result
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self.run, getattr(self.manager, name))
 
 
 @pytest.fixture

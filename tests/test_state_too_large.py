@@ -432,3 +432,11 @@ def test_the_repository(server: str, database: str, stored: Any) -> None:
         with pytest.raises(StateTooLargeError, match="state of multi-agent 'odd'"):
             repository.update_multi_agent("s", Odd(LARGE))
         assert repository.read_multi_agent("s", "odd") == {}
+
+
+def test_a_session_whose_agents_cannot_be_used_names_its_largest_part(server: str, database: str, stored: Any) -> None:
+    stored.insert_one({"_id": "s", "agents": "none", "metadata": {"large": "x" * 15 * 1024 * 1024}})
+    with MongoDBSessionRepository(server, database) as repository:
+        with pytest.raises(StateTooLargeError, match=r"its largest parts are: metadata \(") as raised:
+            repository.update_metadata("s", {"more": "x" * 2 * 1024 * 1024})
+        assert (raised.value.code, raised.value.operation) == (10334, "update_one")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from mongodb_session_manager import (
 from scripted_bidi import ScriptedBidiModel, said
 from scripted_bidi import calls as call_of
 from scripted_model import ScriptedModel
-from support import CommandLog, agent, fail_point, message_ids, texts
+from support import CommandLog, Session, agent, fail_point, message_ids, texts
 
 Stored = Collection[dict[str, Any]]
 
@@ -75,25 +73,6 @@ def metered(manager: Any, *replies: Any, **options: Any) -> Agent:
     live = agent(manager, tools=[add], **options)
     live.model = MeteredModel(replies)
     return live
-
-
-class Session:
-    """The session "s" through one of the managers, called as if it were synchronous."""
-
-    def __init__(self, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, is_async: bool) -> None:
-        self._factory, self._runner, self._is_async = factory, runner, is_async
-
-    def open(self, **options: Any) -> Session:
-        create = self._factory.create_session_manager_async if self._is_async else self._factory.create_session_manager
-        self.manager = self.run(create, "s", **options)
-        return self
-
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        return self._runner.run(result) if inspect.iscoroutine(result) else result
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self.run, getattr(self.manager, name))
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ CALLS: dict[str, tuple[Callable[[MongoDBSessionRepository, Any], object], list[A
     "created after": (lambda r, value: r.list_sessions(created_after=value), NO_DATES),
     "updated after": (lambda r, value: r.count_sessions(updated_after=value), NO_DATES),
     "message id read": (lambda r, value: r.read_message("s", "agent", value), NO_OFFSETS),
-    "message id stored": (lambda r, value: r.create_message("s", "agent", message(value)), NO_OFFSETS),
+    "message id stored": (lambda r, value: r.create_message("s", "agent", message(value)), [*NO_OFFSETS, 2**31]),
     "message id updated": (lambda r, value: r.update_message("s", "agent", message(value)), NO_OFFSETS),
     "end of a fork": (lambda r, value: r.fork_session("s", "f", value), [-1, 2**63, True, 1.0, "1", [1], {"a": "1"}]),
     "date of a session": (

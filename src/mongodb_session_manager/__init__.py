@@ -131,7 +131,7 @@ if not _has_extra():  # `from mongodb_session_manager import *` takes what is th
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Import the AWS hooks, which need the extra `aws`, and look up the version when they are touched."""
+    """Import an AWS hook, which needs the extra `aws`, or look up the version on first access."""
     if name == "__version__":
         try:
             return importlib.metadata.version("mongodb-session-manager")

@@ -130,7 +130,7 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
 
 
 def name_of(key: str) -> str:
-    """Return how an error calls the value of a metadata key: `metadata['a']['b']` for `a.b`."""
+    """Return the name of a metadata value in errors: `metadata['a']['b']` for the key `a.b`."""
     return "metadata" + "".join(map(subscript, key.split(".")))
 
 
@@ -139,9 +139,9 @@ def encoded(value: Any, depth: int, name: str, *, arrays: bool = True) -> Any:
 
     Args:
         value: The value.
-        depth: Levels from the root of the document to where the value goes.
+        depth: Levels from the root of the document to the value.
         name: The name of the value in errors.
-        arrays: Whether tuples and sets become arrays, which are found by one of their elements and come back as lists.
+        arrays: Whether tuples and sets become arrays, so that queries find their elements. They come back as lists.
     """
     try:
         return encode(_queryable(value, arrays), depth=depth, name=name)
@@ -168,7 +168,7 @@ def _queryable(value: Any, arrays: bool) -> Any:
 
 
 def _place(member: Any) -> tuple[str, Any]:
-    """Return what sorts the members of a set, so that equal sets are stored alike."""
+    """Return the sort key of a member of a set, so that equal sets are stored as equal arrays."""
     if isinstance(member, bool | int | float):
         return "", member
     return type(member).__name__, member if isinstance(member, str | bytes) else repr(member)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -209,28 +208,34 @@ class SessionArchive(SessionExpiry, SessionEnding):
         return await self._with_room(session_id, lambda: self._update(update))
 
     async def _store_part(self, session_id: str, part: str, value: Any, send: Callable[[], Awaitable[T]]) -> T:
-        """Send what stores a part of a session that is not a message; make room where there is none.
+        """Send an update that stores a part of a session other than a message; make room for it if necessary.
 
         Args:
             session_id: The session.
-            part: What an error calls the part.
-            value: The part, encoded.
+            part: The name of the part in errors.
+            value: The encoded part.
             send: Sends the update.
 
         Raises:
             StateTooLargeError: There is no room.
         """
-        with suppress(MessageTooLargeError):
+        try:
             return await self._with_room(session_id, send)
-        raise await self._too_large(session_id, part, value)
+        except MessageTooLargeError as error:
+            refusal = error
+        raise await self._too_large(session_id, part, value, refusal)
 
-    async def _too_large(self, session_id: str, part: str, value: Any) -> StateTooLargeError:
-        """Return the error for a part that was refused; ask the server what fills the document instead."""
+    async def _too_large(
+        self, session_id: str, part: str, value: Any, refusal: MessageTooLargeError
+    ) -> StateTooLargeError:
+        """Return the error for a refused part; query the server for the sizes of the parts that are stored."""
         size = size_of(value)
         document = None
         if size < MAX_DOCUMENT_BYTES:
             document = await self._send(lambda collection: collection.find_one({"_id": session_id}, PART_SIZES))
-        return too_large(session_id, part, size, document or {})
+        error = too_large(session_id, part, size, document or {})
+        error.code, error.code_name, error.operation = refusal.code, refusal.code_name, refusal.operation
+        return error
 
     async def _with_room(self, session_id: str, send: Callable[[], Awaitable[T]]) -> T:
         while True:
@@ -304,7 +309,7 @@ class SessionArchive(SessionExpiry, SessionEnding):
     async def _stored_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message wherever it is, `None` if the agent holds none of that id.
+        """Return a message of the head or the archive, `None` if the agent has no message with that id.
 
         `created_at` is the message's, if it is known.
         """

@@ -65,7 +65,7 @@ class Head:
         removed: How many of the agent's oldest messages its conversation manager has removed.
         learned: Whether the server was ever asked.
         certain: Whether nothing but appends has happened since.
-        is_numbered: Whether the ids of the messages increase; others are only moved where there is no room.
+        is_numbered: Whether the ids of the messages increase; other messages only move if there is no room.
         moving: A future that is done when the bucket that is being moved is.
         keeping: How long the session's buckets are kept.
         stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
@@ -216,7 +216,7 @@ def _unchanged(session_id: str, key: str, head: Head) -> Document:
 
 
 def _increasing_ids(messages: str) -> Document:
-    """Return the filter that matches while no version before 1.0 has given an id again since the head was numbered."""
+    """Return the filter that matches unless a version before 1.0 has reused an id since the head was numbered."""
     ids = {"$ifNull": [f"{messages}.message_id", []]}
     at = {"$range": [1, {"$size": "$$ids"}]}
     above = {"$gt": [{"$arrayElemAt": ["$$ids", "$$at"]}, {"$arrayElemAt": ["$$ids", {"$subtract": ["$$at", 1]}]}]}
@@ -340,7 +340,7 @@ def holding_message(session_id: str, key: str, message_id: int, head: Head, crea
     """Return filters for the bucket that holds a message, to be tried in turn.
 
     The first looks where a message is whose id is its position; the second, if there may be others, everywhere.
-    `created_at` is the message's, if it is known: 1.0.0 may have archived ids that are doubled.
+    `created_at` is the message's, if it is known: 1.0.0 may have archived duplicate ids.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))

@@ -66,12 +66,12 @@ def capture_metrics(agent: LocalAgent) -> Document | None:
 
 
 GUARDRAIL_ACTION_BLOCKED = "BLOCKED"
-"""The action of a guardrail event, unless `redact_latest_message` is given another."""
+"""The default action of a guardrail event."""
 
 GUARDRAIL_STOP_REASONS = frozenset({"guardrail_intervened", "content_filtered"})
 """Reasons for which a model stops because a guardrail stepped in."""
 
-# Each list of a policy, and the fields that tell of an entry. What matched in the text is no such field.
+# The lists of each policy, and the fields that describe an entry. The matched text must not be one of them.
 _POLICIES: dict[str, dict[str, tuple[str, ...]]] = {
     "contentPolicy": {"filters": ("type", "confidence")},
     "topicPolicy": {"topics": ("name", "action")},
@@ -97,8 +97,8 @@ def summarize_policies(trace: Any) -> dict[str, list[str]]:
         By policy name: `"HATE/HIGH"` (type, confidence) for `contentPolicy`, `"Investments/BLOCKED"` (name, action)
         for `topicPolicy`, `"CUSTOM"` or `"PROFANITY"` (the list) for `wordPolicy`, `"EMAIL/ANONYMIZED"` (type or name
         of the expression, action) for `sensitiveInformationPolicy`, `"GROUNDING/0.2/0.7"` (type, score, threshold) for
-        `contextualGroundingPolicy`; each once, with `"UNKNOWN"` for a field that is missing. The words that matched
-        are left out, and so is what a guardrail only assessed (action `"NONE"`).
+        `contextualGroundingPolicy`. Each entry is listed once, with `"UNKNOWN"` for a missing field. Matched words
+        and entries that did not trigger (action `"NONE"`) are left out.
     """
     found: dict[str, list[str]] = {}
     _collect_policies(trace, found)

@@ -26,11 +26,11 @@ _PART_BYTES = 15 * 1024 * 1024
 
 
 class Identity(NamedTuple):
-    """What tells a stored message from another one of the same id, which a version before 1.0 may have given again.
+    """Distinguishes stored messages with the same id: a version before 1.0 can have reused an id.
 
     Attributes:
-        created_at: As it is stored.
-        tracking_id: Of the message, if it has one.
+        created_at: The stored value.
+        tracking_id: The tracking id of the message, if it has one.
     """
 
     created_at: Any
@@ -61,8 +61,8 @@ class AppendMessage:
     """A message follows the others.
 
     `usage` is what it adds to the running totals of its agent. They are incremented by the statement that appends, so
-    exactly as often. `by_id` says that the id is the caller's: it must be above all that are stored, and may be any if
-    none is.
+    exactly as often. With `by_id` the caller has chosen the id: it must be greater than every stored id, and can be any
+    id if no message is stored.
     """
 
     agent_id: str
@@ -75,9 +75,9 @@ class AppendMessage:
 class ReplaceMessage:
     """A message has another content: merged, updated or redacted.
 
-    `frees` says that what it replaces may have had attachments, which then are to be removed. `identity` is the
-    message's, if it is known. `by_id` says that the writer has not loaded the message: its id must be the only one,
-    otherwise `identity` decides between those that have it.
+    With `frees`, the replaced message may have had attachments, which must then be removed. `identity` is that of the
+    message, if it is known. With `by_id` the writer has not loaded the message: its id must be unique, otherwise
+    `identity` selects one of the messages with that id.
     """
 
     agent_id: str
@@ -232,14 +232,14 @@ class AgentWrite:
 
     @property
     def states(self) -> Document:
-        """The fields of `agent_data` that are to be stored and follow the agent: its state and configuration."""
+        """The pending fields of `agent_data`: the agent's state and configuration."""
         created = self.created["agent_data"] if self.created is not None else {}
         fields = {**created, **self.config, **self.data}
         return {name: fields[name] for name in AGENT_FIELDS if name in fields}
 
     @property
     def has_more_than_states(self) -> bool:
-        """Whether anything else is to be stored."""
+        """Whether the write stores anything else."""
         return bool(self.created or self.appended or self.replaced or self.events)
 
     def without_states(self, names: Iterable[str]) -> AgentWrite:
@@ -253,7 +253,7 @@ class AgentWrite:
         return replace(self, created=created, data=kept(self.data), config=kept(self.config))
 
     def states_alone(self) -> AgentWrite:
-        """Return the write that stores the `states` once everything else of this one is stored."""
+        """Return the write that stores the `states` after everything else of this write is stored."""
         created = self.created["agent_data"] if self.created is not None else {}
         expected = self.expected
         if self.appended:
@@ -283,7 +283,7 @@ class AgentWrite:
 
 
 def split_fields(fields: Mapping[str, Any]) -> tuple[Document, Document]:
-    """Return the fields of a message that are set, and those that are removed: attachments, where none are left."""
+    """Return the fields of a message to set, and those to remove: `attachments`, if none are left."""
     unsets = {"attachments": ""} if fields.get("attachments") == [] else {}
     return {name: value for name, value in fields.items() if name not in unsets}, unsets
 
@@ -389,7 +389,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
 
 
 def _known(write: AgentWrite) -> dict[int, Document]:
-    """Return by id the filters for those replaced messages whose identity is known."""
+    """Return, by id, the filters of the replaced messages whose identity is known."""
     return {
         message_id: {"message_id": message_id, "created_at": identity.created_at}
         for message_id, identity in write.identities.items()
@@ -398,7 +398,7 @@ def _known(write: AgentWrite) -> dict[int, Document]:
 
 
 def _may_follow(path: str, message_id: int) -> Document:
-    """Return the condition for appending a message of this id: it is the next one, or the first of all."""
+    """Return the condition for appending a message with this id: it is the next one, or the agent's first one."""
     is_next = {f"{path}.next_message_id": message_id, f"{path}.messages.message_id": {"$not": {"$gte": message_id}}}
     is_first = {f"{path}.messages": {"$in": [None, []]}, f"{path}.archived": {"$in": [None, 0]}}
     return {path: {"$exists": True}, "$or": [is_next, is_first]}
@@ -504,7 +504,7 @@ def _is_meant(message_id: int, identity: Identity | None) -> Document:
 def _replaced(fields: Document) -> Document:
     sets, unsets = split_fields(fields)
     message: Any = "$$message"
-    if unsets:  # without $unsetField, which MongoDB 4.4 and the Stable API do not have
+    if unsets:  # MongoDB 4.4 and the Stable API do not have $unsetField
         others = {"$not": {"$in": ["$$this.k", list(unsets)]}}
         message = {"$arrayToObject": {"$filter": {"input": {"$objectToArray": message}, "cond": others}}}
     return {"$mergeObjects": [message, {key: {"$literal": value} for key, value in sets.items()}]}

@@ -16,8 +16,8 @@ What BSON holds is stored as it is, so that a conversation reads naturally in th
     "attachment"                 text: never seen here, because `_references` exchanges it for bytes before decoding
     "bson"                       BSON of `{"v": <value>}`: what lies deeper than MongoDB can hold
 
-Subclasses of what is stored (an `Enum` of strings, `OrderedDict`, a named tuple) come back as their base, scalars of
-NumPy as the number or date they equal, a `memoryview` as bytes.
+Subclasses of what is stored (an `Enum` of strings, `OrderedDict`, a named tuple) come back as their base, NumPy scalars
+as the equal number or date, a `memoryview` as bytes.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def encode(value: Any, *, depth: int = 0, name: str = "value") -> Any:
     Args:
         value: What to store. It is copied: what happens to it afterwards does not reach the result.
         depth: Levels from the document's root to where the value goes; 1 for the value of a top-level field.
-        name: What an error calls the value, like `message`.
+        name: The name of the value in errors, like `message`.
 
     Returns:
         The copy, made of what `bson` encodes.
 
     Raises:
         EncodingError: The value holds an unsupported type, is nested deeper than `MAX_NESTING` or the stack, or raises
-            an error itself when it is read.
+            an error when it is read.
     """
     try:
         return _encode(value, MAX_LEVELS - depth, MAX_NESTING)
@@ -124,7 +124,7 @@ class _RefusedError(Exception):
         self.path: list[str] = []
 
     def path_to(self) -> str:
-        """Return the subscripts that lead to the value, without keys that can hold more than a name."""
+        """Return the subscripts of the value; keys that can hold content are not shown."""
         more = "..." if len(self.path) > _SHOWN_SEGMENTS else ""
         return "".join(self.path[: -_SHOWN_SEGMENTS - 1 : -1]) + more
 
@@ -291,7 +291,7 @@ _NUMPY_ITEMS: Final[dict[str, tuple[type, ...]]] = {
     "M": (datetime, date),
     "m": (timedelta,),
 }
-"""By the kind of a NumPy scalar, what it may become: one with nanoseconds becomes a number."""
+"""The accepted Python types by kind of NumPy scalar. A date with nanoseconds becomes a number and is refused."""
 
 _CONVERSIONS: Final = (
     ("tolist", ".tolist()"),
@@ -301,7 +301,7 @@ _CONVERSIONS: Final = (
     ("__fspath__", "str()"),
     ("_value2member_map_", ".value"),
 )
-"""What shows that a value has a conversion to what can be stored, and how that is called."""
+"""Attributes of types that can be converted to a storable value, and the conversion that an error suggests."""
 
 _HASHABLE: Final = _NATIVE | _SCALARS.keys() | {str, int, tuple, frozenset}
 
@@ -327,7 +327,7 @@ _BASES: Final[tuple[tuple[type, Callable[[Any], Any]], ...]] = (
 
 
 def _read(convert: Callable[[Any], Any], value: Any) -> Any:
-    """Convert a value whose type may have methods of its own, which may raise anything."""
+    """Convert a value whose type can override methods, which can raise any exception."""
     try:
         return convert(value)
     except (_RefusedError, RecursionError):
@@ -337,11 +337,11 @@ def _read(convert: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _base_of(value: Any) -> Any:
-    """Return an instance of a subclass as the supported type it derives from, other values as one that equals them."""
+    """Convert a value to its supported base type, or to an equal value of a supported type."""
     for base, convert in _BASES:
         if isinstance(value, base):
             converted = convert(value)
-            # A timestamp of pandas may have nanoseconds; a mock may only claim to be of this type.
+            # A pandas timestamp can have nanoseconds; a mock can only claim to be of this type.
             is_unsure = base in _MOMENTS or not issubclass(type(value), base)
             if is_unsure and not converted == value:
                 raise _RefusedError(f"a {_type_name(value)} that does not equal its {base.__name__}")
@@ -359,12 +359,12 @@ def _base_of(value: Any) -> Any:
 
 
 def _is_numpy_scalar(value: Any) -> bool:
-    """Tell it by name, because NumPy is not a dependency."""
+    """Return whether a value is a NumPy scalar: by name, because NumPy is not a dependency."""
     return any(base.__name__ == "generic" and base.__module__ == "numpy" for base in type(value).__mro__)
 
 
 def _advice(value: Any) -> str:
-    """Return what to do about a value of an unsupported type."""
+    """Return the conversion that an error suggests for a value of an unsupported type."""
     kind = type(value)
     for method, call in _CONVERSIONS:
         if hasattr(kind, method):
@@ -385,7 +385,7 @@ def _distinct_bases(members: Iterable[Any]) -> list[Any]:
 
 
 def subscript(key: Any) -> str:
-    """Return how an error shows a key, which can hold content unless it is a plain name."""
+    """Return the form of a key in errors; a key that is not a plain name can hold content and is not shown."""
     return f"[{key!r}]" if type(key) is str and _PLAIN_NAME.fullmatch(key) else "[<key>]"
 
 

@@ -39,25 +39,25 @@ _PAUSES = (0.05, 0.2, 0.8)
 """Seconds before a command is sent again after a lost connection, shortened at random by up to half."""
 
 _RETRY_REFUSED = 600.0
-"""Seconds after which an opening tries again to build an index that the server has refused."""
+"""Seconds after which an opening tries again to build an index that the server refused."""
 
 _DROPPED = {26, 215, 276}
-"""Server error codes of a build that ended because its collection was dropped meanwhile."""
+"""Server error codes of a build that ended because its collection was dropped."""
 
 _PASSING = {None, *_DROPPED}
-"""The same, and no code: an index that was not built for a reason that passes by itself."""
+"""Codes of transient failures of an index build; `None` stands for an error without a code."""
 
 _ALIKE = {13, 8000, *_PASSING}
-"""The same, and the codes of a user who must not build any index: no index would fare better by itself."""
+"""Codes of failures that affect all indexes alike, such as missing privileges: building each alone does not help."""
 
 _indexed: dict[object, dict[tuple[object, ...], float]] = {}
-"""Until when this process has seen to an index, by server or client, then by database, collection and fields.
+"""When to build an index again (`inf` for never), by server or client, then by database, collection and fields.
 
-Clients live on event loops of several threads, so nothing goes over all of it.
+Clients live on event loops of several threads, so nothing iterates over all of it.
 """
 
 _told: set[tuple[object, ...]] = set()
-"""Which missing indexes were logged: server or client, database, collection, fields."""
+"""The missing indexes that were logged: server or client, database, collection, fields."""
 
 _MOST_INDEXES = 63
 """What MongoDB allows for a collection, without the index of `_id`."""
@@ -176,7 +176,7 @@ class SessionCollection:
         return list(odd_fields(await self._find(session_id, {}) or {}))
 
     async def _raise_odd(self, session_id: str) -> None:
-        """Raise which field of a session cannot be written into, if there is one."""
+        """Raise the error for the first field of a session that cannot be written into, if there is one."""
         for field in await self._odd_fields(session_id):
             if field.value is not None:
                 raise field.error(session_id)
@@ -211,7 +211,7 @@ async def send(
 ) -> T:
     """Send a command that may be sent twice, again after a lost connection, and raise our errors.
 
-    The driver's `DuplicateKeyError` becomes the one of `_driver_errors`.
+    The driver's `DuplicateKeyError` is raised as that of `_driver_errors`.
     """
     try:
         return await _sent(connection, database, name, command)
@@ -237,7 +237,7 @@ async def _sent(
                     raise
                 attempts.unknown |= may_have_been_applied(error)
                 logger.debug("error=<%s>, pause=<%s> | sending the command again", type(error).__name__, pause)
-            # Not within `except`: the driver's error must not become the context of a cancellation.
+            # Outside of `except`: the driver's error must not become the context of a cancellation.
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
         async with connection.admission():
             return await command(collection)
@@ -264,7 +264,7 @@ def unseen(connection: Connection, database: str, name: str, wanted: Iterable[Fi
 
 
 def see_again(connection: Connection, database: str, name: str, fields: Iterable[Fields], after: float = 0.0) -> None:
-    """Have indexes of a collection seen to again, by the first opening after so many seconds."""
+    """Let the first opening after `after` seconds build indexes of a collection again."""
     seen = _indexed.get(connection.identity, {})
     seen.update(dict.fromkeys(((database, name, each) for each in fields), time.monotonic() + after))
 
@@ -272,7 +272,7 @@ def see_again(connection: Connection, database: str, name: str, fields: Iterable
 async def _build_indexes(
     connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
 ) -> None:
-    """Build indexes with one command, or, if the server refuses it, each by itself; log once which are missing."""
+    """Build indexes with one command, or one by one if the server refuses it; log each missing index once."""
     missing = await _build(connection, database, name, wanted, unique)
     if len(wanted) > 1 and any(reason.code not in _ALIKE for reason in missing.values()):
         missing = {}
@@ -303,7 +303,7 @@ class _Missing(NamedTuple):
 async def _build(
     connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
 ) -> dict[Fields, _Missing]:
-    """Build indexes with one command; return why they were not built, by index."""
+    """Build indexes with one command; return the reasons, by index, if it failed."""
     options = {"unique": True} if unique else {}
     indexes = [IndexModel([(field, 1) for field in fields], **options) for fields in wanted]
     try:
@@ -330,11 +330,11 @@ def _checked_text(value: object, name: str) -> str:
 
 _REFUSED = {"database_name": '/\\. "$\0', "collection_name": "$\0"}
 _MOST_BYTES = {"database_name": 63, "collection_name": 170}
-"""MongoDB allows 255 bytes for a database, a dot and a collection: `agent_sessions_attachments.chunks` among them."""
+"""MongoDB allows 255 bytes for database, dot and collection, including suffixes such as `_attachments.chunks`."""
 
 
 def checked_name(value: object, name: str) -> str:
-    """Return the name of a database or collection that MongoDB takes; `name` is the argument's.
+    """Return a valid name of a database or collection; `name` is the name of the argument.
 
     Raises:
         ConfigurationError: MongoDB would refuse it.

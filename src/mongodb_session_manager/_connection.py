@@ -33,7 +33,7 @@ from pymongo.uri_parser import parse_uri
 
 from ._codec import CODEC_OPTIONS
 from ._driver_errors import Account, driver_errors
-from ._gate import Gate, Threads
+from ._gate import Gate, GatedLoop
 from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
     AccessDeniedError,
@@ -63,7 +63,7 @@ _CHECK_GRACE = 0.5  # seconds
 _OPEN: AbstractAsyncContextManager[None] = nullcontext()
 
 _gates: weakref.WeakValueDictionary[tuple[int, int], Gate] = weakref.WeakValueDictionary()
-"""Gates by client and loop; a gate keeps its client, so the id of one in use is nobody else's."""
+"""Gates by the ids of client and loop; a gate keeps its client alive, so no other client can have the same id."""
 
 _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", default=False)
 
@@ -196,12 +196,12 @@ class Settings:
 
         Args:
             connection_string: Where MongoDB is.
-            client: A client of the caller's.
-            client_options: Options of the driver; one that is `None` is not given.
-            ours: The other options that the caller could have been given.
+            client: A client that the caller owns.
+            client_options: Options of the driver; an option that is `None` is not given.
+            ours: The caller's own options, for the error that names an unknown option.
 
         Raises:
-            ConfigurationError: No MongoDB is configured, or two are; or an option is unknown or cannot be used.
+            ConfigurationError: No connection or two connections are configured, or an option is unknown or invalid.
             ClientTypeError: `client` is not a MongoDB client.
         """
         client_options = _checked_options(client_options, ours)
@@ -243,7 +243,7 @@ class Settings:
 
 
 def unexpected_option(name: str, expected: Iterable[str], of_driver: Iterable[str] = ()) -> ConfigurationError:
-    """Return the error for an unknown option, which suggests ours before the driver's."""
+    """Return the error for an unknown option; it suggests the expected options before the driver's."""
     expected = list(expected)
     close = difflib.get_close_matches(name, expected, 1) or difflib.get_close_matches(name, list(of_driver), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
@@ -255,12 +255,12 @@ def unexpected_option(name: str, expected: Iterable[str], of_driver: Iterable[st
 _SECRETS = {"password", "authmechanismproperties", "tlscertificatekeyfilepassword"}
 
 _FILES = {"tlscafile", "tlscertificatekeyfile", "tlscrlfile"}
-"""Options whose validation reads a file: that is left to the opening of the client, off the caller's event loop."""
+"""Options whose validation reads a file: opening the client validates them, off the caller's event loop."""
 
 
 @cache
 def _driver_options() -> dict[str, str]:
-    """Return the driver's options as they are documented, by their names in lower case."""
+    """Return the documented names of the driver's options, by their names in lower case."""
     names = re.findall(r"`(\w+)`", pymongo.MongoClient.__init__.__doc__ or "")
     return {name: name for name in common.VALIDATORS} | {
         name.lower(): name for name in names if name.lower() in common.VALIDATORS
@@ -268,7 +268,7 @@ def _driver_options() -> dict[str, str]:
 
 
 def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str, Any]:
-    """Return the driver's options that are given."""
+    """Return the given options of the driver that are not `None`."""
     for name in given:
         if name.lower() not in _driver_options():
             raise unexpected_option(name, ours, _driver_options().values())
@@ -283,13 +283,13 @@ def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str,
             if name.lower() not in _SECRETS:
                 shown = reprlib.repr(value)
                 refusal = f"{name} cannot be {shown}" + ("" if isinstance(error, LookupError) else f": {error}")
-        if refusal:  # not within `except`, so that an error that may hold a password is not its context
+        if refusal:  # outside of `except`: an error that can hold a password must not become its context
             raise ConfigurationError(refusal)
     return options
 
 
 def _unreadable(error: OSError, options: Mapping[str, Any]) -> str:
-    """Return which option names the file that cannot be read."""
+    """Return the message for an unreadable file, with the option that names it."""
     names = [name for name, value in options.items() if name.lower() in _FILES]
     named = [name for name in names if error.filename is not None and options[name] == error.filename] or names
     reason = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
@@ -316,7 +316,7 @@ def _check_uri(connection_string: str) -> None:
     address = connection_string.partition("://")[2]
     authority = re.split("[/?]", address, maxsplit=1)[0]
     credentials = authority.rpartition("@")[0]
-    # The driver would take a part of the password for a host or a port, and show it.
+    # The driver would parse a part of the password as a host or a port, and show it.
     if "@" in credentials or credentials.count(":") > 1 or re.match(r"[^/?]*(/[^?]*|(/[^?]*)?\?[^=]*)@", address):
         raise ConfigurationError(f"connection_string cannot be parsed: {_ESCAPE}")
     if connection_string.startswith("mongodb+srv://"):
@@ -339,7 +339,7 @@ def _check_uri(connection_string: str) -> None:
 
 
 def _wrapped(client: SyncClient, loop: asyncio.AbstractEventLoop) -> AsyncIOMotorClient[Any]:
-    """Return a client of Motor's for an event loop whose connections are those of a synchronous client."""
+    """Return a Motor client for an event loop that uses the connections of a synchronous client."""
     wrapper: AsyncIOMotorClient[Any] = AsyncIOMotorClient.__new__(AsyncIOMotorClient)
     AgnosticBase.__init__(wrapper, client)
     wrapper._io_loop = loop
@@ -354,7 +354,7 @@ def _bound_loop(client: AsyncClient) -> asyncio.AbstractEventLoop | None:
 
 
 def _gate(client: pymongo.MongoClient[Any], loop: asyncio.AbstractEventLoop) -> Gate:
-    """Return the one gate of a client and a loop, however many connections borrow the client."""
+    """Return the gate of a client and a loop, which all connections that borrow the client share."""
     key = id(client), id(loop)
     gate = _gates.get(key)
     if gate is None:
@@ -378,8 +378,8 @@ class Connection:
     """One client, owned or borrowed, on one event loop.
 
     An owned client is opened on first use and closed by `aclose`. A borrowed one is never closed; its own loop, if it
-    has one already, does its I/O; a synchronous one has none and is used on the library's. In a forked child an owned
-    client is opened anew.
+    has one already, does its I/O; a synchronous client has no loop, so the library's loop does its I/O. In a forked
+    child an owned client is opened again.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -446,7 +446,7 @@ class Connection:
         return unquote(path).partition(".")[0] or DEFAULT_DATABASE
 
     def synchronous_client(self) -> SyncClient:
-        """Return a synchronous client with the same connections; opened, if this is its first use.
+        """Return a synchronous client with the same connections; open it if this is its first use.
 
         Raises:
             ConfigurationError: The client is PyMongo's asynchronous one.
@@ -513,7 +513,7 @@ class Connection:
         return client
 
     async def _commanded(self) -> AsyncClient:
-        """Return the client as commands use it: one of Motor's with threads of ours."""
+        """Return the client for commands; a Motor client gets the thread pool of its gate."""
         client = await self.client()
         if not isinstance(client, AsyncIOMotorClient):
             return client
@@ -522,24 +522,24 @@ class Connection:
             self._gate = gate = _gate(client.delegate, loop)
             self._threaded = threaded = AsyncIOMotorClient.__new__(AsyncIOMotorClient)
             threaded.delegate = client.delegate
-            threaded._io_loop = Threads(loop, gate.executor)
+            threaded._io_loop = GatedLoop(loop, gate.executor)
         return self._threaded
 
     def admission(self) -> AbstractAsyncContextManager[None]:
-        """Return what a command to a collection is sent within: it waits until there is a server and a thread.
+        """Return a context manager for sending a command: entering it waits for a server and a thread.
 
-        Entering it raises errors of the driver's.
+        Entering it raises errors of the driver.
         """
         return _OPEN if self._gate is None else self._gate
 
     @property
     def _is_left_behind(self) -> bool:
-        """Whether the client is a parent process's, or one of ours whose loop has ended."""
+        """Whether the client belongs to a parent process, or is an owned client whose loop has ended."""
         has_ended = self.settings.client is None and self._loop is not None and self._loop.is_closed()
         return has_ended or self._pid != os.getpid()
 
     def _leave_behind(self) -> None:
-        """Forget the client. In a forked child its sockets belong to the parent: keep it from being collected."""
+        """Drop the client. In a forked child its sockets belong to the parent: prevent its garbage collection."""
         self._refuse_in_child()
         self._abandoned += [self._client, self._finalizer, self._gate, self._threaded]
         if self._finalizer is not None:
@@ -597,11 +597,11 @@ class Connection:
         task.add_done_callback(self._tasks.discard)
 
     def account(self, database: str | None = None) -> Account:
-        """Return who the client is, for errors about access to a database."""
+        """Return the client's user and servers, for errors about access to a database."""
         if self._client is None:
             return Account(database=database)
         pool = _options(self._client).pool_options
-        credentials = getattr(pool, "_credentials", None)  # the drivers do not tell it in public
+        credentials = getattr(pool, "_credentials", None)  # the drivers have no public attribute
         servers = cast(TopologyDescription, self._client.topology_description).server_descriptions()
         return Account(
             user=getattr(credentials, "username", None),
@@ -621,7 +621,7 @@ class Connection:
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
             raise InvalidArgumentError(f"timeout must be a number of seconds > 0, got {seconds!r}")
         try:
-            # The driver keeps to its own limit and says what it waited for; the other one is for what it cannot limit.
+            # The driver's limit gives the better error; the outer limit is for steps that the driver cannot limit.
             async with asyncio.timeout(seconds + _CHECK_GRACE), self.operation():
                 with driver_errors(account=partial(self.account, database)), pymongo.timeout(seconds):
                     await (await self.collection(database, name)).find_one({"_id": ""}, {"_id": 1})
@@ -631,7 +631,7 @@ class Connection:
             raise DatabaseUnavailableError(f"no usable MongoDB server within {seconds:g} s") from None
 
     async def server_version(self) -> str | None:
-        """Return the version of the server, like `"7.0.14"`; `None` if it answers, but refuses to say."""
+        """Return the version of the server, like `"7.0.14"`; `None` if the server refuses the command."""
         async with self.operation():
             try:
                 with driver_errors(account=self.account):
@@ -641,7 +641,7 @@ class Connection:
                 return None
 
     async def _ask(self, command: str) -> dict[str, Any]:
-        """Send a command that waits behind no other."""
+        """Send a command that does not wait for other commands."""
         client = await self._commanded()
         if self._gate is not None:
             await self._gate.server()

@@ -173,7 +173,7 @@ def now() -> datetime:
 
 
 def to_date(value: object) -> datetime:
-    """Return the BSON date of an ISO string or datetime; one without a zone is UTC, `None` is the present.
+    """Return the BSON date of an ISO string or datetime; one without a zone is UTC, `None` is the current time.
 
     Raises:
         InvalidArgumentError: It is not a date.
@@ -195,9 +195,9 @@ def to_date(value: object) -> datetime:
 
 
 def date_from(value: object) -> datetime:
-    """Return a stored date. A number is the time since 1970 (seconds, or milliseconds); what is no date is the present.
+    """Return a stored date. A number is the time since 1970 (seconds or milliseconds); no date is the current time.
 
-    Versions before 1.0, and whoever has repaired their documents, stored dates in several forms.
+    Versions before 1.0, and manual repairs of their documents, stored dates in several forms.
     """
     if type(value) is datetime and value.tzinfo is UTC:
         return value
@@ -213,7 +213,7 @@ def date_from(value: object) -> datetime:
 
 
 def as_date(value: object) -> object:
-    """Return the date that a stored value is, if it is one, else the value."""
+    """Return a stored value as a date if it is one, else unchanged."""
     try:
         return to_date(value) if isinstance(value, str | datetime) else value
     except InvalidArgumentError:
@@ -266,7 +266,7 @@ def session_from(document: Mapping[str, Any]) -> Session:
     )
 
 
-# What cannot be used. A stored value of another type than its field has is read as the default and kept as it is.
+# Odd values. A stored value with another type than its field has is read as the default and kept unchanged.
 
 _SESSION_TYPES: Mapping[str, type] = {
     "metadata": dict,
@@ -297,7 +297,7 @@ def tell_odd(session_id: object, field: str, value: object) -> None:
 
 
 def usable(kind: type[T], value: object, session_id: object, field: str) -> T:
-    """Return a stored value of the type that its field has, in the place of any other an empty one."""
+    """Return a stored value if it has the type of its field, else an empty value of that type."""
     if type(value) is kind:
         return value
     if value is not None:
@@ -306,7 +306,7 @@ def usable(kind: type[T], value: object, session_id: object, field: str) -> T:
 
 
 def usable_agents(session_id: object, document: Mapping[str, Any]) -> dict[str, Document]:
-    """Return those values of `agents` that are the sub-document of an agent, by key."""
+    """Return the values of `agents` that are sub-documents, by key."""
     agents: dict[str, Any] = usable(dict, document.get("agents"), session_id, "agents")
     for key in [key for key, agent in agents.items() if type(agent) is not dict]:
         usable(dict, agents.pop(key), session_id, f"agents.{key}")
@@ -314,7 +314,7 @@ def usable_agents(session_id: object, document: Mapping[str, Any]) -> dict[str, 
 
 
 def usable_numbers(values: object) -> dict[str, Any]:
-    """Return those values of a stored object that are numbers."""
+    """Return the values of a stored object that are numbers, by name."""
     numbers: dict[str, Any] = values if type(values) is dict else {}
     return {name: number for name, number in numbers.items() if _is_number(number)}
 
@@ -324,14 +324,14 @@ def _is_number(value: object) -> bool:
 
 
 class OddField(NamedTuple):
-    """A field of a session document that holds a value of another type than it must."""
+    """A field of a session document that holds a value of the wrong type."""
 
     path: str
     value: Any
     kind: type
 
     def error(self, session_id: str) -> DatabaseError:
-        """Return the error for whoever needs the field."""
+        """Return the error for a caller that needs the field."""
         return DatabaseError(
             f"session {session_id!r} holds a {type(self.value).__name__} in the field {self.path!r}, where a "
             f"{self.kind.__name__} is needed: correct or remove it"
@@ -339,7 +339,7 @@ class OddField(NamedTuple):
 
 
 def odd_fields(document: Mapping[str, Any]) -> Iterator[OddField]:
-    """Yield the fields of a session document that cannot be written into as they are."""
+    """Yield the fields of a session document that cannot be written into."""
     yield from _odd(document, "", _SESSION_TYPES)
     agents, multi_agents = document.get("agents"), document.get("multi_agents")
     for key, agent in agents.items() if type(agents) is dict else ():
@@ -365,9 +365,9 @@ def _odd(fields: Mapping[str, Any], path: str, types: Mapping[str, type]) -> Ite
 
 
 def unusable_agents(document: Mapping[str, Any]) -> dict[str | None, OddField]:
-    """Return, by agent id, why agents can neither be restored nor written; `None` stands for all of them.
+    """Return, by agent id, the fields that prevent restoring and writing an agent; `None` stands for all agents.
 
-    The document is one that was read with `ODD_AGENTS` and `odd_messages`.
+    The document must have been read with `ODD_AGENTS` and `odd_messages`.
     """
     odd: list[Document] = document.get("odd_agents") or []
     found = {
@@ -389,24 +389,24 @@ def unusable_agents(document: Mapping[str, Any]) -> dict[str | None, OddField]:
 
 
 def array_at(path: str) -> Document:
-    """Return the aggregation expression for an array; what is none is an empty one."""
+    """Return the aggregation expression for an array; another value is read as an empty array."""
     return {"$cond": [{"$isArray": [path]}, path, []]}
 
 
-def number_at(path: str, otherwise: int | None = 0) -> Document:
-    """Return the aggregation expression for a whole number, or for `otherwise` where there is none."""
-    return {"$cond": [{"$in": [{"$type": path}, ["int", "long"]]}, path, otherwise]}
+def number_at(path: str) -> Document:
+    """Return the aggregation expression for a whole number; another value is read as 0."""
+    return {"$cond": [{"$in": [{"$type": path}, ["int", "long"]]}, path, 0]}
 
 
 def entries_at(path: str, *, odd: bool = False) -> Document:
-    """Return the aggregation expression for those fields of an object that are objects; with `odd`, for the others."""
+    """Return the aggregation expression for the fields of an object that are objects; with `odd`, for all others."""
     entries = {"$objectToArray": {"$cond": [{"$eq": [{"$type": path}, "object"]}, path, {}]}}
     is_object = {"$eq": [{"$type": "$$this.v"}, "object"]}
     return {"$filter": {"input": entries, "cond": {"$not": [is_object]} if odd else is_object}}
 
 
 def size_at(message: str) -> Document:
-    """Return the aggregation expression for the bytes of an element of `messages`."""
+    """Return the aggregation expression for the size in bytes of an element of `messages`."""
     return {"$bsonSize": {"$cond": [{"$eq": [{"$type": message}, "object"]}, message, {"m": message}]}}
 
 
@@ -417,11 +417,11 @@ ODD_AGENTS: Document = {
         [{"k": None, "v": "$agents"}],
     ]
 }
-"""The aggregation expression for what is in the place of agents; `k` is `null` for all of them."""
+"""The aggregation expression for the odd values in `agents`; `k` is `null` if `agents` itself is odd."""
 
 
 def odd_at(path: str, kind: str) -> Document:
-    """Return the aggregation expression for what is in the place of an object or array; nothing if it is one."""
+    """Return the aggregation expression for a value of another type than `kind`, which is "object" or "array"."""
     return {"$cond": [{"$in": [{"$type": path}, [kind, "missing", "null"]]}, "$$REMOVE", path]}
 
 
@@ -471,7 +471,7 @@ def agent_from(agent_id: str, stored: Mapping[str, Any], session_id: object = No
 
 
 def usable_internal_state(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what Strands can restore of a decoded `_internal_state`."""
+    """Return the parts of a decoded `_internal_state` that Strands can restore."""
     return {name: value for name, value in stored.items() if name not in _INTERNAL or _is_internal(name, value)}
 
 
@@ -521,10 +521,10 @@ def message_usage(message: Mapping[str, Any]) -> Document:
 
 
 def message_from(stored: Any, position: int) -> SessionMessage | None:
-    """Return Strands' view of a stored message, `None` if it is none that can be shown.
+    """Return Strands' view of a stored message, `None` if there is nothing that can be shown.
 
-    `position` is its id where a document of old holds none. A redacted message of which only the original can be shown
-    cannot be shown.
+    `position` is its id if an old document holds none. A redacted message with an unusable replacement is not shown:
+    its original must stay hidden.
     """
     if type(stored) is not dict:
         return None
@@ -543,7 +543,7 @@ def message_from(stored: Any, position: int) -> SessionMessage | None:
 def messages_from(
     stored: Iterable[Any], first: int, session_id: str, agent_id: str
 ) -> Iterator[tuple[SessionMessage | None, Any]]:
-    """Yield Strands' view of stored messages, with each of them; log the first of those that are none."""
+    """Yield Strands' view of each stored message, and the stored message; log the first element that is no message."""
     for position, element in enumerate(stored, first):
         message = message_from(element, position)
         if message is None:
@@ -552,7 +552,7 @@ def messages_from(
 
 
 def message_id_of(stored: Any, position: int) -> int:
-    """Return the id of an element of `messages`; that is its position if it holds none."""
+    """Return the id of an element of `messages`, or its position if it holds no id."""
     message_id = stored.get("message_id") if type(stored) is dict else None
     if isinstance(message_id, float) and message_id.is_integer():
         message_id = int(message_id)
@@ -562,7 +562,7 @@ def message_id_of(stored: Any, position: int) -> int:
 
 
 def _content_from(stored: Any) -> Any:
-    """Return a decoded message with those of its blocks that can be used; text is one block."""
+    """Return a decoded message with its usable content blocks; content that is text becomes one block."""
     message = decode(stored)
     if type(message) is not dict or type(message.get("role")) is not str:
         return None
@@ -604,8 +604,8 @@ def stored_removed(agent: str) -> Document:
 def to_restore(agent: str) -> Document:
     """Return the aggregation expression for the messages of an agent that `removed_messages` leaves.
 
-    If the stored count is greater than the number of messages, all of them are left. `agent` is the path of the agent,
-    with `$`.
+    If the stored count is greater than the number of messages, these are all messages. `agent` is the path of the
+    agent, with `$`.
     """
     return {"$slice": [array_at(f"{agent}.messages"), _left_out(agent), 2**31 - 1]}
 
@@ -613,17 +613,17 @@ def to_restore(agent: str) -> Document:
 def ids_left_out(agent: str) -> Document:
     """Return the aggregation expression for the ids of the messages in the head that `to_restore` leaves out.
 
-    Those of the others come with them: a document of 16 MiB has no room for an id twice.
+    The other ids are read with their messages: in a result of at most 16 MiB there is no room for every id twice.
     """
     return ids_of({"$slice": [array_at(f"{agent}.messages"), _left_out(agent)]})
 
 
 NO_MESSAGE: list[Any] = []
-"""Stands in lists of ids for an element of `messages` that is no message. It stays as it is and has no id."""
+"""Represents, in lists of ids, an element of `messages` that is no message. It is kept unchanged and has no id."""
 
 
 def ids_of(messages: Any) -> Document:
-    """Return the aggregation expression for the ids of `messages`, as `stored_id` returns each."""
+    """Return the aggregation expression for the ids of `messages`; each as `stored_id` returns it."""
     is_message = {"$eq": [{"$type": "$$this"}, "object"]}
     stored = {"$cond": [is_message, {"$ifNull": ["$$this.message_id", None]}, NO_MESSAGE]}
     return {"$map": {"input": messages, "in": stored}}
@@ -635,7 +635,7 @@ def stored_id(message: object) -> Any:
 
 
 def restored(message: str) -> Document:
-    """Return the aggregation expression for those fields of an element of `messages` that restoring needs."""
+    """Return the aggregation expression for the fields of an element of `messages` that restoring needs."""
     fields = {name: f"{message}.{name}" for name in RESTORED}
     return {"$cond": [{"$eq": [{"$type": message}, "object"]}, fields, NO_MESSAGE]}
 
@@ -647,7 +647,7 @@ def _left_out(agent: str) -> Document:
 
 
 def with_ids(messages: str, ids: Sequence[int]) -> Document:
-    """Return the aggregation expression for `messages` with these ids; what is no message stays as it is."""
+    """Return the aggregation expression for `messages` with these ids; other elements are kept unchanged."""
     message = {"$arrayElemAt": [messages, "$$at"]}
     merged = {"$mergeObjects": [message, {"message_id": {"$arrayElemAt": [{"$literal": list(ids)}, "$$at"]}}]}
     numbered = {"$cond": [{"$eq": [{"$type": message}, "object"]}, merged, message]}
@@ -657,14 +657,13 @@ def with_ids(messages: str, ids: Sequence[int]) -> Document:
 def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tuple[list[Any], int]:
     """Return the ids that the messages of a head must have, and the id that follows them.
 
-    Ids increase strictly, gaps are allowed. A message keeps its id if it can: only one whose id is not above the one
-    before it, or is no id, gets another. That happens where a version before 1.0, which counts for itself, has written
-    as well.
+    Ids increase strictly, gaps are allowed. A message gets another id only if its id is invalid, or not greater than
+    the id before it. That happens if a version before 1.0, which keeps its own counter, has also written.
 
     Args:
         ids: As stored, `None` for a message without one.
         archived: The number of messages below the head.
-        following: The stored `next_message_id`; whatever is archived has an id below it.
+        following: The stored `next_message_id`; every archived message has an id below it.
     """
     last = archived - 1
     if archived and is_message_id(following) and not any(is_message_id(each) and each > last for each in ids):
@@ -694,7 +693,7 @@ def is_numbered(numbers: Mapping[str, Any]) -> bool:
 
 
 def is_of_old(agent: Mapping[str, Any]) -> bool:
-    """Return whether a loaded agent has to be brought into today's form: its ids, and the place of `config_set`."""
+    """Return whether a loaded agent must be migrated: its ids, or the place of `config_set`."""
     return "odd_messages" not in agent and (not is_numbered(agent) or has_old_config_set(agent))
 
 

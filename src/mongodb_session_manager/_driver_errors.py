@@ -33,12 +33,12 @@ _TOO_LARGE = {10334, 17419, 17420}
 _NO_SUCH_PATH = 28
 _DUPLICATE_KEY = 11000
 
-# Server error codes that PyMongo gives a class of their own only as errors of a command, not as write concern errors.
-# The first are those of a node that steps down, shuts down or recovers, and of a router that cannot reach a shard.
+# Server error codes for which PyMongo has its own class only in command errors, not in write concern errors. The first
+# set is for a node that steps down, shuts down or recovers, and a router that cannot reach a shard.
 _UNAVAILABLE = {6, 7, 91, 133, 134, 189, 9001, 10058, 10107, 11600, 11602, 13435, 13436}
 _TIMED_OUT = {50, 64, 89, 202, 262}
 
-# The driver's modules that are called from outside of it, and which operation a call is that goes through a cursor.
+# The driver's modules with public methods, and the operation of those whose methods use a cursor.
 _MODULES = {"collection": None, "database": None, "cursor": "find", "command_cursor": "getMore"}
 
 
@@ -46,19 +46,19 @@ _UNAUTHORIZED = 13
 # UserNotFound, AuthenticationFailed, MechanismUnavailable, ReauthenticationRequired.
 _NOT_AUTHENTICATED = {11, 18, 334, 391}
 _ATLAS = 8000  # "bad auth : ...", among others
-# What a TLS handshake fails with as long as the configuration stays as it is.
+# Errors of a TLS handshake that only another configuration can remove.
 _TLS_MISMATCH = re.compile(
     r"CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER|_ALERT_|NO_SHARED_CIPHER|UNSUPPORTED_PROTOCOL"
 )
 
 
 class DuplicateKeyError(DatabaseError):
-    """A document with the same value of a unique index is there already; callers expect it of `_id`."""
+    """A document with the same value in a unique index exists already; callers handle it for `_id`."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """Who a client is at which servers, as far as an error may show it."""
+    """The user, servers and database of a client, for errors: nothing in it is secret."""
 
     user: str | None = None
     source: str | None = None
@@ -84,8 +84,8 @@ class Account:
         )
 
 
-# Server error codes of what a server does not know: operators (2, 9, 15952), commands (59, 115), expressions (168,
-# 31325), stages (40324), features (303), and what is not in the strict Stable API (323).
+# Server error codes for unknown operators (2, 9, 15952), commands (59, 115), expressions (168, 31325), stages (40324)
+# and features (303), and for commands and operators outside of the strict Stable API (323).
 _UNKNOWN_FEATURE = {2, 9, 59, 115, 168, 303, 323, 15952, 31325, 40324}
 _FEATURES = [
     re.compile(rf"(?:^|:: caused by :: ){form}")
@@ -95,7 +95,7 @@ _FEATURES = [
         r"(?:no such c[a-z]+: '|Provided apiStrict:true, but the command )([A-Za-z]{2,40})\b",
     )
 ]
-"""The texts of the server that name it. A text can quote documents, so no other part of one is ever shown."""
+"""The server's texts that name the unknown feature. A text can quote documents: no other part of it is shown."""
 
 UNSUPPORTED = "the server does not support"
 
@@ -125,7 +125,7 @@ def may_have_been_applied(error: Exception) -> bool:
 
 
 def is_refusal(error: MongoDBSessionError) -> bool:
-    """Return whether the server refused the command for a reason that does not pass by itself."""
+    """Return whether the server refused the command for a reason that is not transient."""
     return isinstance(error, DatabaseError | AccessDeniedError) and error.code is not None and not error.outcome_unknown
 
 
@@ -142,10 +142,10 @@ class Attempts:
 
 @contextmanager
 def driver_errors(*, account: Callable[[], Account] = Account) -> Iterator[Attempts]:
-    """Raise the driver's errors as ours, which do not hold them: they can quote what users wrote.
+    """Raise the driver's errors as ours. Ours do not chain them, because they can quote user content.
 
     The error says so if it is unknown whether the command was carried out, by this or an earlier attempt. `account`
-    says who was refused.
+    returns the user for errors about access.
 
     Raises:
         MongoDBSessionError: The subclass that fits, with the code and the operation of the driver's error.
@@ -227,7 +227,7 @@ def _is_denied(error: driver.OperationFailure) -> bool:
 
 
 def refused_feature(error: driver.OperationFailure) -> str | None:
-    """Return the operator, stage or command that a server does not know, `None` if it refused for another reason."""
+    """Return the operator, stage or command that the server does not know, `None` if the error has another reason."""
     if error.code not in _UNKNOWN_FEATURE:
         return None
     text = str((error.details or {}).get("errmsg", ""))
@@ -266,7 +266,7 @@ def _shown_code(error: Exception) -> str:
 
 
 def _operation(error: BaseException) -> str | None:
-    """Return the driver's method that failed; only the outermost frame within the driver tells."""
+    """Return the driver's method that failed: the outermost frame within the driver."""
     for frame, _ in walk_tb(error.__traceback__):
         package, _, module = frame.f_globals.get("__name__", "").rpartition(".")
         if package in ("pymongo.synchronous", "pymongo.asynchronous") and module in _MODULES:

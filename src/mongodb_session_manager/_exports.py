@@ -157,7 +157,7 @@ class _Sequence:
         self._following = 0
 
     def next(self, stored: object) -> int:
-        """Return the id of the message that follows, of which another one is stored."""
+        """Return the exported id of the next message; `stored` is its stored id."""
         if is_message_id(stored) and stored >= self._following:  # type: ignore[operator]
             message_id: int = int(stored)  # type: ignore[call-overload]
         else:

@@ -410,10 +410,10 @@ def initialize_global_factory(*args: Any, **kwargs: Any) -> MongoDBSessionManage
 
 
 def get_global_factory() -> MongoDBSessionManagerFactory:
-    """Return the process-wide factory, else the factory of the one application that runs in the process.
+    """Return the process-wide factory, else the factory of the only application in the process.
 
     Raises:
-        FactoryNotInitializedError: There is none, or several applications have one each.
+        FactoryNotInitializedError: There is no factory, or several applications have one each.
     """
     factories = _of_applications if _global_factory is None else [_global_factory]
     if len(factories) > 1:
@@ -443,7 +443,7 @@ def _exchange(factory: MongoDBSessionManagerFactory | None) -> None:
 
 @contextmanager
 def factory_of_application(factory: MongoDBSessionManagerFactory) -> Iterator[None]:
-    """Register the factory of an application for as long as the application runs."""
+    """Register the factory of an application while the application runs."""
     with _global_lock:
         _of_applications.append(factory)
     try:

@@ -203,7 +203,7 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
     date = order.removeprefix("-")
     backwards = order.startswith("-")
     meant = criteria.filter()
-    # Only what has the date is in its order, if it is one that a cursor can hold.
+    # The order includes only sessions with the date, and only if a cursor can hold the date.
     bounds: Document = {"$gte": _FIRST, "$lte": _LAST, **meant.pop(date, {})}
     if position is None:
         query = {**meant, date: bounds}

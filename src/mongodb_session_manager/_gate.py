@@ -1,8 +1,8 @@
-"""Which commands of Motor's go to threads, and when.
+"""Admission of Motor's commands to threads.
 
-Motor runs every command in a thread of one executor for the whole process, 5 threads a core, and server selection is
-part of the command. So slow commands would keep each other waiting whatever `maxPoolSize` says, and with no server
-every thread would wait for one while the other callers are not even told.
+Motor runs every command in a thread of one executor for the whole process, 5 threads per core, and server selection is
+part of the command. Without a gate, slow commands would delay each other regardless of `maxPoolSize`. Without a server,
+every thread would wait for one, and the other callers would get no error.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from pymongo.topology_description import TopologyDescription
 from ._loop import ThreadPool
 
 _UNLIMITED = 500
-"""Commands under way of a client whose `maxPoolSize` is 0."""
+"""The limit of concurrent commands of a client whose `maxPoolSize` is 0."""
 
 _SPARE_FROM = 4
-"""The smallest pool of which one connection is left to health checks."""
+"""The smallest pool that reserves one connection for health checks."""
 
 _USUAL = 5 * (os.cpu_count() or 1)
-"""Commands under way while none is slow: more threads than that compete for the interpreter and make all slower."""
+"""The limit of concurrent commands while none is slow: more threads compete for the interpreter and slow all down."""
 
 _SLOW = 0.02
-"""Seconds between one thread more and the next, while commands wait: those under way are slow."""
+"""Seconds until one more command is admitted, while commands wait: the admitted ones are slow."""
 
 _LOOK = 0.5
-"""Seconds after which a waiting command looks again whether there is a server."""
+"""Seconds after which a waiting command checks again for a server."""
 
 
 class Gate:
-    """Lets commands through to a client's threads: while a server is known, and no more at once than the pool holds.
+    """Admits commands to a client's threads while a server is known, and at most as many as the pool has connections.
 
     It belongs to one event loop. Entering raises the driver's errors, as the command would.
     """
@@ -57,12 +57,12 @@ class Gate:
         self._under_way = 0
         self._widening: asyncio.TimerHandle | None = None
         self._queue: deque[asyncio.Future[None]] = deque()
-        # Beside commands, there is a health check and a selection of a server; a cancelled command keeps its thread.
+        # Two more threads: for a health check and a server selection. A cancelled command keeps its thread.
         self.executor = ThreadPool(size + 2)
 
     @property
     def waiting(self) -> int:
-        """How many commands wait for their turn."""
+        """The number of waiting commands."""
         return len(self._queue)
 
     async def __aenter__(self) -> None:
@@ -116,20 +116,20 @@ class Gate:
                 )
 
     async def server(self) -> None:
-        """Return once a server that takes writes is known; wait for it on the loop, `serverSelectionTimeoutMS` at most.
+        """Wait on the loop until a writable server is known, at most `serverSelectionTimeoutMS`.
 
         Raises:
-            ServerSelectionTimeoutError: There was none all the time.
+            ServerSelectionTimeoutError: No writable server was found in time.
         """
         if self._patience <= 0 or self._is_known():
-            return  # who does not wait for a server leaves it to the driver to find one
+            return  # with a timeout of 0, the driver selects a server itself
         loop = asyncio.get_running_loop()
         end = loop.time() + self._patience
         error: ServerSelectionTimeoutError | None = None
         while (left := end - loop.time()) > 0:
             selection = self._selection
             if selection is None:
-                # One thread asks for all: while it does, the driver looks for a server often, not every 10 s.
+                # One thread selects for all callers: meanwhile the driver checks often, not every 10 s.
                 selection = loop.run_in_executor(self.executor, self._select)
                 selection.add_done_callback(self._selected)
                 self._selection = selection
@@ -150,7 +150,7 @@ class Gate:
     def _selected(self, selection: asyncio.Future[None]) -> None:
         self._selection = None
         if not selection.cancelled():
-            selection.exception()  # whoever waited may have left
+            selection.exception()  # retrieved, because the callers may have been cancelled
 
     def _is_known(self) -> bool:
         known = self._client.topology_description
@@ -166,8 +166,8 @@ class Gate:
         return f"{errors or 'no server takes writes'}, Timeout: {self._patience}s"
 
 
-class Threads:
-    """An event loop in the eyes of Motor, but for the threads, which are those of a gate."""
+class GatedLoop:
+    """An event loop, for Motor, whose `run_in_executor` uses the threads of a gate."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, executor: ThreadPool) -> None:
         self._loop = loop
@@ -177,5 +177,5 @@ class Threads:
         return getattr(self._loop, name)
 
     def run_in_executor(self, _: object, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
-        """Run a function in one of the threads."""
+        """Run a function in a thread of the gate."""
         return self._loop.run_in_executor(self._executor, function, *args)

@@ -40,7 +40,7 @@ def checked_hook(hook: object, name: str) -> None:
 
 
 _waits: ContextVar[bool | None] = ContextVar("mongodb_session_manager_original_waits", default=None)
-"""Whether `original_func` waits in the hook that runs; `None` outside of hooks, as in a thread of the hook's own."""
+"""Whether `original_func` waits in the current hook; `None` outside of hooks, also in a thread that a hook started."""
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _is_async(hook: Hook) -> bool:
 
 
 def _is_either(hook: Hook) -> bool:
-    """Return whether a hook waits or is awaited as its `original_func` is, like the AWS hooks."""
+    """Return whether a hook is synchronous or asynchronous as its `original_func` is, like the AWS hooks."""
     hook = _unbound(hook)
     if isinstance(hook, _Chain):
         return all(map(_is_either, hook.hooks))
@@ -100,10 +100,10 @@ async def _awaited(call: Callable[[], Any]) -> Any:
 
 
 def _waited_for(result: Any, portal: Portal | None = None) -> Any:
-    """Return what a `def` hook returned; wait for an awaitable, on the loop it belongs to or else the I/O loop.
+    """Return the result of a `def` hook. Wait for an awaitable, on the loop of its future or else the I/O loop.
 
     Raises:
-        EventLoopError: It belongs to the event loop of the calling thread, or to one that does not run.
+        EventLoopError: A future belongs to the event loop of the calling thread, or to one that does not run.
     """
     if not inspect.isawaitable(result):
         return result
@@ -161,7 +161,7 @@ async def run_hooked(
 
 
 async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
-    """Return the result of a call of `hook`: in this task if it can be awaited, else in a thread."""
+    """Return the result of a call of `hook`: in this task if the hook can be awaited, else in a thread."""
     return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
 
 
@@ -173,14 +173,14 @@ async def _threaded(call: Callable[[], Any]) -> Any:
 
 
 _THREADS = 40
-"""`def` hooks that run at once on an event loop, for each depth."""
+"""The limit of concurrent `def` hooks of an event loop, for each depth of nesting."""
 
 _depth: ContextVar[int] = ContextVar("mongodb_session_manager_hook_depth", default=0)
 _limiters: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("mongodb_session_manager_hook_limiters")
 
 
 async def _in_thread(call: Callable[[], Any]) -> Any:
-    # Hooks within hooks have threads of their own: hooks that call the manager again would wait for each other's.
+    # Each depth has its own threads: hooks that call the manager again must not wait for the threads of outer hooks.
     depth = _depth.get()
     limiters = _limiters.get({})
     _limiters.set(limiters)
@@ -220,9 +220,9 @@ async def let_go(user: object, *hooks: object) -> None:
 def chain_hooks(*hooks: Hook | None) -> Hook:
     """Return one hook that calls several, the first outermost: its `original_func` is the second, and so on.
 
-    `def` and `async def` hooks may be mixed; `None` is left out. The chain may be called from a hook of either kind,
-    with its `original_func`: from a `def` hook it acts at once and returns the result, from an `async def` hook it
-    returns an awaitable.
+    `def` and `async def` hooks can be mixed; `None` is left out. A hook of either kind can call the chain with its
+    `original_func`: in a `def` hook the call waits and returns the result, in an `async def` hook it returns an
+    awaitable.
 
     Raises:
         ConfigurationError: One of them is no function.
@@ -233,7 +233,7 @@ def chain_hooks(*hooks: Hook | None) -> Hook:
 
 
 class _Chain:
-    """Hooks of any kind, each the `original_func` of the one before it."""
+    """Hooks of any kind; each is the `original_func` of the hook before it."""
 
     def __init__(self, hooks: list[Hook]) -> None:
         self.hooks = hooks

@@ -51,10 +51,10 @@ _GREENLETS = (
 )
 
 PATIENCE = 10.0
-"""Seconds within which an event loop must begin with a call."""
+"""Seconds within which an event loop must start a call."""
 
 _NO_PATIENCE = 0.5
-"""The same for one that is known to be blocked."""
+"""The same for a loop that is known to be blocked."""
 
 EXIT_TIMEOUT = 5.0
 """Seconds that the end of the interpreter may wait for writes under way."""
@@ -65,10 +65,10 @@ _EXIT_GRACE = 1.0
 _POLL = 0.005  # seconds
 
 _NAME = "mongodb-session-manager"
-"""How the names of the library's threads begin."""
+"""The prefix of the names of the library's threads."""
 
 _IDLE = concurrent.futures.thread._worker.__code__
-"""What a thread of an executor runs while it waits for work."""
+"""The innermost code of an executor's thread that waits for work."""
 
 Lock = threading.Lock
 
@@ -91,8 +91,8 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 class Portal:
     """Runs coroutine functions on one event loop, for callers on any thread and any loop.
 
-    Work that has begun runs to its end, whatever becomes of the caller: a cancelled request does not cancel the write
-    it had begun. Context variables of the caller are visible to the coroutine. What the coroutine raises, be it
+    Work that has started runs to its end even if the caller is cancelled: a cancelled request does not cancel its
+    write. Context variables of the caller are visible to the coroutine. Every exception of the coroutine, including
     `SystemExit`, reaches the caller and not the loop.
     """
 
@@ -127,20 +127,20 @@ class Portal:
             self._under_way.discard(future)  # it counts once
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
-        self._under_way.add(task)  # the loop itself may forget it
+        self._under_way.add(task)  # the loop itself has only a weak reference
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)
         if not task.cancelled():
-            task.exception()  # its caller may have left
+            task.exception()  # retrieved, because the caller may have been cancelled
 
     @property
     def _patience(self) -> float:
         return _NO_PATIENCE if self._blocked else PATIENCE
 
     def _give_up(self, future: Future[Any]) -> None:
-        """Take back a call that the loop has not begun with."""
+        """Cancel a call that the loop has not started."""
         if future.cancel():
             self._blocked = True
 
@@ -211,7 +211,7 @@ async def _carry_out(work: Callable[[], Coroutine[Any, Any, T]], future: Future[
     else:
         future.set_result(result)
     finally:
-        del future  # which may hold an error whose traceback holds this frame
+        del future  # breaks a cycle: its error's traceback can hold this frame
 
 
 def _copy_outcome(finished: Future[T], outcome: asyncio.Future[T]) -> None:
@@ -255,7 +255,7 @@ class _IOThread:
                 try:
                     loop.run_forever()
                 except (SystemExit, KeyboardInterrupt) as error:
-                    # A task or callback that a hook started raised it; the other sessions of the process go on.
+                    # A task or callback of a hook raised it; the other sessions of the process must not end.
                     logger.error("error=<%s> | raised on the I/O loop, which goes on", type(error).__name__)
             if not loop.is_closed():
                 loop.run_until_complete(_cancel_the_rest())
@@ -264,7 +264,7 @@ class _IOThread:
 
     def stop(self, timeout: float) -> None:
         self._is_ending = True
-        with suppress(RuntimeError):  # it has ended before
+        with suppress(RuntimeError):  # it has ended already
             self.portal.loop.call_soon_threadsafe(self.portal.loop.stop)
         self._thread.join(timeout)
 
@@ -336,15 +336,15 @@ def close_at_exit(close: CloseAtExit, loop: asyncio.AbstractEventLoop, order: Ex
 def _finish() -> None:
     try:
         _await_other_threads()
-    finally:  # also when the user loses patience and interrupts
+    finally:  # also if the user interrupts
         _close_everything()
 
 
 def _await_other_threads() -> None:
-    """Wait for the threads that the interpreter waits for, as their sessions must stay open as long.
+    """Wait for the threads that the interpreter waits for: their sessions must stay open until they end.
 
-    It would do so itself, but only once executors take no more work, without which neither Motor nor a synchronous
-    agent can go on. A thread that waits for the main thread would wait for ever, as would this.
+    The interpreter itself waits for them only after it has shut down the executors, which Motor and synchronous agents
+    need. A thread that waits for the main thread is not waited for: neither would ever end.
     """
     idle = 0
     while idle < 2:  # a worker between two pieces of work looks idle
@@ -356,9 +356,9 @@ def _is_working(thread: threading.Thread) -> bool:
     if thread.daemon or thread in (threading.main_thread(), threading.current_thread()):
         return False
     if thread.name.startswith(_NAME) or type(thread).__name__ == "_ExecutorManagerThread":
-        return False  # ours, and those of process pools: they end after this
+        return False  # the library's threads and those of process pools end later
     frame = sys._current_frames().get(thread.ident or 0)
-    # Executors end their workers after this, too: one that waits for work does not count.
+    # Executors end their workers later, too: an idle worker does not count.
     return frame is not None and frame.f_code is not _IDLE and not any(map(_waits_for_main_thread, _stack(frame)))
 
 
@@ -408,7 +408,7 @@ async def _close_all() -> None:
                 async with asyncio.timeout(left + _EXIT_GRACE / 2):
                     await close(left)
             except Exception as error:
-                # The text of another error can quote content.
+                # The text of a foreign error can quote content.
                 reason = str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
                 logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, reason)
 

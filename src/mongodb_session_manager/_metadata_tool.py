@@ -67,8 +67,8 @@ class MetadataPolicy:
 
     Attributes:
         read_only: Whether it may only read.
-        allowed_keys: The keys, and what lies within them, it may see and change; `None` for all, except that those
-            in `ACTED_ON` cannot be changed.
+        allowed_keys: The keys it may see and change, with everything within them; `None` for all, except that the
+            keys in `ACTED_ON` cannot be changed.
     """
 
     read_only: bool = False
@@ -155,7 +155,7 @@ def _is_within(key: str, allowed: str) -> bool:
 
 
 def _folded(name: str) -> str:
-    """Return a name without what distinguishes it only for machines: case, spaces around it, forms of a character."""
+    """Return a normalized name: without differences of case, surrounding spaces and Unicode forms."""
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
@@ -182,10 +182,10 @@ def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:
 
 
 def _failure(error: Exception) -> str:
-    """Return what a model is told of an error: the text only of one that it can do something about.
+    """Return the tool's answer for an error; it has the text of the error only if the model can correct the cause.
 
     Raises:
-        InterruptException: The error is Strands' way to ask a person.
+        InterruptException: The error is Strands' request for human input.
     """
     if isinstance(error, InterruptException):
         raise error

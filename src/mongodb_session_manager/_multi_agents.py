@@ -79,7 +79,7 @@ def compile_write(session_id: str, write: MultiAgentWrite, created_at: Any = Non
 
 
 def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: str) -> Update:
-    """Return the statement that stores an encoded state whatever is there, once for each `writer`."""
+    """Return the statement that overwrites the stored state with an encoded one, once for each `writer`."""
     path, moment = path_of(multi_agent_id), now()
     sets = {
         f"{path}.state": state,
@@ -161,7 +161,7 @@ class MultiAgents:
         """Return the newest state of an orchestrator, `None` if there is none of that id.
 
         Raises:
-            DatabaseError: What is stored in its place can neither be restored nor written to.
+            DatabaseError: The stored value can neither be restored nor written to.
         """
         if (odd := self._unusable.get(multi_agent_id, self._odd)) is not None:
             raise odd.error(self._session_id)
@@ -173,11 +173,11 @@ class MultiAgents:
         self._known[multi_agent_id] = _Known(first_write(multi_agent_id, state, self._writer), None)
 
     def update(self, multi_agent_id: str, state: Any) -> None:
-        """Record the state of an orchestrator, if it is another one or there was no room for it.
+        """Record the state of an orchestrator if it has changed, or if there was no room for it.
 
         Raises:
             AgentNotFoundError: There is none of that id.
-            MongoDBSessionError: An earlier state was refused, and not because of its size.
+            MongoDBSessionError: An earlier state was refused for another reason than its size.
         """
         known = self._known.get(multi_agent_id)
         if known is None:

@@ -59,7 +59,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
     def _settle(self, *, multi_agent_id: str) -> None: ...
 
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
-        # Before the callbacks of others: one that is slow or raises must not keep a node's result from being stored.
+        # First: another callback that is slow or raises must not prevent storing a node's result.
         registry.add_callback(MultiAgentInitializedEvent, lambda event: self.initialize_multi_agent(event.source))
         if each_node:
             registry.add_callback(AfterNodeCallEvent, self._on_after_node_call, order=-math.inf)

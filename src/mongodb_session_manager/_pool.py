@@ -15,7 +15,7 @@ class ConnectionStats(TypedDict):
     Attributes:
         status: `"connected"`, or `"disconnected"` if the server does not answer, or `"closed"`.
         error: Why it is not connected.
-        server_version: Like `"7.0.14"`; `None` if the server refuses to say.
+        server_version: Like `"7.0.14"`; `None` if the server refuses the command.
         pool_config: `maxPoolSize`, `minPoolSize`, `maxIdleTimeMS`, `waitQueueTimeoutMS` (milliseconds).
         connections_open: Connections to the server; `None` for a borrowed client, whose pool only its owner sees.
         connections_in_use: Those of them a command is using.
@@ -47,9 +47,9 @@ async def connection_stats(connection: Connection) -> ConnectionStats:
 class MongoDBConnectionPool:
     """The connection pool of the process: that of the global factory, or one that `initialize` makes.
 
-    Its client is synchronous. It may be passed as `client=`, and used for everything else that the application does
-    with MongoDB. `initialize_global_factory` with the same connection string and options takes this pool; with others
-    it replaces it.
+    Its client is synchronous. It can be passed as `client=`, and used for the application's own commands.
+    `initialize_global_factory` with the same connection string and options uses this pool; with others it replaces the
+    pool.
     """
 
     _lock: ClassVar[Any] = Lock()
@@ -68,8 +68,8 @@ class MongoDBConnectionPool:
     def initialize(cls, connection_string: str | None = None, **client_options: Any) -> SyncClient:
         """Return the process's client; the first call, and one with other arguments, makes it.
 
-        The pool of a global factory that was initialised with the same arguments is used. An earlier pool with other
-        arguments is closed, unless it is a global factory's.
+        If a global factory was initialized with the same arguments, its pool is used. An earlier pool with other
+        arguments is closed, unless it belongs to a global factory.
 
         Raises:
             ConfigurationError: An argument cannot be used.
@@ -128,10 +128,10 @@ class MongoDBConnectionPool:
 
     @classmethod
     def _replace(cls, wanted: Connection, *, taking: bool) -> Connection:
-        """Return the pool's connection if it has the wanted settings; else make the wanted one the pool's.
+        """Return the pool's connection if it has the wanted settings; else make `wanted` the pool's connection.
 
-        The connection before is closed, unless a global factory has taken it: that closes it itself. Nor is one that
-        is taken given to another factory.
+        The earlier connection is closed, unless a global factory has taken it, which closes it itself. A taken
+        connection is not given to another factory.
         """
         with cls._lock:
             current, is_taken = cls._current(), cls._is_taken

@@ -40,6 +40,7 @@ from ._documents import (
     checked_message_id,
     entries_at,
     ids_left_out,
+    is_message_id,
     is_of_old,
     message_body,
     message_from,
@@ -67,6 +68,7 @@ from ._write_back import SessionWriteBack
 from ._writes import ROUNDS
 from .errors import (
     DatabaseError,
+    InvalidArgumentError,
     SessionExistsError,
     raise_alone,
 )
@@ -227,7 +229,7 @@ class AsyncMongoDBSessionRepository(
         messages that the agents' conversation managers have removed; `first` is the position of an agent's first
         message in it. Archived messages that restoring needs come with a second command, and attachments of messages
         with one more. One more command numbers the messages of an agent that a version before 1.0 has written to, and
-        moves what 1.0.0 has stored in another place.
+        moves fields that 1.0.0 has stored elsewhere.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.
@@ -262,7 +264,7 @@ class AsyncMongoDBSessionRepository(
             removed, archived = removed_messages(agent), agent["archived"]
             agent["first"] = archived + agent["count"] - len(agent["messages"])
             if removed > archived + agent["count"]:
-                removed = 0  # a wrong count: restoring warns of it, and gets what there is
+                removed = 0  # the stored count is wrong: restoring logs a warning and restores all messages
             if removed < archived:
                 wanted[key] = (agent.get("created_at"), removed, archived)
                 agent["first"] = removed
@@ -334,7 +336,7 @@ class AsyncMongoDBSessionRepository(
             try:
                 await self._send(insert)
             except DuplicateKeyError:
-                # It may be this one, stored by an attempt whose acknowledgement was lost.
+                # It can be this session, stored by an attempt whose acknowledgement was lost.
                 ours = {name: document[name] for name in ("_id", "attachments_generation", "created_at")}
                 if sent == 1 or await self._send(lambda collection: collection.find_one(ours, {"_id": 1})) is None:
                     raise_alone(SessionExistsError(f"session {session_id!r} exists already"))
@@ -388,13 +390,17 @@ class AsyncMongoDBSessionRepository(
         """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
 
         Raises:
+            InvalidArgumentError: The message's id is not an int >= 0 and < 2**31.
             SessionConflictError: The message's id does not follow that of the agent's last message.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
-            StateTooLargeError: The session's document is full of what is not a message.
+            StateTooLargeError: Other parts than messages fill the session's document.
         """
-        message = stored_message(session_message, checked_message_id(session_message.message_id))
+        message_id = checked_message_id(session_message.message_id)
+        if not is_message_id(message_id):  # the next opening would renumber the message
+            raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
+        message = stored_message(session_message, message_id)
         await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline), by_id=True))
 
     async def read_message(
@@ -444,7 +450,7 @@ class AsyncMongoDBSessionRepository(
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages of an agent, oldest first; an element of `messages` that is no message is left out.
+        """Return messages of an agent, oldest first; elements of `messages` that are no messages are left out.
 
         Args:
             session_id: The session.

@@ -58,12 +58,12 @@ logger = logging.getLogger(__name__)
 SaveOn = Literal["message", "invocation"]
 
 _FIRST, _LAST = -math.inf, math.inf
-"""Orders of callbacks: before and after those of every other hook provider."""
+"""Orders of callbacks: before and after those of all other hook providers."""
 
 _PATIENCE = 0.1
 """Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
 
-Something slow may come first: a user's hook, middleware, a client that reads slowly.
+A user's hook, middleware or a client that reads slowly can delay that end.
 """
 
 
@@ -93,7 +93,7 @@ class ManagerOptions:
         return cls(**_given(given))
 
     def overridden(self, given: Mapping[str, Any]) -> Self:
-        """Return these options with others in the place of some; one that is `None` is not given.
+        """Return these options with some replaced; an option that is `None` is not given.
 
         Raises:
             ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
@@ -151,11 +151,11 @@ def take_hooks(client_options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_final(message: Message) -> bool:
-    """Return whether a message ends a turn: one of the assistant that calls no tool."""
+    """Return whether a message ends a turn: a message of the assistant that calls no tool."""
     return message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
 
 
-def _is_beside_its_like(message: Message, agent: LocalAgent) -> bool:
+def _follows_its_own_id(message: Message, agent: LocalAgent) -> bool:
     """Return whether the message before an agent's last one has its tracking id: it did not take its place."""
     if len(agent.messages) < 2 or agent.messages[-1] is not message:
         return False
@@ -171,7 +171,7 @@ _RESTORED_IN = {
 
 
 def _restoring(error: Exception) -> tuple[str, str]:
-    """Return which field of an agent could not be restored, and why: where it failed, not the text, which may quote."""
+    """Return the field of an agent that cannot be restored, and the reason without the error's text: it can quote."""
     names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
     field = next((field for name, field in _RESTORED_IN.items() if name in names), "messages")
     return field, f"{type(error).__name__} in {names[-1]}"
@@ -228,11 +228,11 @@ class SessionManagerBase(OrchestratorSessionManager):
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         """Register what keeps an agent or orchestrator stored."""
         registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
-        # The last one: if another callback raises, there is no invocation and no AfterInvocationEvent.
+        # Last, because there is no invocation and no AfterInvocationEvent if another callback raises.
         registry.add_callback(BeforeInvocationEvent, self._on_before_invocation, order=_LAST)
         registry.add_callback(MessageAddedEvent, self._on_message_added)
         registry.add_callback(MessageUpdatedEvent, self._on_message_updated)
-        # The first one stores what was shown, whatever other callbacks do; the last one stores what they changed.
+        # The first one stores the turn, even if other callbacks raise; the last one stores their changes.
         registry.add_callback(AfterInvocationEvent, self._on_invocation_ended, order=_FIRST)
         registry.add_callback(AfterInvocationEvent, self._on_after_invocation, order=_LAST)
         registry.add_callback(BidiAgentStopEvent, self._on_stop, order=_FIRST)
@@ -259,7 +259,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         work.record_config(agent.agent_id, capture_config(agent))
 
     def _restore(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Have Strands restore an agent; name the session where what is stored is nothing that it can restore."""
+        """Let Strands restore an agent; if it cannot, raise an error that names the session and the field."""
         is_stored = self._unit.is_stored(agent.agent_id)
         try:
             super().initialize(agent, **kwargs)
@@ -278,13 +278,13 @@ class SessionManagerBase(OrchestratorSessionManager):
 
         Raises:
             AgentNotFoundError: This manager has not initialized the agent.
-            EncodingError: The message has no form that can be stored.
-            MessageTooLargeError: The message is larger than can be stored.
-            SessionConflictError: Another writer stored a message of the agent meanwhile.
+            EncodingError: The message holds a value that cannot be stored.
+            MessageTooLargeError: The message is too large.
+            SessionConflictError: Another writer has stored a message of the agent.
         """
         self._check_initialized(agent)
         self._unit.raise_refusal(agent.agent_id)
-        if _is_beside_its_like(message, agent):
+        if _follows_its_own_id(message, agent):
             self._unit.end_message(agent.agent_id)
         super().append_message(message, agent, **kwargs)
         self._settle(agent.agent_id)
@@ -319,7 +319,7 @@ class SessionManagerBase(OrchestratorSessionManager):
     def sync_agent(self, agent: LocalAgent, **kwargs: Any) -> None:
         """Store the agent's state, if it changed since it was stored last.
 
-        An agent that was built without this manager, and that the session does not hold yet, is stored with its
+        An agent that was constructed without this manager, and that the session does not hold yet, is stored with its
         messages.
         """
         work = self._unit
@@ -351,14 +351,14 @@ class SessionManagerBase(OrchestratorSessionManager):
             raise
 
     def _append_added(self, message: Message, agent: LocalAgent) -> None:
-        """Append a message. Take it out of `agent.messages` if it cannot be stored, so that the agent can go on."""
-        is_continuation = not _is_beside_its_like(message, agent) and self._unit.is_continuation(
+        """Append a message. Remove it from `agent.messages` if it cannot be stored, so that the agent can continue."""
+        is_continuation = not _follows_its_own_id(message, agent) and self._unit.is_continuation(
             agent.agent_id, message
         )
         try:
             self.append_message(message, agent)
         except (EncodingError, MessageTooLargeError):
-            # A continued message stays as it is stored; only the agent holds what was added to it.
+            # A continued message stays stored without the addition, which only the agent holds.
             if not is_continuation:
                 for position in [n for n, added in enumerate(agent.messages) if added is message][-1:]:
                     del agent.messages[position]
@@ -379,7 +379,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._unit.start_invocation(event.agent.agent_id)
 
     async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
-        """Store the turn. A failure is raised when the other callbacks have run: they may release resources."""
+        """Store the turn. A failure is raised after the other callbacks have run: they can release resources."""
         agent = event.agent
         self._invoked.discard(agent.agent_id)
         try:
@@ -396,7 +396,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         agent = event.agent
         stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
-            # What could not be stored may be by now, but the turn did stop; Strands may have wrapped the reason.
+            # The changes may be stored by now, but the turn was stopped; Strands can have wrapped the reason.
             raise stopped
         with recording_only():
             self.sync_agent(agent)
@@ -429,7 +429,7 @@ class SessionManagerBase(OrchestratorSessionManager):
                 work.multi_agents.settle(write, refusal)
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
-        """Read messages while Strands' synchronous constructor of an agent waits for them."""
+        """Read messages for Strands' synchronous constructor of an agent, which waits for them."""
         if running_loop() is self._connection.portal.loop:
             raise EventLoopError(
                 f"the conversation manager of agent {agent_id!r} asks for {end - begin} older messages, which were not "
@@ -471,7 +471,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             self._connection.portal.call(self._store)
 
     def _submit(self) -> None:
-        """Send what is recorded without waiting for it; the next flush raises what failed."""
+        """Start a flush without waiting for it; the next flush raises its errors."""
         if not self._closed and not self._unit.is_settled:
             self._connection.portal.submit(self._store)
 

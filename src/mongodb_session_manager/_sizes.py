@@ -1,6 +1,6 @@
-"""How large the parts of a session's document are, and the error that names the one it has no room for. Pure.
+"""The sizes of the parts of a session's document, and the error for a part that does not fit. Pure.
 
-The server is asked for these sizes only after it refused a statement because the document would be too large.
+The sizes are queried only after the server refused a statement because the document would be too large.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ._codec import stored_size
-from ._documents import Document, agent_id_of
+from ._documents import STATE_FIELDS, Document, agent_id_of, entries_at
 from .errors import StateTooLargeError
 
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
@@ -17,9 +17,9 @@ MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
 _SHOWN = 3
 
 _SESSION_PARTS = {"metadata": "metadata", "feedback": "feedbacks", "guardrail events": "guardrail_events"}
-"""What a part is called, and its field."""
+"""The name of a part in errors, and its field."""
 
-AGENT_FIELDS = ("state", "conversation_manager_state", "_internal_state", "system_prompt", "model", "prompt_metadata")
+AGENT_FIELDS = (*STATE_FIELDS, "system_prompt", "model", "prompt_metadata")
 """The fields of `agent_data` that can be large."""
 
 
@@ -29,8 +29,7 @@ def _bson_size(path: str) -> Document:
 
 def _sizes_of_each(path: str, sizes: Document) -> Document:
     """Return the expression for `sizes` of each value of a sub-document; `$$each.v` is the value."""
-    pairs = {"$objectToArray": {"$ifNull": [path, {}]}}
-    return {"$map": {"input": pairs, "as": "each", "in": {"key": "$$each.k", "sizes": sizes}}}
+    return {"$map": {"input": entries_at(path), "as": "each", "in": {"key": "$$each.k", "sizes": sizes}}}
 
 
 PART_SIZES: Document = {
@@ -49,17 +48,17 @@ PART_SIZES: Document = {
 
 
 def of_agent(field: str, agent_id: str) -> str:
-    """Return what a part of an agent is called."""
+    """Return the name of a part of an agent in errors."""
     return f"{field} of agent {agent_id!r}"
 
 
 def of_multi_agent(multi_agent_id: str) -> str:
-    """Return what the state of an orchestrator is called."""
+    """Return the name of the state of an orchestrator in errors."""
     return f"state of multi-agent {multi_agent_id!r}"
 
 
 def size_of(value: Any) -> int:
-    """Return how many bytes an encoded value takes in a document, counted as the server counts it."""
+    """Return the size in bytes of an encoded value, computed as the server computes it."""
     return stored_size({"v": value})
 
 
@@ -68,9 +67,9 @@ def too_large(session_id: str, part: str, size: int, sizes: Mapping[str, Any]) -
 
     Args:
         session_id: The session.
-        part: What the part is called.
-        size: How large it is.
-        sizes: What `PART_SIZES` brought of the session's document; empty for a part that no document can hold.
+        part: The name of the part.
+        size: Its size in bytes.
+        sizes: The result of `PART_SIZES`; empty for a part that no document can hold.
     """
     refused = f"session {session_id!r}: {part} was not stored: it takes {size} bytes, "
     if not sizes:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CONNECTION_ID = "connection_id"
-"""The WebSocket connection of a session: where its metadata changes are sent."""
+"""The WebSocket connection that gets the metadata changes of a session."""
 
 ACTED_ON = frozenset({CONNECTION_ID})
-"""Every metadata key that the library acts on. A model must not write one, unless it is named for it."""
+"""Every metadata key that the library acts on. A model must not write them, unless `allowed_keys` names them."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ _asked: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manag
 
 @contextmanager
 def asking_for(fields: StoredFields) -> Iterator[None]:
-    """Have the metadata changes made within fill in `fields`, in the command that makes the change."""
+    """Let the metadata changes of this block fill in `fields`, with the command that makes the change."""
     token = _asked.set((*_asked.get(), fields) if fields.names else _asked.get())
     try:
         yield

@@ -83,7 +83,7 @@ class MongoDBSessionRepository(SessionRepository):
 
     @property
     def client(self) -> SyncClient:
-        """A synchronous client on the repository's connections, for commands of the caller's own.
+        """A synchronous client on the repository's connections, for the caller's own commands.
 
         Raises:
             ConfigurationError: The repository was given a `pymongo.AsyncMongoClient`.
@@ -93,12 +93,12 @@ class MongoDBSessionRepository(SessionRepository):
 
     @property
     def database(self) -> Database[dict[str, Any]]:
-        """The database of the sessions, by the synchronous client."""
+        """The database of the sessions, on the synchronous client."""
         return self.client[self._async._database_name]
 
     @property
     def collection(self) -> Collection[dict[str, Any]]:
-        """The collection of the sessions, by the synchronous client."""
+        """The collection of the sessions, on the synchronous client."""
         return self.database[self._async._collection_name]
 
     @property
@@ -133,7 +133,7 @@ class MongoDBSessionRepository(SessionRepository):
         messages that the agents' conversation managers have removed; `first` is the position of an agent's first
         message in it. Archived messages that restoring needs come with a second command, and attachments of messages
         with one more. One more command numbers the messages of an agent that a version before 1.0 has written to, and
-        moves what 1.0.0 has stored in another place.
+        moves fields that 1.0.0 has stored elsewhere.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.
@@ -222,11 +222,12 @@ class MongoDBSessionRepository(SessionRepository):
         """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
 
         Raises:
+            InvalidArgumentError: The message's id is not an int >= 0 and < 2**31.
             SessionConflictError: The message's id does not follow that of the agent's last message.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
-            StateTooLargeError: The session's document is full of what is not a message.
+            StateTooLargeError: Other parts than messages fill the session's document.
         """
         self._portal.call(self._async.create_message, session_id, agent_id, session_message, **kwargs)
 
@@ -254,7 +255,7 @@ class MongoDBSessionRepository(SessionRepository):
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages of an agent, oldest first; an element of `messages` that is no message is left out.
+        """Return messages of an agent, oldest first; elements of `messages` that are no messages are left out.
 
         Args:
             session_id: The session.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -81,7 +80,7 @@ class _Agent:
         self.loaded = None if stored is None else agent_from(agent_id, stored, session_id)
         documents = [] if stored is None else stored.get("messages") or []
         self.first: int = 0 if stored is None else stored.get("first", 0)
-        # By position: `None` stands for an element that is no message, which is kept but not restored.
+        # By position. `None` represents an element that is no message: it is kept, but not restored.
         found = list(messages_from(documents, self.first, session_id, agent_id))
         self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
         known = [(message, document) for message, document in found if message is not None]
@@ -102,7 +101,7 @@ class _Agent:
         self.set_by_user = config_set(stored or {})
         usage = None if stored is None else stored.get("usage")
         self.counts_usage = usage is None or (type(usage) is dict and usable_numbers(usage) == usage)
-        # What is stored in the place of these cannot be used. It stays until the agent has another value for them.
+        # The stored values of these fields are unusable. They are kept until the agent has another value.
         self.odd_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
         self.defaults: Document = {}
         self.removed = 0 if stored is None else removed_messages(stored)
@@ -118,7 +117,7 @@ class _Agent:
 
 
 class _LastMessage(NamedTuple):
-    """What tells a longer version of an agent's last message from a new message."""
+    """Distinguishes a longer version of an agent's last message from a new message."""
 
     tracking_id: str | None
     blocks: list[Any]
@@ -139,7 +138,7 @@ class _LastMessage(NamedTuple):
 
 
 def _is_odd(name: str, stored: Any) -> bool:
-    """Return whether a stored part of an agent's state is not what the agent is restored from."""
+    """Return whether a stored part of an agent's state cannot be restored as it is."""
     state = decode(stored)
     if type(state) is not dict:
         return state is not None
@@ -174,7 +173,7 @@ class UnitOfWork(SessionRepository):
         self.session_id = session_id
         name, created_at = document.get("application_name"), document.get("created_at")
         self.application_name: str | None = name if isinstance(name, str) else None
-        # Tells the session from a later one of its id, unless it is something that a query would not take literally.
+        # Distinguishes the session from a later one with its id; other types have another meaning in a query.
         self.created_at = created_at if isinstance(created_at, str | datetime) else None
         self._session = session_from(document)
         self._unusable = unusable_agents(document)
@@ -211,8 +210,8 @@ class UnitOfWork(SessionRepository):
     def settle(self, count: int, refused: Mapping[str, MongoDBSessionError]) -> None:
         """Let go of the `count` oldest changes: they are stored but for those of `refused` agents.
 
-        Whatever a refused agent records from then on is refused for the same reason, except for a state without room:
-        the next state can be smaller, and messages without room stay recorded.
+        All later changes of a refused agent are refused for the same reason. An exception is `StateTooLargeError`: the
+        next state can be smaller, and pending messages stay recorded.
         """
         pending = set()
         for agent_id, error in refused.items():
@@ -240,7 +239,7 @@ class UnitOfWork(SessionRepository):
             self.multi_agents.raise_refusal()
 
     def raise_too_large(self, agent_id: str | None = None) -> None:
-        """Raise that there was no room for an agent's state or messages: once, or for any agent until there is."""
+        """Raise the `StateTooLargeError` of an agent, once; without `agent_id`, of any agent until there is room."""
         for candidate in tuple(self._agents) if agent_id is None else (agent_id,):
             agent = self._agents.get(candidate)
             if agent is None or agent.too_large is None or (agent_id is not None and agent.too_large_told):
@@ -248,7 +247,7 @@ class UnitOfWork(SessionRepository):
             error, agent.too_large_told = agent.too_large, True
             if error.pending:  # the next flush tries again
                 agent.too_large = None
-            raise copy.copy(error)
+            raise again(error)
 
     def raise_untold_refusal(self) -> None:
         """Raise why changes were refused if nobody was told yet."""
@@ -268,7 +267,7 @@ class UnitOfWork(SessionRepository):
         agent.messages = agent.last_appended = None
 
     def holds(self, agent_id: str) -> bool:
-        """Return whether the session holds an agent of that id, stored or recorded."""
+        """Return whether the session holds an agent with that id, stored or recorded."""
         return agent_id in self._agents
 
     def is_initialized(self, agent_id: str) -> bool:
@@ -286,7 +285,7 @@ class UnitOfWork(SessionRepository):
         return agent_id in self._agents and self._agents[agent_id].loaded is not None
 
     def prepare(self, agent: LocalAgent) -> None:
-        """Have what cannot be used of an agent's conversation manager's state be that of a new one."""
+        """Replace an unusable state of an agent's conversation manager with the state of a new one."""
         stored = self._agents.get(agent.agent_id)
         if stored is None or stored.loaded is None or "conversation_manager_state" not in stored.odd_state:
             return
@@ -296,7 +295,7 @@ class UnitOfWork(SessionRepository):
             stored.loaded.conversation_manager_state = {**state, "removed_message_count": stored.removed}
 
     def keep_odd(self, agent: LocalAgent) -> None:
-        """Keep what cannot be used of a restored agent's state until the agent has another than now."""
+        """Keep the unusable stored state of a restored agent until the agent's state changes."""
         stored = self._agents[agent.agent_id]
         if stored.odd_state:
             state = agent_state(SessionAgent.from_agent(agent))
@@ -370,7 +369,7 @@ class UnitOfWork(SessionRepository):
         """Return an agent as it was loaded.
 
         Raises:
-            DatabaseError: What is stored in its place can neither be restored nor written to.
+            DatabaseError: The stored value can neither be restored nor written to.
         """
         agent = self._agents.get(checked_id(agent_id, "agent_id"))
         for candidate in (agent_id, None):
@@ -420,7 +419,7 @@ class UnitOfWork(SessionRepository):
             del agent.identities[next(iter(agent.identities))]
         agent.next_message_id += 1
         if (tracking_id := agent.last.tracking_id) is not None:
-            agent.message_ids.pop(tracking_id, None)  # so that it becomes the youngest
+            agent.message_ids.pop(tracking_id, None)  # so that it becomes the newest
             agent.message_ids[tracking_id] = session_message.message_id
             if len(agent.message_ids) > agent.remembered:
                 del agent.message_ids[next(iter(agent.message_ids))]
@@ -479,11 +478,11 @@ class UnitOfWork(SessionRepository):
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages, oldest first, without the `offset` oldest; what is no message is left out.
+        """Return messages, oldest first, without the `offset` oldest; elements that are no messages are left out.
 
-        They come from what was loaded. Older ones, which the stored state of the conversation manager says it has
-        removed, are fetched: a conversation manager need not restore that state. If there are fewer than `offset`
-        messages, all are returned: the count that Strands asks with is wrong, and an empty conversation would hide it.
+        Messages that the conversation manager had removed are not loaded. They are fetched if they are requested:
+        not every conversation manager restores its state. If there are fewer than `offset` messages, all are returned:
+        the count that Strands passes is wrong, and an empty conversation would hide that.
         """
         offset = checked_count(offset, "offset")
         limit = None if limit is None else checked_count(limit, "limit")
@@ -511,7 +510,7 @@ class UnitOfWork(SessionRepository):
         return [message for message in messages[:limit] if message is not None]
 
     def corrected_offset(self, agent_id: str) -> int | None:
-        """Return the number of messages left out when the agent was restored, `None` if it is what was asked for."""
+        """Return the number of messages left out when the agent was restored, `None` if it is the requested one."""
         return self._agent(agent_id).corrected_offset
 
     def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:

@@ -131,7 +131,7 @@ class SessionWrites(SessionArchive):
                 too_large = error
             if too_large is not None:
                 for agent_id, write in writes.items():
-                    if len(writes) > 1:  # the other agents must not wait for the one that is too large
+                    if len(writes) > 1:  # a write that is too large must not prevent those of other agents
                         await self._write(session_id, {agent_id: write}, refused)
                     else:
                         await self._write_what_fits(session_id, write, refused, too_large)
@@ -166,13 +166,13 @@ class SessionWrites(SessionArchive):
         refused: dict[str, MongoDBSessionError],
         too_large: MessageTooLargeError,
     ) -> None:
-        """Store the messages of a write that is too large as a whole, then as much of the agent's state as fits."""
+        """Store the messages of a write that is too large, then the fields of the agent's state that fit."""
         agent_id, states = write.agent_id, write.states
         if not states:
             contents = write.contents()
             refused[agent_id] = too_large
-            if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits; the document is full of something else
-                full = await self._too_large(session_id, of_agent("a message", agent_id), contents)
+            if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits, but other parts fill the document
+                full = await self._too_large(session_id, of_agent("a message", agent_id), contents, too_large)
                 full.pending = True
                 full.code, full.code_name, full.operation = too_large.code, too_large.code_name, too_large.operation
                 refused[agent_id] = full
@@ -187,7 +187,8 @@ class SessionWrites(SessionArchive):
         if rest.states:
             await self._write(session_id, {agent_id: rest}, refused)
         if _are_messages_stored(refused.get(agent_id)):
-            refused[agent_id] = await self._too_large(session_id, of_agent(largest, agent_id), states[largest])
+            part = of_agent(largest, agent_id)
+            refused[agent_id] = await self._too_large(session_id, part, states[largest], too_large)
 
     async def _remaining(
         self,
@@ -224,7 +225,7 @@ class SessionWrites(SessionArchive):
             agent["messages"] = [message if type(message) is dict else {} for message in messages]
             for name in ("archived", "revision"):
                 agent[name] = agent[name] if type(agent.get(name)) is int else 0
-        # A manager goes on where an old process has written as well; the next opening numbers the messages anew.
+        # A manager continues even if an old process has written too; the next opening renumbers the messages.
         unnumbered = [
             key
             for key, agent in agents.items()
@@ -312,16 +313,16 @@ class SessionWrites(SessionArchive):
         return found
 
     async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
-        """Bring agents into today's form in one command; return `False` if somebody changes them meanwhile.
+        """Migrate agents to the current form in one command; return `False` if another writer changes them meanwhile.
 
-        Their messages get ids that increase, and they the `next_message_id` that follows: versions before 1.0 store
-        none, and count for themselves. They did not encode ids either, so an agent without `next_message_id` whose id
-        holds `%` or `$` moves to its key.
+        Their messages get increasing ids, and each agent gets the `next_message_id` that follows: versions before 1.0
+        store none, and keep their own counter. Those versions did not encode agent ids either, so an agent without
+        `next_message_id` whose id holds `%` or `$` moves to its key.
 
         Args:
             session_id: The session.
-            agents: By key, what `head_numbers` brings; in place, `messages` and numbers become what is stored now.
-            keys: The agents to bring into today's form.
+            agents: By key, the result of `head_numbers`; messages and numbers are updated in place.
+            keys: The agents to migrate.
         """
         condition: Document = {"_id": session_id}
         sets: Document = {}
@@ -331,7 +332,7 @@ class SessionWrites(SessionArchive):
             agent, new = agents[old], old
             ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
             if following is None and (new := agent_key(old)) != old:
-                if new in agents:  # the original did not find it under its key and made another one
+                if new in agents:  # the original did not find the agent under its key and created another one
                     logger.warning(
                         "session_id=<%r>, agent=<%r> | left out: this agent has another key", session_id, old
                     )
@@ -396,7 +397,7 @@ class InArchive(NamedTuple):
 
 
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
-    """Return whether an agent's messages are stored, although its state may have been refused."""
+    """Return whether an agent's messages are stored, even if its state was refused."""
     return refusal is None or (isinstance(refusal, StateTooLargeError) and not refusal.pending)
 
 
@@ -413,10 +414,10 @@ def _identity(write: AgentWrite, message_id: int) -> Identity | None:
 
 
 def _position(messages: Sequence[Document], message_id: int, ours: Identity | None, by_id: bool) -> int | None:
-    """Return the position of the message that is meant by an id, `None` if there is none.
+    """Return the position of the message that an id refers to, `None` if there is none.
 
-    Of several with that id it is the one of that identity. If there is none, an old process may have written as well,
-    and the message has another id by now. A writer that knows a message by its id alone means the first one with it.
+    Among several messages with that id, the identity selects one. If none of them matches, the message may have been
+    renumbered, because an old process has also written. A writer that knows only the id refers to the first one.
     """
     alike = [n for n, message in enumerate(messages) if message.get("message_id") == message_id]
     if ours is not None:
@@ -434,7 +435,7 @@ def _position(messages: Sequence[Document], message_id: int, ours: Identity | No
 
 
 def _is_same(ours: Identity, theirs: Identity) -> bool:
-    # A redaction may have taken the tracking id away.
+    # A redaction can have removed the tracking id.
     known = ours.tracking_id is not None and theirs.tracking_id is not None
     return as_date(ours.created_at) == as_date(theirs.created_at) and not (
         known and ours.tracking_id != theirs.tracking_id
@@ -449,7 +450,7 @@ def _positions(write: AgentWrite, stored: Mapping[str, Any] | None) -> dict[int,
 
 
 def _moved(write: AgentWrite, ids: Sequence[int], meant: Mapping[int, int]) -> AgentWrite:
-    """Return a write for messages at these positions, which have other ids now."""
+    """Return a write for messages at these positions, which have been renumbered."""
     new = {message_id: ids[position] for message_id, position in meant.items()}
     return replace(
         write,
@@ -459,7 +460,7 @@ def _moved(write: AgentWrite, ids: Sequence[int], meant: Mapping[int, int]) -> A
 
 
 def _known_messages(write: AgentWrite, messages: Sequence[Document]) -> dict[int, Document]:
-    """Return by the ids of a write the messages of a head that it means."""
+    """Return the messages of a head that a write refers to, by the ids in the write."""
     found = {}
     for message_id in (*write.replaced, *write.recorded):
         position = _position(messages, message_id, _identity(write, message_id), write.by_id)

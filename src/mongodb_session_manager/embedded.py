@@ -101,7 +101,7 @@ class EmbeddedMongoDB:
         binary: The mongod to run; see `find_mongod` for the default.
         port: Port of the first member, the others follow it; by default free ones.
         data_directory: Where the data is kept, made if missing; by default a temporary directory, removed at the end.
-            What is made in it is readable for its owner only; the mode of a directory that exists stays as it is.
+            New files in it are readable only by their owner; the mode of an existing directory is not changed.
         members: How many servers the replica set has.
         standalone: One server without a replica set.
         server_parameters: Passed to mongod as `--setParameter`.

@@ -25,7 +25,7 @@
         └── AttachmentError             bytes of a message are missing, or are not those that were stored
 
 The driver's own error is neither the `__cause__` nor the `__context__`, because it can quote stored data. Three
-attributes of every error say what is known of the refusal:
+attributes of every error describe the refusal:
 
     code        the server's error code, like 13; None if no server refused anything
     code_name   the server's name of the code, like "Unauthorized", or None
@@ -69,9 +69,9 @@ class ClientTypeError(ConfigurationError, TypeError):
 
 
 class AccessDeniedError(ConfigurationError, PermissionError):
-    """The server refused the user's credentials, or does not allow the user what the library does.
+    """The server refused the user's credentials, or does not authorize the user.
 
-    Trying again does not help: the configuration of the client or of the server has to change.
+    Trying again does not help: change the configuration of the client or of the server.
     """
 
 
@@ -87,20 +87,20 @@ class MessageTooLargeError(MongoDBSessionError, ValueError):
     """A message is larger, without its attachments, than can be stored; it was not.
 
     The conversation goes on without it. Or a write is larger than a MongoDB document may be (16 MiB).
-    `StateTooLargeError` is the one for what is not a message.
+    `StateTooLargeError` is the error for everything else than a message.
     """
 
 
 class StateTooLargeError(MongoDBSessionError, ValueError):
     """A session's document has no room for the state of an agent or orchestrator, for metadata or for feedback.
 
-    The message names what was not stored and how large it is. The earlier value stays stored, and so does everything
-    else: messages of an agent whose state is too large are stored. The state is stored as soon as it changes to one
-    that fits.
+    The message names the part that was not stored, and its size. The earlier value stays stored. Everything else is
+    stored, including the messages of an agent whose state is too large. The state is stored when it changes to one that
+    fits.
 
     Attributes:
-        pending: Whether messages were not stored either, because other parts fill the document. They stay recorded:
-            the next flush after there is room stores them.
+        pending: Whether messages were not stored either, because other parts fill the document. They stay recorded, and
+            a flush stores them once there is room.
     """
 
     pending: bool = False
@@ -173,7 +173,7 @@ ErrorT = TypeVar("ErrorT", bound=MongoDBSessionError)
 
 
 def raise_alone(error: BaseException) -> NoReturn:
-    """Raise an error without a trace of the one that is being handled, which can hold content.
+    """Raise an error without the error that is being handled, which can hold content.
 
     `from None` only hides the other error: `__context__` still holds it, and error trackers report it.
     """
@@ -184,7 +184,7 @@ def raise_alone(error: BaseException) -> NoReturn:
 
 
 def again(error: ErrorT, text: str | None = None) -> ErrorT:
-    """Return an equal error to raise in another place, with its attributes but not its traceback.
+    """Return a copy of an error, with its attributes but without its traceback.
 
     Args:
         error: The error.

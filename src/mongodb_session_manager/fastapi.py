@@ -81,20 +81,20 @@ _HEALTH_TIMEOUT = 2.0
 """Seconds; load balancers give up on an answer after a few."""
 
 _CHECK_TIMEOUT = 5.0
-"""Seconds that an application waits for its database when it starts."""
+"""Seconds that an application waits for its database at the start."""
 
 
 class _Answer(NamedTuple):
-    """What a client is told about an error: what it can do about it, nothing about the server or the conversation."""
+    """The answer to a client for an error: what the client can do, nothing about the server or the conversation."""
 
     status: int
     close_code: int
     detail: str
-    """Empty for an argument that the client itself sent: the error says which one and why."""
+    """Empty for an argument of the client: the error names the argument and the reason."""
 
 
 # The status of a refused argument is 422, as for arguments that FastAPI itself refuses. The close codes of a WebSocket
-# are 1008 (the client must send something else), 1013 (try again later) and 1011 (the server is at fault).
+# are 1008 (the client must send another request), 1013 (try again later) and 1011 (an error of the server).
 _ANSWERS: dict[type[MongoDBSessionError], _Answer] = {
     SessionConflictError: _Answer(409, 1013, "another request changed the session meanwhile: repeat this one"),
     SessionExistsError: _Answer(409, 1008, "a session of that id exists already"),
@@ -164,7 +164,7 @@ async def _check(factory: MongoDBSessionManagerFactory) -> None:
     try:
         await factory.check_async(_CHECK_TIMEOUT)
     except MongoDBSessionError as error:
-        raise error.with_traceback(None) from None  # the server logs the traceback: the sentence says it all
+        raise error.with_traceback(None) from None  # the server logs it: the message is enough
 
 
 def add_session_support(app: FastAPI) -> None:
@@ -184,8 +184,8 @@ def add_session_support(app: FastAPI) -> None:
     are bugs of the application: FastAPI answers 500 and the server logs the traceback. A WebSocket is closed with the
     code and a short reason; one that was not accepted yet is accepted first, because a browser shows no code otherwise.
 
-    After a 503 it is unknown whether the request's messages are stored: closing the session tries once more. An error
-    of that is raised, and logged by the server.
+    After a 503 it is unknown whether the request's messages are stored: closing the session tries once more. If that
+    fails too, the error is raised, and the server logs it.
 
     Call it before the application starts, and for each application that is mounted in another.
     """
@@ -195,10 +195,10 @@ def add_session_support(app: FastAPI) -> None:
 
 
 def get_factory(connection: HTTPConnection) -> MongoDBSessionManagerFactory:
-    """Return the factory of the application, else of the one it is mounted in, else the process-wide one: a dependency.
+    """Return the factory of the application, of the one it is mounted in, or of the process: a dependency.
 
     Raises:
-        FactoryNotInitializedError: There is none.
+        FactoryNotInitializedError: There is no factory.
     """
     return _factory_in(connection.scope) or get_global_factory()
 
@@ -210,7 +210,7 @@ Factory = Annotated[MongoDBSessionManagerFactory, Depends(get_factory)]
 async def open_session(session_id: str, connection: HTTPConnection) -> AsyncMongoDBSessionManager:
     """Open the session that the path parameter `session_id` names, from the application's factory: a dependency.
 
-    It is closed when the whole response is sent, including the last part of a stream, or the client has disconnected.
+    It is closed when the whole response is sent, including the last part of a stream, or when the client disconnects.
 
     Raises:
         FactoryNotInitializedError: The application has no `session_lifespan`.
@@ -241,8 +241,8 @@ async def health(connection: HTTPConnection = None) -> JSONResponse:  # type: ig
 async def stream(agent: Agent, prompt: AgentInput, *, format: Literal["sse", "text"] = "sse") -> Response:
     """Run an agent and return a response that streams its answer.
 
-    It returns when the model begins to answer. By then the prompt is stored, unless `save_on="invocation"`, so an error
-    until then is raised and gets a status of its own: 404, 409, 413, 422 and 503 are real.
+    It returns when the model begins to answer. By then the prompt is stored, unless `save_on="invocation"`. An error up
+    to then is raised and gets its own status: 404, 409, 413, 422 and 503 are real statuses.
 
     As `"sse"`, each event has an `id`, counted from 0, and JSON as its `data`:
 
@@ -253,14 +253,14 @@ async def stream(agent: Agent, prompt: AgentInput, *, format: Literal["sse", "te
     | `done` | `{"stop_reason"}`; the last event |
     | `error` | `{"status", "detail"}` of an error after the first event, in place of `done`; logged if it is 5xx |
 
-    As `"text"`, it is only the text. An error after the first part breaks the connection off, so that a client can tell
-    an incomplete answer from a complete one.
+    As `"text"`, it is only the text. An error after the first part aborts the connection, so that a client can
+    distinguish an incomplete answer from a complete one.
 
-    A client that disconnects stops the agent, also before the model begins to answer.
+    A client that disconnects stops the agent, even before the model begins to answer.
 
     Args:
-        agent: An agent that nothing else uses; its session must stay open until the response is sent, as one of
-            `Session` does.
+        agent: An agent that is not used elsewhere. Its session must stay open until the response is sent, like a
+            `Session`.
         prompt: As for `Agent.stream_async`.
         format: `"sse"` for Server-Sent Events, `"text"` for plain text.
 
@@ -293,8 +293,8 @@ class _Event(NamedTuple):
 class _Turn:
     """An agent's invocation in a task of its own.
 
-    One task from the first event to the last, because the agent sets context variables that it resets at its end: the
-    endpoint takes the first event, but the response sends the others from another task.
+    All events come from one task, because the agent resets its context variables at its end. The endpoint and the
+    response, which take the events, run in different tasks.
     """
 
     def __init__(self, agent: Agent, prompt: AgentInput, path: str) -> None:
@@ -308,7 +308,7 @@ class _Turn:
     async def _run(self, agent: Agent, prompt: AgentInput) -> None:
         async with self._send, aclosing(agent.stream_async(prompt)) as events:  # type: ignore[type-var]
             async for event in events:
-                if "event" in event:  # the first is the beginning of the model's answer
+                if "event" in event:  # the model begins to answer
                     self._begun.set()
                 for shown in _shown(event):
                     self._begun.set()
@@ -372,7 +372,7 @@ class _Turn:
 
 
 def _shown(event: Mapping[str, Any]) -> Iterator[_Event]:
-    """Yield the events for the client that follow from one of Strands'."""
+    """Yield the client's events for an event of Strands."""
     if "data" in event:
         yield _Event("text", event["data"])
     elif "message" in event:
@@ -384,7 +384,7 @@ def _shown(event: Mapping[str, Any]) -> Iterator[_Event]:
 
 
 def _framed(number: int, event: _Event) -> str:
-    """Return an event as it is sent; JSON escapes every line break and everything that is not ASCII."""
+    """Return an event in the format of Server-Sent Events; JSON escapes line breaks and non-ASCII characters."""
     return f"id: {number}\nevent: {event.name}\ndata: {json.dumps(event.data)}\n\n"
 
 
@@ -396,7 +396,7 @@ async def _disconnected(receive: Receive) -> None:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """A request for `stream`, which is not given one."""
+    """The current request, for `stream`, which has no parameter for it."""
 
     stack: AsyncExitStack
     receive: Receive
@@ -407,7 +407,7 @@ _exchange: ContextVar[_Exchange | None] = ContextVar("mongodb_session_manager_ex
 
 
 def _factory_in(scope: Scope) -> MongoDBSessionManagerFactory | None:
-    """Return the factory of a request's application, else of the one that it is mounted in."""
+    """Return the factory of a request's application, else of the application that it is mounted in."""
     factory: MongoDBSessionManagerFactory | None = getattr(scope["app"].state, "mongodb_session_factory", None)
     return factory or scope.get(_FACTORY)
 
@@ -415,8 +415,8 @@ def _factory_in(scope: Scope) -> MongoDBSessionManagerFactory | None:
 class _SessionSupport:
     """Closes a request's sessions when its response is sent, and WebSockets when an error ends them.
 
-    Not left to a dependency with `yield`, which FastAPI before 0.118 leaves before it sends the response, nor to the
-    exception handlers, whose answer does not reach a WebSocket.
+    A dependency with `yield` cannot do this: FastAPI before 0.118 leaves it before it sends the response. Exception
+    handlers cannot either: their response does not reach a WebSocket.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -469,7 +469,7 @@ class _SessionSupport:
 
 
 def _original(error: BaseException) -> BaseException:
-    """Return the error that Strands wraps when it ends a later cycle of an invocation, else the error itself."""
+    """Return the error that Strands wrapped in a later cycle of an invocation, else the error itself."""
     while isinstance(error, EventLoopException):
         error = error.original_exception
     return error
@@ -482,7 +482,7 @@ def _answer_to(error: BaseException) -> _Answer:
 
 
 def _log(path: str, error: BaseException) -> None:
-    """Log an error that is not the client's: one of the database in a line, a bug with its traceback."""
+    """Log an error that the client did not cause: a database error in one line, a bug with its traceback."""
     answer = _answer_to(error)
     if answer is _FAILED:
         logger.error("path=<%r> | the request failed", path, exc_info=error)

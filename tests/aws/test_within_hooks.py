@@ -21,29 +21,10 @@ from mongodb_session_manager import (
     create_metadata_sqs_hook,
     create_metadata_websocket_hook,
 )
-from support import CommandLog, eventually
+from support import CommandLog, Session, eventually
 from test_websocket import told
 
 Hook = Callable[..., Any]
-
-
-class Session:
-    """The session "s" through one of the managers, called as if it were synchronous."""
-
-    def __init__(self, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, is_async: bool) -> None:
-        self._factory, self._runner, self.is_async = factory, runner, is_async
-
-    def open(self, **options: Any) -> Session:
-        create = self._factory.create_session_manager_async if self.is_async else self._factory.create_session_manager
-        self.manager = self.run(create, "s", **options)
-        return self
-
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        return self._runner.run(result) if inspect.iscoroutine(result) else result
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return functools.partial(self.run, getattr(self.manager, name))
 
 
 @pytest.fixture(params=[False, True], ids=["manager", "async manager"])

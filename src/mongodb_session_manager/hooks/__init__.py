@@ -1,6 +1,6 @@
 """Hooks that notify AWS of a session's metadata and feedback, and background delivery for hooks of any kind.
 
-`sns`, `sqs` and `websocket` need the extra `aws`; touching a name of theirs without it raises `MissingExtraError`. The
+`sns`, `sqs` and `websocket` need the extra `aws`; importing a name from them without it raises `MissingExtraError`. The
 names here are those of versions 0.5 to 0.9; new code imports from the root of the package.
 """
 
@@ -48,7 +48,7 @@ if not _has_extra():  # `from mongodb_session_manager.hooks import *` imports wh
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Import an AWS hook when it is touched."""
+    """Import an AWS hook on first access."""
     if name not in _ORIGINS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, original = _ORIGINS[name]

@@ -38,7 +38,7 @@ class AwsHook(ABC):
     """Fields of the stored metadata it needs to know after a change."""
 
     waits_as_original_does: ClassVar[bool] = True
-    """It is a `def` hook or an `async def` hook, whichever its `original_func` is for."""
+    """The hook is synchronous or asynchronous, as its `original_func` is."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class AwsHook(ABC):
         return self._services[region_name]
 
     def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
-        """Do the operation, and notify if it succeeded.
+        """Perform the operation, and notify if it succeeded.
 
         Returns:
-            The result of `original_func`; an awaitable of it if `original_func` returns an awaitable.
+            The result of `original_func`, or an awaitable of it if `original_func` returns an awaitable.
         """
         if action not in self.actions:
             return original_func(*argument.values())

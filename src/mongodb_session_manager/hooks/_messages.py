@@ -45,8 +45,8 @@ def timestamp() -> str:
 class Template:
     """A prefix with placeholders.
 
-    A text with an unknown placeholder, a conversion (`!r`) or a stray brace is used as it is, which one warning says
-    at once.
+    A text with an unknown placeholder, a conversion (`!r`) or a stray brace is used literally, and one warning is
+    logged at once.
 
     Args:
         text: The template; `None` for none.
@@ -92,7 +92,7 @@ def feedback_body(prefix: str, session_id: str, comment: object, limit: int) -> 
 def metadata_body(
     session_id: str, operation: str, metadata: Mapping[str, Any], limit: int, *, first: str = "session_id"
 ) -> str:
-    """Return what is sent of a metadata change, as JSON in ASCII that begins with the field `first`.
+    """Return the body for a metadata change: JSON in ASCII that begins with the field `first`.
 
     What does not fit into `limit` bytes is cut to the list of its keys, as many as fit, and says `"truncated": true`.
     """
