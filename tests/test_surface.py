@@ -41,6 +41,7 @@ ORDER = [
     "errors",
     "_codec",
     "_documents",
+    "_odd_fields",
     "_references",
     "_beside",
     "_changes",

@@ -9,7 +9,8 @@ from typing import Any
 
 from ._archive import SessionArchive
 from ._attachments import Attachments
-from ._documents import Document, OddField, agent_id_of, agent_key, checked_id, now, odd_fields, usable_agents
+from ._documents import Document, OddField, agent_id_of, agent_key, checked_id, now, odd_fields
+from ._odd_fields import usable_agents
 from ._portable import Writer
 from ._references import Reference, references_of
 from ._untrusted import AGENT_LEFT_BEHIND, LEFT_BEHIND

@@ -17,7 +17,8 @@ from ._buckets import bucket_of, holding_message, holding_positions
 from ._connection import run_pipeline
 from ._copies import Copy, SessionCopies
 from ._cutting import Branch, checked_ends, document_of, ends_of, facts, unchanged, usage_of
-from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, unusable_agents, usable_agents
+from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, unusable_agents
+from ._odd_fields import usable_agents
 from ._references import Reference, in_generation, references_of
 from ._writes import SessionWrites
 from .errors import (

@@ -39,7 +39,6 @@ from ._documents import (
     entries_at,
     message_body,
     message_from,
-    messages_from,
     new_agent,
     new_session,
     now,
@@ -48,13 +47,12 @@ from ._documents import (
     removed_messages,
     session_from,
     stored_message,
-    tell_odd,
     to_date,
     to_restore,
-    usable,
 )
 from ._finding import SessionFinding
 from ._multi_agent_states import MultiAgentStates
+from ._odd_fields import messages_from, tell_odd, usable
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
 from ._writes import ROUNDS
 from .errors import (
@@ -340,7 +338,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
             raise OddField(f"agents.{key}", stored, dict).error(session_id)
-        return None if stored is None else agent_from(agent_id, stored, session_id)
+        return None if stored is None else agent_from(agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Store an agent's state; its creation date and configuration stay.
@@ -455,7 +453,7 @@ class AsyncMongoDBSessionRepository(SessionAnnotations, MultiAgentStates, Sessio
                 older = (await self._archived(session_id, {key: which}))[key]
             messages = older + stored["messages"]
             await self._attachments.restore(session_id, {agent_id: messages})
-        found = messages_from(messages, offset, session_id, agent_id)
+        found = messages_from(messages, offset, session_id, agent_id, restoring=False)
         return [message for message, _ in found if message is not None]
 
     async def _apply_one(self, session_id: str, change: Change) -> None:

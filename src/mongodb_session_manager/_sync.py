@@ -229,7 +229,7 @@ class MongoDBSessionRepository(SessionRepository):
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages of an agent, oldest first.
+        """Return messages of an agent, oldest first; an element of `messages` that is no message is left out.
 
         Args:
             session_id: The session.
@@ -239,6 +239,7 @@ class MongoDBSessionRepository(SessionRepository):
             **kwargs: Accepted because Strands may pass more one day; unused.
 
         Raises:
+            InvalidArgumentError: `limit` or `offset` is not an int >= 0.
             SessionNotFoundError: The session does not exist.
             AgentNotFoundError: The session holds no such agent.
             AttachmentError: An attachment is missing or damaged.

@@ -10,7 +10,8 @@ from ._archive import SessionArchive
 from ._attachments import Attachments, StaleAttachments
 from ._beside import KEEPING, is_current
 from ._changes import AgentWrite, Change, StoredView, Update, compile_update, fold, in_parts, reconcile
-from ._documents import Document, agent_key, checked_id, next_message_id, now, usable_agents, with_ids
+from ._documents import Document, agent_key, checked_id, next_message_id, now, with_ids
+from ._odd_fields import usable_agents
 from .errors import (
     AgentNotFoundError,
     DatabaseError,
