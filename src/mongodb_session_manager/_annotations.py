@@ -28,12 +28,10 @@ from ._documents import (
     entries_at,
     now,
     number_at,
-    tell_odd,
     to_date,
-    usable,
-    usable_agents,
     usable_numbers,
 )
+from ._odd_fields import tell_odd, usable, usable_agents
 from ._sizes import of_agent
 from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone

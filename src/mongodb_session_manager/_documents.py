@@ -24,10 +24,9 @@ copy_of                  what an imported session or a fork was made from: {sess
 
 from __future__ import annotations
 
-import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
@@ -35,8 +34,6 @@ from strands.types.session import Session, SessionAgent, SessionMessage, Session
 
 from ._codec import decode, encode
 from .errors import DatabaseError, InvalidArgumentError, raise_alone
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -278,39 +275,10 @@ _SESSION_TYPES: Mapping[str, type] = {
 _AGENT_TYPES: Mapping[str, type] = {"agent_data": dict, "messages": list, "usage": dict}
 _BLOCKS = ("toolUse", "toolResult")
 
-_told: dict[tuple[str, str], None] = {}
-_MOST_TOLD = 4096
 
-
-def tell_odd(session_id: object, field: str, value: object) -> None:
-    """Log, once for a session and field, that a stored value is read as its default."""
-    if (key := (str(session_id), field)) not in _told:
-        if len(_told) >= _MOST_TOLD:
-            _told.clear()
-        _told[key] = None
-        logger.warning(
-            "session_id=<%r>, field=<%r>, type=<%s> | a stored value cannot be used; it is kept, and read as absent",
-            session_id,
-            field,
-            type(value).__name__,
-        )
-
-
-def usable(kind: type[T], value: object, session_id: object, field: str) -> T:
+def usable(kind: type[T], value: object) -> T:
     """Return a stored value if it has the type of its field, else an empty value of that type."""
-    if type(value) is kind:
-        return value
-    if value is not None:
-        tell_odd(session_id, field, value)
-    return kind()
-
-
-def usable_agents(session_id: object, document: Mapping[str, Any]) -> dict[str, Document]:
-    """Return the values of `agents` that are sub-documents, by key."""
-    agents: dict[str, Any] = usable(dict, document.get("agents"), session_id, "agents")
-    for key in [key for key, agent in agents.items() if type(agent) is not dict]:
-        usable(dict, agents.pop(key), session_id, f"agents.{key}")
-    return agents
+    return value if type(value) is kind else kind()
 
 
 def usable_numbers(values: object) -> dict[str, Any]:
@@ -453,13 +421,10 @@ def new_agent(agent: SessionAgent) -> Document:
     }
 
 
-def agent_from(agent_id: str, stored: Mapping[str, Any], session_id: object = None) -> SessionAgent:
+def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
     """Return Strands' view of a stored agent."""
-    path = f"agents.{agent_key(agent_id)}.agent_data"
-    data: Document = usable(dict, stored.get("agent_data"), session_id, path)
-    state, manager_state, internal_state = (
-        usable(dict, decode(data.get(name)), session_id, f"{path}.{name}") for name in STATE_FIELDS
-    )
+    data: Document = usable(dict, stored.get("agent_data"))
+    state, manager_state, internal_state = (usable(dict, decode(data.get(name))) for name in STATE_FIELDS)
     return SessionAgent(
         agent_id=agent_id,
         state=state,
@@ -540,17 +505,6 @@ def message_from(stored: Any, position: int) -> SessionMessage | None:
     )
 
 
-def messages_from(
-    stored: Iterable[Any], first: int, session_id: str, agent_id: str
-) -> Iterator[tuple[SessionMessage | None, Any]]:
-    """Yield Strands' view of each stored message, and the stored message; log the first element that is no message."""
-    for position, element in enumerate(stored, first):
-        message = message_from(element, position)
-        if message is None:
-            tell_odd(session_id, f"agents.{agent_key(agent_id)}.messages", element)
-        yield message, element
-
-
 def message_id_of(stored: Any, position: int) -> int:
     """Return the id of an element of `messages`, or its position if it holds no id."""
     message_id = stored.get("message_id") if type(stored) is dict else None
@@ -562,7 +516,7 @@ def message_id_of(stored: Any, position: int) -> int:
 
 
 def _content_from(stored: Any) -> Any:
-    """Return a decoded message with its usable content blocks; content that is text becomes one block."""
+    """Return a decoded message, `None` if it is not one; content that is text becomes one block."""
     message = decode(stored)
     if type(message) is not dict or type(message.get("role")) is not str:
         return None
@@ -571,12 +525,21 @@ def _content_from(stored: Any) -> Any:
         message["content"] = [{"text": content}]
     elif not isinstance(content, list | tuple):
         return None
-    elif not all(map(_is_block, content)):
-        message["content"] = [block for block in content if _is_block(block)]
-        if not message["content"]:
-            return None
-    if type(message.get("tracking_id", "")) is not str:
-        del message["tracking_id"]
+    return message
+
+
+def restorable(message: SessionMessage) -> SessionMessage | None:
+    """Return a message with those of its blocks that Strands can go on from, `None` if there is none."""
+    for shown in (message.message, message.redact_message):
+        if shown is None:
+            continue
+        content = shown["content"]
+        if not all(map(_is_block, content)):
+            shown["content"] = [block for block in content if _is_block(block)]
+            if not shown["content"]:
+                return None
+        if type(shown.get("tracking_id", "")) is not str:
+            del shown["tracking_id"]
     return message
 
 

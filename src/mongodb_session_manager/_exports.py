@@ -18,8 +18,8 @@ from ._documents import (
     is_message_id,
     now,
     odd_fields,
-    usable_agents,
 )
+from ._odd_fields import usable_agents
 from ._portable import Writer
 from ._references import Reference, references_of
 from ._untrusted import AGENT_LEFT_BEHIND, LEFT_BEHIND

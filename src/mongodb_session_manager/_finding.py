@@ -27,9 +27,9 @@ from ._documents import (
     entries_at,
     number_at,
     to_date,
-    usable,
     usable_numbers,
 )
+from ._odd_fields import usable
 from .errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
 
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]

@@ -44,7 +44,6 @@ from ._documents import (
     is_of_old,
     message_body,
     message_from,
-    messages_from,
     new_agent,
     new_session,
     now,
@@ -55,14 +54,13 @@ from ._documents import (
     session_from,
     stored_id,
     stored_message,
-    tell_odd,
     to_date,
     to_restore,
-    usable,
 )
 from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
 from ._multi_agent_states import MultiAgentStates
+from ._odd_fields import messages_from, tell_odd, usable
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
 from ._write_back import SessionWriteBack
 from ._writes import ROUNDS
@@ -371,7 +369,7 @@ class AsyncMongoDBSessionRepository(
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
             raise OddField(f"agents.{key}", stored, dict).error(session_id)
-        return None if stored is None else agent_from(agent_id, stored, session_id)
+        return None if stored is None else agent_from(agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Store an agent's state; its creation date and configuration stay.
@@ -500,7 +498,7 @@ class AsyncMongoDBSessionRepository(
                 raise DatabaseError(f"session {session_id!r} was written back again and again while it was read")
             messages = older + stored["messages"]
             await self._attachments.restore(session_id, {agent_id: messages})
-        found = messages_from(messages, offset, session_id, agent_id)
+        found = messages_from(messages, offset, session_id, agent_id, restoring=False)
         return [message for message, _ in found if message is not None]
 
     async def _apply_one(self, session_id: str, change: Change) -> None:

@@ -31,24 +31,24 @@ from ._documents import (
     Document,
     agent_from,
     agent_id_of,
+    agent_key,
     agent_state,
     checked_count,
     checked_id,
     config_set,
     message_body,
     message_usage,
-    messages_from,
     new_agent,
     now,
     removed_messages,
     session_from,
     stored_message,
     unusable_agents,
-    usable,
     usable_internal_state,
     usable_numbers,
 )
 from ._multi_agents import MultiAgents
+from ._odd_fields import messages_from, tell_odd, usable
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
 from .errors import (
     AgentNotFoundError,
@@ -77,11 +77,12 @@ class _Agent:
     """What is known of one agent: what was loaded until it is handed over, then where its next message goes."""
 
     def __init__(self, agent_id: str, stored: Mapping[str, Any] | None, session_id: str = "") -> None:
-        self.loaded = None if stored is None else agent_from(agent_id, stored, session_id)
+        self.loaded = None if stored is None else agent_from(agent_id, stored)
+        path = f"agents.{agent_key(agent_id)}"
         documents = [] if stored is None else stored.get("messages") or []
         self.first: int = 0 if stored is None else stored.get("first", 0)
         # By position. `None` represents an element that is no message: it is kept, but not restored.
-        found = list(messages_from(documents, self.first, session_id, agent_id))
+        found = list(messages_from(documents, self.first, session_id, agent_id, restoring=True))
         self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
         known = [(message, document) for message, document in found if message is not None]
         self.with_attachments = {message.message_id for message, document in known if document.get("attachments")}
@@ -96,13 +97,19 @@ class _Agent:
         self.identities = {message.message_id: Identity.of(document) for message, document in known}
         last = self.messages[-1] if self.messages else None
         self.last = None if last is None else _LastMessage.of(last.message)
-        data: Document = usable(dict, None if stored is None else stored.get("agent_data"), session_id, agent_id)
+        data: Document = usable(
+            dict, None if stored is None else stored.get("agent_data"), session_id, f"{path}.agent_data"
+        )
         self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = config_set(stored or {})
         usage = None if stored is None else stored.get("usage")
         self.counts_usage = usage is None or (type(usage) is dict and usable_numbers(usage) == usage)
+        if not self.counts_usage:
+            tell_odd(session_id, f"{path}.usage", usage)
         # The stored values of these fields are unusable. They are kept until the agent has another value.
         self.odd_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
+        for name in self.odd_state:
+            tell_odd(session_id, f"{path}.agent_data.{name}", data[name])
         self.defaults: Document = {}
         self.removed = 0 if stored is None else removed_messages(stored)
         self.last_appended: int | None = None

@@ -29,8 +29,8 @@ from ._documents import (
     checked_id,
     is_of_old,
     stored_id,
-    usable_agents,
 )
+from ._odd_fields import usable_agents
 from ._references import attached, references_of
 from ._sizes import MAX_DOCUMENT_BYTES
 from ._writes import ROUNDS, SessionWrites

@@ -24,9 +24,9 @@ from ._documents import (
     numbered,
     stored_config_set,
     stored_id,
-    usable_agents,
     with_ids,
 )
+from ._odd_fields import usable_agents
 from ._sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .errors import (
     AgentNotFoundError,
