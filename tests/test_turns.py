@@ -19,6 +19,7 @@ from strands.hooks import (
     AfterMultiAgentInvocationEvent,
     AfterNodeCallEvent,
     BeforeInvocationEvent,
+    BeforeModelCallEvent,
     HookOrder,
     MessageAddedEvent,
 )
@@ -445,6 +446,23 @@ async def test_something_slow_before_the_end_of_the_invocation_does_not_hold_up_
         await running
     last = stored.find_one({"_id": "s"})["agents"]["agent"]["messages"][-1]
     assert last["event_loop_metrics"]["cycle_metrics"]["cycle_count"] == 1
+
+
+async def test_a_later_turn_is_not_sent_before_its_end(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, stored: Stored
+) -> None:
+    async def wait(_: object) -> None:
+        await asyncio.sleep(0.3)
+
+    async with await factory.create_session_manager_async("s", save_on="invocation") as manager:
+        live = agent(manager, "one", "two")
+        await live.invoke_async("a")
+        live.hooks.add_callback(BeforeModelCallEvent, wait)
+        live.hooks.add_callback(BeforeModelCallEvent, lambda _: seen.append(stored_texts(stored)))
+        seen: list[list[str]] = []
+        await live.invoke_async("b")
+        assert seen == [["a", "one"]]
+        assert commands.names == ["findAndModify", "update", "update"]
 
 
 class Failing(SlidingWindowConversationManager):

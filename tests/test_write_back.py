@@ -504,9 +504,9 @@ async def test_what_reads_the_archive_meanwhile_finds_every_message(
                 self.rounds -= 1
                 await asyncio.to_thread(filled.write_back, "s")
 
-        async def _archived(self, *args: Any) -> Any:
+        async def _buckets(self, *args: Any) -> Any:
             await self._overtaken()
-            return await super()._archived(*args)
+            return await super()._buckets(*args)
 
         async def _archived_message(self, *args: Any) -> Any:
             await self._overtaken()

@@ -192,6 +192,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._closed = False
         self._closing: asyncio.Event | None = None
         self._invoked: set[str] = set()
+        self._late: dict[str, asyncio.TimerHandle] = {}
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
         self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
@@ -345,7 +346,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             if self._is_due(event.message, agent):
                 await self._flush(agent.agent_id)
             elif _is_final(event.message):
-                asyncio.get_running_loop().call_later(_PATIENCE, self._submit_late)
+                self._late[agent.agent_id] = asyncio.get_running_loop().call_later(_PATIENCE, self._submit_late)
         except MongoDBSessionError as error:
             self._stopped[agent.agent_id] = error
             raise
@@ -382,6 +383,8 @@ class SessionManagerBase(OrchestratorSessionManager):
         """Store the turn. A failure is raised after the other callbacks have run: they can release resources."""
         agent = event.agent
         self._invoked.discard(agent.agent_id)
+        if (late := self._late.pop(agent.agent_id, None)) is not None:
+            late.cancel()
         try:
             try:
                 with recording_only():
