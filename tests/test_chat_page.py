@@ -533,6 +533,7 @@ def test_nothing_is_fetched_from_elsewhere(browser: Any, served: Served) -> None
 
 def test_a_session_that_is_gone(page: Any, stored: Any) -> None:
     ask(page, "hello", "Hello! I have been sent 1 message.")
+    expect(page.locator("#usage")).not_to_have_text(re.compile(r"Total\s*0\b"))  # the page has read what it shows
     stored.delete_many({})
     page.reload()
     expect(page.get_by_role("alert")).to_contain_text("This session does not exist any more.")
