@@ -253,6 +253,19 @@ def test_an_error_says_what_the_server_said(server: str, database: str) -> None:
             assert str(error) == "MongoDB refused the command: ProtocolError (code 17)"
 
 
+@pytest.mark.parametrize("code", [365, 388])
+def test_a_write_that_found_the_cache_of_the_server_full_is_sent_again(server: str, database: str, code: int) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.open_session("s")
+        with fail_point(server, failCommands=["update"], errorCode=code, times=3):
+            repository.update_metadata("s", {"a": 1})
+        assert repository.get_metadata("s") == {"metadata": {"a": 1}}
+        with fail_point(server, failCommands=["update"], errorCode=code, times=4):
+            with pytest.raises(DatabaseError) as raised:
+                repository.update_metadata("s", {"a": 2})
+            assert (raised.value.code, raised.value.outcome_unknown) == (code, False)
+
+
 def test_an_error_of_arguments_has_no_code(factory: MongoDBSessionManagerFactory) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
         factory.create_session_manager("")

@@ -38,6 +38,10 @@ _DUPLICATE_KEY = 11000
 _UNAVAILABLE = {6, 7, 91, 133, 134, 189, 9001, 10058, 10107, 11600, 11602, 13435, 13436}
 _TIMED_OUT = {50, 64, 89, 202, 262}
 
+# Server error codes of a write that found no room in the server's cache and was not applied: TemporarilyUnavailable and
+# TransactionTooLargeForCache.
+_CACHE_FULL = {365, 388}
+
 # The driver's modules with public methods, and the operation of those whose methods use a cursor.
 _MODULES = {"collection": None, "database": None, "cursor": "find", "command_cursor": "getMore"}
 
@@ -111,7 +115,7 @@ def may_be_sent_again(error: Exception) -> bool:
         and (
             isinstance(error, driver.AutoReconnect)
             or error.has_error_label("RetryableWriteError")
-            or _code(error) in _UNAVAILABLE
+            or _code(error) in _UNAVAILABLE | _CACHE_FULL
         )
         and not isinstance(error, driver.ServerSelectionTimeoutError | driver.NetworkTimeout)
     )
