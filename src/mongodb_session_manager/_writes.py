@@ -174,7 +174,6 @@ class SessionWrites(SessionArchive):
             if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits, but other parts fill the document
                 full = await self._too_large(session_id, of_agent("a message", agent_id), contents, too_large)
                 full.pending = True
-                full.code, full.code_name, full.operation = too_large.code, too_large.code_name, too_large.operation
                 refused[agent_id] = full
             return
         if write.has_more_than_states:
