@@ -134,6 +134,8 @@ def ask(page: Any, text: str, answer: str) -> None:
     say(page, text)
     expect(page.locator(".said").last).to_have_text(answer)
     expect(page.get_by_role("button", name="Send")).to_be_visible()
+    # The page reads the conversation again when an answer is complete, and shows what can be done with it then.
+    expect(page.locator(".message").last.get_by_role("button", name="Good answer")).to_be_visible()
 
 
 def answered(page: Any) -> None:
