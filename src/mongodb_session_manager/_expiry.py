@@ -17,7 +17,7 @@ from ._beside import BESIDE, SLACK, beside
 from ._changes import Update
 from ._commands import Fields, SessionCollection, see_again, send, unseen
 from ._connection import AsyncCollection, Connection, find_and_modify
-from ._documents import Document, now
+from ._documents import Document
 from ._driver_errors import is_refusal
 from .errors import MongoDBSessionError
 
@@ -42,7 +42,7 @@ class SessionExpiry(SessionCollection):
     async def _update_with(
         self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]
     ) -> T | None:
-        moment = now()
+        moment = self._connection.now()
         if update.expires_from is not None and update.expires_from < moment:
             return None  # it took so long to store what this adds that it would go before the session
         statement = _touching(update, moment, self._session_ttl)

@@ -46,7 +46,6 @@ from ._documents import (
     message_from,
     new_agent,
     new_session,
-    now,
     number_at,
     odd_at,
     removed_messages,
@@ -233,9 +232,10 @@ class AsyncMongoDBSessionRepository(
             AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
-        fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, now(), self._session_ttl))
-        fresh.pop("_id")
         async with self._connection.operation():
+            moment = self._connection.now()
+            fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, moment, self._session_ttl))
+            fresh.pop("_id")
             for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id, fresh)
                 agents: dict[str, Document] = document["agents"]
@@ -322,8 +322,6 @@ class AsyncMongoDBSessionRepository(
             to_date(session.created_at),
             self._session_ttl,
         )
-        if self._session_ttl is not None:
-            document["updated_at"] = now()
 
         async def insert(collection: AsyncCollection) -> None:
             nonlocal sent
@@ -331,6 +329,7 @@ class AsyncMongoDBSessionRepository(
             await collection.insert_one(document)
 
         async with self._connection.operation():
+            document["updated_at"] = self._connection.now()
             try:
                 await self._send(insert)
             except DuplicateKeyError:
@@ -379,8 +378,10 @@ class AsyncMongoDBSessionRepository(
             AgentNotFoundError: The session holds no such agent.
             StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
-        change = UpdateAgent(session_agent.agent_id, None, agent_state(session_agent), now())
-        await self._apply_one(session_id, change)
+        state = agent_state(session_agent)
+        async with self._connection.operation():
+            change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
+            await self._apply_one(session_id, change)
 
     async def create_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
@@ -437,8 +438,9 @@ class AsyncMongoDBSessionRepository(
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        fields = set_aside({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        fields = set_aside(message_body(session_message), self._max_inline)
         async with self._connection.operation():
+            fields["updated_at"] = self._connection.now()
             frees = await self._attachments.has_any(session_id)
             if frees:
                 fields.setdefault("attachments", [])

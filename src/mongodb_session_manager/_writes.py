@@ -86,6 +86,8 @@ class SessionWrites(SessionArchive):
             writes = fold(changes)
             for write in writes.values():
                 write.session_created_at = created_at
+                if write.moment is not None:
+                    write.moment = self._connection.now()
             try:
                 await self._attachments.store(session_id, writes.values())
             except SessionNotFoundError as error:
