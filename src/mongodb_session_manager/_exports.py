@@ -15,7 +15,7 @@ from ._documents import (
     agent_id_of,
     agent_key,
     checked_id,
-    is_message_id,
+    following_id,
     now,
     odd_fields,
 )
@@ -154,16 +154,13 @@ class _Sequence:
 
     def __init__(self) -> None:
         self.position = 0
-        self._following = 0
+        self._last = -1
 
     def next(self, stored: object) -> int:
         """Return the exported id of the next message; `stored` is its stored id."""
-        if is_message_id(stored) and stored >= self._following:  # type: ignore[operator]
-            message_id: int = int(stored)  # type: ignore[call-overload]
-        else:
-            message_id = max(self.position, self._following)
-        self.position, self._following = self.position + 1, message_id + 1
-        return message_id
+        self._last = following_id(stored, self.position, self._last)
+        self.position += 1
+        return self._last
 
 
 def _without(fields: Document, names: Iterable[str]) -> Document:

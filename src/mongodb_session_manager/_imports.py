@@ -23,8 +23,11 @@ from ._references import Reference, in_generation, references_of
 from .errors import InvalidArgumentError, SessionExistsError
 
 _LINES = 256
-_CHARACTERS = 1024 * 1024
-"""Lines that are read in one go: until there are so many, or they have so many characters."""
+_BYTES = 1024 * 1024
+"""A batch of lines is complete when it has this number of lines or of bytes."""
+
+_READ = 64 * 1024
+"""Bytes or characters of a file that are read at a time, at most."""
 
 _MOST_IN_DOCUMENT = 14 * 1024 * 1024
 """Bytes of all heads together that fit into a session document, with room for what follows."""
@@ -237,44 +240,94 @@ async def _in_threads(batches: Iterator[list[Any]]) -> AsyncIterator[list[Any]]:
         yield lines
 
 
-class _Batch:
-    """Lines that are read in one go."""
+class _Lines:
+    """Makes batches of lines out of the parts of a stream, which can be chunks or lines.
+
+    A line ends with a line feed, or where a part ends with an object and the next one begins with another: a list of
+    lines can be without their ends.
+    """
 
     def __init__(self) -> None:
-        self.lines: list[Any] = []
-        self._characters = 0
+        self._batch: list[Any] = []
+        self._size = 0
+        self._begin_line()
 
-    def add(self, line: Any) -> bool:
-        """Add a line; return whether it is enough."""
-        self.lines.append(line)
-        self._characters += len(line) if isinstance(line, str | bytes) else 0
-        return len(self.lines) == _LINES or self._characters >= _CHARACTERS
+    def add(self, part: Any) -> Iterator[list[Any]]:
+        """Add a part; yield the batches that are complete."""
+        if isinstance(part, str):
+            part = part.encode(errors="surrogatepass")  # the reader refuses a surrogate, and names the line
+        elif isinstance(part, bytearray | memoryview):
+            part = bytes(part)
+        if not isinstance(part, bytes):
+            yield from self._end_line()
+            yield from self._line(part)
+            return
+        if part.startswith(b"{") and self._is_object():
+            yield from self._end_line()
+        begin = 0
+        while (end := part.find(b"\n", begin)) >= 0:
+            self._rest.append(part[begin : end + 1])
+            yield from self._end_line()
+            begin = end + 1
+        if begin < len(part):
+            self._continue_line(part[begin:])
+            if self._length > MAX_LINE + 2:
+                yield from self._end_line()  # the reader refuses it
 
-    def take(self) -> list[Any]:
-        """Return what was added since the last time."""
-        lines, self.lines, self._characters = self.lines, [], 0
-        return lines
+    def end(self) -> Iterator[list[Any]]:
+        """Yield the batches that are left."""
+        yield from self._end_line()
+        if self._batch:
+            yield self._batch
+
+    def _begin_line(self) -> None:
+        self._rest: list[bytes] = []
+        self._length = self._quotes = 0
+        self._is_escaped = False
+
+    def _continue_line(self, part: bytes) -> None:
+        self._rest.append(part)
+        self._length += len(part)
+        unescaped = part[self._is_escaped :].replace(b"\\\\", b"")
+        self._is_escaped = unescaped.endswith(b"\\")
+        self._quotes += unescaped.replace(b'\\"', b"").count(b'"')
+
+    def _is_object(self) -> bool:
+        """Return whether an object ends here: in JSON, no object follows another one directly outside of a string."""
+        return bool(self._rest) and self._rest[-1].rstrip().endswith(b"}") and self._quotes % 2 == 0
+
+    def _end_line(self) -> Iterator[list[Any]]:
+        if self._rest:
+            line = b"".join(self._rest)
+            self._begin_line()
+            yield from self._line(line)
+
+    def _line(self, line: Any) -> Iterator[list[Any]]:
+        self._batch.append(line)
+        self._size += len(line) if isinstance(line, bytes) else 0
+        if len(self._batch) >= _LINES or self._size >= _BYTES:
+            batch, self._batch, self._size = self._batch, [], 0
+            yield batch
 
 
 def _batches(stream: Any) -> Iterator[list[Any]]:
-    if isinstance(stream, str | bytes | bytearray | dict) or not hasattr(stream, "__iter__"):
+    if isinstance(stream, str | bytes | bytearray | memoryview | dict) or not hasattr(stream, "__iter__"):
         raise InvalidArgumentError(
-            f"stream must be lines: an open file, or another iterable of str or bytes, not {type(stream).__name__}"
+            "stream must be an open file, or an iterable or asynchronous iterable of str or bytes, not "
+            f"{type(stream).__name__}"
         )
     if callable(readline := getattr(stream, "readline", None)):
-        stream = itertools.takewhile(bool, map(readline, itertools.repeat(MAX_LINE + 3)))
-    batch = _Batch()
-    for line in stream:
-        if batch.add(line):
-            yield batch.take()
-    if batch.lines:
-        yield batch.take()
+        stream = itertools.takewhile(bool, map(readline, itertools.repeat(_READ)))
+    lines = _Lines()
+    for part in stream:
+        yield from lines.add(part)
+    yield from lines.end()
 
 
 async def _batches_async(stream: Any) -> AsyncIterator[list[Any]]:
-    batch = _Batch()
-    async for line in stream:
-        if batch.add(line):
-            yield batch.take()
-    if batch.lines:
-        yield batch.take()
+    lines = _Lines()
+    async for part in stream:
+        for batch in lines.add(part):
+            yield batch
+    for batch in lines.end():
+        yield batch
