@@ -26,6 +26,7 @@ copy_of                  what an imported session or a fork was made from: {sess
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -168,7 +169,7 @@ def agent_id_of(key: str) -> str:
 
 def now() -> datetime:
     """Return the present as MongoDB stores it: UTC, whole milliseconds."""
-    return _to_milliseconds(datetime.now(UTC))
+    return to_milliseconds(datetime.fromtimestamp(time.time(), UTC))
 
 
 def to_date(value: object) -> datetime:
@@ -190,7 +191,7 @@ def to_date(value: object) -> datetime:
         if isinstance(error, InvalidArgumentError):
             raise
         raise_alone(InvalidArgumentError("a date must be an ISO 8601 string or a datetime, not another text"))
-    return _to_milliseconds(moment)
+    return to_milliseconds(moment)
 
 
 def date_from(value: object) -> datetime:
@@ -202,7 +203,7 @@ def date_from(value: object) -> datetime:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
-            return _to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
+            return to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
         except (ValueError, OverflowError):
             return now()
     try:
@@ -219,7 +220,7 @@ def as_date(value: object) -> object:
         return value
 
 
-def _to_milliseconds(moment: datetime) -> datetime:
+def to_milliseconds(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
