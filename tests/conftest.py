@@ -15,7 +15,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from mongodb_session_manager.embedded import EmbeddedMongoDB
-from support import CommandLog
+from support import CommandLog, eventually
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -114,6 +114,7 @@ def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoD
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
         factory.list_sessions()  # before there is a document: that takes the server a third of the time
         commands.wait_for("createIndexes")
+        eventually(lambda: commands.names.count("find") == 2)  # the second one looks for what is unfinished
         commands.clear()
         yield factory
     # What is left over complains now. What is still in use is not looked at again: that took half of all the time.

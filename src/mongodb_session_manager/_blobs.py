@@ -49,7 +49,7 @@ class Bucket:
     async def upload(self, key: str, data: bytes) -> ObjectId:
         """Write a file that has no name yet, and return its id."""
         ensure_indexes(self._connection, self._database, f"{self._name}.files", [("filename", "uploadDate")])
-        ensure_indexes(self._connection, self._database, f"{self._name}.chunks", [("files_id", "n")], unique=True)
+        ensure_indexes(self._connection, self._database, f"{self._name}.chunks", [("files_id", "n")])
         file = ObjectId()
         document = {
             "_id": file,

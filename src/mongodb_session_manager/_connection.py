@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache, partial
 from typing import Any, Protocol, TypeAlias, TypedDict, cast
 from urllib.parse import unquote
@@ -32,6 +33,7 @@ from pymongo.topology_description import TopologyDescription
 from pymongo.uri_parser import parse_uri
 
 from ._codec import CODEC_OPTIONS
+from ._documents import now
 from ._driver_errors import Account, driver_errors
 from ._gate import Gate, GatedLoop
 from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
@@ -589,6 +591,9 @@ class Connection:
             self._operations -= 1
             if not self._operations:
                 self._idle.set()
+
+    def now(self) -> datetime:
+        return now()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the operations; closing waits for it."""

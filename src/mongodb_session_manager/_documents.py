@@ -14,10 +14,11 @@ agents.<agent key>
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
                          `event_loop_metrics.message_usage` is the usage of the message; 1.0.0 kept it in `usage`
-attachments_generation   from which on attachments may be added, see `_attachments`, and which life of a session of
-                         this id it is, see `_beside`; absent for 0
-session_ttl, kept_until, keep_until
-                         of a session that expires, see `_beside`
+incarnation              an ObjectId, with which the ids of all parts outside the document begin, see `_layout`
+time_to_live, expires_at of a session that expires, see `_retention`
+state, state_by, state_until
+                         of a session that is being copied or deleted, see `_deletion`
+removed_attachments      of replaced messages, until the files are removed, see `_attachments`
 multi_agents.<key>       see `_multi_agents`
 copy_of                  what an imported session or a fork was made from: {session_id, at, by}
 """
@@ -25,11 +26,11 @@ copy_of                  what an imported session or a fork was made from: {sess
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
+from bson import ObjectId
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from ._codec import decode, encode
@@ -109,8 +110,9 @@ class StoredSession(TypedDict):
     feedbacks: list[Document]
     guardrail_events: list[Document]
     agents: dict[str, StoredAgent]
-    attachments_generation: int
-    session_ttl: NotRequired[int]
+    incarnation: ObjectId
+    time_to_live: NotRequired[int]
+    expires_at: NotRequired[datetime]
 
 
 def checked_id(value: object, name: str) -> str:
@@ -226,18 +228,12 @@ def to_iso(value: object) -> str:
     return date_from(value).isoformat()
 
 
-def new_generation() -> int:
-    """Return the generation a new session begins with: it is higher than any that an earlier one of its id had."""
-    return time.time_ns() // 1000
-
-
-def new_session(
-    session_id: str, application_name: str | None, moment: datetime, ttl: int | None = None
-) -> StoredSession:
-    """Return the document of a session in which nothing has happened; `ttl` are seconds, `None` if it stays."""
-    session: StoredSession = {
+def new_session(session_id: str, application_name: str | None, moment: datetime) -> StoredSession:
+    """Return the document of a session in which nothing has happened."""
+    return {
         "_id": session_id,
         "session_id": session_id,
+        "incarnation": ObjectId(),
         "application_name": application_name,
         "session_type": SessionType.AGENT.value,
         "created_at": moment,
@@ -246,11 +242,7 @@ def new_session(
         "feedbacks": [],
         "guardrail_events": [],
         "agents": {},
-        "attachments_generation": new_generation(),
     }
-    if ttl is not None:
-        session["session_ttl"] = ttl
-    return session
 
 
 def session_from(document: Mapping[str, Any]) -> Session:

@@ -29,6 +29,7 @@ from ._documents import (
     to_date,
     usable_numbers,
 )
+from ._layout import LIVE, UNFINISHED
 from ._odd_fields import usable
 from .errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
 
@@ -206,13 +207,13 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
     # The order includes only sessions with the date, and only if a cursor can hold the date.
     bounds: Document = {"$gte": _FIRST, "$lte": _LAST, **meant.pop(date, {})}
     if position is None:
-        query = {**meant, date: bounds}
+        query = {**meant, date: bounds, **LIVE}
     else:
         beyond = "$lt" if backwards else "$gt"
         # Each branch is one stretch of the index, so that neither reads what earlier pages have read.
         same = {**meant, date: {**bounds, "$eq": position.date}, "_id": {beyond: position.session_id}}
         further = {**meant, date: {**bounds, beyond: position.date}}
-        query = {"$or": [same, further]}
+        query = {"$or": [same, further], **LIVE}
     direction = -1 if backwards else 1
     hint = None
     if len(meant) < 2:
@@ -364,9 +365,11 @@ class SessionFinding(SessionCollection):
         meant = Criteria.checked(application_name, metadata, created_after, updated_after).filter()
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
+        unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted apart, so that the indexes answer both
         async with self._connection.operation():
             self._ensure_indexes()
-            return await self._send(lambda collection: collection.count_documents(meant, **options))
+            count = await self._send(lambda collection: collection.count_documents(meant, **options))
+            return count - await self._send(lambda collection: collection.count_documents(unfinished))
 
     async def session_exists(self, session_id: str) -> bool:
         """Tell whether there is a session of that id.

@@ -19,7 +19,7 @@ from ._copies import Copy, SessionCopies
 from ._documents import Document, agent_key, checked_id, config_set, removed_messages
 from ._loop import Portal
 from ._portable import MAX_LINE, AgentRead, MessageRead, PieceRead, Read, Reader, SessionRead
-from ._references import Reference, in_generation, references_of
+from ._references import Reference, references_of
 from .errors import InvalidArgumentError, SessionExistsError
 
 _LINES = 256
