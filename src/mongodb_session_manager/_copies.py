@@ -1,3 +1,7 @@
 from ._archive import SessionArchive
+
+
 class Copy: ...
+
+
 class SessionCopies(SessionArchive): ...
