@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -141,7 +142,6 @@ def test_a_user_who_may_only_read_and_write_changes_how_long_sessions_live(secur
                 repository.update_metadata("s", {"hours": hours})
             assert stored.find_one()["expires_at"] >= datetime.now(UTC) + timedelta(hours=hours)
         assert stored.index_information()["expires_at_1"]["expireAfterSeconds"] == 0
-        client.drop_database("support")
 
 
 def test_a_user_given_as_client_options_is_named(secured: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -35,7 +34,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager._buckets import Head, Limits, cut, head_numbers, merge
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog, agent, eventually, fail_point, texts
-from test_ending import ID, PICTURE, SMALL, failing_after, said, traces
+from test_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]

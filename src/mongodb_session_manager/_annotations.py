@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypedDict
 
@@ -17,7 +17,7 @@ from pymongo import ReturnDocument
 from ._archive import SessionArchive
 from ._changes import Update
 from ._codec import MARKER, decode, encode, subscript
-from ._connection import AsyncCollection
+from ._connection import AsyncCollection, Connection
 from ._documents import (
     USAGE,
     Document,
@@ -26,7 +26,6 @@ from ._documents import (
     array_at,
     checked_id,
     entries_at,
-    now,
     number_at,
     to_date,
     usable_numbers,
@@ -39,6 +38,7 @@ from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, Ses
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
 _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
 _VALUE_DEPTH = 2  # document, metadata or agent_data, value
+_CROWD = timedelta(minutes=1)  # a later date is no crowd of feedback, but of a clock that was wrong
 
 
 class AgentConfigDict(TypedDict):
@@ -172,14 +172,17 @@ def _place(member: Any) -> tuple[str, Any]:
     return type(member).__name__, member if isinstance(member, str | bytes) else repr(member)
 
 
-_latest = datetime.min.replace(tzinfo=UTC)
+_latest: dict[object, datetime] = {}
+"""The latest date of feedback, by server or client."""
 
 
-def _moment_of_its_own() -> datetime:
-    """Return the present, later than any it returned before: it tells equal feedback from each other."""
-    global _latest
-    _latest = max(now(), _latest + timedelta(milliseconds=1))
-    return _latest
+def _moment_of_its_own(connection: Connection) -> datetime:
+    """Return the server's time, later than any it returned before: it tells equal feedback from each other."""
+    moment, latest = connection.now(), _latest.get(connection.identity)
+    if latest is not None and moment <= latest < moment + _CROWD:
+        moment = latest + timedelta(milliseconds=1)
+    _latest[connection.identity] = moment
+    return moment
 
 
 class SessionAnnotations(SessionArchive):
@@ -202,7 +205,7 @@ class SessionAnnotations(SessionArchive):
             f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
             for key, value in checked_metadata(metadata).items()
         }
-        if not await self._change_intact(session_id, metadata, {"$set": {**sets, "updated_at": now()}}):
+        if not await self._change_intact(session_id, metadata, {"$set": sets}):
             raise InvalidArgumentError("metadata holds a key with dots that leads into a stored value that has no keys")
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
@@ -239,12 +242,17 @@ class SessionAnnotations(SessionArchive):
             StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
-        moment = _moment_of_its_own()
-        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3, "feedback", arrays=False)
-        # A set, so that it is added at most once, however often the command is sent.
-        update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
+        fields = {**checked_feedback(feedback), "created_at": self._connection.now()}
+        entry = encoded(fields, 3, "feedback", arrays=False)
         checked_id(session_id, "session_id")
         async with self._connection.operation():
+            moment = _moment_of_its_own(self._connection)
+            if "created_at" in entry:
+                entry["created_at"] = moment
+            else:  # within a marked form
+                entry = encoded({**fields, "created_at": moment}, 3, "feedback", arrays=False)
+            # A set, so that it is added at most once, however often the command is sent.
+            update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
             await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
 
     async def get_application_name(self, session_id: str) -> str | None:
@@ -316,12 +324,12 @@ class SessionAnnotations(SessionArchive):
             f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2, name, arrays=False)
             for name, value in given.items()
         }
-        update = {
-            "$set": {**sets, "updated_at": now()},
-            "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
-        }
         checked_id(session_id, "session_id")
         async with self._connection.operation():
+            update = {
+                "$set": {**sets, "updated_at": self._connection.now()},
+                "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
+            }
             change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
             part = of_agent(" and ".join(given), agent_id)
             if not await self._store_part(session_id, part, sets, lambda: self._update(change)):
@@ -368,6 +376,7 @@ class SessionAnnotations(SessionArchive):
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             condition = {"_id": session_id, **intact}
+            update = {**update, "$set": {**update.get("$set", {}), "updated_at": self._connection.now()}}
             change = partial(self._change_metadata, session_id, condition, update)
             if await self._store_part(session_id, "metadata", update["$set"], change):
                 return True
@@ -400,7 +409,8 @@ class SessionAnnotations(SessionArchive):
         path = f"metadata.{name}"
         condition = {"_id": session_id, path: value}
         async with self._connection.operation():
-            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": now()}}, None))
+            moment = self._connection.now()
+            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": moment}}, None))
 
     async def _change(self, session_id: str, update: Document) -> None:
         checked_id(session_id, "session_id")
@@ -411,7 +421,7 @@ class SessionAnnotations(SessionArchive):
 
 def _unset(keys: Iterable[str]) -> Document:
     unset = {f"metadata.{key}": "" for key in keys}
-    return {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})}
+    return {"$unset": unset} if unset else {}
 
 
 def _leads_into_marked(stored: Any, key: str) -> bool:

@@ -26,6 +26,7 @@ copy_of                  what an imported session or a fork was made from: {sess
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -168,7 +169,7 @@ def agent_id_of(key: str) -> str:
 
 def now() -> datetime:
     """Return the present as MongoDB stores it: UTC, whole milliseconds."""
-    return _to_milliseconds(datetime.now(UTC))
+    return to_milliseconds(datetime.fromtimestamp(time.time(), UTC))
 
 
 def to_date(value: object) -> datetime:
@@ -190,7 +191,7 @@ def to_date(value: object) -> datetime:
         if isinstance(error, InvalidArgumentError):
             raise
         raise_alone(InvalidArgumentError("a date must be an ISO 8601 string or a datetime, not another text"))
-    return _to_milliseconds(moment)
+    return to_milliseconds(moment)
 
 
 def date_from(value: object) -> datetime:
@@ -202,7 +203,7 @@ def date_from(value: object) -> datetime:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
-            return _to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
+            return to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
         except (ValueError, OverflowError):
             return now()
     try:
@@ -219,7 +220,7 @@ def as_date(value: object) -> object:
         return value
 
 
-def _to_milliseconds(moment: datetime) -> datetime:
+def to_milliseconds(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
@@ -522,9 +523,7 @@ def _content_from(stored: Any) -> Any:
 
 def restorable(message: SessionMessage) -> SessionMessage | None:
     """Return a message with those of its blocks that Strands can go on from, `None` if there is none."""
-    for shown in (message.message, message.redact_message):
-        if shown is None:
-            continue
+    for shown in _shown(message):
         content = shown["content"]
         if not all(map(_is_block, content)):
             shown["content"] = [block for block in content if _is_block(block)]
@@ -533,6 +532,17 @@ def restorable(message: SessionMessage) -> SessionMessage | None:
         if type(shown.get("tracking_id", "")) is not str:
             del shown["tracking_id"]
     return message
+
+
+def is_restorable(message: SessionMessage) -> bool:
+    """Return whether Strands can go on from a message as it is."""
+    return all(
+        all(map(_is_block, shown["content"])) and type(shown.get("tracking_id", "")) is str for shown in _shown(message)
+    )
+
+
+def _shown(message: SessionMessage) -> list[Any]:
+    return [shown for shown in (message.message, message.redact_message) if shown is not None]
 
 
 def _is_block(block: Any) -> bool:
@@ -628,9 +638,14 @@ def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tu
         if each == NO_MESSAGE:
             sequence.append(each)
             continue
-        last = int(each) if is_message_id(each) and each > last else max(position, last + 1)
+        last = following_id(each, position, last)
         sequence.append(last)
     return sequence, last + 1
+
+
+def following_id(stored: Any, position: int, last: int) -> int:
+    """Return the id of the message at `position`, which follows the id `last`; `stored` is its stored id."""
+    return int(stored) if is_message_id(stored) and stored > last else max(position, last + 1)
 
 
 def is_message_id(value: object) -> bool:

@@ -438,8 +438,10 @@ class AsyncMongoDBSessionRepository(
             AgentNotFoundError: The session holds no such agent.
             StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
-        change = UpdateAgent(session_agent.agent_id, None, agent_state(session_agent), now())
-        await self._apply_one(session_id, change)
+        state = agent_state(session_agent)
+        async with self._connection.operation():
+            change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
+            await self._apply_one(session_id, change)
 
     async def create_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
