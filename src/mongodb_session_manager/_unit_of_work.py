@@ -151,7 +151,7 @@ def _is_odd(name: str, stored: Any) -> bool:
         return state is not None
     if name == "conversation_manager_state":
         removed = state.get("removed_message_count")
-        return type(state.get("__name__")) is not str or type(removed) is not int or removed < 0
+        return type(state.get("__name__")) is not str or type(removed) is not int or not 0 <= removed < 2**31
     return name == "_internal_state" and usable_internal_state(state) != state
 
 
