@@ -542,6 +542,7 @@ def not_utf8(document: dict[str, Any]) -> RawBSONDocument:
 
 
 ODDEST: dict[str, Any] = {
+    "null": None,
     "set": {"__msm__": "set"},
     "set of dicts": {"__msm__": "set", "v": [{"a": 1}]},
     "set of nothing": {"__msm__": "set", "v": None},
