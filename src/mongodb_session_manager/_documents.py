@@ -267,6 +267,7 @@ _SESSION_TYPES: Mapping[str, type] = {
 }
 _AGENT_TYPES: Mapping[str, type] = {"agent_data": dict, "messages": list, "usage": dict}
 _BLOCKS = ("toolUse", "toolResult")
+_MOST_COUNTED = 2**62  # the server refuses to add to a number beyond 64 bits; what is no number at all is not below
 
 
 def usable(kind: type[T], value: object) -> T:
@@ -275,13 +276,13 @@ def usable(kind: type[T], value: object) -> T:
 
 
 def usable_numbers(values: object) -> dict[str, Any]:
-    """Return the values of a stored object that are numbers, by name."""
+    """Return the values of a stored object that are numbers which the server can count on from, by name."""
     numbers: dict[str, Any] = values if type(values) is dict else {}
     return {name: number for name, number in numbers.items() if _is_number(number)}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= _MOST_COUNTED
 
 
 class OddField(NamedTuple):
@@ -557,7 +558,7 @@ def removed_messages(stored: Mapping[str, Any]) -> int:
     data = stored.get("agent_data")
     state = decode(data.get("conversation_manager_state")) if type(data) is dict else None
     removed = state.get("removed_message_count") if type(state) is dict else None
-    return max(removed, 0) if type(removed) is int else 0
+    return removed if type(removed) is int and 0 <= removed < 2**31 else 0
 
 
 def stored_removed(agent: str) -> Document:
