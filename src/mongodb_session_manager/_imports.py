@@ -96,9 +96,10 @@ class Import:
             await self._drop_unfinished()
             await self._make_room()
             expiry = await staging.date(self._sessions._session_ttl)
-            moment = self._sessions._connection.now()
             document = {**self._content(), "incarnation": staging.place.incarnation, **expiry}
-            document["copy_of"] = {"session_id": self._exported_id, "at": moment}
+            origin = {"session_id": self._exported_id, "at": self._sessions._connection.now()}
+            if await asyncio.to_thread(stored_size, {**document, "copy_of": origin}) <= MAX_DOCUMENT_BYTES:
+                document["copy_of"] = origin  # a full session comes back without it
             await staging.go_live(lambda sessions: sessions.replace_one(staging.own, document))
             self._is_over = True
             return staging.session_id

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -42,6 +41,13 @@ _ROUNDS = 16
 """How often a session of the same id may come and go before a copy begins."""
 
 
+_left: set[Place] = set()
+"""Those copies of this process that could not be removed.
+
+Another try does not have to wait for the end of their leases.
+"""
+
+
 class Staging:
     """A session that is being copied in.
 
@@ -56,7 +62,6 @@ class Staging:
     def __init__(self, sessions: SessionStaging, session_id: str) -> None:
         self.place = Place(session_id, ObjectId())
         self._sessions = sessions
-        self._token = uuid.uuid4().hex
         self._has_begun = False
         self._heartbeat: asyncio.Task[None] | None = None
 
@@ -68,12 +73,7 @@ class Staging:
     @property
     def own(self) -> Document:
         """The filter for the document of the session while it is being copied in."""
-        return {
-            "_id": self.session_id,
-            "incarnation": self.place.incarnation,
-            "state": "copying",
-            "state_by": self._token,
-        }
+        return _own(self.place)
 
     def lease(self) -> datetime:
         """Return the end of a lease that begins now."""
@@ -99,6 +99,9 @@ class Staging:
                     break
             self._has_begun = False
             try:
+                for left in [place for place in _left if place.session_id == self.session_id]:
+                    await sessions._end(self.session_id, _own(left))
+                    _left.discard(left)
                 await sessions._finish_other(self.session_id)
             except SessionConflictError:
                 raise_alone(SessionExistsError(f"session {self.session_id!r} is being imported or forked already"))
@@ -185,6 +188,7 @@ class Staging:
             if not await self._is_live():
                 await self.clear()
         except MongoDBSessionError as error:
+            _left.add(self.place)
             logger.warning(
                 "session_id=<%r>, error=<%s> | an incomplete copy was not removed, another process does so later",
                 self.session_id,
@@ -200,6 +204,10 @@ class Staging:
 
     def _lost(self) -> SessionConflictError:
         return SessionConflictError(f"session {self.session_id!r} was removed by another process while it was copied")
+
+
+def _own(place: Place) -> Document:
+    return {"_id": place.session_id, "incarnation": place.incarnation, "state": "copying"}
 
 
 class SessionStaging(SessionArchive):
