@@ -544,3 +544,112 @@ def test_what_happens_just_before_the_fork_is_made_is_in_it(
         same_messages = repository.list_messages("t", "agent")
         assert same_messages == repository.list_messages("s", "agent")
         assert len(same_messages) == (21 if what == "append" else 20)
+
+
+class AtCommand(monitoring.CommandListener):
+    """Does something before the command of a number, or between two steps of the server's, after it."""
+
+    def __init__(self, number: int, act: Callable[[], object]) -> None:
+        self.left = number
+        self.act: Callable[[], object] | None = act
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name in ("createIndexes", "hello", "endSessions"):
+            return
+        self.left -= 1
+        if self.left < 0 and self.act is not None:
+            act, self.act = self.act, None
+            act()
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+def check_fork(
+    repository: MongoDBSessionRepository,
+    stored: Stored,
+    last: int,
+    allowed: list[dict[int, Any]],
+    is_written_back: bool,
+) -> None:
+    """Each message of the fork is as it was or as it is, with its attachment, and nothing else is stored."""
+    messages = repository.list_messages("t", "agent")
+    assert [message.message_id for message in messages][: last + 1] == list(range(last + 1))
+    for message in messages:
+        n = message.message_id
+        assert message.to_message() in [each[n].to_message() for each in allowed if n in each], n
+    files = sum(len(message.message["content"]) > 1 for message in messages)
+    stored_files = left_of(stored, "t").count("agent_sessions_attachments.files")
+    assert stored_files == files or (is_written_back and stored_files < files)
+    assert stored.count_documents({"state": {"$exists": True}}) == 0
+
+
+@pytest.mark.parametrize("last", [None, 28, 10])
+@pytest.mark.parametrize(
+    "what", ["append", "replace", "redact", "write back", "write back and go on", "delete", "again"]
+)
+def test_whatever_happens_between_two_commands_of_a_fork(
+    repository: MongoDBSessionRepository, server: str, database: str, stored: Stored, what: str, last: int | None
+) -> None:
+    images = {n: content(5 * MIB // 2, n) for n in (3, 28)}
+
+    def make() -> None:
+        begin(repository)
+        for n in range(30):
+            repository.create_message("s", "agent", with_image(n, images[n]) if n in images else said(n))
+            settled(stored)
+
+    def go_on() -> None:
+        for n in range(30, 50):
+            append(repository, n)
+            settled(stored)
+
+    def again() -> None:
+        repository.delete_session("s")
+        begin(repository)
+        for n in range(30):
+            repository.create_message("s", "agent", with_image(n, content(MIB, 9)) if n in images else said(n, "other"))
+
+    def act() -> None:
+        if what == "append":
+            go_on()
+        elif what == "replace":
+            for n in images:
+                repository.update_message("s", "agent", with_image(n, content(MIB, n + 1)))
+        elif what == "redact":
+            for n in images:
+                repository.update_message("s", "agent", redacted(n))
+        elif what == "delete":
+            repository.delete_session("s")
+        elif what == "again":
+            again()
+        else:
+            repository.write_back("s")
+            if what == "write back and go on":
+                go_on()
+
+    number, is_over = 0, False
+    while not is_over:
+        make()
+        before = {message.message_id: message for message in repository.list_messages("s", "agent")}
+        at = AtCommand(number, act)
+        with MongoDBSessionRepository(server, database, **SMALL, event_listeners=[at]) as other:
+            try:
+                other.fork_session("s", "t", last)
+                failed = False
+            except SessionNotFoundError:
+                failed = True
+        is_over = at.act is not None
+        if failed:
+            assert what in ("delete", "again")
+            assert left_of(stored, "t") == []
+        else:
+            exists = repository.session_exists("s")
+            after = {m.message_id: m for m in repository.list_messages("s", "agent")} if exists else {}
+            check_fork(repository, stored, 29 if last is None else last, [before, after], "write back" in what)
+            assert repository.delete_session("t")
+        repository.delete_session("s")
+        for name in stored.database.list_collection_names():
+            assert stored.database[name].count_documents({}) == 0, name
+        number += 1
+    assert number > 8

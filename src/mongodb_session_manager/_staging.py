@@ -40,12 +40,8 @@ logger = logging.getLogger(__name__)
 _ROUNDS = 16
 """How often a session of the same id may come and go before a copy begins."""
 
-
 _left: set[Place] = set()
-"""Those copies of this process that could not be removed.
-
-Another try does not have to wait for the end of their leases.
-"""
+"""Those copies of this process that could not be removed: another try does not wait for the end of their leases."""
 
 
 class Staging:
@@ -147,6 +143,7 @@ class Staging:
         """
         if seconds is None:
             return {}
+        self._sessions._ensure_expiry()
         clock, more = self._sessions._connection.now, timedelta()
         while True:
             begin = clock()
@@ -166,7 +163,7 @@ class Staging:
         result = await self._sessions._send(command)
         if not result.matched_count and not await self._is_live():  # else an acknowledgement was lost
             raise self._lost()
-        self._end()
+        self._stop()
         self._sessions._ensure_indexes()
 
     async def _is_live(self) -> bool:
@@ -179,7 +176,7 @@ class Staging:
 
     async def abandon(self) -> None:
         """Remove the copy unless it is live; an error of the server is logged."""
-        if not self._end():
+        if not self._stop():
             return
         try:
             if await self._sessions._end(self.session_id, self.own):
@@ -195,8 +192,8 @@ class Staging:
                 error,
             )
 
-    def _end(self) -> bool:
-        """Stop to renew the lease; return whether anything can be stored that is not live."""
+    def _stop(self) -> bool:
+        """Stop renewing the lease; return whether anything can be stored that is not live."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         has_begun, self._heartbeat, self._has_begun = self._has_begun, None, False
