@@ -7,7 +7,7 @@ created_at, updated_at   BSON dates, UTC
 metadata, feedbacks, guardrail_events
 agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
-    created_at, updated_at   when it came into this session; `agent_data` says when it was made
+    created_at, updated_at   in forks of 1.0.0, when it came into this session; `agent_data` says when it was created
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
     archived, revision   see `_buckets`; absent where nothing was moved, or replaced
     config_set           names of the configuration fields that a user has set; 1.0.0 kept it in `agent_data`
@@ -20,7 +20,7 @@ state, state_by, state_until
                          of a session that is being copied or deleted, see `_deletion`
 removed_attachments      of replaced messages, until the files are removed, see `_attachments`
 multi_agents.<key>       see `_multi_agents`
-copy_of                  what an imported session or a fork was made from: {session_id, at, by}
+copy_of                  what an imported session or a fork was made from: {session_id, at}
 """
 
 from __future__ import annotations
