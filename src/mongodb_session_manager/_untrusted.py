@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import datetime
+from types import NoneType
 from typing import Any
 
 from strands import Agent
@@ -118,7 +119,7 @@ def checked_agent(fields: Document) -> Document:
         _check_dates(part, path)
         names = part.get("config_set")
         require(
-            names is None or (type(names) is list and all(isinstance(name, str) for name in names)),
+            names is None or (type(names) is list and all(type(name) is str for name in names)),
             f"{path}config_set must be a list of str",
         )
         for name, value in part.items():
@@ -126,11 +127,11 @@ def checked_agent(fields: Document) -> Document:
                 _own(value, f"{path}{name}")
     _check_numbers(fields.get("usage"), "usage")
     prompt, prompt_metadata = (_own(data.get(name), name) for name in ("system_prompt", "prompt_metadata"))
-    require(isinstance(prompt, str | list | None), "agent_data.system_prompt must be a str")
-    require(isinstance(prompt_metadata, dict | None), "agent_data.prompt_metadata must be an object")
+    require(type(prompt) in (str, list, NoneType), "agent_data.system_prompt must be a str")
+    require(type(prompt_metadata) in (dict, NoneType), "agent_data.prompt_metadata must be an object")
     for name in STATE_FIELDS:
         decoded = _own(data.get(name), f"agent_data.{name}")
-        require(isinstance(decoded, dict | None), f"agent_data.{name} must be an object")
+        require(type(decoded) in (dict, NoneType), f"agent_data.{name} must be an object")
         _check_encodes(decoded, _STATE_DEPTH, f"agent_data.{name}")
     _check_state(fields)
     return fields
@@ -169,6 +170,8 @@ def _check_body(body: Any, name: str) -> None:
     require(found is not None, f"{name} must have a role and a list of content")
     assert found is not None
     require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
+    texts = [block.get("text", "") for block in found.message["content"]]
+    require(all(type(text) is str for text in texts), f"{name} holds a text that is not a str")
     _check_encodes(found.message, _MESSAGE_DEPTH, name)
 
 
@@ -182,14 +185,14 @@ def _check_names(fields: Mapping[str, Any], what: str) -> None:
 def _check_kinds(fields: Document, path: str, kinds: Mapping[str, type]) -> None:
     for name, kind in kinds.items():
         value = fields.get(name)
-        require(isinstance(value, kind | None), f"{path}{name} must be a {kind.__name__}, not {type(value).__name__}")
+        require(type(value) in (kind, NoneType), f"{path}{name} must be a {kind.__name__}, not {type(value).__name__}")
 
 
 def _check_dates(fields: Document, path: str) -> None:
     for name in ("created_at", "updated_at"):
         value = fields.get(name)
         try:
-            if not isinstance(value, str | datetime | None):
+            if type(value) not in (str, datetime, NoneType):
                 raise ValueError
             to_date(value)
         except ValueError:
@@ -234,7 +237,8 @@ def _check_state(fields: Document) -> None:
     agent = agent_from("agent", fields)
     internal = _own((fields.get("agent_data") or {}).get("_internal_state"), "")
     require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")
-    _check_interrupts((internal or {}).get("interrupt_state"), "agent_data._internal_state.interrupt_state")
+    if "interrupt_state" in (internal or {}):
+        _check_interrupts(internal["interrupt_state"], "agent_data._internal_state.interrupt_state")
     stand_in = Agent.__new__(Agent)
     for name, restore in (
         ("state", lambda: AgentState(agent.state)),
@@ -273,9 +277,7 @@ def _check_manager(state: Document) -> None:
 
 
 def _check_interrupts(state: Any, path: str) -> None:
-    """Check what Strands reads of interrupts only when an agent is resumed."""
-    if state is None:
-        return
+    """Check the fields of interrupts that Strands reads later than at the restore."""
     require(type(state) is dict and type(state.get("activated")) is bool, f"{path}.activated must be a bool")
     context, interrupts = state.get("context"), state.get("interrupts")
     require(type(context) is dict, f"{path}.context must be an object")
@@ -315,13 +317,16 @@ def _check_multi_agent(stored: Document) -> None:
         type(revision) is not bool and isinstance(revision, int) and 0 <= revision <= MOST,
         "multi_agents: revision must be an int >= 0",
     )
-    require(isinstance(stored.get("writer"), str), "multi_agents: writer must be a str")
+    require(type(stored.get("writer")) is str, "multi_agents: writer must be a str")
     _check_names(stored, "multi_agents")
     _check_dates(stored, "multi_agents: ")
     state = _own(stored.get("state"), "multi_agents: state")
     require(type(state) is dict, "multi_agents: state must be an object")
     internal = state.get("_internal_state")
-    require(isinstance(internal, dict | None), "multi_agents: state._internal_state must be an object")
-    if internal is not None:
+    if "_internal_state" in state:
+        require(
+            type(internal) is dict and "interrupt_state" in internal,
+            "multi_agents: state._internal_state must hold an interrupt_state",
+        )
         _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
     _check_encodes(state, 4, "multi_agents: state")
