@@ -15,7 +15,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from mongodb_session_manager.embedded import EmbeddedMongoDB
-from support import CommandLog
+from support import CommandLog, eventually
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,6 +73,13 @@ def standalone(kept_in_memory: None) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def expiring(kept_in_memory: None) -> Iterator[str]:
+    """The connection string of a server that looks for what has expired every second."""
+    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
+        yield server.connection_string
+
+
+@pytest.fixture(scope="session")
 def driver(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
     """A plain client, to look at what is stored and to write what others would."""
     with pymongo.MongoClient(server, tz_aware=True) as client:
@@ -115,6 +122,7 @@ def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoD
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
         factory.list_sessions()  # before there is a document: that takes the server a third of the time
         commands.wait_for("createIndexes")
+        eventually(lambda: commands.names.count("find") == 2)  # the second one looks for what is unfinished
         commands.clear()
         yield factory
     # What is left over complains now. What is still in use is not looked at again: that took half of all the time.

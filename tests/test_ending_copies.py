@@ -11,7 +11,7 @@ import pytest
 
 from mongodb_session_manager import DatabaseTimeoutError, MongoDBSessionRepository
 from mongodb_session_manager import _copies as copies
-from test_ending import EVERYWHERE, ID, SMALL, fill, is_whole, traces, wait_for_moves
+from test_deletion import EVERYWHERE, ID, SMALL, fill, is_whole, traces, wait_for_moves
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = pymongo.collection.Collection[dict[str, Any]]

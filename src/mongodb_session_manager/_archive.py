@@ -10,16 +10,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-from ._beside import ARCHIVE
+from ._attachments import Attachments, parsed
 from ._buckets import (
     MERGE_REFUSED,
     NUMBERS_OF_ALL,
     Head,
     Limits,
     Step,
-    bucket_id,
     change_in_bucket,
     cut,
     everything,
@@ -30,13 +30,15 @@ from ._buckets import (
     outrun,
     stale_buckets,
 )
-from ._changes import AgentWrite, Update
+from ._changes import REMOVED, AgentWrite, Update
 from ._codec import stored_size
 from ._connection import AsyncCollection, find_and_modify, run_pipeline
-from ._documents import Document, agent_key, new_generation, now, removed_messages
+from ._documents import Document, agent_key, removed_messages
 from ._driver_errors import DuplicateKeyError
-from ._ending import SessionEnding
-from ._expiry import SessionExpiry
+from ._layout import ARCHIVE, Place
+from ._life import LIFE, Life
+from ._migration import SessionMigration
+from ._references import references_of
 from ._sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
 from .errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError, raise_alone
 
@@ -54,9 +56,10 @@ class WrittenBackError(Exception):
     """Archived messages are in the session document again since that was read."""
 
 
-class SessionArchive(SessionExpiry, SessionEnding):
+class SessionArchive(SessionMigration):
     """The part of the repository that keeps the session documents small."""
 
+    _attachments: Attachments
     _limits: Limits
     _archive_name: str
     _heads: dict[tuple[str, str], Head]
@@ -78,8 +81,9 @@ class SessionArchive(SessionExpiry, SessionEnding):
             head = self._head(session_id, key)
             if write.created is not None:
                 empty = dict.fromkeys(("archived", "revision", "next_message_id", "count", "bytes", "removed"), 0)
-                session = {"session_ttl": self._session_ttl}
-                head.learn({**empty, "created_at": write.created["created_at"], "session": session})
+                head.learn({**empty, "created_at": write.created["created_at"]})
+                head.life = self._lives.get(session_id, Life())
+                head.certain = head.life.incarnation is not None
             if "conversation_manager_state" in write.data:
                 head.removed = removed_messages({"agent_data": write.data})
             if write.replaced:
@@ -118,6 +122,10 @@ class SessionArchive(SessionExpiry, SessionEnding):
             while tries < _TRIES:
                 if not head.certain and not await self._ask_head(session_id, key, head):
                     return
+                if head.life.incarnation is None:
+                    await self._migrate(session_id)
+                    head.certain = False
+                    continue
                 if not self._limits.exceeded(head):
                     return
                 if not await self._move(session_id, key, head, self._limits.step(head)):
@@ -134,15 +142,18 @@ class SessionArchive(SessionExpiry, SessionEnding):
             head.moving = None
 
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
-        """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as."""
+        """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as.
+
+        A document without room for its migration gets some from a bucket under the ids of 1.0.0.
+        """
+        place = Place(session_id, head.life.incarnation)
         if head.stale_below:
-            await self._remove_stale(session_id, key, head.since, head.stale_below)
+            await self._remove_stale(place, key, head.since, head.stale_below)
             head.certain = False
             return False
         as_known = replace(head)  # what is stored meanwhile must not change the second statement
-        expires_from = head.keeping.expires_from(now())
-        begin = new_generation()
-        pipeline = merge(session_id, key, as_known, step, self._archive_name, expires_from)
+        date = self._part_date(head.life)
+        pipeline = merge(session_id, key, as_known, step, self._archive_name, date)
         try:
             await self._send(lambda collection: run_pipeline(collection, pipeline))
         except DuplicateKeyError:
@@ -154,38 +165,35 @@ class SessionArchive(SessionExpiry, SessionEnding):
             await self._outrun(session_id, key, as_known)
             head.certain = False
             return False
-        update = cut(session_id, key, as_known, step, expires_from)
+        update = cut(session_id, key, as_known, step, date)
         numbers = await self._send(
             lambda collection: find_and_modify(collection, update.filter, update.update, numbers_of(key))
         )
         if numbers is None:
             head.certain = False
-            await self._remove_orphan(session_id, key, as_known, begin)
+            await self._remove_orphan(place, key, as_known)
             return False
         newest = head.next_id
         head.learn(numbers["head"])
         head.next_id = max(head.next_id, newest)  # an append that came later may have been acknowledged earlier
         return True
 
-    async def _remove_orphan(self, session_id: str, key: str, head: Head, begin: int) -> None:
-        """Remove a bucket that was made after `begin` if its session was deleted or written back meanwhile.
+    async def _remove_orphan(self, place: Place, key: str, head: Head) -> None:
+        """Remove a bucket if its session was deleted or written back before the bucket became a part of it."""
+        fields = {"incarnation": 1, f"agents.{key}.archived": 1}
+        document = await self._find(place.session_id, fields) or {}
+        agent = (document.get("agents") or {}).get(key) or {}
+        is_there = document.get("incarnation") == place.incarnation
+        if not is_there or (agent.get("archived") or 0) < head.archived:
+            bucket = {"_id": place.bucket_id(key, head.archived, head.since)}
+            await self._remove_some(ARCHIVE, {**bucket, "revision": {"$lte": head.revision}} if is_there else bucket)
 
-        A session that was deleted may be back.
-        """
-        document = await self._find(session_id, {f"agents.{key}.{name}": 1 for name in ("created_at", "archived")})
-        agent = ((document or {}).get("agents") or {}).get(key)
-        if agent is not None and agent.get("created_at") == head.since and (agent.get("archived") or 0) < head.archived:
-            bucket = {"_id": bucket_id(session_id, key, head.since, head.archived)}
-            await self._remove_some(ARCHIVE, {**bucket, "revision": {"$lte": head.revision}})
-        if agent is None or agent.get("created_at") != head.since:
-            orphan = {"_id": bucket_id(session_id, key, head.since, head.archived)}
-            await self._remove_some(ARCHIVE, {**orphan, "generation": {"$not": {"$gt": begin}}})
-
-    async def _remove_stale(self, session_id: str, key: str, since: Any, below: int) -> None:
+    async def _remove_stale(self, place: Place, key: str, since: Any, below: int) -> None:
         """Remove the buckets that a write-back has left behind, and then let messages move again."""
-        await self._remove_some(ARCHIVE, stale_buckets(session_id, key, since, below))
+        for each in {place, Place(place.session_id, None)}:  # 1.0.0 may have begun the write-back
+            await self._remove_some(ARCHIVE, stale_buckets(each, key, since, below))
         path = f"agents.{key}"
-        condition = {"_id": session_id, f"{path}.created_at": since, f"{path}.stale_below": below}
+        condition = {"_id": place.session_id, f"{path}.created_at": since, f"{path}.stale_below": below}
         await self._update(Update(condition, {"$unset": {f"{path}.stale_below": ""}}, None))
 
     async def _ask_head(self, session_id: str, key: str, head: Head) -> bool:
@@ -198,9 +206,8 @@ class SessionArchive(SessionExpiry, SessionEnding):
 
     async def _outrun(self, session_id: str, key: str, head: Head) -> None:
         """Have the next `merge` replace a bucket that this one was not allowed to replace."""
-        bucket = await self._find_bucket(
-            {"_id": bucket_id(session_id, key, head.since, head.archived)}, {"revision": 1}
-        )
+        place = Place(session_id, head.life.incarnation)
+        bucket = await self._find_bucket({"_id": place.bucket_id(key, head.archived, head.since)}, {"revision": 1})
         await self._update(outrun(session_id, key, head, 0 if bucket is None else int(bucket["revision"])))
 
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
@@ -264,28 +271,28 @@ class SessionArchive(SessionExpiry, SessionEnding):
 
     # Reaching what was moved.
 
-    async def _archived(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
+    async def _archived(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return archived messages without their metrics, oldest first, from one query.
 
         Args:
-            session_id: The session.
+            place: The session.
             wanted: By agent key, when the agent was created, and the positions to begin with and to end before.
 
         Raises:
             DatabaseError: A message is missing.
             WrittenBackError: The session was written back meanwhile.
         """
-        found = await self._buckets(session_id, wanted)
+        found = await self._buckets(place, wanted)
         try:
-            return {key: _joined(session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()}
+            return {key: _joined(place.session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()}
         except DatabaseError:
-            await self._raise_if_written_back(session_id, wanted)
+            await self._raise_if_written_back(place, wanted)
             raise
 
-    async def _buckets(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
+    async def _buckets(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return the buckets that hold archived messages, oldest first, from one query; `wanted` as for `_archived`."""
         found: dict[str, dict[int, Document]] = {key: {} for key in wanted}
-        condition = {"$or": [holding_positions(session_id, key, *which) for key, which in wanted.items()]}
+        condition = {"$or": [holding_positions(place, key, *which) for key, which in wanted.items()]}
 
         async def read(archive: AsyncCollection) -> None:
             async for bucket in archive.find(condition, {"messages.event_loop_metrics": 0}):
@@ -294,9 +301,12 @@ class SessionArchive(SessionExpiry, SessionEnding):
         await self._send(read, self._archive_name)
         return {key: [buckets[first] for first in sorted(buckets)] for key, buckets in found.items()}
 
-    async def _raise_if_written_back(self, session_id: str, wanted: Mapping[str, tuple[Any, int, int]]) -> None:
+    async def _raise_if_written_back(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> None:
+        """Raise `WrittenBackError` if a session was written back, or migrated, since it was read."""
+        if place.incarnation is None and await self._is_migrated(place.session_id):
+            raise_alone(WrittenBackError())
         for key, (since, _, end) in wanted.items():
-            if await self._is_back(session_id, key, since, end):
+            if await self._is_back(place.session_id, key, since, end):
                 raise_alone(WrittenBackError())
 
     async def _is_back(self, session_id: str, key: str, since: Any, archived: int) -> bool:
@@ -315,7 +325,9 @@ class SessionArchive(SessionExpiry, SessionEnding):
         """
         key = agent_key(agent_id)
         path = f"agents.{key}.messages"
-        wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")}
+        wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")} | {
+            "incarnation": "$incarnation"
+        }
         meant = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
         condition = {"_id": session_id, path: {"$elemMatch": meant}}
         while True:
@@ -326,33 +338,42 @@ class SessionArchive(SessionExpiry, SessionEnding):
             stored = await self._stored_agent(session_id, agent_id, wanted)
             if not (archived := stored.get("archived")):
                 return None
-            since = stored.get("created_at")
-            found = await self._archived_message(session_id, key, message_id, since, created_at)
-            if found is not None or not await self._is_back(session_id, key, since, archived):
+            since, place = stored.get("created_at"), Place(session_id, stored.get("incarnation"))
+            found = await self._archived_message(place, key, message_id, since, created_at)
+            if found is not None:
                 return found
+            is_moved = place.incarnation is None and await self._is_migrated(session_id)
+            if not is_moved and not await self._is_back(session_id, key, since, archived):
+                return None
 
-    async def _bucket_at(self, session_id: str, key: str, since: Any, begin: int, end: int) -> list[Document]:
+    async def _place_of(self, session_id: str, message: Document) -> Place:
+        """Return where the attachments of a message that was just read are; without attachments, no command is sent."""
+        if not references_of(message):
+            return Place(session_id, None)
+        return Place(session_id, Life.of(await self._found(session_id, LIFE)).incarnation)
+
+    async def _bucket_at(self, place: Place, key: str, since: Any, begin: int, end: int) -> list[Document]:
         """Return the messages from position `begin` to the end of the bucket that holds it, or to below `end`.
 
         Raises:
             DatabaseError: No bucket holds it.
         """
-        condition = holding_positions(session_id, key, since, begin, end)
+        condition = holding_positions(place, key, since, begin, end)
         buckets = await self._send(
             lambda archive: archive.find(condition, sort=[("_id", 1)], limit=1).to_list(), self._archive_name
         )
         reach = min(end, begin + 1 if not buckets else int(buckets[0]["last"]) + 1)
-        return _joined(session_id, buckets, begin, reach)
+        return _joined(place.session_id, buckets, begin, reach)
 
     async def _archived_message(
-        self, session_id: str, key: str, message_id: int, since: Any, created_at: Any = None
+        self, place: Place, key: str, message_id: int, since: Any, created_at: Any = None
     ) -> Document | None:
         """Return a message of an agent that was created at `since`, `None` if no bucket holds it.
 
         `created_at` is the message's, if it is known.
         """
-        head = replace(self._head(session_id, key), since=since)
-        for condition in holding_message(session_id, key, message_id, head, created_at):
+        head = replace(self._head(place.session_id, key), since=since)
+        for condition in holding_message(place, key, message_id, head, created_at):
             bucket = await self._find_bucket(condition, {"messages.$": 1})
             if bucket is not None:
                 message: Document = bucket["messages"][0]
@@ -360,22 +381,25 @@ class SessionArchive(SessionExpiry, SessionEnding):
         return None
 
     async def _change_archived(
-        self, session_id: str, key: str, message_id: int, fields: Document, created_at: Any = None
+        self, place: Place, key: str, message_id: int, fields: Document, created_at: Any = None
     ) -> None:
-        """Set fields of a message in the bucket that holds it, if one does."""
-        head = self._head(session_id, key)
-        if not head.learned and not await self._ask_head(session_id, key, head):
+        """Set fields of a message in the bucket that holds it, if one does; remove the attachments it had."""
+        head = self._head(place.session_id, key)
+        if not head.learned and not await self._ask_head(place.session_id, key, head):
             return
-        for condition in holding_message(session_id, key, message_id, head, created_at):
-            if await self._change_bucket(change_in_bucket(condition, fields)):
+        for condition in holding_message(place, key, message_id, head, created_at):
+            changed = await self._send(
+                partial(_change_bucket, change_in_bucket(condition, message_id, fields, created_at)), self._archive_name
+            )
+            if changed is not None:
+                if listed := changed.get(REMOVED):
+                    await self._attachments.remove_unnamed(place, parsed(listed))
+                    taken = ({"_id": changed["_id"]}, {"$pullAll": {REMOVED: listed}})
+                    await self._send(partial(_update_one, *taken), self._archive_name)
                 return
 
     async def _find_bucket(self, condition: Document, projection: Document) -> Document | None:
         return await self._send(lambda archive: archive.find_one(condition, projection), self._archive_name)
-
-    async def _change_bucket(self, change: Update) -> bool:
-        result = await self._send(lambda archive: archive.update_one(change.filter, change.update), self._archive_name)
-        return bool(result.matched_count)
 
     def _copies(self, session_id: str, write: AgentWrite) -> dict[tuple[int, Any], Document]:
         """Return those replacements in a head of which a left-over bucket may hold what they replace.
@@ -391,6 +415,14 @@ class SessionArchive(SessionExpiry, SessionEnding):
             for message_id, fields in write.replaced.items()
             if "message" in fields and (message_id + 1 != following or head is None or head.size > self._limits.size)
         }
+
+
+async def _change_bucket(change: Update, archive: AsyncCollection) -> Document | None:
+    return await find_and_modify(archive, change.filter, change.update, {REMOVED: 1})
+
+
+async def _update_one(condition: Document, update: Document, archive: AsyncCollection) -> None:
+    await archive.update_one(condition, update)
 
 
 def _joined(session_id: str, buckets: Iterable[Document], begin: int, end: int) -> list[Document]:

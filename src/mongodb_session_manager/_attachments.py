@@ -1,13 +1,11 @@
 """Large attachments of messages, in the GridFS bucket `<collection>_attachments`; any GridFS client reads it.
 
-A file's `_id` is `{session_id, sha256, generation}`, that of a chunk `{file, n}`: what a session holds once is stored
-once, all of a session lies in one range of either index, and storing anything again changes nothing. The entry in
-`.files` is written last, so a file that has one is whole, and whoever finds none stores all of it.
+An attachment belongs to one message. Its file's `_id` is `{incarnation, sha256, token}`, as its reference says, that of
+a chunk `{file, n}`, so storing it again changes nothing, and all files of a session are in one range of either index.
+The entry in `.files` is stored last: a file that has one is complete.
 
-Files are stored before the message that refers to them, and removed when no message of the session does any more. So
-that nobody refers to a file while somebody else removes it, the session's document counts generations: removing begins
-with a new one, and a message with attachments is only stored in the generation in which its writer made sure of them.
-Each session begins to count at another number, see `_beside`, where `expires_from` is explained as well.
+Files are stored before the message that refers to them. A statement that replaces a message moves the references of the
+old content to `removed_attachments` of the same document; then the files that no message names any more are removed.
 """
 
 from __future__ import annotations
@@ -15,64 +13,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from bson import MaxKey
-from pymongo import ReturnDocument
-
-from ._beside import ARCHIVE, CHUNKS, FILES, FOREVER, Keeping, beside, kept_from, within, within_chunks
 from ._changes import AgentWrite
 from ._commands import ensure_indexes, send
 from ._connection import AsyncCollection, Connection, run_pipeline
-from ._documents import Document, array_at, entries_at, message_id_of, now
+from ._documents import Document, array_at, entries_at, message_id_of
 from ._driver_errors import DuplicateKeyError
-from ._references import Reference, attached, detached, references_of
-from .errors import AttachmentError, SessionNotFoundError
+from ._layout import ARCHIVE, CHUNKS, FILES, Place
+from ._references import Attachment, Reference, attached, detached, references_of
+from .errors import AttachmentError
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 2 * 1024 * 1024
 
-_KNOWN_SESSIONS = 64
-_KNOWN_FILES = 256
-_COPIED_AT_ONCE = 64
+_AT_ONCE = 64
 
-_REFERENCES: Document = {
-    **dict.fromkeys(("attachments_generation", "session_ttl", "keep_until"), 1),
-    "attachments": {
-        "$map": {
-            "input": entries_at("$agents"),
-            "in": array_at("$$this.v.messages.attachments"),
-        }
-    },
+_NAMED: Document = {
+    "attachments": {"$map": {"input": entries_at("$agents"), "in": array_at("$$this.v.messages.attachments")}}
 }
-
-
-class StaleAttachments(Exception):
-    """Attachments were removed since a writer made sure of its own; `document` is the session, read since then."""
-
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.document = document
-
-
-@dataclass
-class _Known:
-    """Files that are there, by SHA-256, as long as the session's generation is this one."""
-
-    generation: int = 0
-    keeping: Keeping = FOREVER
-    files: dict[str, Reference] = field(default_factory=dict)
-
-    def add(self, references: Iterable[Reference]) -> None:
-        for reference in references:
-            self.files.pop(reference.sha256, None)
-            self.files[reference.sha256] = reference
-            if len(self.files) > _KNOWN_FILES:
-                del self.files[next(iter(self.files))]
 
 
 class Attachments:
@@ -88,117 +50,76 @@ class Attachments:
         self._connection = connection
         self._database_name = database_name
         self._collection_name = collection_name
-        self._known: dict[str, _Known] = {}
 
     async def _send(self, suffix: str, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
         return await send(self._connection, self._database_name, f"{self._collection_name}{suffix}", command)
 
-    def learn(self, session_id: str, document: Mapping[str, Any], references: Iterable[Reference] = ()) -> None:
-        """Take note of a session's generation and of what it refers to, read in one command."""
-        self._known.pop(session_id, None)
-        self._known[session_id] = known = _Known(document.get("attachments_generation") or 0, Keeping.of(document))
-        known.add(references)
-        if len(self._known) > _KNOWN_SESSIONS:
-            del self._known[next(iter(self._known))]
-
     # Storing.
 
-    async def store(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
-        """Store what was set aside from the messages of writes, and put references into the writes.
+    async def store(self, place: Place, writes: Iterable[AgentWrite], date: datetime | None) -> None:
+        """Store the attachments of writes, and put references into the writes.
 
-        Raises:
-            SessionNotFoundError: The session does not exist.
+        Args:
+            place: The session.
+            writes: The writes.
+            date: The `expires_at` of the files, `None` if they do not expire.
         """
-        writes = [write for write in writes if any(_set_aside([*write.contents(), *write.earlier_contents()]))]
-        if not writes:
-            return
-        if session_id not in self._known:
-            self.learn(session_id, await self._document(session_id))
-        known = self._known[session_id]
-        expires_from = known.keeping.expires_from(now())
-        needed = {id(data): data for write in writes for data in _set_aside(write.contents())}
-        aside = needed | {id(data): data for write in writes for data in _set_aside(write.earlier_contents())}
-        digests = await asyncio.to_thread(_digests, aside)
-        sent = {digests[key]: data for key, data in needed.items()}
-        stored = await self._ensure_stored(session_id, known, sent, expires_from)
-        references = {
-            key: str(stored.get(sha256) or Reference(sha256, len(aside[key]), known.generation))
-            for key, sha256 in digests.items()
-        }
+        writes = [write for write in writes if any(_attachments([*write.contents(), *write.earlier_contents()]))]
+        needed = {id(each.data): each for write in writes for each in _attachments(write.contents())}
+        known = needed | {id(each.data): each for write in writes for each in _attachments(write.earlier_contents())}
+        references = await asyncio.to_thread(_references_to, known) if known else {}
         for write in writes:
-            write.exchange(lambda message: detached(message, references) if message.get("attachments") else message)
-            write.generation, write.expires_from = known.generation, expires_from
+            write.stored = [references[id(each.data)] for each in _attachments(write.contents())]
+            write.part_date = date
+        for key, attachment in needed.items():
+            await self._upload(place, references[key], attachment.data, date)
+        texts = {key: str(reference) for key, reference in references.items()}
+        for write in writes:
+            write.exchange(lambda message: detached(message, texts) if message.get("attachments") else message)
 
-    async def _document(self, session_id: str) -> Document:
-        projection = dict.fromkeys(("attachments_generation", "session_ttl", "keep_until"), 1)
-        document = await self._send("", lambda sessions: sessions.find_one({"_id": session_id}, projection))
-        if document is None:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
-        return document
-
-    async def _ensure_stored(
-        self, session_id: str, known: _Known, blobs: Mapping[str, bytes], expires_from: datetime | None
-    ) -> dict[str, Reference]:
-        """Store what is not there of contents by SHA-256; return what to refer to."""
-        stored = {sha256: known.files[sha256] for sha256 in blobs if sha256 in known.files}
-        new = {sha256: Reference(sha256, len(blobs[sha256]), known.generation) for sha256 in blobs.keys() - stored}
-        if new:
-            condition = {"_id": {"$in": [_file_id(session_id, reference) for reference in new.values()]}}
-            there = await self._send(FILES, lambda files: _file_ids(files, condition))
-            for sha256, reference in new.items():
-                if (file := _file_id(session_id, reference)) not in there:
-                    await self._upload(file, blobs[sha256], expires_from)
-                else:
-                    stored[sha256] = reference
-        if stored and expires_from is not None:
-            await self._keep([_file_id(session_id, reference) for reference in stored.values()], expires_from)
-        known.add(new.values())
-        known.add(stored.values())
-        return stored | new
-
-    async def _keep(self, files: list[Document], expires_from: datetime) -> None:
-        """Keep files that were there already: as long as nobody refers to one, nobody may have renewed it."""
-        kept = {"$max": {"expires_from": expires_from}}
-        for suffix, condition in ((CHUNKS, {"files_id": {"$in": files}}), (FILES, {"_id": {"$in": files}})):
-            await self._send(suffix, partial(_update_many, condition, kept))
-
-    async def _upload(self, file: Document, data: bytes, expires_from: datetime | None) -> None:
+    async def _upload(self, place: Place, reference: Reference, data: bytes, date: datetime | None) -> None:
         for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            await self._insert_chunk(file, n, data[start : start + CHUNK_BYTES], expires_from)
-        await self._insert_entry(file, len(data), expires_from)
+            await self.put_chunk(place, reference, n, data[start : start + CHUNK_BYTES], date)
+        await self.put_entry(place, reference, date)
 
-    async def _insert_chunk(self, file: Document, n: int, data: bytes, expires_from: datetime | None) -> None:
+    async def put_chunk(
+        self, place: Place, reference: Reference, n: int, data: bytes, date: datetime | None = None
+    ) -> None:
+        """Store a chunk of a file that is not complete yet; all chunks but the last have `CHUNK_BYTES`."""
         chunks_name = f"{self._collection_name}{CHUNKS}"
-        ensure_indexes(self._connection, self._database_name, chunks_name, [("files_id", "n")], unique=True)
-        chunk = {"_id": {"file": file, "n": n}, "files_id": file, "n": n, "data": data}
-        await self._insert(CHUNKS, {**chunk, **kept_from(expires_from)})
+        ensure_indexes(self._connection, self._database_name, chunks_name, [("files_id", "n")])
+        chunk = {"_id": place.chunk_id(reference, n), "files_id": place.file_id(reference), "n": n, "data": data}
+        await self._insert(CHUNKS, {**chunk, "session_id": place.session_id}, date)
 
-    async def _insert_entry(self, file: Document, length: int, expires_from: datetime | None) -> None:
+    async def put_entry(self, place: Place, reference: Reference, date: datetime | None = None) -> None:
+        """Make a file of its chunks."""
         entry = {
-            "_id": file,
-            "length": length,
+            "_id": place.file_id(reference),
+            "length": reference.length,
             "chunkSize": CHUNK_BYTES,
-            "uploadDate": now(),
-            "filename": file["sha256"],
-            **kept_from(expires_from),
+            "uploadDate": self._connection.now(),
+            "filename": reference.sha256,
+            "session_id": place.session_id,
         }
-        await self._insert(FILES, entry)
+        await self._insert(FILES, entry, date)
 
-    async def _insert(self, suffix: str, document: Document) -> None:
+    async def _insert(self, suffix: str, document: Document, date: datetime | None) -> None:
+        if date is not None:
+            document["expires_at"] = date
         try:
             await self._send(suffix, lambda collection: collection.insert_one(document))
-        except DuplicateKeyError:  # the same, by somebody else or an attempt whose acknowledgement was lost
-            if "expires_from" in document:
-                kept = {"$max": {"expires_from": document["expires_from"]}}
-                await self._send(suffix, partial(_update_many, {"_id": document["_id"]}, kept))
+        except DuplicateKeyError:  # an earlier attempt stored it
+            if date is not None:
+                later = {"$max": {"expires_at": date}}
+                await self._send(suffix, lambda collection: collection.update_one({"_id": document["_id"]}, later))
 
     # Reading.
 
-    async def restore(self, session_id: str, messages: Mapping[str, list[Document]]) -> None:
+    async def restore(self, place: Place, messages: Mapping[str, list[Document]]) -> None:
         """Put the bytes back into the stored messages of agents, by agent id, in place.
 
         Raises:
-            AttachmentError: An attachment is missing or is not what was stored.
+            AttachmentError: An attachment is missing or damaged.
         """
         wanted: dict[Reference, str] = {}
         for agent_id, elements in messages.items():
@@ -208,182 +129,154 @@ class Attachments:
         if not wanted:
             return
         async with self._connection.operation():
-            parts = await self._send(CHUNKS, lambda chunks: _parts(chunks, session_id, wanted))
+            parts = await self._send(CHUNKS, lambda chunks: _parts(chunks, place, wanted))
             blobs = await asyncio.to_thread(_joined, parts)
-        for reference, where in wanted.items():
-            if str(reference) not in blobs:
-                raise AttachmentError(
-                    f"session {session_id!r}: {where} holds an attachment of {reference.length} bytes that is missing "
-                    f"or damaged in {f'{self._collection_name}_attachments'!r} (SHA-256 {reference.sha256})"
-                )
+        if missing := [reference for reference in wanted if str(reference) not in blobs]:
+            error = AttachmentError(
+                f"session {place.session_id!r}: {wanted[missing[0]]} holds an attachment of {missing[0].length} bytes "
+                f"that is missing or damaged in {f'{self._collection_name}_attachments'!r} "
+                f"(SHA-256 {missing[0].sha256})"
+            )
+            error.references = tuple(map(str, missing))
+            raise error
         for elements in messages.values():
             elements[:] = [attached(element, blobs) if references_of(element) else element for element in elements]
 
-    # Copying, of which a session has a generation of its own.
+    # Copying.
 
-    async def chunk(self, session_id: str, reference: Reference, n: int) -> bytes | None:
+    async def chunk(self, place: Place, reference: Reference, n: int) -> bytes | None:
         """Return the bytes of a chunk, `None` if it is not there."""
-        condition = {"_id": {"file": _file_id(session_id, reference), "n": n}}
+        condition = {"_id": {"$in": [each.chunk_id(reference, n) for each in _places(place, reference)]}}
         found = await self._send(CHUNKS, lambda chunks: chunks.find_one(condition, {"data": 1}))
         return None if found is None else found["data"]
 
-    async def put_chunk(
-        self, session_id: str, reference: Reference, n: int, data: bytes, expires_from: datetime | None
-    ) -> None:
-        """Store a chunk of a file that is not whole yet; all but the last are of `CHUNK_BYTES`."""
-        await self._insert_chunk(_file_id(session_id, reference), n, data, expires_from)
-
-    async def put_entry(self, session_id: str, reference: Reference, expires_from: datetime | None) -> None:
-        """Make a file of its chunks."""
-        await self._insert_entry(_file_id(session_id, reference), reference.length, expires_from)
-
-    async def drop_chunks(self, session_id: str, reference: Reference) -> None:
-        """Remove the chunks of a file that never became whole."""
-        file = _file_id(session_id, reference)
+    async def drop_chunks(self, place: Place, reference: Reference) -> None:
+        """Remove the chunks of a file that never became complete."""
+        file = place.file_id(reference)
         if await self._send(FILES, lambda files: files.find_one({"_id": file}, {"_id": 1})) is None:
-            condition = {"_id": {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}}
-            await self._send(CHUNKS, lambda chunks: chunks.delete_many(condition))
+            await self._send(CHUNKS, partial(_delete_many, {"_id": place.chunks_of(reference)}))
 
-    async def copy(
-        self,
-        session_id: str,
-        references: Sequence[Reference],
-        new_id: str,
-        generation: int,
-        expires_from: datetime | None,
-    ) -> bool:
-        """Copy files of a session, on the server, to a generation of another; return whether all were there."""
-        new = {"session_id": {"$literal": new_id}, "sha256": "$file.sha256", "generation": {"$literal": generation}}
-        chunk = {"_id": {"file": new, "n": "$n"}, "files_id": new, "n": "$n", "data": "$data"}
-        entry = {"_id": new, **{name: f"${name}" for name in ("length", "chunkSize", "uploadDate", "filename")}}
-        chunk, entry = ({**document, **kept_from(expires_from)} for document in (chunk, entry))
-        for begin in range(0, len(references), _COPIED_AT_ONCE):
-            files = [_file_id(session_id, reference) for reference in references[begin : begin + _COPIED_AT_ONCE]]
-            ranges = [{"_id": {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}} for file in files]
-            await self._copy(CHUNKS, {"$or": ranges}, "$files_id", chunk)
-            await self._copy(FILES, {"_id": {"$in": files}}, "$_id", entry)
-        digests = {reference.sha256 for reference in references}
-        copied = {"_id": within(new_id, "sha256"), "_id.generation": generation}
-        return await self._send(FILES, lambda files: files.count_documents(copied)) >= len(digests)
+    async def copy(self, source: Place, references: Sequence[Reference], target: Place) -> list[Reference]:
+        """Copy files to another session, on the server; return those that are not there."""
+        missing = []
+        for begin in range(0, len(references), _AT_ONCE):
+            batch = references[begin : begin + _AT_ONCE]
+            ranges = [{"_id": each.chunks_of(one)} for one in batch for each in _places(source, one)]
+            files = [each.file_id(one) for one in batch for each in _places(source, one)]
+            await self._copy(CHUNKS, {"$or": ranges}, target)
+            await self._copy(FILES, {"_id": {"$in": files}}, target)
+            copied = {"_id": {"$in": [target.file_id(reference) for reference in batch]}}
+            there = await self._send(FILES, partial(_ids, copied))
+            missing += [reference for reference in batch if target.file_id(reference) not in there]
+        return missing
 
-    async def _copy(self, suffix: str, condition: Document, file: str, new: Document) -> None:
+    async def copy_from_v1(self, source: Place, target: Place) -> None:
+        """Copy all files of a session from the ids of 1.0.0."""
+        await self._copy(CHUNKS, {"_id": source.chunks()}, target)
+        await self._copy(FILES, {"_id": source.files()}, target)
+
+    async def _copy(self, suffix: str, condition: Document, target: Place) -> None:
+        file = "$files_id" if suffix == CHUNKS else "$_id"
+        token = {"$ifNull": [f"{file}.token", {"$toString": f"{file}.generation"}]}
+        new = {"incarnation": target.incarnation, "sha256": f"{file}.sha256", "token": token}
+        session_id = {"$literal": target.session_id}
+        if suffix == CHUNKS:
+            copied = {"_id": {"file": new, "n": "$n"}, "files_id": new, "n": "$n", "data": "$data"}
+        else:
+            copied = {"_id": new, **{name: f"${name}" for name in ("length", "chunkSize", "uploadDate", "filename")}}
         into = {"into": f"{self._collection_name}{suffix}", "whenMatched": "keepExisting", "whenNotMatched": "insert"}
-        pipeline = [{"$match": condition}, {"$set": {"file": file}}, {"$replaceWith": new}, {"$merge": into}]
+        pipeline = [{"$match": condition}, {"$replaceWith": {**copied, "session_id": session_id}}, {"$merge": into}]
         await self._send(suffix, lambda collection: run_pipeline(collection, pipeline))
-
-    async def drop_generation(self, session_id: str, generation: int) -> None:
-        """Remove all files of one generation of a session."""
-        ours = {"_id": within_chunks(session_id), "files_id.generation": generation}
-        await self._send(CHUNKS, lambda chunks: chunks.delete_many(ours))
-        ours = {"_id": within(session_id, "sha256"), "_id.generation": generation}
-        await self._send(FILES, lambda files: files.delete_many(ours))
 
     # Removing.
 
-    async def has_any(self, session_id: str) -> bool:
-        """Tell whether a session has attachments."""
-        condition = {"_id": within(session_id, "sha256")}
-        return await self._send(FILES, lambda files: files.find_one(condition, {"_id": 1})) is not None
-
-    async def remove_refused(self, session_id: str, generation: int) -> None:
-        """Remove what was stored in a generation for messages that were refused because the session was deleted."""
-        if await self._send("", lambda sessions: sessions.find_one({"_id": session_id}, {"_id": 1})) is not None:
-            await self.remove_unreferenced(session_id)  # it is back, but these messages are not
+    async def remove_unnamed(self, place: Place, references: Sequence[Reference]) -> None:
+        """Remove those of several files that no message of the session names."""
+        if not references:
             return
-        for suffix, condition in beside(session_id, generation):
-            await self._send(suffix, partial(_delete_many, condition))
-
-    async def remove_unreferenced(self, session_id: str) -> None:
-        """Remove the attachments that no message of a session refers to.
-
-        If it is interrupted, the next call for the session removes what is left.
-        """
-        if not await self.has_any(session_id):
-            return
-        document = await self._send(
-            "",
-            lambda sessions: sessions.find_one_and_update(
-                {"_id": session_id},
-                {"$inc": {"attachments_generation": 1}},
-                projection=_REFERENCES,
-                return_document=ReturnDocument.AFTER,
-            ),
-        )
-        if document is None:
-            return
-        # What is moved to the archive meanwhile was in the head.
-        used = {reference for messages in document["attachments"] for reference in _parsed(messages)}
-        self.learn(session_id, document, used)
-        used |= await self._send(ARCHIVE, lambda archive: _archived(archive, session_id))
-        kept = [_file_id(session_id, reference) for reference in used]
-        earlier = {"$lt": document["attachments_generation"]}
-        chunks = {"_id": within_chunks(session_id), "files_id": {"$nin": kept}, "files_id.generation": earlier}
-        files = {"_id": {**within(session_id, "sha256"), "$nin": kept}, "_id.generation": earlier}
-        # Chunks first: an entry in `.files` is how what is left after an interruption is found again.
-        await self._send(CHUNKS, lambda collection: collection.delete_many(chunks))
-        await self._send(FILES, lambda collection: collection.delete_many(files))
+        named = await self._send("", partial(_named_in_head, place))
+        if gone := [reference for reference in references if reference not in named]:
+            named = await self._send(ARCHIVE, partial(_named_in_archive, place, gone))
+            gone = [reference for reference in gone if reference not in named]
+        for begin in range(0, len(gone), _AT_ONCE):
+            batch = gone[begin : begin + _AT_ONCE]
+            ranges = [{"_id": each.chunks_of(one)} for one in batch for each in _places(place, one)]
+            files = [each.file_id(one) for one in batch for each in _places(place, one)]
+            await self._send(CHUNKS, partial(_delete_many, {"$or": ranges}))
+            await self._send(FILES, partial(_delete_many, {"_id": {"$in": files}}))
 
 
-def _file_id(session_id: str, reference: Reference) -> Document:
-    return {"session_id": session_id, "sha256": reference.sha256, "generation": reference.generation}
+def parsed(listed: object) -> list[Reference]:
+    """Return the references of a stored list."""
+    return references_of({"attachments": listed})
 
 
-async def _update_many(condition: Document, update: Document, collection: AsyncCollection) -> None:
-    await collection.update_many(condition, update)
+def _places(place: Place, reference: Reference) -> list[Place]:
+    """Return where a file can be: 1.0.0 may have stored it after the session was migrated."""
+    is_migrated = reference.is_of_v1 and place.incarnation is not None
+    return [place, Place(place.session_id, None)] if is_migrated else [place]
+
+
+def _attachments(messages: Iterable[Mapping[str, Any]]) -> Iterable[Attachment]:
+    return (each for message in messages for each in message.get("attachments") or () if isinstance(each, Attachment))
+
+
+def _references_to(attachments: Mapping[int, Attachment]) -> dict[int, Reference]:
+    return {
+        key: Reference(hashlib.sha256(each.data).hexdigest(), len(each.data), each.token)
+        for key, each in attachments.items()
+    }
 
 
 async def _delete_many(condition: Document, collection: AsyncCollection) -> None:
     await collection.delete_many(condition)
 
 
-def _parsed(messages: Iterable[Any]) -> set[Reference]:
-    """Return what the `attachments` of several messages list."""
-    return {reference for listed in messages for reference in references_of({"attachments": listed})}
-
-
-def _set_aside(messages: Iterable[Mapping[str, Any]]) -> Iterable[bytes]:
-    return (data for message in messages for data in message.get("attachments") or ())
-
-
-def _digests(blobs: Mapping[int, bytes]) -> dict[int, str]:
-    return {key: hashlib.sha256(data).hexdigest() for key, data in blobs.items()}
-
-
-async def _archived(archive: AsyncCollection, session_id: str) -> set[Reference]:
-    """Return what the archived messages of a session refer to."""
-    buckets = archive.find({"_id": within(session_id, "agent")}, {"messages.attachments": 1})
-    return {
-        reference
-        async for bucket in buckets
-        for reference in _parsed(message.get("attachments") for message in bucket["messages"] if type(message) is dict)
-    }
-
-
-async def _file_ids(files: AsyncCollection, condition: Document) -> list[Document]:
+async def _ids(condition: Document, files: AsyncCollection) -> list[Document]:
     return [entry["_id"] async for entry in files.find(condition, {"_id": 1})]
 
 
+async def _named_in_head(place: Place, sessions: AsyncCollection) -> set[Reference]:
+    condition = {"_id": place.session_id, "incarnation": place.incarnation}
+    document = await sessions.find_one(condition, _NAMED)
+    return {
+        reference
+        for messages in (document or {}).get("attachments", ())
+        for listed in messages
+        for reference in parsed(listed)
+    }
+
+
+async def _named_in_archive(place: Place, references: Sequence[Reference], archive: AsyncCollection) -> set[Reference]:
+    wanted = {"_id": place.buckets(), "messages.attachments": {"$in": list(map(str, references))}}
+    buckets = archive.find(wanted, {"messages.attachments": 1})
+    return {
+        reference async for bucket in buckets for message in bucket["messages"] for reference in references_of(message)
+    }
+
+
 async def _parts(
-    chunks: AsyncCollection, session_id: str, references: Iterable[Reference]
-) -> dict[Reference, list[bytes]]:
-    """Return the chunks of several files, in order, from one query."""
-    parts: dict[tuple[str, int], tuple[Reference, list[bytes]]] = {}
+    chunks: AsyncCollection, place: Place, references: Iterable[Reference]
+) -> dict[Reference, dict[int, bytes]]:
+    """Return the chunks of several files by their numbers, from one query."""
+    parts: dict[tuple[str, str], tuple[Reference, dict[int, bytes]]] = {}
     ranges = []
     for reference in references:
-        parts[reference.sha256, reference.generation] = (reference, [])
-        file = _file_id(session_id, reference)
-        ranges.append({"_id": {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}})
-    async for chunk in chunks.find({"$or": ranges}, sort=[("_id", 1)]):
+        parts[reference.sha256, reference.token] = (reference, {})
+        ranges += [{"_id": each.chunks_of(reference)} for each in _places(place, reference)]
+    async for chunk in chunks.find({"$or": ranges}):
         file = chunk["files_id"]
-        parts[file["sha256"], file["generation"]][1].append(chunk["data"])
+        token = file["token"] if "token" in file else str(file["generation"])
+        parts[file["sha256"], token][1][chunk["n"]] = chunk["data"]
     return dict(parts.values())
 
 
-def _joined(parts: dict[Reference, list[bytes]]) -> dict[str, bytes]:
+def _joined(parts: dict[Reference, dict[int, bytes]]) -> dict[str, bytes]:
     """Return the contents that are what their references say, by reference."""
     blobs = {}
     for reference in tuple(parts):
-        data = b"".join(parts.pop(reference))
+        chunks = parts.pop(reference)
+        data = b"".join(chunks[n] for n in sorted(chunks))
         if len(data) == reference.length and hashlib.sha256(data).hexdigest() == reference.sha256:
             blobs[str(reference)] = data
     return blobs

@@ -49,13 +49,13 @@ class Bucket:
     async def upload(self, key: str, data: bytes) -> ObjectId:
         """Write a file that has no name yet, and return its id."""
         ensure_indexes(self._connection, self._database, f"{self._name}.files", [("filename", "uploadDate")])
-        ensure_indexes(self._connection, self._database, f"{self._name}.chunks", [("files_id", "n")], unique=True)
+        ensure_indexes(self._connection, self._database, f"{self._name}.chunks", [("files_id", "n")])
         file = ObjectId()
         document = {
             "_id": file,
             "length": len(data),
             "chunkSize": CHUNK,
-            "uploadDate": now(),
+            "uploadDate": self._connection.now(),
             "metadata": {"key": key},
         }
         await self._files(lambda files: files.replace_one({"_id": file}, document, upsert=True))
@@ -111,7 +111,7 @@ class Bucket:
         """
         abandoned = {
             "filename": None,
-            "uploadDate": {"$lt": now() - DOUBT_TIME},
+            "uploadDate": {"$lt": self._connection.now() - DOUBT_TIME},
             "metadata.key": {"$type": "string"},  # not somebody else's
         }
         for document in await self._files(

@@ -2,15 +2,16 @@
 
 The session document keeps an agent's newest messages, its head. Older ones are in `<collection>_archive`:
 
-    _id          {session_id, agent: <agent key>, since: <the agent's created_at>, first: <position>}
-    session_id   as in `_id`
+    _id          {incarnation, agent: <agent key>, first: <position>}, see `_layout`
+    session_id   the session
     revision     the head's when the bucket was made; it grows with every change of a message in the bucket
     last         the position of the last message
     messages     as they were in the session document
-    generation   of the session when the bucket was made, see `_beside`
-    expires_from if the session expires, see `_beside`
+    removed_attachments
+                 of replaced messages, until they are removed
+    expires_at   if the session expires, see `_retention`
 
-`since` keeps the agent apart from one of a session of the same id that somebody has deleted. A position counts the
+A position counts the
 messages of an agent from 0; unlike an id it says where a message is, whatever a version before 1.0 has stored. In the
 agent's sub-document, `archived` is the position of the head's first message and `revision` grows with every change of
 a message in the head, but not with an append. `archive_revision` grows after every change of a message in a bucket.
@@ -30,13 +31,24 @@ while the field is there. Removing the buckets of a lower revision, and then the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple, Self
 
-from ._beside import FOREVER, KEEPING, KEPT, Keeping, may_add
-from ._changes import Update, split_fields
+from ._changes import (
+    REMOVED,
+    Identity,
+    Update,
+    attachments_of,
+    is_meant,
+    may_add,
+    replaced_message,
+    split_fields,
+    with_removed,
+)
 from ._documents import Document, array_at, entries_at, ids_of, is_numbered, number_at, size_at, stored_removed
+from ._layout import LIVE, Place
+from ._life import LIFE, Life
 from .errors import ConfigurationError
 
 MAX_EMBEDDED_MESSAGES = 128
@@ -67,7 +79,7 @@ class Head:
         certain: Whether nothing but appends has happened since.
         is_numbered: Whether the ids of the messages increase; other messages only move if there is no room.
         moving: A future that is done when the bucket that is being moved is.
-        keeping: How long the session's buckets are kept.
+        life: Of the session.
         stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
     """
 
@@ -82,7 +94,7 @@ class Head:
     certain: bool = False
     is_numbered: bool = True
     moving: Any = None
-    keeping: Keeping = FOREVER
+    life: Life = field(default_factory=Life)
     stale_below: int = 0
 
     @property
@@ -102,7 +114,7 @@ class Head:
         self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
         self.below = self.next_id - int(numbers["count"])
         self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
-        self.keeping = Keeping.of(numbers.get("session") or {})
+        self.life = Life.of(numbers.get("session") or {})
         self.is_numbered = "ids" not in numbers or is_numbered(numbers)
         self.stale_below = int(numbers.get("stale_below") or 0)
         self.learned = self.certain = True
@@ -179,7 +191,7 @@ def head_numbers(path: str) -> Document:
         "bytes": {"$bsonSize": {"m": messages}},
         "removed": stored_removed(path),
         "stale_below": number_at(f"{path}.stale_below"),
-        "session": KEEPING,
+        "session": LIFE,
     }
 
 
@@ -207,6 +219,8 @@ def _unchanged(session_id: str, key: str, head: Head) -> Document:
     numbers = {"archived": head.archived, "revision": head.revision}
     return {
         "_id": session_id,
+        "incarnation": head.life.incarnation,
+        **LIVE,
         **(_increasing_ids(f"$agents.{key}.messages") if head.is_numbered else {}),
         f"agents.{key}.messages.0": {"$exists": True},
         f"agents.{key}.created_at": head.since,
@@ -256,11 +270,11 @@ def taken(sizes: Sequence[int], step: Step) -> int:
     return max(1, count)
 
 
-def bucket_of(session_id: str, key: str, since: Any, first: int, messages: Sequence[Document]) -> Document:
+def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) -> Document:
     """Return a bucket of messages that were never in a head."""
     return {
-        "_id": bucket_id(session_id, key, since, first),
-        "session_id": session_id,
+        "_id": place.bucket_id(key, first),
+        "session_id": place.session_id,
         "revision": 0,
         "last": first + len(messages) - 1,
         "messages": list(messages),
@@ -268,20 +282,22 @@ def bucket_of(session_id: str, key: str, since: Any, first: int, messages: Seque
 
 
 def merge(
-    session_id: str, key: str, head: Head, step: Step, archive: str, expires_from: datetime | None = None
+    session_id: str, key: str, head: Head, step: Step, archive: str, date: datetime | None = None
 ) -> list[Document]:
-    """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in."""
+    """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in.
+
+    `date` is the `expires_at` of the bucket.
+    """
     messages = f"$agents.{key}.messages"
     bucket = {
-        "_id": {"$literal": bucket_id(session_id, key, head.since, head.archived)},
+        "_id": {"$literal": Place(session_id, head.life.incarnation).bucket_id(key, head.archived, head.since)},
         "session_id": "$_id",
         "revision": {"$literal": head.revision},
         "last": {"$add": [f"${_TAKEN}", head.archived - 1]},
         "messages": {"$slice": [messages, f"${_TAKEN}"]},
-        "generation": {"$ifNull": ["$attachments_generation", 0]},
     }
-    if expires_from is not None:
-        bucket["expires_from"] = {"$literal": expires_from}
+    if date is not None:
+        bucket["expires_at"] = {"$literal": date}
     newer = {"$gt": ["$$new.revision", "$revision"]}
     alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
     # There is no way to say "fail"; but changing the _id is an error (ImmutableField).
@@ -298,19 +314,16 @@ MERGE_REFUSED = 66
 """The server's error code for a bucket that `merge` must not replace."""
 
 
-def cut(session_id: str, key: str, head: Head, step: Step, expires_from: datetime | None = None) -> Update:
+def cut(session_id: str, key: str, head: Head, step: Step, date: datetime | None = None) -> Update:
     """Return the update that takes out of a head what `merge` copied."""
     path = f"agents.{key}"
-    condition = {**_unchanged(session_id, key, head), **may_add(expires_from)}
+    condition = {**_unchanged(session_id, key, head), **may_add(date)}
     sets = {
         f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
         f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},
     }
-    if expires_from is not None:
-        condition["updated_at"] = {"$not": {"$gt": expires_from}}
-        sets |= {name: {operator: [f"${name}", expires_from]} for name, operator in KEPT.items()}
     stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
-    return Update(condition, stages, None, expires_from)
+    return Update(condition, stages, None)
 
 
 def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
@@ -319,24 +332,22 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
     return Update(_unchanged(session_id, key, head), {"$set": {f"agents.{key}.revision": higher}}, None)
 
 
-def bucket_id(session_id: str, key: str, since: Any, first: int) -> Document:
-    """Return the `_id` of a bucket. Ids of one agent are in the order of its messages."""
-    return {"session_id": session_id, "agent": key, "since": since, "first": first}
-
-
-def stale_buckets(session_id: str, key: str, since: Any, below: int) -> Document:
+def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
     """Return the filter for the buckets that a write-back has left behind; it never matches a later bucket."""
-    first, last = (bucket_id(session_id, key, since, position) for position in (0, _ALL))
+    first, last = (place.bucket_id(key, position, since) for position in (0, _ALL))
     return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
 
 
-def holding_positions(session_id: str, key: str, since: Any, begin: int, end: int) -> Document:
-    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived."""
-    low, high = (bucket_id(session_id, key, since, first) for first in (begin - BUCKET_MESSAGES, end))
+def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) -> Document:
+    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived.
+
+    `since` is the agent's `created_at`, for a session that is not migrated.
+    """
+    low, high = (place.bucket_id(key, first, since) for first in (begin - BUCKET_MESSAGES, end))
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
 
-def holding_message(session_id: str, key: str, message_id: int, head: Head, created_at: Any = None) -> list[Document]:
+def holding_message(place: Place, key: str, message_id: int, head: Head, created_at: Any = None) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
     The first looks where a message is whose id is its position; the second, if there may be others, everywhere.
@@ -347,8 +358,8 @@ def holding_message(session_id: str, key: str, message_id: int, head: Head, crea
     return [
         {
             "_id": {
-                "$gte": bucket_id(session_id, key, head.since, low),
-                "$lte": bucket_id(session_id, key, head.since, high),
+                "$gte": place.bucket_id(key, low, head.since),
+                "$lte": place.bucket_id(key, high, head.since),
             },
             "messages": {"$elemMatch": message},
         }
@@ -356,10 +367,21 @@ def holding_message(session_id: str, key: str, message_id: int, head: Head, crea
     ]
 
 
-def change_in_bucket(condition: Document, fields: Document) -> Update:
-    """Return the update that sets fields of the one message that `condition`, of `holding_message`, finds."""
-    update: Document = {"$inc": {"revision": 1}}
-    for operator, values in zip(("$set", "$unset"), split_fields(fields), strict=True):
-        if values:
-            update[operator] = {f"messages.$.{name}": value for name, value in values.items()}
-    return Update(condition, update, None)
+def change_in_bucket(condition: Document, message_id: int, fields: Document, created_at: Any = None) -> Update:
+    """Return the update that sets fields of the one message that `condition`, of `holding_message`, finds.
+
+    A new content moves the references to the old attachments to the bucket's `removed_attachments`.
+    """
+    if "message" not in fields:
+        sets = {f"messages.$.{name}": value for name, value in split_fields(fields)[0].items()}
+        return Update(condition, {"$inc": {"revision": 1}, "$set": sets}, None)
+    meant = is_meant(message_id, Identity(created_at))
+    are_meant = {"$map": {"input": "$messages", "as": "message", "in": meant}}
+    message = {"$arrayElemAt": ["$messages", "$$n"]}
+    is_first = {"$eq": ["$$n", {"$indexOfArray": [are_meant, True]}]}
+    new = {"$let": {"vars": {"message": message}, "in": replaced_message(fields)}}
+    positions = {"$range": [0, {"$size": "$messages"}]}
+    changed = {"$map": {"input": positions, "as": "n", "in": {"$cond": [is_first, new, message]}}}
+    removed = with_removed([attachments_of("messages", meant)])
+    stage = {"messages": changed, REMOVED: removed, "revision": {"$add": ["$revision", 1]}}
+    return Update(condition, [{"$set": stage}], None)

@@ -10,14 +10,16 @@ whoever was not there first changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple, Self, TypeAlias, cast
 
-from ._beside import KEPT, may_add
+from bson import ObjectId
+
 from ._codec import stored_size
-from ._documents import Document, StoredMessage, agent_key, checked_id, stored_config_set
+from ._documents import Document, StoredMessage, agent_key, array_at, checked_id, stored_config_set
+from ._references import Reference
 from ._sizes import AGENT_FIELDS
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 
@@ -75,15 +77,13 @@ class AppendMessage:
 class ReplaceMessage:
     """A message has another content: merged, updated or redacted.
 
-    With `frees`, the replaced message may have had attachments, which must then be removed. `identity` is that of the
-    message, if it is known. With `by_id` the writer has not loaded the message: its id must be unique, otherwise
-    `identity` selects one of the messages with that id.
+    `identity` is that of the message, if it is known. With `by_id` the writer has not loaded the message: its id must
+    be unique, otherwise `identity` selects one of the messages with that id.
     """
 
     agent_id: str
     message_id: int
     fields: Document
-    frees: bool = False
     identity: Identity | None = field(default=None, compare=False, repr=False)
     by_id: bool = False
 
@@ -139,9 +139,9 @@ class AgentWrite:
 
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
     turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the other
-    is what that statement may not have said. `identities` are those of `replaced` messages. `generation` is the one in
-    which attachments of the messages are stored, `None` if they have none, and `expires_from` the date that they were
-    stored with. `session_created_at` tells the session from a later one of the same id, if the writer knows.
+    is what that statement may not have said. `identities` are those of `replaced` messages. `stored` are the
+    attachments that were stored for the messages, `part_date` is their `expires_at`. `incarnation` is that of the
+    session.
     """
 
     agent_id: str
@@ -158,10 +158,9 @@ class AgentWrite:
     events: list[Document] = field(default_factory=list)
     expected: int | None = None
     moment: datetime | None = None
-    generation: int | None = None
-    expires_from: datetime | None = None
-    session_created_at: Any = None
-    frees: bool = False
+    stored: list[Reference] = field(default_factory=list)
+    part_date: datetime | None = None
+    incarnation: ObjectId | None = None
 
     def add(self, change: Change) -> None:
         """Take in the change that happened next."""
@@ -175,10 +174,9 @@ class AgentWrite:
                 self.recorded[message["message_id"]] = message
                 self.usage[message["message_id"]] = usage
                 self._touch(message["updated_at"])
-            case ReplaceMessage(message_id=message_id, fields=fields, frees=frees, identity=identity, by_id=by_id):
+            case ReplaceMessage(message_id=message_id, fields=fields, identity=identity, by_id=by_id):
                 self._set_message(message_id, fields, identity)
                 self.by_id |= by_id
-                self.frees |= frees
                 self._touch(fields["updated_at"])
             case SetMessageFields(message_id=message_id, fields=fields, identity=identity):
                 self._set_message(message_id, fields, identity)
@@ -266,8 +264,13 @@ class AgentWrite:
             config=self.config,
             expected=expected,
             moment=self.moment,
-            session_created_at=self.session_created_at,
+            incarnation=self.incarnation,
         )
+
+    @property
+    def replaces_content(self) -> bool:
+        """Whether stored messages get another content, so that their attachments have to be removed."""
+        return any("message" in fields for fields in self.replaced.values())
 
     @property
     def is_empty(self) -> bool:
@@ -318,13 +321,17 @@ def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
         yield part
 
 
+def may_add(date: datetime | None) -> Document:
+    """Return the condition under which a part that was stored with an `expires_at`, or without, may be added."""
+    return {"time_to_live": None} if date is None else {"expires_at": {"$not": {"$gt": date}}}
+
+
 class Update(NamedTuple):
-    """The arguments of one `update_one`, and the `expires_from` of what it makes a part of a session that expires."""
+    """The arguments of one `update_one`."""
 
     filter: Document
     update: Document | list[Document]
     array_filters: list[Document] | None
-    expires_from: datetime | None = None
 
 
 @dataclass
@@ -338,7 +345,6 @@ class _Parts:
     events: list[Document] = field(default_factory=list)
     replacements: dict[str, dict[int, Document]] = field(default_factory=dict)
     identities: dict[str, Mapping[int, Identity]] = field(default_factory=dict)
-    kept: datetime | None = None
 
 
 def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
@@ -346,19 +352,17 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
     condition: Document = {"_id": session_id}
     parts = _Parts()
     moments = []
+    dates: list[Document] = []
     unique: list[Document] = []
     for write in writes:
         path = f"agents.{agent_key(write.agent_id)}"
         if write.moment is not None:
             moments.append(write.moment)
         parts.events += write.events
-        if write.session_created_at is not None:
-            condition["created_at"] = write.session_created_at
-        if write.generation is not None:
-            condition["attachments_generation"] = write.generation or None
-            condition |= may_add(write.expires_from)
-            if write.expires_from is not None:
-                parts.kept = write.expires_from
+        if write.incarnation is not None:
+            condition["incarnation"] = write.incarnation
+        if write.stored:
+            dates.append(may_add(write.part_date))
         if write.created is not None:
             condition[path] = None
             parts.sets[path] = _whole(write)
@@ -381,10 +385,13 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         _add(write, path, parts)
     if unique:
         condition["$expr"] = {"$and": unique}
+    if dates:
+        condition["$and"] = dates
     if moments:
         parts.sets["updated_at"] = max(moments)
-    if parts.unless_set or parts.pushes.keys() & parts.replacements.keys():
-        return Update(condition, [{"$set": _pipeline(parts)}], None, parts.kept)
+    replaces_content = any("message" in fields for each in parts.replacements.values() for fields in each.values())
+    if parts.unless_set or replaces_content or parts.pushes.keys() & parts.replacements.keys():
+        return Update(condition, [{"$set": _pipeline(parts)}], None)
     return _operators(condition, parts)
 
 
@@ -458,16 +465,14 @@ def _operators(condition: Document, parts: _Parts) -> Update:
     # An event is added at most once, however often the statement is sent.
     events = {"guardrail_events": {"$each": parts.events}} if parts.events else {}
     operators = {"$set": sets, "$unset": unsets, "$push": pushes, "$inc": parts.increments, "$addToSet": events}
-    if parts.kept is not None:
-        operators |= {operator: {name: parts.kept} for name, operator in KEPT.items()}
     used = {name: fields for name, fields in operators.items() if fields}
-    return Update(condition, used, array_filters or None, parts.kept)
+    return Update(condition, used, array_filters or None)
 
 
 def _pipeline(parts: _Parts) -> Document:
-    """Say the same as an aggregation, because the operators cannot both push to an array and change its elements.
+    """Say the same as an aggregation.
 
-    Neither can they set a field depending on another one.
+    The operators cannot both push to an array and change its elements, nor set a field depending on another one.
     """
     stage: Document = {path: {"$literal": value} for path, value in parts.sets.items()}
     for path, (already_set, value) in parts.unless_set.items():
@@ -477,7 +482,7 @@ def _pipeline(parts: _Parts) -> Document:
         stage[path] = {"$add": [{"$ifNull": [f"${path}", 0]}, amount]}
     for path in parts.pushes.keys() | parts.replacements.keys():
         branches = [
-            {"case": _is_meant(message_id, parts.identities[path].get(message_id)), "then": _replaced(fields)}
+            {"case": is_meant(message_id, parts.identities[path].get(message_id)), "then": replaced_message(fields)}
             for message_id, fields in parts.replacements.get(path, {}).items()
         ]
         kept: Any = {"$ifNull": [f"${path}", []]}
@@ -489,19 +494,55 @@ def _pipeline(parts: _Parts) -> Document:
         known = {"$ifNull": ["$guardrail_events", []]}
         added = {"$filter": {"input": {"$literal": parts.events}, "cond": {"$not": {"$in": ["$$this", known]}}}}
         stage["guardrail_events"] = {"$concatArrays": [known, added]}
-    if parts.kept is not None:
-        stage |= {name: {operator: [f"${name}", parts.kept]} for name, operator in KEPT.items()}
+    removed = [
+        attachments_of(path, is_meant(message_id, parts.identities[path].get(message_id)))
+        for path, messages in parts.replacements.items()
+        for message_id, fields in messages.items()
+        if "message" in fields
+    ]
+    if removed:
+        stage[REMOVED] = with_removed(removed)
     return stage
 
 
-def _is_meant(message_id: int, identity: Identity | None) -> Document:
+REMOVED = "removed_attachments"
+"""The field of a session document or a bucket that lists the attachments of replaced messages, until they are removed.
+
+A statement that replaces the content of a message moves the references to this field.
+"""
+
+
+def attachments_of(messages: str, is_meant: Document) -> Document:
+    """Return the expression for the attachments of those of `messages` that a condition on `$$message` selects."""
+    chosen = {"$filter": {"input": array_at(f"${messages}"), "as": "message", "cond": is_meant}}
+    concatenated = {"$concatArrays": ["$$value", array_at("$$this.attachments")]}
+    return {"$reduce": {"input": chosen, "initialValue": [], "in": concatenated}}
+
+
+def with_removed(lists: Sequence[Document | list[str]]) -> Document:
+    """Return the expression for `REMOVED` with further references; the field stays absent if there are none."""
+    added = {"$concatArrays": [array_at(f"${REMOVED}"), "$$more"]}
+    field = {"$cond": [{"$eq": ["$$more", []]}, f"${REMOVED}", added]}
+    return {"$let": {"vars": {"more": {"$concatArrays": lists}}, "in": field}}
+
+
+def without_removed(session_id: str, incarnation: ObjectId | None, references: list[str]) -> Update:
+    """Return the statement that takes references of removed files from a session's `REMOVED`."""
+    left = {"$setDifference": [array_at(f"${REMOVED}"), references]}
+    field = {"$let": {"vars": {"left": left}, "in": {"$cond": [{"$eq": ["$$left", []]}, "$$REMOVE", "$$left"]}}}
+    return Update({"_id": session_id, "incarnation": incarnation}, [{"$set": {REMOVED: field}}], None)
+
+
+def is_meant(message_id: int, identity: Identity | None) -> Document:
+    """Return the condition on `$$message` that selects a message."""
     has_id: Document = {"$eq": ["$$message.message_id", message_id]}
     if identity is None or identity.created_at is None:
         return has_id
     return {"$and": [has_id, {"$eq": ["$$message.created_at", {"$literal": identity.created_at}]}]}
 
 
-def _replaced(fields: Document) -> Document:
+def replaced_message(fields: Document) -> Document:
+    """Return the expression for `$$message` with other fields."""
     sets, unsets = split_fields(fields)
     message: Any = "$$message"
     if unsets:  # MongoDB 4.4 and the Stable API do not have $unsetField
@@ -561,9 +602,9 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
                 by_id=write.by_id,
                 events=write.events,
                 moment=write.moment,
-                generation=write.generation,
-                expires_from=write.expires_from,
-                session_created_at=write.session_created_at,
+                stored=write.stored,
+                part_date=write.part_date,
+                incarnation=write.incarnation,
             )
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         is_longer = stored.next_message_id > rest.expected_id

@@ -20,6 +20,7 @@ from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, OddField, agent_key, checked_id, odd_fields
 from ._driver_errors import UNSUPPORTED, driver_errors, may_be_sent_again, may_have_been_applied
+from ._layout import LIVE
 from ._loop import Portal
 from .errors import (
     AgentNotFoundError,
@@ -111,7 +112,7 @@ class SessionCollection:
     async def _find(self, session_id: str, projection: Document) -> Document | None:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            return await self._send(lambda collection: collection.find_one({"_id": session_id}, projection))
+            return await self._send(lambda collection: collection.find_one({"_id": session_id, **LIVE}, projection))
 
     async def _found(self, session_id: str, projection: Document) -> Document:
         document = await self._find(session_id, projection)
@@ -196,11 +197,12 @@ class SessionCollection:
 def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
     """Return the indexes of a collection of sessions.
 
-    Beside one for each field, there is one for each date within what a list may be narrowed to. The server refuses all
+    Besides one for each field, there is one for each date within what a list may be narrowed to. The server refuses all
     of them if they are too many, so with many metadata fields the last ones have none of the latter.
     """
     narrowed = ["application_name", *(f"metadata.{field}" for field in metadata_fields)]
-    indexes: list[Fields] = [("created_at",), ("updated_at",), ("session_id",), *((path,) for path in narrowed)]
+    indexes: list[Fields] = [("state",), ("created_at",), ("updated_at",), ("session_id",)]
+    indexes += [(path,) for path in narrowed]
     for date in ("updated_at", "created_at"):
         indexes += [(date, "_id"), *((path, date, "_id") for path in narrowed)]
     return indexes[:_MOST_INDEXES]
@@ -243,12 +245,18 @@ async def _sent(
             return await command(collection)
 
 
-def ensure_indexes(
-    connection: Connection, database: str, name: str, wanted: Iterable[Fields], *, unique: bool = False
-) -> None:
-    """Build, beside everything else, the indexes of a collection that this process has not seen to."""
+_INDEX_OPTIONS: dict[Fields, Document] = {
+    ("state",): {"partialFilterExpression": {"state": {"$exists": True}}},
+    ("expires_at",): {"partialFilterExpression": {"expires_at": {"$exists": True}}, "expireAfterSeconds": 0},
+    ("files_id", "n"): {"unique": True},
+}
+"""The options of those indexes that have any."""
+
+
+def ensure_indexes(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> None:
+    """Build, in the background, the indexes of a collection that this process has not seen to."""
     if missing := unseen(connection, database, name, wanted):
-        connection.start(_build_indexes(connection, database, name, missing, unique))
+        connection.start(_build_indexes(connection, database, name, missing))
 
 
 def unseen(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> list[Fields]:
@@ -269,15 +277,13 @@ def see_again(connection: Connection, database: str, name: str, fields: Iterable
     seen.update(dict.fromkeys(((database, name, each) for each in fields), time.monotonic() + after))
 
 
-async def _build_indexes(
-    connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
-) -> None:
+async def _build_indexes(connection: Connection, database: str, name: str, wanted: Sequence[Fields]) -> None:
     """Build indexes with one command, or one by one if the server refuses it; log each missing index once."""
-    missing = await _build(connection, database, name, wanted, unique)
+    missing = await _build(connection, database, name, wanted)
     if len(wanted) > 1 and any(reason.code not in _ALIKE for reason in missing.values()):
         missing = {}
         for fields in wanted:
-            missing |= await _build(connection, database, name, [fields], unique)
+            missing |= await _build(connection, database, name, [fields])
     refused = [fields for fields, reason in missing.items() if reason.code not in _PASSING]
     see_again(connection, database, name, missing.keys() - refused)
     see_again(connection, database, name, refused, after=_RETRY_REFUSED)
@@ -287,7 +293,8 @@ async def _build_indexes(
     _told.update(told[fields] for fields in untold)
     if untold:
         logger.warning(
-            "collection=<%r>, indexes=<%s> | indexes not built, queries that need them will be slow",
+            "collection=<%r>, indexes=<%s> | indexes not built: queries are slow without them, and without expires_at "
+            "nothing expires",
             f"{database}.{name}",
             ", ".join(f"{'+'.join(fields)}: {missing[fields].text}" for fields in untold),
         )
@@ -300,12 +307,9 @@ class _Missing(NamedTuple):
     code: int | None
 
 
-async def _build(
-    connection: Connection, database: str, name: str, wanted: Sequence[Fields], unique: bool
-) -> dict[Fields, _Missing]:
+async def _build(connection: Connection, database: str, name: str, wanted: Sequence[Fields]) -> dict[Fields, _Missing]:
     """Build indexes with one command; return the reasons, by index, if it failed."""
-    options = {"unique": True} if unique else {}
-    indexes = [IndexModel([(field, 1) for field in fields], **options) for fields in wanted]
+    indexes = [IndexModel([(field, 1) for field in fields], **_INDEX_OPTIONS.get(fields, {})) for fields in wanted]
     try:
         await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
     except MongoDBSessionError as error:

@@ -14,10 +14,11 @@ agents.<agent key>
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
                          `event_loop_metrics.message_usage` is the usage of the message; 1.0.0 kept it in `usage`
-attachments_generation   from which on attachments may be added, see `_attachments`, and which life of a session of
-                         this id it is, see `_beside`; absent for 0
-session_ttl, kept_until, keep_until
-                         of a session that expires, see `_beside`
+incarnation              an ObjectId, with which the ids of all parts outside the document begin, see `_layout`
+time_to_live, expires_at of a session that expires, see `_retention`
+state, state_by, state_until
+                         of a session that is being copied or deleted, see `_deletion`
+removed_attachments      of replaced messages, until the files are removed, see `_attachments`
 multi_agents.<key>       see `_multi_agents`
 copy_of                  what an imported session or a fork was made from: {session_id, at, by}
 """
@@ -30,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
 
+from bson import ObjectId
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from ._codec import decode, encode
@@ -109,8 +111,9 @@ class StoredSession(TypedDict):
     feedbacks: list[Document]
     guardrail_events: list[Document]
     agents: dict[str, StoredAgent]
-    attachments_generation: int
-    session_ttl: NotRequired[int]
+    incarnation: ObjectId
+    time_to_live: NotRequired[int]
+    expires_at: NotRequired[datetime]
 
 
 def checked_id(value: object, name: str) -> str:
@@ -166,7 +169,7 @@ def agent_id_of(key: str) -> str:
 
 def now() -> datetime:
     """Return the present as MongoDB stores it: UTC, whole milliseconds."""
-    return _to_milliseconds(datetime.now(UTC))
+    return to_milliseconds(datetime.fromtimestamp(time.time(), UTC))
 
 
 def to_date(value: object) -> datetime:
@@ -188,7 +191,7 @@ def to_date(value: object) -> datetime:
         if isinstance(error, InvalidArgumentError):
             raise
         raise_alone(InvalidArgumentError("a date must be an ISO 8601 string or a datetime, not another text"))
-    return _to_milliseconds(moment)
+    return to_milliseconds(moment)
 
 
 def date_from(value: object) -> datetime:
@@ -200,7 +203,7 @@ def date_from(value: object) -> datetime:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
-            return _to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
+            return to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
         except (ValueError, OverflowError):
             return now()
     try:
@@ -217,7 +220,7 @@ def as_date(value: object) -> object:
         return value
 
 
-def _to_milliseconds(moment: datetime) -> datetime:
+def to_milliseconds(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
@@ -226,18 +229,12 @@ def to_iso(value: object) -> str:
     return date_from(value).isoformat()
 
 
-def new_generation() -> int:
-    """Return the generation a new session begins with: it is higher than any that an earlier one of its id had."""
-    return time.time_ns() // 1000
-
-
-def new_session(
-    session_id: str, application_name: str | None, moment: datetime, ttl: int | None = None
-) -> StoredSession:
-    """Return the document of a session in which nothing has happened; `ttl` are seconds, `None` if it stays."""
-    session: StoredSession = {
+def new_session(session_id: str, application_name: str | None, moment: datetime) -> StoredSession:
+    """Return the document of a session in which nothing has happened."""
+    return {
         "_id": session_id,
         "session_id": session_id,
+        "incarnation": ObjectId(),
         "application_name": application_name,
         "session_type": SessionType.AGENT.value,
         "created_at": moment,
@@ -246,11 +243,7 @@ def new_session(
         "feedbacks": [],
         "guardrail_events": [],
         "agents": {},
-        "attachments_generation": new_generation(),
     }
-    if ttl is not None:
-        session["session_ttl"] = ttl
-    return session
 
 
 def session_from(document: Mapping[str, Any]) -> Session:

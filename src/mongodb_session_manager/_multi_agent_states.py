@@ -5,10 +5,13 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from bson import ObjectId
+
 from ._archive import SessionArchive
 from ._changes import Update
 from ._codec import decode
 from ._documents import Document, OddField, checked_id
+from ._large_values import compute
 from ._multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -40,7 +43,7 @@ class MultiAgentStates(SessionArchive):
             StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
-        write = first_write(multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
+        write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
             if not await self._store_multi_agent(
                 session_id, multi_agent.id, compile_write(session_id, write), write.state
@@ -54,7 +57,7 @@ class MultiAgentStates(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
-        return None if stored is None else decode(stored.get("state"))
+        return None if stored is None else await compute(decode, stored.get("state"))
 
     async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, whatever is there.
@@ -66,7 +69,7 @@ class MultiAgentStates(SessionArchive):
             StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
-        state = encode_state(multi_agent.serialize_state())
+        state = await compute(encode_state, multi_agent.serialize_state())
         update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex)
         async with self._connection.operation():
             if not await self._store_multi_agent(session_id, multi_agent.id, update, state):
@@ -75,14 +78,14 @@ class MultiAgentStates(SessionArchive):
                     raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
 
     async def apply_multi_agent(
-        self, session_id: str, write: MultiAgentWrite, created_at: Any = None
+        self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
         """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Args:
             session_id: The session.
             write: What was recorded.
-            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
+            incarnation: That of the session that was opened; `None` for the one that has the id now.
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
@@ -98,12 +101,12 @@ class MultiAgentStates(SessionArchive):
                 if rest is None:
                     return None
                 try:
-                    update = compile_write(session_id, rest, created_at)
+                    update = compile_write(session_id, rest, incarnation)
                     if await self._store_multi_agent(session_id, rest.multi_agent_id, update, rest.state):
                         return None
                     if (
-                        created_at is not None
-                        and (await self._found(session_id, {"created_at": 1})).get("created_at") != created_at
+                        incarnation is not None
+                        and (await self._found(session_id, {"incarnation": 1})).get("incarnation") != incarnation
                     ):
                         raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
                     stored = await self._stored_multi_agent(session_id, write.multi_agent_id, "revision", "writer")

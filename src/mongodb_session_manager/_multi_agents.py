@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from bson import ObjectId
+
 from ._changes import Update
 from ._codec import decode, encode
 from ._documents import Document, OddField, agent_id_of, agent_key, checked_id, now
@@ -63,8 +65,8 @@ def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite
     return MultiAgentWrite(multi_agent_id, encode_state(state), 0, None, writer, now())
 
 
-def compile_write(session_id: str, write: MultiAgentWrite, created_at: Any = None) -> Update:
-    """Return the statement that makes the write true, or matches nothing; `created_at` is that of the session."""
+def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None) -> Update:
+    """Return the statement that makes the write true, or matches nothing; `incarnation` is that of the session."""
     path = path_of(write.multi_agent_id)
     fields = {"state": write.state, "revision": write.revision, "writer": write.writer, "updated_at": write.moment}
     if write.expected is None:
@@ -73,8 +75,8 @@ def compile_write(session_id: str, write: MultiAgentWrite, created_at: Any = Non
     else:
         condition = {f"{path}.revision": write.expected}
         sets = {f"{path}.{name}": value for name, value in fields.items()}
-    if created_at is not None:
-        condition["created_at"] = created_at
+    if incarnation is not None:
+        condition["incarnation"] = incarnation
     return Update({"_id": session_id, **condition}, {"$set": {**sets, "updated_at": write.moment}}, None)
 
 

@@ -1,14 +1,16 @@
 """How a message refers to bytes that are kept outside of its session's document, and how large it may be. Pure.
 
-A message whose bytes together exceed a bound is recorded with them beside it, under `attachments`. When it is stored,
-the bytes are in GridFS, and its element of `messages` holds
+A message whose bytes together exceed a bound is recorded with its `attachments`, a list of `Attachment`. When it is
+stored, the bytes are in GridFS, and its element of `messages` holds
 
     message, redact_message   {"__msm__": "attachment", "v": <reference>} in the place of the bytes
     attachments               [<reference>]
 
-A reference is text, `<SHA-256>:<length>:<generation>`; `_attachments` says what a generation is. The codec escapes
-whatever looks like this in a message, so it stands for bytes wherever it stands for anything; and it is exchanged
-only where `attachments` lists it.
+A reference is text, `<SHA-256>:<length>:<token>`. Each attachment of each recorded message has a token of its own, the
+hexadecimal digits of an ObjectId, so no two messages share a file. In messages that 1.0.0 has stored, the token is a
+decimal number, and several messages of a session can have the same reference. A copy of a session keeps the references.
+The codec escapes what looks like a marker in a message; and a marker is exchanged only for a reference that
+`attachments` lists.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self, TypeVar, cast
+
+from bson import ObjectId
 
 from ._codec import MARKER, stored_size
 from ._documents import Document
@@ -34,8 +38,9 @@ A document of MongoDB holds 16 MiB. The rest is for what the document holds besi
 
 _TAG = "attachment"
 _WORTHWHILE = 128
-"""Bytes that a reference takes at most; no fewer are worth being kept outside."""
-_FORM = re.compile(r"([0-9a-f]{64}):([0-9]{1,18}):([0-9]{1,18})")
+"""The size in bytes of the longest reference; smaller values stay in the message."""
+_TOKEN_LENGTH = 24
+_FORM = re.compile(r"([0-9a-f]{64}):([0-9]{1,18}):([0-9a-f]{24}|[0-9]{1,18})")
 
 
 class Reference(NamedTuple):
@@ -43,16 +48,28 @@ class Reference(NamedTuple):
 
     sha256: str
     length: int
-    generation: int
+    token: str
 
     def __str__(self) -> str:
-        return f"{self.sha256}:{self.length}:{self.generation}"
+        return f"{self.sha256}:{self.length}:{self.token}"
 
     @classmethod
     def parse(cls, text: object) -> Self | None:
         """Return the reference that `text` is, if it is one."""
         match = _FORM.fullmatch(text) if isinstance(text, str) else None
-        return None if match is None else cls(match[1], int(match[2]), int(match[3]))
+        return None if match is None else cls(match[1], int(match[2]), match[3])
+
+    @property
+    def is_of_v1(self) -> bool:
+        """Whether 1.0.0 made the reference."""
+        return self.token.isdecimal() and len(self.token) < _TOKEN_LENGTH
+
+
+class Attachment(NamedTuple):
+    """Bytes of a recorded message that are to be stored outside, and their token."""
+
+    token: str
+    data: bytes
 
 
 def checked_inline_bytes(value: object) -> int:
@@ -69,15 +86,15 @@ def checked_inline_bytes(value: object) -> int:
 
 
 def set_aside(fields: T, max_inline: int) -> T:
-    """Return the fields of a message, with the bytes that are to be kept outside listed under `attachments`.
+    """Return the fields of a message, with the bytes to be stored outside listed as `attachments`.
 
     Raises:
         MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
     """
     found = _bytes_in(fields.values())
     if sum(map(len, found.values())) > max_inline:
-        references = {key: str(Reference("0" * 64, len(data), 0)) for key, data in found.items()}
-        fields = cast(T, {**fields, "attachments": list(found.values())})
+        references = {key: str(Reference("0" * 64, len(data), "0" * 24)) for key, data in found.items()}
+        fields = cast(T, {**fields, "attachments": [Attachment(str(ObjectId()), data) for data in found.values()]})
         size = stored_size(detached(fields, references))
     else:
         size = stored_size(fields)
@@ -87,6 +104,15 @@ def set_aside(fields: T, max_inline: int) -> T:
             f"({MAX_MESSAGE_BYTES} bytes); it was not stored"
         )
     return fields
+
+
+def replacement(fields: Document, max_inline: int) -> Document:
+    """Return the fields of a message that replace its content and all its attachments, as `set_aside` does.
+
+    Raises:
+        MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
+    """
+    return {"attachments": [], **set_aside(fields, max_inline)}
 
 
 def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:
@@ -113,7 +139,7 @@ def detached(fields: Mapping[str, Any], references: Mapping[int, str]) -> Docume
             return {MARKER: _TAG, "v": reference}
         return value
 
-    listed = sorted({references[id(data)] for data in fields["attachments"]})
+    listed = sorted({references[id(attachment.data)] for attachment in fields["attachments"]})
     return {**_exchanged(fields, refer), "attachments": listed}
 
 
@@ -133,18 +159,6 @@ def attached(stored: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Document:
         return value
 
     return _exchanged(stored, fetch)
-
-
-def in_generation(stored: Mapping[str, Any], generation: int) -> Document:
-    """Return a stored message that refers to files of another generation."""
-    new = {str(reference): str(reference._replace(generation=generation)) for reference in references_of(stored)}
-
-    def refer(value: Any) -> Any:
-        if type(value) is dict and value.get(MARKER) == _TAG and type(value.get("v")) is str and value["v"] in new:
-            return {MARKER: _TAG, "v": new[value["v"]]}
-        return value
-
-    return {**_exchanged(stored, refer), "attachments": sorted({*new.values()})}
 
 
 def _exchanged(fields: Mapping[str, Any], exchange: Callable[[Any], Any]) -> Document:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import timedelta
+from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Any, Self, TypeVar
 
+from bson import ObjectId
 from pymongo import ReturnDocument
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from ._annotations import SessionAnnotations
 from ._archive import WrittenBackError, present
 from ._attachments import Attachments
-from ._beside import ARCHIVE, checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits, head_numbers
 from ._changes import (
     AppendMessage,
@@ -59,16 +60,21 @@ from ._documents import (
 )
 from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
+from ._large_values import compute
+from ._layout import ARCHIVE, LIVE, Place
+from ._life import LIFE, checked_ttl, next_date
+from ._migration import HAS_PARTS, is_of_v1
 from ._multi_agent_states import MultiAgentStates
 from ._odd_fields import messages_from, tell_odd, usable
-from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, references_of, set_aside
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes, replacement, set_aside
 from ._write_back import SessionWriteBack
 from ._writes import ROUNDS
 from .errors import (
+    AttachmentError,
     DatabaseError,
     InvalidArgumentError,
+    MongoDBSessionError,
     SessionExistsError,
-    raise_alone,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,6 +82,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ALL = 2**31 - 1
+
+_PATIENCE = 10.0
+"""Seconds for which an opening waits while its session is being imported or forked."""
 
 _OPTIONS = (
     *("connection_string", "database_name", "collection_name", "client", "application_name", "metadata_fields"),
@@ -89,9 +98,11 @@ _RESTORE: Document = {
     "created_at": 1,
     "updated_at": 1,
     "multi_agents": 1,
-    "attachments_generation": 1,
+    **LIFE,
+    "removed_attachments": 1,
+    "moved": 1,
     "session_ttl": 1,
-    "keep_until": 1,
+    "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
     "odd_agents": ODD_AGENTS,
     # All agents, each message without its metrics, which no restored agent needs.
     "agents": {
@@ -196,6 +207,7 @@ class AsyncMongoDBSessionRepository(
         )
         self._archive_name = f"{self._collection_name}{ARCHIVE}"
         self._heads = {}
+        self._lives = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._database_name}.{self._collection_name}, {self._connection!r})"
@@ -233,29 +245,58 @@ class AsyncMongoDBSessionRepository(
             AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
-        fresh: dict[str, Any] = dict(new_session(session_id, self._application_name, now(), self._session_ttl))
-        fresh.pop("_id")
+        missing: tuple[str, ...] = ()
         async with self._connection.operation():
             for _ in range(ROUNDS):
-                document = await self._create_or_read(session_id, fresh)
+                document = await self._create_or_read(session_id)
+                if document["has_parts"] or "session_ttl" in document or "moved" in document:
+                    await self._migrate(session_id)
+                    continue
                 agents: dict[str, Document] = document["agents"]
                 for key in [key for key in agents if not key or "." in key]:
                     tell_odd(session_id, "agents", key)
                     del agents[key]
                 for agent in agents.values():
                     agent["ids"] += map(stored_id, agent["messages"])
-                if await self._adopt(session_id, agents, [key for key, agent in agents.items() if is_of_old(agent)]):
-                    self._ensure_indexes()
-                    try:
-                        await self._restore_archived(session_id, agents)
-                    except WrittenBackError:
-                        continue
-                    await self._restore_attachments(session_id, document)
-                    return document
+                of_old = [key for key, agent in agents.items() if is_of_old(agent)]
+                gained = {} if not is_of_v1(document) else {"incarnation": ObjectId()}
+                if not await self._adopt(session_id, agents, of_old, gained):
+                    continue
+                document |= gained
+                self._learn(session_id, document)
+                self._ensure_indexes()
+                place = Place(session_id, document["incarnation"])
+                try:
+                    await self._restore_archived(place, agents)
+                    await self._restore_attachments(place, document)
+                except WrittenBackError:
+                    continue
+                except AttachmentError as error:
+                    if error.references == missing:
+                        raise
+                    missing = error.references  # unless their messages were replaced since they were read
+                    continue
+                if removed := document.pop("removed_attachments", None):
+                    self._connection.start(self._finish_removal(place, removed))
+                return document
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was opened")
 
-    async def _restore_archived(self, session_id: str, agents: dict[str, Document]) -> None:
+    async def _finish_removal(self, place: Place, listed: Any) -> None:
+        """Remove the attachments of replaced messages that another process has left."""
+        try:
+            async with self._connection.operation():
+                await self._remove_removed(place, listed if isinstance(listed, list) else [])
+        except MongoDBSessionError as error:
+            logger.warning(
+                "session_id=<%r>, error=<%s> | attachments of replaced messages not removed, the next opening tries "
+                "again",
+                place.session_id,
+                error,
+            )
+
+    async def _restore_archived(self, place: Place, agents: dict[str, Document]) -> None:
         """Put before the messages of each agent those archived ones that restoring it needs."""
+        session_id = place.session_id
         wanted = {}
         for key, agent in agents.items():
             self._head(session_id, key).learn(agent)
@@ -268,11 +309,11 @@ class AsyncMongoDBSessionRepository(
                 agent["first"] = removed
         if not wanted:
             return
-        for key, buckets in (await self._buckets(session_id, wanted)).items():
+        for key, buckets in (await self._buckets(place, wanted)).items():
             _, begin, end = wanted[key]
             messages = present(buckets, begin, end)
             if missing := end - begin - len(messages):
-                await self._raise_if_written_back(session_id, wanted)
+                await self._raise_if_written_back(place, wanted)
                 logger.warning(
                     "session_id=<%r>, agent=<%r>, missing=<%d> | restoring an agent without messages that are missing "
                     "in the archive",
@@ -282,30 +323,44 @@ class AsyncMongoDBSessionRepository(
                 )
             agents[key]["messages"] = messages + agents[key]["messages"]
 
-    async def _create_or_read(self, session_id: str, fresh: Document) -> Document:
+    async def _create_or_read(self, session_id: str) -> Document:
+        """Return the live session with an id; create it if there is none.
+
+        Raises:
+            SessionConflictError: The session is being imported or forked.
+        """
         for _ in range(ROUNDS):
+            fresh: dict[str, Any] = dict(self._new_session(session_id, self._connection.now()))
+            del fresh["_id"]
             try:
                 document = await self._send(
                     lambda collection: collection.find_one_and_update(
-                        {"_id": session_id},
-                        {"$setOnInsert": fresh},
+                        {"_id": session_id, **LIVE},
+                        {"$setOnInsert": fresh},  # noqa: B023
                         projection=_RESTORE,
                         upsert=True,
                         return_document=ReturnDocument.AFTER,
                     )
                 )
-            except DuplicateKeyError:
-                continue  # another process created it in the same moment
+            except DuplicateKeyError:  # it is not live, or another process created it in the same moment
+                with suppress(SessionExistsError):
+                    await self._finish_other(session_id, _PATIENCE)
+                continue
             if document is not None:
                 return document
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
 
-    async def _restore_attachments(self, session_id: str, document: Document) -> None:
-        """Put attachments back into all messages of a document, and remember that they are there."""
+    def _new_session(self, session_id: str, moment: datetime) -> Document:
+        document: Document = dict(new_session(session_id, self._application_name, moment))
+        if (seconds := self._session_ttl) is not None:
+            date = next_date(self._connection.now(), seconds)
+            document |= {"time_to_live": seconds, "expires_at": date, "updated_at": self._connection.now()}
+        return document
+
+    async def _restore_attachments(self, place: Place, document: Document) -> None:
+        """Put attachments back into all messages of a document."""
         messages = {agent_id_of(key): agent["messages"] for key, agent in document["agents"].items()}
-        stored = [reference for elements in messages.values() for e in elements for reference in references_of(e)]
-        self._attachments.learn(session_id, document, stored)
-        await self._attachments.restore(session_id, messages)
+        await self._attachments.restore(place, messages)
 
     # Strands' own repository methods.
 
@@ -316,14 +371,8 @@ class AsyncMongoDBSessionRepository(
             SessionExistsError: There is one of that id.
         """
         session_id, sent = checked_id(session.session_id, "session_id"), 0
-        document: Document = new_session(  # type: ignore[assignment]
-            session_id,
-            self._application_name,
-            to_date(session.created_at),
-            self._session_ttl,
-        )
-        if self._session_ttl is not None:
-            document["updated_at"] = now()
+        moment = to_date(session.created_at)
+        document: Document = {}
 
         async def insert(collection: AsyncCollection) -> None:
             nonlocal sent
@@ -331,21 +380,32 @@ class AsyncMongoDBSessionRepository(
             await collection.insert_one(document)
 
         async with self._connection.operation():
-            try:
-                await self._send(insert)
-            except DuplicateKeyError:
-                # It can be this session, stored by an attempt whose acknowledgement was lost.
-                ours = {name: document[name] for name in ("_id", "attachments_generation", "created_at")}
-                if sent == 1 or await self._send(lambda collection: collection.find_one(ours, {"_id": 1})) is None:
-                    raise_alone(SessionExistsError(f"session {session_id!r} exists already"))
-            self._attachments.learn(session_id, document)
+            document = self._new_session(session_id, moment)
+            for _ in range(ROUNDS):
+                try:
+                    await self._send(insert)
+                    break
+                except DuplicateKeyError:
+                    # It can be this session, stored by an attempt whose acknowledgement was lost.
+                    found = await self._find(session_id, {"incarnation": 1}) if sent > 1 else None
+                    if found is not None and found.get("incarnation") == document["incarnation"]:
+                        break
+                await self._finish_other(session_id, _PATIENCE)
+            else:
+                raise DatabaseError(f"session {session_id!r} could not be created")
+            self._learn(session_id, document)
             self._ensure_indexes()
         return session
 
     async def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
         """Return a session, `None` if there is none of that id."""
-        document = await self._find(session_id, {"session_type": 1, "created_at": 1, "updated_at": 1})
-        return None if document is None else session_from(document)
+        fields = {"session_type": 1, "created_at": 1, "updated_at": 1, "session_ttl": 1, "moved": 1}
+        document = await self._find(session_id, {**LIFE, **fields})
+        if document is None:
+            return None
+        if not is_of_v1(document):
+            self._learn(session_id, document)
+        return session_from(document)
 
     async def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Create an agent without messages; one that exists already is left as it is.
@@ -354,7 +414,8 @@ class AsyncMongoDBSessionRepository(
             SessionNotFoundError: The session does not exist.
             StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
-        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, new_agent(session_agent)))
+        document = await compute(new_agent, session_agent)
+        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
 
     async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
         """Return an agent, `None` if the session holds none of that id.
@@ -369,7 +430,7 @@ class AsyncMongoDBSessionRepository(
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
             raise OddField(f"agents.{key}", stored, dict).error(session_id)
-        return None if stored is None else agent_from(agent_id, stored)
+        return None if stored is None else await compute(agent_from, agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Store an agent's state; its creation date and configuration stay.
@@ -379,8 +440,10 @@ class AsyncMongoDBSessionRepository(
             AgentNotFoundError: The session holds no such agent.
             StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
-        change = UpdateAgent(session_agent.agent_id, None, agent_state(session_agent), now())
-        await self._apply_one(session_id, change)
+        state = await compute(agent_state, session_agent)
+        async with self._connection.operation():
+            change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
+            await self._apply_one(session_id, change)
 
     async def create_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
@@ -398,7 +461,7 @@ class AsyncMongoDBSessionRepository(
         message_id = checked_message_id(session_message.message_id)
         if not is_message_id(message_id):  # the next opening would renumber the message
             raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
-        message = stored_message(session_message, message_id)
+        message = await compute(stored_message, session_message, message_id)
         await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline), by_id=True))
 
     async def read_message(
@@ -412,13 +475,21 @@ class AsyncMongoDBSessionRepository(
             AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
+        missing: tuple[str, ...] = ()
         async with self._connection.operation():
-            message = await self._stored_message(session_id, agent_id, checked_message_id(message_id))
-            if message is None:
-                return None
-            messages = [message]
-            await self._attachments.restore(session_id, {agent_id: messages})
-        found = message_from(messages[0], message_id)
+            while True:
+                message = await self._stored_message(session_id, agent_id, checked_message_id(message_id))
+                if message is None:
+                    return None
+                messages = [message]
+                try:
+                    await self._attachments.restore(await self._place_of(session_id, message), {agent_id: messages})
+                    break
+                except AttachmentError as error:
+                    if error.references == missing:
+                        raise
+                    missing = error.references
+        found = await compute(message_from, messages[0], message_id)
         if found is None:
             raise OddField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(session_id)
         return found
@@ -437,13 +508,9 @@ class AsyncMongoDBSessionRepository(
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        fields = set_aside({**message_body(session_message), "updated_at": now()}, self._max_inline)
-        async with self._connection.operation():
-            frees = await self._attachments.has_any(session_id)
-            if frees:
-                fields.setdefault("attachments", [])
-            given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
-            await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, frees, given, by_id=True))
+        fields = replacement({**(await compute(message_body, session_message)), "updated_at": now()}, self._max_inline)
+        given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
@@ -480,27 +547,35 @@ class AsyncMongoDBSessionRepository(
             "created_at": created_at,
             "archived": position,
             "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
+            "incarnation": "$incarnation",
         }
+        missing: tuple[str, ...] = ()
         async with self._connection.operation():
             for _ in range(ROUNDS):
                 stored = await self._stored_agent(session_id, agent_id, wanted)
                 archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
-                key = agent_key(agent_id)
-                older = []
-                if offset < archived:
-                    which = (stored.get("created_at"), offset, archived)
-                    try:
-                        older = (await self._archived(session_id, {key: which}))[key]
-                    except WrittenBackError:
-                        continue
-                break
+                key, place = agent_key(agent_id), Place(session_id, stored.get("incarnation"))
+                which = (stored.get("created_at"), offset, archived)
+                try:
+                    older = (await self._archived(place, {key: which}))[key] if offset < archived else []
+                    messages = older + stored["messages"]
+                    await self._attachments.restore(place, {agent_id: messages})
+                    break
+                except WrittenBackError:
+                    continue
+                except AttachmentError as error:
+                    if error.references == missing:
+                        raise
+                    missing = error.references  # unless their messages were replaced since they were read
             else:
-                raise DatabaseError(f"session {session_id!r} was written back again and again while it was read")
-            messages = older + stored["messages"]
-            await self._attachments.restore(session_id, {agent_id: messages})
-        found = messages_from(messages, offset, session_id, agent_id, restoring=False)
-        return [message for message, _ in found if message is not None]
+                raise DatabaseError(f"session {session_id!r} was changed again and again while it was read")
+        return await compute(_messages_of, messages, offset, session_id, agent_id)
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self.apply(session_id, (change,))).values():
             raise error
+
+
+def _messages_of(stored: Sequence[Any], first: int, session_id: str, agent_id: str) -> list[SessionMessage]:
+    found = messages_from(stored, first, session_id, agent_id, restoring=False)
+    return [message for message, _ in found if message is not None]

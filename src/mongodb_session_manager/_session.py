@@ -30,12 +30,13 @@ from strands.types.agent import LocalAgent
 from strands.types.content import Message
 from strands.types.session import SessionMessage
 
-from ._beside import checked_ttl
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection, unexpected_option
 from ._documents import agent_key, checked_id, now
 from ._hooks import Hook, checked_hook, hold, let_go
+from ._large_values import compute
+from ._life import checked_ttl
 from ._loop import ExitOrder, close_at_exit, running_loop
 from ._orchestration import OrchestratorSessionManager, is_recording_only, recording_only
 from ._references import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
@@ -217,9 +218,8 @@ class SessionManagerBase(OrchestratorSessionManager):
                 return
             document = await self._repository.open_session(self.session_id)
             close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-            work = UnitOfWork(
-                self.session_id, document, self._options.max_inline_attachment_bytes, self._fetch_messages
-            )
+            inline = self._options.max_inline_attachment_bytes
+            work = await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
             super().__init__(self.session_id, work)
             self._work = work
             hold(self, self._options.metadata_hook, self._options.feedback_hook)
@@ -421,14 +421,14 @@ class SessionManagerBase(OrchestratorSessionManager):
         async with self._connection.operation(), self._lock():
             work = self._unit
             if changes := work.pending():
-                refused = await self._repository.apply(self.session_id, changes, work.created_at)
+                refused = await self._repository.apply(self.session_id, changes, work.incarnation)
                 work.settle(len(changes), refused)
                 for agent_id, error in refused.items():
                     logger.debug(
                         "session_id=<%r>, agent_id=<%r>, error=<%s> | refused", self.session_id, agent_id, error
                     )
             for write in work.multi_agents.pending():
-                refusal = await self._repository.apply_multi_agent(self.session_id, write, work.created_at)
+                refusal = await self._repository.apply_multi_agent(self.session_id, write, work.incarnation)
                 work.multi_agents.settle(write, refusal)
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:

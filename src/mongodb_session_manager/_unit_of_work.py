@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from bson import ObjectId
 from strands.session.session_repository import SessionRepository
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
@@ -49,7 +49,7 @@ from ._documents import (
 )
 from ._multi_agents import MultiAgents
 from ._odd_fields import messages_from, tell_odd, usable
-from ._references import MAX_INLINE_ATTACHMENT_BYTES, set_aside
+from ._references import MAX_INLINE_ATTACHMENT_BYTES, replacement, set_aside
 from .errors import (
     AgentNotFoundError,
     MessageNotFoundError,
@@ -85,7 +85,6 @@ class _Agent:
         found = list(messages_from(documents, self.first, session_id, agent_id, restoring=True))
         self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
         known = [(message, document) for message, document in found if message is not None]
-        self.with_attachments = {message.message_id for message, document in known if document.get("attachments")}
         self.next_message_id: int = 0 if stored is None else stored["next_message_id"]
         self.first_loaded = known[0][0].message_id if known else self.next_message_id
         self.message_ids = {
@@ -178,10 +177,9 @@ class UnitOfWork(SessionRepository):
         fetch: FetchMessages | None = None,
     ) -> None:
         self.session_id = session_id
-        name, created_at = document.get("application_name"), document.get("created_at")
+        name = document.get("application_name")
         self.application_name: str | None = name if isinstance(name, str) else None
-        # Distinguishes the session from a later one with its id; other types have another meaning in a query.
-        self.created_at = created_at if isinstance(created_at, str | datetime) else None
+        self.incarnation: ObjectId | None = document.get("incarnation")
         self._session = session_from(document)
         self._unusable = unusable_agents(document)
         self._agents = {
@@ -418,8 +416,6 @@ class UnitOfWork(SessionRepository):
         session_message.message_id = agent.next_message_id
         message = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
         self._record(AppendMessage(agent_id, message, self._usage(agent, session_message)))
-        if message.get("attachments"):
-            agent.with_attachments.add(session_message.message_id)
         agent.last_appended = session_message.message_id
         agent.last = _LastMessage.of(session_message.message)
         agent.last_usage = message.get("event_loop_metrics") or {}
@@ -465,13 +461,8 @@ class UnitOfWork(SessionRepository):
 
     def _replace(self, agent_id: str, message_id: int, session_message: SessionMessage) -> None:
         agent = self._agents[agent_id]
-        fields = set_aside({**message_body(session_message), "updated_at": now()}, self._max_inline)
-        frees = message_id in agent.with_attachments or message_id < agent.first_loaded
-        if frees:
-            fields.setdefault("attachments", [])
-        self._record(ReplaceMessage(agent_id, message_id, fields, frees, agent.identities.get(message_id)))
-        if fields.get("attachments"):
-            agent.with_attachments.add(message_id)
+        fields = replacement({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id)))
         if message_id == agent.next_message_id - 1:
             agent.last = _LastMessage.of(session_message.to_message())
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ._attachments import Attachments
-from ._beside import within
-from ._changes import Update
+from ._changes import REMOVED, Update, with_removed
 from ._codec import stored_size
 from ._connection import AsyncCollection
 from ._documents import (
@@ -30,11 +29,12 @@ from ._documents import (
     is_of_old,
     stored_id,
 )
+from ._layout import Place
 from ._odd_fields import usable_agents
 from ._references import attached, references_of
 from ._sizes import MAX_DOCUMENT_BYTES
 from ._writes import ROUNDS, SessionWrites
-from .errors import DatabaseError, MessageTooLargeError, SessionNotFoundError, StateTooLargeError, raise_alone
+from .errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone
 
 _ALL = 2**31 - 1
 
@@ -55,6 +55,7 @@ class _Agent:
         older: The archived messages, as far as they are read.
         count: How many they are, even where they are not kept.
         revision: The highest of the head and of any bucket.
+        references: The attachments of all messages.
     """
 
     key: str
@@ -64,6 +65,7 @@ class _Agent:
     count: int = 0
     revision: int = 0
     changed: dict[int, Any] = field(default_factory=dict)
+    references: list[str] = field(default_factory=list)
 
     @property
     def archived(self) -> int:
@@ -125,20 +127,16 @@ class SessionWriteBack(SessionWrites):
             for _ in range(ROUNDS):
                 if (document := await self._of_today(session_id)) is None:
                     continue
-                agents = _agents_of(session_id, document)
-                if all(agent.is_whole for agent in agents):
-                    await self._remove_left_over(session_id, agents)
-                    return
-                if await self._write_back_once(session_id, document, agents):
-                    await self._remove_left_over(session_id, agents)
+                agents, place = _agents_of(session_id, document), Place(session_id, document["incarnation"])
+                if all(agent.is_whole for agent in agents) or await self._write_back_once(session_id, document, agents):
+                    await self._remove_left_over(place, agents)
                     return
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written back")
 
     async def _of_today(self, session_id: str) -> Document | None:
         """Return a session whose agents have today's form, `None` if somebody changed it meanwhile."""
-        document = await self._send(lambda sessions: sessions.find_one({"_id": session_id}))
-        if document is None:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        await self._life(session_id)  # migrates it, if necessary
+        document = await self._found(session_id, {})
         agents = {
             agent.key: {
                 **agent.stored,
@@ -148,7 +146,7 @@ class SessionWriteBack(SessionWrites):
             }
             for agent in _agents_of(session_id, document)
         }
-        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not _is_left_out(key, agent, agents)]
+        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not is_left_out(key, agent, agents)]
         if not of_old:
             return document
         await self._adopt(session_id, agents, of_old)
@@ -184,6 +182,7 @@ class SessionWriteBack(SessionWrites):
             AttachmentError: An attachment is missing or damaged.
             DatabaseError: An archived message is missing.
         """
+        place = Place(session_id, document["incarnation"])
         by_key = {agent.key: agent for agent in agents}
         size = 0
 
@@ -192,9 +191,8 @@ class SessionWriteBack(SessionWrites):
             size = 0
             for agent in agents:
                 agent.begin()
-            async for bucket in archive.find({"_id": within(session_id, "agent")}, sort=[("_id", 1)]):
-                its = by_key.get(bucket["_id"].get("agent"))
-                if its is None or bucket["_id"].get("since") != its.since:
+            async for bucket in archive.find({"_id": place.buckets()}, sort=[("_id", 1)]):
+                if (its := by_key.get(bucket["_id"]["agent"])) is None:
                     continue
                 messages = its.following(bucket)
                 size += await asyncio.to_thread(_size_of, messages, its.count)
@@ -210,25 +208,29 @@ class SessionWriteBack(SessionWrites):
         size += stored_size(_frame_of(document, agents))
         if size <= MAX_DOCUMENT_BYTES:
             for agent in agents:
-                await self._gather_attachments(session_id, agent)
+                await self._gather_attachments(place, agent)
         return size
 
-    async def _gather_attachments(self, session_id: str, agent: _Agent) -> None:
+    async def _gather_attachments(self, place: Place, agent: _Agent) -> None:
         messages = [*agent.older, *agent.head]
-        await self._attachments.restore(session_id, {agent_id_of(agent.key): messages})
+        agent.references = [str(reference) for message in messages for reference in references_of(message)]
+        await self._attachments.restore(place, {agent_id_of(agent.key): messages})
         messages = list(map(_in_document, messages))
         older, head = messages[: agent.count], messages[agent.count :]
         agent.older = older
         agent.changed = {n: new for n, (new, old) in enumerate(zip(head, agent.head, strict=True)) if new is not old}
 
-    async def _remove_left_over(self, session_id: str, agents: Iterable[_Agent]) -> None:
+    async def _remove_left_over(self, place: Place, agents: Iterable[_Agent]) -> None:
         """Remove the buckets and attachments that no reader uses any more."""
+        session_id = place.session_id
         for agent in agents:
             if (head := self._heads.get((session_id, agent.key))) is not None:
                 head.learned = head.certain = False
             if below := (_number(agent.stored, "stale_below") if agent.is_whole else agent.below):
-                await self._remove_stale(session_id, agent.key, agent.since, below)
-        await self._attachments.remove_unreferenced(session_id)
+                await self._remove_stale(place, agent.key, agent.since, below)
+        document = await self._find(session_id, {REMOVED: 1})
+        if document is not None and document.get(REMOVED):
+            await self._remove_removed(place, document[REMOVED])
 
 
 def _number(fields: Mapping[str, Any], name: str) -> int:
@@ -252,7 +254,7 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> list[_Agent]:
     return agents
 
 
-def _is_left_out(key: str, agent: Mapping[str, Any], agents: Mapping[str, Any]) -> bool:
+def is_left_out(key: str, agent: Mapping[str, Any], agents: Mapping[str, Any]) -> bool:
     """Return whether opening leaves out an agent of old because another one has its key."""
     return agent.get("next_message_id") is None and agent_key(key) != key and agent_key(key) in agents
 
@@ -341,6 +343,8 @@ def _put_back(session_id: str, agents: Sequence[_Agent]) -> Update:
     is_there = [{"$ne": [{"$type": f"$$this.{name}"}, "missing"]} for name in ("attachments", "usage")]
     to_change = {"$filter": {"input": {"$concatArrays": new}, "cond": {"$or": is_there}}}
     condition["$expr"] = {"$eq": [{"$size": to_change}, 0]}
+    if references := sorted({reference for agent in agents for reference in agent.references}):
+        sets[REMOVED] = with_removed([references])
     unset = [f"agents.{agent.key}.{name}" for agent in agents for name in _OF_ARCHIVE]
     return Update(condition, [{"$set": sets}, {"$unset": unset}], None)
 

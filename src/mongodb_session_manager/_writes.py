@@ -7,10 +7,24 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self, TypeAlias
 
+from bson import ObjectId
+
 from ._archive import SessionArchive, WrittenBackError
-from ._attachments import Attachments, StaleAttachments
-from ._beside import KEEPING, is_current
-from ._changes import AgentWrite, Change, Identity, StoredView, Update, compile_update, fold, in_parts, reconcile
+from ._attachments import parsed
+from ._changes import (
+    REMOVED,
+    AgentWrite,
+    Change,
+    Identity,
+    StoredView,
+    Update,
+    compile_update,
+    fold,
+    in_parts,
+    reconcile,
+    without_removed,
+)
+from ._connection import AsyncCollection, find_and_modify
 from ._documents import (
     Document,
     agent_key,
@@ -20,16 +34,16 @@ from ._documents import (
     has_old_config_set,
     is_message_id,
     is_numbered,
-    now,
     numbered,
     stored_config_set,
     stored_id,
     with_ids,
 )
+from ._layout import Place
+from ._life import LIFE
 from ._odd_fields import usable_agents
 from ._sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .errors import (
-    AgentNotFoundError,
     DatabaseError,
     MessageTooLargeError,
     MongoDBSessionError,
@@ -49,17 +63,15 @@ ROUNDS = 8
 class SessionWrites(SessionArchive):
     """The part of the repository that stores what a unit of work has recorded."""
 
-    _attachments: Attachments
-
     async def apply(
-        self, session_id: str, changes: Iterable[Change], created_at: Any = None
+        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Args:
             session_id: The session.
             changes: What was recorded, oldest first.
-            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
+            incarnation: That of the session that was opened; `None` for the one that has the id now.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -75,45 +87,44 @@ class SessionWrites(SessionArchive):
             for part in in_parts(changes):
                 if refused:
                     part = [change for change in part if _are_messages_stored(refused.get(change.agent_id))]
-                refused |= await self._apply_part(session_id, part, created_at)
+                refused |= await self._apply_part(session_id, part, incarnation)
         return refused
 
     async def _apply_part(
-        self, session_id: str, changes: Sequence[Change], created_at: Any
+        self, session_id: str, changes: Sequence[Change], opened: ObjectId | None
     ) -> dict[str, MongoDBSessionError]:
         for _ in range(ROUNDS):
             refused: dict[str, MongoDBSessionError] = {}
             writes = fold(changes)
-            for write in writes.values():
-                write.session_created_at = created_at
             try:
-                await self._attachments.store(session_id, writes.values())
+                life = await self._life(session_id)
             except SessionNotFoundError as error:
                 return dict.fromkeys(writes, error)
+            place = Place(session_id, opened or life.incarnation)
+            for write in writes.values():
+                write.incarnation = place.incarnation
+                if write.moment is not None:
+                    write.moment = self._connection.now()
+            await self._attachments.store(place, writes.values(), self._part_date(life))
+            stored = [reference for write in writes.values() for reference in write.stored]
             try:
-                await self._write(session_id, writes, refused)
-            except StaleAttachments as stale:
-                self._attachments.learn(session_id, stale.document)
+                await self._write(place, writes, refused)
+            except _Changed:
+                self._lives.pop(session_id, None)
                 continue
-            await self._remove_refused(session_id, writes, refused)
-            if any(write.frees and _are_messages_stored(refused.get(agent_id)) for agent_id, write in writes.items()):
-                await self._attachments.remove_unreferenced(session_id)
+            if stored and any(not _are_messages_stored(error) for error in refused.values()):
+                await self._attachments.remove_unnamed(place, stored)
+            gone = any(type(error) is SessionNotFoundError for error in refused.values())
+            if opened is None and gone and await self._find(session_id, {"_id": 1}) is not None:
+                self._lives.pop(session_id, None)
+                continue  # it was deleted, and is there again
             return refused
-        raise DatabaseError(f"attachments of session {session_id!r} were removed again and again while it was written")
-
-    async def _remove_refused(
-        self, session_id: str, writes: Mapping[str, AgentWrite], refused: Mapping[str, MongoDBSessionError]
-    ) -> None:
-        """Remove the attachments of writes that were refused because the session was deleted meanwhile."""
-        for agent_id, reason in refused.items():
-            generation = writes[agent_id].generation
-            if generation is not None and isinstance(reason, SessionNotFoundError | AgentNotFoundError):
-                await self._attachments.remove_refused(session_id, generation)
-                break
+        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
 
     async def _write(
-        self, session_id: str, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
+        self, place: Place, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
     ) -> None:
+        session_id = place.session_id
         archived: dict[str, Changed] = {}
         found_in: dict[str, InArchive] = {}
         for _ in range(ROUNDS):
@@ -122,7 +133,7 @@ class SessionWrites(SessionArchive):
             await self._let_move(session_id, writes.values())
             too_large: MessageTooLargeError | None = None
             try:
-                if await self._update_with_room(session_id, compile_update(session_id, writes.values())):
+                if await self._send_writes(place, writes.values()):
                     for agent_id, write in writes.items():
                         archived.setdefault(agent_id, {}).update(self._copies(session_id, write))
                     self._written(session_id, writes.values())
@@ -132,11 +143,11 @@ class SessionWrites(SessionArchive):
             if too_large is not None:
                 for agent_id, write in writes.items():
                     if len(writes) > 1:  # a write that is too large must not prevent those of other agents
-                        await self._write(session_id, {agent_id: write}, refused)
+                        await self._write(place, {agent_id: write}, refused)
                     else:
-                        await self._write_what_fits(session_id, write, refused, too_large)
+                        await self._write_what_fits(place, write, refused, too_large)
                 break
-            writes = await self._remaining(session_id, writes, refused, archived, found_in)
+            writes = await self._remaining(place, writes, refused, archived, found_in)
         else:
             await self._raise_odd(session_id)
             raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
@@ -144,10 +155,25 @@ class SessionWrites(SessionArchive):
             if not _are_messages_stored(refused.get(agent_id)):
                 continue
             for (message_id, created_at), fields in archived[agent_id].items():
-                await self._change_archived(session_id, agent_key(agent_id), message_id, fields, created_at)
+                await self._change_archived(place, agent_key(agent_id), message_id, fields, created_at)
             if agent_id in found_in and not await self._note_change(session_id, agent_id, found_in[agent_id]):
                 # Written back meanwhile, from buckets that did not hold the change yet; or deleted.
-                await self._write(session_id, {agent_id: found_in[agent_id].write}, refused)
+                await self._write(place, {agent_id: found_in[agent_id].write}, refused)
+
+    async def _send_writes(self, place: Place, writes: Iterable[AgentWrite]) -> bool:
+        """Send the statement of writes; return whether it matched. Remove the attachments of what it replaced."""
+        update = compile_update(place.session_id, writes)
+        if not any(write.replaces_content for write in writes):
+            return await self._update_with_room(place.session_id, update)
+        document = await self._with_room(place.session_id, lambda: self._update_with(update, _returning_removed))
+        if document is not None and document.get(REMOVED):
+            await self._remove_removed(place, document[REMOVED])
+        return document is not None
+
+    async def _remove_removed(self, place: Place, listed: list[Any]) -> None:
+        """Remove the files that a session's `removed_attachments` lists, unless a message names them."""
+        await self._attachments.remove_unnamed(place, parsed(listed))
+        await self._update(without_removed(place.session_id, place.incarnation, listed))
 
     async def _note_change(self, session_id: str, agent_id: str, found_in: InArchive) -> bool:
         """Count that archived messages have changed, which a write-back matches; return `False` if it came first."""
@@ -161,13 +187,13 @@ class SessionWrites(SessionArchive):
 
     async def _write_what_fits(
         self,
-        session_id: str,
+        place: Place,
         write: AgentWrite,
         refused: dict[str, MongoDBSessionError],
         too_large: MessageTooLargeError,
     ) -> None:
         """Store the messages of a write that is too large, then the fields of the agent's state that fit."""
-        agent_id, states = write.agent_id, write.states
+        session_id, agent_id, states = place.session_id, write.agent_id, write.states
         if not states:
             contents = write.contents()
             refused[agent_id] = too_large
@@ -177,21 +203,21 @@ class SessionWrites(SessionArchive):
                 refused[agent_id] = full
             return
         if write.has_more_than_states:
-            await self._write(session_id, {agent_id: write.without_states(states)}, refused)
+            await self._write(place, {agent_id: write.without_states(states)}, refused)
             if agent_id not in refused:
-                await self._write(session_id, {agent_id: write.states_alone()}, refused)
+                await self._write(place, {agent_id: write.states_alone()}, refused)
             return
         largest = max(states, key=lambda name: size_of(states[name]))
         rest = write.without_states([largest])
         if rest.states:
-            await self._write(session_id, {agent_id: rest}, refused)
+            await self._write(place, {agent_id: rest}, refused)
         if _are_messages_stored(refused.get(agent_id)):
             part = of_agent(largest, agent_id)
             refused[agent_id] = await self._too_large(session_id, part, states[largest], too_large)
 
     async def _remaining(
         self,
-        session_id: str,
+        place: Place,
         writes: Mapping[str, AgentWrite],
         refused: dict[str, MongoDBSessionError],
         archived: dict[str, Changed],
@@ -210,11 +236,10 @@ class SessionWrites(SessionArchive):
             "messages.message",
             "messages.created_at",
         )
+        session_id = place.session_id
         fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
-        document = await self._find(
-            session_id, dict.fromkeys([*fields, "created_at", "attachments_generation", *KEEPING], 1)
-        )
-        if document is not None and _is_another(document, writes.values()):
+        document = await self._find(session_id, dict.fromkeys([*fields, *LIFE], 1))
+        if document is not None and document.get("incarnation") != place.incarnation:
             document = None
         agents = {} if document is None else usable_agents(session_id, document)
         by_id = {agent_key(agent_id) for agent_id, write in writes.items() if write.by_id}
@@ -251,7 +276,7 @@ class SessionWrites(SessionArchive):
             stored = agents.get(agent_key(agent_id))
             newer = {} if stored is None else _known_messages(write, stored["messages"])
             try:
-                older = {} if stored is None else await self._sought(session_id, agent_id, write, stored, newer)
+                older = {} if stored is None else await self._sought(place, agent_id, write, stored, newer)
             except WrittenBackError:
                 remaining[agent_id] = write
                 continue
@@ -262,11 +287,8 @@ class SessionWrites(SessionArchive):
                 refused[agent_id] = error
                 continue
             if rest is not None:
-                if rest.generation is not None and not (
-                    rest.generation == (document.get("attachments_generation") or 0)
-                    and is_current(document, rest.expires_from, now())
-                ):
-                    raise StaleAttachments(document)
+                if rest.stored and self._learn(session_id, document).outlives(rest.part_date):
+                    raise _Changed
                 changes = archived.setdefault(agent_id, {})
                 for message_id in rest.replaced.keys() & older.keys():
                     which = (message_id, older[message_id].get("created_at"))
@@ -285,7 +307,7 @@ class SessionWrites(SessionArchive):
         return remaining
 
     async def _sought(
-        self, session_id: str, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
+        self, place: Place, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
     ) -> dict[int, Document]:
         """Return those messages of a write that are archived, by id.
 
@@ -302,16 +324,18 @@ class SessionWrites(SessionArchive):
                 ours = _identity(write, message_id)
                 created_at = None if ours is None else ours.created_at
                 key = agent_key(agent_id)
-                message = await self._archived_message(session_id, key, message_id, since, created_at)
+                message = await self._archived_message(place, key, message_id, since, created_at)
                 if message is None and created_at is not None and write.by_id:
-                    message = await self._archived_message(session_id, key, message_id, since)
+                    message = await self._archived_message(place, key, message_id, since)
                 if message is not None:
                     found[message_id] = message
-                elif await self._is_back(session_id, key, since, stored["archived"]):
+                elif await self._is_back(place.session_id, key, since, stored["archived"]):
                     raise WrittenBackError
         return found
 
-    async def _adopt(self, session_id: str, agents: dict[str, Document], keys: Iterable[str]) -> bool:
+    async def _adopt(
+        self, session_id: str, agents: dict[str, Document], keys: Iterable[str], gained: Document | None = None
+    ) -> bool:
         """Migrate agents to the current form in one command; return `False` if another writer changes them meanwhile.
 
         Their messages get increasing ids, and each agent gets the `next_message_id` that follows: versions before 1.0
@@ -322,9 +346,10 @@ class SessionWrites(SessionArchive):
             session_id: The session.
             agents: By key, the result of `head_numbers`; messages and numbers are updated in place.
             keys: The agents to migrate.
+            gained: Fields that the session gets if it has none of them.
         """
-        condition: Document = {"_id": session_id}
-        sets: Document = {}
+        condition: Document = {"_id": session_id, **dict.fromkeys(gained or {})}
+        sets: Document = dict(gained or {})
         unsets: list[str] = []
         moved = []
         for old in keys:
@@ -346,10 +371,10 @@ class SessionWrites(SessionArchive):
             for name in ("archived", "revision"):
                 condition[f"{path}.{name}"] = agent[name] or {"$not": {"$gt": 0}}
             sequence, agent["next_message_id"] = numbered(ids, archived, following)
-            gained: Document = {"next_message_id": agent["next_message_id"]}
+            new_fields: Document = {"next_message_id": agent["next_message_id"]}
             if sequence != ids:
                 agent["ids"], agent["revision"] = sequence, agent["revision"] + 1
-                gained |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
+                new_fields |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
                 loaded = agent.get("messages") or []
                 for message, message_id in zip(loaded, sequence[len(ids) - len(loaded) :], strict=True):
                     if type(message) is dict:
@@ -357,9 +382,9 @@ class SessionWrites(SessionArchive):
             if has_old_config_set(agent):
                 agent["config_set"] = sorted(config_set(agent))
                 del agent["agent_data"]["config_set"]
-                gained["config_set"] = stored_config_set(f"${path}")
+                new_fields["config_set"] = stored_config_set(f"${path}")
                 unsets.append(f"agents.{new}.agent_data.config_set")
-            sets[f"agents.{new}"] = {"$mergeObjects": [f"${path}", gained]}
+            sets[f"agents.{new}"] = {"$mergeObjects": [f"${path}", new_fields]}
         unsets += [f"agents.{old}" for old in moved]
         for old in moved:
             agents[agent_key(old)] = agents.pop(old)
@@ -367,6 +392,14 @@ class SessionWrites(SessionArchive):
             return True
         stages: list[Document] = [{"$set": sets}, *([{"$unset": unsets}] if unsets else [])]
         return await self._update_with_room(session_id, Update(condition, stages, None))
+
+
+class _Changed(Exception):
+    """The session expires later than the attachments that were stored for it."""
+
+
+async def _returning_removed(collection: AsyncCollection, update: Update) -> Document | None:
+    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1})
 
 
 class InArchive(NamedTuple):
@@ -382,9 +415,9 @@ class InArchive(NamedTuple):
         part = AgentWrite(
             write.agent_id,
             by_id=write.by_id,
-            generation=write.generation,
-            expires_from=write.expires_from,
-            session_created_at=write.session_created_at,
+            stored=write.stored,
+            part_date=write.part_date,
+            incarnation=write.incarnation,
         )
         return cls(stored.get("created_at"), int(stored["archived"]), part)
 
@@ -398,11 +431,6 @@ class InArchive(NamedTuple):
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
     """Return whether an agent's messages are stored, even if its state was refused."""
     return refusal is None or (isinstance(refusal, StateTooLargeError) and not refusal.pending)
-
-
-def _is_another(document: Document, writes: Iterable[AgentWrite]) -> bool:
-    """Tell whether a session is not the one that writes are for: that was deleted, and this has its id."""
-    return any(write.session_created_at not in (None, document.get("created_at")) for write in writes)
 
 
 def _identity(write: AgentWrite, message_id: int) -> Identity | None:

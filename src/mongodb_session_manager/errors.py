@@ -166,7 +166,13 @@ class DatabaseError(MongoDBSessionError):
 
 
 class AttachmentError(DatabaseError):
-    """An attachment of a message is missing in GridFS, or is not what was stored."""
+    """An attachment of a message is missing in GridFS, or is not what was stored.
+
+    Attributes:
+        references: Internal references to the attachments.
+    """
+
+    references: tuple[str, ...] = ()
 
 
 ErrorT = TypeVar("ErrorT", bound=MongoDBSessionError)

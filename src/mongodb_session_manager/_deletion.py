@@ -1,0 +1,178 @@
+"""Deleting sessions, and finishing what another process has begun.
+
+A session document that is not live says so in `state`:
+
+    state         "copying" (a fork or an import fills it) or "deleting"
+    state_by      a token of the call that does it
+    state_until   the end of its lease, by the server's clock
+
+Deleting a session replaces the document by these fields, removes the parts of the session, and then the document. The
+steps can be repeated, so that every process may finish a deletion at any time. A copy whose lease is over is deleted.
+The next process that meets such a document finishes it; each process looks for them once when it starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
+
+from ._commands import unseen
+from ._connection import AsyncCollection, find_and_modify
+from ._documents import Document, checked_id
+from ._layout import LIVE, UNFINISHED, Place
+from ._retention import SessionRetention
+from .errors import MongoDBSessionError, SessionConflictError, SessionExistsError
+
+logger = logging.getLogger(__name__)
+
+LEASE = timedelta(seconds=60)
+"""How long after its last sign of life a copy is taken for abandoned."""
+
+_PAUSES = (0.05, 1.0)
+"""The first and the longest pause in seconds between two looks at a session that is being copied."""
+
+_STATE: Document = {"incarnation": 1, "state": 1, "state_by": 1, "state_until": 1}
+
+_LOOKED_FOR = ("state", "state_until")
+"""Stands among the indexes of a collection for the first look for unfinished sessions."""
+
+
+class SessionDeletion(SessionRetention):
+    """The part of the repository that deletes sessions."""
+
+    async def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+        """Delete a session: its document, its archived messages and its attachments.
+
+        The content of the document is gone at once. If the call is interrupted, the session does not exist any more,
+        and the next process that starts, or that uses the id, removes the rest. A manager that has the session open
+        gets `SessionNotFoundError` from its next write.
+
+        Args:
+            session_id: The session.
+            **kwargs: Accepted because Strands' own repositories do; unused.
+
+        Returns:
+            Whether the session was there.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+        """
+        checked_id(session_id, "session_id")
+        async with self._connection.operation():
+            if await self._end(session_id, LIVE):
+                return True
+            await self._finish(session_id)
+            if await self._find_unfinished(session_id) is None:
+                await self._remove_parts(Place(session_id, None))
+        return False
+
+    async def _end(self, session_id: str, condition: Document) -> bool:
+        """Delete the session that a condition matches with all its parts; return whether it matched."""
+        token = uuid.uuid4().hex
+        self._lives.pop(session_id, None)
+        state = {
+            "_id": "$_id",
+            "session_id": {"$literal": session_id},
+            "incarnation": "$incarnation",
+            "state": "deleting",
+            "state_by": token,
+            "state_until": self._connection.now() + LEASE,
+        }
+        query = {"_id": session_id, **condition}
+        marked = await self._send(lambda sessions: find_and_modify(sessions, query, [{"$replaceWith": state}], _STATE))
+        if marked is None:  # or an acknowledgement was lost
+            ours = {"_id": session_id, "state_by": token}
+            marked = await self._send(lambda sessions: sessions.find_one(ours, _STATE))
+        if marked is None:
+            return False
+        await self._finish_deletion(session_id, marked)
+        return True
+
+    async def _finish_deletion(self, session_id: str, marked: Document) -> None:
+        if (incarnation := marked.get("incarnation")) is not None:
+            await self._remove_parts(Place(session_id, incarnation))
+        await self._remove_parts(Place(session_id, None))
+        ours = {"_id": session_id, "state": "deleting", "state_by": marked["state_by"]}
+        await self._send(lambda sessions: sessions.delete_one(ours))
+
+    async def _remove_parts(self, place: Place) -> None:
+        """Remove all that is stored of a session outside its document."""
+        for suffix, condition in place.outside():
+            await self._remove_some(suffix, condition)
+
+    async def _remove_some(self, suffix: str, condition: Document) -> None:
+        await self._send(partial(_delete_many, condition), f"{self._collection_name}{suffix}")
+
+    async def _find_unfinished(self, session_id: str) -> Document | None:
+        """Return the state of whatever document has an id, `None` if there is none."""
+        return await self._send(lambda sessions: sessions.find_one({"_id": session_id}, _STATE))
+
+    async def _finish(self, session_id: str, found: Document | None = None) -> Document | None:
+        """Finish what nobody is at any more; return the state of the document that stays, `None` if none does."""
+        found = found or await self._find_unfinished(session_id)
+        if found is None:
+            return None
+        until = found.get("state_until")
+        if found.get("state") == "deleting":
+            await self._finish_deletion(session_id, found)
+            return None
+        is_over = isinstance(until, datetime) and until < self._connection.now()
+        if found.get("state") != "copying" or not is_over:
+            return found
+        if not await self._end(session_id, {name: found.get(name) for name in _STATE}):
+            return await self._find_unfinished(session_id)
+        logger.info("session_id=<%r> | removed a copy that was never completed", session_id)
+        return None
+
+    async def _finish_other(self, session_id: str, seconds: float = 0.0) -> None:
+        """Finish what prevents a session from being created.
+
+        Args:
+            session_id: The session.
+            seconds: How long to wait for a copy of which the lease is not over.
+
+        Raises:
+            SessionExistsError: There is a live session of that id.
+            SessionConflictError: It is being imported or forked.
+        """
+        end, pause = time.monotonic() + seconds, _PAUSES[0]
+        while (found := await self._finish(session_id)) is not None:
+            if found.get("state") not in UNFINISHED:
+                raise SessionExistsError(f"session {session_id!r} exists already")
+            if time.monotonic() >= end:
+                raise SessionConflictError(
+                    f"session {session_id!r} is being imported or forked: repeat the request later"
+                )
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _PAUSES[1])
+
+    async def _finish_unfinished(self) -> int:
+        """Finish deletions and copies whose lease is over; return how many there were."""
+        over = {"state": {"$in": UNFINISHED}, "state_until": {"$lt": self._connection.now()}}
+        found = await self._send(lambda sessions: sessions.find(over, _STATE).to_list())
+        for document in found:
+            await self._finish(document["_id"], document)
+        return len(found)
+
+    def _ensure_indexes(self) -> None:
+        super()._ensure_indexes()
+        if unseen(self._connection, self._database_name, self._collection_name, [_LOOKED_FOR]):
+            self._connection.start(self._look_for_unfinished())
+
+    async def _look_for_unfinished(self) -> None:
+        """Finish what other processes have left, in the background of a process that starts."""
+        try:
+            async with self._connection.operation():
+                await self._finish_unfinished()
+        except MongoDBSessionError as error:
+            logger.warning("error=<%s> | unfinished deletions and copies were not looked for", error)
+
+
+async def _delete_many(condition: Document, collection: AsyncCollection) -> None:
+    await collection.delete_many(condition)

@@ -1,0 +1,97 @@
+"""Where the parts of a session are stored outside its document. Pure.
+
+<collection>_archive               buckets of old messages, see `_buckets`
+<collection>_attachments.files     large attachments, see `_attachments`
+<collection>_attachments.chunks
+
+The `_id` of each of these documents begins with the session's `incarnation`, an ObjectId that is set when the session
+is created. A session that is deleted and created again shares nothing with its predecessor, and all parts of a session
+are in one range of the `_id` index. Each document also holds `session_id`.
+
+1.0.0 began these ids with the session id. `Place.incarnation` is `None` for a session that is not migrated yet, see
+`_migration`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from bson import MaxKey, ObjectId
+
+from ._documents import Document
+from ._references import Reference
+
+ARCHIVE = "_archive"
+FILES = "_attachments.files"
+CHUNKS = "_attachments.chunks"
+
+OUTSIDE = (ARCHIVE, CHUNKS, FILES)
+"""Suffixes of the collections, in the order in which the parts of a deleted session are removed."""
+
+UNFINISHED = ("copying", "deleting")
+"""The values of `state` of a session that is not live."""
+
+LIVE: Document = {"state": {"$nin": UNFINISHED}}
+"""The filter for live sessions; applications may have stored a `state` of their own."""
+
+
+class Place(NamedTuple):
+    """The ids of a session's parts.
+
+    Attributes:
+        session_id: The session.
+        incarnation: The session's; `None` for the ids of 1.0.0.
+    """
+
+    session_id: str
+    incarnation: ObjectId | None
+
+    @property
+    def _prefix(self) -> Document:
+        return {"session_id": self.session_id} if self.incarnation is None else {"incarnation": self.incarnation}
+
+    def _range(self, following: str) -> Document:
+        return {"$gte": self._prefix, "$lte": {**self._prefix, following: MaxKey()}}
+
+    def bucket_id(self, key: str, first: int, since: Any = None) -> Document:
+        """Return the `_id` of a bucket. Ids of one agent are in the order of its messages.
+
+        Args:
+            key: The agent's key.
+            first: The position of the bucket's first message.
+            since: The agent's `created_at`, which is a part of the ids of 1.0.0.
+        """
+        agent = {"agent": key} if self.incarnation is not None else {"agent": key, "since": since}
+        return {**self._prefix, **agent, "first": first}
+
+    def buckets(self) -> Document:
+        """Return the range of the ids of all buckets."""
+        return self._range("agent")
+
+    def file_id(self, reference: Reference) -> Document:
+        """Return the `_id` of the file of an attachment."""
+        if self.incarnation is None:
+            return {**self._prefix, "sha256": reference.sha256, "generation": int(reference.token)}
+        return {**self._prefix, "sha256": reference.sha256, "token": reference.token}
+
+    def chunk_id(self, reference: Reference, n: int) -> Document:
+        """Return the `_id` of a chunk of an attachment's file."""
+        return {"file": self.file_id(reference), "n": n}
+
+    def chunks_of(self, reference: Reference) -> Document:
+        """Return the range of the ids of all chunks of an attachment's file."""
+        file = self.file_id(reference)
+        return {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}
+
+    def files(self) -> Document:
+        """Return the range of the ids of all files."""
+        return self._range("sha256")
+
+    def chunks(self) -> Document:
+        """Return the range of the ids of all chunks."""
+        return {operator: {"file": bound} for operator, bound in self.files().items()}
+
+    def outside(self) -> list[tuple[str, Document]]:
+        """Return a filter for the session's parts in each collection, by the suffix of the collection."""
+        ranges = {ARCHIVE: self.buckets(), CHUNKS: self.chunks(), FILES: self.files()}
+        return [(suffix, {"_id": ranges[suffix]}) for suffix in OUTSIDE]

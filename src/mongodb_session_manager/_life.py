@@ -1,0 +1,88 @@
+"""What a process knows of a session besides its content, and the dates that follow from it. Pure.
+
+`_retention` explains the dates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Self
+
+from bson import ObjectId
+
+from ._documents import Document
+from .errors import ConfigurationError
+
+_MOST_SECONDS = 2**31 - 1
+
+_STEPS = 8
+"""The steps of the date of a session within its time to live."""
+
+
+def checked_ttl(value: object) -> int | None:
+    """Return the seconds of a `session_ttl`, rounded up to a whole number.
+
+    Raises:
+        ConfigurationError: It is not a positive `timedelta`, or too long.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, timedelta):
+        raise ConfigurationError(f"session_ttl must be a datetime.timedelta, got {value!r}")
+    seconds = -(value // timedelta(seconds=-1))
+    if value < timedelta(seconds=1) or seconds > _MOST_SECONDS:
+        raise ConfigurationError(f"session_ttl must be from 1 to {_MOST_SECONDS} seconds, got {value!r}")
+    return seconds
+
+
+def next_date(moment: datetime, seconds: int) -> datetime:
+    """Return the `expires_at` that a step at a moment gives to a session with this time to live."""
+    return moment + timedelta(seconds=seconds) * (_STEPS + 1) / _STEPS
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What is known of a session besides its content.
+
+    Attributes:
+        incarnation: The prefix of the ids of its parts; `None` before it is migrated from 1.0.0.
+        time_to_live: Seconds; `None` if it does not expire.
+        expires_at: Its date is not earlier.
+    """
+
+    incarnation: ObjectId | None = None
+    time_to_live: int | None = None
+    expires_at: datetime | None = None
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Self:
+        """Return what the fields of `LIFE`, read from a session document, say."""
+        incarnation, ttl, date = (document.get(name) for name in ("incarnation", "time_to_live", "expires_at"))
+        return cls(
+            incarnation if isinstance(incarnation, ObjectId) else None,
+            int(ttl) if isinstance(ttl, int | float) and ttl > 0 else None,
+            date if isinstance(date, datetime) else None,
+        )
+
+    def outlives(self, date: datetime | None) -> bool:
+        """Return whether the session can expire later than a part that has this `expires_at`."""
+        if date is None:
+            return self.time_to_live is not None
+        return self.expires_at is not None and self.expires_at > date
+
+    def part_date(self, moment: datetime, own: int | None) -> datetime | None:
+        """Return the `expires_at` of a part that is stored at a moment; `None` if it does not expire.
+
+        `own` are the seconds of the repository's `session_ttl`.
+        """
+        seconds = own or self.time_to_live
+        if seconds is None:
+            return None
+        until = next_date(moment, seconds)
+        return max(until, self.expires_at or until) + timedelta(seconds=seconds)
+
+
+LIFE: Document = {name: f"${name}" for name in ("incarnation", "time_to_live", "expires_at")}
+"""The projection, or expression, that brings what `Life` is made of."""

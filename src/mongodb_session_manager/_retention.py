@@ -1,0 +1,174 @@
+"""Sessions that expire: one date, `expires_at`, on the session's document and on each of its parts outside it.
+
+The server removes a document when its `expires_at` has passed. No statement moves the date of a document back. After
+each write, the date of the session is at least its time to live ahead. It moves in steps of an eighth of that, so that
+most statements leave it alone. The parts of a session never expire before it:
+
+- A step sets the date of all parts first, and then the date of the session.
+- A new part gets a date that is a whole time to live later than any step of that moment, and the statement that makes
+  it a part of the session matches only while the session's date is not later.
+
+`time_to_live` are the seconds of the session. They change when a repository with another `session_ttl` writes to it;
+all parts are then dated again afterwards, because a part that was stored meanwhile has a date of the earlier value.
+
+All dates are of the server's clock, see `Connection.now`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+from ._changes import Update
+from ._commands import SessionCollection, ensure_indexes
+from ._connection import AsyncCollection
+from ._documents import Document
+from ._layout import LIVE, OUTSIDE, Place
+from ._life import LIFE, Life, next_date
+from .errors import SessionNotFoundError
+
+T = TypeVar("T")
+
+_KNOWN_LIVES = 4096
+
+
+class SessionRetention(SessionCollection):
+    """The part of the repository that dates sessions and their parts."""
+
+    _session_ttl: int | None
+    _lives: dict[str, Life]
+
+    def _learn(self, session_id: str, document: Mapping[str, Any]) -> Life:
+        """Remember what a session document with the fields of `LIFE` says."""
+        self._lives.pop(session_id, None)
+        self._lives[session_id] = life = Life.of(document)
+        if len(self._lives) > _KNOWN_LIVES:
+            del self._lives[next(iter(self._lives))]
+        if life.time_to_live is not None:
+            self._ensure_expiry()
+        return life
+
+    def _part_date(self, life: Life) -> datetime | None:
+        """Return the `expires_at` of a part that is stored now."""
+        return life.part_date(self._connection.now(), self._session_ttl)
+
+    async def _life(self, session_id: str) -> Life:
+        """Return what is known of a session, from the server if nothing is; it is migrated from 1.0.0 first.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        life = self._lives.get(session_id)
+        return life if life is not None and life.incarnation is not None else await self._read_life(session_id)
+
+    async def _read_life(self, session_id: str) -> Life:
+        document = await self._find(session_id, {**LIFE, "session_ttl": 1, "moved": 1})
+        if document is None:
+            self._lives.pop(session_id, None)
+            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        if "incarnation" not in document or document.keys() & {"moved", "session_ttl"}:
+            return await self._migrate(session_id)
+        return self._learn(session_id, document)
+
+    async def _migrate(self, session_id: str) -> Life:
+        raise NotImplementedError
+
+    async def _update_with(
+        self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]
+    ) -> T | None:
+        update = update._replace(filter={**update.filter, **LIVE})
+        if not _touches(update):
+            return await super()._update_with(update, command)
+        session_id, moment = update.filter["_id"], self._connection.now()
+        known = self._lives.get(session_id)
+        if known is None and self._session_ttl is not None:
+            try:
+                known = await self._life(session_id)
+            except SessionNotFoundError:
+                return None
+        life = known or Life()
+        while True:
+            result = await self._touch(update, command, life, moment)
+            if result:
+                return result
+            try:
+                current = await self._read_life(session_id)
+            except SessionNotFoundError:
+                return result
+            if current == life:
+                return result
+            life = current
+
+    async def _touch(
+        self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]], life: Life, moment: datetime
+    ) -> T | None:
+        """Send a statement that sets `updated_at`; take a step with the date of the session if one is due."""
+        session_id, seconds = update.filter["_id"], self._session_ttl or life.time_to_live
+        if seconds is None:
+            condition: Document = {"time_to_live": None, "session_ttl": None}
+            return await super()._update_with(_touching(update, moment, condition), command)
+        late_enough = moment + timedelta(seconds=seconds)
+        if life.expires_at is not None and life.expires_at >= late_enough:
+            condition = {"expires_at": {"$gte": late_enough}}
+            return await super()._update_with(_touching(update, moment, condition), command)
+        place, until = Place(session_id, life.incarnation), next_date(moment, seconds)
+        await self._date_parts(place, until)
+        statement = _touching(update, moment, {"incarnation": life.incarnation}, (seconds, until))
+        result = await super()._update_with(statement, command)
+        if result:
+            self._learn(session_id, {"incarnation": life.incarnation, "time_to_live": seconds, "expires_at": until})
+            if life.time_to_live != seconds:
+                await self._date_parts(place, until)
+        return result
+
+    async def _date_parts(self, place: Place, until: datetime) -> None:
+        """Have all parts of a session expire at a date or later."""
+        later = {"$max": {"expires_at": until}}
+
+        for suffix, condition in place.outside():
+            await self._send(partial(_update_many, condition, later), f"{self._collection_name}{suffix}")
+
+    def _ensure_indexes(self) -> None:
+        super()._ensure_indexes()
+        if self._session_ttl is not None:
+            self._ensure_expiry()
+
+    def _ensure_expiry(self) -> None:
+        """Build, in the background, the indexes by which the server removes sessions and their parts."""
+        for suffix in ("", *OUTSIDE):
+            name = f"{self._collection_name}{suffix}"
+            ensure_indexes(self._connection, self._database_name, name, [("expires_at",)])
+
+
+def _touches(update: Update) -> bool:
+    stages = update.update if isinstance(update.update, list) else [update.update]
+    return "updated_at" in stages[0].get("$set", {})
+
+
+def _touching(
+    update: Update, moment: datetime, condition: Document, step: tuple[int, datetime] | None = None
+) -> Update:
+    """Return a statement that sets `updated_at` to a moment under a further condition.
+
+    `step` are the new `time_to_live` and `expires_at` of the session.
+    """
+    is_pipeline = isinstance(update.update, list)
+    first, *rest = update.update if isinstance(update.update, list) else [update.update]
+    first = {**first, "$set": {**first["$set"], "updated_at": moment}}
+    if step is not None:
+        seconds, until = step
+        first["$set"]["time_to_live"] = seconds
+        if is_pipeline:
+            first["$set"]["expires_at"] = {"$max": ["$expires_at", until]}
+        else:
+            first["$max"] = {"expires_at": until}
+    return update._replace(
+        filter={**update.filter, "$and": [*update.filter.get("$and", []), condition]},
+        update=[first, *rest] if is_pipeline else first,
+    )
+
+
+async def _update_many(condition: Document, update: Document, collection: AsyncCollection) -> None:
+    await collection.update_many(condition, update)
