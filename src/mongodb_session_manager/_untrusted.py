@@ -85,7 +85,7 @@ def checked_session(fields: Document) -> Document:
     fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
     _check_names(fields, "the session")
     for odd in odd_fields({name: value for name, value in fields.items() if value is not None}):
-        raise InvalidArgumentError(f"{odd.path} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
+        raise InvalidArgumentError(f"{odd.path!r} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
     _check_kinds(fields, "", {"application_name": str, "session_type": str})
     _check_dates(fields, "")
     metadata = fields.get("metadata") or {}
@@ -188,7 +188,7 @@ def _check_kinds(fields: Document, path: str, kinds: Mapping[str, type]) -> None
         require(type(value) in (kind, NoneType), f"{path}{name} must be a {kind.__name__}, not {type(value).__name__}")
 
 
-def _check_dates(fields: Document, path: str) -> None:
+def _check_dates(fields: Document, prefix: str) -> None:
     for name in ("created_at", "updated_at"):
         value = fields.get(name)
         try:
@@ -196,10 +196,11 @@ def _check_dates(fields: Document, path: str) -> None:
                 raise ValueError
             to_date(value)
         except ValueError:
-            raise_alone(InvalidArgumentError(f"{path}{name} must be a date"))
+            raise_alone(InvalidArgumentError(f"{prefix}{name} must be a date"))
 
 
 def _check_numbers(values: Any, name: str) -> None:
+    require(type(values) in (dict, NoneType), f"{name} must be an object")
     for key, number in (values or {}).items():
         require(
             isinstance(number, int | float)
@@ -329,4 +330,25 @@ def _check_multi_agent(stored: Document) -> None:
             "multi_agents: state._internal_state must hold an interrupt_state",
         )
         _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
+    require(
+        type(state.get("current_task", "")) in (str, list), "multi_agents: state.current_task must be a str or a list"
+    )
+    _check_results(state)
     _check_encodes(state, 4, "multi_agents: state")
+
+
+def _check_results(part: Any) -> None:
+    """Check what Strands reads of the results of an orchestrator's nodes only when it goes on."""
+    require(type(part) is dict, "multi_agents: a result must be an object")
+    for name in ("accumulated_usage", "accumulated_metrics"):
+        _check_numbers(part.get(name), f"multi_agents: {name}")
+    for name in ("node_results", "results"):
+        nodes = part.get(name) or {}
+        require(type(nodes) is dict, f"multi_agents: {name} must be an object")
+        for node in nodes.values():
+            _check_results(node)
+    result = part.get("result")
+    if type(result) is dict:
+        if result.get("type") == "agent_result":
+            require(_is_message(result.get("message")), "multi_agents: a result must hold a message")
+        _check_results(result)
