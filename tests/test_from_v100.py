@@ -16,6 +16,7 @@ import pytest
 from bson import ObjectId
 from pymongo.database import Database
 from strands.types.session import SessionMessage
+from test_ending import traces
 
 from from_v100 import (
     EXPECTED,
@@ -31,7 +32,6 @@ from from_v100 import (
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository, SessionConflictError
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import agent, eventually, texts
-from test_ending import traces
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = pymongo.collection.Collection[dict[str, Any]]

@@ -155,16 +155,17 @@ def _check_nesting(stored: Any) -> None:
             raise EncodingError(f"cannot read a value nested deeper than {MAX_NESTING} levels")
         if type(value) is dict:
             packed = value.get("v")
-            if value.get(MARKER) == "bson" and type(packed) is bytes:
+            tag = value[MARKER] if type(value.get(MARKER)) is str else None
+            if tag == "bson" and type(packed) is bytes:
                 try:
                     waiting.append((_load(packed), level + 1))
                 except RecursionError:
                     raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
                 except (BSONError, ValueError, ArithmeticError, LookupError):
                     continue  # `decode` finds it
-            elif value.get(MARKER) in _COLLECTIONS and type(packed) is list:
-                is_dict = value[MARKER] == "dict"
-                waiting.extend((item, level if is_dict and type(item) is list else level + 1) for item in packed)
+            elif tag in _COLLECTIONS and type(packed) is list:
+                is_pair = tag == "dict"
+                waiting.extend((item, level if is_pair and type(item) is list else level + 1) for item in packed)
             else:
                 waiting.extend((item, level + 1) for item in value.values())
         elif type(value) is list:

@@ -548,7 +548,12 @@ def _shown(message: SessionMessage) -> list[Any]:
 
 def _is_block(block: Any) -> bool:
     return type(block) is dict and not any(
-        name in block and (type(block[name]) is not dict or type(block[name].get("toolUseId")) is not str)
+        name in block
+        and (
+            type(block[name]) is not dict
+            or type(block[name].get("toolUseId")) is not str
+            or type(block[name].get("name", "")) is not str
+        )
         for name in _BLOCKS
     )
 

@@ -291,11 +291,13 @@ class UnitOfWork(SessionRepository):
         return agent_id in self._agents and self._agents[agent_id].loaded is not None
 
     def prepare(self, agent: LocalAgent) -> None:
-        """Replace an unusable state of an agent's conversation manager with the state of a new one."""
+        """Replace an unusable or absent state of an agent's conversation manager with the state of a new one."""
         stored = self._agents.get(agent.agent_id)
-        if stored is None or stored.loaded is None or "conversation_manager_state" not in stored.odd_state:
+        if stored is None or stored.loaded is None:
             return
         state = stored.loaded.conversation_manager_state
+        if state and "conversation_manager_state" not in stored.odd_state:
+            return
         if (manager := getattr(agent, "conversation_manager", None)) is not None:
             state = manager.get_state() if type(state.get("__name__")) is not str else state
             stored.loaded.conversation_manager_state = {**state, "removed_message_count": stored.removed}
