@@ -70,6 +70,8 @@ class Child:
     pipe: int
     said: list[tuple[str, Any]] = field(default_factory=list)
     killed: bool = False
+    _is_over: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def commands(self) -> list[str]:
@@ -80,9 +82,11 @@ class Child:
         """Return the values of what it said of a kind."""
         return [value for said, value in self.said if said == kind]
 
-    def kill(self) -> None:
+    def kill_if_alive(self) -> None:
         """Kill it, wherever it is."""
-        os.kill(self.pid, signal.SIGKILL)
+        with self._lock:
+            if not self._is_over:
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> Child:
         """Wait until it is over; what it raised fails the test."""
@@ -91,7 +95,10 @@ class Child:
                 if line.endswith("\n"):
                     kind, value = json.loads(line)
                     self.said.append((kind, value))
-        status = os.waitpid(self.pid, 0)[1]
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with self._lock:
+            self._is_over = True
+            status = os.waitpid(self.pid, 0)[1]
         self.killed = os.WIFSIGNALED(status)
         assert status in (0, signal.SIGKILL), "\n".join(self.has_said("error")) or status
         return self

@@ -1,4 +1,4 @@
-"""A process is killed between any two commands of an operation; the next one finds, or makes, everything as it should."""
+"""A process is killed between any two commands of an operation; the next one finds or makes everything whole."""
 
 from __future__ import annotations
 
