@@ -26,12 +26,14 @@ from mongodb_session_manager import (
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
+    SessionNotFoundError,
     close_global_factory,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
     initialize_global_factory,
 )
 from mongodb_session_manager._buckets import Head, Limits, cut, head_numbers, merge
+from mongodb_session_manager._life import UNDATED, Dates
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 
@@ -237,6 +239,38 @@ def test_two_values_of_session_ttl_in_one_collection(expiring: str, expiring_dri
         check_all_dated(stored)
         assert stored.find_one({"_id": ID})["expires_at"] > datetime.now(UTC) + timedelta(hours=23)
     expiring_driver.drop_database(database)
+
+
+def test_an_expired_session_that_the_server_has_not_removed_yet_is_gone(
+    repository: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    fill(repository)
+    with MongoDBSessionManager(ID, server, database, session_ttl=TTL) as manager:
+        live = agent(manager, "hello", agent_id="another")
+        before = stored.find_one({"_id": ID})["incarnation"]
+        age(stored, TTL * 2)
+        assert repository.session_exists(ID) is False
+        with pytest.raises(SessionNotFoundError):
+            repository.list_messages(ID, "agent")
+        for write in WRITES.values():
+            with pytest.raises(SessionNotFoundError):
+                write(repository)
+        with pytest.raises(SessionNotFoundError):
+            repository.fork_session(ID, "fork")
+        with pytest.raises(SessionNotFoundError):
+            live("hi")
+        assert repository.open_session(ID)["agents"] == {}
+        assert stored.find_one({"_id": ID})["incarnation"] != before
+        assert parts_of(stored) == []
+        assert stored.database["agent_sessions_archive"].count_documents({}) == 0
+    assert repository.delete_session(ID) is True
+
+
+def test_deleting_an_expired_session_removes_it(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    fill(repository)
+    age(stored, TTL * 2)
+    assert repository.delete_session(ID) is False
+    assert [stored.database[name].count_documents({}) for name in stored.database.list_collection_names()] == [0] * 4
 
 
 # The indexes.
@@ -519,9 +553,44 @@ def test_a_writer_that_ends_while_a_session_gets_a_ttl_loses_nothing(
         ):
             repository.update_metadata(ID, {"done": done})
         check_dates(stored)
-        age(stored, TTL)
+        age(stored, EIGHTH * 2)
     repository.update_metadata(ID, {"done": True})
     check_all_dated(stored)
+
+
+@pytest.mark.parametrize("done", range(9))
+def test_a_part_that_is_stored_while_its_session_gets_a_longer_ttl_does_not_expire_before_it(
+    server: str, database: str, stored: Stored, done: int
+) -> None:
+    """Wherever the writer with the longer one ends; the other one has read the session before."""
+    short = TTL / 10
+    with (
+        MongoDBSessionRepository(server, database, session_ttl=short, **SMALL) as earlier,
+        MongoDBSessionRepository(server, database, session_ttl=TTL, **SMALL) as later,
+    ):
+        fill(earlier)
+        with failing_after(server, done, failCommands=["update"], errorCode=8000), suppress(MongoDBSessionError):
+            later.update_metadata(ID, {"longer": True})
+        earlier.create_message(ID, "agent", said(12, PICTURE[5:]))
+        check_dates(stored)
+        later.update_metadata(ID, {"longer": True})
+        assert stored.find_one({"_id": ID})["expires_at"] >= datetime.now(UTC) + TTL - timedelta(minutes=1)
+        check_all_dated(stored)
+
+
+def test_a_bucket_of_a_session_that_does_not_expire_stays(
+    repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored
+) -> None:
+    """The repository with a `session_ttl` moves messages before it has written anything."""
+    begin(lasting)
+    for n in range(8):
+        lasting.create_message(ID, "agent", said(n))
+    repository.open_session(ID)
+    core = repository._async
+    core.portal.call(core._make_room, ID)
+    assert stored.find_one({"_id": ID})["agents"]["agent"]["archived"]
+    assert ttl_of(stored) is None
+    assert all("expires_at" not in part for part in parts_of(stored))
 
 
 # Never before its session.
@@ -537,11 +606,12 @@ def test_a_move_that_a_step_overtakes_begins_again(
     step = Limits(4, 2**20).step(head)
     age(stored, EIGHTH * 2)
     old = datetime.now(UTC) + TTL - EIGHTH
-    stored.aggregate(merge(ID, "agent", head, step, "agent_sessions_archive", old))
+    seconds = round(TTL.total_seconds())
+    stored.aggregate(merge(ID, "agent", head, step, "agent_sessions_archive", Dates(seconds, old)))
     repository.update_metadata(ID, {"renewed": True})
-    late = cut(ID, "agent", head, step, old)
+    late = cut(ID, "agent", head, step, Dates(seconds, old))
     assert stored.update_one(late.filter, late.update).matched_count == 0
-    none = cut(ID, "agent", head, step)
+    none = cut(ID, "agent", head, step, UNDATED)
     assert stored.update_one(none.filter, none.update).matched_count == 0
     check_all_dated(stored)
 
@@ -553,7 +623,7 @@ def test_an_attachment_that_takes_longer_than_its_date_allows(
     class Slow(monitoring.CommandListener):
         def started(self, event: monitoring.CommandStartedEvent) -> None:
             if event.command.get("insert") == "agent_sessions_attachments.files":
-                age(stored, TTL * 4)
+                age(stored, TTL * 0.9)
 
         def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
         def failed(self, event: monitoring.CommandFailedEvent) -> None: ...

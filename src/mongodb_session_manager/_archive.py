@@ -152,8 +152,8 @@ class SessionArchive(SessionMigration):
             head.certain = False
             return False
         as_known = replace(head)  # what is stored meanwhile must not change the second statement
-        date = self._part_date(head.life)
-        pipeline = merge(session_id, key, as_known, step, self._archive_name, date)
+        dates = self._dates(head.life)
+        pipeline = merge(session_id, key, as_known, step, self._archive_name, dates)
         try:
             await self._send(lambda collection: run_pipeline(collection, pipeline))
         except DuplicateKeyError:
@@ -165,7 +165,7 @@ class SessionArchive(SessionMigration):
             await self._outrun(session_id, key, as_known)
             head.certain = False
             return False
-        update = cut(session_id, key, as_known, step, date)
+        update = cut(session_id, key, as_known, step, dates)
         numbers = await self._send(
             lambda collection: find_and_modify(collection, update.filter, update.update, numbers_of(key))
         )
@@ -302,12 +302,18 @@ class SessionArchive(SessionMigration):
         return {key: [buckets[first] for first in sorted(buckets)] for key, buckets in found.items()}
 
     async def _raise_if_written_back(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> None:
-        """Raise `WrittenBackError` if a session was written back, or migrated, since it was read."""
-        if place.incarnation is None and await self._is_migrated(place.session_id):
+        """Raise `WrittenBackError` if archived messages are elsewhere since a session was read."""
+        if await self._has_moved(place):
             raise_alone(WrittenBackError())
         for key, (since, _, end) in wanted.items():
             if await self._is_back(place.session_id, key, since, end):
                 raise_alone(WrittenBackError())
+
+    async def _has_moved(self, place: Place) -> bool:
+        """Return whether buckets that were not found are in another place: 1.0.0 has kept them elsewhere."""
+        if place.incarnation is None:
+            return await self._is_migrated(place.session_id)
+        return await self._copy_late_buckets(place)
 
     async def _is_back(self, session_id: str, key: str, since: Any, archived: int) -> bool:
         """Return whether messages below a position are in the session document again; `False` without the agent."""
@@ -342,8 +348,7 @@ class SessionArchive(SessionMigration):
             found = await self._archived_message(place, key, message_id, since, created_at)
             if found is not None:
                 return found
-            is_moved = place.incarnation is None and await self._is_migrated(session_id)
-            if not is_moved and not await self._is_back(session_id, key, since, archived):
+            if not await self._has_moved(place) and not await self._is_back(session_id, key, since, archived):
                 return None
 
     async def _place_of(self, session_id: str, message: Document) -> Place:

@@ -23,6 +23,7 @@ from ._connection import AsyncCollection, Connection, run_pipeline
 from ._documents import Document, array_at, entries_at, message_id_of
 from ._driver_errors import DuplicateKeyError
 from ._layout import ARCHIVE, CHUNKS, FILES, Place
+from ._life import Dates
 from ._references import Attachment, Reference, attached, detached, references_of
 from .errors import AttachmentError
 
@@ -56,13 +57,13 @@ class Attachments:
 
     # Storing.
 
-    async def store(self, place: Place, writes: Iterable[AgentWrite], date: datetime | None) -> None:
+    async def store(self, place: Place, writes: Iterable[AgentWrite], dates: Dates) -> None:
         """Store the attachments of writes, and put references into the writes.
 
         Args:
             place: The session.
             writes: The writes.
-            date: The `expires_at` of the files, `None` if they do not expire.
+            dates: The dates of the files.
         """
         writes = [write for write in writes if any(_attachments([*write.contents(), *write.earlier_contents()]))]
         needed = {id(each.data): each for write in writes for each in _attachments(write.contents())}
@@ -70,9 +71,9 @@ class Attachments:
         references = await asyncio.to_thread(_references_to, known) if known else {}
         for write in writes:
             write.stored = [references[id(each.data)] for each in _attachments(write.contents())]
-            write.part_date = date
+            write.dates = dates
         for key, attachment in needed.items():
-            await self._upload(place, references[key], attachment.data, date)
+            await self._upload(place, references[key], attachment.data, dates.expires_at)
         texts = {key: str(reference) for key, reference in references.items()}
         for write in writes:
             write.exchange(lambda message: detached(message, texts) if message.get("attachments") else message)

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, NamedTuple, Self
 
 from ._changes import (
@@ -41,14 +40,13 @@ from ._changes import (
     Update,
     attachments_of,
     is_meant,
-    may_add,
     replaced_message,
     split_fields,
     with_removed,
 )
 from ._documents import Document, array_at, entries_at, ids_of, is_numbered, number_at, size_at, stored_removed
 from ._layout import LIVE, Place
-from ._life import LIFE, Life
+from ._life import LIFE, Dates, Life
 from .errors import ConfigurationError
 
 MAX_EMBEDDED_MESSAGES = 128
@@ -281,12 +279,10 @@ def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) 
     }
 
 
-def merge(
-    session_id: str, key: str, head: Head, step: Step, archive: str, date: datetime | None = None
-) -> list[Document]:
+def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates: Dates) -> list[Document]:
     """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in.
 
-    `date` is the `expires_at` of the bucket.
+    `dates` are those of the bucket.
     """
     messages = f"$agents.{key}.messages"
     bucket = {
@@ -296,8 +292,8 @@ def merge(
         "last": {"$add": [f"${_TAKEN}", head.archived - 1]},
         "messages": {"$slice": [messages, f"${_TAKEN}"]},
     }
-    if date is not None:
-        bucket["expires_at"] = {"$literal": date}
+    if dates.expires_at is not None:
+        bucket["expires_at"] = {"$literal": dates.expires_at}
     newer = {"$gt": ["$$new.revision", "$revision"]}
     alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
     # There is no way to say "fail"; but changing the _id is an error (ImmutableField).
@@ -314,10 +310,10 @@ MERGE_REFUSED = 66
 """The server's error code for a bucket that `merge` must not replace."""
 
 
-def cut(session_id: str, key: str, head: Head, step: Step, date: datetime | None = None) -> Update:
+def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Update:
     """Return the update that takes out of a head what `merge` copied."""
     path = f"agents.{key}"
-    condition = {**_unchanged(session_id, key, head), **may_add(date)}
+    condition = {**_unchanged(session_id, key, head), **dates.may_be_added}
     sets = {
         f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
         f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},

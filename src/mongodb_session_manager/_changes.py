@@ -19,6 +19,7 @@ from bson import ObjectId
 
 from ._codec import stored_size
 from ._documents import Document, StoredMessage, agent_key, array_at, checked_id, stored_config_set
+from ._life import UNDATED, Dates
 from ._references import Reference
 from ._sizes import AGENT_FIELDS
 from .errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
@@ -159,7 +160,7 @@ class AgentWrite:
     expected: int | None = None
     moment: datetime | None = None
     stored: list[Reference] = field(default_factory=list)
-    part_date: datetime | None = None
+    dates: Dates = UNDATED
     outdated: list[str] = field(default_factory=list)
     incarnation: ObjectId | None = None
 
@@ -322,11 +323,6 @@ def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
         yield part
 
 
-def may_add(date: datetime | None) -> Document:
-    """Return the condition under which a part that was stored with an `expires_at`, or without, may be added."""
-    return {"time_to_live": None} if date is None else {"expires_at": {"$not": {"$gt": date}}}
-
-
 class Update(NamedTuple):
     """The arguments of one `update_one`."""
 
@@ -365,7 +361,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         if write.incarnation is not None:
             condition["incarnation"] = write.incarnation
         if write.stored:
-            dates.append(may_add(write.part_date))
+            dates.append(write.dates.may_be_added)
         if write.created is not None:
             condition[path] = None
             parts.sets[path] = _whole(write)
@@ -608,7 +604,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
                 events=write.events,
                 moment=write.moment,
                 stored=write.stored,
-                part_date=write.part_date,
+                dates=write.dates,
                 outdated=write.outdated,
                 incarnation=write.incarnation,
             )

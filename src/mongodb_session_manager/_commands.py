@@ -20,7 +20,7 @@ from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, OddField, agent_key, checked_id, odd_fields
 from ._driver_errors import UNSUPPORTED, driver_errors, may_be_sent_again, may_have_been_applied
-from ._layout import LIVE
+from ._layout import live_at
 from ._loop import Portal
 from .errors import (
     AgentNotFoundError,
@@ -112,7 +112,8 @@ class SessionCollection:
     async def _find(self, session_id: str, projection: Document) -> Document | None:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            return await self._send(lambda collection: collection.find_one({"_id": session_id, **LIVE}, projection))
+            condition = {"_id": session_id, **live_at(self._connection.now())}
+            return await self._send(lambda collection: collection.find_one(condition, projection))
 
     async def _found(self, session_id: str, projection: Document) -> Document:
         document = await self._find(session_id, projection)

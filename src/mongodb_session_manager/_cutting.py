@@ -23,7 +23,7 @@ from ._documents import (
     odd_at,
     usable_numbers,
 )
-from ._layout import LIVE
+from ._layout import live_at
 from .errors import AgentNotFoundError, InvalidArgumentError
 
 AtMessage = int | Mapping[str, int] | None
@@ -188,7 +188,7 @@ def snapshot_of(
     is_staged = {"$and": [{"$eq": [f"${name}", value]} for name, value in literals.items()]}
     replace = {"$replaceWith": {"$cond": [is_staged, "$$new", "$$ROOT"]}}
     return [
-        {"$match": {"_id": session_id, **LIVE}},
+        {"$match": {"_id": session_id, **live_at(moment)}},
         {"$set": {"copy_of": origin}},
         {"$unset": list(_NOT_COPIED)},
         {"$set": fields},

@@ -25,7 +25,8 @@ from typing import Any
 from ._commands import unseen
 from ._connection import AsyncCollection, find_and_modify
 from ._documents import Document, checked_id
-from ._layout import LIVE, UNFINISHED, Place
+from ._layout import UNFINISHED, Place, live_at
+from ._life import Life
 from ._retention import SessionRetention
 from .errors import MongoDBSessionError, SessionConflictError, SessionExistsError
 
@@ -37,7 +38,7 @@ LEASE = timedelta(seconds=60)
 _PAUSES = (0.05, 1.0)
 """The first and the longest pause in seconds between two looks at a session that is being copied."""
 
-_STATE: Document = {"incarnation": 1, "state": 1, "state_by": 1, "state_until": 1}
+_STATE: Document = dict.fromkeys(("incarnation", "state", "state_by", "state_until", "time_to_live", "expires_at"), 1)
 
 _LOOKED_FOR = ("state", "state_until")
 """Stands among the indexes of a collection for the first look for unfinished sessions."""
@@ -65,7 +66,7 @@ class SessionDeletion(SessionRetention):
         """
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            if await self._end(session_id, LIVE):
+            if await self._end(session_id, live_at(self._connection.now())):
                 return True
             await self._finish(session_id)
             if await self._find_unfinished(session_id) is None:
@@ -79,7 +80,7 @@ class SessionDeletion(SessionRetention):
         state = {
             "_id": "$_id",
             "session_id": {"$literal": session_id},
-            "incarnation": "$incarnation",
+            "incarnation": {"$ifNull": ["$incarnation", "$migrating"]},  # the latter is a note of `_migration`
             "state": "deleting",
             "state_by": token,
             "state_until": self._connection.now() + LEASE,
@@ -122,12 +123,15 @@ class SessionDeletion(SessionRetention):
         if found.get("state") == "deleting":
             await self._finish_deletion(session_id, found)
             return None
-        is_over = isinstance(until, datetime) and until < self._connection.now()
-        if found.get("state") != "copying" or not is_over:
+        moment, names = self._connection.now(), ("incarnation", "state", "state_by", "state_until")
+        is_abandoned = found.get("state") == "copying" and isinstance(until, datetime) and until < moment
+        life = Life.of(found)
+        has_expired = life.time_to_live is not None and life.expires_at is not None and life.expires_at <= moment
+        if not is_abandoned and not (has_expired and found.get("state") not in UNFINISHED):
             return found
-        if not await self._end(session_id, {name: found.get(name) for name in _STATE}):
+        if not await self._end(session_id, {name: found.get(name) for name in (*names, "expires_at")}):
             return await self._find_unfinished(session_id)
-        logger.info("session_id=<%r> | removed a copy that was never completed", session_id)
+        logger.info("session_id=<%r> | removed a session that has expired, or a copy that was abandoned", session_id)
         return None
 
     async def _finish_other(self, session_id: str, seconds: float = 0.0) -> None:

@@ -14,6 +14,7 @@ are in one range of the `_id` index. Each document also holds `session_id`.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from bson import MaxKey, ObjectId
@@ -32,7 +33,12 @@ UNFINISHED = ("copying", "deleting")
 """The values of `state` of a session that is not live."""
 
 LIVE: Document = {"state": {"$nin": UNFINISHED}}
-"""The filter for live sessions; applications may have stored a `state` of their own."""
+"""The filter for live sessions. A document can hold a `state` that an application has stored: that session is live."""
+
+
+def live_at(moment: datetime) -> Document:
+    """Return the filter for live sessions that have not expired; the server removes an expired one a little later."""
+    return {**LIVE, "$nor": [{"time_to_live": {"$exists": True}, "expires_at": {"$lte": moment}}]}
 
 
 class Place(NamedTuple):

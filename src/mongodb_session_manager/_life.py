@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from bson import ObjectId
 
@@ -42,6 +42,27 @@ def next_date(moment: datetime, seconds: int) -> datetime:
     return moment + timedelta(seconds=seconds) * (_STEPS + 1) / _STEPS
 
 
+class Dates(NamedTuple):
+    """What a part of a session is stored with.
+
+    Attributes:
+        time_to_live: The session's at that moment; `None` if the session does not expire.
+        expires_at: The part's; `None` if it does not expire.
+    """
+
+    time_to_live: int | None
+    expires_at: datetime | None
+
+    @property
+    def may_be_added(self) -> Document:
+        """The condition under which the part may be added to its session: it does not expire before the session."""
+        same: Document = {"time_to_live": self.time_to_live}
+        return same if self.expires_at is None else {**same, "expires_at": {"$not": {"$gt": self.expires_at}}}
+
+
+UNDATED = Dates(None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class Life:
     """What is known of a session besides its content.
@@ -66,22 +87,19 @@ class Life:
             date if isinstance(date, datetime) else None,
         )
 
-    def outlives(self, date: datetime | None) -> bool:
-        """Return whether the session can expire later than a part that has this `expires_at`."""
-        if date is None:
-            return self.time_to_live is not None
-        return self.expires_at is not None and self.expires_at > date
-
-    def part_date(self, moment: datetime, own: int | None) -> datetime | None:
-        """Return the `expires_at` of a part that is stored at a moment; `None` if it does not expire.
-
-        `own` are the seconds of the repository's `session_ttl`.
-        """
-        seconds = own or self.time_to_live
-        if seconds is None:
-            return None
+    def dates(self, moment: datetime, own: int | None) -> Dates:
+        """Return the dates of a part that is stored at a moment; `own` is the repository's `session_ttl`."""
+        if self.time_to_live is None:
+            return UNDATED
+        seconds = max(own or 0, self.time_to_live)
         until = next_date(moment, seconds)
-        return max(until, self.expires_at or until) + timedelta(seconds=seconds)
+        return Dates(self.time_to_live, max(until, self.expires_at or until) + timedelta(seconds=seconds))
+
+    def outlives(self, part: Dates) -> bool:
+        """Return whether the session can expire later than a part with these dates."""
+        if self.time_to_live != part.time_to_live:
+            return True
+        return self.expires_at is not None and part.expires_at is not None and self.expires_at > part.expires_at
 
 
 LIFE: Document = {name: f"${name}" for name in ("incarnation", "time_to_live", "expires_at")}

@@ -1,9 +1,10 @@
 """Migrating the sessions of 1.0.0, whose parts have other ids.
 
-The buckets and files of a session are copied to the ids of a new incarnation, on the server. One update then gives the
-incarnation to the session, if its agents are unchanged; it increments their revisions, so that a move of messages that
-1.0.0 has begun does not match any more. The update notes in `moved` what was copied. That is removed from the old ids,
-and then the note. Whoever opens a session with the note goes on from there.
+The session first gets a note of its new incarnation, `migrating`. Its buckets and files are copied to the ids of that
+incarnation, on the server. One update then gives the incarnation to the session, if its agents are unchanged; it
+increments their revisions, so that a move of messages that 1.0.0 has begun does not match any more. The update lists in
+`moved` which parts were copied. Those are removed from the old ids, and `moved` last. A process that opens or writes to
+a session with one of the notes continues there.
 
 1.0.0 may write to the session afterwards, during a rolling deployment: its buckets are found when a message is missing,
 and copied in the same way.
@@ -64,7 +65,7 @@ HAS_PARTS: Document = {
 
 
 _OF_V1: Document = {
-    **dict.fromkeys(("session_ttl", "attachments_generation", "moved"), 1),
+    **dict.fromkeys(("session_ttl", "attachments_generation", "migrating", "moved"), 1),
     **LIFE,
     "has_parts": HAS_PARTS,
     "agents": {
@@ -107,7 +108,12 @@ class SessionMigration(SessionDeletion):
 
     async def _migrate_once(self, session_id: str, document: Document) -> None:
         known = document.get("incarnation")
-        old, new = Place(session_id, None), Place(session_id, known if isinstance(known, ObjectId) else ObjectId())
+        incarnation = known or document.get("migrating") or ObjectId()
+        if document["has_parts"] and incarnation not in (known, document.get("migrating")):
+            unnoted = {"_id": session_id, "incarnation": known, "migrating": None}
+            await self._update_with_room(session_id, Update(unnoted, {"$set": {"migrating": incarnation}}, None))
+            return
+        old, new = Place(session_id, None), Place(session_id, incarnation)
         agents: list[Document] = [agent for agent in document["agents"] if agent["key"] and "." not in agent["key"]]
         if document["has_parts"]:
             await self._copy_buckets(old, agents, new)
@@ -131,12 +137,8 @@ class SessionMigration(SessionDeletion):
             condition[f"{path}.next_message_id"] = agent.get("next_message_id")
             condition |= {f"{path}.{name}": agent[name] or {"$not": {"$gt": 0}} for name in _NUMBERS}
             sets[f"{path}.revision"] = agent["revision"] + 1
-        unset = dict.fromkeys(("session_ttl", "kept_until", "keep_until"), "")
-        matched = await self._update_with_room(session_id, Update(condition, {"$set": sets, "$unset": unset}, None))
-        if not matched and document["has_parts"] and known is None:
-            current = await self._find(session_id, {"incarnation": 1})
-            if (current or {}).get("incarnation") != new.incarnation:  # else an acknowledgement was lost
-                await self._remove_parts(new)
+        unset = dict.fromkeys(("session_ttl", "kept_until", "keep_until", "migrating"), "")
+        await self._update_with_room(session_id, Update(condition, {"$set": sets, "$unset": unset}, None))
 
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
         raise NotImplementedError
@@ -150,7 +152,9 @@ class SessionMigration(SessionDeletion):
             "session_id": {"$literal": new.session_id},
             **{name: f"${name}" for name in names},
         }
-        into = {"into": f"{self._collection_name}{ARCHIVE}", "whenMatched": "replace", "whenNotMatched": "insert"}
+        # Another process may have copied the bucket already, and may have changed a message in it since.
+        newer = {"$replaceWith": {"$cond": [{"$gt": ["$$new.revision", "$revision"]}, "$$new", "$$ROOT"]}}
+        into = {"into": f"{self._collection_name}{ARCHIVE}", "whenMatched": [newer], "whenNotMatched": "insert"}
         pipeline = [{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}]
         await self._send(partial(_run, pipeline), f"{self._collection_name}{ARCHIVE}")
 

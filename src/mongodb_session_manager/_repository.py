@@ -61,7 +61,7 @@ from ._documents import (
 from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
 from ._large_values import compute
-from ._layout import ARCHIVE, LIVE, Place
+from ._layout import ARCHIVE, Place, live_at
 from ._life import LIFE, checked_ttl, next_date
 from ._migration import HAS_PARTS, is_of_v1
 from ._multi_agent_states import MultiAgentStates
@@ -335,7 +335,7 @@ class AsyncMongoDBSessionRepository(
             try:
                 document = await self._send(
                     lambda collection: collection.find_one_and_update(
-                        {"_id": session_id, **LIVE},
+                        {"_id": session_id, **live_at(fresh["created_at"])},  # noqa: B023
                         {"$setOnInsert": fresh},  # noqa: B023
                         projection=_RESTORE,
                         upsert=True,

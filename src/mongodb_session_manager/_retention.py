@@ -5,11 +5,14 @@ each write, the date of the session is at least its time to live ahead. It moves
 most statements leave it alone. The parts of a session never expire before it:
 
 - A step sets the date of all parts first, and then the date of the session.
-- A new part gets a date that is a whole time to live later than any step of that moment, and the statement that makes
-  it a part of the session matches only while the session's date is not later.
+- A new part gets a date that is a whole time to live later than the date that a step would set now. The statement that
+  adds it to the session matches only if the time to live is unchanged and the session does not expire later.
 
-`time_to_live` are the seconds of the session. They change when a repository with another `session_ttl` writes to it;
-all parts are then dated again afterwards, because a part that was stored meanwhile has a date of the earlier value.
+So a step that is taken at the same time, and has dated the parts already, leaves no new part behind.
+
+`time_to_live` are the seconds of the session. They change when a repository with another `session_ttl` writes to it.
+The write then takes a step of the shorter value, and a second one of the new value: a part that was stored with a date
+of the earlier value is either added before the first step, and dated by the second, or not added.
 
 All dates are of the server's clock, see `Connection.now`.
 """
@@ -25,8 +28,8 @@ from ._changes import Update
 from ._commands import SessionCollection, ensure_indexes
 from ._connection import AsyncCollection
 from ._documents import Document
-from ._layout import LIVE, OUTSIDE, Place
-from ._life import LIFE, Life, next_date
+from ._layout import OUTSIDE, Place, live_at
+from ._life import LIFE, Dates, Life, next_date
 from .errors import SessionNotFoundError
 
 T = TypeVar("T")
@@ -50,9 +53,9 @@ class SessionRetention(SessionCollection):
             self._ensure_expiry()
         return life
 
-    def _part_date(self, life: Life) -> datetime | None:
-        """Return the `expires_at` of a part that is stored now."""
-        return life.part_date(self._connection.now(), self._session_ttl)
+    def _dates(self, life: Life) -> Dates:
+        """Return the dates of a part that is stored now."""
+        return life.dates(self._connection.now(), self._session_ttl)
 
     async def _life(self, session_id: str) -> Life:
         """Return what is known of a session, from the server if nothing is; it is migrated from 1.0.0 first.
@@ -78,10 +81,10 @@ class SessionRetention(SessionCollection):
     async def _update_with(
         self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]
     ) -> T | None:
-        update = update._replace(filter={**update.filter, **LIVE})
+        session_id, moment = update.filter["_id"], self._connection.now()
+        update = update._replace(filter={**update.filter, **live_at(moment)})
         if not _touches(update):
             return await super()._update_with(update, command)
-        session_id, moment = update.filter["_id"], self._connection.now()
         known = self._lives.get(session_id)
         if known is None and self._session_ttl is not None:
             try:
@@ -113,14 +116,18 @@ class SessionRetention(SessionCollection):
         if life.expires_at is not None and life.expires_at >= late_enough:
             condition = {"expires_at": {"$gte": late_enough}}
             return await super()._update_with(_touching(update, moment, condition), command)
-        place, until = Place(session_id, life.incarnation), next_date(moment, seconds)
-        await self._date_parts(place, until)
-        statement = _touching(update, moment, {"incarnation": life.incarnation}, (seconds, until))
+        place, before = Place(session_id, life.incarnation), life.time_to_live
+        until = next_date(moment, seconds)
+        step = until if before is None else min(until, next_date(moment, before))  # a part can have a date for `before`
+        await self._date_parts(place, step)
+        statement = _touching(update, moment, {"incarnation": life.incarnation}, (seconds, step))
         result = await super()._update_with(statement, command)
         if result:
-            self._learn(session_id, {"incarnation": life.incarnation, "time_to_live": seconds, "expires_at": until})
-            if life.time_to_live != seconds:
+            if before != seconds:
                 await self._date_parts(place, until)
+                own = {"_id": session_id, "incarnation": life.incarnation}
+                await super()._update_with(Update(own, {"$max": {"expires_at": until}}, None), _updated)
+            self._learn(session_id, {"incarnation": life.incarnation, "time_to_live": seconds, "expires_at": until})
         return result
 
     async def _date_parts(self, place: Place, until: datetime) -> None:
@@ -168,6 +175,10 @@ def _touching(
         filter={**update.filter, "$and": [*update.filter.get("$and", []), condition]},
         update=[first, *rest] if is_pipeline else first,
     )
+
+
+async def _updated(collection: AsyncCollection, update: Update) -> bool:
+    return bool((await collection.update_one(update.filter, update.update)).matched_count)
 
 
 async def _update_many(condition: Document, update: Document, collection: AsyncCollection) -> None:

@@ -159,7 +159,10 @@ class SessionWriteBack(SessionWrites):
         except DatabaseError:
             # Another call may have written the session back, and removed what was missing here.
             condition = {"_id": session_id, **_unchanged(agents)}
-            if await self._send(lambda sessions: sessions.find_one(condition, {"_id": 1})) is not None:
+            place = Place(session_id, document["incarnation"])
+            if await self._send(lambda sessions: sessions.find_one(condition, {"_id": 1})) is not None and (
+                not await self._copy_late_buckets(place)
+            ):
                 raise
             return False
         refused = StateTooLargeError(

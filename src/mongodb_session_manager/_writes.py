@@ -106,11 +106,11 @@ class SessionWrites(SessionArchive):
                 write.incarnation = place.incarnation
                 if write.moment is not None:
                     write.moment = self._connection.now()
-            await self._attachments.store(place, writes.values(), self._part_date(life))
+            await self._attachments.store(place, writes.values(), self._dates(life))
             stored = [reference for write in writes.values() for reference in write.stored]
             try:
                 await self._write(place, writes, refused)
-            except _Changed:
+            except _DatedTooEarlyError:
                 self._lives.pop(session_id, None)
                 continue
             if stored and any(not _are_messages_stored(error) for error in refused.values()):
@@ -294,8 +294,8 @@ class SessionWrites(SessionArchive):
                 refused[agent_id] = error
                 continue
             if rest is not None:
-                if rest.stored and self._learn(session_id, document).outlives(rest.part_date):
-                    raise _Changed
+                if rest.stored and self._learn(session_id, document).outlives(rest.dates):
+                    raise _DatedTooEarlyError
                 changes = archived.setdefault(agent_id, {})
                 outdated = []
                 for message_id in rest.replaced.keys() & older.keys():
@@ -341,7 +341,9 @@ class SessionWrites(SessionArchive):
                     message = await self._archived_message(place, key, message_id, since)
                 if message is not None:
                     found[message_id] = message
-                elif await self._is_back(place.session_id, key, since, stored["archived"]):
+                elif await self._is_back(place.session_id, key, since, stored["archived"]) or (
+                    await self._copy_late_buckets(place)
+                ):
                     raise WrittenBackError
         return found
 
@@ -406,7 +408,7 @@ class SessionWrites(SessionArchive):
         return await self._update_with_room(session_id, Update(condition, stages, None))
 
 
-class _Changed(Exception):
+class _DatedTooEarlyError(Exception):
     """The session expires later than the attachments that were stored for it."""
 
 
@@ -428,7 +430,7 @@ class InArchive(NamedTuple):
             write.agent_id,
             by_id=write.by_id,
             stored=write.stored,
-            part_date=write.part_date,
+            dates=write.dates,
             incarnation=write.incarnation,
         )
         return cls(stored.get("created_at"), int(stored["archived"]), part)
