@@ -72,6 +72,13 @@ def standalone(kept_in_memory: None) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def expiring(kept_in_memory: None) -> Iterator[str]:
+    """The connection string of a server that looks for what has expired every second."""
+    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
+        yield server.connection_string
+
+
+@pytest.fixture(scope="session")
 def driver(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
     """A plain client, to look at what is stored and to write what others would."""
     with pymongo.MongoClient(server, tz_aware=True) as client:

@@ -75,7 +75,8 @@ def archive_of(stored: Stored) -> Stored:
 def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
     """Read what is stored, without the library: the valid buckets in order, then the head."""
     document = head(stored, agent_id)
-    condition = {"_id.session_id": "s", "_id.agent": agent_key(agent_id), "_id.since": document.get("created_at")}
+    incarnation = stored.find_one({"_id": "s"})["incarnation"]
+    condition = {"_id.incarnation": incarnation, "_id.agent": agent_key(agent_id)}
     buckets = sorted(archive_of(stored).find(condition), key=lambda bucket: bucket["_id"]["first"])
     valid = [bucket for bucket in buckets if bucket["_id"]["first"] < document.get("archived", 0)]
     return texts([message for part in [*valid, document] for message in part["messages"]])
@@ -132,8 +133,8 @@ def test_the_older_half_moves_into_a_bucket(repository: MongoDBSessionRepository
     assert [message["message_id"] for message in head(stored)["messages"]] == [5, 6, 7, 8]
     assert head(stored)["archived"] == 5
     (bucket,) = archive_of(stored).find()
-    since = head(stored)["created_at"]
-    assert list(bucket["_id"].items()) == [("session_id", "s"), ("agent", "agent"), ("since", since), ("first", 0)]
+    incarnation = stored.find_one()["incarnation"]
+    assert list(bucket["_id"].items()) == [("incarnation", incarnation), ("agent", "agent"), ("first", 0)]
     assert (bucket["session_id"], bucket["last"]) == ("s", 4)
     assert bucket["messages"] == whole[:5]
 
@@ -552,8 +553,8 @@ def test_the_newest_message_costs_no_look_into_the_archive(
 ) -> None:
     commands.clear()
     long.update_message("s", "agent", redacted(29))
-    assert commands.names == ["find", "update"]  # the one asks whether the session has attachments
+    assert commands.names == ["findAndModify"]
     commands.clear()
     long.update_message("s", "agent", redacted(28))
-    assert commands.names == ["find", "update", "update"]
+    assert commands.names == ["findAndModify", "findAndModify"]
     assert everything(stored)[-2:] == ["[redacted]", "[redacted]"]

@@ -77,6 +77,7 @@ class Other:
                 "count": len(document["messages"]),
                 "bytes": 0,
                 "removed": 0,
+                "session": stored.find_one({"_id": "s"}),
             }
         )
         self.step = self.limits.step(self.head)
@@ -208,7 +209,7 @@ def test_a_left_over_of_a_higher_revision_is_outrun(archiving: MongoDBSessionRep
     """As when the sessions were restored from an older backup than the archive."""
     begin(archiving)
     append(archiving, *range(8))
-    _id = {"session_id": "s", "agent": "agent", "since": head(stored)["created_at"], "first": 0}
+    _id = {"incarnation": stored.find_one()["incarnation"], "agent": "agent", "first": 0}
     left_over = {"_id": _id, "session_id": "s", "revision": 70, "last": 2, "messages": []}
     archive_of(stored).insert_one(left_over)
     append(archiving, 8)
@@ -240,7 +241,8 @@ def test_a_message_that_moves_while_it_is_replaced_is_replaced(
     repository.update_message("s", "agent", said(3, "changed"))
     assert everything(stored) == [*expected(3), "changed", *expected(20, 4)]
     # Are there attachments? The head has it not; nor is the session to be renewed; it is looked for.
-    assert commands.names[:4] == ["find", "update", "findAndModify", "find"]
+    # It is not in the head; the session is the same; it is looked for, changed, and the change is counted.
+    assert commands.names == ["findAndModify", "find", "find", "find", "update", "findAndModify", "update"]
 
 
 # Commands that fail.

@@ -1,4 +1,4 @@
-"""Images, documents and videos of messages: kept in GridFS, once, and back as they were."""
+"""Images, documents and videos of messages: kept in GridFS, once per message, and back as they were."""
 
 from __future__ import annotations
 
@@ -87,18 +87,22 @@ def restored(factory: MongoDBSessionManagerFactory, session_id: str = "s") -> li
         return conversation(agent(manager))
 
 
-def ids(driver: Driver, database: str, collection: str = FILES) -> list[Any]:
-    return [found["_id"] for found in driver[database][collection].find({}, {"_id": 1}).sort("_id", 1)]
+def ids(driver: Driver, database: str, collection: str = FILES, session_id: str = "s") -> list[Any]:
+    """The ids of what a session has in GridFS."""
+    found = driver[database][collection].find({"session_id": session_id}, {"_id": 1}).sort("_id", 1)
+    return [document["_id"] for document in found]
 
 
-def hashes(driver: Driver, database: str, session_id: str = "s") -> set[str]:
-    """The content that a session has in GridFS, by files and by chunks alike."""
-    files = {file["sha256"] for file in ids(driver, database) if file["session_id"] == session_id}
-    chunks = {
-        chunk["file"]["sha256"] for chunk in ids(driver, database, CHUNKS) if chunk["file"]["session_id"] == session_id
-    }
-    assert files == chunks
-    return files
+def hashes(driver: Driver, database: str, session_id: str = "s") -> list[str]:
+    """The content of the files that a session has in GridFS; each is complete, and there are no other chunks."""
+    files = ids(driver, database, FILES, session_id)
+    chunks = [chunk["file"] for chunk in ids(driver, database, CHUNKS, session_id)]
+    assert {str(file) for file in files} == {str(file) for file in chunks}
+    return sorted(file["sha256"] for file in files)
+
+
+def of(*blobs: bytes) -> list[str]:
+    return sorted(map(sha256, blobs))
 
 
 def sha256(data: bytes) -> str:
@@ -116,12 +120,15 @@ def test_a_turn_with_large_attachments(
     live(asking(image(LARGE), document(LARGER), image(SMALL), image(LARGE)))
     assert conversation(live)[0] == ("user", asking(image(LARGE), document(LARGER), image(SMALL), image(LARGE)))
     assert restored(factory) == conversation(live)
-    assert hashes(driver, database) == {sha256(LARGE), sha256(LARGER), sha256(SMALL)}
+    assert hashes(driver, database) == of(LARGE, LARGER, SMALL)
     session = stored.find_one({"_id": "s"})
     message = session["agents"]["agent"]["messages"][0]
+    (file,) = (file for file in ids(driver, database) if file["sha256"] == sha256(LARGE))
+    assert list(file) == ["incarnation", "sha256", "token"]
+    assert file["incarnation"] == session["incarnation"]
     assert message["message"]["content"][1]["image"]["source"]["bytes"] == {
         "__msm__": "attachment",
-        "v": f"{sha256(LARGE)}:{len(LARGE)}:{session['attachments_generation']}",
+        "v": f"{sha256(LARGE)}:{len(LARGE)}:{file['token']}",
     }
     assert "attachments" not in stored.find_one({"_id": "s"})["agents"]["agent"]["messages"][1]
 
@@ -152,7 +159,7 @@ def test_a_tool_that_returns_an_image(
     (result,) = conversation(live)[2][1]
     assert result["toolResult"]["content"] == [{"text": "here"}, image(LARGER)]
     assert restored(factory) == conversation(live)
-    assert hashes(driver, database) == {sha256(LARGER)}
+    assert hashes(driver, database) == of(LARGER)
 
 
 def test_up_to_the_bound_attachments_stay_in_the_document(
@@ -258,7 +265,7 @@ async def test_a_borrowed_client(driver_class: Any, server: str, database: str, 
             again = agent(manager, Redaction("[gone]"))
             assert conversation(again) == conversation(live)
             await again.invoke_async(asking(image(content(MIB, 5))))
-    assert hashes(driver, database) == {sha256(LARGE), sha256(LARGER)}
+    assert hashes(driver, database) == of(LARGE, LARGER)
 
 
 # The repository.
@@ -290,7 +297,7 @@ def test_the_repository_reads_them_back(repository: MongoDBSessionRepository, dr
         assert found.message == message.message
     opened = repository.open_session("s")["agents"]["agent"]["messages"]
     assert [element["message"] for element in opened] == [message.message for message in messages]
-    assert hashes(driver, database) == {sha256(SMALL), sha256(LARGE)}
+    assert hashes(driver, database) == of(SMALL, LARGE, SMALL)
 
 
 def test_a_replaced_message_leaves_nothing_behind(
@@ -299,11 +306,12 @@ def test_a_replaced_message_leaves_nothing_behind(
     repository.create_message("s", "agent", said(image(SMALL), image(LARGE)))
     repository.create_message("s", "agent", said(image(SMALL), message_id=1))
     repository.update_message("s", "agent", said(image(LARGER)))
-    assert hashes(driver, database) == {sha256(SMALL), sha256(LARGER)}
+    assert hashes(driver, database) == of(SMALL, LARGER)
+    assert "removed_attachments" not in driver[database]["agent_sessions"].find_one()
     redacted = said(image(LARGER))
     redacted.redact_message = {"role": "user", "content": [{"text": "[gone]"}]}
     repository.update_message("s", "agent", redacted)
-    assert hashes(driver, database) == {sha256(SMALL)}
+    assert hashes(driver, database) == of(SMALL)
     found = repository.list_messages("s", "agent")
     assert [message.to_message()["content"] for message in found] == [
         [{"text": "[gone]"}],
@@ -315,10 +323,9 @@ def test_replacing_a_message_in_a_session_without_attachments_leaves_no_trace_of
     repository: MongoDBSessionRepository, stored: Any
 ) -> None:
     repository.create_message("s", "agent", said())
-    generation = stored.find_one({"_id": "s"})["attachments_generation"]
     repository.update_message("s", "agent", said({"text": "more"}))
     document = stored.find_one({"_id": "s"})
-    assert document["attachments_generation"] == generation
+    assert "removed_attachments" not in document
     assert "attachments" not in document["agents"]["agent"]["messages"][0]
 
 
@@ -336,9 +343,9 @@ def test_commands(factory: MongoDBSessionManagerFactory, commands: CommandLog) -
     live("no attachments")
     commands.clear()
     live(asking(document(LARGER)))
-    assert names(commands) == ["find", "insert", "insert", "insert", "insert", "update", "update"]
+    assert names(commands) == ["insert", "insert", "insert", "insert", "update", "update"]
     commands.clear()
-    live(asking(document(LARGER)))  # the same again
+    live("no attachments")
     assert names(commands) == ["update", "update"]
 
 
@@ -348,8 +355,8 @@ def test_commands_of_a_resumed_session(factory: MongoDBSessionManagerFactory, co
     live = agent(factory.create_session_manager("s"), "2")
     assert names(commands) == [OPEN, "find"]
     commands.clear()
-    live(asking(document(LARGER)))
-    assert names(commands) == ["update", "update"]
+    live(asking(image(LARGE)))
+    assert names(commands) == ["insert", "insert", "update", "update"]
 
 
 def test_several_attachments_are_read_by_one_query(factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
@@ -371,21 +378,6 @@ def test_a_query_for_several_needs_no_sorting(
     (query,) = driver[database]["system.profile"].find({"op": "query", "ns": f"{database}.{CHUNKS}"})
     assert "hasSortStage" not in query
     assert query["docsExamined"] == query["nreturned"] == 4
-
-
-def test_what_is_known_is_bounded(repository: MongoDBSessionRepository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mongodb_session_manager._attachments._KNOWN_FILES", 3)
-    monkeypatch.setattr("mongodb_session_manager._attachments._KNOWN_SESSIONS", 2)
-    for number in range(3):
-        repository.create_session(Session(f"s{number}", SessionType.AGENT))
-        repository.create_agent(f"s{number}", SessionAgent("agent", {}, {}))
-        for message_id in range(3):
-            blocks = [image(content(2000, 10 * message_id + seed)) for seed in range(5)]
-            repository.create_message(f"s{number}", "agent", said(*blocks, image(SMALL), message_id=message_id))
-        for message in repository.list_messages(f"s{number}", "agent"):
-            assert len(message.message["content"]) == 7
-    known = repository._async._attachments._known
-    assert [len(entry.files) for entry in known.values()] == [3, 3]
 
 
 @pytest.mark.anyio
@@ -447,8 +439,8 @@ def test_a_process_killed_in_the_middle_of_an_upload(
     live = agent(factory.create_session_manager("s"), "1")
     live(asking(document(LARGER)))
     assert restored(factory) == conversation(live)
-    assert len(ids(driver, database, CHUNKS)) == 3
-    assert hashes(driver, database) == {sha256(LARGER)}
+    assert factory.delete_session("s")
+    assert ids(driver, database, CHUNKS) == ids(driver, database) == []
 
 
 def test_the_same_content_by_several_at_once(
@@ -468,8 +460,7 @@ def test_the_same_content_by_several_at_once(
     with factory.create_session_manager("s") as manager:
         for number in range(4):
             assert conversation(agent(manager, agent_id=f"agent-{number}")) == conversations[number]
-    assert len(ids(driver, database, CHUNKS)) == 4
-    assert hashes(driver, database) == {sha256(LARGE), sha256(LARGER)}
+    assert hashes(driver, database) == of(*[LARGE, LARGER] * 4)
 
 
 @pytest.mark.parametrize("lost", ["acknowledgement", "command"])
@@ -584,9 +575,9 @@ def test_a_redaction_removes_the_attachment(
     live = agent(factory.create_session_manager("s", save_on=save_on), "1", Redaction("[gone]"), "2")
     live(asking(image(LARGE)))
     live(asking(image(LARGE), document(LARGER)))
-    assert hashes(driver, database) == {sha256(LARGE)}
+    assert hashes(driver, database) == of(LARGE)
     live(asking(image(LARGE), document(LARGER)))
-    assert hashes(driver, database) == {sha256(LARGE), sha256(LARGER)}
+    assert hashes(driver, database) == of(LARGE, LARGE, LARGER)
     assert restored(factory) == conversation(live)
     assert conversation(live)[2][1] == [{"text": "[gone]"}]
 
@@ -598,38 +589,72 @@ async def test_an_asynchronous_redaction_removes_the_attachment(
     async with await factory.create_session_manager_async("s") as manager:
         live = agent(manager, Redaction("[gone]"))
         await live.invoke_async(asking(image(LARGE)))
-    assert hashes(driver, database) == set()
+    assert hashes(driver, database) == []
     async with await factory.create_session_manager_async("s") as manager:
         assert conversation(agent(manager)) == conversation(live)
     assert conversation(live)[0][1] == [{"text": "[gone]"}]
 
 
-def test_a_redaction_leaves_what_others_refer_to(
+def test_a_redaction_leaves_the_same_content_of_other_messages(
     factory: MongoDBSessionManagerFactory, driver: Driver, database: str
 ) -> None:
-    """Another agent, another session, and a message in the archive."""
     agent(factory.create_session_manager("s"), "1", agent_id="other")(asking(image(LARGE)))
     agent(factory.create_session_manager("t"), "1")(asking(image(LARGER)))
-    agent(factory.create_session_manager("s"), "1", agent_id="old")(asking(image(SMALL), image(content(MIB, 7))))
-    moved = driver[database]["agent_sessions"].find_one_and_update(
-        {"_id": "s"}, {"$unset": {"agents.old": 1}}, return_document=pymongo.ReturnDocument.BEFORE
-    )
-    bucket = {"_id": {"session_id": "s", "agent": "old", "first": 0}, "messages": moved["agents"]["old"]["messages"]}
-    driver[database]["agent_sessions_archive"].insert_one(bucket)
-    live = agent(factory.create_session_manager("s"), Redaction("[gone]"))
-    live(asking(image(LARGE), image(LARGER), image(SMALL), image(content(MIB, 7))))
-    assert hashes(driver, database) == {sha256(LARGE), sha256(SMALL), sha256(content(MIB, 7))}
-    assert hashes(driver, database, "t") == {sha256(LARGER)}
+    live = agent(factory.create_session_manager("s"), Redaction("[gone]"), "1")
+    live(asking(image(LARGE), image(LARGER)))
+    assert hashes(driver, database) == of(LARGE)
+    assert hashes(driver, database, "t") == of(LARGER)
+    assert restored(factory, "t")[0][1] == asking(image(LARGER))
 
 
-def test_a_redaction_removes_what_was_left_over(
-    factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver
+@pytest.mark.parametrize("where", ["head", "archive"])
+def test_a_redaction_leaves_what_another_message_refers_to(
+    server: str, database: str, stored: Any, driver: Driver, where: str
 ) -> None:
-    assert process(KILLED, server, database, "2").returncode == -signal.SIGKILL
-    assert len(ids(driver, database, CHUNKS)) == 2
-    live = agent(factory.create_session_manager("s"), Redaction("[gone]"))
-    live(asking(image(LARGE)))
-    assert hashes(driver, database) == set()
+    """1.0.0 has stored the same content once for all messages of a session."""
+    with MongoDBSessionRepository(server, database, max_embedded_messages=4) as repository:
+        repository.create_session(Session("s", SessionType.AGENT))
+        for agent_id in ("agent", "other"):
+            repository.create_agent("s", SessionAgent(agent_id, {}, {}))
+        repository.create_message("s", "agent", said(image(LARGE)))
+        repository.create_message("s", "other", said())
+        share(driver, database)
+        message = stored.find_one()["agents"]["agent"]["messages"][0]
+        stored.update_one({"_id": "s"}, {"$set": {"agents.other.messages.0": message}})
+        if where == "archive":
+            for message_id in range(1, 6):
+                repository.create_message("s", "other", said(message_id=message_id))
+            eventually(lambda: stored.find_one()["agents"]["other"].get("archived"))
+        repository.update_message("s", "agent", redacted())
+        assert hashes(driver, database) == of(LARGE)
+        assert repository.read_message("s", "other", 0).message["content"] == [{"text": "see"}, image(LARGE)]
+        repository.update_message("s", "other", redacted())
+        assert hashes(driver, database) == []
+
+
+def redacted(message_id: int = 0) -> SessionMessage:
+    message = said(message_id=message_id)
+    message.redact_message = {"role": "user", "content": [{"text": "[gone]"}]}
+    return message
+
+
+def share(driver: Driver, database: str) -> None:
+    """Give the one file there is, and the message that refers to it, the token that 1.0.0 would have given."""
+    (file,) = driver[database][FILES].find()
+    token = file["_id"]["token"]
+    for collection, field in ((FILES, "_id"), (CHUNKS, "_id.file")):
+        for found in driver[database][collection].find({f"{field}.token": token}):
+            driver[database][collection].delete_one({"_id": found["_id"]})
+            new = {**file["_id"], "token": "7"}
+            found["_id"] = new if collection == FILES else {**found["_id"], "file": new}
+            driver[database][collection].insert_one(found | ({"files_id": new} if "files_id" in found else {}))
+    sessions = driver[database]["agent_sessions"]
+    message = sessions.find_one()["agents"]["agent"]["messages"][0]
+    (reference,) = message["attachments"]
+    new_reference = reference.replace(token, "7")
+    message["attachments"] = [new_reference]
+    message["message"]["content"][1]["image"]["source"]["bytes"]["v"] = new_reference
+    sessions.update_one({"_id": "s"}, {"$set": {"agents.agent.messages.0": message}})
 
 
 def test_a_redaction_without_attachments_sends_nothing_more(
@@ -639,12 +664,12 @@ def test_a_redaction_without_attachments_sends_nothing_more(
     live(asking(image(LARGE)))
     commands.clear()
     live("harmless")
-    assert set(names(commands)) == {"update"}
+    assert names(commands) == ["update", "findAndModify"]
 
 
 @pytest.mark.parametrize("deletes", [1, 2])
 def test_a_removal_that_is_interrupted_is_made_good_by_the_next_flush(
-    factory: MongoDBSessionManagerFactory, server: str, driver: Driver, database: str, deletes: int
+    factory: MongoDBSessionManagerFactory, server: str, driver: Driver, database: str, stored: Any, deletes: int
 ) -> None:
     manager = factory.create_session_manager("s")
     live = agent(manager, "1")
@@ -654,9 +679,10 @@ def test_a_removal_that_is_interrupted_is_made_good_by_the_next_flush(
         with pytest.raises(DatabaseError):
             fail_at_delete(server, deletes, lambda: redacting(asking(image(LARGE), image(SMALL))))
         assert sha256(SMALL) in {file["sha256"] for file in ids(driver, database)}
+        assert len(stored.find_one()["removed_attachments"]) == 2
         redacting.messages.clear()
         redacting("go on")
-    assert hashes(driver, database) == {sha256(LARGE), sha256(LARGER)}
+    assert hashes(driver, database) == of(LARGE, LARGER)
     assert restored(factory) == conversation(live)
 
 
@@ -672,7 +698,7 @@ def fail_at_delete(server: str, number: int, call: Callable[[], object]) -> None
             client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
-def test_who_knows_an_attachment_that_somebody_removed_stores_it_again(
+def test_content_that_somebody_has_removed_is_stored_again(
     factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver
 ) -> None:
     live = agent(factory.create_session_manager("s"), "1", "2", "3", "4")
@@ -683,10 +709,10 @@ def test_who_knows_an_attachment_that_somebody_removed_stores_it_again(
             assert redacted.message["content"] == asking(image(LARGE))
             redacted.redact_message = {"role": "user", "content": [{"text": "[gone]"}]}
             repository.update_message("s", "agent", redacted)
-            assert hashes(driver, database) == set()
+            assert hashes(driver, database) == []
     live(asking(image(LARGE)))
     assert restored(factory)[6:] == conversation(live)[6:]
-    assert hashes(driver, database) == {sha256(LARGE)}
+    assert hashes(driver, database) == of(LARGE)
 
 
 def test_removing_while_others_append(server: str, database: str, factory: MongoDBSessionManagerFactory) -> None:
@@ -765,4 +791,4 @@ def test_the_bound_reaches_the_sessions(server: str, database: str, driver: Driv
         ):
             agent(manager, "1")(asking(image(SMALL)))
         close_global_factory()
-    assert hashes(driver, database) == {sha256(SMALL)}
+    assert hashes(driver, database) == of(SMALL)

@@ -23,15 +23,16 @@ from mongodb_session_manager._references import (
     set_aside,
 )
 
+TOKEN = "0123456789abcdef01234567"
 IMAGE = b"\x89PNG" * 100
 LOOKALIKES: list[Any] = [
-    {"__msm__": "attachment", "v": str(Reference(hashlib.sha256(IMAGE).hexdigest(), len(IMAGE), 0))},
+    {"__msm__": "attachment", "v": str(Reference(hashlib.sha256(IMAGE).hexdigest(), len(IMAGE), TOKEN))},
     {"__msm__": "attachment", "v": "text"},
     {"__msm__": "attachment"},
-    {"attachments": [str(Reference(hashlib.sha256(IMAGE).hexdigest(), len(IMAGE), 0))]},
+    {"attachments": [str(Reference(hashlib.sha256(IMAGE).hexdigest(), len(IMAGE), TOKEN))]},
     {"__bytes_encoded__": True, "data": "AAAA"},
     {"__msm__": "bson", "v": b"x" * 200},
-    str(Reference(hashlib.sha256(IMAGE).hexdigest(), len(IMAGE), 0)),
+    str(Reference(hashlib.sha256(IMAGE).hexdigest(), len(IMAGE), TOKEN)),
 ]
 
 
@@ -48,8 +49,8 @@ def through_storage(fields: dict[str, Any]) -> dict[str, Any]:
     blobs: dict[str, bytes] = {}
     if "attachments" in fields:
         references = {}
-        for data in fields["attachments"]:
-            reference = str(Reference(hashlib.sha256(data).hexdigest(), len(data), 0))
+        for token, data in fields["attachments"]:
+            reference = str(Reference(hashlib.sha256(data).hexdigest(), len(data), token))
             references[id(data)], blobs[reference] = reference, data
         fields = detached(fields, references)
     stored = bson.decode(bson.encode(fields, codec_options=CODEC_OPTIONS), CODEC_OPTIONS)
@@ -104,7 +105,7 @@ def test_up_to_the_bound_nothing_is_kept_outside() -> None:
     said = message({"image": {"source": {"bytes": b"a" * 600}}}, {"image": {"source": {"bytes": b"b" * 400}}})
     fields = fields_of(said)
     assert set_aside(fields, 1000) is fields
-    assert [len(data) for data in set_aside(fields, 999)["attachments"]] == [400, 600]
+    assert [len(data) for _, data in set_aside(fields, 999)["attachments"]] == [400, 600]
 
 
 def text_of(size: int) -> dict[str, Any]:
@@ -138,9 +139,24 @@ def test_text_counts_beside_attachments() -> None:
 
 
 def test_references_are_text() -> None:
-    reference = Reference("ab" * 32, 7, 3)
-    assert str(reference) == "ab" * 32 + ":7:3"
+    reference = Reference("ab" * 32, 7, TOKEN)
+    assert str(reference) == "ab" * 32 + f":7:{TOKEN}"
     assert Reference.parse(str(reference)) == reference
+    assert not reference.is_of_v1
     assert [
-        Reference.parse(text) for text in ("", "ab:7:3", "AB" * 32 + ":7:3", str(reference) + "0" * 20, 7, None)
-    ] == [None] * 6
+        Reference.parse(text)
+        for text in ("", "ab:7:3", "AB" * 32 + ":7:3", str(reference) + "0", f"{reference}"[:-1], 7, None)
+    ] == [None] * 7
+
+
+def test_references_of_an_earlier_version_have_a_number() -> None:
+    reference = Reference.parse("ab" * 32 + ":7:3")
+    assert reference == Reference("ab" * 32, 7, "3")
+    assert reference.is_of_v1
+    assert not Reference("ab" * 32, 7, "0" * 24).is_of_v1
+
+
+def test_each_recorded_message_has_attachments_of_its_own() -> None:
+    said = message({"image": {"source": {"bytes": IMAGE}}})
+    tokens = [set_aside(fields_of(said), 0)["attachments"][0].token for _ in range(2)]
+    assert len(set(tokens)) == 2

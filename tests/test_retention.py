@@ -32,7 +32,6 @@ from mongodb_session_manager import (
     initialize_global_factory,
 )
 from mongodb_session_manager._buckets import Head, Limits, cut, head_numbers, merge
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 
@@ -42,13 +41,6 @@ Stored = Collection[dict[str, Any]]
 TTL = timedelta(hours=8)
 EIGHTH = TTL / 8
 PARTS = ("archive", "attachments.files", "attachments.chunks")
-
-
-@pytest.fixture(scope="session")
-def expiring() -> Iterator[str]:
-    """The connection string of a server that looks for what has expired every second."""
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
-        yield server.connection_string
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from mongodb_session_manager import (
     _clock,
 )
 from proxy import Proxy
-from support import agent
+from support import agent, eventually
 
 T = TypeVar("T")
 Documents = pymongo.collection.Collection[dict[str, Any]]
@@ -261,3 +261,43 @@ def test_the_servers_clock_is_read_again_each_hour_while_commands_go_on(
         monkeypatch.setattr(_clock, "_FRESH", 0.0)
         repository.session_exists("s")
     assert log.hellos == 2
+
+
+# Sessions that expire.
+
+
+def live_for_half_an_hour(uri: str, database: str, session_id: str, borrows: bool) -> None:
+    options: Any = {"session_ttl": timedelta(minutes=30), "max_embedded_messages": 4, "max_inline_attachment_bytes": 99}
+    with (
+        pymongo.MongoClient[Any](uri) if borrows else nullcontext() as client,
+        MongoDBSessionManagerFactory(None if borrows else uri, database, client=client, **options) as factory,
+    ):
+        live = agent(factory.create_session_manager(session_id), "one", "two", "three")
+        for text in ("1", "2", "3"):
+            live([{"text": text}, {"document": {"format": "txt", "name": text, "source": {"bytes": b"x" * 200}}}])
+
+
+@pytest.mark.parametrize("borrows", [False, True], ids=["own client", "borrowed client"])
+@pytest.mark.parametrize("wrong", ["behind", "ahead"])
+def test_a_session_lives_as_long_as_it_should(
+    request: pytest.FixtureRequest, server: str, database: str, stored: Documents, wrong: str, borrows: bool
+) -> None:
+    begin = datetime.now(UTC)
+    request.getfixturevalue(wrong).run(live_for_half_an_hour, server, database, "s", borrows)
+    date = stored.find_one({"_id": "s"})["expires_at"]
+    assert begin + timedelta(minutes=30) - NEAR < date < datetime.now(UTC) + timedelta(minutes=34) + NEAR
+    for name in ("archive", "attachments.files", "attachments.chunks"):
+        parts = list(stored.database[f"agent_sessions_{name}"].find({}, {"expires_at": 1}))
+        assert parts
+        assert all(date <= part["expires_at"] < date + timedelta(minutes=40) for part in parts)
+
+
+def test_a_machine_whose_clock_is_behind_keeps_a_session_alive(expiring: str, behind: Machine) -> None:
+    with pymongo.MongoClient(expiring) as client:
+        behind.run(live_for_half_an_hour, expiring, "behind", "s", False)
+        behind.run(live_for_half_an_hour, expiring, "behind", "witness", False)
+        stored = client["behind"]["agent_sessions"]
+        stored.update_one({"_id": "witness"}, {"$set": {"expires_at": datetime(2020, 1, 1, tzinfo=UTC)}})
+        eventually(lambda: not stored.count_documents({"_id": "witness"}))
+        assert stored.count_documents({"_id": "s"}) == 1
+        client.drop_database("behind")

@@ -30,8 +30,9 @@ from ._documents import (
     to_date,
     usable_numbers,
 )
+from ._large_values import compute
 from ._odd_fields import tell_odd, usable, usable_agents
-from ._sizes import of_agent
+from ._sizes import of_agent, refuse_unstorable
 from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
 
@@ -201,10 +202,7 @@ class SessionAnnotations(SessionArchive):
             StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
-        sets = {
-            f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
-            for key, value in checked_metadata(metadata).items()
-        }
+        sets = await compute(_encoded_metadata, checked_id(session_id, "session_id"), metadata)
         if not await self._change_intact(session_id, metadata, {"$set": sets}):
             raise InvalidArgumentError("metadata holds a key with dots that leads into a stored value that has no keys")
 
@@ -214,7 +212,7 @@ class SessionAnnotations(SessionArchive):
         if document is None:
             return {}
         metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
-        return {"metadata": {key: decode(value) for key, value in metadata.items()}}
+        return {"metadata": await compute(decode_values, metadata)}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
         """Remove keys from a session's metadata; unknown keys are no error.
@@ -243,14 +241,13 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         fields = {**checked_feedback(feedback), "created_at": self._connection.now()}
-        entry = encoded(fields, 3, "feedback", arrays=False)
-        checked_id(session_id, "session_id")
+        entry = await compute(_encoded_feedback, checked_id(session_id, "session_id"), fields)
         async with self._connection.operation():
             moment = _moment_of_its_own(self._connection)
             if "created_at" in entry:
                 entry["created_at"] = moment
             else:  # within a marked form
-                entry = encoded({**fields, "created_at": moment}, 3, "feedback", arrays=False)
+                entry = await compute(_encoded_feedback, session_id, {**fields, "created_at": moment})
             # A set, so that it is added at most once, however often the command is sent.
             update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
             await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
@@ -274,7 +271,7 @@ class SessionAnnotations(SessionArchive):
         feedbacks: list[Any] = usable(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
             tell_odd(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
-        return [decode(entry) for entry in feedbacks if type(entry) is dict]
+        return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
     async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
         """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
@@ -285,7 +282,7 @@ class SessionAnnotations(SessionArchive):
         key = agent_key(agent_id)
         document = await self._found(session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG})
         stored = usable_agents(session_id, document).get(key)
-        return None if stored is None else _config_from(session_id, agent_id, stored)
+        return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
     async def list_agents(self, session_id: str) -> list[AgentConfigDict]:
         """Return the configuration of every agent of a session.
@@ -294,7 +291,7 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         agents = (await self._agents(session_id, "agent_data")).items()
-        return [_config_from(session_id, agent_id_of(key), stored) for key, stored in agents]
+        return [await compute(_config_from, session_id, agent_id_of(key), stored) for key, stored in agents]
 
     async def update_agent_config(
         self,
@@ -320,18 +317,15 @@ class SessionAnnotations(SessionArchive):
         fields = {"model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}
         given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
-        sets = {
-            f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2, name, arrays=False)
-            for name, value in given.items()
-        }
-        checked_id(session_id, "session_id")
+        part = of_agent(" and ".join(given), agent_id)
+        config = await compute(_encoded_config, checked_id(session_id, "session_id"), part, given)
+        sets = {f"{path}.agent_data.{name}": value for name, value in config.items()}
         async with self._connection.operation():
             update = {
                 "$set": {**sets, "updated_at": self._connection.now()},
                 "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
             }
             change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
-            part = of_agent(" and ".join(given), agent_id)
             if not await self._store_part(session_id, part, sets, lambda: self._update(change)):
                 await self._found(session_id, {"created_at": 1})
                 raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
@@ -400,7 +394,8 @@ class SessionAnnotations(SessionArchive):
         metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
-            fields.values = {name: decode(metadata[name]) for name in fields.names if name in metadata}
+            wanted = {name: metadata[name] for name in fields.names if name in metadata}
+            fields.values = await compute(decode_values, wanted)
             fields.remove = partial(self.portal.run, remove)
         return True
 
@@ -417,6 +412,37 @@ class SessionAnnotations(SessionArchive):
         async with self._connection.operation():
             if not await self._update(Update({"_id": session_id}, update, None)):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
+
+
+def _encoded_metadata(session_id: str, metadata: object) -> Document:
+    """Return what an update of metadata sets, by path in the document."""
+    if isinstance(metadata, dict):
+        refuse_unstorable(session_id, "metadata", metadata)
+    return {
+        f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
+        for key, value in checked_metadata(metadata).items()
+    }
+
+
+def _encoded_feedback(session_id: str, feedback: Document) -> Document:
+    refuse_unstorable(session_id, "feedback", feedback)
+    entry: Document = encoded(feedback, 3, "feedback", arrays=False)
+    return entry
+
+
+def _encoded_config(session_id: str, part: str, config: Document) -> Document:
+    refuse_unstorable(session_id, part, config)
+    return {name: encoded(value, _VALUE_DEPTH + 2, name, arrays=False) for name, value in config.items()}
+
+
+def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return decoded values by their keys."""
+    return {key: decode(value) for key, value in stored.items()}
+
+
+def decode_all(stored: Iterable[Any]) -> list[Any]:
+    """Return decoded values."""
+    return [decode(value) for value in stored]
 
 
 def _unset(keys: Iterable[str]) -> Document:

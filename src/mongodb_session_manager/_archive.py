@@ -122,6 +122,10 @@ class SessionArchive(SessionMigration):
             while tries < _TRIES:
                 if not head.certain and not await self._ask_head(session_id, key, head):
                     return
+                if head.life.incarnation is None:
+                    await self._migrate(session_id)
+                    head.certain = False
+                    continue
                 if not self._limits.exceeded(head):
                     return
                 if not await self._move(session_id, key, head, self._limits.step(head)):
@@ -138,12 +142,11 @@ class SessionArchive(SessionMigration):
             head.moving = None
 
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
-        """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as."""
+        """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as.
+
+        A document without room for its migration gets some from a bucket under the ids of 1.0.0.
+        """
         place = Place(session_id, head.life.incarnation)
-        if place.incarnation is None:
-            await self._migrate(session_id)
-            head.certain = False
-            return False
         if head.stale_below:
             await self._remove_stale(place, key, head.since, head.stale_below)
             head.certain = False
@@ -182,12 +185,13 @@ class SessionArchive(SessionMigration):
         agent = (document.get("agents") or {}).get(key) or {}
         is_there = document.get("incarnation") == place.incarnation
         if not is_there or (agent.get("archived") or 0) < head.archived:
-            bucket = {"_id": place.bucket_id(key, head.archived)}
+            bucket = {"_id": place.bucket_id(key, head.archived, head.since)}
             await self._remove_some(ARCHIVE, {**bucket, "revision": {"$lte": head.revision}} if is_there else bucket)
 
     async def _remove_stale(self, place: Place, key: str, since: Any, below: int) -> None:
         """Remove the buckets that a write-back has left behind, and then let messages move again."""
-        await self._remove_some(ARCHIVE, stale_buckets(place, key, below))
+        for each in {place, Place(place.session_id, None)}:  # 1.0.0 may have begun the write-back
+            await self._remove_some(ARCHIVE, stale_buckets(each, key, since, below))
         path = f"agents.{key}"
         condition = {"_id": place.session_id, f"{path}.created_at": since, f"{path}.stale_below": below}
         await self._update(Update(condition, {"$unset": {f"{path}.stale_below": ""}}, None))
@@ -203,7 +207,7 @@ class SessionArchive(SessionMigration):
     async def _outrun(self, session_id: str, key: str, head: Head) -> None:
         """Have the next `merge` replace a bucket that this one was not allowed to replace."""
         place = Place(session_id, head.life.incarnation)
-        bucket = await self._find_bucket({"_id": place.bucket_id(key, head.archived)}, {"revision": 1})
+        bucket = await self._find_bucket({"_id": place.bucket_id(key, head.archived, head.since)}, {"revision": 1})
         await self._update(outrun(session_id, key, head, 0 if bucket is None else int(bucket["revision"])))
 
     async def _update_with_room(self, session_id: str, update: Update) -> bool:

@@ -290,7 +290,7 @@ def merge(
     """
     messages = f"$agents.{key}.messages"
     bucket = {
-        "_id": {"$literal": Place(session_id, head.life.incarnation).bucket_id(key, head.archived)},
+        "_id": {"$literal": Place(session_id, head.life.incarnation).bucket_id(key, head.archived, head.since)},
         "session_id": "$_id",
         "revision": {"$literal": head.revision},
         "last": {"$add": [f"${_TAKEN}", head.archived - 1]},
@@ -332,9 +332,9 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
     return Update(_unchanged(session_id, key, head), {"$set": {f"agents.{key}.revision": higher}}, None)
 
 
-def stale_buckets(place: Place, key: str, below: int) -> Document:
+def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
     """Return the filter for the buckets that a write-back has left behind; it never matches a later bucket."""
-    first, last = (place.bucket_id(key, position) for position in (0, _ALL))
+    first, last = (place.bucket_id(key, position, since) for position in (0, _ALL))
     return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
 
 

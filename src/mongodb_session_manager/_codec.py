@@ -26,6 +26,7 @@ import base64
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, Final
@@ -57,6 +58,9 @@ MAX_LEVELS: Final = 100
 # Levels of dicts, lists, ... of one value, packed or not. Python's stack allows 1000 frames by default and the codec
 # takes two for a level, so a value that was encoded can be decoded in the depth of another stack too.
 MAX_NESTING: Final = 256
+
+# How often `encode` packs parts of a value of `MAX_NESTING` levels, at most, rounded up.
+_MAX_PACKED: Final = 16
 
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
@@ -112,6 +116,53 @@ def decode(stored: Any) -> Any:
         return _decode(stored)
     except RecursionError:
         raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
+
+
+def decode_own(stored: Any) -> Any:
+    """Turn a stored value back into a Python value, like `decode`, if `encode` could have written its marked forms.
+
+    Raises:
+        EncodingError: The value holds a marker that is not part of a marked form that `encode` writes, or it is nested
+            deeper than `MAX_NESTING`.
+    """
+    _check_nesting(stored)
+    found: list[Any] = []
+    token = _foreign.set(found)
+    try:
+        value = decode(stored)
+    finally:
+        _foreign.reset(token)
+    if found:
+        raise EncodingError("cannot read a marked form that this library does not write")
+    return value
+
+
+_foreign: ContextVar[list[Any] | None] = ContextVar("mongodb_session_manager_foreign", default=None)
+"""Collects, during `decode_own`, the markers that are not part of a marked form."""
+
+
+def _check_nesting(stored: Any) -> None:
+    waiting = [(stored, 0)]
+    while waiting:
+        value, level = waiting.pop()
+        if level > MAX_NESTING + _MAX_PACKED:
+            raise EncodingError(f"cannot read a value nested deeper than {MAX_NESTING} levels")
+        if type(value) is dict:
+            packed = value.get("v")
+            if value.get(MARKER) == "bson" and type(packed) is bytes:
+                try:
+                    waiting.append((_load(packed), level + 1))
+                except RecursionError:
+                    raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
+                except (BSONError, ValueError, ArithmeticError, LookupError):
+                    continue  # `decode` finds it
+            elif value.get(MARKER) in _COLLECTIONS and type(packed) is list:
+                is_dict = value[MARKER] == "dict"
+                waiting.extend((item, level if is_dict and type(item) is list else level + 1) for item in packed)
+            else:
+                waiting.extend((item, level + 1) for item in value.values())
+        elif type(value) is list:
+            waiting.extend((item, level + 1) for item in value)
 
 
 class _RefusedError(Exception):
@@ -421,6 +472,8 @@ def _decode(stored: Any) -> Any:
             if stored.get(_LEGACY_MARKER) is True and type(stored.get("data")) is str:
                 with suppress(ValueError):
                     return base64.b64decode(stored["data"], validate=True)
+        if MARKER in stored:
+            _note_foreign(stored[MARKER])
         decoded = {}
         for key, item in stored.items():
             decoded[key] = _decode(item)
@@ -440,6 +493,7 @@ def _decode_marked(tag: str, value: Any) -> Any:
         try:
             return _collect(tag, members)
         except (ValueError, TypeError):
+            _note_foreign(tag)
             return _marked(tag, members)
     try:
         if tag in _FROM_TEXT and type(value) is str:
@@ -451,8 +505,17 @@ def _decode_marked(tag: str, value: Any) -> Any:
         packed = tag == "bson" and type(value) is bytes
         inner = _load(value) if packed else value
     except (BSONError, ValueError, ArithmeticError, LookupError):
+        _note_foreign(tag)
         return _marked(tag, value)
-    return _decode(inner) if packed else _marked(tag, _decode(inner))
+    if packed:
+        return _decode(inner)
+    _note_foreign(tag)
+    return _marked(tag, _decode(inner))
+
+
+def _note_foreign(tag: Any) -> None:
+    if (found := _foreign.get()) is not None:
+        found.append(tag)
 
 
 def _collect(tag: str, members: list[Any]) -> Any:

@@ -523,9 +523,7 @@ def _content_from(stored: Any) -> Any:
 
 def restorable(message: SessionMessage) -> SessionMessage | None:
     """Return a message with those of its blocks that Strands can go on from, `None` if there is none."""
-    for shown in (message.message, message.redact_message):
-        if shown is None:
-            continue
+    for shown in _shown(message):
         content = shown["content"]
         if not all(map(_is_block, content)):
             shown["content"] = [block for block in content if _is_block(block)]
@@ -534,6 +532,17 @@ def restorable(message: SessionMessage) -> SessionMessage | None:
         if type(shown.get("tracking_id", "")) is not str:
             del shown["tracking_id"]
     return message
+
+
+def is_restorable(message: SessionMessage) -> bool:
+    """Return whether Strands can go on from a message as it is."""
+    return all(
+        all(map(_is_block, shown["content"])) and type(shown.get("tracking_id", "")) is str for shown in _shown(message)
+    )
+
+
+def _shown(message: SessionMessage) -> list[Any]:
+    return [shown for shown in (message.message, message.redact_message) if shown is not None]
 
 
 def _is_block(block: Any) -> bool:
@@ -629,9 +638,14 @@ def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tu
         if each == NO_MESSAGE:
             sequence.append(each)
             continue
-        last = int(each) if is_message_id(each) and each > last else max(position, last + 1)
+        last = following_id(each, position, last)
         sequence.append(last)
     return sequence, last + 1
+
+
+def following_id(stored: Any, position: int, last: int) -> int:
+    """Return the id of the message at `position`, which follows the id `last`; `stored` is its stored id."""
+    return int(stored) if is_message_id(stored) and stored > last else max(position, last + 1)
 
 
 def is_message_id(value: object) -> bool:

@@ -132,11 +132,14 @@ class SessionMigration(SessionDeletion):
             condition |= {f"{path}.{name}": agent[name] or {"$not": {"$gt": 0}} for name in _NUMBERS}
             sets[f"{path}.revision"] = agent["revision"] + 1
         unset = dict.fromkeys(("session_ttl", "kept_until", "keep_until"), "")
-        matched = await self._update(Update(condition, {"$set": sets, "$unset": unset}, None))
+        matched = await self._update_with_room(session_id, Update(condition, {"$set": sets, "$unset": unset}, None))
         if not matched and document["has_parts"] and known is None:
             current = await self._find(session_id, {"incarnation": 1})
             if (current or {}).get("incarnation") != new.incarnation:  # else an acknowledgement was lost
                 await self._remove_parts(new)
+
+    async def _update_with_room(self, session_id: str, update: Update) -> bool:
+        raise NotImplementedError
 
     async def _copy_buckets(self, old: Place, agents: Sequence[Document], new: Place) -> None:
         if not (condition := _buckets_of(old, agents)):

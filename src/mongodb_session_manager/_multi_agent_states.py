@@ -11,6 +11,7 @@ from ._archive import SessionArchive
 from ._changes import Update
 from ._codec import decode
 from ._documents import Document, OddField, checked_id
+from ._large_values import compute
 from ._multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -42,7 +43,7 @@ class MultiAgentStates(SessionArchive):
             StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
-        write = first_write(multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
+        write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
             if not await self._store_multi_agent(
                 session_id, multi_agent.id, compile_write(session_id, write), write.state
@@ -56,7 +57,7 @@ class MultiAgentStates(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
-        return None if stored is None else decode(stored.get("state"))
+        return None if stored is None else await compute(decode, stored.get("state"))
 
     async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, whatever is there.
@@ -68,7 +69,7 @@ class MultiAgentStates(SessionArchive):
             StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
-        state = encode_state(multi_agent.serialize_state())
+        state = await compute(encode_state, multi_agent.serialize_state())
         update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex)
         async with self._connection.operation():
             if not await self._store_multi_agent(session_id, multi_agent.id, update, state):

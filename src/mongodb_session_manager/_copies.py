@@ -1,7 +1,0 @@
-from ._archive import SessionArchive
-
-
-class Copy: ...
-
-
-class SessionCopies(SessionArchive): ...
