@@ -2,8 +2,8 @@
 
 A page is one program: its ```python blocks share a namespace and an event loop, and may `await` at their top level.
 A ```text or ```json block right behind one is what it prints; `...` stands for anything, and a date, a tracking id, an
-ObjectId or a duration for any other; a time to the first byte is there only if it is a millisecond or more. HTML comments right
-before a block, which readers do not see, say what else there is to know:
+ObjectId or a duration for any other; a time to the first byte is there only if it is a millisecond or more. HTML
+comments right before a block, which readers do not see, say what else there is to know:
 
     <!-- model: ["Hello.", {"tool": "add", "input": {"a": 1, "b": 2}}] -->     what the model is to say next
     <!-- not run: it needs ... -->                                              why it cannot run here
