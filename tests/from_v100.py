@@ -43,6 +43,16 @@ def load(database: Database[dict[str, Any]], collection: str = "agent_sessions",
         database[target].insert_many(moved)
 
 
+def load_as(database: Database[dict[str, Any]], session_id: str, new_id: str) -> None:
+    """Store one of the sessions under another id."""
+    options = json_util.CANONICAL_JSON_OPTIONS.with_options(tz_aware=True, tzinfo=UTC)
+    for line in (HERE / "collections.jsonl").read_text().splitlines():
+        if f'"{session_id}"' in line:
+            found = json_util.loads(line.replace(f'"{session_id}"', json.dumps(new_id)), json_options=options)
+            if _session_of(found["document"]) == new_id:
+                database[found["collection"]].insert_one(found["document"])
+
+
 def export_of(session_id: str) -> list[str]:
     """Return the lines that 1.0.0 exported."""
     return (HERE / f"{session_id}.export.jsonl").read_text().splitlines(keepends=True)
@@ -62,6 +72,15 @@ def left_under_old_ids(database: Database[dict[str, Any]], session_id: str) -> l
         for found in database[f"agent_sessions{suffix}"].find({}, {"_id": 1})
         if _session_of(found) == session_id
     ]
+
+
+def traces(database: Database[dict[str, Any]], session_id: str) -> set[str]:
+    """Return the collections in which an id occurs anywhere, as bytes of BSON."""
+    return {
+        name
+        for name in database.list_collection_names()
+        if any(session_id.encode() in batch for batch in database[name].find_raw_batches())
+    }
 
 
 def all_that_is_stored(database: Database[dict[str, Any]]) -> dict[str, list[bytes]]:

@@ -42,7 +42,7 @@ class CommandLog(monitoring.CommandListener):
         eventually(lambda: name in self.names)
 
 
-def eventually(condition: Callable[[], object], seconds: float = 3.0) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Wait until `condition()` is true."""
     end = time.monotonic() + seconds
     while not condition():

@@ -16,6 +16,7 @@ import pytest
 from bson import ObjectId
 from pymongo.database import Database
 from strands.types.session import SessionMessage
+from test_ending import traces
 
 from from_v100 import (
     EXPECTED,
@@ -27,11 +28,11 @@ from from_v100 import (
     left_under_old_ids,
     load,
     shown,
+    traces,
 )
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository, SessionConflictError
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import agent, eventually, texts
-from test_ending import traces
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -94,7 +95,7 @@ def assert_whole(
 
 def assert_nothing_left(database: Database[dict[str, Any]], session_id: str) -> None:
     database["agent_sessions"].update_many({}, {"$unset": {"copy_of": ""}})  # which names the session
-    assert traces(database.client, database.name, session_id) == set()
+    assert traces(database, session_id) == set()
     live = {found.get("incarnation") for found in database["agent_sessions"].find()}
     for suffix in OUTSIDE:
         for found in database[f"agent_sessions{suffix}"].find({}, {"_id": 1}):
@@ -529,7 +530,7 @@ def test_no_part_of_a_session_that_is_written_to_expires_early(
             nearly_expired[f"agent_sessions{suffix}"].update_many(
                 {"session_id": EXPIRING}, {"$set": {"expires_at": moment}}
             )
-        eventually(lambda: traces(nearly_expired.client, nearly_expired.name, EXPIRING) == set())
+        eventually(lambda: traces(nearly_expired, EXPIRING) == set())
         for session_id in ("v100-archive", "v100-attachments"):
             assert_whole(repository, session_id)
 
