@@ -1,9 +1,9 @@
 """Pages of documentation as programs: their blocks, run from top to bottom as they stand there.
 
 A page is one program: its ```python blocks share a namespace and an event loop, and may `await` at their top level.
-A ```text or ```json block right behind one is what it prints; `...` stands for anything, and a date, a tracking id or a
-duration for any other; a time to the first byte is there only if it is a millisecond or more. HTML comments right
-before a block, which readers do not see, say what else there is to know:
+A ```text or ```json block right behind one is what it prints; `...` stands for anything, and a date, a tracking id, an
+ObjectId or a duration for any other; a time to the first byte is there only if it is a millisecond or more. HTML
+comments right before a block, which readers do not see, say what else there is to know:
 
     <!-- model: ["Hello.", {"tool": "add", "input": {"a": 1, "b": 2}}] -->     what the model is to say next
     <!-- not run: it needs ... -->                                              why it cannot run here
@@ -39,7 +39,7 @@ _BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _VOLATILE = re.compile(
-    r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?|\b1\d{15}\b"
+    r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\b\d\.\d{6,}(?:e-\d+)?|\b[0-9a-f]{24}\b"
 )
 _QUICK = re.compile(r',\s*"timeToFirstByteMs": \d+')
 _COMMENT = re.compile(r"<!-- (model|not run): (.*?) -->", re.DOTALL)
