@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full-adversity", action="store_true", help="fail over ten times and kill twenty processes instead of a few"
     )
+    parser.addoption("--seeds", help="which changed exports are imported: the first seed, a plus sign, and how many")
     parser.addoption(
         "--full-conformance", action="store_true", help="resume each cut of a conversation in every way, not in one"
     )
@@ -68,6 +69,13 @@ def server(request: pytest.FixtureRequest) -> str:
 def standalone(kept_in_memory: None) -> Iterator[str]:
     """The connection string of a server without a replica set, where the driver retries nothing."""
     with EmbeddedMongoDB(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
+        yield server.connection_string
+
+
+@pytest.fixture(scope="session")
+def expiring(kept_in_memory: None) -> Iterator[str]:
+    """The connection string of a server that looks for what has expired every second."""
+    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
         yield server.connection_string
 
 

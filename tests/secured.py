@@ -58,12 +58,13 @@ def mongod(*arguments: str, **client_options: Any) -> Iterator[str]:
 
 @contextmanager
 def with_users() -> Iterator[str]:
-    """Run a mongod with the users root, reader (of everything) and stranger (of nothing) and yield host and port."""
+    """Run a mongod and yield host and port; its users are root, reader and writer (of everything), and stranger."""
     with mongod("--auth", "--setParameter", "enableTestCommands=1") as host:
         with pymongo.MongoClient(host, directConnection=True) as client:
             client.admin.command("createUser", ADMIN, pwd=PASSWORD, roles=["root"])
         with pymongo.MongoClient(host, username=ADMIN, password=PASSWORD, directConnection=True) as client:
             client.admin.command("createUser", "reader", pwd=PASSWORD, roles=["readAnyDatabase"])
+            client.admin.command("createUser", "writer", pwd=PASSWORD, roles=["readWriteAnyDatabase"])
             client.admin.command("createUser", "stranger", pwd=PASSWORD, roles=[])
         yield host
 

@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -129,6 +130,18 @@ def test_a_user_who_may_only_read_is_told_at_the_first_write(secured: str) -> No
     with pytest.raises(AccessDeniedError) as raised:
         MongoDBSessionManager("s", uri(secured, "reader"))
     check_sentence(raised.value, "'reader'", "'support'", "readWrite")
+
+
+def test_a_user_who_may_only_read_and_write_changes_how_long_sessions_live(secured: str) -> None:
+    with pymongo.MongoClient(uri(secured, "writer"), tz_aware=True) as client:
+        stored = client["support"]["agent_sessions"]
+        for hours in (1, 9):
+            options: Any = {"session_ttl": timedelta(hours=hours)}
+            with MongoDBSessionRepository(uri(secured, "writer"), **options) as repository:
+                repository.open_session("s")
+                repository.update_metadata("s", {"hours": hours})
+            assert stored.find_one()["expires_at"] >= datetime.now(UTC) + timedelta(hours=hours)
+        assert stored.index_information()["expires_at_1"]["expireAfterSeconds"] == 0
 
 
 def test_a_user_given_as_client_options_is_named(secured: str) -> None:

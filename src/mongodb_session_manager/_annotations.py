@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypedDict
 
@@ -16,8 +16,8 @@ from pymongo import ReturnDocument
 
 from ._archive import SessionArchive
 from ._changes import Update
-from ._codec import MARKER, decode, encode, subscript
-from ._connection import AsyncCollection
+from ._codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
+from ._connection import AsyncCollection, Connection
 from ._documents import (
     USAGE,
     Document,
@@ -26,19 +26,20 @@ from ._documents import (
     array_at,
     checked_id,
     entries_at,
-    now,
     number_at,
     to_date,
     usable_numbers,
 )
+from ._large_values import compute
 from ._odd_fields import tell_odd, usable, usable_agents
-from ._sizes import of_agent
+from ._sizes import of_agent, refuse_unstorable
 from ._stored_fields import asked_for
 from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
 _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
 _VALUE_DEPTH = 2  # document, metadata or agent_data, value
+_CROWD = timedelta(minutes=1)  # a later date is no crowd of feedback, but of a clock that was wrong
 
 
 class AgentConfigDict(TypedDict):
@@ -172,14 +173,17 @@ def _place(member: Any) -> tuple[str, Any]:
     return type(member).__name__, member if isinstance(member, str | bytes) else repr(member)
 
 
-_latest = datetime.min.replace(tzinfo=UTC)
+_latest: dict[object, datetime] = {}
+"""The latest date of feedback, by server or client."""
 
 
-def _moment_of_its_own() -> datetime:
-    """Return the present, later than any it returned before: it tells equal feedback from each other."""
-    global _latest
-    _latest = max(now(), _latest + timedelta(milliseconds=1))
-    return _latest
+def _moment_of_its_own(connection: Connection) -> datetime:
+    """Return the server's time, later than any it returned before: it tells equal feedback from each other."""
+    moment, latest = connection.now(), _latest.get(connection.identity)
+    if latest is not None and moment <= latest < moment + _CROWD:
+        moment = latest + timedelta(milliseconds=1)
+    _latest[connection.identity] = moment
+    return moment
 
 
 class SessionAnnotations(SessionArchive):
@@ -198,11 +202,8 @@ class SessionAnnotations(SessionArchive):
             StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
-        sets = {
-            f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
-            for key, value in checked_metadata(metadata).items()
-        }
-        if not await self._change_intact(session_id, metadata, {"$set": {**sets, "updated_at": now()}}):
+        sets = await compute(_encoded_metadata, checked_id(session_id, "session_id"), metadata)
+        if not await self._change_intact(session_id, metadata, {"$set": sets}):
             raise InvalidArgumentError("metadata holds a key with dots that leads into a stored value that has no keys")
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class SessionAnnotations(SessionArchive):
         if document is None:
             return {}
         metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
-        return {"metadata": {key: decode(value) for key, value in metadata.items()}}
+        return {"metadata": await compute(decode_values, metadata)}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
         """Remove keys from a session's metadata; unknown keys are no error.
@@ -239,12 +240,16 @@ class SessionAnnotations(SessionArchive):
             StateTooLargeError: The session's document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
-        moment = _moment_of_its_own()
-        entry = encoded({**checked_feedback(feedback), "created_at": moment}, 3, "feedback", arrays=False)
-        # A set, so that it is added at most once, however often the command is sent.
-        update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
-        checked_id(session_id, "session_id")
+        fields = {**checked_feedback(feedback), "created_at": self._connection.now()}
+        entry = await compute(_encoded_feedback, checked_id(session_id, "session_id"), fields)
         async with self._connection.operation():
+            moment = _moment_of_its_own(self._connection)
+            if "created_at" in entry:
+                entry["created_at"] = moment
+            else:  # within a marked form
+                entry = await compute(_encoded_feedback, session_id, {**fields, "created_at": moment})
+            # A set, so that it is added at most once, however often the command is sent.
+            update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
             await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
 
     async def get_application_name(self, session_id: str) -> str | None:
@@ -266,7 +271,7 @@ class SessionAnnotations(SessionArchive):
         feedbacks: list[Any] = usable(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
             tell_odd(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
-        return [decode(entry) for entry in feedbacks if type(entry) is dict]
+        return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
     async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
         """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
@@ -277,7 +282,7 @@ class SessionAnnotations(SessionArchive):
         key = agent_key(agent_id)
         document = await self._found(session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG})
         stored = usable_agents(session_id, document).get(key)
-        return None if stored is None else _config_from(session_id, agent_id, stored)
+        return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
     async def list_agents(self, session_id: str) -> list[AgentConfigDict]:
         """Return the configuration of every agent of a session.
@@ -286,7 +291,7 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         agents = (await self._agents(session_id, "agent_data")).items()
-        return [_config_from(session_id, agent_id_of(key), stored) for key, stored in agents]
+        return [await compute(_config_from, session_id, agent_id_of(key), stored) for key, stored in agents]
 
     async def update_agent_config(
         self,
@@ -312,18 +317,15 @@ class SessionAnnotations(SessionArchive):
         fields = {"model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}
         given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
-        sets = {
-            f"{path}.agent_data.{name}": encoded(value, _VALUE_DEPTH + 2, name, arrays=False)
-            for name, value in given.items()
-        }
-        update = {
-            "$set": {**sets, "updated_at": now()},
-            "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
-        }
-        checked_id(session_id, "session_id")
+        part = of_agent(" and ".join(given), agent_id)
+        config = await compute(_encoded_config, checked_id(session_id, "session_id"), part, given)
+        sets = {f"{path}.agent_data.{name}": value for name, value in config.items()}
         async with self._connection.operation():
+            update = {
+                "$set": {**sets, "updated_at": self._connection.now()},
+                "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
+            }
             change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
-            part = of_agent(" and ".join(given), agent_id)
             if not await self._store_part(session_id, part, sets, lambda: self._update(change)):
                 await self._found(session_id, {"created_at": 1})
                 raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
@@ -368,6 +370,7 @@ class SessionAnnotations(SessionArchive):
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             condition = {"_id": session_id, **intact}
+            update = {**update, "$set": {**update.get("$set", {}), "updated_at": self._connection.now()}}
             change = partial(self._change_metadata, session_id, condition, update)
             if await self._store_part(session_id, "metadata", update["$set"], change):
                 return True
@@ -391,7 +394,8 @@ class SessionAnnotations(SessionArchive):
         metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
-            fields.values = {name: decode(metadata[name]) for name in fields.names if name in metadata}
+            wanted = {name: metadata[name] for name in fields.names if name in metadata}
+            fields.values = await compute(decode_values, wanted)
             fields.remove = partial(self.portal.run, remove)
         return True
 
@@ -400,7 +404,8 @@ class SessionAnnotations(SessionArchive):
         path = f"metadata.{name}"
         condition = {"_id": session_id, path: value}
         async with self._connection.operation():
-            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": now()}}, None))
+            moment = self._connection.now()
+            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": moment}}, None))
 
     async def _change(self, session_id: str, update: Document) -> None:
         checked_id(session_id, "session_id")
@@ -409,9 +414,40 @@ class SessionAnnotations(SessionArchive):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
 
 
+def _encoded_metadata(session_id: str, metadata: object) -> Document:
+    """Return what an update of metadata sets, by path in the document."""
+    if isinstance(metadata, dict):
+        refuse_unstorable(session_id, "metadata", metadata)
+    return {
+        f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
+        for key, value in checked_metadata(metadata).items()
+    }
+
+
+def _encoded_feedback(session_id: str, feedback: Document) -> Document:
+    refuse_unstorable(session_id, "feedback", feedback)
+    entry: Document = encoded(feedback, 3, "feedback", arrays=False)
+    return entry
+
+
+def _encoded_config(session_id: str, part: str, config: Document) -> Document:
+    refuse_unstorable(session_id, part, config)
+    return {name: encoded(value, _VALUE_DEPTH + 2, name, arrays=False) for name, value in config.items()}
+
+
+def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return decoded values of metadata by their keys."""
+    return {key: decode(value, nesting=MAX_NESTING + MAX_LEVELS) for key, value in stored.items()}
+
+
+def decode_all(stored: Iterable[Any]) -> list[Any]:
+    """Return decoded values."""
+    return [decode(value) for value in stored]
+
+
 def _unset(keys: Iterable[str]) -> Document:
     unset = {f"metadata.{key}": "" for key in keys}
-    return {"$set": {"updated_at": now()}, **({"$unset": unset} if unset else {})}
+    return {"$unset": unset} if unset else {}
 
 
 def _leads_into_marked(stored: Any, key: str) -> bool:

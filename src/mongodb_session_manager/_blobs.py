@@ -55,7 +55,7 @@ class Bucket:
             "_id": file,
             "length": len(data),
             "chunkSize": CHUNK,
-            "uploadDate": now(),
+            "uploadDate": self._connection.now(),
             "metadata": {"key": key},
         }
         await self._files(lambda files: files.replace_one({"_id": file}, document, upsert=True))
@@ -111,7 +111,7 @@ class Bucket:
         """
         abandoned = {
             "filename": None,
-            "uploadDate": {"$lt": now() - DOUBT_TIME},
+            "uploadDate": {"$lt": self._connection.now() - DOUBT_TIME},
             "metadata.key": {"$type": "string"},  # not somebody else's
         }
         for document in await self._files(

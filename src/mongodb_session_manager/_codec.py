@@ -24,16 +24,19 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from itertools import repeat
 from typing import Any, Final
 from uuid import UUID
 
 import bson
 from bson import Binary, Code, Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
-from bson.binary import UuidRepresentation
+from bson.binary import UUID_SUBTYPE, UuidRepresentation
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError, InvalidBSON
@@ -45,7 +48,10 @@ MARKER: Final = "__msm__"
 CODEC_OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     tz_aware=True,
     tzinfo=UTC,
-    uuid_representation=UuidRepresentation.STANDARD,
+    # With STANDARD, one UUID of another length than 16 bytes makes the whole answer unreadable.
+    uuid_representation=UuidRepresentation.UNSPECIFIED,
+    # Other drivers and hands have stored strings that are no UTF-8.
+    unicode_decode_error_handler="replace",
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # a date beyond the year 9999 is a `DatetimeMS`
 )
 
@@ -57,6 +63,9 @@ MAX_LEVELS: Final = 100
 # Levels of dicts, lists, ... of one value, packed or not. Python's stack allows 1000 frames by default and the codec
 # takes two for a level, so a value that was encoded can be decoded in the depth of another stack too.
 MAX_NESTING: Final = 256
+
+# How often `encode` packs parts of a value of `MAX_NESTING` levels, at most, rounded up.
+_MAX_PACKED: Final = 16
 
 _INT64_MIN: Final = -(2**63)
 _INT64_MAX: Final = 2**63 - 1
@@ -93,7 +102,7 @@ def encode(value: Any, *, depth: int = 0, name: str = "value") -> Any:
         raise_alone(EncodingError(f"cannot store a value that cannot be read: {type(error).__name__}"))
 
 
-def decode(stored: Any) -> Any:
+def decode(stored: Any, *, nesting: int = MAX_NESTING) -> Any:
     """Turn a stored value back into what was given to `encode`.
 
     Strands' own form of bytes, `{"__bytes_encoded__": True, "data": <base64>}`, becomes bytes. A marked form that
@@ -101,6 +110,7 @@ def decode(stored: Any) -> Any:
 
     Args:
         stored: A value read with `CODEC_OPTIONS`.
+        nesting: How many levels the value can have; what is packed deeper was not written by `encode`.
 
     Returns:
         A new value; nothing of it is shared with `stored` but what cannot change.
@@ -109,9 +119,57 @@ def decode(stored: Any) -> Any:
         EncodingError: The nesting of the stored value is deeper than Python's stack allows here.
     """
     try:
-        return _decode(stored)
-    except RecursionError:
+        return _decode(stored, nesting)
+    except (RecursionError, _TooDeepError):
         raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
+
+
+def decode_own(stored: Any) -> Any:
+    """Turn a stored value back into a Python value, like `decode`, if `encode` could have written its marked forms.
+
+    Raises:
+        EncodingError: The value holds a marker that is not part of a marked form that `encode` writes, or it is nested
+            deeper than `MAX_NESTING`.
+    """
+    _check_nesting(stored)
+    found: list[Any] = []
+    token = _foreign.set(found)
+    try:
+        value = decode(stored)
+    finally:
+        _foreign.reset(token)
+    if found:
+        raise EncodingError("cannot read a marked form that this library does not write")
+    return value
+
+
+_foreign: ContextVar[list[Any] | None] = ContextVar("mongodb_session_manager_foreign", default=None)
+"""Collects, during `decode_own`, the markers that are not part of a marked form."""
+
+
+def _check_nesting(stored: Any) -> None:
+    waiting = [(stored, 0)]
+    while waiting:
+        value, level = waiting.pop()
+        if level > MAX_NESTING + _MAX_PACKED:
+            raise EncodingError(f"cannot read a value nested deeper than {MAX_NESTING} levels")
+        if type(value) is dict:
+            packed = value.get("v")
+            tag = value[MARKER] if type(value.get(MARKER)) is str else None
+            if tag == "bson" and type(packed) is bytes:
+                try:
+                    waiting.append((_load(packed), level + 1))
+                except RecursionError:
+                    raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
+                except (BSONError, ValueError, ArithmeticError, LookupError):
+                    continue  # `decode` finds it
+            elif tag in _COLLECTIONS and type(packed) is list:
+                is_pair = tag == "dict"
+                waiting.extend((item, level if is_pair and type(item) is list else level + 1) for item in packed)
+            else:
+                waiting.extend((item, level + 1) for item in value.values())
+        elif type(value) is list:
+            waiting.extend((item, level + 1) for item in value)
 
 
 class _RefusedError(Exception):
@@ -412,34 +470,47 @@ def _load(data: bytes) -> Any:
         raise
 
 
-def _decode(stored: Any) -> Any:
+class _TooDeepError(Exception):
+    """A stored value has more levels than `encode` writes."""
+
+
+def _decode(stored: Any, nesting: int) -> Any:
     kind = type(stored)
+    if kind is dict or kind is list:
+        if nesting <= 0:
+            raise _TooDeepError
+        nesting -= 1
     if kind is dict:
         if len(stored) == 2:
             if MARKER in stored and type(stored[MARKER]) is str and "v" in stored:
-                return _decode_marked(stored[MARKER], stored["v"])
+                return _decode_marked(stored[MARKER], stored["v"], nesting)
             if stored.get(_LEGACY_MARKER) is True and type(stored.get("data")) is str:
                 with suppress(ValueError):
                     return base64.b64decode(stored["data"], validate=True)
+        if MARKER in stored:
+            _note_foreign(stored[MARKER])
         decoded = {}
         for key, item in stored.items():
-            decoded[key] = _decode(item)
+            decoded[key] = _decode(item, nesting)
         return decoded
     if kind is list:
-        return list(map(_decode, stored))
+        return list(map(_decode, stored, repeat(nesting)))
+    if kind is Binary and stored.subtype == UUID_SUBTYPE and len(stored) == 16:
+        return stored.as_uuid()
     return int(stored) if kind is Int64 else stored
 
 
-def _decode_marked(tag: str, value: Any) -> Any:
+def _decode_marked(tag: str, value: Any, nesting: int) -> Any:
     if tag in _COLLECTIONS and type(value) is list:
         # Decoded once, before it shows whether the form is well-formed: forms within forms stay linear.
         members: list[Any] = []
         for member in value:
             is_pair = tag == "dict" and type(member) is list
-            members.append(list(map(_decode, member)) if is_pair else _decode(member))
+            members.append(list(map(_decode, member, repeat(nesting))) if is_pair else _decode(member, nesting))
         try:
             return _collect(tag, members)
         except (ValueError, TypeError):
+            _note_foreign(tag)
             return _marked(tag, members)
     try:
         if tag in _FROM_TEXT and type(value) is str:
@@ -451,8 +522,34 @@ def _decode_marked(tag: str, value: Any) -> Any:
         packed = tag == "bson" and type(value) is bytes
         inner = _load(value) if packed else value
     except (BSONError, ValueError, ArithmeticError, LookupError):
+        _note_foreign(tag)
         return _marked(tag, value)
-    return _decode(inner) if packed else _marked(tag, _decode(inner))
+    except RecursionError:
+        if not _has_stack():
+            raise
+        _note_foreign(tag)
+        return _marked(tag, value)
+    if not packed:
+        _note_foreign(tag)
+        return _marked(tag, _decode(inner, nesting))
+    try:
+        return _decode(inner, nesting + 1)
+    except _TooDeepError:
+        _note_foreign(tag)
+        return _marked(tag, value)
+
+
+def _note_foreign(tag: Any) -> None:
+    if (found := _foreign.get()) is not None:
+        found.append(tag)
+
+
+def _has_stack() -> bool:
+    """Return whether half of the stack is left, which is more than decoding a packed form of `encode` takes."""
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth < sys.getrecursionlimit() // 2
 
 
 def _collect(tag: str, members: list[Any]) -> Any:

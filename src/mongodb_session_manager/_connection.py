@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import reprlib
+import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -32,9 +33,9 @@ from pymongo.read_concern import ReadConcern
 from pymongo.topology_description import TopologyDescription
 from pymongo.uri_parser import parse_uri
 
+from ._clock import clock_of
 from ._codec import CODEC_OPTIONS
-from ._documents import now
-from ._driver_errors import Account, driver_errors
+from ._driver_errors import Account, driver_errors, may_be_sent_again
 from ._gate import Gate, GatedLoop
 from ._loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
 from .errors import (
@@ -61,6 +62,11 @@ SOCKET_TIMEOUT_MS = 30_000
 """How long an owned client waits for an answer unless the user says otherwise; the driver would wait for ever."""
 
 _CHECK_GRACE = 0.5  # seconds
+
+_HELLO_PAUSES = (0.05, 0.2, 0.8)
+"""Seconds before the server is asked again for its clock after a lost connection."""
+
+_UNKNOWN_COMMAND = 59
 
 _OPEN: AbstractAsyncContextManager[None] = nullcontext()
 
@@ -393,6 +399,7 @@ class Connection:
         self._portal: Portal | None = None
         self._pid = os.getpid()
         self._counter = _PoolCounter()
+        self._clock = clock_of(lent)
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._operations = 0
         self._idle = asyncio.Event()
@@ -491,7 +498,7 @@ class Connection:
         if self._synchronous is not None:
             return _wrapped(self._synchronous, loop)
         options = self.settings.bounded_options()
-        listeners = [*options.pop("event_listeners", ()), self._counter]
+        listeners = [*options.pop("event_listeners", ()), self._counter, self._clock]
         make = partial(
             AsyncIOMotorClient, self.settings.connection_string, io_loop=loop, event_listeners=listeners, **options
         )
@@ -548,6 +555,7 @@ class Connection:
             self._finalizer.detach()
         self._client, self._loop, self._finalizer, self._gate, self._threaded = None, None, None, None, None
         self._pid, self._counter, self._operations, self._tasks = os.getpid(), _PoolCounter(), 0, set()
+        self._clock = clock_of(self.settings.client)
         self._idle, self._opening = asyncio.Event(), asyncio.Lock()
 
     def _refuse_in_child(self) -> None:
@@ -572,11 +580,15 @@ class Connection:
         return collection
 
     @asynccontextmanager
-    async def operation(self) -> AsyncIterator[None]:
+    async def operation(self, *, timed: bool = True) -> AsyncIterator[None]:
         """Count as under way, so that closing waits; operations inside of one are part of it.
+
+        Args:
+            timed: Whether to wait until `now` is the server's time.
 
         Raises:
             SessionClosedError: The connection is closed or closing.
+            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
         if self._closing and not _entered.get():
             raise SessionClosedError("the connection is closed: open a new manager or factory")
@@ -585,6 +597,8 @@ class Connection:
         token = _entered.set(True)
         self._operations += 1
         try:
+            if timed and self._clock.is_due():
+                await self._read_clock()
             yield
         finally:
             _entered.reset(token)
@@ -592,14 +606,68 @@ class Connection:
             if not self._operations:
                 self._idle.set()
 
-    def now(self) -> datetime:
-        return now()
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run `work` beside the operations; closing waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def now(self) -> datetime:
+        """Return the server's time as MongoDB stores it: UTC, whole milliseconds. Use it within an operation.
+
+        Dates that several processes compare come from here: their machines' clocks can differ.
+        """
+        return self._clock.now()
+
+    async def _read_clock(self) -> None:
+        """Learn the server's time; wait for it only if it is unknown."""
+        clock = self._clock
+        if clock.is_known():
+            clock.postpone()
+            self.start(self._refresh_clock())
+            return
+        with driver_errors(account=self.account):
+            await self._server(await self._commanded())
+            if clock.is_known():  # from the heartbeats
+                return
+            if clock.asking is None or clock.asking.get_loop() is not asyncio.get_running_loop():
+                clock.asking = self.start(self._say_hello())
+                clock.asking.add_done_callback(clock.asked)
+            await asyncio.shield(clock.asking)
+
+    async def _refresh_clock(self) -> None:
+        try:
+            await self._say_hello()
+        except Exception as error:
+            logger.debug("error=<%s> | the server's clock was not read again", type(error).__name__)
+
+    async def _say_hello(self) -> None:
+        """Take a reading of the server's clock with a command."""
+        client = await self._commanded()
+        for pause in (*_HELLO_PAUSES, None):
+            try:
+                async with self.admission():
+                    begun = time.monotonic()
+                    reply = await client.admin.command("hello", codec_options=CODEC_OPTIONS)
+                self._clock.learn(reply.get("localTime"), time.monotonic() - begun)
+                return
+            except driver.PyMongoError as error:
+                if pause is None or not may_be_sent_again(error):
+                    if not isinstance(error, driver.OperationFailure):
+                        raise
+                    if error.code == _UNKNOWN_COMMAND:
+                        self._clock.postpone()
+                    return  # another refusal, such as that of a password, comes again with the next command
+            await asyncio.sleep(pause)
+
+    async def _server(self, client: AsyncClient) -> None:
+        """Wait until a server that takes writes is known, as long as a command would."""
+        if self._gate is not None:
+            await self._gate.server()
+        elif isinstance(client, AsyncMongoClient):
+            with pymongo.timeout(_options(client).timeout):
+                _ = await client.is_primary
 
     def account(self, database: str | None = None) -> Account:
         """Return the client's user and servers, for errors about access to a database."""
@@ -617,7 +685,7 @@ class Connection:
 
     async def ping(self) -> None:
         """Raise unless the server answers."""
-        async with self.operation():
+        async with self.operation(timed=False):
             with driver_errors(account=self.account):
                 await self._ask("ping")
 
@@ -627,7 +695,7 @@ class Connection:
             raise InvalidArgumentError(f"timeout must be a number of seconds > 0, got {seconds!r}")
         try:
             # The driver's limit gives the better error; the outer limit is for steps that the driver cannot limit.
-            async with asyncio.timeout(seconds + _CHECK_GRACE), self.operation():
+            async with asyncio.timeout(seconds + _CHECK_GRACE), self.operation(timed=False):
                 with driver_errors(account=partial(self.account, database)), pymongo.timeout(seconds):
                     await (await self.collection(database, name)).find_one({"_id": ""}, {"_id": 1})
         except TimeoutError as error:
@@ -637,7 +705,7 @@ class Connection:
 
     async def server_version(self) -> str | None:
         """Return the version of the server, like `"7.0.14"`; `None` if the server refuses the command."""
-        async with self.operation():
+        async with self.operation(timed=False):
             try:
                 with driver_errors(account=self.account):
                     return str((await self._ask("buildInfo"))["version"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 
+from ._exports import SessionExports
+from ._forks import SessionForks
+from ._imports import SessionImports, feed
 from ._loop import portal_to
 
 
-class SessionCopying:
-    _export = _import = None
-    """Stands in until the rest is merged."""
+class SessionCopying(SessionExports, SessionImports, SessionForks):
+    """The part of the repository that copies sessions."""
 
     async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
@@ -33,13 +35,14 @@ class SessionCopying:
     ) -> str:
         """Store an exported session and return its id; nothing of it is visible before all of it is stored.
 
-        Nobody has to vouch for the stream. What fails, is cancelled or refused leaves no session; what a killed process
-        has stored is invisible, and removed by the next copy into a session of that id. Dates stay; but a session that
-        is to expire counts as written to now.
+        The stream can come from an untrusted source. An import that fails, is cancelled or refused leaves nothing. What
+        a killed process has stored is invisible, and other processes remove it when its lease of a minute is over.
+        Dates stay. A session that expires has its whole time to live ahead, however long the import takes.
 
         Args:
-            stream: What `export_session` yielded: lines of `str` or `bytes`, with or without their ends, or an open
-                file. An iterable that is not asynchronous is read in threads where an event loop must not wait.
+            stream: The lines that `export_session` yielded: an open file, or an iterable of `str` or `bytes`, each of
+                them a line or any part of the text. An iterable that is not asynchronous is read in threads where an
+                event loop must not wait.
             session_id: The new session; `None` for the id it was exported with.
 
         Raises:

@@ -1,12 +1,14 @@
-"""What a fork takes of its session, and the aggregation that makes its document. Pure."""
+"""The aggregations that make the document of a fork out of that of its session. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from ._buckets import head_numbers
+from ._changes import REMOVED
 from ._codec import decode, encode
 from ._documents import (
     MESSAGE_USAGE,
@@ -21,7 +23,7 @@ from ._documents import (
     odd_at,
     usable_numbers,
 )
-from ._untrusted import LEFT_BEHIND
+from ._layout import LIVE
 from .errors import AgentNotFoundError, InvalidArgumentError
 
 AtMessage = int | Mapping[str, int] | None
@@ -71,7 +73,6 @@ def facts(ends: int | dict[str, int] | None) -> Document:
     """Return the projection that brings what has to be known of a session to fork it."""
     agent = "$$agent.v"
     messages = array_at(f"{agent}.messages")
-    has_attachments = {"$gt": [{"$size": array_at("$$this.attachments")}, 0]}
     if isinstance(ends, int):
         last: Any = ends
     else:
@@ -84,7 +85,7 @@ def facts(ends: int | dict[str, int] | None) -> Document:
     fields = {
         **head_numbers(agent),
         "key": "$$agent.k",
-        "with_attachments": {"$filter": {"input": messages, "cond": has_attachments}},
+        "attachments": {"$map": {"input": messages, "in": "$$this.attachments"}},
         "state": f"{agent}.agent_data.conversation_manager_state",
         "usage": f"{agent}.usage",
         "odd_messages": odd_at(f"{agent}.messages", "array"),
@@ -93,8 +94,9 @@ def facts(ends: int | dict[str, int] | None) -> Document:
     }
     entries = entries_at("$agents")
     return {
-        "attachments_generation": 1,
-        "session_ttl": 1,
+        "incarnation": 1,
+        "time_to_live": 1,
+        "copy_of": 1,
         "odd_agents": ODD_AGENTS,
         "heads": {"$map": {"input": entries, "as": "agent", "in": fields}},
     }
@@ -130,14 +132,17 @@ class Branch:
         cut_at: The position of the first message the fork does not take; `None` if it takes all.
         next_id: The id that follows the last one it takes.
         cut_usage: What those it does not take have added to the totals.
-        replaced: Messages of the head with attachments, as the fork refers to them, by position within the head.
     """
 
     agent: Document
     cut_at: int | None
     next_id: int
     cut_usage: Document
-    replaced: dict[int, Document]
+
+    @property
+    def agent_id(self) -> str:
+        """The id of the agent."""
+        return agent_id_of(self.agent["key"])
 
     @property
     def archived(self) -> int:
@@ -152,68 +157,79 @@ class Branch:
         return count if self.cut_at is None else max(0, self.cut_at - int(self.agent["archived"]))
 
 
-def unchanged(session_id: str, document: Mapping[str, Any]) -> Document:
-    """Return the filter that matches as long as `facts` of a session are what they were."""
-    condition: Document = {"_id": session_id}
-    for head in document["heads"]:
-        path = f"agents.{head['key']}"
-        condition[f"{path}.created_at"] = head.get("created_at")
-        condition[f"{path}.next_message_id"] = head["next_message_id"]
-        condition |= {f"{path}.{name}": head[name] or {"$in": [None, 0]} for name in ("archived", "revision")}
-    condition["attachments_generation"] = document.get("attachments_generation")
-    agents = {"$size": entries_at("$agents")}
-    condition["$expr"] = {"$eq": [agents, len(document["heads"])]}
-    return condition
+_NOT_COPIED = ("attachments_generation", "expires_at", "moved", "session_ttl", "kept_until", "keep_until", REMOVED)
+"""Fields of a session that a copy does not get."""
 
 
-def document_of(session_id: str, moment: Any, own: Document, branches: Iterable[Branch]) -> list[Document]:
-    """Return the stages that make the document of the fork out of that of its session.
+def snapshot_of(
+    session_id: str, own: Mapping[str, Any], until: datetime, number: int, moment: datetime, sessions: str
+) -> list[Document]:
+    """Return the aggregation that copies a session document into a staged one.
+
+    Without the session, or if the staged document is not there any more, it changes nothing.
 
     Args:
-        session_id: The fork.
-        moment: When it is made.
-        own: Expressions for further fields that it has of its own.
+        session_id: The session.
+        own: The filter for the staged document.
+        until: The end of its lease.
+        number: Tells the snapshots of a fork apart.
+        moment: The current time.
+        sessions: The name of the collection.
+    """
+    origin = {
+        "session_id": {"$literal": session_id},
+        "at": moment,
+        "incarnation": "$incarnation",
+        "state": "$state",
+        "round": number,
+    }
+    literals = {name: {"$literal": value} for name, value in own.items()}
+    fields = {**literals, "session_id": literals["_id"], "state_until": until, "feedbacks": []}
+    is_staged = {"$and": [{"$eq": [f"${name}", value]} for name, value in literals.items()]}
+    replace = {"$replaceWith": {"$cond": [is_staged, "$$new", "$$ROOT"]}}
+    return [
+        {"$match": {"_id": session_id, **LIVE}},
+        {"$set": {"copy_of": origin}},
+        {"$unset": list(_NOT_COPIED)},
+        {"$set": fields},
+        {"$merge": {"into": sessions, "on": "_id", "whenMatched": [replace], "whenNotMatched": "discard"}},
+    ]
+
+
+def fork_of(session_id: str, moment: datetime, branches: Iterable[Branch], expiry: Document) -> list[Document]:
+    """Return the update that cuts a staged copy and makes it live.
+
+    Args:
+        session_id: The session it is copied from.
+        moment: The current time.
         branches: Its agents.
+        expiry: The fields of a session that expires.
     """
     branches = list(branches)
     fields: Document = {
-        "session_id": {"$literal": session_id},
         "created_at": moment,
         "updated_at": moment,
-        "feedbacks": [],
         "guardrail_events": _events(branches),
-        **own,
+        "copy_of": {"$literal": {"session_id": session_id, "at": moment}},
+        "state": {"$ifNull": ["$copy_of.state", "$$REMOVE"]},  # an application can have a field of that name
+        **expiry,
     }
     for branch in branches:
-        fields |= {f"agents.{branch.agent['key']}.{name}": value for name, value in _agent(branch, moment).items()}
-    left_behind = sorted(LEFT_BEHIND - {"_id", "session_id", "agents"})
-    return [{"$unset": left_behind}, {"$set": fields}, {"$set": {"_id": {"$literal": session_id}}}]
+        fields |= {f"agents.{branch.agent['key']}.{name}": value for name, value in _cut(branch).items()}
+    unset = ["state_until", *(f"agents.{branch.agent['key']}.stale_below" for branch in branches)]
+    return [{"$set": fields}, {"$unset": unset}]
 
 
-def _agent(branch: Branch, moment: Any) -> Document:
-    path = f"$agents.{branch.agent['key']}"
-    messages: Any = {"$slice": [array_at(f"{path}.messages"), branch.kept]} if branch.kept else []
-    if branch.replaced and branch.kept:
-        cases = [
-            {"case": {"$eq": ["$$at", at]}, "then": {"$literal": message}} for at, message in branch.replaced.items()
-        ]
-        one = {"$arrayElemAt": [f"{path}.messages", "$$at"]}
-        chosen = {"$switch": {"branches": cases, "default": one}}
-        messages = {"$map": {"input": {"$range": [0, branch.kept]}, "as": "at", "in": chosen}}
-    fields: Document = {
-        "created_at": moment,
-        "agent_data.created_at": {"$ifNull": [f"{path}.agent_data.created_at", f"{path}.created_at"]},
-        "messages": messages,
-    }
+def _cut(branch: Branch) -> Document:
     if branch.cut_at is None:
-        return fields
-    fields |= {"next_message_id": branch.next_id, "archived": branch.archived}
-    fields |= {
-        f"agent_data.{name}": {"$literal": value}
-        for name, value in (
-            ("conversation_manager_state", _state(branch)),
-            ("_internal_state", {}),
-        )
+        return {}
+    messages = array_at(f"$agents.{branch.agent['key']}.messages")
+    fields: Document = {
+        "messages": {"$slice": [messages, branch.kept]} if branch.kept else [],
+        "next_message_id": branch.next_id,
+        "archived": branch.archived,
+        "agent_data.conversation_manager_state": {"$literal": _state(branch)},
+        "agent_data._internal_state": {"$literal": {}},
     }
     if usage := usable_numbers(branch.agent.get("usage")):
         cut = branch.cut_usage

@@ -7,7 +7,7 @@ created_at, updated_at   BSON dates, UTC
 metadata, feedbacks, guardrail_events
 agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
-    created_at, updated_at   when it came into this session; `agent_data` says when it was made
+    created_at, updated_at   in forks of 1.0.0, when it came into this session; `agent_data` says when it was created
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
     archived, revision   see `_buckets`; absent where nothing was moved, or replaced
     config_set           names of the configuration fields that a user has set; 1.0.0 kept it in `agent_data`
@@ -20,12 +20,13 @@ state, state_by, state_until
                          of a session that is being copied or deleted, see `_deletion`
 removed_attachments      of replaced messages, until the files are removed, see `_attachments`
 multi_agents.<key>       see `_multi_agents`
-copy_of                  what an imported session or a fork was made from: {session_id, at, by}
+copy_of                  what an imported session or a fork was made from: {session_id, at}
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -168,7 +169,7 @@ def agent_id_of(key: str) -> str:
 
 def now() -> datetime:
     """Return the present as MongoDB stores it: UTC, whole milliseconds."""
-    return _to_milliseconds(datetime.now(UTC))
+    return to_milliseconds(datetime.fromtimestamp(time.time(), UTC))
 
 
 def to_date(value: object) -> datetime:
@@ -190,7 +191,7 @@ def to_date(value: object) -> datetime:
         if isinstance(error, InvalidArgumentError):
             raise
         raise_alone(InvalidArgumentError("a date must be an ISO 8601 string or a datetime, not another text"))
-    return _to_milliseconds(moment)
+    return to_milliseconds(moment)
 
 
 def date_from(value: object) -> datetime:
@@ -202,7 +203,7 @@ def date_from(value: object) -> datetime:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
-            return _to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
+            return to_milliseconds(_EPOCH + timedelta(seconds=value if abs(value) < _MOST_SECONDS else value / 1000))
         except (ValueError, OverflowError):
             return now()
     try:
@@ -219,7 +220,7 @@ def as_date(value: object) -> object:
         return value
 
 
-def _to_milliseconds(moment: datetime) -> datetime:
+def to_milliseconds(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
@@ -266,6 +267,7 @@ _SESSION_TYPES: Mapping[str, type] = {
 }
 _AGENT_TYPES: Mapping[str, type] = {"agent_data": dict, "messages": list, "usage": dict}
 _BLOCKS = ("toolUse", "toolResult")
+_MOST_COUNTED = 2**62  # the server refuses to add to a number beyond 64 bits; what is no number at all is not below
 
 
 def usable(kind: type[T], value: object) -> T:
@@ -274,13 +276,13 @@ def usable(kind: type[T], value: object) -> T:
 
 
 def usable_numbers(values: object) -> dict[str, Any]:
-    """Return the values of a stored object that are numbers, by name."""
+    """Return the values of a stored object that are numbers which the server can count on from, by name."""
     numbers: dict[str, Any] = values if type(values) is dict else {}
     return {name: number for name, number in numbers.items() if _is_number(number)}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= _MOST_COUNTED
 
 
 class OddField(NamedTuple):
@@ -522,9 +524,7 @@ def _content_from(stored: Any) -> Any:
 
 def restorable(message: SessionMessage) -> SessionMessage | None:
     """Return a message with those of its blocks that Strands can go on from, `None` if there is none."""
-    for shown in (message.message, message.redact_message):
-        if shown is None:
-            continue
+    for shown in _shown(message):
         content = shown["content"]
         if not all(map(_is_block, content)):
             shown["content"] = [block for block in content if _is_block(block)]
@@ -535,9 +535,25 @@ def restorable(message: SessionMessage) -> SessionMessage | None:
     return message
 
 
+def is_restorable(message: SessionMessage) -> bool:
+    """Return whether Strands can go on from a message as it is."""
+    return all(
+        all(map(_is_block, shown["content"])) and type(shown.get("tracking_id", "")) is str for shown in _shown(message)
+    )
+
+
+def _shown(message: SessionMessage) -> list[Any]:
+    return [shown for shown in (message.message, message.redact_message) if shown is not None]
+
+
 def _is_block(block: Any) -> bool:
     return type(block) is dict and not any(
-        name in block and (type(block[name]) is not dict or type(block[name].get("toolUseId")) is not str)
+        name in block
+        and (
+            type(block[name]) is not dict
+            or type(block[name].get("toolUseId")) is not str
+            or type(block[name].get("name", "")) is not str
+        )
         for name in _BLOCKS
     )
 
@@ -547,7 +563,7 @@ def removed_messages(stored: Mapping[str, Any]) -> int:
     data = stored.get("agent_data")
     state = decode(data.get("conversation_manager_state")) if type(data) is dict else None
     removed = state.get("removed_message_count") if type(state) is dict else None
-    return max(removed, 0) if type(removed) is int else 0
+    return removed if type(removed) is int and 0 <= removed < 2**31 else 0
 
 
 def stored_removed(agent: str) -> Document:
@@ -628,9 +644,14 @@ def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tu
         if each == NO_MESSAGE:
             sequence.append(each)
             continue
-        last = int(each) if is_message_id(each) and each > last else max(position, last + 1)
+        last = following_id(each, position, last)
         sequence.append(last)
     return sequence, last + 1
+
+
+def following_id(stored: Any, position: int, last: int) -> int:
+    """Return the id of the message at `position`, which follows the id `last`; `stored` is its stored id."""
+    return int(stored) if is_message_id(stored) and stored > last else max(position, last + 1)
 
 
 def is_message_id(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from ._archive import SessionArchive
@@ -15,10 +16,11 @@ from ._documents import (
     agent_id_of,
     agent_key,
     checked_id,
-    is_message_id,
+    following_id,
     now,
     odd_fields,
 )
+from ._layout import Place
 from ._odd_fields import usable_agents
 from ._portable import Writer
 from ._references import Reference, references_of
@@ -59,23 +61,21 @@ class SessionExports(SessionArchive):
         """Yield lines. The heads are read first and then the buckets below them, so no move is noticed."""
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            document = await self._send(lambda collection: collection.find_one({"_id": session_id}))
-        if document is None:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+            document = await self._found(session_id, {})
         for odd in odd_fields(document):
             if odd.value is not None:
                 raise odd.error(session_id)
-        writer = Writer()
+        writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
         agents: dict[str, Document] = usable_agents(session_id, document)
         document.pop("agents", None)
         yield writer.head(session_id, _without(document, LEFT_BEHIND), now())
         for key in tuple(agents):
-            async for lines in self._agent_lines(session_id, key, agents.pop(key), writer):
+            async for lines in self._agent_lines(source, key, agents.pop(key), writer):
                 yield lines
         yield [writer.end()]
 
     async def _agent_lines(
-        self, session_id: str, key: str, agent: Document, writer: Writer
+        self, source: _Source, key: str, agent: Document, writer: Writer
     ) -> AsyncGenerator[list[str], None]:
         # Versions before 1.0 did not encode ids.
         agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
@@ -84,20 +84,48 @@ class SessionExports(SessionArchive):
         position, archived = 0, int(agent.get("archived") or 0)
         while position < archived:
             async with self._connection.operation():
-                try:
-                    messages = await self._bucket_at(session_id, key, agent.get("created_at"), position, archived)
-                except DatabaseError:
-                    await self._found(session_id, {"_id": 1})  # or it was deleted meanwhile, which is another error
-                    raise
-            async for lines in self._message_lines(session_id, agent_id, sequence, messages, writer):
+                messages = await self._older(source, key, agent.get("created_at"), position, archived)
+            async for lines in self._message_lines(source, agent_id, sequence, messages, writer):
                 yield lines
             position += len(messages)
-        async for lines in self._message_lines(session_id, agent_id, sequence, agent.get("messages") or [], writer):
+        async for lines in self._message_lines(source, agent_id, sequence, agent.get("messages") or [], writer):
             yield lines
 
+    async def _older(self, source: _Source, key: str, since: Any, begin: int, end: int) -> list[Document]:
+        """Return archived messages from a position on.
+
+        Raises:
+            SessionNotFoundError: The session does not exist any more.
+            DatabaseError: A message is missing.
+        """
+        while True:
+            try:
+                return await self._bucket_at(source.place, key, since, begin, end)
+            except DatabaseError as error:
+                missing = error
+            if not await self._is_elsewhere(source) and not await self._copy_late_buckets(source.place):
+                raise missing
+
+    async def _is_elsewhere(self, source: _Source) -> bool:
+        """Look where the parts of a session are now; return whether the session was migrated.
+
+        Raises:
+            SessionNotFoundError: The session does not exist any more.
+        """
+        session_id, before = source.place
+        document = await self._found(session_id, {"incarnation": 1, "created_at": 1})
+        now_at = document.get("incarnation")
+        if now_at == before:
+            return False
+        if before is not None or document.get("created_at") != source.created_at:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+        source.place = Place(session_id, now_at)
+        return True
+
     async def _message_lines(
-        self, session_id: str, agent_id: str, sequence: _Sequence, messages: Iterable[Document], writer: Writer
+        self, source: _Source, agent_id: str, sequence: _Sequence, messages: Iterable[Document], writer: Writer
     ) -> AsyncGenerator[list[str], None]:
+        session_id = source.place.session_id
         waiting: list[Document] = []
         for stored in messages:
             if type(stored) is not dict:
@@ -112,7 +140,7 @@ class SessionExports(SessionArchive):
                 missing = None
                 for reference in references_of(message):
                     if reference not in writer.recent:
-                        async for lines in self._attachment_lines(session_id, reference, writer):
+                        async for lines in self._attachment_lines(source.place, reference, writer):
                             yield lines
                         if reference not in writer.recent:
                             missing = reference
@@ -120,6 +148,8 @@ class SessionExports(SessionArchive):
                 if missing is None:
                     break
                 # It may have been redacted or replaced since it was read.
+                if await self._is_elsewhere(source):
+                    continue
                 current = await self._message_now(session_id, agent_id, stored)
                 if current is None or current.get("attachments") == message["attachments"]:
                     raise _damaged(session_id, agent_id, message_id, missing)
@@ -134,13 +164,13 @@ class SessionExports(SessionArchive):
             return await self._stored_message(session_id, agent_id, message_id, created_at)
 
     async def _attachment_lines(
-        self, session_id: str, reference: Reference, writer: Writer
+        self, place: Place, reference: Reference, writer: Writer
     ) -> AsyncGenerator[list[str], None]:
         """Yield the pieces of an attachment; they end early if it is not there (any more)."""
         length, n, digest = 0, 0, hashlib.sha256()
         while length < reference.length:
             async with self._connection.operation():
-                data = await self._attachments.chunk(session_id, reference, n)
+                data = await self._attachments.chunk(place, reference, n)
             if not data:
                 return
             yield await asyncio.to_thread(_pieces_of, writer, reference, length, data, digest)
@@ -149,21 +179,31 @@ class SessionExports(SessionArchive):
             writer.whole(reference)
 
 
+@dataclass
+class _Source:
+    """A session that is exported.
+
+    Attributes:
+        place: Where its parts are; it changes when the session is migrated.
+        created_at: Tells the session from a later one of the same id.
+    """
+
+    place: Place
+    created_at: Any
+
+
 class _Sequence:
     """The ids of an agent's messages as they are exported: as stored, unless they do not increase."""
 
     def __init__(self) -> None:
         self.position = 0
-        self._following = 0
+        self._last = -1
 
     def next(self, stored: object) -> int:
         """Return the exported id of the next message; `stored` is its stored id."""
-        if is_message_id(stored) and stored >= self._following:  # type: ignore[operator]
-            message_id: int = int(stored)  # type: ignore[call-overload]
-        else:
-            message_id = max(self.position, self._following)
-        self.position, self._following = self.position + 1, message_id + 1
-        return message_id
+        self._last = following_id(stored, self.position, self._last)
+        self.position += 1
+        return self._last
 
 
 def _without(fields: Document, names: Iterable[str]) -> Document:

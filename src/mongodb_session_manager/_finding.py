@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeAlias, get_args
 
-from ._annotations import checked_metadata, encoded, name_of
-from ._codec import decode
+from ._annotations import checked_metadata, decode_values, encoded, name_of
 from ._commands import SessionCollection
 from ._documents import (
     USAGE,
@@ -29,8 +28,10 @@ from ._documents import (
     to_date,
     usable_numbers,
 )
+from ._large_values import compute, least_size
 from ._layout import LIVE, UNFINISHED
 from ._odd_fields import usable
+from ._sizes import MAX_DOCUMENT_BYTES
 from .errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
 
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
@@ -127,6 +128,8 @@ class Criteria:
                 raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
             equal["application_name"] = _valid(application_name, "application_name")
         if metadata is not None:
+            if isinstance(metadata, dict) and least_size(metadata, MAX_DOCUMENT_BYTES) > MAX_DOCUMENT_BYTES:
+                raise InvalidArgumentError(f"metadata must be a filter of at most {MAX_DOCUMENT_BYTES} bytes")
             for key, value in checked_metadata(metadata).items():
                 _refuse_operators(value, f"metadata[{key!r}]")
                 try:
@@ -260,8 +263,12 @@ def summary_from(document: Mapping[str, Any]) -> SessionSummary:
         agents=tuple(agents),
         message_counts={agent_id: agent["messages"] for agent_id, agent in agents.items()},
         usage={name: sum(total.get(name, 0) for total in totals) for name in USAGE},
-        metadata={key: decode(value) for key, value in metadata.items()},
+        metadata=decode_values(metadata),
     )
+
+
+def _summaries_from(documents: Sequence[Mapping[str, Any]]) -> tuple[SessionSummary, ...]:
+    return tuple(map(summary_from, documents))
 
 
 def _checked_date(value: object, name: str) -> datetime:
@@ -331,14 +338,14 @@ class SessionFinding(SessionCollection):
         Raises:
             InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
         """
-        criteria = Criteria.checked(application_name, metadata, created_after, updated_after)
+        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
         order, limit = checked_order(order), checked_limit(limit)
         position = None if cursor is None else Position.of(cursor, order)
         query = page_query(criteria, order, position, self._metadata_fields)
         async with self._connection.operation():
             self._ensure_indexes()
             found = await self._page(query, limit + 1)
-        sessions = tuple(map(summary_from, found[:limit]))
+        sessions = await compute(_summaries_from, found[:limit])
         if len(found) <= limit:
             return SessionPage(sessions, None)
         last = found[limit - 1]
@@ -362,7 +369,8 @@ class SessionFinding(SessionCollection):
         Raises:
             InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
         """
-        meant = Criteria.checked(application_name, metadata, created_after, updated_after).filter()
+        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
+        meant = criteria.filter()
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
         unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted apart, so that the indexes answer both

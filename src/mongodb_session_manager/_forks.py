@@ -1,245 +1,392 @@
 """Copying a session, or its beginning, on the server.
 
-Buckets and attachments are copied first; then one aggregation makes the new document out of the old one, if that is
-still the one the rest was copied for. Only what has to say something else in the copy comes to the client: messages
-that refer to attachments.
+One aggregation copies the session document into the staged one: a snapshot. What happens to the session afterwards does
+not disturb the fork. It goes on with its own document, which no other process changes: it copies the buckets below the
+heads, and the attachments that the messages name. The update that makes the fork live also cuts it.
+
+Two things can be gone when the fork comes to them. A message whose attachments were removed was replaced, and the fork
+takes its new content. Archived messages are gone if the session was written back, and the fork takes a new snapshot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from ._attachments import Attachments
-from ._beside import kept_from
-from ._buckets import bucket_of, holding_message, holding_positions
-from ._connection import run_pipeline
-from ._copies import Copy, SessionCopies
-from ._cutting import Branch, checked_ends, document_of, ends_of, facts, unchanged, usage_of
-from ._documents import NO_MESSAGE, USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
-from ._references import Reference, in_generation, references_of
+from bson import ObjectId
+
+from ._attachments import CHUNK_BYTES, Attachments
+from ._buckets import Head, holding_message, holding_positions
+from ._connection import AsyncCollection, run_pipeline
+from ._cutting import Branch, checked_ends, ends_of, facts, fork_of, snapshot_of, usage_of
+from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
+from ._layout import CHUNKS, Place
+from ._references import Reference, references_of
+from ._staging import SessionStaging, Staging
+from ._write_back import is_left_out
 from ._writes import SessionWrites
 from .errors import (
     AttachmentError,
     DatabaseError,
     MessageNotFoundError,
     MongoDBSessionError,
-    SessionExistsError,
     SessionNotFoundError,
-    again,
 )
 
-_ATTACHMENT = "messages.attachments.0"
-
 _ROUNDS = 16
-"""How often a session may be written to while it is forked, before that is given up."""
+"""How often a session may be written back, or one of its messages replaced, while it is forked."""
+
+_AT_ONCE = 64
+"""Buckets, or files, that one command reads."""
 
 
-@dataclass
-class _Progress:
-    """What was copied already, as long as no attachment of the session is removed."""
+class _Gone(Exception):
+    """Archived messages are not where the snapshot says that they are.
 
-    generation: Any = None
-    copied: dict[str, int] = field(default_factory=dict)
-    used: dict[Reference, None] = field(default_factory=dict)
+    Attributes:
+        snapshot: What is known of the agent at that moment; it is another one after a write-back.
+        error: What this means if it is not.
+    """
 
-    def begin(self, generation: Any) -> None:
-        if generation != self.generation:
-            self.generation, self.copied, self.used = generation, {}, {}
-
-    def use(self, messages: Iterable[Document]) -> None:
-        self.used |= {reference: None for message in messages for reference in references_of(message)}
+    def __init__(self, snapshot: tuple[Any, ...], error: MongoDBSessionError) -> None:
+        super().__init__()
+        self.snapshot = snapshot
+        self.error = error
 
 
-class SessionForks(SessionCopies, SessionWrites):
+class _Held(NamedTuple):
+    """A message of a fork with attachments, and where it is.
+
+    Attributes:
+        agent_id: Its agent.
+        bucket: The `_id` of its bucket, `None` for a message of the head.
+        path: The path of the message in its document.
+        references: Its attachments.
+    """
+
+    agent_id: str
+    bucket: Document | None
+    path: str
+    references: list[Reference]
+
+
+class SessionForks(SessionStaging, SessionWrites):
     """The part of the repository that forks."""
 
     _attachments: Attachments
 
     async def _fork(self, session_id: str, new_id: str, at_message: object) -> None:
         checked_id(session_id, "session_id")
-        copy, ends = self._copy(checked_id(new_id, "new_id")), checked_ends(at_message)
-        progress = _Progress()
+        staging, ends = Staging(self, checked_id(new_id, "new_id")), checked_ends(at_message)
         async with self._connection.operation():
             try:
-                for _ in range(_ROUNDS):
-                    if await self._fork_once(session_id, copy, ends, progress):
-                        self._ensure_indexes()
-                        await copy.finish()
-                        return
-                raise DatabaseError(f"session {session_id!r} was changed again and again while it was forked")
+                await self._make_current(session_id)
+                await staging.begin()
+                await self._fork_in_rounds(session_id, staging, ends)
             except BaseException:
-                await copy.abandon()
+                await staging.abandon()
                 raise
 
-    async def _fork_once(
-        self, session_id: str, copy: Copy, ends: int | dict[str, int] | None, progress: _Progress
-    ) -> bool:
-        """Copy a session; return `False` if it changed meanwhile."""
-        document = await self._facts(session_id, copy.session_id, ends)
-        if not copy.has_begun:
-            await copy.begin(self._session_ttl or document.get("session_ttl"))
-        agents = {agent_id_of(head["key"]): head for head in document["heads"]}
-        lasts = ends_of(session_id, ends, agents)
-        branches = [
-            await self._branch(session_id, agent_id, head, lasts.get(agent_id)) for agent_id, head in agents.items()
-        ]
-        progress.begin(document.get("attachments_generation"))
-        for branch in branches:
-            at = {message_id: n for n, message_id in enumerate(branch.agent["ids"]) if message_id != NO_MESSAGE}
-            with_attachments = [one for one in branch.agent["with_attachments"] if references_of(one)]
-            messages = {at[one.get("message_id")]: one for one in with_attachments}
-            branch.replaced = {n: one for n, one in messages.items() if n < branch.kept}
-            progress.use(branch.replaced.values())
-        for branch in branches:
-            branch.replaced = {n: in_generation(one, copy.generation) for n, one in branch.replaced.items()}
-            await self._copy_archive(session_id, copy, branch, progress)
-        used = tuple(progress.used)
-        if used and not await self._attachments.copy(
-            session_id, used, copy.session_id, copy.generation, copy.expires_from
-        ):
-            await self._refuse_existing(copy.session_id)
-            current = await self._found(session_id, {"attachments_generation": 1})
-            if current.get("attachments_generation") != progress.generation:
-                return False
-            raise AttachmentError(f"session {session_id!r} holds attachments that are missing, so it was not forked")
-        own = {
-            "attachments_generation": copy.generation,
-            "copy_of": {"$literal": copy.origin(session_id)},
-            **copy.expiry,
-        }
-        stages = document_of(copy.session_id, copy.moment, own, branches)
-        into = {"into": self._collection_name, "on": "_id", "whenMatched": "fail", "whenNotMatched": "insert"}
-        pipeline = [{"$match": unchanged(session_id, document)}, *stages, {"$merge": into}]
-        await copy.commit(lambda sessions: run_pipeline(sessions, pipeline))
-        try:
-            return await copy.is_there()
-        except MongoDBSessionError as error:
-            raise again(error, f"{error}; it is unknown whether the fork is there") from error
+    async def _make_current(self, session_id: str) -> None:
+        """Bring a session of an earlier version to today's form, as opening it does.
 
-    async def _facts(self, session_id: str, new_id: str, ends: int | dict[str, int] | None) -> Document:
-        by_key = {agent_key(agent_id): n for agent_id, n in ends.items()} if isinstance(ends, dict) else ends
-        condition = {"_id": {"$in": [session_id, new_id]}}
-        projection = facts(by_key)
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
         for _ in range(_ROUNDS):
-            found = {
-                document["_id"]: document
-                for document in await self._send(lambda sessions: sessions.find(condition, projection).to_list())
-            }
-            if session_id not in found:
-                raise SessionNotFoundError(f"session {session_id!r} does not exist")
-            if new_id in found:
-                raise SessionExistsError(f"session {new_id!r} exists already")
-            agents = {head["key"]: head for head in found[session_id]["heads"]}
-            unnumbered = [key for key, head in agents.items() if not is_numbered(head) and "odd_messages" not in head]
-            if not unnumbered:
-                for odd in unusable_agents({**found[session_id], "agents": agents}).values():
-                    raise odd.error(session_id)
-                return found[session_id]
-            await self._adopt(session_id, agents, unnumbered)
-        raise DatabaseError(f"session {session_id!r} was changed again and again while it was forked")
+            document = await self._found(session_id, facts(None))
+            agents = _heads(session_id, document)
+            if not isinstance(document.get("incarnation"), ObjectId):
+                await self._migrate(session_id)
+            elif unnumbered := [key for key, head in agents.items() if not is_numbered(head)]:
+                await self._adopt(session_id, agents, unnumbered)
+            else:
+                return
+        raise _changed(session_id)
 
-    async def _branch(self, session_id: str, agent_id: str, head: Document, last: int | None) -> Branch:
+    async def _fork_in_rounds(self, session_id: str, staging: Staging, ends: int | dict[str, int] | None) -> None:
+        before: tuple[Any, ...] | None = None
+        error = None
+        for number in range(_ROUNDS):
+            if number:
+                await staging.clear()
+            source, document = await self._snapshot(session_id, staging, ends, number)
+            if source is None:
+                await self._make_current(session_id)
+                continue
+            try:
+                await self._fork_once(source, staging, ends, document)
+                return
+            except _Gone as gone:
+                if gone.snapshot == before:
+                    error = gone.error
+                    break
+                before = gone.snapshot
+        raise error or _changed(session_id)
+
+    async def _snapshot(
+        self, session_id: str, staging: Staging, ends: int | dict[str, int] | None, number: int
+    ) -> tuple[Place | None, Document]:
+        """Copy the session document; return the place of the session, and what has to be known of the copy.
+
+        There is no place if an earlier version has written to the session meanwhile.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        moment, sessions = self._connection.now(), self._collection_name
+        pipeline = snapshot_of(session_id, staging.own, staging.lease(), number, moment, sessions)
+        await self._with_room(session_id, lambda: self._send(partial(_run, pipeline)))
+        by_key = {agent_key(agent_id): n for agent_id, n in ends.items()} if isinstance(ends, dict) else ends
+        document = await staging.read(facts(by_key))
+        origin = document.get("copy_of") or {}
+        if origin.get("round") != number:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        incarnation = origin.get("incarnation")
+        is_current = isinstance(incarnation, ObjectId) and all(map(is_numbered, _heads(session_id, document).values()))
+        return (Place(session_id, incarnation) if is_current else None), document
+
+    async def _fork_once(
+        self, source: Place, staging: Staging, ends: int | dict[str, int] | None, document: Document
+    ) -> None:
+        agents = {agent_id_of(key): head for key, head in _heads(source.session_id, document).items()}
+        lasts = ends_of(source.session_id, ends, agents)
+        branches = [
+            await self._branch(source, agent_id, head, lasts.get(agent_id)) for agent_id, head in agents.items()
+        ]
+        for branch in branches:
+            await self._copy_archive(source, staging.place, branch)
+        replaced: list[Reference] = []
+        async for held in self._with_attachments(staging.place, branches):
+            replaced += await self._copy_attachments(source, staging, held)
+        await self._attachments.remove_unnamed(staging.place, replaced)
+        expiry = await staging.date(self._session_ttl or document.get("time_to_live"))
+        stages = fork_of(source.session_id, self._connection.now(), branches, expiry)
+        await staging.go_live(lambda sessions: sessions.update_one(staging.own, stages))
+
+    # Where the fork ends.
+
+    async def _branch(self, source: Place, agent_id: str, head: Document, last: int | None) -> Branch:
         if last is None:
-            return Branch(head, None, int(head["next_message_id"]), {}, {})
+            return Branch(head, None, int(head["next_message_id"]), {})
         archived = int(head["archived"])
-        cut_usage = head["cut_usage"]
-        ids = head["ids"]
-        if last in ids:
-            return Branch(head, archived + ids.index(last) + 1, last + 1, cut_usage, {})
-        position = None
-        if archived and 0 <= last < int(head["next_message_id"]):
-            position = await self._archived_position(session_id, head, last)
+        if last in head["ids"]:
+            return Branch(head, archived + head["ids"].index(last) + 1, last + 1, head["cut_usage"])
+        missing = MessageNotFoundError(f"agent {agent_id!r} holds no message {last}")
+        if not archived or not 0 <= last < int(head["next_message_id"]):
+            raise missing
+        position = await self._archived_position(source, head, last)
         if position is None:
-            raise MessageNotFoundError(f"agent {agent_id!r} holds no message {last}")
-        older = await self._archived_usage(session_id, head, position + 1)
-        summed = {name: amount + older.get(name, 0) for name, amount in cut_usage.items()}
-        return Branch(head, position + 1, last + 1, summed, {})
+            raise _gone(source, head, missing)
+        older = await self._archived_usage(source, head, position + 1)
+        summed = {name: amount + older.get(name, 0) for name, amount in head["cut_usage"].items()}
+        return Branch(head, position + 1, last + 1, summed)
 
-    async def _archived_position(self, session_id: str, head: Document, message_id: int) -> int | None:
-        known = self._head(session_id, head["key"])
+    async def _archived_position(self, source: Place, head: Document, message_id: int) -> int | None:
+        known = Head()
         known.learn(head)
         at = {"at": {"$indexOfArray": ["$messages.message_id", message_id]}}
-        for condition in holding_message(session_id, head["key"], message_id, known):
-            bucket = await self._find_bucket(condition, at)
-            if bucket is not None:
-                position = int(bucket["_id"]["first"]) + int(bucket["at"])
-                return position if position < int(head["archived"]) else None
-        return None
+        while True:
+            for condition in holding_message(source, head["key"], message_id, known):
+                bucket = await self._find_bucket(condition, at)
+                if bucket is not None:
+                    position = int(bucket["_id"]["first"]) + int(bucket["at"])
+                    return position if position < int(head["archived"]) else None
+            if not await self._copy_late_buckets(source):
+                return None
 
-    async def _archived_usage(self, session_id: str, head: Document, begin: int) -> Document:
+    async def _archived_usage(self, source: Place, head: Document, begin: int) -> Document:
         """Return what archived messages from a position on have added to the totals."""
         archived = int(head["archived"])
         if begin >= archived:
             return {}
-        condition = holding_positions(session_id, head["key"], head.get("created_at"), begin, archived)
+        condition = holding_positions(source, head["key"], None, begin, archived)
         skipped = {"$max": [0, {"$subtract": [begin, "$_id.first"]}]}
         later = {"$slice": ["$messages", skipped, {"$size": "$messages"}]}
+        usage = {"$let": {"vars": {"later": later}, "in": {**usage_of("$$later"), "count": {"$size": "$$later"}}}}
         pipeline = [
             {"$match": condition},
-            {"$replaceWith": {"$let": {"vars": {"later": later}, "in": usage_of("$$later")}}},
-            {"$group": {"_id": None, **{name: {"$sum": f"${name}"} for name in USAGE}}},
+            {"$replaceWith": usage},
+            {"$group": {"_id": None, **{name: {"$sum": f"${name}"} for name in (*USAGE, "count")}}},
         ]
-        totals = await self._send(lambda archive: run_pipeline(archive, pipeline), self._archive_name)
-        return totals[0] if totals else {}
+        totals = await self._send(partial(_run, pipeline), self._archive_name)
+        if not totals or totals[0]["count"] < archived - begin:
+            raise _gone(source, head, _hole(source.session_id))
+        return totals[0]
 
-    async def _copy_archive(self, session_id: str, copy: Copy, branch: Branch, progress: _Progress) -> None:
+    # Copying what is outside of the document.
+
+    async def _copy_archive(self, source: Place, place: Place, branch: Branch) -> None:
         """Copy the buckets below the head of the fork.
 
         Raises:
-            DatabaseError: A message is missing.
+            _Gone: A message is missing.
         """
-        key, since, end = branch.agent["key"], branch.agent.get("created_at"), branch.archived
-        position = progress.copied.get(key, 0)
-        if position == end:
+        key, end = branch.agent["key"], branch.archived
+        if not end:
             return
-        plain = {**holding_positions(session_id, key, since, position, end), _ATTACHMENT: {"$exists": False}}
         kept = {"$min": [{"$add": ["$last", 1]}, end]}
-        new_id = {"session_id": {"$literal": copy.session_id}, "agent": {"$literal": key}, "since": copy.moment}
         bucket = {
-            "_id": {**new_id, "first": "$_id.first"},
-            "session_id": {"$literal": copy.session_id},
+            "_id": {"incarnation": place.incarnation, "agent": {"$literal": key}, "first": "$_id.first"},
+            "session_id": {"$literal": place.session_id},
             "revision": "$revision",
             "last": {"$subtract": [kept, 1]},
             "messages": {"$slice": ["$messages", {"$subtract": [kept, "$_id.first"]}]},
-            "generation": {"$literal": copy.generation},
-            **kept_from(copy.expires_from),
         }
         into = {"into": self._archive_name, "on": "_id", "whenMatched": "replace", "whenNotMatched": "insert"}
-        pipeline = [{"$match": plain}, {"$replaceWith": bucket}, {"$merge": into}]
-        await self._send(lambda archive: run_pipeline(archive, pipeline), self._archive_name)
-        while found := await self._with_attachments(session_id, key, since, position, end):
-            first = int(found["_id"]["first"])
-            messages = found["messages"][: end - first]
-            progress.use(messages)
-            messages = [in_generation(one, copy.generation) if references_of(one) else one for one in messages]
-            await copy.put_bucket(bucket_of(copy.session_id, key, copy.moment, first, messages))
-            position = int(found["last"]) + 1
-        if await self._copied(copy, key, end) != end:
-            await self._refuse_existing(copy.session_id)
-            await self._found(session_id, {"_id": 1})  # or it was deleted meanwhile, which is another error
-            raise DatabaseError(f"session {session_id!r}: a message is missing in its archive, so it was not forked")
-        progress.copied[key] = end
+        condition = holding_positions(source, key, None, 0, end)
+        pipeline = [{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}]
+        while True:
+            await self._send(partial(_run, pipeline), self._archive_name)
+            if await self._copied(place, key, end) == end:
+                return
+            if not await self._copy_late_buckets(source):
+                raise _gone(source, branch.agent, _hole(source.session_id))
 
-    async def _refuse_existing(self, new_id: str) -> None:
-        # Another copy into it, which came to its end, may have removed what this one had stored.
-        if await self._find(new_id, {"_id": 1}) is not None:
-            raise SessionExistsError(f"session {new_id!r} exists already")
-
-    async def _with_attachments(self, session_id: str, key: str, since: Any, begin: int, end: int) -> Document | None:
-        if begin >= end:
-            return None
-        condition = {**holding_positions(session_id, key, since, begin, end), _ATTACHMENT: {"$exists": True}}
-        found = await self._send(
-            lambda archive: archive.find(condition, sort=[("_id", 1)], limit=1).to_list(), self._archive_name
+    async def _copied(self, place: Place, key: str, end: int) -> int:
+        """Return the position up to which the buckets of a fork hold all messages."""
+        condition = holding_positions(place, key, None, 0, end)
+        buckets = await self._send(
+            lambda archive: archive.find(condition, {"last": 1}, sort=[("_id", 1)]).to_list(), self._archive_name
         )
-        return found[0] if found else None
+        position = 0
+        for bucket in buckets:
+            if bucket["_id"]["first"] <= position:
+                position = max(position, int(bucket["last"]) + 1)
+        return position
 
-    async def _copied(self, copy: Copy, key: str, end: int) -> int:
-        """Return how many messages the buckets of the copy hold."""
-        condition = holding_positions(copy.session_id, key, copy.moment, 0, end)
-        count = {"$sum": {"$subtract": [{"$add": ["$last", 1]}, "$_id.first"]}}
-        pipeline = [{"$match": condition}, {"$group": {"_id": None, "messages": count}}]
-        counted = await self._send(lambda archive: run_pipeline(archive, pipeline), self._archive_name)
-        return int(counted[0]["messages"]) if counted else 0
+    async def _with_attachments(self, place: Place, branches: Sequence[Branch]) -> AsyncIterator[list[_Held]]:
+        """Yield the messages of a fork that have attachments, a few at a time."""
+        held = []
+        for branch in branches:
+            path = f"agents.{branch.agent['key']}.messages"
+            for n, listed in enumerate(branch.agent["attachments"][: branch.kept]):
+                if references := references_of({"attachments": listed}):
+                    held.append(_Held(branch.agent_id, None, f"{path}.{n}", references))
+        for begin in range(0, len(held), _AT_ONCE):
+            yield held[begin : begin + _AT_ONCE]
+        if not any(branch.archived for branch in branches):
+            return
+        after: Document = {}
+        while found := await self._buckets_with_attachments(place, after):
+            after = {"$gt": found[-1]["_id"]}
+            for bucket in found:
+                agent_id = agent_id_of(bucket["_id"]["agent"])
+                yield [
+                    _Held(agent_id, bucket["_id"], f"messages.{n}", references)
+                    for n, listed in enumerate(bucket["attachments"])
+                    if (references := references_of({"attachments": listed}))
+                ]
+
+    async def _buckets_with_attachments(self, place: Place, after: Document) -> list[Document]:
+        condition = {"_id": {**place.buckets(), **after}, "messages.attachments.0": {"$exists": True}}
+        fields = {"attachments": {"$map": {"input": "$messages", "in": "$$this.attachments"}}}
+        return await self._send(
+            lambda archive: archive.find(condition, fields, sort=[("_id", 1)], limit=_AT_ONCE).to_list(),
+            self._archive_name,
+        )
+
+    async def _copy_attachments(self, source: Place, staging: Staging, held: Sequence[_Held]) -> list[Reference]:
+        """Copy the attachments of messages of a fork; take messages again that were replaced meanwhile.
+
+        Returns:
+            The attachments of those messages before.
+
+        Raises:
+            AttachmentError: An attachment is missing.
+        """
+        replaced: list[Reference] = []
+        missing = await self._missing(source, staging.place, {each for one in held for each in one.references})
+        for one in held:
+            references = one.references
+            for _ in range(_ROUNDS):
+                if missing.isdisjoint(references):
+                    break
+                replaced += references
+                references = await self._take_again(source, staging, one, references)
+                missing = missing | await self._missing(source, staging.place, set(references))
+            else:
+                raise _changed(source.session_id)
+        return replaced
+
+    async def _missing(self, source: Place, place: Place, references: set[Reference]) -> set[Reference]:
+        """Copy attachments on the server; return those that are missing, or were removed while they were copied."""
+        wanted = sorted(references)
+        missing = set(await self._attachments.copy(source, wanted, place))
+        for begin in range(0, len(wanted), _AT_ONCE):
+            batch = wanted[begin : begin + _AT_ONCE]
+            ranges = [{"_id": place.chunks_of(reference)} for reference in batch]
+            count: list[Document] = [
+                {"$match": {"$or": ranges}},
+                {"$project": {"_id": 1}},
+                {"$group": {"_id": "$_id.file", "count": {"$sum": 1}}},
+            ]
+            found = await self._send(partial(_run, count), f"{self._collection_name}{CHUNKS}")
+            counts = {(file["_id"]["sha256"], file["_id"]["token"]): file["count"] for file in found}
+            for reference in batch:
+                if counts.get((reference.sha256, reference.token), 0) * CHUNK_BYTES < reference.length:
+                    missing.add(reference)
+        return missing
+
+    async def _take_again(
+        self, source: Place, staging: Staging, held: _Held, references: Sequence[Reference]
+    ) -> list[Reference]:
+        """Replace a message of a fork by the one that has replaced it in the session; return its attachments.
+
+        Raises:
+            SessionNotFoundError: The session does not exist any more.
+            AttachmentError: The message was not replaced, but an attachment is missing.
+        """
+        session_id, key = source.session_id, agent_key(held.agent_id)
+        n = int(held.path.rpartition(".")[2])
+        if held.bucket is None:
+            document = await staging.read({f"agents.{key}.messages": {"$slice": [n, 1]}})
+            stored = document["agents"][key]["messages"][0]
+        else:
+            bucket = await self._find_bucket({"_id": held.bucket}, {"messages": {"$slice": [n, 1]}})
+            stored = (bucket or {"messages": [{}]})["messages"][0]
+        current = await self._stored_message(
+            session_id, held.agent_id, stored.get("message_id"), stored.get("created_at")
+        )
+        if (await self._found(session_id, {"incarnation": 1})).get("incarnation") != source.incarnation:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+        new = references_of(current)
+        if current is None or new == references:
+            raise AttachmentError(f"session {session_id!r} holds attachments that are missing, so it was not forked")
+        change = {"$set": {held.path: current}}
+        if held.bucket is None:
+            await staging.update(change)
+        else:
+            await self._send(lambda archive: archive.update_one({"_id": held.bucket}, change), self._archive_name)
+        return new
+
+
+async def _run(pipeline: Sequence[Document], collection: AsyncCollection) -> list[Document]:
+    return await run_pipeline(collection, pipeline)
+
+
+def _heads(session_id: str, document: Document) -> dict[str, Document]:
+    """Return the agents of a session, by key, as `facts` has brought them.
+
+    Raises:
+        DatabaseError: One of them cannot be used.
+    """
+    agents = {head["key"]: head for head in document["heads"] if head["key"] and "." not in head["key"]}
+    for key in [key for key, head in agents.items() if is_left_out(key, head, agents)]:
+        del agents[key]
+    for odd in unusable_agents({**document, "agents": agents}).values():
+        raise odd.error(session_id)
+    return agents
+
+
+def _gone(source: Place, head: Document, error: MongoDBSessionError) -> _Gone:
+    return _Gone((source, head["key"], head["archived"], head["revision"]), error)
+
+
+def _hole(session_id: str) -> DatabaseError:
+    return DatabaseError(f"session {session_id!r}: a message is missing in its archive, so it was not forked")
+
+
+def _changed(session_id: str) -> DatabaseError:
+    return DatabaseError(f"session {session_id!r} was changed again and again while it was forked")

@@ -1,7 +1,7 @@
-"""Writing a session from the lines of its portable form, which nobody vouches for.
+"""Writing a session from the lines of its portable form, which come from an untrusted source.
 
-A message goes through the head of its agent as it does in a conversation, only that no turn waits for it: what is too
-much moves into a bucket.
+A message goes through the head of its agent as it does in a conversation: messages beyond the limits move into a
+bucket. The copy is staged, see `_staging`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,32 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
-from ._attachments import CHUNK_BYTES
+from ._attachments import CHUNK_BYTES, Attachments
 from ._buckets import BUCKET_MESSAGES, Head, Step, bucket_of, everything, taken
 from ._codec import stored_size
-from ._copies import Copy, SessionCopies
 from ._documents import Document, agent_key, checked_id, config_set, removed_messages
 from ._loop import Portal
 from ._portable import MAX_LINE, AgentRead, MessageRead, PieceRead, Read, Reader, SessionRead
-from ._references import Reference, references_of
-from .errors import InvalidArgumentError, SessionExistsError
+from ._references import Reference
+from ._sizes import MAX_DOCUMENT_BYTES
+from ._staging import SessionStaging, Staging
+from .errors import InvalidArgumentError
 
 _LINES = 256
-_CHARACTERS = 1024 * 1024
-"""Lines that are read in one go: until there are so many, or they have so many characters."""
+_BYTES = 1024 * 1024
+"""A batch of lines is complete when it has this number of lines or of bytes."""
 
-_MOST_IN_DOCUMENT = 14 * 1024 * 1024
-"""Bytes of all heads together that fit into a session document, with room for what follows."""
+_READ = 64 * 1024
+"""Bytes or characters of a file that are read at a time, at most."""
+
+_ELEMENT = 12
+"""Bytes that an element of an array takes besides its value, at most."""
+
+_RESERVE = 16 * 1024
+"""Bytes of the session document that its messages leave to what is added to it."""
 
 
 @dataclass
@@ -41,6 +49,11 @@ class _Agent:
     next_id: int = 0
     messages: list[Document] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """The size of the messages in the head, as elements of an array."""
+        return sum(self.sizes) + _ELEMENT * len(self.sizes)
 
     @property
     def head(self) -> Head:
@@ -61,7 +74,8 @@ class Import:
         self._sessions = sessions
         self._session_id = session_id
         self._reader = Reader()
-        self._copy: Copy | None = None
+        self._staging: Staging | None = None
+        self._exported_id = ""
         self._document: Document = {}
         self._agents: list[_Agent] = []
         self._unfinished: Reference | None = None
@@ -87,22 +101,29 @@ class Import:
         async with self._turn, self._sessions._connection.operation():
             self._check()
             self._reader.check_end()
-            assert self._copy is not None  # the line of the session came before the last one
+            staging = self._begun
             await self._drop_unfinished()
             await self._make_room()
-            document = self._whole(self._copy)
-            await self._copy.commit(lambda collection: collection.insert_one(document))
+            expiry = await staging.date(self._sessions._session_ttl)
+            document = {**self._content(), "incarnation": staging.place.incarnation, **expiry}
+            origin = {"session_id": self._exported_id, "at": self._sessions._connection.now()}
+            if await asyncio.to_thread(stored_size, {**document, "copy_of": origin}) <= MAX_DOCUMENT_BYTES:
+                document["copy_of"] = origin  # a full session comes back without it
+            await staging.go_live(lambda sessions: sessions.replace_one(staging.own, document))
             self._is_over = True
-            self._sessions._ensure_indexes()
-            await self._copy.finish()
-            return self._copy.session_id
+            return staging.session_id
 
     async def abandon(self) -> None:
-        """Remove what was stored, unless the session is there."""
+        """Remove what was stored, unless the session is live."""
         async with self._turn, self._sessions._connection.operation():
-            if not self._is_over and self._copy is not None:
-                await self._copy.abandon()
+            if not self._is_over and self._staging is not None:
+                await self._staging.abandon()
             self._is_over = True
+
+    @property
+    def _begun(self) -> Staging:
+        assert self._staging is not None  # the line of the session is the first one that is understood
+        return self._staging
 
     def _check(self) -> None:
         if self._is_over:
@@ -116,9 +137,9 @@ class Import:
             case SessionRead():
                 await self._begin(found)
             case AgentRead():
-                data = {"created_at": found.fields.get("created_at"), **(found.fields.get("agent_data") or {})}
+                data = {k: v for k, v in (found.fields.get("agent_data") or {}).items() if v is not None}
                 data.pop("config_set", None)
-                fields = {**found.fields, "agent_data": {k: v for k, v in data.items() if v is not None}}
+                fields = {**found.fields, "agent_data": data}
                 if names := config_set(found.fields):
                     fields["config_set"] = sorted(names)
                 self._agents.append(_Agent(agent_key(found.agent_id), fields, removed_messages(fields)))
@@ -129,46 +150,42 @@ class Import:
 
     async def _begin(self, found: SessionRead) -> None:
         session_id = found.session_id if self._session_id is None else self._session_id
-        if await self._sessions._find(session_id, {"_id": 1}) is not None:
-            raise SessionExistsError(f"session {session_id!r} exists already")
-        self._copy = self._sessions._copy(session_id)
-        await self._copy.begin(self._sessions._session_ttl)
-        origin = self._copy.origin(found.session_id)
-        self._document = {"_id": session_id, "session_id": session_id, **found.fields, "copy_of": origin}
+        self._staging, self._exported_id = Staging(self._sessions, session_id), found.session_id
+        self._document = {"_id": session_id, "session_id": session_id, **found.fields}
+        await self._staging.begin()
 
     async def _message(self, found: MessageRead) -> None:
-        agent, message, size = self._agents[-1], found.message, found.size
-        if references_of(message):
-            assert self._copy is not None
-            message = in_generation(message, self._copy.generation)
-            size = stored_size(message)
+        agent, message = self._agents[-1], found.message
         agent.messages.append(message)
-        agent.sizes.append(size)
+        agent.sizes.append(found.size)
         agent.next_id = message["message_id"] + 1
         limits = self._sessions._limits
         while limits.exceeded(agent.head):
             await self._archive(agent, limits.step(agent.head))
 
     async def _archive(self, agent: _Agent, step: Step) -> None:
-        assert self._copy is not None
         count = min(taken(agent.sizes, step), BUCKET_MESSAGES)
         first, messages = agent.archived, agent.messages[:count]
-        bucket = bucket_of(self._copy.session_id, agent.key, self._copy.moment, first, messages)
-        await self._copy.put_bucket(bucket)
+        bucket = bucket_of(self._begun.place, agent.key, first, messages)
+        await self._sessions._put_bucket(bucket)
         agent.archived += count
         del agent.messages[:count], agent.sizes[:count]
 
     async def _make_room(self) -> None:
-        """Archive more of what the limits allow in each head if all heads do not fit into one document."""
-        by_size = sorted(self._agents, key=lambda agent: sum(agent.sizes), reverse=True)
-        for agent in by_size:
-            while len(agent.messages) > 1 and sum(sum(each.sizes) for each in self._agents) > _MOST_IN_DOCUMENT:
+        """Archive more messages than the limits demand if the heads do not fit into one document."""
+        frame = self._content()
+        frame["agents"] = {key: {**agent, "archived": 0, "messages": []} for key, agent in frame["agents"].items()}
+        room = MAX_DOCUMENT_BYTES - _RESERVE - await asyncio.to_thread(stored_size, frame)
+        sizes = [agent.size for agent in self._agents]
+        total = sum(sizes)
+        for size, agent in sorted(zip(sizes, self._agents, strict=True), key=itemgetter(0), reverse=True):
+            total -= size
+            while agent.messages and total + agent.size > room:
                 await self._archive(agent, everything(agent.head))
+            total += agent.size
 
     async def _piece(self, piece: PieceRead) -> None:
-        copy = self._copy
-        assert copy is not None
-        reference = piece.reference._replace(generation=copy.generation)
+        attachments, place, reference = self._sessions._attachments, self._begun.place, piece.reference
         if piece.at == 0:
             await self._drop_unfinished()
             self._unfinished, self._chunks = reference, 0
@@ -176,34 +193,42 @@ class Import:
         while len(self._chunk) >= CHUNK_BYTES or (piece.whole and self._chunk):
             data = bytes(self._chunk[:CHUNK_BYTES])
             del self._chunk[:CHUNK_BYTES]
-            await self._sessions._attachments.put_chunk(
-                copy.session_id, reference, self._chunks, data, copy.expires_from
-            )
+            await attachments.put_chunk(place, reference, self._chunks, data)
             self._chunks += 1
         if piece.whole:
-            await self._sessions._attachments.put_entry(copy.session_id, reference, copy.expires_from)
+            await attachments.put_entry(place, reference)
             self._unfinished = None
 
     async def _drop_unfinished(self) -> None:
-        if self._unfinished is not None and self._copy is not None:
-            await self._sessions._attachments.drop_chunks(self._copy.session_id, self._unfinished)
+        if self._unfinished is not None:
+            await self._sessions._attachments.drop_chunks(self._begun.place, self._unfinished)
         self._unfinished = None
         self._chunk.clear()
 
-    def _whole(self, copy: Copy) -> Document:
+    def _content(self) -> Document:
         agents = {}
         for agent in self._agents:
-            numbers = {"created_at": copy.moment, "next_message_id": agent.next_id}
             archived = {"archived": agent.archived} if agent.archived else {}
-            agents[agent.key] = {**agent.fields, **numbers, **archived, "messages": agent.messages}
-        return {**self._document, "attachments_generation": copy.generation, **copy.expiry, "agents": agents}
+            agents[agent.key] = {
+                **agent.fields,
+                "next_message_id": agent.next_id,
+                **archived,
+                "messages": agent.messages,
+            }
+        return {**self._document, "agents": agents}
 
 
-class SessionImports(SessionCopies):
+class SessionImports(SessionStaging):
     """The part of the repository that imports."""
+
+    _attachments: Attachments
 
     def _import(self, session_id: str | None) -> Import:
         return Import(self, None if session_id is None else checked_id(session_id, "session_id"))
+
+    async def _put_bucket(self, bucket: Document) -> None:
+        condition = {"_id": bucket["_id"]}
+        await self._send(lambda archive: archive.replace_one(condition, bucket, upsert=True), self._archive_name)
 
 
 async def feed(portal: Portal, session: Import, stream: object) -> str:
@@ -237,44 +262,94 @@ async def _in_threads(batches: Iterator[list[Any]]) -> AsyncIterator[list[Any]]:
         yield lines
 
 
-class _Batch:
-    """Lines that are read in one go."""
+class _Lines:
+    """Makes batches of lines out of the parts of a stream, which can be chunks or lines.
+
+    A line ends with a line feed, or where a part ends with an object and the next one begins with another: a list of
+    lines can be without their ends.
+    """
 
     def __init__(self) -> None:
-        self.lines: list[Any] = []
-        self._characters = 0
+        self._batch: list[Any] = []
+        self._size = 0
+        self._begin_line()
 
-    def add(self, line: Any) -> bool:
-        """Add a line; return whether it is enough."""
-        self.lines.append(line)
-        self._characters += len(line) if isinstance(line, str | bytes) else 0
-        return len(self.lines) == _LINES or self._characters >= _CHARACTERS
+    def add(self, part: Any) -> Iterator[list[Any]]:
+        """Add a part; yield the batches that are complete."""
+        if isinstance(part, str):
+            part = part.encode(errors="surrogatepass")  # the reader refuses a surrogate, and names the line
+        elif isinstance(part, bytearray | memoryview):
+            part = bytes(part)
+        if not isinstance(part, bytes):
+            yield from self._end_line()
+            yield from self._line(part)
+            return
+        if part.startswith(b"{") and self._is_object():
+            yield from self._end_line()
+        begin = 0
+        while (end := part.find(b"\n", begin)) >= 0:
+            self._rest.append(part[begin : end + 1])
+            yield from self._end_line()
+            begin = end + 1
+        if begin < len(part):
+            self._continue_line(part[begin:])
+            if self._length > MAX_LINE + 2:
+                yield from self._end_line()  # the reader refuses it
 
-    def take(self) -> list[Any]:
-        """Return what was added since the last time."""
-        lines, self.lines, self._characters = self.lines, [], 0
-        return lines
+    def end(self) -> Iterator[list[Any]]:
+        """Yield the batches that are left."""
+        yield from self._end_line()
+        if self._batch:
+            yield self._batch
+
+    def _begin_line(self) -> None:
+        self._rest: list[bytes] = []
+        self._length = self._quotes = 0
+        self._is_escaped = False
+
+    def _continue_line(self, part: bytes) -> None:
+        self._rest.append(part)
+        self._length += len(part)
+        unescaped = part[self._is_escaped :].replace(b"\\\\", b"")
+        self._is_escaped = unescaped.endswith(b"\\")
+        self._quotes += unescaped.replace(b'\\"', b"").count(b'"')
+
+    def _is_object(self) -> bool:
+        """Return whether an object ends here: in JSON, no object follows another one directly outside of a string."""
+        return bool(self._rest) and self._rest[-1].rstrip().endswith(b"}") and self._quotes % 2 == 0
+
+    def _end_line(self) -> Iterator[list[Any]]:
+        if self._rest:
+            line = b"".join(self._rest)
+            self._begin_line()
+            yield from self._line(line)
+
+    def _line(self, line: Any) -> Iterator[list[Any]]:
+        self._batch.append(line)
+        self._size += len(line) if isinstance(line, bytes) else 0
+        if len(self._batch) >= _LINES or self._size >= _BYTES:
+            batch, self._batch, self._size = self._batch, [], 0
+            yield batch
 
 
 def _batches(stream: Any) -> Iterator[list[Any]]:
-    if isinstance(stream, str | bytes | bytearray | dict) or not hasattr(stream, "__iter__"):
+    if isinstance(stream, str | bytes | bytearray | memoryview | dict) or not hasattr(stream, "__iter__"):
         raise InvalidArgumentError(
-            f"stream must be lines: an open file, or another iterable of str or bytes, not {type(stream).__name__}"
+            "stream must be an open file, or an iterable or asynchronous iterable of str or bytes, not "
+            f"{type(stream).__name__}"
         )
     if callable(readline := getattr(stream, "readline", None)):
-        stream = itertools.takewhile(bool, map(readline, itertools.repeat(MAX_LINE + 3)))
-    batch = _Batch()
-    for line in stream:
-        if batch.add(line):
-            yield batch.take()
-    if batch.lines:
-        yield batch.take()
+        stream = itertools.takewhile(bool, map(readline, itertools.repeat(_READ)))
+    lines = _Lines()
+    for part in stream:
+        yield from lines.add(part)
+    yield from lines.end()
 
 
 async def _batches_async(stream: Any) -> AsyncIterator[list[Any]]:
-    batch = _Batch()
-    async for line in stream:
-        if batch.add(line):
-            yield batch.take()
-    if batch.lines:
-        yield batch.take()
+    lines = _Lines()
+    async for part in stream:
+        for batch in lines.add(part):
+            yield batch
+    for batch in lines.end():
+        yield batch

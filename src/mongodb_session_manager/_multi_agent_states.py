@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
@@ -11,6 +12,7 @@ from ._archive import SessionArchive
 from ._changes import Update
 from ._codec import decode
 from ._documents import Document, OddField, checked_id
+from ._large_values import compute
 from ._multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -42,11 +44,10 @@ class MultiAgentStates(SessionArchive):
             StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
-        write = first_write(multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
+        write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            if not await self._store_multi_agent(
-                session_id, multi_agent.id, compile_write(session_id, write), write.state
-            ):
+            update = compile_write(session_id, replace(write, moment=self._connection.now()))
+            if not await self._store_multi_agent(session_id, multi_agent.id, update, write.state):
                 await self._found(session_id, {"_id": 1})
 
     async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
@@ -56,7 +57,7 @@ class MultiAgentStates(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
-        return None if stored is None else decode(stored.get("state"))
+        return None if stored is None else await compute(decode, stored.get("state"))
 
     async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, whatever is there.
@@ -68,9 +69,9 @@ class MultiAgentStates(SessionArchive):
             StateTooLargeError: Its state is larger than the session's document has room for.
         """
         checked_id(session_id, "session_id")
-        state = encode_state(multi_agent.serialize_state())
-        update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex)
+        state = await compute(encode_state, multi_agent.serialize_state())
         async with self._connection.operation():
+            update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
             if not await self._store_multi_agent(session_id, multi_agent.id, update, state):
                 stored = await self._stored_multi_agent(session_id, multi_agent.id, "writer")
                 if stored is None:
@@ -100,6 +101,7 @@ class MultiAgentStates(SessionArchive):
                 if rest is None:
                     return None
                 try:
+                    rest = replace(rest, moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
                     if await self._store_multi_agent(session_id, rest.multi_agent_id, update, rest.state):
                         return None

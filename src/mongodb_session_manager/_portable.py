@@ -7,15 +7,18 @@
     {"message": {...}}                  as it is stored, its attachments as references
     {"end": {"agents": ..., "messages": ..., "attachments": ..., "sha256": ...}}
 
-The pieces of an attachment come before a message that refers to it. It is not repeated for the next message unless
-`REMEMBERED` others came since; it ends with the piece that makes it as long as its reference says. One that does not
-come to its end, because its message was redacted meanwhile, is to be ignored. The numbers of the last line count the
-lines of each kind (whole attachments); `sha256` is that of all lines before it, each with one line feed, and may be
-left out by who has edited them.
+The pieces of an attachment come before the first message that refers to it. The next message with the same bytes
+refers to that attachment, whatever the token of its own reference, unless `REMEMBERED` others came since. An attachment
+ends with the piece that makes it as long as its reference says. One without its last piece, because its message was
+redacted meanwhile, must be ignored. The numbers of the last line count the lines of each kind (complete attachments);
+`sha256` is the digest of all lines before it, each with one line feed. It can be left out, for lines that were edited.
 
 A key that begins with `$` would be taken for Extended JSON, so a dict that holds one is written as
-`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` characters is written as
-`{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no kind of line end can damage them.
+`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes, or hold more than
+`MAX_ELEMENTS`, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no kind of line
+end can damage them.
+
+Ids of messages that do not increase are replaced as opening does.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ from bson import json_util
 from bson.binary import UuidRepresentation
 from bson.errors import BSONError
 
-from ._codec import CODEC_OPTIONS, stored_size
-from ._documents import Document, checked_id, to_iso
-from ._references import Reference, references_of
+from ._codec import CODEC_OPTIONS, MARKER, stored_size
+from ._documents import Document, checked_id, following_id, to_iso
+from ._references import Reference, attached, references_of
+from ._sizes import MAX_DOCUMENT_BYTES
 from ._untrusted import checked_agent, checked_message, checked_session, require
 from .errors import InvalidArgumentError, raise_alone
 
@@ -43,7 +47,19 @@ FORMAT = "mongodb-session-manager"
 VERSION = 1
 
 MAX_LINE = 32 * 1024 * 1024
-"""Characters of a line; a document of MongoDB as base64 has 22 million."""
+"""Bytes of a line; a document of MongoDB as base64 has 22 million."""
+
+MAX_ELEMENTS = 2**22
+"""Objects, arrays and commas of a line, outside of strings.
+
+What the largest document of MongoDB can hold: the densest values that this format writes as JSON are empty arrays with
+names of one character, 8 bytes of BSON each.
+"""
+
+MAX_RECORD = MAX_DOCUMENT_BYTES + 16 * 1024
+"""Bytes of BSON of a line."""
+
+_SLICE = 256 * 1024
 
 PIECE_BYTES = 512 * 1024
 """Bytes of an attachment in one line at most, as they are exported."""
@@ -67,15 +83,20 @@ class Recent:
     """The attachments that came last, by SHA-256; writer and reader forget the same ones."""
 
     def __init__(self) -> None:
-        self._known: dict[str, int] = {}
+        self._known: dict[str, Reference] = {}
 
     def add(self, reference: Reference) -> None:
-        self._known[reference.sha256] = reference.length
+        self._known[reference.sha256] = reference
         if len(self._known) > REMEMBERED:
             del self._known[next(iter(self._known))]
 
+    def find(self, reference: Reference) -> Reference | None:
+        """Return the reference to the same bytes with which they came."""
+        found = self._known.get(reference.sha256)
+        return None if found is None or found.length != reference.length else found
+
     def __contains__(self, reference: Reference) -> bool:
-        return self._known.get(reference.sha256) == reference.length
+        return self.find(reference) is not None
 
 
 # Writing.
@@ -92,7 +113,7 @@ def _escaped(value: Any) -> Any:
 def line_of(record: Document) -> str:
     """Return the line, with its end, of a record whose keys do not begin with `$`."""
     line = json_util.dumps(_escaped(record), json_options=_OPTIONS, separators=(",", ":"))
-    if len(line) >= MAX_LINE:
+    if len(line) >= MAX_LINE or (len(line) > MAX_ELEMENTS and not _has_few_elements(line.encode())):
         packed = base64.b64encode(bson.encode(record, codec_options=CODEC_OPTIONS)).decode()
         line = json.dumps({"bson": {"$binary": {"base64": packed, "subType": "00"}}})
     return f"{line}\n"
@@ -163,7 +184,10 @@ class AgentRead:
 
 @dataclass(frozen=True, slots=True)
 class MessageRead:
-    """A message of the agent read last, and how many bytes it takes."""
+    """A message of the agent read last, and its size in bytes.
+
+    Each of its references is the reference of a complete attachment that was read before.
+    """
 
     message: Document
     size: int
@@ -183,7 +207,7 @@ Read: TypeAlias = SessionRead | AgentRead | MessageRead | PieceRead
 
 
 class Reader:
-    """Reads lines that nobody vouches for: what it returns can be stored."""
+    """Reads lines from an untrusted source. What it returns can be stored, opened, listed, restored and exported."""
 
     def __init__(self) -> None:
         self.is_complete = False
@@ -194,7 +218,8 @@ class Reader:
         self._header: str | None = None
         self._has_session = False
         self._agents: set[str] = set()
-        self._next_id = 0
+        self._position, self._last_id = 0, -1
+        self._room = MAX_DOCUMENT_BYTES
         self._attachment: tuple[Reference, int, Any] | None = None
 
     def read(self, line: object) -> Read | None:
@@ -205,15 +230,16 @@ class Reader:
         """
         self._number += 1
         try:
-            text = _text(line)
-            if not text:
+            data = _stripped(line)
+            if not data:
                 return None
-            record = _record(text)
+            record = _record(data)
             found = self._understood(record)
         except InvalidArgumentError as error:
             raise_alone(InvalidArgumentError(f"line {self._number} cannot be imported: {error}"))
         if "end" not in record:
-            self._digest.update(f"{text}\n".encode())
+            self._digest.update(data)
+            self._digest.update(b"\n")
         return found
 
     def check_end(self) -> None:
@@ -230,15 +256,15 @@ class Reader:
         if self._header is None:
             self._header = _checked_header(record)
             return None
-        require(not self.is_complete, "the last line was before it")
+        require(not self.is_complete, "it follows the last line of the export")
         if type(record.get("session")) is dict:
             require(not self._has_session, "it is a second session")
             self._has_session = True
-            return SessionRead(self._header, checked_session(record["session"]))
+            return SessionRead(self._header, self._fitting(checked_session(record["session"])))
         require(self._has_session, "the line of the session must come first")
         match record:
             case {"agent": agent_id, "fields": dict() as fields}:
-                return self._agent(checked_id(agent_id, "the agent's id"), fields)
+                return self._agent(_plain_id(agent_id, "the agent's id"), fields)
             case {"message": dict() as message}:
                 return self._message(message)
             case {"attachment": text, "at": int() as at, "data": str() as data}:
@@ -246,32 +272,46 @@ class Reader:
             case {"end": dict() as numbers}:
                 self._end(numbers)
                 return None
-        raise InvalidArgumentError("it is of no kind that there is")
+        raise InvalidArgumentError("unknown record type")
+
+    def _fitting(self, fields: Document) -> Document:
+        """Return fields of the session document, if it has room for them."""
+        self._room -= stored_size(fields)
+        require(self._room >= 0, f"the fields of the session and its agents exceed {MAX_DOCUMENT_BYTES} bytes")
+        return fields
 
     def _agent(self, agent_id: str, fields: Document) -> AgentRead:
-        require(agent_id not in self._agents, "it is an agent that was there before")
+        require(agent_id not in self._agents, "it is a second agent of that id")
         self._agents.add(agent_id)
         self._counts["agents"] += 1
-        self._next_id = 0
-        return AgentRead(agent_id, checked_agent(fields))
+        self._position, self._last_id = 0, -1
+        return AgentRead(agent_id, self._fitting(checked_agent(fields)))
 
     def _message(self, message: Document) -> MessageRead:
-        require(bool(self._agents), "it is a message of no agent")
-        size = checked_message(message, self._next_id)
+        require(bool(self._agents), "it is a message without an agent")
+        renamed: dict[str, Any] = {}
         for reference in references_of(message):
-            require(reference in self._recent, "it refers to an attachment that is not there")
-        self._next_id = message["message_id"] + 1
+            known = self._recent.find(reference)
+            require(known is not None, "it refers to an attachment that is missing")
+            if known != reference:
+                renamed[str(reference)] = {MARKER: "attachment", "v": str(known)}
+        if renamed:
+            listed = {renamed[text]["v"] if text in renamed else text for text in message["attachments"]}
+            message = {**attached(message, renamed), "attachments": sorted(listed)}
+        self._last_id = following_id(message.get("message_id"), self._position, self._last_id)
+        self._position += 1
+        message, size = checked_message(message, self._last_id)
         self._counts["messages"] += 1
         return MessageRead(message, size)
 
     def _piece(self, reference: Reference | None, at: int, text: str) -> PieceRead:
-        require(bool(self._agents), "it is an attachment of no agent")
-        require(reference is not None and reference.length > 0, "its reference is none")
+        require(bool(self._agents), "it is an attachment without an agent")
+        require(reference is not None and reference.length > 0, "its reference cannot be one")
         assert reference is not None
         try:
             data = base64.b64decode(text, validate=True)
         except ValueError:
-            raise_alone(InvalidArgumentError("its data is no base64"))
+            raise_alone(InvalidArgumentError("its data is not base64"))
         if at == 0:
             self._attachment = (reference, 0, hashlib.sha256())
         known, length, digest = self._attachment or (None, 0, hashlib.sha256())
@@ -295,31 +335,57 @@ class Reader:
         self.is_complete = True
 
 
-def _text(line: object) -> str:
+def _stripped(line: object) -> bytes:
     if not isinstance(line, str | bytes):
         raise InvalidArgumentError(f"it must be str or bytes, not {type(line).__name__}")
-    require(len(line) <= MAX_LINE + 2, f"it is longer than {MAX_LINE} characters")
+    require(len(line) <= MAX_LINE + 2, f"it is longer than {MAX_LINE} bytes")
     try:
-        text = line.decode() if isinstance(line, bytes) else line
-        text.encode()
+        data = line.encode() if isinstance(line, str) else line
     except UnicodeError:
-        raise_alone(InvalidArgumentError("it is no UTF-8"))
-    return text.strip(" \t\r\n")
+        raise_alone(InvalidArgumentError("it is not UTF-8"))
+    return data.strip(b" \t\r\n")
 
 
-def _record(text: str) -> Document:
+def _record(data: bytes) -> Document:
     """Return the object of a line, which BSON can hold."""
+    require(_has_few_elements(data), f"it holds more than {MAX_ELEMENTS} values")
+    try:
+        text = data.decode()
+    except UnicodeError:
+        raise_alone(InvalidArgumentError("it is not UTF-8"))
     try:
         record = json.loads(text, object_pairs_hook=_value, parse_constant=_no_constant)
         if type(record) is dict and record.keys() == {"bson"} and type(record["bson"]) is bytes:
+            require(len(record["bson"]) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
             record = bson.decode(record["bson"], CODEC_OPTIONS)
         if type(record) is not dict:
             raise ValueError
         _check_levels(record, _MAX_LEVELS)
-        stored_size(record)
+        stored = bson.encode(record, codec_options=CODEC_OPTIONS)
+        require(len(stored) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
+        return bson.decode(stored, CODEC_OPTIONS)  # what is checked is what will be read
+    except InvalidArgumentError:
+        raise
     except _REFUSALS:
-        raise_alone(InvalidArgumentError("it is damaged, or no Extended JSON"))
-    return record
+        raise_alone(InvalidArgumentError("it is damaged, or not Extended JSON"))
+
+
+def _has_few_elements(data: bytes) -> bool:
+    """Return whether a line has at most `MAX_ELEMENTS`; to parse one of them takes about 64 bytes and 100 ns."""
+    if _elements(data) <= MAX_ELEMENTS:
+        return True
+    # Some of them can be characters of strings; without escapes, each quote begins or ends one.
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    count = is_within = 0
+    for begin in range(0, len(data), _SLICE):
+        parts = data[begin : begin + _SLICE].split(b'"')
+        count += _elements(b"".join(parts[is_within::2]))
+        is_within = (is_within + len(parts) - 1) % 2
+    return count <= MAX_ELEMENTS
+
+
+def _elements(data: bytes) -> int:
+    return sum(map(data.count, (b"{", b"[", b",")))
 
 
 def _value(pairs: list[tuple[str, Any]]) -> Any:
@@ -352,6 +418,14 @@ def _checked_header(record: Document) -> str:
     version = record.get("version")
     require(
         type(version) is int and version == VERSION,
-        f"the export is of another version than {VERSION}, the only one that is known here",
+        f"unsupported export version {version!r} (expected {VERSION})"
+        if type(version) is int
+        else f"the export version must be {VERSION}",
     )
-    return checked_id(record.get("session_id"), "session_id")
+    return _plain_id(record.get("session_id"), "session_id")
+
+
+def _plain_id(value: object, name: str) -> str:
+    """Return an id that is a plain `str`: `Code` is a subclass of it."""
+    require(not isinstance(value, str) or type(value) is str, f"{name} must be a str, not {type(value).__name__}")
+    return checked_id(value, name)

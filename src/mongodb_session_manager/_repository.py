@@ -60,6 +60,7 @@ from ._documents import (
 )
 from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
+from ._large_values import compute
 from ._layout import ARCHIVE, LIVE, Place
 from ._life import LIFE, Life, checked_ttl, next_date
 from ._migration import HAS_PARTS, is_of_v1
@@ -414,7 +415,8 @@ class AsyncMongoDBSessionRepository(
             SessionNotFoundError: The session does not exist.
             StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
-        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, new_agent(session_agent)))
+        document = await compute(new_agent, session_agent)
+        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
 
     async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
         """Return an agent, `None` if the session holds none of that id.
@@ -429,7 +431,7 @@ class AsyncMongoDBSessionRepository(
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
             raise OddField(f"agents.{key}", stored, dict).error(session_id)
-        return None if stored is None else agent_from(agent_id, stored)
+        return None if stored is None else await compute(agent_from, agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Store an agent's state; its creation date and configuration stay.
@@ -439,8 +441,10 @@ class AsyncMongoDBSessionRepository(
             AgentNotFoundError: The session holds no such agent.
             StateTooLargeError: The session's document has no room for its state; the earlier one stays.
         """
-        change = UpdateAgent(session_agent.agent_id, None, agent_state(session_agent), now())
-        await self._apply_one(session_id, change)
+        state = await compute(agent_state, session_agent)
+        async with self._connection.operation():
+            change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
+            await self._apply_one(session_id, change)
 
     async def create_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
@@ -458,7 +462,7 @@ class AsyncMongoDBSessionRepository(
         message_id = checked_message_id(session_message.message_id)
         if not is_message_id(message_id):  # the next opening would renumber the message
             raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
-        message = stored_message(session_message, message_id)
+        message = await compute(stored_message, session_message, message_id)
         await self._apply_one(session_id, AppendMessage(agent_id, set_aside(message, self._max_inline), by_id=True))
 
     async def read_message(
@@ -486,7 +490,7 @@ class AsyncMongoDBSessionRepository(
                     if error.references == missing:
                         raise
                     missing = error.references
-        found = message_from(messages[0], message_id)
+        found = await compute(message_from, messages[0], message_id)
         if found is None:
             raise OddField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(session_id)
         return found
@@ -505,7 +509,7 @@ class AsyncMongoDBSessionRepository(
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        fields = replacement({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        fields = replacement({**(await compute(message_body, session_message)), "updated_at": now()}, self._max_inline)
         given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
         await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True))
 
@@ -566,9 +570,13 @@ class AsyncMongoDBSessionRepository(
                     missing = error.references  # unless their messages were replaced since they were read
             else:
                 raise DatabaseError(f"session {session_id!r} was changed again and again while it was read")
-        found = messages_from(messages, offset, session_id, agent_id, restoring=False)
-        return [message for message, _ in found if message is not None]
+        return await compute(_messages_of, messages, offset, session_id, agent_id)
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self.apply(session_id, (change,))).values():
             raise error
+
+
+def _messages_of(stored: Sequence[Any], first: int, session_id: str, agent_id: str) -> list[SessionMessage]:
+    found = messages_from(stored, first, session_id, agent_id, restoring=False)
+    return [message for message, _ in found if message is not None]

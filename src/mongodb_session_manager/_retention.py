@@ -16,7 +16,6 @@ All dates are of the server's clock, see `Connection.now`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from functools import partial
@@ -130,10 +129,8 @@ class SessionRetention(SessionCollection):
         """Have all parts of a session expire at a date or later."""
         later = {"$max": {"expires_at": until}}
 
-        async def date(suffix: str, condition: Document) -> None:
+        for suffix, condition in place.outside():
             await self._send(partial(_update_many, condition, later), f"{self._collection_name}{suffix}")
-
-        await asyncio.gather(*(date(suffix, condition) for suffix, condition in place.outside()))
 
     def _ensure_indexes(self) -> None:
         super()._ensure_indexes()

@@ -35,6 +35,7 @@ from ._capture import capture_config, capture_metrics, guardrail_event
 from ._connection import Connection, unexpected_option
 from ._documents import agent_key, checked_id, now
 from ._hooks import Hook, checked_hook, hold, let_go
+from ._large_values import compute
 from ._life import checked_ttl
 from ._loop import ExitOrder, close_at_exit, running_loop
 from ._orchestration import OrchestratorSessionManager, is_recording_only, recording_only
@@ -217,9 +218,8 @@ class SessionManagerBase(OrchestratorSessionManager):
                 return
             document = await self._repository.open_session(self.session_id)
             close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-            work = UnitOfWork(
-                self.session_id, document, self._options.max_inline_attachment_bytes, self._fetch_messages
-            )
+            inline = self._options.max_inline_attachment_bytes
+            work = await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
             super().__init__(self.session_id, work)
             self._work = work
             hold(self, self._options.metadata_hook, self._options.feedback_hook)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ._codec import stored_size
 from ._documents import STATE_FIELDS, Document, agent_id_of, entries_at
+from ._large_values import least_size
 from .errors import StateTooLargeError
 
 MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
@@ -60,6 +61,20 @@ def of_multi_agent(multi_agent_id: str) -> str:
 def size_of(value: Any) -> int:
     """Return the size in bytes of an encoded value, computed as the server computes it."""
     return stored_size({"v": value})
+
+
+def refuse_unstorable(session_id: str, part: str, value: Any) -> None:
+    """Refuse a value that is not encoded yet, if no document can hold it.
+
+    Raises:
+        StateTooLargeError: It takes more than `MAX_DOCUMENT_BYTES`.
+    """
+    size = least_size(value, MAX_DOCUMENT_BYTES)
+    if size > MAX_DOCUMENT_BYTES:
+        raise StateTooLargeError(
+            f"session {session_id!r}: {part} was not stored: it takes at least {size} bytes, but a MongoDB document "
+            f"can hold at most {MAX_DOCUMENT_BYTES}"
+        )
 
 
 def too_large(session_id: str, part: str, size: int, sizes: Mapping[str, Any]) -> StateTooLargeError:

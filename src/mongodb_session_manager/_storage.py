@@ -20,7 +20,7 @@ from strands.storage import storage as strands_storage
 from ._blobs import Bucket
 from ._commands import checked_name, given, send
 from ._connection import AsyncCollection, Client, Connection, Settings
-from ._documents import Document, now
+from ._documents import Document
 from ._driver_errors import DuplicateKeyError
 from .errors import DatabaseError, InvalidArgumentError, raise_alone
 
@@ -182,7 +182,7 @@ class MongoDBStorage(Storage[str, str]):
         return await self._connection.portal.run(counted)
 
     async def _write(self, key: str, data: bytes) -> None:
-        value: Document = {"size": len(data), "updated_at": now()}
+        value: Document = {"size": len(data), "updated_at": self._connection.now()}
         file = None
         if len(data) <= INLINE_LIMIT:
             value["data"] = data

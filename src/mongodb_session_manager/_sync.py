@@ -510,13 +510,14 @@ class MongoDBSessionRepository(SessionRepository):
     def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
         """Store an exported session and return its id; nothing of it is visible before all of it is stored.
 
-        Nobody has to vouch for the stream. What fails, is cancelled or refused leaves no session; what a killed process
-        has stored is invisible, and removed by the next copy into a session of that id. Dates stay; but a session that
-        is to expire counts as written to now.
+        The stream can come from an untrusted source. An import that fails, is cancelled or refused leaves nothing. What
+        a killed process has stored is invisible, and other processes remove it when its lease of a minute is over.
+        Dates stay. A session that expires has its whole time to live ahead, however long the import takes.
 
         Args:
-            stream: What `export_session` yielded: lines of `str` or `bytes`, with or without their ends, or an open
-                file. An iterable that is not asynchronous is read in threads where an event loop must not wait.
+            stream: The lines that `export_session` yielded: an open file, or an iterable of `str` or `bytes`, each of
+                them a line or any part of the text. An iterable that is not asynchronous is read in threads where an
+                event loop must not wait.
             session_id: The new session; `None` for the id it was exported with.
 
         Raises:

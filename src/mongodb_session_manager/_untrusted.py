@@ -1,14 +1,38 @@
-"""What a session that somebody hands in must be before it is stored. Pure."""
+"""Checks of the parts of a session before they are imported. Pure.
+
+The stream can come from anybody. A part is accepted if the functions that list, open, restore and export a session can
+use it as it is. Unknown fields are accepted.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import datetime
+from types import NoneType
 from typing import Any
 
-from ._codec import decode, stored_size
-from ._documents import Document, to_date
-from ._references import references_of
+from strands import Agent
+from strands.agent.conversation_manager import (
+    NullConversationManager,
+    SlidingWindowConversationManager,
+    SummarizingConversationManager,
+)
+from strands.agent.state import AgentState
+
+from ._codec import MARKER, decode_own, encode, stored_size
+from ._documents import (
+    MESSAGE_USAGE,
+    STATE_FIELDS,
+    Document,
+    agent_from,
+    is_restorable,
+    message_from,
+    odd_fields,
+    to_date,
+    usable_internal_state,
+)
+from ._references import attached, references_of
 from .errors import EncodingError, InvalidArgumentError, raise_alone
 
 LEFT_BEHIND = frozenset(
@@ -21,120 +45,310 @@ LEFT_BEHIND = frozenset(
         "session_ttl",
         "kept_until",
         "keep_until",
+        "incarnation",
+        "state",
+        "state_by",
+        "state_until",
+        "time_to_live",
+        "expires_at",
+        "removed_attachments",
+        "moved",
     }
 )
-"""Fields of a session document that a copy has of its own, or not at all."""
+"""Fields of a session document that a copy does not take: it has its own, or none."""
 
 AGENT_LEFT_BEHIND = frozenset(
     {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"}
 )
-"""Fields of an agent's sub-document that a copy has of its own."""
+"""Fields of an agent's sub-document that a copy does not take: it has its own."""
+
+MOST = 2**53
+"""The bound of a number that is summed or incremented: a double holds it exactly, and no sum of an `int` overflows."""
+
+_STATE_DEPTH = 5  # document, agents, key, agent_data, field
+_MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
+_MANAGERS = (NullConversationManager, SlidingWindowConversationManager, SummarizingConversationManager)
 
 
 def require(condition: bool, otherwise: str) -> None:
-    """Refuse what is handed in unless the condition holds."""
+    """Raise `InvalidArgumentError` unless the condition holds."""
     if not condition:
         raise InvalidArgumentError(otherwise)
 
 
-def _check_names(fields: Document, what: str) -> None:
-    require(
-        all(key and not key.startswith("$") and "." not in key for key in fields),
-        f"{what} holds a field whose name is empty, begins with $ or holds a dot",
-    )
-
-
-def _check_date(value: object, name: str) -> None:
-    try:
-        if not isinstance(value, str | datetime | None):
-            raise ValueError
-        to_date(value)
-    except ValueError:
-        raise_alone(InvalidArgumentError(f"{name} is no date"))
-
-
-def _check_kinds(fields: Document, kinds: Mapping[str, type | tuple[type, ...]]) -> None:
-    for name, kind in kinds.items():
-        value = fields.get(name)
-        require(value is None or (isinstance(value, kind) and type(value) is not bool), f"{name} is of another type")
-
-
 def checked_session(fields: Document) -> Document:
-    """Return what a copy takes of the fields of a session document, if they can be stored."""
+    """Return the fields of a session document that a copy takes.
+
+    Raises:
+        InvalidArgumentError: They cannot be those of a session.
+    """
+    fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
     _check_names(fields, "the session")
-    _check_kinds(
-        fields,
-        {
-            "application_name": str,
-            "session_type": str,
-            "metadata": dict,
-            "feedbacks": list,
-            "guardrail_events": list,
-            "multi_agents": dict,
-        },
-    )
-    for name in ("created_at", "updated_at"):
-        _check_date(fields.get(name), name)
-    require(not any(key.startswith("$") for key in fields.get("metadata") or {}), "metadata holds an operator")
+    for odd in odd_fields({name: value for name, value in fields.items() if value is not None}):
+        raise InvalidArgumentError(f"{odd.path!r} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
+    _check_kinds(fields, "", {"application_name": str, "session_type": str})
+    _check_dates(fields, "")
+    metadata = fields.get("metadata") or {}
+    require(not any(key.startswith("$") for key in metadata), "metadata must not hold a key that begins with $")
+    require(MARKER not in metadata, f"metadata must not hold the key {MARKER!r}, which marks encoded values")
+    for name, value in fields.items():
+        for part in value.values() if name in ("metadata", "multi_agents") and type(value) is dict else (value,):
+            _own(part, name)
     for name in ("feedbacks", "guardrail_events"):
-        require(all(type(entry) is dict for entry in fields.get(name) or []), f"{name} holds what is no object")
-    multi_agents = fields.get("multi_agents") or {}
-    _check_names(multi_agents, "multi_agents")
-    for stored in multi_agents.values():
-        require(
-            type(stored) is dict
-            and "state" in stored
-            and isinstance(stored.get("revision"), int)
-            and isinstance(stored.get("writer"), str),
-            "multi_agents holds what is no multi-agent",
-        )
-    return {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
+        for position, entry in enumerate(fields.get(name) or []):
+            require(type(_own(entry, name)) is dict, f"{name}.{position} must be an object")
+    _check_names(fields.get("multi_agents") or {}, "multi_agents")
+    for stored in (fields.get("multi_agents") or {}).values():
+        _check_multi_agent(stored)
+    return fields
 
 
 def checked_agent(fields: Document) -> Document:
-    """Return what a copy takes of the fields of an agent's sub-document, if they can be stored."""
+    """Return the fields of an agent's sub-document that a copy takes.
+
+    Raises:
+        InvalidArgumentError: They cannot be those of an agent.
+    """
+    fields = {name: value for name, value in fields.items() if name not in AGENT_LEFT_BEHIND}
     _check_names(fields, "the agent")
-    _check_kinds(fields, {"agent_data": dict, "usage": dict, "config_set": list})
+    _check_kinds(fields, "", {"agent_data": dict, "usage": dict})
     data = fields.get("agent_data") or {}
     _check_names(data, "agent_data")
-    _check_kinds(data, {"state": dict, "conversation_manager_state": dict, "_internal_state": dict})
-    _check_kinds(data, {"config_set": list, "model": str})
-    for dated in (fields, data):
-        for name in ("created_at", "updated_at"):
-            _check_date(dated.get(name), name)
-    _check_kinds(fields.get("usage") or {}, dict.fromkeys(fields.get("usage") or {}, (int, float)))
-    return {name: value for name, value in fields.items() if name not in AGENT_LEFT_BEHIND}
-
-
-def _decoded(value: Any) -> Any:
-    try:
-        return decode(value)
-    except EncodingError:
-        raise_alone(InvalidArgumentError("it is nested too deep"))
-
-
-def checked_message(message: Document, next_id: int) -> int:
-    """Refuse what is no stored message that may follow the others; return how many bytes it takes."""
-    _check_names(message, "the message")
-    message_id = message.get("message_id")
-    require(
-        isinstance(message_id, int) and type(message_id) is not bool and next_id <= message_id < 2**31,
-        "its message_id does not follow the one before it",
-    )
-    for name in ("message", "redact_message"):
-        body = message.get(name)
-        if body is None and name == "redact_message":
-            continue
-        decoded = _decoded(body)
+    _check_kinds(data, "agent_data.", {"model": str})
+    for path, part in (("", fields), ("agent_data.", data)):
+        _check_dates(part, path)
+        names = part.get("config_set")
         require(
-            type(decoded) is dict
-            and isinstance(decoded.get("role"), str)
-            and isinstance(decoded.get("content"), list | tuple),
-            f"{name} has no role and content",
+            names is None or (type(names) is list and all(type(name) is str for name in names)),
+            f"{path}config_set must be a list of str",
         )
-    for name in ("created_at", "updated_at"):
-        _check_date(message.get(name), name)
-    _check_kinds(message, {"usage": dict, "event_loop_metrics": dict, "guardrail_event": dict, "attachments": list})
+        for name, value in part.items():
+            if part is data or name != "agent_data":
+                _own(value, f"{path}{name}")
+    _check_numbers(fields.get("usage"), "usage")
+    prompt, prompt_metadata = (_own(data.get(name), name) for name in ("system_prompt", "prompt_metadata"))
+    require(type(prompt) in (str, list, NoneType), "agent_data.system_prompt must be a str")
+    require(type(prompt_metadata) in (dict, NoneType), "agent_data.prompt_metadata must be an object")
+    for name in STATE_FIELDS:
+        decoded = _own(data.get(name), f"agent_data.{name}")
+        require(type(decoded) in (dict, NoneType), f"agent_data.{name} must be an object")
+        _check_encodes(decoded, _STATE_DEPTH, f"agent_data.{name}")
+    _check_state(fields)
+    return fields
+
+
+def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
+    """Return a stored message with its id, and its size in bytes.
+
+    Raises:
+        InvalidArgumentError: It is not a stored message, or Strands cannot go on from it.
+    """
+    message = {**message, "message_id": message_id}
+    _check_names(message, "the message")
+    kinds = {"usage": dict, "event_loop_metrics": dict, "guardrail_event": dict, "attachments": list}
+    _check_kinds(message, "", kinds)
+    _check_dates(message, "")
+    references = references_of(message)
     listed = message.get("attachments") or []
-    require(len(references_of(message)) == len(listed), "attachments holds what is no reference")
-    return stored_size(message)
+    require(len(references) == len(listed), "attachments must hold references only")
+    whole = attached(message, {str(reference): b"" for reference in references})
+    for name, value in whole.items():
+        _own(value, name)
+    _check_numbers(message.get("usage"), "usage")
+    metrics = message.get("event_loop_metrics") or {}
+    _check_kinds(metrics, "event_loop_metrics.", {MESSAGE_USAGE: dict})
+    _check_numbers(metrics.get(MESSAGE_USAGE), f"event_loop_metrics.{MESSAGE_USAGE}")
+    for name in ("message", "redact_message"):
+        if name == "message" or whole.get(name) is not None:
+            _check_body(whole.get(name), name)
+    return message, stored_size(message)
+
+
+def _check_body(body: Any, name: str) -> None:
+    """Check the content of a message as restoring an agent does."""
+    found = message_from({"message": body}, 0)
+    require(found is not None, f"{name} must have a role and a list of content")
+    assert found is not None
+    require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
+    texts = [block.get("text", "") for block in found.message["content"]]
+    require(all(type(text) is str for text in texts), f"{name} holds a text that is not a str")
+    _check_encodes(found.message, _MESSAGE_DEPTH, name)
+
+
+def _check_names(fields: Mapping[str, Any], what: str) -> None:
+    require(
+        all(key and not key.startswith("$") and "." not in key and key != MARKER for key in fields),
+        f"{what} must not hold a field whose name is empty, begins with $ or holds a dot",
+    )
+
+
+def _check_kinds(fields: Document, path: str, kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        value = fields.get(name)
+        require(type(value) in (kind, NoneType), f"{path}{name} must be a {kind.__name__}, not {type(value).__name__}")
+
+
+def _check_dates(fields: Document, prefix: str) -> None:
+    for name in ("created_at", "updated_at"):
+        value = fields.get(name)
+        try:
+            if type(value) not in (str, datetime, NoneType):
+                raise ValueError
+            to_date(value)
+        except ValueError:
+            raise_alone(InvalidArgumentError(f"{prefix}{name} must be a date"))
+
+
+def _check_numbers(values: Any, name: str) -> None:
+    require(type(values) in (dict, NoneType), f"{name} must be an object")
+    for key, number in (values or {}).items():
+        require(
+            isinstance(number, int | float)
+            and type(number) is not bool
+            and math.isfinite(number)
+            and abs(number) <= MOST,
+            f"{name} must hold numbers from -2**53 to 2**53 only",
+        )
+        require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
+
+
+def _own(stored: Any, name: str) -> Any:
+    """Return a decoded value."""
+    try:
+        return decode_own(stored)
+    except EncodingError as error:
+        raise_alone(InvalidArgumentError(f"{name}: {error}"))
+
+
+def _check_encodes(value: Any, depth: int, name: str) -> None:
+    """Check that a decoded value can be stored again, as the next turn does."""
+    try:
+        encode(value, depth=depth, name=name)
+    except EncodingError as error:
+        raise_alone(InvalidArgumentError(str(error)))
+
+
+def _is_message(value: Any) -> bool:
+    found = message_from({"message": value}, 0)
+    return found is not None and is_restorable(found)
+
+
+def _check_state(fields: Document) -> None:
+    """Check the state of an agent by restoring it as Strands does."""
+    agent = agent_from("agent", fields)
+    internal = _own((fields.get("agent_data") or {}).get("_internal_state"), "")
+    require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")
+    if "interrupt_state" in (internal or {}):
+        _check_interrupts(internal["interrupt_state"], "agent_data._internal_state.interrupt_state")
+    stand_in = Agent.__new__(Agent)
+    for name, restore in (
+        ("state", lambda: AgentState(agent.state)),
+        ("_internal_state", lambda: agent.initialize_internal_state(stand_in)),
+        ("conversation_manager_state", lambda: _check_manager(agent.conversation_manager_state)),
+    ):
+        try:
+            restore()
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            if isinstance(error, InvalidArgumentError):
+                raise
+            raise_alone(InvalidArgumentError(f"agent_data.{name} cannot be restored"))
+
+
+def _check_manager(state: Document) -> None:
+    removed = state.get("removed_message_count", 0)
+    require(
+        type(removed) is int and 0 <= removed < 2**31,
+        "agent_data.conversation_manager_state.removed_message_count must be an int >= 0",
+    )
+    name = state.get("__name__", "")
+    require(type(name) is str, "agent_data.conversation_manager_state.__name__ must be a str")
+    calls = state.get("model_call_count", 0)
+    require(
+        type(calls) is int and 0 <= calls <= MOST,
+        "agent_data.conversation_manager_state.model_call_count must be an int >= 0",
+    )
+    summary = state.get("summary_message")
+    require(
+        summary is None or _is_message(summary),
+        "agent_data.conversation_manager_state.summary_message must be a message",
+    )
+    for kind in _MANAGERS:
+        if name == kind.__name__ and "removed_message_count" in state:
+            kind().restore_from_session(state)
+
+
+def _check_interrupts(state: Any, path: str) -> None:
+    """Check the fields of interrupts that Strands reads later than at the restore."""
+    require(type(state) is dict and type(state.get("activated")) is bool, f"{path}.activated must be a bool")
+    context, interrupts = state.get("context"), state.get("interrupts")
+    require(type(context) is dict, f"{path}.context must be an object")
+    require(
+        type(interrupts) is dict
+        and all(
+            type(key) is str and type(each) is dict and type(each.get("id")) is str and type(each.get("name")) is str
+            for key, each in interrupts.items()
+        ),
+        f"{path}.interrupts must hold interrupts",
+    )
+    pending = state.get("pending_tool_execution")
+    if pending is None and "tool_use_message" in context:  # where Strands kept it before
+        pending = {
+            "assistant_message": context["tool_use_message"],
+            "completed_tool_results": context.get("tool_results", []),
+        }
+    if pending is None:
+        return
+    require(type(pending) is dict, f"{path}.pending_tool_execution must be an object")
+    message, results = pending.get("assistant_message"), pending.get("completed_tool_results")
+    require(
+        _is_message(message)
+        and all(type(block["toolUse"].get("name")) is str for block in message["content"] if "toolUse" in block),
+        f"{path}.pending_tool_execution must hold a message",
+    )
+    require(
+        isinstance(results, list | tuple)
+        and all(type(each) is dict and type(each.get("toolUseId")) is str for each in results),
+        f"{path}.pending_tool_execution must hold results of tools",
+    )
+
+
+def _check_multi_agent(stored: Document) -> None:
+    revision = stored.get("revision")
+    require(
+        type(revision) is not bool and isinstance(revision, int) and 0 <= revision <= MOST,
+        "multi_agents: revision must be an int >= 0",
+    )
+    require(type(stored.get("writer")) is str, "multi_agents: writer must be a str")
+    _check_names(stored, "multi_agents")
+    _check_dates(stored, "multi_agents: ")
+    state = _own(stored.get("state"), "multi_agents: state")
+    require(type(state) is dict, "multi_agents: state must be an object")
+    internal = state.get("_internal_state")
+    if "_internal_state" in state:
+        require(
+            type(internal) is dict and "interrupt_state" in internal,
+            "multi_agents: state._internal_state must hold an interrupt_state",
+        )
+        _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
+    require(
+        type(state.get("current_task", "")) in (str, list), "multi_agents: state.current_task must be a str or a list"
+    )
+    _check_results(state)
+    _check_encodes(state, 4, "multi_agents: state")
+
+
+def _check_results(part: Any) -> None:
+    """Check what Strands reads of the results of an orchestrator's nodes only when it goes on."""
+    require(type(part) is dict, "multi_agents: a result must be an object")
+    for name in ("accumulated_usage", "accumulated_metrics"):
+        _check_numbers(part.get(name), f"multi_agents: {name}")
+    for name in ("node_results", "results"):
+        nodes = part.get(name) or {}
+        require(type(nodes) is dict, f"multi_agents: {name} must be an object")
+        for node in nodes.values():
+            _check_results(node)
+    result = part.get("result")
+    if type(result) is dict:
+        if result.get("type") == "agent_result":
+            require(_is_message(result.get("message")), "multi_agents: a result must hold a message")
+        _check_results(result)

@@ -146,7 +146,7 @@ class SessionWriteBack(SessionWrites):
             }
             for agent in _agents_of(session_id, document)
         }
-        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not _is_left_out(key, agent, agents)]
+        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not is_left_out(key, agent, agents)]
         if not of_old:
             return document
         await self._adopt(session_id, agents, of_old)
@@ -255,7 +255,7 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> list[_Agent]:
     return agents
 
 
-def _is_left_out(key: str, agent: Mapping[str, Any], agents: Mapping[str, Any]) -> bool:
+def is_left_out(key: str, agent: Mapping[str, Any], agents: Mapping[str, Any]) -> bool:
     """Return whether opening leaves out an agent of old because another one has its key."""
     return agent.get("next_message_id") is None and agent_key(key) != key and agent_key(key) in agents
 

@@ -104,6 +104,8 @@ class SessionWrites(SessionArchive):
             place = Place(session_id, opened or life.incarnation)
             for write in writes.values():
                 write.incarnation = place.incarnation
+                if write.moment is not None:
+                    write.moment = self._connection.now()
             await self._attachments.store(place, writes.values(), self._part_date(life))
             stored = [reference for write in writes.values() for reference in write.stored]
             try:

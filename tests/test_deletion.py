@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import pymongo
@@ -138,25 +139,6 @@ def test_a_bad_id_is_refused(full: MongoDBSessionRepository, bad: Any) -> None:
     assert is_whole(full)
 
 
-def test_a_session_of_a_version_before_generations(
-    full: MongoDBSessionRepository, driver: Driver, database: str
-) -> None:
-    """Neither the document nor a bucket says which generation it is; files are of generation 0."""
-    collections = driver[database]
-    collections["agent_sessions"].update_one({}, {"$unset": {"attachments_generation": 0}})
-    collections["agent_sessions_archive"].update_many({}, {"$unset": {"generation": 0}})
-    for name, path in (("files", "_id"), ("chunks", "files_id")):
-        collection = collections[f"agent_sessions_attachments.{name}"]
-        for entry in list(collection.find()):
-            collection.delete_one({"_id": entry["_id"]})
-            entry[path]["generation"] = 0
-            if name == "chunks":
-                entry["_id"]["file"]["generation"] = 0
-            collection.insert_one(entry)
-    assert full.delete_session(ID)
-    assert traces(driver, database) == set()
-
-
 def test_a_factory_deletes(factory: MongoDBSessionManagerFactory, driver: Driver, database: str) -> None:
     agent(factory.create_session_manager(ID), "hello")("hi")
     assert factory.delete_session(ID) is True
@@ -180,34 +162,58 @@ async def test_a_factory_and_a_repository_delete_asynchronously(
 
 
 @pytest.mark.parametrize("how", [{"errorCode": 8000}, {"closeConnection": True}], ids=["refused", "cut"])
-@pytest.mark.parametrize("done", range(5))
-def test_what_an_interruption_has_left_is_removed_by_the_next_call(
-    full: MongoDBSessionRepository, server: str, driver: Driver, database: str, done: int, how: dict[str, Any]
+@pytest.mark.parametrize("finish", ["delete", "open", "create", "start"])
+@pytest.mark.parametrize("done", range(8))
+def test_an_interrupted_deletion_is_finished_by_the_next_process_that_meets_it(
+    full: MongoDBSessionRepository,
+    server: str,
+    driver: Driver,
+    database: str,
+    stored: Stored,
+    monkeypatch: pytest.MonkeyPatch,
+    done: int,
+    finish: str,
+    how: dict[str, Any],
 ) -> None:
-    with failing_after(server, done, failCommands=["delete"], **how):
-        if done < 4:
-            with pytest.raises(MongoDBSessionError):
-                full.delete_session(ID)
-        else:
-            full.delete_session(ID)
-    left = [
-        EVERYWHERE,
-        EVERYWHERE - {"agent_sessions"},
-        {"agent_sessions_attachments.files", "agent_sessions_attachments.chunks"},
-        {"agent_sessions_attachments.files"},
-        set(),
-    ][done]
-    assert traces(driver, database) == left
+    monkeypatch.setattr("mongodb_session_manager._deletion.LEASE", timedelta(0))
+    with failing_after(server, done, failCommands=["findAndModify", "delete"], **how), suppress(MongoDBSessionError):
+        full.delete_session(ID)
     if not done:
         assert is_whole(full)
-    assert full.delete_session(ID) is (done == 0)
+        full.delete_session(ID)
+    assert not full.session_exists(ID)
+    assert full.list_sessions().sessions == ()
+    assert full.count_sessions() == 0
+    with pytest.raises(SessionNotFoundError):
+        full.list_messages(ID, "agent")
+    document = stored.find_one({"_id": ID})
+    assert document is None or document.keys() == {
+        *("_id", "session_id", "incarnation", "state", "state_by", "state_until")
+    }
+    with MongoDBSessionRepository(f"{server}&appName=next{done}", database) as other:
+        match finish:
+            case "delete":
+                assert other.delete_session(ID) is False
+            case "open":
+                assert other.open_session(ID)["agents"] == {}
+            case "create":
+                other.create_session(Session(ID, "AGENT"))
+            case "start":
+                other.list_sessions()
+                eventually(lambda: not traces(driver, database))
+        if finish in ("open", "create"):
+            assert traces(driver, database) == {"agent_sessions"}
+            assert other.delete_session(ID) is True
     assert traces(driver, database) == set()
 
 
-@pytest.mark.parametrize("lost", range(4))
-def test_a_lost_acknowledgement(full: MongoDBSessionRepository, server: str, driver: Driver, lost: int) -> None:
+@pytest.mark.parametrize("lost", range(3))
+@pytest.mark.parametrize("command", ["findAndModify", "delete"])
+def test_a_lost_acknowledgement(
+    full: MongoDBSessionRepository, server: str, driver: Driver, command: str, lost: int
+) -> None:
     write_concern_error = {"code": 6, "errmsg": "done, but nobody hears of it"}
-    data = {"failCommands": ["delete"], "errorLabels": ["RetryableWriteError"]}
+    data = {"failCommands": [command], "errorLabels": ["RetryableWriteError"]}
     with fail_point(server, times=lost + 1, writeConcernError=write_concern_error, **data):
         assert full.delete_session(ID) is True
     assert traces(driver, full._async._database_name) == set()
@@ -282,13 +288,12 @@ def picture_message(picture: bytes = PICTURE) -> Any:
 
 @pytest.mark.parametrize("back", [False, True], ids=["gone", "back"])
 def test_attachments_of_a_message_that_comes_too_late_are_removed(
-    factory: MongoDBSessionManagerFactory, driver: Driver, database: str, stored: Stored, back: bool
+    factory: MongoDBSessionManagerFactory, driver: Driver, database: str, back: bool
 ) -> None:
-    """The deletion has done all its work, or none of it but the first command, when they are stored."""
     manager = factory.create_session_manager(ID, max_inline_attachment_bytes=1000)
     live = agent(manager, "nice", "nicer")
     live(picture_message())
-    stored.delete_one({"_id": ID})
+    assert factory.delete_session(ID)
     if back:
         agent(factory.create_session_manager(ID), "hello", agent_id="other")("hi")
     with pytest.raises(MongoDBSessionError):
@@ -386,35 +391,22 @@ def test_a_session_of_the_same_id(full: MongoDBSessionRepository, driver: Driver
     assert traces(driver, stored.database.name) == set()
 
 
-@pytest.mark.parametrize("first_call", [True, False], ids=["first call", "repeated call"])
-@pytest.mark.parametrize("held", range(3))
+@pytest.mark.parametrize("held", range(7))
 def test_a_session_that_is_created_while_one_of_its_id_is_deleted_loses_nothing(
-    full: MongoDBSessionRepository,
-    server: str,
-    database: str,
-    driver: Driver,
-    stored: Stored,
-    held: int,
-    first_call: bool,
+    full: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Stored, held: int
 ) -> None:
-    if not first_call:
-        stored.delete_one({"_id": ID})
-    done = held + first_call
-    before = EVERYWHERE if first_call else EVERYWHERE - {"agent_sessions"}
-    assert traces(driver, database) == before
+    before = stored.find_one({"_id": ID})["incarnation"]
     with MongoDBSessionRepository(server, database, **SMALL) as other, ThreadPoolExecutor(1) as pool:
-        with failing_after(server, done, failCommands=["delete"], blockConnection=True, blockTimeMS=1500):
+        with failing_after(server, held, failCommands=["delete"], blockConnection=True, blockTimeMS=1500):
             deletion = pool.submit(full.delete_session, ID)
-            eventually(lambda: not stored.count_documents({"_id": ID}))
+            eventually(lambda: not stored.count_documents({"_id": ID, "incarnation": before, "state": None}))
             fill(other, text="new")
-        assert deletion.result(60) is first_call
+        assert deletion.result(60) is True
         wait_for_moves(stored)
         assert is_whole(other, text="new")
-        generation = stored.find_one({"_id": ID})["attachments_generation"]
-        archive, files = (driver[database][f"agent_sessions_{name}"] for name in ("archive", "attachments.files"))
-        assert archive.count_documents({"generation": {"$lt": generation}}) == 0
-        assert files.count_documents({"_id.generation": {"$lt": generation}}) == 0
-        assert files.count_documents({"_id.generation": generation}) == 2
+        for name in ("archive", "attachments.files"):
+            collection = driver[database][f"agent_sessions_{name}"]
+            assert collection.count_documents({"_id.incarnation": before}) == 0
         assert other.delete_session(ID)
     assert traces(driver, database) == set()
 
@@ -449,6 +441,6 @@ def test_many_delete_and_write_at_once(server: str, database: str, driver: Drive
 
 
 def test_what_the_server_refuses_is_an_error(full: MongoDBSessionRepository, server: str) -> None:
-    with fail_point(server, failCommands=["find"], errorCode=13), pytest.raises(AccessDeniedError):
+    with fail_point(server, failCommands=["findAndModify"], errorCode=13), pytest.raises(AccessDeniedError):
         full.delete_session(ID)
     assert is_whole(full)

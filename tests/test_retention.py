@@ -1,13 +1,13 @@
-"""Sessions that expire go whole, whoever writes to one keeps all of it, and what is beside one never goes first."""
+"""Sessions that expire: every write keeps the whole session, and no part of one expires before it."""
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -32,23 +32,15 @@ from mongodb_session_manager import (
     initialize_global_factory,
 )
 from mongodb_session_manager._buckets import Head, Limits, cut, head_numbers, merge
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog, agent, eventually, fail_point, texts
-from test_ending import ID, PICTURE, SMALL, failing_after, said, traces
+from test_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
 
 TTL = timedelta(hours=8)
-SLACK = timedelta(hours=1)
-REST = ("archive", "attachments.files", "attachments.chunks")
-
-
-@pytest.fixture(scope="session")
-def expiring() -> Iterator[str]:
-    """The connection string of a server that looks for what has expired every second."""
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
-        yield server.connection_string
+EIGHTH = TTL / 8
+PARTS = ("archive", "attachments.files", "attachments.chunks")
 
 
 @pytest.fixture
@@ -102,13 +94,14 @@ def clients_are_closed() -> Iterator[None]:
         _clients.pop().close()
 
 
-def rest_of(stored: Stored, session: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """All that stands beside the session, and counts: buckets that are read, files that are referred to."""
+def parts_of(stored: Stored, session: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The parts of the session outside its document that readers use: archived buckets and attachments."""
     database = stored.database
     session = session or stored.find_one({"_id": ID}) or {"agents": {}}
     found, referred = [], set()
     for key, owner in session["agents"].items():
-        of_agent = {"_id.session_id": ID, "_id.agent": key, "_id.first": {"$lt": owner.get("archived", 0)}}
+        first = {"_id.first": {"$lt": owner.get("archived", 0)}}
+        of_agent = {"_id.incarnation": session["incarnation"], "_id.agent": key, **first}
         buckets = list(database["agent_sessions_archive"].find(of_agent))
         found += buckets
         for part in [*buckets, owner]:
@@ -116,35 +109,34 @@ def rest_of(stored: Stored, session: dict[str, Any] | None = None) -> list[dict[
     files = {tuple(text.split(":")[::2]) for text in referred}
     for name, path in (("files", "_id"), ("chunks", "files_id")):
         for entry in database[f"agent_sessions_attachments.{name}"].find({}, {"data": 0}):
-            if (entry[path]["sha256"], str(entry[path]["generation"])) in files:
+            if (entry[path]["sha256"], entry[path]["token"]) in files:
                 found.append(entry)
     return found
 
 
-def check_kept(stored: Stored) -> None:
-    """What is beside a session that expires is never to go before it."""
-    session = stored.find_one({"_id": ID})
-    rest = rest_of(stored)
-    if "session_ttl" not in session:
-        assert [entry for entry in rest if "expires_from" in entry] == []
+def check_dates(stored: Stored, session: dict[str, Any] | None = None) -> None:
+    """No part of a session that expires has an earlier date; what is read after it can only have a later one."""
+    session = session or stored.find_one({"_id": ID})
+    parts = parts_of(stored, session)
+    if "expires_at" not in session:
         return
-    for entry in rest:
-        assert session["kept_until"] <= entry.get("expires_from", session["kept_until"]), entry["_id"]
-        assert session["updated_at"] <= entry.get("expires_from", session["updated_at"]), entry["_id"]
-    if rest:
-        assert session["updated_at"] <= session["kept_until"] <= session["keep_until"]
+    for part in parts:
+        assert session["expires_at"] <= part.get("expires_at", session["expires_at"]), part["_id"]
+
+
+def check_all_dated(stored: Stored) -> None:
+    check_dates(stored)
+    parts = parts_of(stored)
+    assert len(parts) >= 3
+    assert [part["_id"] for part in parts if "expires_at" not in part] == []
 
 
 def age(stored: Stored, by: timedelta) -> None:
-    """Have a session, and what is beside it, be older."""
-
-    def earlier(*names: str) -> Any:
-        subtracted = {name: {"$subtract": [f"${name}", by // timedelta(milliseconds=1)]} for name in names}
-        return [{"$set": {name: {"$cond": [f"${name}", value, "$$REMOVE"]} for name, value in subtracted.items()}}]
-
-    stored.update_one({"_id": ID}, earlier("updated_at", "kept_until", "keep_until"))
-    for name in REST:
-        stored.database[f"agent_sessions_{name}"].update_many({}, earlier("expires_from"))
+    """Let time pass for a session and its parts."""
+    earlier = {"$subtract": ["$expires_at", by // timedelta(milliseconds=1)]}
+    update = [{"$set": {"expires_at": {"$cond": ["$expires_at", earlier, "$$REMOVE"]}}}]
+    for name in ("agent_sessions", *(f"agent_sessions_{name}" for name in PARTS)):
+        stored.database[name].update_many({}, update)
 
 
 # Configuration.
@@ -174,7 +166,7 @@ def test_what_cannot_be_a_ttl_is_refused(server: str, database: str, bad: Any) -
 
 
 def ttl_of(stored: Stored, session_id: str = ID) -> Any:
-    return stored.find_one({"_id": session_id}).get("session_ttl")
+    return stored.find_one({"_id": session_id}).get("time_to_live")
 
 
 @pytest.mark.anyio
@@ -231,16 +223,19 @@ def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Dri
     expiring_driver.drop_database(database)
 
 
-def test_the_latest_value_counts(expiring: str, expiring_driver: Driver, database: str) -> None:
+def test_two_values_of_session_ttl_in_one_collection(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
-    with MongoDBSessionRepository(expiring, database, session_ttl=timedelta(days=1), **SMALL) as repository:
-        fill(repository)
-        eventually(lambda: expiries(stored) == [86400] * 4)
-    with MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=1)) as other:
-        other.create_session(Session("other", "AGENT"))
-        eventually(lambda: expiries(stored) == [1] * 4)
-        eventually(lambda: not stored.count_documents({}))
-    assert traces(expiring_driver, database) <= {f"agent_sessions_{name}" for name in REST}
+    with (
+        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(days=1), **SMALL) as long,
+        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=1), **SMALL) as short,
+    ):
+        fill(long)
+        fill(short, "short")
+        eventually(lambda: not stored.count_documents({"_id": "short"}))
+        assert texts([m.to_message() for m in long.list_messages(ID, "agent")]) == [f"text {n}" for n in range(12)]
+        short.update_metadata(ID, {"a": 1})  # moves no date back
+        check_all_dated(stored)
+        assert stored.find_one({"_id": ID})["expires_at"] > datetime.now(UTC) + timedelta(hours=23)
     expiring_driver.drop_database(database)
 
 
@@ -248,28 +243,24 @@ def test_the_latest_value_counts(expiring: str, expiring_driver: Driver, databas
 
 
 def expiries(stored: Stored) -> list[Any]:
-    """What the TTL indexes of the session and of what is beside it say, in seconds."""
+    """What the indexes of `expires_at` say, in seconds."""
     return [
-        index.get("expireAfterSeconds")
-        for name, field in (("", "updated_at"), *((f"_{name}", "expires_from") for name in REST))
+        index["expireAfterSeconds"]
+        for name in ("", *(f"_{name}" for name in PARTS))
         for index in stored.database[f"agent_sessions{name}"].index_information().values()
-        if index["key"] == [(field, 1)] and (name or "partialFilterExpression" in index)
+        if index["key"] == [("expires_at", 1)] and "expireAfterSeconds" in index
     ]
 
 
-class Changes(monitoring.CommandListener):
-    """The collections whose indexes were changed or created for expiry, in order."""
+class Indexed(monitoring.CommandListener):
+    """The collections that got an index for expiry, in order."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
-        name = event.command.get("collMod")
-        for index in event.command.get("indexes", ()):
-            if "expireAfterSeconds" in index:
-                name = event.command["createIndexes"]
-        if name:
-            self.names.append(name)
+        if any("expireAfterSeconds" in index for index in event.command.get("indexes", ())):
+            self.names.append(event.command["createIndexes"])
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
     def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
@@ -280,67 +271,55 @@ def configure(server: str, database: str, ttl: timedelta, *listeners: Any) -> No
         repository.open_session("any")
 
 
-def test_the_indexes(server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "mongodb_session_manager")
-    orders = []
-    for hours in (3, 2, 4):
-        changes = Changes()
-        configure(server, database, timedelta(hours=hours), changes)
-        assert expiries(stored) == [hours * 3600] * 4
-        orders.append([name.removeprefix("agent_sessions") for name in changes.names])
-    rest = ["_archive", "_attachments.chunks", "_attachments.files"]
-    assert orders == [[*rest, ""], ["", *rest], [*rest, ""]]
-    changed = [record.getMessage() for record in caplog.records if "before=<" in record.getMessage()]
-    assert len(changed) == 8
-    plain = stored.index_information()["updated_at_1"]
-    assert "expireAfterSeconds" not in plain
-    assert "partialFilterExpression" not in plain
+@pytest.mark.parametrize("ttl", [timedelta(hours=1), timedelta(days=300)])
+def test_the_indexes_do_not_depend_on_the_value(server: str, database: str, stored: Stored, ttl: timedelta) -> None:
+    configure(server, database, ttl)
+    assert expiries(stored) == [0] * 4
 
 
-def test_the_indexes_are_seen_to_once(server: str, database: str, stored: Stored) -> None:
-    changes, log = Changes(), CommandLog()
-    with MongoDBSessionManagerFactory(server, database, session_ttl=TTL, event_listeners=[changes, log]) as factory:
+def test_a_repository_without_a_value_builds_the_indexes_of_a_session_that_has_one(
+    server: str, database: str, stored: Stored
+) -> None:
+    configure(server, database, TTL)
+    for name in ("", *(f"_{name}" for name in PARTS)):
+        stored.database[f"agent_sessions{name}"].drop_indexes()
+    with MongoDBSessionRepository(f"{server}&appName=other", database) as other:
+        other.open_session("any")
+    eventually(lambda: expiries(stored) == [0] * 4)
+
+
+def test_the_indexes_are_built_once(server: str, database: str, stored: Stored) -> None:
+    indexed, log = Indexed(), CommandLog()
+    with MongoDBSessionManagerFactory(server, database, session_ttl=TTL, event_listeners=[indexed, log]) as factory:
         factory.create_session_manager("a")
-        eventually(lambda: len(changes.names) == 4)
-        eventually(lambda: expiries(stored) == [28800] * 4)
+        eventually(lambda: len(indexed.names) == 4)
+        eventually(lambda: expiries(stored) == [0] * 4 and "find" in log.names)
         log.clear()
         factory.create_session_manager("b")
         factory.create_session_manager("c")
     assert log.names == ["findAndModify"] * 2
 
 
-def test_an_index_that_is_there_under_another_name_is_changed(server: str, database: str, stored: Stored) -> None:
-    stored.create_index("updated_at", name="mine", partialFilterExpression={"session_ttl": {"$exists": True}})
-    stored.database["agent_sessions_archive"].create_index("expires_from", expireAfterSeconds=5)
-    stored.database["agent_sessions_attachments.files"].create_index("expires_from")
+def test_an_index_on_expires_at_of_the_application_stays(server: str, database: str, stored: Stored) -> None:
+    stored.create_index("expires_at", name="theirs")
     configure(server, database, TTL)
-    assert expiries(stored) == [28800] * 4
+    assert "expireAfterSeconds" not in stored.index_information()["theirs"]
+    assert expiries(stored) == [0] * 4
 
 
-def test_an_index_of_somebody_elses_stays(server: str, database: str, stored: Stored) -> None:
-    stored.create_index("updated_at", name="theirs", expireAfterSeconds=10**8)
-    configure(server, database, TTL)
-    assert expiries(stored) == [28800] * 4
-    assert stored.index_information()["theirs"]["expireAfterSeconds"] == 10**8
-
-
-@pytest.mark.parametrize("command", ["createIndexes", "listIndexes", "collMod"])
-def test_a_server_that_refuses_is_told_of_and_harmless(
-    server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture, command: str
+def test_a_server_that_builds_no_index_is_told_of_and_harmless(
+    server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture
 ) -> None:
-    configure(server, database, timedelta(hours=1))
-    if command == "createIndexes":
-        stored.drop_index("session_ttl")
-    with fail_point(server, failCommands=[command], errorCode=13, times=100):
+    with fail_point(server, failCommands=["createIndexes"], errorCode=13, times=100):
         configure(server, database, TTL)
-    assert "sessions will not expire as configured" in caplog.text
-    assert ttl_of(stored, "any") == 3600
+    assert "nothing expires" in caplog.text
+    assert ttl_of(stored, "any") == 28800
 
 
 def test_lists_use_their_own_indexes(repository: MongoDBSessionRepository, stored: Stored) -> None:
     for n in range(20):
         repository.create_session(Session(f"s{n}", "AGENT"))
-    eventually(lambda: expiries(stored) == [28800] * 4)
+    eventually(lambda: expiries(stored) == [0] * 4)
     assert len(repository.list_sessions(limit=5).sessions) == 5
     plan = stored.find({"updated_at": {"$gte": datetime(2020, 1, 1, tzinfo=UTC)}}).sort("updated_at", -1).explain()
     assert plan["queryPlanner"]["winningPlan"]["inputStage"]["indexName"] in ("updated_at_1", "updated_at_1__id_1")
@@ -357,7 +336,8 @@ def test_a_turn_costs_what_it_costs_without(
     commands = CommandLog()
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands], session_ttl=TTL) as factory:
         factory.create_session_manager("warm-up").close()
-        eventually(lambda: expiries(stored) == [28800] * 4 and len(stored.index_information()) > 6)
+        eventually(lambda: expiries(stored) == [0] * 4 and len(stored.index_information()) > 6)
+        eventually(lambda: "find" in commands.names)
         if resumed:
             agent(factory.create_session_manager(ID), "before")("earlier")
         commands.clear()
@@ -371,26 +351,27 @@ def test_a_turn_costs_what_it_costs_without(
     assert ttl_of(stored) == 28800
 
 
-def test_a_turn_of_a_session_with_an_archive_costs_no_more_until_it_is_renewed(
+def test_a_write_costs_no_more_until_a_step_is_due(
     server: str, database: str, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
     fill(repository)
     log = CommandLog()
-    with MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[log]) as other:
-        other.update_metadata(ID, {"n": 0})
-        age(stored, SLACK * 0.9)
+    with MongoDBSessionRepository(server, database, event_listeners=[log]) as other:
+        other.open_session(ID)
+        eventually(lambda: "find" in log.names)
+        age(stored, EIGHTH * 0.9)
         log.clear()
         other.update_metadata(ID, {"n": 1})
         assert log.names == ["update"]
-        age(stored, SLACK * 0.2)
+        age(stored, EIGHTH * 0.2)
         log.clear()
         other.update_metadata(ID, {"n": 2})
-        # It does not match; the renewal is announced, made in three collections, and noted; it matches.
-        assert log.names == ["update", "findAndModify", *["update"] * 3, "update", "update"]
+        # It does not match; the session is read again; its parts get the new date, in three collections; it matches.
+        assert log.names == ["update", "find", *["update"] * 3, "update"]
         log.clear()
         other.update_metadata(ID, {"n": 3})
         assert log.names == ["update"]
-    check_kept(stored)
+    check_all_dated(stored)
 
 
 # Everything rolls.
@@ -418,20 +399,18 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("who", ["repository", "lasting"])
 @pytest.mark.parametrize("write", WRITES)
-def test_every_write_keeps_the_session_and_what_is_beside_it(
+def test_every_write_keeps_the_whole_session(
     request: pytest.FixtureRequest, repository: MongoDBSessionRepository, stored: Stored, write: str, who: str
 ) -> None:
-    """Also by somebody who has no `session_ttl`, and did not open the session."""
+    """Also by a writer that has no `session_ttl`, and did not open the session."""
     fill(repository)
     age(stored, TTL * 0.9)
-    before = stored.find_one({"_id": ID})["updated_at"]
-    writer = request.getfixturevalue(who)
-    WRITES[write](writer)
+    begin = datetime.now(UTC)
+    WRITES[write](request.getfixturevalue(who))
     session = stored.find_one({"_id": ID})
-    assert session["updated_at"] - before > TTL * 0.8
+    assert begin + TTL <= session["expires_at"] <= begin + TTL + EIGHTH + timedelta(minutes=1)
     assert ttl_of(stored) == 28800
-    check_kept(stored)
-    assert session["kept_until"] <= session["updated_at"] + SLACK + timedelta(minutes=1)
+    check_all_dated(stored)
 
 
 def test_a_swarm_keeps_its_session(repository: MongoDBSessionRepository, lasting: Any, stored: Stored) -> None:
@@ -439,10 +418,9 @@ def test_a_swarm_keeps_its_session(repository: MongoDBSessionRepository, lasting
     made = swarm(lasting)
     lasting.create_multi_agent(ID, made)
     age(stored, TTL * 0.9)
-    before = stored.find_one({"_id": ID})["updated_at"]
     lasting.update_multi_agent(ID, made)
-    assert stored.find_one({"_id": ID})["updated_at"] > before
-    check_kept(stored)
+    assert stored.find_one({"_id": ID})["expires_at"] >= datetime.now(UTC) + TTL - timedelta(minutes=1)
+    check_all_dated(stored)
 
 
 def test_a_turn_keeps_its_session(
@@ -453,10 +431,9 @@ def test_a_turn_keeps_its_session(
         live = agent(manager, "hello", "again", agent_id="another")
         live("one")
         age(stored, TTL * 0.9)
-        before = stored.find_one({"_id": ID})["updated_at"]
         live("two")
-        assert stored.find_one({"_id": ID})["updated_at"] - before > TTL * 0.8
-    check_kept(stored)
+        assert stored.find_one({"_id": ID})["expires_at"] >= datetime.now(UTC) + TTL - timedelta(minutes=1)
+    check_all_dated(stored)
 
 
 def test_reading_does_not_keep_a_session(repository: MongoDBSessionRepository, stored: Stored) -> None:
@@ -485,51 +462,72 @@ def test_a_session_without_a_ttl_has_nothing_of_it(
 ) -> None:
     fill(lasting)
     lasting.update_metadata(ID, {"a": 1})
-    assert not {"session_ttl", "kept_until", "keep_until"} & stored.find_one({"_id": ID}).keys()
-    assert rest_of(stored)
-    check_kept(stored)
+    assert not {"time_to_live", "expires_at"} & stored.find_one({"_id": ID}).keys()
+    assert [part for part in parts_of(stored) if "expires_at" in part] == []
     repository.open_session(ID)  # is no write
     assert ttl_of(stored) is None
 
 
+def test_an_expires_at_of_the_application_is_left_alone(lasting: MongoDBSessionRepository, stored: Stored) -> None:
+    fill(lasting)
+    theirs = datetime(2031, 1, 1, tzinfo=UTC)
+    stored.update_one({"_id": ID}, {"$set": {"expires_at": theirs}})
+    lasting.create_message(ID, "agent", said(12, PICTURE))
+    assert stored.find_one({"_id": ID})["expires_at"] == theirs
+    assert len(lasting.list_messages(ID, "agent")) == 13
+
+
 @pytest.mark.parametrize("write", WRITES)
-def test_a_session_expires_from_the_first_write_of_somebody_with_a_ttl(
+def test_a_session_expires_from_the_first_write_of_a_repository_with_a_ttl(
     repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored, write: str
 ) -> None:
     fill(lasting)
     WRITES[write](repository)
     assert ttl_of(stored) == 28800
-    rest = rest_of(stored)
-    assert len(rest) >= 3
-    assert all("expires_from" in entry for entry in rest)
-    check_kept(stored)
+    check_all_dated(stored)
+
+
+def test_a_part_that_is_stored_while_its_session_gets_a_ttl_is_dated(
+    lasting: MongoDBSessionRepository, repository: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    fill(lasting)
+
+    class Meanwhile(monitoring.CommandListener):
+        """Dates the session after the attachment is stored, before the message is."""
+
+        def started(self, event: monitoring.CommandStartedEvent) -> None:
+            if event.command.get("insert") == "agent_sessions_attachments.files":
+                repository.update_metadata(ID, {"dated": True})
+
+        def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+        def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+    with MongoDBSessionRepository(server, database, event_listeners=[Meanwhile()], **SMALL) as slow:
+        slow.create_message(ID, "agent", said(12, PICTURE[5:]))
+    check_all_dated(stored)
 
 
 def test_a_writer_that_ends_while_a_session_gets_a_ttl_loses_nothing(
     repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, server: str, stored: Stored
 ) -> None:
-    """Whatever is done by then, nothing beside the session goes before it; the next write does the rest."""
+    """However far it got, no part has an earlier date than the session; the next write does the rest."""
     fill(lasting)
-    for done in range(5):
+    for done in range(8):
         with (
             failing_after(server, done, failCommands=["update", "findAndModify"], errorCode=8000),
-            pytest.raises(MongoDBSessionError),
+            suppress(MongoDBSessionError),
         ):
             repository.update_metadata(ID, {"done": done})
-        session = stored.find_one({"_id": ID})
-        if "session_ttl" not in session:
-            check_kept(stored)
-        for entry in rest_of(stored):
-            assert entry.get("expires_from", session["updated_at"]) >= session["updated_at"]
+        check_dates(stored)
+        age(stored, TTL)
     repository.update_metadata(ID, {"done": True})
-    check_kept(stored)
-    assert all("expires_from" in entry for entry in rest_of(stored))
+    check_all_dated(stored)
 
 
 # Never before its session.
 
 
-def test_a_move_that_a_renewal_overtakes_begins_again(
+def test_a_move_that_a_step_overtakes_begins_again(
     repository: MongoDBSessionRepository, server: str, database: str, stored: Stored
 ) -> None:
     fill(repository)
@@ -537,44 +535,25 @@ def test_a_move_that_a_renewal_overtakes_begins_again(
     head = Head()
     head.learn(next(iter(numbers))["head"])
     step = Limits(4, 2**20).step(head)
-    age(stored, SLACK * 2)
-    old = datetime.now(UTC) - SLACK
+    age(stored, EIGHTH * 2)
+    old = datetime.now(UTC) + TTL - EIGHTH
     stored.aggregate(merge(ID, "agent", head, step, "agent_sessions_archive", old))
     repository.update_metadata(ID, {"renewed": True})
     late = cut(ID, "agent", head, step, old)
     assert stored.update_one(late.filter, late.update).matched_count == 0
     none = cut(ID, "agent", head, step)
     assert stored.update_one(none.filter, none.update).matched_count == 0
-    check_kept(stored)
-
-
-class Clocks:
-    """Each thread has a clock of its own, and each goes as it likes."""
-
-    def __init__(self) -> None:
-        self.ahead = timedelta(0)
-
-    def now(self) -> datetime:
-        moment = datetime.now(UTC) + self.ahead
-        return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
-
-
-@pytest.fixture
-def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
-    clocks = Clocks()
-    for module in ("_expiry", "_archive", "_attachments", "_annotations", "_repository", "_writes"):
-        monkeypatch.setattr(f"mongodb_session_manager.{module}.now", clocks.now)
-    return clocks
+    check_all_dated(stored)
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["the first", "another"])
-def test_an_attachment_that_takes_longer_than_it_would_be_kept(
-    server: str, database: str, stored: Stored, clocks: Clocks, before: int
+def test_an_attachment_that_takes_longer_than_its_date_allows(
+    server: str, database: str, stored: Stored, before: int
 ) -> None:
     class Slow(monitoring.CommandListener):
         def started(self, event: monitoring.CommandStartedEvent) -> None:
             if event.command.get("insert") == "agent_sessions_attachments.files":
-                clocks.ahead += SLACK * 2
+                age(stored, TTL * 4)
 
         def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
         def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
@@ -586,25 +565,24 @@ def test_an_attachment_that_takes_longer_than_it_would_be_kept(
     with MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[Slow()], **SMALL) as slow:
         slow.create_message(ID, "agent", said(before, PICTURE[before:]))
         assert len(slow.list_messages(ID, "agent")) == before + 1
-    check_kept(stored)
+    check_dates(stored)
+    assert stored.find_one({"_id": ID})["expires_at"] >= datetime.now(UTC) + TTL - timedelta(minutes=1)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_the_clocks_say_nothing_beside_a_session_goes_before_it(
-    server: str, database: str, stored: Stored, clocks: Clocks, seed: int
+def test_however_much_time_passes_between_writes_no_part_goes_before_its_session(
+    server: str, database: str, stored: Stored, seed: int
 ) -> None:
-    """Writers with clocks that jump by up to two slacks each way, with and without a time to live."""
+    """Writers with two times to live, and without one."""
     chance = random.Random(seed)
     limits: Any = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 1000}
-    writers = [
-        MongoDBSessionRepository(server, database, **limits, **({"session_ttl": TTL} if n % 2 else {}))
-        for n in range(3)
-    ]
+    ttls: list[Any] = [{}, {"session_ttl": TTL}, {"session_ttl": 3 * TTL}]
+    writers = [MongoDBSessionRepository(server, database, **limits, **ttl) for ttl in ttls]
     try:
-        begin(writers[chance.randrange(3)])
+        begin(chance.choice(writers))
         count = 0
         for _ in range(60):
-            clocks.ahead = SLACK * chance.uniform(-2, 2)
+            age(stored, EIGHTH * chance.uniform(0, 3))
             writer = chance.choice(writers)
             match chance.randrange(4):
                 case 0:
@@ -617,29 +595,19 @@ def test_whatever_the_clocks_say_nothing_beside_a_session_goes_before_it(
                 case _:
                     writer.create_message(ID, "agent", said(count))
                     count += 1
-            check_kept_now(stored)
+            check_dates(stored)
         assert texts([m.to_message() for m in writers[0].list_messages(ID, "agent")]) == [
             f"text {n}" for n in range(count)
         ]
     finally:
         for writer in writers:
             writer.close()
-    check_kept(stored)
-
-
-def check_kept_now(stored: Stored) -> None:
-    """Check while others write: what is read after the session can only be kept longer than it was then."""
-    document = stored.find_one({"_id": ID})
-    if "session_ttl" not in document:
-        return
-    for entry in rest_of(stored, document):
-        until = entry.get("expires_from")
-        assert until is None or document["updated_at"] <= until, (entry["_id"], document["updated_at"], until)
+    check_dates(stored)
 
 
 def test_many_writers_at_once(server: str, database: str, stored: Stored) -> None:
-    """With so short a time to live that they renew again and again."""
-    ttl = timedelta(seconds=2)  # renewed every eighth of it; the server looks once a minute
+    """With so short a time to live that they take step after step."""
+    ttl = timedelta(seconds=4)
     failures: list[BaseException] = []
     done = threading.Event()
 
@@ -660,26 +628,22 @@ def test_many_writers_at_once(server: str, database: str, stored: Stored) -> Non
     def watch() -> None:
         try:
             while not done.is_set():
-                check_kept_now(stored)
+                if (session := stored.find_one({"_id": ID})) is not None:
+                    check_dates(stored, session)
         except BaseException as error:
             failures.append(error)
 
-    # The indexes are of another value, so that the server removes nothing meanwhile.
     with MongoDBSessionRepository(server, database, session_ttl=ttl) as repository:
         begin(repository)
-        repository.close()  # waits for the indexes
-        for name, index in (("", "session_ttl"), *((f"_{name}", "expires_from") for name in REST)):
-            change = {"name": index, "expireAfterSeconds": 3600}
-            stored.database.command("collMod", f"agent_sessions{name}", index=change)
     with ThreadPoolExecutor(4) as pool:
-        beside = [pool.submit(annotate, {}), pool.submit(annotate, {}), pool.submit(watch)]
+        others = [pool.submit(annotate, {}), pool.submit(annotate, {}), pool.submit(watch)]
         try:
             pool.submit(talk).result(120)
         finally:
             done.set()
-        for future in beside:
+        for future in others:
             future.result(60)
     assert failures == []
-    check_kept(stored)
+    check_dates(stored)
     with MongoDBSessionRepository(server, database) as repository:
         assert len(repository.list_messages(ID, "agent")) == 80

@@ -1,0 +1,211 @@
+"""Staging a copy of a session: an import or a fork fills a session that nobody sees until it is complete.
+
+The copy begins with its session document, which has a new `incarnation` and the state "copying", see `_deletion`. No
+other copy into the same id can begin while it is there. The archive and the attachments of the incarnation follow. One
+update then makes the session live, and matches only the state that the copy itself has stored. So a copy is either
+live, or a document says that it is not complete: the copy removes it when it fails, and any process does so when the
+lease is over.
+
+Nothing of a copy expires before it is live. Its dates are set immediately before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+from bson import ObjectId
+from pymongo.results import UpdateResult
+
+from ._archive import SessionArchive
+from ._connection import AsyncCollection
+from ._deletion import LEASE
+from ._documents import Document
+from ._driver_errors import DuplicateKeyError
+from ._layout import LIVE, Place
+from ._life import next_date
+from .errors import (
+    DatabaseError,
+    MongoDBSessionError,
+    SessionConflictError,
+    SessionExistsError,
+    raise_alone,
+)
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 16
+"""How often a session of the same id may come and go before a copy begins."""
+
+_left: set[Place] = set()
+"""Those copies of this process that could not be removed: another try does not wait for the end of their leases."""
+
+
+class Staging:
+    """A session that is being copied in.
+
+    Args:
+        sessions: The collection it is stored in.
+        session_id: The new session.
+
+    Attributes:
+        place: Where the archive and the attachments of the new session are.
+    """
+
+    def __init__(self, sessions: SessionStaging, session_id: str) -> None:
+        self.place = Place(session_id, ObjectId())
+        self._sessions = sessions
+        self._has_begun = False
+        self._heartbeat: asyncio.Task[None] | None = None
+
+    @property
+    def session_id(self) -> str:
+        """The new session."""
+        return self.place.session_id
+
+    @property
+    def own(self) -> Document:
+        """The filter for the document of the session while it is being copied in."""
+        return _own(self.place)
+
+    def lease(self) -> datetime:
+        """Return the end of a lease that begins now."""
+        return self._sessions._connection.now() + LEASE
+
+    # The life of a copy.
+
+    async def begin(self) -> None:
+        """Insert the document of the session, and renew its lease from then on.
+
+        Raises:
+            SessionExistsError: There is a session of that id, or another copy into it is under way.
+        """
+        sessions = self._sessions
+        document = {**self.own, "session_id": self.session_id, "state_until": self.lease()}
+        for _ in range(_ROUNDS):
+            try:
+                self._has_begun = True
+                await sessions._send(lambda collection: collection.insert_one(document))
+                break
+            except DuplicateKeyError:  # it can be this document, from an attempt whose acknowledgement was lost
+                if await self._find(self.own) is not None:
+                    break
+            self._has_begun = False
+            try:
+                for left in [place for place in _left if place.session_id == self.session_id]:
+                    await sessions._end(self.session_id, _own(left))
+                    _left.discard(left)
+                await sessions._finish_other(self.session_id)
+            except SessionConflictError:
+                raise_alone(SessionExistsError(f"session {self.session_id!r} is being imported or forked already"))
+        else:
+            raise DatabaseError(f"session {self.session_id!r} was created and deleted again and again")
+        self._heartbeat = asyncio.get_running_loop().create_task(self._renew())
+
+    async def _renew(self) -> None:
+        """Renew the lease until the copy ends."""
+        renewed = True
+        while renewed:
+            await asyncio.sleep(LEASE.total_seconds() / 2)
+            with suppress(MongoDBSessionError):  # the next time is before the end of the lease, or soon after
+                renewed = await self.update({"$set": {"state_until": self.lease()}})
+
+    async def update(self, update: Document | list[Document]) -> bool:
+        """Change the document of the session; return whether it was there."""
+        result = await self._sessions._send(lambda collection: collection.update_one(self.own, update))
+        return bool(result.matched_count)
+
+    async def read(self, projection: Document) -> Document:
+        """Return the document of the session.
+
+        Raises:
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+        """
+        found = await self._find(self.own, projection)
+        if found is None:
+            raise self._lost()
+        return found
+
+    async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:
+        fields = projection or {"_id": 1}
+        return await self._sessions._send(lambda collection: collection.find_one(condition, fields))
+
+    async def date(self, seconds: int | None) -> Document:
+        """Set the dates of the archive and the attachments; return those fields of the session that tell of them.
+
+        The session then has its whole time to live ahead, however long the copy and this have taken.
+
+        Args:
+            seconds: The time to live of the session, `None` if it does not expire.
+        """
+        if seconds is None:
+            return {}
+        self._sessions._ensure_expiry()
+        clock, more = self._sessions._connection.now, timedelta()
+        while True:
+            begin = clock()
+            until = next_date(begin, seconds) + more
+            await self._sessions._date_parts(self.place, until)
+            end = clock()
+            if end + timedelta(seconds=seconds) <= until:
+                return {"time_to_live": seconds, "expires_at": until}
+            more = 2 * (end - begin)
+
+    async def go_live(self, command: Callable[[AsyncCollection], Awaitable[UpdateResult]]) -> None:
+        """Send the update that makes the session live; its filter is `own`.
+
+        Raises:
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+        """
+        result = await self._sessions._send(command)
+        if not result.matched_count and not await self._is_live():  # else an acknowledgement was lost
+            raise self._lost()
+        self._stop()
+        self._sessions._ensure_indexes()
+
+    async def _is_live(self) -> bool:
+        live = {"_id": self.session_id, "incarnation": self.place.incarnation, **LIVE}
+        return await self._find(live) is not None
+
+    async def clear(self) -> None:
+        """Remove the archive and the attachments of the copy."""
+        await self._sessions._remove_parts(self.place)
+
+    async def abandon(self) -> None:
+        """Remove the copy unless it is live; an error of the server is logged."""
+        if not self._stop():
+            return
+        try:
+            if await self._sessions._end(self.session_id, self.own):
+                return
+            # Another process has removed it, or it is live, and the acknowledgement was lost.
+            if not await self._is_live():
+                await self.clear()
+        except MongoDBSessionError as error:
+            _left.add(self.place)
+            logger.warning(
+                "session_id=<%r>, error=<%s> | an incomplete copy was not removed, another process does so later",
+                self.session_id,
+                error,
+            )
+
+    def _stop(self) -> bool:
+        """Stop renewing the lease; return whether anything can be stored that is not live."""
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        has_begun, self._heartbeat, self._has_begun = self._has_begun, None, False
+        return has_begun
+
+    def _lost(self) -> SessionConflictError:
+        return SessionConflictError(f"session {self.session_id!r} was removed by another process while it was copied")
+
+
+def _own(place: Place) -> Document:
+    return {"_id": place.session_id, "incarnation": place.incarnation, "state": "copying"}
+
+
+class SessionStaging(SessionArchive):
+    """The part of the repository that stages copies."""

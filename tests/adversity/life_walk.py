@@ -1,0 +1,367 @@
+"""A random walk through the lives of sessions, by two processes at once that are killed anywhere, against a model.
+
+A round forks processes. Each carries out its own steps and says what was acknowledged. At the end of the round all are
+over, killed or not. Then every lease is made to be over, a new process opens what there is, and the model, which knows
+what was there before the round and what was acknowledged in it, says whether that can be so.
+
+Each message has a text of its own, which says whether it has an attachment, and which bytes.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pymongo.database import Database
+
+from from_v100 import OUTSIDE
+from killing import Child, Killer, start
+from mongodb_session_manager import (
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+)
+from support import agent, eventually, texts
+
+LIMITS: dict[str, Any] = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 100}
+KINDS = ("append", "append", "append", "redact", "fork", "import", "delete", "open", "metadata")
+CREATING = ("append", "fork", "import", "open")
+
+TTL = timedelta(hours=1)
+"""Of the sessions that the first process writes to."""
+
+Say = Callable[[str, Any], None]
+Step = tuple[str, str, str, str]  # kind, session, another session, a name of its own
+
+
+def attachment(text: str) -> bytes:
+    return random.Random(text).randbytes(300)
+
+
+def question(text: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"text": text}]
+    if text.endswith("+"):
+        content.append({"image": {"format": "png", "source": {"bytes": attachment(text)}}})
+    return content
+
+
+def carry_out(
+    uri: str, database: str, steps: list[Step], ttl: timedelta | None, options: dict[str, Any], killer: Killer, say: Say
+) -> None:
+    options = {**LIMITS, **options, "session_ttl": ttl, "event_listeners": [killer]}
+    with (
+        MongoDBSessionManagerFactory(uri, database, **options) as factory,
+        MongoDBSessionRepository(uri, database, **options) as repository,
+    ):
+        killer.armed = True
+        for number, step in enumerate(steps):
+            say("begun", number)
+            try:
+                carry_out_one(factory, repository, step, lambda value, number=number: say("stored", [number, value]))
+                say("done", number)
+            except MongoDBSessionError as error:
+                say("failed", [number, type(error).__name__, str(error)])
+        killer.armed = False
+
+
+def carry_out_one(factory: Any, repository: Any, step: Step, stored: Callable[[Any], None]) -> None:
+    kind, session_id, other, name = step
+    if kind == "append":
+        with factory.create_session_manager(session_id) as manager:
+            live = agent(manager)
+            for number in range(2):
+                asked = f"{name}q{number}{'+' if len(name) % 2 else ''}"
+                answer = f"{name}a{number}"
+
+                def reply(_: object, asked: str = asked, answer: str = answer) -> str:
+                    stored(asked)  # or the model would not be called
+                    return answer
+
+                live.model.replies.append(reply)
+                live(question(asked))
+                stored(answer)
+    elif kind == "redact":
+        messages = repository.list_messages(session_id, "agent")
+        messages = [each for each in messages if not texts([each.to_message()])[0].startswith("gone ")]
+        if messages:
+            message = messages[zlib.crc32(name.encode()) % len(messages)]
+            old = texts([message.to_message()])[0]
+            message.redact_message = {"role": message.message["role"], "content": [{"text": f"gone {old}"}]}
+            repository.update_message(session_id, "agent", message)
+            stored(old)
+    elif kind == "fork":
+        factory.fork_session(session_id, other)
+    elif kind == "import":
+        factory.import_session(list(factory.export_session(session_id)), other)
+    elif kind == "delete":
+        stored(factory.delete_session(session_id))
+    elif kind == "metadata":
+        repository.update_metadata(session_id, {name: 1})
+    else:
+        factory.create_session_manager(session_id).close()
+
+
+@dataclass
+class Totals:
+    """What a walk comes to."""
+
+    rounds: int = 0
+    steps: int = 0
+    killed: int = 0
+    acknowledged: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    strays: int = 0
+    expired: int = 0
+
+    def __str__(self) -> str:
+        failures = ", ".join(f"{count} {name}" for name, count in self.failed.most_common()) or "none"
+        return (
+            f"{self.rounds} rounds, {self.steps} steps, {self.acknowledged} writes acknowledged, "
+            f"{self.killed} processes killed, {self.expired} sessions expired; "
+            f"refused: {failures}; strays of killed writers: {self.strays}"
+        )
+
+
+class Walk:
+    """Sessions, and what is known of them.
+
+    Args:
+        uri: The server.
+        database: Where the sessions are stored.
+        seed: Of all that is random.
+        sessions: How many ids there are.
+        processes: How many processes a round has.
+        options: Further options of their clients.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        database: Database[dict[str, Any]],
+        seed: int,
+        *,
+        sessions: int = 4,
+        processes: int = 2,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.options = options or {}
+        self.uri, self.database = uri, database
+        self.random = random.Random(seed)
+        self.ids = [f"session-{number}" for number in range(sessions)]
+        self.processes = processes
+        self.known: dict[str, list[str] | None] = dict.fromkeys(self.ids)
+        self.redacted: set[str] = set()
+        self.totals = Totals()
+
+    # A round.
+
+    def round(
+        self, at: Callable[[], int | None], steps: int = 4, meanwhile: Callable[[list[Child]], None] | None = None
+    ) -> None:
+        """Have processes carry out steps at once, each killed at the command that `at()` says; check what is left."""
+        plans: list[list[Step]] = []
+        children: list[Child] = []
+        for process in range(self.processes):
+            plan = [self._step(f"r{self.totals.rounds}p{process}s{number}") for number in range(steps)]
+            plans.append(plan)
+            kill_at, after = at(), self.random.random() < 0.5
+            children.append(
+                start(
+                    lambda killer, say, plan=plan, ttl=None if process else TTL: carry_out(
+                        self.uri, self.database.name, plan, ttl, self.options, killer, say
+                    ),
+                    kill_at,
+                    after,
+                )
+            )
+        if meanwhile is not None:
+            meanwhile(children)
+        for child in children:
+            child.wait()
+        self.totals.rounds += 1
+        self.totals.killed += sum(child.killed for child in children)
+        self._check(list(zip(plans, children, strict=True)))
+
+    def _step(self, name: str) -> Step:
+        session_id, other = self.random.sample(self.ids, 2)
+        return self.random.choice(KINDS), session_id, other, name + "x" * self.random.randrange(2)
+
+    # What has to be so.
+
+    def _check(self, done: list[tuple[list[Step], Child]]) -> None:
+        ended = datetime(2020, 1, 1, tzinfo=UTC)
+        self.database["agent_sessions"].update_many({"state": "copying"}, {"$set": {"state_until": ended}})
+        story = [
+            (kind, session_id, other, name, number in child.has_said("begun"), number in child.has_said("done"),
+             [value for n, value in child.has_said("stored") if n == number], child)
+            for plan, child in done
+            for number, (kind, session_id, other, name) in enumerate(plan)
+        ]  # fmt: skip
+        story = [each for each in story if each[4]]
+        self.totals.steps += len(story)
+        for _, child in done:
+            self.totals.failed.update(name for _, name, _ in child.has_said("failed"))
+        before, found = dict(self.known), self._contents()
+        for kind, _, _, _, _, _, stored, _ in story:
+            if kind == "redact":
+                self.redacted.update(stored)
+            self.totals.acknowledged += len(stored)
+        try:
+            for session_id in self.ids:
+                self._check_one(session_id, before, found, story)
+            self._check_parts(story)
+        except AssertionError as error:
+            for each in story:
+                error.add_note(f"{each[:4]} done={each[5]} stored={each[6]} killed={each[7].killed}")
+            error.add_note(f"commands: {[child.commands[-12:] for _, child in done]}")
+            error.add_note(f"failed: {[child.has_said('failed') for _, child in done]}")
+            error.add_note(f"before: {before}")
+            error.add_note(f"found: {found}")
+            raise
+        self.known = found
+
+    def _contents(self) -> dict[str, list[str] | None]:
+        """Return the texts of each session, through a process that has just started; every one is whole."""
+        found: dict[str, list[str] | None] = {}
+        with (
+            MongoDBSessionRepository(self.uri, self.database.name, **LIMITS) as repository,
+            MongoDBSessionManagerFactory(self.uri, self.database.name, **LIMITS) as factory,
+        ):
+            listed = {each.session_id for each in repository.list_sessions(limit=1000).sessions}
+            for session_id in self.ids:
+                if not repository.session_exists(session_id):
+                    assert session_id not in listed
+                    found[session_id] = None
+                    continue
+                assert session_id in listed
+                with factory.create_session_manager(session_id) as manager:
+                    if not repository.list_agents(session_id):
+                        found[session_id] = []
+                        continue
+                    messages = repository.list_messages(session_id, "agent")
+                    restored = agent(manager).messages
+                said = texts([message.to_message() for message in messages])
+                assert texts(restored) == said
+                ids = [message.message_id for message in messages]
+                assert ids == sorted(set(ids))
+                for message, text in zip(messages, said, strict=True):
+                    content: Any = message.to_message()["content"]
+                    has = [block["image"]["source"]["bytes"] for block in content if "image" in block]
+                    assert has == ([attachment(text)] if text.endswith("+") and not text.startswith("gone ") else [])
+                assert sum(1 for _ in repository.export_session(session_id)) > len(messages)
+                found[session_id] = said
+            for each in list(self.database["agent_sessions"].find({"state": {"$exists": True}}, {"_id": 1})):
+                factory.create_session_manager(each["_id"]).close()  # finishes it
+                factory.delete_session(each["_id"])
+            end = time.monotonic() + 30
+            while factory._connection._tasks or repository._async._connection._tasks:
+                assert time.monotonic() < end
+                time.sleep(0.005)
+        return found
+
+    def _check_one(self, session_id: str, before: dict[str, Any], found: dict[str, Any], story: list[Any]) -> None:
+        old, now = before[session_id], found[session_id]
+        own = [each for each in story if each[1] == session_id]
+        deletions = [each for each in own if each[0] == "delete"]
+        copies = [each for each in story if each[2] == session_id and each[0] in ("fork", "import")]
+        creations = copies + [each for each in own if each[0] in ("append", "open")]
+        acknowledged = [text for each in own if each[0] == "append" for text in each[6]]
+        begun = {
+            f"{each[3]}{part}{number}{'+' if part == 'q' and len(each[3]) % 2 else ''}"
+            for each in own
+            if each[0] == "append"
+            for part in "qa"
+            for number in range(2)
+        }
+        plain = [text.removeprefix("gone ") for text in now or []]
+        assert len(set(plain)) == len(plain), "a message is there twice"
+        if now is None:
+            assert old is None or deletions, "a session is lost"
+            certain = [each for each in creations if each[5]]
+            assert deletions or not certain, "a session that was made is lost"
+            return
+        assert old is not None or creations, "a session came from nowhere"
+        possible = begun | {text.removeprefix("gone ") for text in old or []}
+        for each in copies:
+            sources = {text.removeprefix("gone ") for text in before[each[1]] or []}
+            sources |= {
+                f"{other[3]}{part}{number}{plus}"
+                for other in story
+                if other[0] == "append"
+                for part in "qa"
+                for number in range(2)
+                for plus in ("", "+")
+            }
+            for other in story:
+                if other[0] in ("fork", "import"):
+                    sources |= {text.removeprefix("gone ") for text in before[other[1]] or []}
+            possible |= sources
+        assert set(plain) <= possible, "a message came from nowhere"
+        if not deletions:
+            if old is not None:
+                kept = [text.removeprefix("gone ") for text in old]
+                assert plain[: len(kept)] == kept, "a message is lost"
+            assert [text for text in plain if text in acknowledged] == sorted(acknowledged, key=plain_order(plain))
+            assert set(acknowledged) <= set(plain), "an acknowledged message is lost"
+            for each in own:
+                if each[0] == "redact":
+                    assert not set(each[6]) & set(now), "an acknowledged redaction is undone"
+            for text in old or []:
+                if text.startswith("gone "):
+                    assert text in now, "a redaction is undone"
+        elif any(each[5] for each in deletions) and not creations:
+            raise AssertionError("a deleted session is there")
+
+    def _check_parts(self, story: list[Any]) -> None:
+        """Every part belongs to a live session; one that was killed while its session was deleted may leave some."""
+        live = {each["incarnation"]: each.get("expires_at") for each in self.database["agent_sessions"].find()}
+        assert not self.database["agent_sessions"].count_documents({"state": {"$exists": True}})
+        deleted = {each[1] for each in story if each[0] == "delete"}
+        writers = {name for each in story if each[7].killed for name in each[1:3]}
+        for suffix in OUTSIDE:
+            for part in list(self.database[f"agent_sessions{suffix}"].find({}, {"messages": 0, "data": 0})):
+                found = part["_id"]
+                incarnation = found.get("incarnation") or found["file"]["incarnation"]
+                if incarnation not in live:
+                    assert part["session_id"] in deleted & writers, f"a part of no session: {part}"
+                    self.totals.strays += 1
+                    self.database[f"agent_sessions{suffix}"].delete_one({"_id": found})
+                elif "expires_at" in part:
+                    date = live[incarnation]
+                    assert date is not None, f"a part expires and its session does not: {part}"
+                    assert date <= part["expires_at"], f"a part expires before its session at {date}: {part}"
+
+    def expire(self) -> None:
+        """Have the time of a session come, if one has a time: it goes whole."""
+        found = self.database["agent_sessions"].find_one({"expires_at": {"$exists": True}})
+        if found is None:
+            return
+        self.database.client.admin.command({"setParameter": 1, "ttlMonitorSleepSecs": 1})
+        past = {"$set": {"expires_at": datetime.now(UTC) - timedelta(seconds=1)}}
+        condition = {"session_id": found["_id"]}
+        for suffix in (*OUTSIDE, ""):
+            self.database[f"agent_sessions{suffix}"].update_many(condition, past)
+        eventually(
+            lambda: not any(self.database[f"agent_sessions{each}"].find_one(condition) for each in ("", *OUTSIDE))
+        )
+        self.known[found["_id"]] = None
+        self.totals.expired += 1
+
+    def end(self) -> None:
+        """Delete all; nothing is left of anything."""
+        with MongoDBSessionRepository(self.uri, self.database.name, **LIMITS) as repository:
+            for session_id in self.ids:
+                assert repository.delete_session(session_id) is (self.known[session_id] is not None)
+        for suffix in ("", *OUTSIDE):
+            assert not self.database[f"agent_sessions{suffix}"].count_documents({}), suffix
+
+
+def plain_order(plain: list[str]) -> Callable[[str], int]:
+    order = {text: position for position, text in enumerate(plain)}
+    return lambda text: order.get(text, -1)

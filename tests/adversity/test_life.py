@@ -1,0 +1,360 @@
+"""A process is killed between any two commands of an operation; the next one finds or makes everything whole."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pymongo
+import pytest
+from pymongo.database import Database
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from from_v100 import EXPECTED, OUTSIDE, load_as, shown
+from killing import Child, Killer, kill_points, start
+from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
+from support import agent, eventually, texts
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+Driver = pymongo.MongoClient[dict[str, Any]]
+Say = Callable[[str, Any], None]
+
+LIMITS: dict[str, Any] = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 100}
+MOMENT = "2026-01-05T09:30:00+00:00"
+COUNT = 12
+TTL = timedelta(hours=8)
+V1 = "v100-attachments"
+
+
+def picture(seed: object) -> bytes:
+    return random.Random(str(seed)).randbytes(300)
+
+
+def said(message_id: int, text: str, *pictures: bytes) -> SessionMessage:
+    images: Any = [{"image": {"format": "png", "source": {"bytes": data}}} for data in pictures]
+    role: Any = ("user", "assistant")[message_id % 2]
+    return SessionMessage({"role": role, "content": [{"text": text}, *images]}, message_id, None, MOMENT, MOMENT)
+
+
+def fill(repository: MongoDBSessionRepository, session_id: str) -> None:
+    """Make a session with three buckets or so, an archived attachment and one that is not."""
+    repository.create_session(Session(session_id, "AGENT", MOMENT, MOMENT))
+    repository.create_agent(session_id, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+    for n in range(COUNT):
+        pictures = [picture(n)] if n in (1, COUNT - 1) else []
+        repository.create_message(session_id, "agent", said(n, f"text {n}", *pictures))
+
+
+TEXTS = [f"text {n}" for n in range(COUNT)]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an operation and its check work with."""
+
+    uri: str
+    database: Database[dict[str, Any]]
+    lines: list[str]
+
+    def repository(self, **options: Any) -> MongoDBSessionRepository:
+        return MongoDBSessionRepository(self.uri, self.database.name, **{**LIMITS, **options})
+
+
+def content(repository: MongoDBSessionRepository, session_id: str) -> list[tuple[str, list[bytes]]]:
+    found = [message.to_message() for message in repository.list_messages(session_id, "agent")]
+    return [
+        (texts([message])[0], [block["image"]["source"]["bytes"] for block in message["content"] if "image" in block])
+        for message in found
+    ]
+
+
+WHOLE = [(f"text {n}", [picture(n)] if n in (1, COUNT - 1) else []) for n in range(COUNT)]
+
+
+class Operation:
+    """What is interrupted.
+
+    Attributes:
+        makes: Whether it makes the session, which was not there.
+        removes: Whether it removes it.
+        client: What the process that is killed makes.
+        options: Of that.
+    """
+
+    client: Any = MongoDBSessionManagerFactory
+
+    makes = False
+    removes = False
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    def prepare(self, context: Context, repository: MongoDBSessionRepository, session_id: str) -> None:
+        if not self.makes:
+            repository.import_session(context.lines, session_id)
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        raise NotImplementedError
+
+    def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
+        """Check the content of a session that is there."""
+        assert found == WHOLE
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        """Check the session after another process has opened it."""
+
+
+class OpenNew(Operation):
+    makes = True
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        with factory.create_session_manager(session_id) as manager:
+            agent(manager, "hello")("hi")
+
+    def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
+        assert found == [("hi", []), ("hello", [])][: len(found)]
+        assert child.killed or len(found) == 2
+
+
+class Turn(Operation):
+    """Appends, with an attachment, and moves old messages."""
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        def answer(_: object) -> str:
+            say("acknowledged", 1)  # or the model would not be called
+            return "answer"
+
+        with factory.create_session_manager(session_id) as manager:
+            live = agent(manager, answer, "another")
+            live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": picture("turn")}}}])
+            say("acknowledged", 2)
+            live("more")
+            say("acknowledged", 4)
+
+    def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
+        acknowledged = max(child.has_said("acknowledged"), default=0)
+        added = [("look", [picture("turn")]), ("answer", []), ("more", []), ("another", [])]
+        assert found == (WHOLE + added)[: len(found)]
+        assert len(found) >= len(WHOLE) + acknowledged
+
+
+class Replace(Operation):
+    """Replaces an archived message and its attachment by others."""
+
+    client = MongoDBSessionRepository
+
+    def work(self, factory: Any, context: Context, session_id: str, say: Say) -> None:
+        factory.update_message(session_id, "agent", said(1, "replaced", picture("new")))
+        say("acknowledged", 1)
+
+    def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
+        replaced = [*WHOLE[:1], ("replaced", [picture("new")]), *WHOLE[2:]]
+        assert found == replaced or (not child.has_said("acknowledged") and found == WHOLE)
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        incarnation = context.database["agent_sessions"].find_one({"_id": session_id})["incarnation"]
+        chunks = context.database["agent_sessions_attachments.chunks"]
+
+        def old() -> int:
+            return chunks.count_documents({"_id.file.incarnation": incarnation, "data": picture(1)})
+
+        with context.repository() as repository:
+            if content(repository, session_id)[1][0] == "replaced":
+                eventually(lambda: not old())
+            else:
+                assert old() == 1
+
+
+class Fork(Operation):
+    makes = True
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        factory.fork_session("source", session_id)
+
+
+class Import(Operation):
+    makes = True
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        factory.import_session(context.lines, session_id)
+
+
+class Delete(Operation):
+    removes = True
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        assert factory.delete_session(session_id)
+
+
+class Renew(Operation):
+    """Writes to a session whose date has to move."""
+
+    options = {"session_ttl": TTL}  # noqa: RUF012
+
+    def prepare(self, context: Context, repository: MongoDBSessionRepository, session_id: str) -> None:
+        super().prepare(context, repository, session_id)
+        with context.repository(session_ttl=TTL) as own:
+            own.update_metadata(session_id, {"n": 1})
+        date = {"$set": {"expires_at": datetime.now(UTC) + timedelta(minutes=5)}}
+        for suffix in ("", *OUTSIDE):
+            changed = context.database[f"agent_sessions{suffix}"].update_many({"session_id": session_id}, date)
+            assert changed.matched_count
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        with factory.create_session_manager(session_id) as manager:
+            manager.update_metadata({"n": 2})
+            say("acknowledged", 1)
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        found = context.database["agent_sessions"].find_one({"_id": session_id})
+        if child.has_said("acknowledged"):
+            assert found["expires_at"] > datetime.now(UTC) + timedelta(hours=7, minutes=50)
+        for suffix in OUTSIDE:
+            for part in context.database[f"agent_sessions{suffix}"].find({"session_id": session_id}):
+                assert part["expires_at"] >= found["expires_at"]
+
+
+class Migrate(Operation):
+    """Opens a session that 1.0.0 has stored, and writes to it."""
+
+    def prepare(self, context: Context, repository: MongoDBSessionRepository, session_id: str) -> None:
+        load_as(context.database, V1, session_id)
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        with factory.create_session_manager(session_id) as manager:
+            manager.update_metadata({"n": 1})
+
+    def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
+        wanted = EXPECTED[V1]["messages"]["agent"]
+        assert [text for text, _ in found] == shown(wanted)
+        counts = [sum("image" in block for block in each["message"]["content"]) for each in wanted]
+        assert [len(pictures) for _, pictures in found] == [
+            0 if each["redact_message"] else count for each, count in zip(wanted, counts, strict=True)
+        ]
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        for suffix, path in zip(OUTSIDE, ("_id", "_id", "_id.file"), strict=True):
+            found = context.database[f"agent_sessions{suffix}"]
+            eventually(lambda found=found, path=path: not found.count_documents({f"{path}.session_id": session_id}))
+
+
+class WriteBack(Operation):
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        factory.write_back(session_id)
+        say("acknowledged", 1)
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        if child.has_said("acknowledged"):
+            found = context.database["agent_sessions"].find_one({"_id": session_id})
+            assert len(found["agents"]["agent"]["messages"]) == COUNT
+
+
+OPERATIONS = [OpenNew(), Turn(), Replace(), Fork(), Import(), Delete(), Renew(), Migrate(), WriteBack()]
+
+
+def interrupted(operation: Operation, context: Context, session_id: str, at: int | None, after: bool) -> Child:
+    def work(killer: Killer, say: Say) -> None:
+        options = {**LIMITS, **operation.options, "event_listeners": [killer]}
+        with operation.client(context.uri, context.database.name, **options) as client:
+            tasks = getattr(client, "_async", client)._connection._tasks
+            client.list_sessions()
+            eventually(lambda: not tasks)  # what a process does when it starts
+            killer.armed = True
+            operation.work(client, context, session_id, say)
+            eventually(lambda: not tasks)
+            killer.armed = False
+
+    return start(work, at, after).wait()
+
+
+def parts_of(context: Context, session_id: str) -> list[Any]:
+    """Everything that is stored of a session, live or not."""
+    found: list[Any] = [*context.database["agent_sessions"].find({"_id": session_id}, {"state": 1})]
+    for suffix in OUTSIDE:
+        paths = ("session_id", "_id.session_id", "_id.file.session_id")
+        condition = {"$or": [{path: session_id} for path in paths]}
+        found += context.database[f"agent_sessions{suffix}"].find(condition, {"_id": 1})
+    return found
+
+
+def check(operation: Operation, context: Context, session_id: str, child: Child) -> None:
+    sessions = context.database["agent_sessions"]
+    with context.repository() as repository:
+        is_there = repository.session_exists(session_id)
+        if not child.killed:
+            assert is_there is not operation.removes
+        if is_there:
+            has_agent = bool(repository.list_agents(session_id))
+            operation.check(content(repository, session_id) if has_agent else [], child)
+        else:
+            assert operation.makes or operation.removes
+            assert session_id not in {found.session_id for found in repository.list_sessions(limit=1000).sessions}
+        # A lease lasts a minute. Nobody waits here for it to be over.
+        sessions.update_many({"_id": session_id, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
+        with MongoDBSessionManagerFactory(context.uri, context.database.name, **LIMITS) as factory:
+            with factory.create_session_manager(session_id) as manager:
+                live = agent(manager)
+                assert texts(live.messages) == (texts_of(repository, session_id) if is_there else [])
+                if not is_there:
+                    assert live.messages == []
+            eventually(lambda: not factory._connection._tasks)
+            assert not sessions.count_documents({"_id": session_id, "state": {"$exists": True}})
+            operation.check_opened(context, session_id, child)
+            if is_there:
+                before = content(repository, session_id) if repository.list_agents(session_id) else []
+                factory.fork_session(session_id, "again")
+                assert (content(repository, "again") if before else []) == before
+                assert factory.delete_session("again")
+                assert parts_of(context, "again") == []
+        if operation.makes and not is_there:
+            assert repository.delete_session(session_id)
+            repository.import_session(context.lines, session_id)
+            assert content(repository, session_id) == WHOLE
+        assert repository.delete_session(session_id)
+        assert not repository.delete_session(session_id)
+    assert parts_of(context, session_id) == []
+
+
+def texts_of(repository: MongoDBSessionRepository, session_id: str) -> list[str]:
+    return [text for text, _ in content(repository, session_id)] if repository.list_agents(session_id) else []
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: type(operation).__name__)
+def test_a_process_is_killed_between_any_two_commands(
+    server: str, driver: Driver, database: str, operation: Operation, pytestconfig: pytest.Config
+) -> None:
+    with MongoDBSessionRepository(server, database, **LIMITS) as repository:
+        fill(repository, "source")
+        lines = list(repository.export_session("source"))
+    context = Context(server, driver[database], lines)
+
+    def prepare(session_ids: list[str]) -> None:
+        with context.repository() as repository:
+            for session_id in session_ids:
+                operation.prepare(context, repository, session_id)
+
+    prepare(["uninterrupted"])
+    whole = interrupted(operation, context, "uninterrupted", None, False)
+    assert whole.commands
+    check(operation, context, "uninterrupted", whole)
+    points = list(kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity")))
+    prepare([f"killed-{n}-{after}" for n, after in points])
+    killed = 0
+    for n, after in points:
+        child = interrupted(operation, context, f"killed-{n}-{after}", n, after)
+        killed += child.killed
+        try:
+            check(operation, context, f"killed-{n}-{after}", child)
+        except BaseException as error:
+            error.add_note(f"killed {('before', 'after')[after]} the {n}th command, {child.commands}")
+            raise
+    assert killed >= len(points) // 2
+    with context.repository() as repository:
+        assert content(repository, "source") == WHOLE
+        assert repository.delete_session("source")
+    for suffix in ("", *OUTSIDE):
+        assert context.database[f"agent_sessions{suffix}"].count_documents({}) == 0

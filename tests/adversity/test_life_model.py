@@ -1,0 +1,31 @@
+"""Two processes that are killed anywhere use the same sessions: nothing is lost, doubled, left, or comes back."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pymongo
+import pytest
+from life_walk import Walk
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_random_walk_of_two_processes(
+    server: str, driver: pymongo.MongoClient[dict[str, Any]], database: str, seed: int, pytestconfig: pytest.Config
+) -> None:
+    walk = Walk(server, driver[database], seed)
+    end = time.monotonic() + (300 if pytestconfig.getoption("--full-adversity") else 8)
+    while time.monotonic() < end:
+        walk.round(lambda: walk.random.choice([None, walk.random.randrange(1, 40), walk.random.randrange(1, 120)]))
+        if not walk.totals.rounds % 10:
+            walk.expire()
+    walk.end()
+    print(walk.totals)
+    assert walk.totals.killed
+    assert walk.totals.acknowledged
+    assert walk.totals.expired or walk.totals.rounds < 20
