@@ -511,7 +511,7 @@ def store_redaction(site: Site, arm: Arm) -> list[str]:
     manager = site.factory.create_session_manager("s")
     asked = agent(manager, "hello")
     asked("hi")
-    arm("update")
+    arm("findAndModify")
     manager.redact_latest_message({"role": "assistant", "content": [{"text": "[redacted]"}]}, asked)
     return ["hi", "[redacted]"]
 
@@ -528,7 +528,7 @@ def store_redaction_and_message(site: Site, arm: Arm) -> list[str]:
 
     redacted = manager._latest_agent_message["agent"]
     redacted.redact_message = {"role": "assistant", "content": [{"text": "[redacted]"}]}
-    arm("update")
+    arm("findAndModify")
     asyncio.run(turn())
     return ["hi", "[redacted]", "how are you?", "fine"]
 

@@ -138,7 +138,7 @@ def test_a_list_loads_no_message_and_is_one_command(
     assert factory.count_sessions() == 1
     assert factory.session_exists("s")
     assert not factory.session_exists("t")
-    assert commands.names == ["find", "aggregate", "find", "find"]
+    assert commands.names == ["find", "aggregate", "aggregate", "find", "find"]
     assert "secret" not in repr(page)
     assert ids(page) == ["s"]
 

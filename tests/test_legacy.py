@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from bson import ObjectId
 from pymongo.collection import Collection
 from strands import Agent
 from strands.types.session import SessionMessage
@@ -196,7 +197,7 @@ def test_an_agent_is_restored(factory: MongoDBSessionManagerFactory, stored: Col
     assert first.state.get() == {"visits": 3, "a.b": ["$x"]}
 
 
-def test_the_first_open_numbers_the_messages_and_does_nothing_else(
+def test_the_first_open_numbers_the_messages_gives_an_incarnation_and_does_nothing_else(
     factory: MongoDBSessionManagerFactory, stored: Collection[Any], commands: CommandLog, use: Use
 ) -> None:
     before = old_session(agent=old_agent("agent", *conversation()), other=old_agent("other"))
@@ -205,7 +206,9 @@ def test_the_first_open_numbers_the_messages_and_does_nothing_else(
     expected = copy.deepcopy(before)
     expected["agents"]["agent"]["next_message_id"] = 6
     expected["agents"]["other"]["next_message_id"] = 0
-    assert stored.find_one({"_id": "s"}) == expected
+    after = stored.find_one({"_id": "s"})
+    assert type(after.pop("incarnation")) is ObjectId
+    assert after == expected
     assert commands.names == ["findAndModify", "update"]
 
 
@@ -245,6 +248,7 @@ def test_a_turn_continues_the_conversation_and_keeps_all_that_is_unknown(
     # All else is as it was.
     expected = copy.deepcopy(before)
     expected["agents"]["other"]["next_message_id"] = 1
+    expected["incarnation"] = after["incarnation"]
     expected["updated_at"] = after["updated_at"]
     ours = expected["agents"]["agent"]
     ours["messages"] += new

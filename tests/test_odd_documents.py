@@ -59,6 +59,10 @@ SESSION = [
     "feedbacks.0",
     "guardrail_events",
     "guardrail_events.0",
+    "incarnation",
+    "removed_attachments",
+    "expires_at",
+    "state",
     "agents",
     "multi_agents",
     "multi_agents.graph",
@@ -169,6 +173,8 @@ def left(before: Any, after: Any, path: str = "") -> Iterator[str]:
 FOLLOWS = (
     # What a turn, or opening, is to change.
     ".updated_at",
+    ".incarnation",
+    ".removed_attachments",
     ".agents.agent.updated_at",
     ".agents.agent.agent_data.updated_at",
     ".agents.agent.agent_data.model",

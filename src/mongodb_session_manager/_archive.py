@@ -344,7 +344,7 @@ class SessionArchive(SessionMigration):
             stored = await self._stored_agent(session_id, agent_id, wanted)
             if not (archived := stored.get("archived")):
                 return None
-            since, place = stored.get("created_at"), Place(session_id, stored.get("incarnation"))
+            since, place = stored.get("created_at"), Place(session_id, Life.of(stored).incarnation)
             found = await self._archived_message(place, key, message_id, since, created_at)
             if found is not None:
                 return found

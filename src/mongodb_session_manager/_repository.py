@@ -62,7 +62,7 @@ from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
 from ._large_values import compute
 from ._layout import ARCHIVE, Place, live_at
-from ._life import LIFE, checked_ttl, next_date
+from ._life import LIFE, Life, checked_ttl, next_date
 from ._migration import HAS_PARTS, is_of_v1
 from ._multi_agent_states import MultiAgentStates
 from ._odd_fields import messages_from, tell_odd, usable
@@ -249,7 +249,8 @@ class AsyncMongoDBSessionRepository(
         async with self._connection.operation():
             for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id)
-                if document["has_parts"] or "session_ttl" in document or "moved" in document:
+                # The driver's own second attempt brings a new session without the computed fields.
+                if document.get("has_parts") or "session_ttl" in document or "moved" in document:
                     await self._migrate(session_id)
                     continue
                 agents: dict[str, Document] = document["agents"]
@@ -554,7 +555,7 @@ class AsyncMongoDBSessionRepository(
             for _ in range(ROUNDS):
                 stored = await self._stored_agent(session_id, agent_id, wanted)
                 archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
-                key, place = agent_key(agent_id), Place(session_id, stored.get("incarnation"))
+                key, place = agent_key(agent_id), Place(session_id, Life.of(stored).incarnation)
                 which = (stored.get("created_at"), offset, archived)
                 try:
                     older = (await self._archived(place, {key: which}))[key] if offset < archived else []

@@ -24,6 +24,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
+from bson import ObjectId
+
 from ._changes import Update
 from ._commands import SessionCollection, ensure_indexes
 from ._connection import AsyncCollection
@@ -71,7 +73,7 @@ class SessionRetention(SessionCollection):
         if document is None:
             self._lives.pop(session_id, None)
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
-        if "incarnation" not in document or document.keys() & {"moved", "session_ttl"}:
+        if not isinstance(document.get("incarnation"), ObjectId) or document.keys() & {"moved", "session_ttl"}:
             return await self._migrate(session_id)
         return self._learn(session_id, document)
 

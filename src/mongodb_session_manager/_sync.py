@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
+from bson import ObjectId
 from pymongo.collection import Collection
 from pymongo.database import Database
 from strands.session.session_repository import SessionRepository
@@ -141,14 +142,14 @@ class MongoDBSessionRepository(SessionRepository):
         return self._portal.call(self._async.open_session, session_id)
 
     def apply(
-        self, session_id: str, changes: Iterable[Change], created_at: Any = None
+        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Args:
             session_id: The session.
             changes: What was recorded, oldest first.
-            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
+            incarnation: That of the session that was opened; `None` for the one that has the id now.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -158,7 +159,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
         """
-        return self._portal.call(self._async.apply, session_id, changes, created_at)
+        return self._portal.call(self._async.apply, session_id, changes, incarnation)
 
     def create_session(self, session: Session, **kwargs: Any) -> Session:
         """Create a session.
@@ -175,19 +176,19 @@ class MongoDBSessionRepository(SessionRepository):
     def delete_session(self, session_id: str, **kwargs: Any) -> bool:
         """Delete a session: its document, its archived messages and its attachments.
 
-        If it is interrupted, the session is whole or gone, and calling it again removes what is left. A manager that
-        has the session open gets `SessionNotFoundError` from its next write. A session that is created with the same
-        id meanwhile keeps everything.
+        The content of the document is gone at once. If the call is interrupted, the session does not exist any more,
+        and the next process that starts, or that uses the id, removes the rest. A manager that has the session open
+        gets `SessionNotFoundError` from its next write.
 
         Args:
             session_id: The session.
             **kwargs: Accepted because Strands' own repositories do; unused.
 
         Returns:
-            Whether the session was there. What was left of one that was deleted before is removed all the same.
+            Whether the session was there.
 
         Raises:
-            InvalidArgumentError: `session_id` cannot be one.
+            InvalidArgumentError: `session_id` is not a valid id.
         """
         return self._portal.call(self._async.delete_session, session_id, **kwargs)
 
@@ -302,14 +303,14 @@ class MongoDBSessionRepository(SessionRepository):
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
 
     def apply_multi_agent(
-        self, session_id: str, write: MultiAgentWrite, created_at: Any = None
+        self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
         """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
 
         Args:
             session_id: The session.
             write: What was recorded.
-            created_at: The date of creation of the session that was opened, if it may not be another one of its id.
+            incarnation: That of the session that was opened; `None` for the one that has the id now.
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
@@ -318,7 +319,7 @@ class MongoDBSessionRepository(SessionRepository):
         Raises:
             MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
         """
-        return self._portal.call(self._async.apply_multi_agent, session_id, write, created_at)
+        return self._portal.call(self._async.apply_multi_agent, session_id, write, incarnation)
 
     def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set the given keys of a session's metadata and keep the others.

@@ -360,9 +360,11 @@ class SessionWrites(SessionArchive):
             session_id: The session.
             agents: By key, the result of `head_numbers`; messages and numbers are updated in place.
             keys: The agents to migrate.
-            gained: Fields that the session gets if it has none of them.
+            gained: The field `incarnation` for a session that has none.
         """
-        condition: Document = {"_id": session_id, **dict.fromkeys(gained or {})}
+        condition: Document = {"_id": session_id}
+        if gained:
+            condition["incarnation"] = {"$not": {"$type": "objectId"}}
         sets: Document = dict(gained or {})
         unsets: list[str] = []
         moved = []
