@@ -170,8 +170,7 @@ def _check_body(body: Any, name: str) -> None:
     require(found is not None, f"{name} must have a role and a list of content")
     assert found is not None
     require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
-    texts = [block.get("text", "") for block in found.message["content"]]
-    require(all(type(text) is str for text in texts), f"{name} holds a text that is not a str")
+    require(_has_texts(found.message), f"{name} holds a text that is not a str")
     _check_encodes(found.message, _MESSAGE_DEPTH, name)
 
 
@@ -229,8 +228,13 @@ def _check_encodes(value: Any, depth: int, name: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
+    """Return whether a decoded value is a message that Strands takes as it is."""
     found = message_from({"message": value}, 0)
-    return found is not None and is_restorable(found)
+    return found is not None and type(value["content"]) is list and is_restorable(found) and _has_texts(value)
+
+
+def _has_texts(message: Mapping[str, Any]) -> bool:
+    return all(type(block.get("text", "")) is str for block in message["content"])
 
 
 def _check_state(fields: Document) -> None:
@@ -330,8 +334,10 @@ def _check_multi_agent(stored: Document) -> None:
             "multi_agents: state._internal_state must hold an interrupt_state",
         )
         _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
+    task = state.get("current_task", "")
     require(
-        type(state.get("current_task", "")) in (str, list), "multi_agents: state.current_task must be a str or a list"
+        type(task) is str or _is_message({"role": "user", "content": task}),
+        "multi_agents: state.current_task must be a str or a list of content",
     )
     _check_results(state)
     _check_encodes(state, 4, "multi_agents: state")
