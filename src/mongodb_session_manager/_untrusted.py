@@ -62,8 +62,8 @@ AGENT_LEFT_BEHIND = frozenset(
 )
 """Fields of an agent's sub-document that a copy does not take: it has its own."""
 
-MOST = 2**53
-"""The bound of a number that is summed or incremented: a double holds it exactly, and no sum of an `int` overflows."""
+MOST = 2**62
+"""The bound of a number that is incremented later: MongoDB refuses an increment beyond 2**63 - 1."""
 
 _STATE_DEPTH = 5  # document, agents, key, agent_data, field
 _MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
@@ -206,7 +206,7 @@ def _check_numbers(values: Any, name: str) -> None:
             and type(number) is not bool
             and math.isfinite(number)
             and abs(number) <= MOST,
-            f"{name} must hold numbers from -2**53 to 2**53 only",
+            f"{name} must hold numbers from -2**62 to 2**62 only",
         )
         require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
 
