@@ -369,13 +369,17 @@ def take_a_turn(manager: Any, agent_id: str) -> None:
 
 def orchestrate(manager: Any, multi_agent_id: str) -> None:
     try:
-        if multi_agent_id == "team":
-            live: Any = team(manager, node("third", handoff("fourth")), node("fourth", "4"))
-        else:
-            live = pipeline(manager, node("first", "one"), node("second", "two"), name=multi_agent_id)
-        live("the task")
+        run(manager, multi_agent_id)
     except DatabaseError as error:
         names_the_field(error, multi_agent_id)
+
+
+def run(manager: Any, multi_agent_id: str) -> None:
+    if multi_agent_id == "team":
+        live: Any = team(manager, node("third", handoff("fourth")), node("fourth", "4"))
+    else:
+        live = pipeline(manager, node("first", "one"), node("second", "two"), name=multi_agent_id)
+    live("the task")
 
 
 def names_the_field(error: Exception, multi_agent_id: str) -> None:
@@ -419,6 +423,8 @@ def test_a_changed_export_is_refused_or_is_a_session_like_any_other(
     outcomes: dict[str, int] = {"refused": 0, "used": 0}
     failures = []
     for seed in range(first, first + count):
+        if count > 1000 and seed % 500 == 0:
+            print(seed, outcomes, len(failures), flush=True)
         try:
             outcomes[change_and_use(sessions, stored, exports, seed)] += 1
         except Exception as error:
@@ -573,6 +579,20 @@ def test_what_cannot_be_used_is_refused_by_its_line_and_field(
         sessions.import_session(edited(small, number, path, value), "t")
     assert left_of(stored) == {}
     sessions.list_sessions()
+
+
+@pytest.mark.parametrize("orchestrator", ["stopped", "team"])
+def test_a_state_of_another_graph_or_swarm_is_an_error_that_names_the_field(
+    sessions: MongoDBSessionManagerFactory, exports: list[Lines], orchestrator: str
+) -> None:
+    states = exports[2][1]["session"]["multi_agents"]
+    name = "second" if orchestrator == "stopped" else "third"
+    states[orchestrator]["state"] |= {"status": "another", "next_nodes_to_execute": [name]}
+    sessions.import_session(map(json.dumps, exports[2]), "t")
+    with sessions.create_session_manager("t") as manager, pytest.raises(DatabaseError) as refused:
+        run(manager, orchestrator)
+    names_the_field(refused.value, orchestrator)
+    assert refused.value.__context__ is None
 
 
 def test_fields_that_are_unknown_or_absent_are_no_reason_to_refuse_a_session(

@@ -333,7 +333,7 @@ REFUSED = {
     "usage": (
         replaced(2, '{"agent": "a", "fields": {"usage": {"inputTokens": "1"}}}'),
         3,
-        "usage must hold numbers from -2**53 to 2**53 only",
+        "usage must hold numbers from -2**62 to 2**62 only",
     ),
     "no message": (edited(3, message={"role": "user"}), 4, "message must have a role and a list of content"),
     "no redaction": (edited(3, redact_message="x"), 4, "redact_message must have a role and a list of content"),

@@ -62,8 +62,8 @@ AGENT_LEFT_BEHIND = frozenset(
 )
 """Fields of an agent's sub-document that a copy does not take: it has its own."""
 
-MOST = 2**53
-"""The bound of a number that is summed or incremented: a double holds it exactly, and no sum of an `int` overflows."""
+MOST = 2**62
+"""The bound of a number that is incremented later: MongoDB refuses an increment beyond 2**63 - 1."""
 
 _STATE_DEPTH = 5  # document, agents, key, agent_data, field
 _MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
@@ -170,8 +170,7 @@ def _check_body(body: Any, name: str) -> None:
     require(found is not None, f"{name} must have a role and a list of content")
     assert found is not None
     require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
-    texts = [block.get("text", "") for block in found.message["content"]]
-    require(all(type(text) is str for text in texts), f"{name} holds a text that is not a str")
+    require(_has_texts(found.message), f"{name} holds a text that is not a str")
     _check_encodes(found.message, _MESSAGE_DEPTH, name)
 
 
@@ -207,7 +206,7 @@ def _check_numbers(values: Any, name: str) -> None:
             and type(number) is not bool
             and math.isfinite(number)
             and abs(number) <= MOST,
-            f"{name} must hold numbers from -2**53 to 2**53 only",
+            f"{name} must hold numbers from -2**62 to 2**62 only",
         )
         require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
 
@@ -229,8 +228,13 @@ def _check_encodes(value: Any, depth: int, name: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
+    """Return whether a decoded value is a message that Strands takes as it is."""
     found = message_from({"message": value}, 0)
-    return found is not None and is_restorable(found)
+    return found is not None and type(value["content"]) is list and is_restorable(found) and _has_texts(value)
+
+
+def _has_texts(message: Mapping[str, Any]) -> bool:
+    return all(type(block.get("text", "")) is str for block in message["content"])
 
 
 def _check_state(fields: Document) -> None:
@@ -330,8 +334,10 @@ def _check_multi_agent(stored: Document) -> None:
             "multi_agents: state._internal_state must hold an interrupt_state",
         )
         _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
+    task = state.get("current_task", "")
     require(
-        type(state.get("current_task", "")) in (str, list), "multi_agents: state.current_task must be a str or a list"
+        type(task) is str or _is_message({"role": "user", "content": task}),
+        "multi_agents: state.current_task must be a str or a list of content",
     )
     _check_results(state)
     _check_encodes(state, 4, "multi_agents: state")
