@@ -4,7 +4,8 @@ The server removes a document when its `expires_at` has passed. No statement mov
 each write, the date of the session is at least its time to live ahead. It moves in steps of an eighth of that, so that
 most statements leave it alone. The parts of a session never expire before it:
 
-- A step sets the date of all parts first, and then the date of the session.
+- The first date of a session that had none is set on its document, then on its parts: a part without a date stays.
+- A later step sets the date of all parts first, and then the date of the session.
 - A new part gets a date that is a whole time to live later than any step of that moment, and the statement that makes
   it a part of the session matches only while the session's date is not later.
 
@@ -114,6 +115,8 @@ class SessionRetention(SessionCollection):
             condition = {"expires_at": {"$gte": late_enough}}
             return await super()._update_with(_touching(update, moment, condition), command)
         place, until = Place(session_id, life.incarnation), next_date(moment, seconds)
+        if life.expires_at is None:
+            await self._date_session(place, seconds, until)
         await self._date_parts(place, until)
         statement = _touching(update, moment, {"incarnation": life.incarnation}, (seconds, until))
         result = await super()._update_with(statement, command)
@@ -122,6 +125,12 @@ class SessionRetention(SessionCollection):
             if life.time_to_live != seconds:
                 await self._date_parts(place, until)
         return result
+
+    async def _date_session(self, place: Place, seconds: int, until: datetime) -> None:
+        """Give a session its first date; parts must not expire if the statement that follows is refused."""
+        session = {"_id": place.session_id, "incarnation": place.incarnation, "expires_at": None, **LIVE}
+        date = {"$set": {"time_to_live": seconds, "expires_at": until}}
+        await self._send(partial(_update_many, session, date))
 
     async def _date_parts(self, place: Place, until: datetime) -> None:
         """Have all parts of a session expire at a date or later."""
