@@ -282,12 +282,17 @@ class SessionArchive(SessionMigration):
             DatabaseError: A message is missing.
             WrittenBackError: The session was written back meanwhile.
         """
-        found = await self._buckets(place, wanted)
-        try:
-            return {key: _joined(place.session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()}
-        except DatabaseError:
+        while True:
+            found = await self._buckets(place, wanted)
+            try:
+                return {
+                    key: _joined(place.session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()
+                }
+            except DatabaseError as error:
+                missing = error
             await self._raise_if_written_back(place, wanted)
-            raise
+            if not await self._copy_late_buckets(place):
+                raise missing
 
     async def _buckets(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return the buckets that hold archived messages, oldest first, from one query; `wanted` as for `_archived`."""
@@ -343,7 +348,9 @@ class SessionArchive(SessionMigration):
             if found is not None:
                 return found
             is_moved = place.incarnation is None and await self._is_migrated(session_id)
-            if not is_moved and not await self._is_back(session_id, key, since, archived):
+            if is_moved or await self._is_back(session_id, key, since, archived):
+                continue
+            if not await self._copy_late_buckets(place):
                 return None
 
     async def _place_of(self, session_id: str, message: Document) -> Place:

@@ -35,6 +35,10 @@ LIVE: Document = {"state": {"$nin": UNFINISHED}}
 """The filter for live sessions; applications may have stored a `state` of their own."""
 
 
+OF_V1 = frozenset({"session_ttl", "migrating", "moved"})
+"""Fields of the session document by which a session has yet to be migrated, or to be cleared of what was copied."""
+
+
 class Place(NamedTuple):
     """The ids of a session's parts.
 

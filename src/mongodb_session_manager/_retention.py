@@ -26,7 +26,7 @@ from ._changes import Update
 from ._commands import SessionCollection, ensure_indexes
 from ._connection import AsyncCollection
 from ._documents import Document
-from ._layout import LIVE, OUTSIDE, Place
+from ._layout import LIVE, OF_V1, OUTSIDE, Place
 from ._life import LIFE, Life, next_date
 from .errors import SessionNotFoundError
 
@@ -65,11 +65,11 @@ class SessionRetention(SessionCollection):
         return life if life is not None and life.incarnation is not None else await self._read_life(session_id)
 
     async def _read_life(self, session_id: str) -> Life:
-        document = await self._find(session_id, {**LIFE, "session_ttl": 1, "moved": 1})
+        document = await self._find(session_id, {**LIFE, **dict.fromkeys(OF_V1, 1)})
         if document is None:
             self._lives.pop(session_id, None)
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
-        if "incarnation" not in document or document.keys() & {"moved", "session_ttl"}:
+        if "incarnation" not in document or document.keys() & OF_V1:
             return await self._migrate(session_id)
         return self._learn(session_id, document)
 
