@@ -30,7 +30,7 @@ from ._buckets import (
     outrun,
     stale_buckets,
 )
-from ._changes import REMOVED, AgentWrite, Update
+from ._changes import REMOVED, AgentWrite, Update, without_removed
 from ._codec import stored_size
 from ._connection import AsyncCollection, find_and_modify, run_pipeline
 from ._documents import Document, agent_key, removed_messages
@@ -403,6 +403,7 @@ class SessionArchive(SessionMigration):
                     await self._attachments.remove_unnamed(place, parsed(listed))
                     taken = ({"_id": changed["_id"]}, {"$pullAll": {REMOVED: listed}})
                     await self._send(partial(_update_one, *taken), self._archive_name)
+                    await self._update(without_removed(place.session_id, place.incarnation, listed))
                 return
 
     async def _find_bucket(self, condition: Document, projection: Document) -> Document | None:

@@ -42,6 +42,7 @@ from ._documents import (
 from ._layout import Place
 from ._life import LIFE
 from ._odd_fields import usable_agents
+from ._references import references_of
 from ._sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .errors import (
     DatabaseError,
@@ -175,6 +176,13 @@ class SessionWrites(SessionArchive):
         await self._attachments.remove_unnamed(place, parsed(listed))
         await self._update(without_removed(place.session_id, place.incarnation, listed))
 
+    async def _note_removed(self, place: Place, replaced: Iterable[Document]) -> None:
+        """Note the attachments of archived messages before these are replaced; who opens the session removes them."""
+        listed = [str(reference) for message in replaced for reference in references_of(message)]
+        if listed:
+            condition = {"_id": place.session_id, "incarnation": place.incarnation}
+            await self._update(Update(condition, {"$push": {REMOVED: {"$each": listed}}}, None))
+
     async def _note_change(self, session_id: str, agent_id: str, found_in: InArchive) -> bool:
         """Count that archived messages have changed, which a write-back matches; return `False` if it came first."""
         path = f"agents.{agent_key(agent_id)}"
@@ -289,6 +297,7 @@ class SessionWrites(SessionArchive):
             if rest is not None:
                 if rest.stored and self._learn(session_id, document).outlives(rest.part_date):
                     raise _Changed
+                await self._note_removed(place, [older[n] for n in rest.replaced.keys() & older.keys()])
                 changes = archived.setdefault(agent_id, {})
                 for message_id in rest.replaced.keys() & older.keys():
                     which = (message_id, older[message_id].get("created_at"))
