@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full-adversity", action="store_true", help="fail over ten times and kill twenty processes instead of a few"
     )
+    parser.addoption("--seeds", help="which changed exports are imported: the first seed, a plus sign, and how many")
     parser.addoption(
         "--full-conformance", action="store_true", help="resume each cut of a conversation in every way, not in one"
     )

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from bson import ObjectId
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymongo.collection import Collection
@@ -36,12 +37,14 @@ from mongodb_session_manager._changes import (
 from mongodb_session_manager._documents import (
     agent_key,
     agent_state,
+    array_at,
     message_body,
     new_agent,
     new_session,
     stored_message,
 )
 
+INCARNATION = ObjectId()
 T0 = datetime(2025, 1, 1, tzinfo=UTC)
 T1, T2, T3 = (T0 + timedelta(seconds=seconds) for seconds in (1, 2, 3))
 
@@ -161,21 +164,67 @@ def test_append_and_state() -> None:
     )
 
 
+def replacing(path: str, contents: dict[int, dict[str, Any]], appended: Sequence[Any] = ()) -> dict[str, Any]:
+    """The expressions for an agent's messages and revision once some have another content."""
+    branches = [
+        {
+            "case": {"$eq": ["$$message.message_id", message_id]},
+            "then": {"$mergeObjects": ["$$message", {name: {"$literal": value} for name, value in fields.items()}]},
+        }
+        for message_id, fields in contents.items()
+    ]
+    replaced = {
+        "$map": {
+            "input": {"$ifNull": [f"${path}.messages", []]},
+            "as": "message",
+            "in": {"$switch": {"branches": branches, "default": "$$message"}},
+        }
+    }
+    return {
+        f"{path}.messages": {"$concatArrays": [replaced, {"$literal": list(appended)}]},
+        f"{path}.revision": {"$add": [{"$ifNull": [f"${path}.revision", 0]}, 1]},
+    }
+
+
+def removing(path: str, *message_ids: int) -> dict[str, Any]:
+    """The expression for the session's list of attachments that are to be removed."""
+    more = [
+        {
+            "$reduce": {
+                "input": {
+                    "$filter": {
+                        "input": array_at(f"${path}.messages"),
+                        "as": "message",
+                        "cond": {"$eq": ["$$message.message_id", message_id]},
+                    }
+                },
+                "initialValue": [],
+                "in": {"$concatArrays": ["$$value", array_at("$$this.attachments")]},
+            }
+        }
+        for message_id in message_ids
+    ]
+    listed = {"$concatArrays": [array_at("$removed_attachments"), "$$more"]}
+    unless_empty = {"$cond": [{"$eq": ["$$more", []]}, "$removed_attachments", listed]}
+    return {"removed_attachments": {"$let": {"vars": {"more": {"$concatArrays": more}}, "in": unless_empty}}}
+
+
+def literal(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: {"$literal": value} for name, value in fields.items()}
+
+
 def test_replace() -> None:
     fields = {"message": said("[redacted]"), "redact_message": said("[redacted]"), "updated_at": T2}
     assert compiled(ReplaceMessage("agent", 7, fields)) == Update(
         {"_id": "s", "agents.agent.messages.message_id": {"$all": [7]}},
-        {
-            "$set": {
-                "agents.agent.updated_at": T2,
-                "updated_at": T2,
-                "agents.agent.messages.$[m0].message": said("[redacted]"),
-                "agents.agent.messages.$[m0].redact_message": said("[redacted]"),
-                "agents.agent.messages.$[m0].updated_at": T2,
-            },
-            "$inc": {"agents.agent.revision": 1},
-        },
-        [{"m0.message_id": 7}],
+        [
+            {
+                "$set": literal({"agents.agent.updated_at": T2, "updated_at": T2})
+                | replacing("agents.agent", {7: fields})
+                | removing("agents.agent", 7)
+            }
+        ],
+        None,
     )
 
 
@@ -187,19 +236,20 @@ def test_replace_several_in_any_order_and_metrics_of_one() -> None:
         SetMessageFields("agent", 7, {"event_loop_metrics": {"n": 1}}),
     ) == Update(
         {"_id": "s", "agents.agent.messages.message_id": {"$all": [2, 7]}},
-        {
-            "$set": {
-                "agents.agent.updated_at": T3,
-                "updated_at": T3,
-                "agents.agent.messages.$[m0].message": said("last"),
-                "agents.agent.messages.$[m0].updated_at": T3,
-                "agents.agent.messages.$[m0].event_loop_metrics": {"n": 1},
-                "agents.agent.messages.$[m1].message": said("other"),
-                "agents.agent.messages.$[m1].updated_at": T2,
-            },
-            "$inc": {"agents.agent.revision": 1},
-        },
-        [{"m0.message_id": 7}, {"m1.message_id": 2}],
+        [
+            {
+                "$set": literal({"agents.agent.updated_at": T3, "updated_at": T3})
+                | replacing(
+                    "agents.agent",
+                    {
+                        7: {"message": said("last"), "updated_at": T3, "event_loop_metrics": {"n": 1}},
+                        2: {"message": said("other"), "updated_at": T2},
+                    },
+                )
+                | removing("agents.agent", 7, 2)
+            }
+        ],
+        None,
     )
 
 
@@ -244,7 +294,7 @@ def test_several_agents_in_one_statement() -> None:
         new("$x", T0),
         append(0, "hi", T3, agent_id="$x"),
         state(2, {"k": 1}, T2, agent_id="50%"),
-        ReplaceMessage("日本", 1, {"message": said("new"), "updated_at": T1}),
+        SetMessageFields("日本", 1, {"event_loop_metrics": {"n": 1}}),
     ) == Update(
         {
             "_id": "s",
@@ -266,9 +316,7 @@ def test_several_agents_in_one_statement() -> None:
                 },
                 "agents.50%25.agent_data.state": {"k": 1},
                 "agents.50%25.updated_at": T2,
-                "agents.日本.updated_at": T1,
-                "agents.日本.messages.$[m0].message": said("new"),
-                "agents.日本.messages.$[m0].updated_at": T1,
+                "agents.日本.messages.$[m0].event_loop_metrics": {"n": 1},
                 "updated_at": T3,
             },
             "$push": {"agents.a%2Eb.messages": {"$each": [element(4, "one", T1)]}},
@@ -293,54 +341,23 @@ def test_replace_and_append_together_are_a_pipeline() -> None:
                     "agents.agent.agent_data.state": {"$literal": {"$k": 1}},
                     "agents.agent.updated_at": {"$literal": T3},
                     "updated_at": {"$literal": T3},
-                    "agents.agent.revision": {"$add": [{"$ifNull": ["$agents.agent.revision", 0]}, 1]},
-                    "agents.agent.messages": {
-                        "$concatArrays": [
-                            {
-                                "$map": {
-                                    "input": {"$ifNull": ["$agents.agent.messages", []]},
-                                    "as": "message",
-                                    "in": {
-                                        "$switch": {
-                                            "branches": [
-                                                {
-                                                    "case": {"$eq": ["$$message.message_id", 1]},
-                                                    "then": {
-                                                        "$mergeObjects": [
-                                                            "$$message",
-                                                            {
-                                                                "message": {"$literal": said("new")},
-                                                                "updated_at": {"$literal": T1},
-                                                            },
-                                                        ]
-                                                    },
-                                                }
-                                            ],
-                                            "default": "$$message",
-                                        }
-                                    },
-                                }
-                            },
-                            {"$literal": [element(2, "two", T2)]},
-                        ]
-                    },
                 }
+                | replacing("agents.agent", {1: replaced}, [element(2, "two", T2)])
+                | removing("agents.agent", 1)
             }
         ],
         None,
     )
 
 
-def test_one_agent_appends_while_another_replaces_without_a_pipeline() -> None:
-    update = compiled(append(4, "one"), ReplaceMessage("other", 1, {"message": said("new"), "updated_at": T2}))
+def test_one_agent_appends_while_another_gets_metrics_without_a_pipeline() -> None:
+    update = compiled(append(4, "one"), SetMessageFields("other", 1, {"event_loop_metrics": {"n": 1}}))
     assert update.update == {
         "$set": {
             "agents.agent.next_message_id": 5,
             "agents.agent.updated_at": T1,
-            "agents.other.updated_at": T2,
-            "updated_at": T2,
-            "agents.other.messages.$[m0].message": said("new"),
-            "agents.other.messages.$[m0].updated_at": T2,
+            "updated_at": T1,
+            "agents.other.messages.$[m0].event_loop_metrics": {"n": 1},
         },
         "$push": {"agents.agent.messages": {"$each": [element(4, "one")]}},
         "$inc": {"agents.other.revision": 1},
@@ -514,7 +531,7 @@ AGENTS = ["agent", "a.b", "50%"]
 def earlier_session() -> dict[str, Any]:
     """A session with an agent that another application has written to, too."""
     session: Any = new_session("s", None, T0)
-    session |= {"viewer": "v", "attachments_generation": 1}
+    session |= {"viewer": "v", "incarnation": INCARNATION}
     session["agents"]["a%2Eb"] = {
         "agent_data": {"agent_id": "a.b", "state": {"old": True}, "prompt_metadata": {"version": 3}},
         "created_at": T0,

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import bson
 import pymongo
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -177,10 +178,10 @@ def test_a_session_comes_back_as_it_was(server: str, database: str, stored: Stor
         assert all_of(repository, "t") == all_of(repository, "s")
     before, after = (stored.find_one({"_id": session_id}) for session_id in "st")
     assert after["application_name"] == "chat"
-    own = {"_id", "session_id", "agents", "attachments_generation"}
+    own = {"_id", "session_id", "agents", "incarnation"}
     assert {name: after[name] for name in before.keys() - own} == {name: before[name] for name in before.keys() - own}
     assert after.keys() - before.keys() == {"copy_of"}
-    assert after["attachments_generation"] > before["attachments_generation"]
+    assert after["incarnation"] != before["incarnation"]
     assert after["copy_of"]["session_id"] == "s"
     assert before["agents"]["a%2Eb"]["archived"] > 4
     assert after["agents"]["a%2Eb"]["archived"] > 4
@@ -299,6 +300,38 @@ def test_many_large_heads_fit_into_one_document(server: str, database: str, stor
         for agent_id in "abc":
             assert [m.message_id for m in repository.list_messages("t", agent_id)] == list(range(7))
     assert sum(len(each["messages"]) for each in stored.find_one({"_id": "t"})["agents"].values()) < 15
+
+
+def test_a_session_whose_document_is_full_comes_back(server: str, database: str, stored: Stored) -> None:
+    body = {"role": "user", "content": [{"text": "x" * (MIB // 2)}]}
+    messages = [{"message_id": n, "message": body, "redact_message": None} for n in range(8)]
+    with (
+        MongoDBSessionRepository(server, database, max_embedded_bytes=8 * MIB) as repository,
+        MongoDBSessionRepository(server, database, "other_sessions", max_embedded_bytes=8 * MIB) as other,
+    ):
+        repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        document = stored.find_one({"_id": "s"})
+        few = {"agent_data": {"agent_id": "few"}, "messages": messages, "next_message_id": 8}
+        many = {f"{n}": {"agent_data": {"agent_id": f"{n}"}, "messages": [], "next_message_id": 0} for n in range(5000)}
+        document |= {"agents": {"few": few, **many}, "metadata": {"filling": ""}}
+        document["metadata"]["filling"] = "y" * (16 * MIB - len(bson.encode(document)))
+        assert len(bson.encode(document)) == 16 * MIB
+
+        def store() -> bool:
+            try:
+                stored.replace_one({"_id": "s"}, document)
+            except pymongo.errors.OperationFailure as error:
+                assert error.code == 388, "the cache of a small server is full"  # noqa: PT017
+                return False
+            return True
+
+        eventually(store)
+        other.import_session(repository.export_session("s"))
+        assert [m.message_id for m in other.list_messages("s", "few")] == list(range(8))
+        assert other.get_metadata("s") == repository.get_metadata("s")
+        assert len(other.list_agents("s")) == 5001
+        repository.fork_session("s", "t")
+        assert [m.message_id for m in repository.list_messages("t", "few")] == list(range(8))
 
 
 def _message_line(message_id: int, text: str) -> str:
@@ -655,9 +688,9 @@ def test_a_session_that_is_created_meanwhile_is_left_as_it_is(
     repository: MongoDBSessionRepository, lines: list[str], stored: Stored
 ) -> None:
     def stream() -> Iterator[str]:
-        yield from lines[:-1]
+        yield lines[0]
         repository.create_session(Session("t", "AGENT", MOMENT, MOMENT))
-        yield lines[-1]
+        yield from lines[1:]
 
     with pytest.raises(SessionExistsError, match="session 't' exists already"):
         repository.import_session(stream(), "t")
@@ -682,7 +715,6 @@ def test_of_two_imports_into_one_session_one_is_done(
     assert outcomes.count("t") == 1
     same_content(repository, "t", "s")
     assert left_of(stored, "t").count("agent_sessions_attachments.files") == 2
-    assert sum("copy" in note["_id"] for note in stored.database["agent_sessions_archive"].find()) == 0
 
 
 @pytest.mark.anyio
@@ -770,21 +802,16 @@ def every_failure(
                     failed = False
                 except MongoDBSessionError:
                     failed = True
-            # It may fail behind its commit, when all of it is there.
-            is_there = stored.find_one({"_id": "t"}) is not None
+            # The command that makes it live may be the last one that does not fail.
+            is_there = stored.find_one({"_id": "t", "state": None}) is not None
             assert is_there or failed
             assert failed or number > count // 2
             if not is_there:
                 assert not repository.session_exists("t")
                 act(repository)
             check(repository)
-            if not is_there:  # else the next copy into it would remove the note
-                notes = stored.database["agent_sessions_archive"].count_documents({"by": {"$exists": True}})
-                assert notes == 0
         for name in stored.database.list_collection_names():
-            stored.database[name].delete_many(
-                {"$or": [{"_id": "t"}, {"_id.session_id": "t"}, {"_id.file.session_id": "t"}]}
-            )
+            stored.database[name].delete_many({"session_id": "t"})
 
 
 def test_an_import_may_stop_at_every_command(
@@ -801,7 +828,7 @@ def test_an_import_may_stop_at_every_command(
         log.clear()
         counting.import_session(lines, "count")
     count = len([name for name in log.names if name != "createIndexes"])
-    assert count > 15
+    assert count > 10
     every_failure(server, database, stored, lambda other: other.import_session(lines, "t"), whole, count)
 
 
@@ -813,7 +840,7 @@ UNACKNOWLEDGED = {
 
 
 @pytest.mark.parametrize("failure", [LOST, UNACKNOWLEDGED], ids=["lost", "unacknowledged"])
-@pytest.mark.parametrize("name", ["find", "update", "insert", "delete"])
+@pytest.mark.parametrize("name", ["find", "update", "insert"])
 def test_an_import_survives_a_lost_connection(
     repository: MongoDBSessionRepository,
     lines: list[str],
@@ -832,57 +859,21 @@ def test_an_import_survives_a_lost_connection(
     assert left_of(stored, "t").count("agent_sessions_attachments.files") == 2
 
 
-def test_when_nobody_knows_whether_the_session_is_there_nothing_is_removed(
+def test_when_nobody_knows_whether_the_session_is_live_it_is_whole_or_gone(
     long: MongoDBSessionRepository, stored: Stored, server: str, database: str
 ) -> None:
     lines = list(long.export_session("s"))
-    with copying(server, database) as other:
-        other.session_exists("warm-up")
-        # Nothing but the session document is inserted: there are no attachments.
-        with (
-            fail_point(server, failCommands=["insert"], appName="copying", times=4, **LOST),
-            pytest.raises(DatabaseUnavailableError, match="unknown"),
-        ):
-            other.import_session(lines, "t")
-        assert "agent_sessions_archive" in left_of(stored, "t")
-        assert not other.session_exists("t")
-        other.import_session(lines, "t")
-        same_content(other, "t", "s")
-    notes = stored.database["agent_sessions_archive"].count_documents({"by": {"$exists": True}})
-    assert notes == 0
-
-
-def test_what_a_killed_import_left_is_invisible_and_removed_by_the_next(
-    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
-) -> None:
-    killed = repository._async._import("t")
-    repository._portal.call(killed.store, lines[:-1])
-    assert {"agent_sessions_archive", "agent_sessions_attachments.files"} <= set(left_of(stored, "t"))
-    assert not repository.session_exists("t")
-    assert repository.list_sessions().sessions[0].session_id == "s"
-    left = len(left_of(stored, "t"))
-    repository.import_session(lines, "t")
-    same_content(repository, "t", "s")
-    assert len(left_of(stored, "t")) == left  # a note less, a session more
-    repository._portal.call(killed.abandon)
-    same_content(repository, "t", "s")
-
-
-def test_a_session_opened_over_what_a_killed_import_left(
-    repository: MongoDBSessionRepository, lines: list[str], stored: Stored
-) -> None:
-    killed = repository._async._import("t")
-    repository._portal.call(killed.store, lines[:-1])
-    repository.open_session("t")
-    repository.create_agent("t", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
-    for message_id in range(20):
-        repository.create_message(
-            "t", "agent", with_image(message_id, content(5 * MIB, 1)) if message_id == 3 else said(message_id)
-        )
-    assert told(repository.list_messages("t", "agent")) == expected(20)
-    repository._portal.call(killed.store, lines[-1:])
-    with pytest.raises(SessionExistsError):
-        repository._portal.call(killed.finish)
-    repository._portal.call(killed.abandon)
-    messages = repository.list_messages("t", "agent")
-    assert messages[3].message["content"][1]["image"]["source"]["bytes"] == content(5 * MIB, 1)
+    for failure in (LOST, UNACKNOWLEDGED):
+        with copying(server, database) as other:
+            other.session_exists("warm-up")
+            replacing: dict[str, Any] = {"failCommands": ["update"], "namespace": f"{database}.agent_sessions"}
+            with (
+                fail_point(server, **replacing, appName="copying", times=4, **failure),
+                pytest.raises(DatabaseUnavailableError, match="unknown"),
+            ):
+                other.import_session(lines, "t")
+            if failure is LOST:
+                assert left_of(stored, "t") == []
+                other.import_session(lines, "t")
+            same_content(other, "t", "s")
+            assert other.delete_session("t")

@@ -8,6 +8,7 @@ from typing import Any
 
 import bson
 import pytest
+from bson import ObjectId
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
@@ -159,7 +160,7 @@ def test_now_is_as_mongodb_stores_it() -> None:
 
 def test_a_new_session() -> None:
     session: Any = new_session("s", "chat", MOMENT)
-    assert session.pop("attachments_generation") > 1_700_000_000_000_000
+    assert type(session.pop("incarnation")) is ObjectId
     assert session == {
         "_id": "s",
         "session_id": "s",
@@ -173,7 +174,7 @@ def test_a_new_session() -> None:
         "agents": {},
     }
     assert type(new_session("s", None, MOMENT)["session_type"]) is str
-    assert new_session("s", None, MOMENT, 60)["session_ttl"] == 60
+    assert new_session("s", None, MOMENT)["incarnation"] != new_session("s", None, MOMENT)["incarnation"]
 
 
 def test_a_session_as_strands_sees_it() -> None:

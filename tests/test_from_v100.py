@@ -16,6 +16,7 @@ import pytest
 from bson import ObjectId
 from pymongo.database import Database
 from strands.types.session import SessionMessage
+from test_ending import traces
 
 from from_v100 import (
     EXPECTED,

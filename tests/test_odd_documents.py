@@ -12,8 +12,9 @@ from typing import Any
 
 import bson
 import pytest
-from bson import DatetimeMS, Decimal128, Int64, ObjectId, Regex
+from bson import Binary, DatetimeMS, Decimal128, Int64, ObjectId, Regex
 from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.raw_bson import RawBSONDocument
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pymongo.collection import Collection
@@ -513,3 +514,106 @@ def test_a_date_beyond_the_calendar_ends_no_list(stored: Documents, server: str,
                     break
             assert sorted(found) == ["s2", "s3"]
         assert repository.count_sessions() == 4
+
+
+# One odd document must not end what is asked of all sessions.
+
+
+def packed(times: int) -> Any:
+    """What `encode` writes for a value too deep for a document, again and again within itself."""
+    value: Any = 1
+    for _ in range(times):
+        for _ in range(80):
+            value = [value]
+        value = {"__msm__": "bson", "v": bson.encode({"v": value})}
+    return value
+
+
+def nested_bson(levels: int) -> bytes:
+    """The BSON of lists within lists, deeper than the driver encodes it."""
+    data = b"\x10v\0\1\0\0\0"
+    for _ in range(levels):
+        data = b"\x030\0" + (len(data) + 5).to_bytes(4, "little") + data + b"\0"
+    return (len(data) + 5).to_bytes(4, "little") + b"\x03v\0" + data[3:] + b"\0"
+
+
+def not_utf8(document: dict[str, Any]) -> RawBSONDocument:
+    return RawBSONDocument(bson.encode(document).replace(b"????", b"\xff\xfe\xfa\xf0"))
+
+
+ODDEST: dict[str, Any] = {
+    "null": None,
+    "set": {"__msm__": "set"},
+    "set of dicts": {"__msm__": "set", "v": [{"a": 1}]},
+    "set of nothing": {"__msm__": "set", "v": None},
+    "pairs": {"__msm__": "dict", "v": [[1], [[], 2]]},
+    "nested": {"__msm__": "tuple", "v": [{"__msm__": "set", "v": [{"__msm__": "tuple", "v": [{}]}]}]},
+    "int": {"__msm__": "int", "v": "1" * 6000},
+    "timedelta": {"__msm__": "timedelta", "v": "9" * 30},
+    "binary": {"__msm__": "binary", "v": b""},
+    "bytes": {"__bytes_encoded__": True, "data": "***"},
+    "bson": {"__msm__": "bson", "v": b"zzz"},
+    "packed": packed(12),
+    "packed deep": {"__msm__": "bson", "v": nested_bson(3000)},
+    "nan": float("nan"),
+    "infinity": float("-inf"),
+    "largest": Int64(2**63 - 1),
+    "least": Int64(-(2**63)),
+    "date": DatetimeMS(2**62),
+    "early date": DatetimeMS(-(2**62)),
+    "uuid": Binary(b"x" * 15, 4),
+    "dbref": {"$ref": "a", "$id": 1},
+    "text": not_utf8({"a": "????"}),
+    "key": not_utf8({"????": 1}),
+    "usage": {"inputTokens": None, "outputTokens": float("nan"), "totalTokens": Int64(2**63 - 1), "toolCalls": "x"},
+}
+EVERYWHERE = [
+    "metadata",
+    "metadata.a",
+    "feedbacks",
+    "feedbacks.0",
+    "feedbacks.0.created_at",
+    "created_at",
+    "updated_at",
+    "application_name",
+    "agents.agent.usage",
+    "agents.agent.usage.inputTokens",
+    "agents.agent.agent_data.prompt_metadata",
+    "agents.agent.agent_data.system_prompt",
+    "agents.agent.agent_data.conversation_manager_state",
+    "agents.agent.agent_data.conversation_manager_state.removed_message_count",
+    "agents.agent.agent_data._internal_state",
+    "agents.agent.messages.0.message",
+    "agents.agent.messages.0.message.content.0",
+    "agents.agent.messages.0.event_loop_metrics",
+    "multi_agents.graph",
+]
+
+
+@pytest.mark.parametrize("name", ODDEST)
+def test_one_odd_document_ends_no_list_and_its_session_goes_on(
+    factory: MongoDBSessionManagerFactory, stored: Documents, name: str
+) -> None:
+    with factory.create_session_manager("good") as good:
+        agent(good, "hello")("hi")
+        good.update_metadata({"a": 1})
+        good.add_feedback({"a": 1})
+    whole = stored.find_one({"_id": "good"})
+    assert whole is not None
+    for path in EVERYWHERE:
+        stored.replace_one({"_id": "odd"}, {**whole, "_id": "odd", "session_id": "odd"}, upsert=True)
+        stored.update_one({"_id": "odd"}, {"$set": {path: ODDEST[name]}})
+        try:
+            for order in ("updated_at", "created_at"):
+                assert "good" in [summary.session_id for summary in factory.list_sessions(order=order).sessions]
+            assert factory.count_sessions() == 2
+            with factory.create_session_manager("odd") as odd:
+                odd.get_metadata()
+                odd.get_feedbacks()
+                assert all(value == value and abs(value) < 2**63 for value in odd.get_usage()["total"].values())
+                odd.list_agents()
+                odd.list_messages("agent")
+                agent(odd, "again")("hi")
+        except BaseException as error:
+            error.add_note(path)
+            raise

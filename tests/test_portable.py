@@ -285,7 +285,7 @@ REFUSED = {
         2,
         "the session must not hold a field whose name is empty, begins with $ or holds a dot",
     ),
-    "metadata": (edited(1, metadata=[1]), 2, "metadata must be a dict, not list"),
+    "metadata": (edited(1, metadata=[1]), 2, "'metadata' must be a dict, not list"),
     "an operator in metadata": (edited(1, metadata={"$set": 1}), 2, "metadata must not hold a key that begins with $"),
     "application_name": (edited(1, application_name=1), 2, "application_name must be a str, not int"),
     "session_type": (edited(1, session_type=5), 2, "session_type must be a str, not int"),

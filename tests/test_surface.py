@@ -42,6 +42,7 @@ SOURCE = Path(package.__file__).parent
 ORDER = [
     "errors",
     "_codec",
+    "_large_values",
     "_documents",
     "_odd_fields",
     "_references",
@@ -68,6 +69,7 @@ ORDER = [
     "hooks.__init__",
     "_driver_errors",
     "_gate",
+    "_clock",
     "_connection",
     "_pool",
     "_commands",

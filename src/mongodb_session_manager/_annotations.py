@@ -16,7 +16,7 @@ from pymongo import ReturnDocument
 
 from ._archive import SessionArchive
 from ._changes import Update
-from ._codec import MARKER, decode, encode, subscript
+from ._codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
 from ._connection import AsyncCollection, Connection
 from ._documents import (
     USAGE,
@@ -436,8 +436,8 @@ def _encoded_config(session_id: str, part: str, config: Document) -> Document:
 
 
 def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return decoded values by their keys."""
-    return {key: decode(value) for key, value in stored.items()}
+    """Return decoded values of metadata by their keys."""
+    return {key: decode(value, nesting=MAX_NESTING + MAX_LEVELS) for key, value in stored.items()}
 
 
 def decode_all(stored: Iterable[Any]) -> list[Any]:

@@ -140,8 +140,8 @@ class AgentWrite:
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
     turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the other
     is what that statement may not have said. `identities` are those of `replaced` messages. `stored` are the
-    attachments that were stored for the messages, `part_date` is their `expires_at`. `incarnation` is that of the
-    session.
+    attachments that were stored for the messages, `part_date` is their `expires_at`. `outdated` are those of archived
+    messages whose content is replaced next. `incarnation` is that of the session.
     """
 
     agent_id: str
@@ -160,6 +160,7 @@ class AgentWrite:
     moment: datetime | None = None
     stored: list[Reference] = field(default_factory=list)
     part_date: datetime | None = None
+    outdated: list[str] = field(default_factory=list)
     incarnation: ObjectId | None = None
 
     def add(self, change: Change) -> None:
@@ -343,6 +344,7 @@ class _Parts:
     increments: dict[str, int] = field(default_factory=dict)
     pushes: dict[str, list[Any]] = field(default_factory=dict)
     events: list[Document] = field(default_factory=list)
+    outdated: list[str] = field(default_factory=list)
     replacements: dict[str, dict[int, Document]] = field(default_factory=dict)
     identities: dict[str, Mapping[int, Identity]] = field(default_factory=dict)
 
@@ -359,6 +361,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         if write.moment is not None:
             moments.append(write.moment)
         parts.events += write.events
+        parts.outdated += write.outdated
         if write.incarnation is not None:
             condition["incarnation"] = write.incarnation
         if write.stored:
@@ -390,7 +393,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
     if moments:
         parts.sets["updated_at"] = max(moments)
     replaces_content = any("message" in fields for each in parts.replacements.values() for fields in each.values())
-    if parts.unless_set or replaces_content or parts.pushes.keys() & parts.replacements.keys():
+    if parts.unless_set or parts.outdated or replaces_content or parts.pushes.keys() & parts.replacements.keys():
         return Update(condition, [{"$set": _pipeline(parts)}], None)
     return _operators(condition, parts)
 
@@ -494,7 +497,8 @@ def _pipeline(parts: _Parts) -> Document:
         known = {"$ifNull": ["$guardrail_events", []]}
         added = {"$filter": {"input": {"$literal": parts.events}, "cond": {"$not": {"$in": ["$$this", known]}}}}
         stage["guardrail_events"] = {"$concatArrays": [known, added]}
-    removed = [
+    removed: list[Document | list[str]] = [parts.outdated] if parts.outdated else []
+    removed += [
         attachments_of(path, is_meant(message_id, parts.identities[path].get(message_id)))
         for path, messages in parts.replacements.items()
         for message_id, fields in messages.items()
@@ -508,7 +512,8 @@ def _pipeline(parts: _Parts) -> Document:
 REMOVED = "removed_attachments"
 """The field of a session document or a bucket that lists the attachments of replaced messages, until they are removed.
 
-A statement that replaces the content of a message moves the references to this field.
+A statement that replaces the content of a message moves the references to this field. That of a session also lists,
+before it happens, those of a message that is replaced in a bucket: no opening reads the bucket.
 """
 
 
@@ -604,6 +609,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
                 moment=write.moment,
                 stored=write.stored,
                 part_date=write.part_date,
+                outdated=write.outdated,
                 incarnation=write.incarnation,
             )
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
@@ -613,7 +619,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
             f"agent {write.agent_id!r}: another writer {theirs} after this session was loaded, so the changes of this "
             "session were not stored; open it with a new manager and repeat the request"
         )
-    return rest if rest.appended or rest.data or rest.config or rest.replaced else None
+    return rest if rest.appended or rest.data or rest.config or rest.replaced or rest.outdated else None
 
 
 def _is_stored(ours: StoredMessage, stored: StoredView) -> bool:

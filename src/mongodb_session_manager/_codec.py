@@ -24,17 +24,19 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from itertools import repeat
 from typing import Any, Final
 from uuid import UUID
 
 import bson
 from bson import Binary, Code, Decimal128, Int64, MaxKey, MinKey, ObjectId, Regex, Timestamp
-from bson.binary import UuidRepresentation
+from bson.binary import UUID_SUBTYPE, UuidRepresentation
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError, InvalidBSON
@@ -46,7 +48,10 @@ MARKER: Final = "__msm__"
 CODEC_OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     tz_aware=True,
     tzinfo=UTC,
-    uuid_representation=UuidRepresentation.STANDARD,
+    # With STANDARD, one UUID of another length than 16 bytes makes the whole answer unreadable.
+    uuid_representation=UuidRepresentation.UNSPECIFIED,
+    # Other drivers and hands have stored strings that are no UTF-8.
+    unicode_decode_error_handler="replace",
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # a date beyond the year 9999 is a `DatetimeMS`
 )
 
@@ -97,7 +102,7 @@ def encode(value: Any, *, depth: int = 0, name: str = "value") -> Any:
         raise_alone(EncodingError(f"cannot store a value that cannot be read: {type(error).__name__}"))
 
 
-def decode(stored: Any) -> Any:
+def decode(stored: Any, *, nesting: int = MAX_NESTING) -> Any:
     """Turn a stored value back into what was given to `encode`.
 
     Strands' own form of bytes, `{"__bytes_encoded__": True, "data": <base64>}`, becomes bytes. A marked form that
@@ -105,6 +110,7 @@ def decode(stored: Any) -> Any:
 
     Args:
         stored: A value read with `CODEC_OPTIONS`.
+        nesting: How many levels the value can have; what is packed deeper was not written by `encode`.
 
     Returns:
         A new value; nothing of it is shared with `stored` but what cannot change.
@@ -113,8 +119,8 @@ def decode(stored: Any) -> Any:
         EncodingError: The nesting of the stored value is deeper than Python's stack allows here.
     """
     try:
-        return _decode(stored)
-    except RecursionError:
+        return _decode(stored, nesting)
+    except (RecursionError, _TooDeepError):
         raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
 
 
@@ -149,16 +155,17 @@ def _check_nesting(stored: Any) -> None:
             raise EncodingError(f"cannot read a value nested deeper than {MAX_NESTING} levels")
         if type(value) is dict:
             packed = value.get("v")
-            if value.get(MARKER) == "bson" and type(packed) is bytes:
+            tag = value[MARKER] if type(value.get(MARKER)) is str else None
+            if tag == "bson" and type(packed) is bytes:
                 try:
                     waiting.append((_load(packed), level + 1))
                 except RecursionError:
                     raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
                 except (BSONError, ValueError, ArithmeticError, LookupError):
                     continue  # `decode` finds it
-            elif value.get(MARKER) in _COLLECTIONS and type(packed) is list:
-                is_dict = value[MARKER] == "dict"
-                waiting.extend((item, level if is_dict and type(item) is list else level + 1) for item in packed)
+            elif tag in _COLLECTIONS and type(packed) is list:
+                is_pair = tag == "dict"
+                waiting.extend((item, level if is_pair and type(item) is list else level + 1) for item in packed)
             else:
                 waiting.extend((item, level + 1) for item in value.values())
         elif type(value) is list:
@@ -463,12 +470,20 @@ def _load(data: bytes) -> Any:
         raise
 
 
-def _decode(stored: Any) -> Any:
+class _TooDeepError(Exception):
+    """A stored value has more levels than `encode` writes."""
+
+
+def _decode(stored: Any, nesting: int) -> Any:
     kind = type(stored)
+    if kind is dict or kind is list:
+        if nesting <= 0:
+            raise _TooDeepError
+        nesting -= 1
     if kind is dict:
         if len(stored) == 2:
             if MARKER in stored and type(stored[MARKER]) is str and "v" in stored:
-                return _decode_marked(stored[MARKER], stored["v"])
+                return _decode_marked(stored[MARKER], stored["v"], nesting)
             if stored.get(_LEGACY_MARKER) is True and type(stored.get("data")) is str:
                 with suppress(ValueError):
                     return base64.b64decode(stored["data"], validate=True)
@@ -476,20 +491,22 @@ def _decode(stored: Any) -> Any:
             _note_foreign(stored[MARKER])
         decoded = {}
         for key, item in stored.items():
-            decoded[key] = _decode(item)
+            decoded[key] = _decode(item, nesting)
         return decoded
     if kind is list:
-        return list(map(_decode, stored))
+        return list(map(_decode, stored, repeat(nesting)))
+    if kind is Binary and stored.subtype == UUID_SUBTYPE and len(stored) == 16:
+        return stored.as_uuid()
     return int(stored) if kind is Int64 else stored
 
 
-def _decode_marked(tag: str, value: Any) -> Any:
+def _decode_marked(tag: str, value: Any, nesting: int) -> Any:
     if tag in _COLLECTIONS and type(value) is list:
         # Decoded once, before it shows whether the form is well-formed: forms within forms stay linear.
         members: list[Any] = []
         for member in value:
             is_pair = tag == "dict" and type(member) is list
-            members.append(list(map(_decode, member)) if is_pair else _decode(member))
+            members.append(list(map(_decode, member, repeat(nesting))) if is_pair else _decode(member, nesting))
         try:
             return _collect(tag, members)
         except (ValueError, TypeError):
@@ -507,15 +524,32 @@ def _decode_marked(tag: str, value: Any) -> Any:
     except (BSONError, ValueError, ArithmeticError, LookupError):
         _note_foreign(tag)
         return _marked(tag, value)
-    if packed:
-        return _decode(inner)
-    _note_foreign(tag)
-    return _marked(tag, _decode(inner))
+    except RecursionError:
+        if not _has_stack():
+            raise
+        _note_foreign(tag)
+        return _marked(tag, value)
+    if not packed:
+        _note_foreign(tag)
+        return _marked(tag, _decode(inner, nesting))
+    try:
+        return _decode(inner, nesting + 1)
+    except _TooDeepError:
+        _note_foreign(tag)
+        return _marked(tag, value)
 
 
 def _note_foreign(tag: Any) -> None:
     if (found := _foreign.get()) is not None:
         found.append(tag)
+
+
+def _has_stack() -> bool:
+    """Return whether half of the stack is left, which is more than decoding a packed form of `encode` takes."""
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth < sys.getrecursionlimit() // 2
 
 
 def _collect(tag: str, members: list[Any]) -> Any:

@@ -219,8 +219,7 @@ def fork_of(session_id: str, moment: datetime, branches: Iterable[Branch], expir
     }
     for branch in branches:
         fields |= {f"agents.{branch.agent['key']}.{name}": value for name, value in _cut(branch).items()}
-    unset = ["state_by", "state_until"]
-    unset += [f"agents.{branch.agent['key']}.stale_below" for branch in branches]
+    unset = ["state_until", *(f"agents.{branch.agent['key']}.stale_below" for branch in branches)]
     return [{"$set": fields}, {"$unset": unset}]
 
 

@@ -7,7 +7,7 @@ created_at, updated_at   BSON dates, UTC
 metadata, feedbacks, guardrail_events
 agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
-    created_at, updated_at   when it came into this session; `agent_data` says when it was made
+    created_at, updated_at   in forks of 1.0.0, when it came into this session; `agent_data` says when it was created
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
     archived, revision   see `_buckets`; absent where nothing was moved, or replaced
     config_set           names of the configuration fields that a user has set; 1.0.0 kept it in `agent_data`
@@ -20,7 +20,7 @@ state, state_by, state_until
                          of a session that is being copied or deleted, see `_deletion`
 removed_attachments      of replaced messages, until the files are removed, see `_attachments`
 multi_agents.<key>       see `_multi_agents`
-copy_of                  what an imported session or a fork was made from: {session_id, at, by}
+copy_of                  what an imported session or a fork was made from: {session_id, at}
 """
 
 from __future__ import annotations
@@ -267,6 +267,7 @@ _SESSION_TYPES: Mapping[str, type] = {
 }
 _AGENT_TYPES: Mapping[str, type] = {"agent_data": dict, "messages": list, "usage": dict}
 _BLOCKS = ("toolUse", "toolResult")
+_MOST_COUNTED = 2**62  # the server refuses to add to a number beyond 64 bits; what is no number at all is not below
 
 
 def usable(kind: type[T], value: object) -> T:
@@ -275,13 +276,13 @@ def usable(kind: type[T], value: object) -> T:
 
 
 def usable_numbers(values: object) -> dict[str, Any]:
-    """Return the values of a stored object that are numbers, by name."""
+    """Return the values of a stored object that are numbers which the server can count on from, by name."""
     numbers: dict[str, Any] = values if type(values) is dict else {}
     return {name: number for name, number in numbers.items() if _is_number(number)}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= _MOST_COUNTED
 
 
 class OddField(NamedTuple):
@@ -547,7 +548,12 @@ def _shown(message: SessionMessage) -> list[Any]:
 
 def _is_block(block: Any) -> bool:
     return type(block) is dict and not any(
-        name in block and (type(block[name]) is not dict or type(block[name].get("toolUseId")) is not str)
+        name in block
+        and (
+            type(block[name]) is not dict
+            or type(block[name].get("toolUseId")) is not str
+            or type(block[name].get("name", "")) is not str
+        )
         for name in _BLOCKS
     )
 
@@ -557,7 +563,7 @@ def removed_messages(stored: Mapping[str, Any]) -> int:
     data = stored.get("agent_data")
     state = decode(data.get("conversation_manager_state")) if type(data) is dict else None
     removed = state.get("removed_message_count") if type(state) is dict else None
-    return max(removed, 0) if type(removed) is int else 0
+    return removed if type(removed) is int and 0 <= removed < 2**31 else 0
 
 
 def stored_removed(agent: str) -> Document:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeAlias, get_args
 
-from ._annotations import checked_metadata, encoded, name_of
-from ._codec import decode
+from ._annotations import checked_metadata, decode_values, encoded, name_of
 from ._commands import SessionCollection
 from ._documents import (
     USAGE,
@@ -264,7 +263,7 @@ def summary_from(document: Mapping[str, Any]) -> SessionSummary:
         agents=tuple(agents),
         message_counts={agent_id: agent["messages"] for agent_id, agent in agents.items()},
         usage={name: sum(total.get(name, 0) for total in totals) for name in USAGE},
-        metadata={key: decode(value) for key, value in metadata.items()},
+        metadata=decode_values(metadata),
     )
 
 

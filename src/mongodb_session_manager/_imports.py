@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from ._attachments import CHUNK_BYTES, Attachments
@@ -30,8 +31,11 @@ _BYTES = 1024 * 1024
 _READ = 64 * 1024
 """Bytes or characters of a file that are read at a time, at most."""
 
-_RESERVE = 1024 * 1024
-"""Bytes of the session document that are left for the next turn, if messages can move to make room."""
+_ELEMENT = 12
+"""Bytes that an element of an array takes besides its value, at most."""
+
+_RESERVE = 16 * 1024
+"""Bytes of the session document that its messages leave to what is added to it."""
 
 
 @dataclass
@@ -45,6 +49,11 @@ class _Agent:
     next_id: int = 0
     messages: list[Document] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """The size of the messages in the head, as elements of an array."""
+        return sum(self.sizes) + _ELEMENT * len(self.sizes)
 
     @property
     def head(self) -> Head:
@@ -96,9 +105,10 @@ class Import:
             await self._drop_unfinished()
             await self._make_room()
             expiry = await staging.date(self._sessions._session_ttl)
-            moment = self._sessions._connection.now()
             document = {**self._content(), "incarnation": staging.place.incarnation, **expiry}
-            document["copy_of"] = {"session_id": self._exported_id, "at": moment}
+            origin = {"session_id": self._exported_id, "at": self._sessions._connection.now()}
+            if await asyncio.to_thread(stored_size, {**document, "copy_of": origin}) <= MAX_DOCUMENT_BYTES:
+                document["copy_of"] = origin  # a full session comes back without it
             await staging.go_live(lambda sessions: sessions.replace_one(staging.own, document))
             self._is_over = True
             return staging.session_id
@@ -163,12 +173,16 @@ class Import:
 
     async def _make_room(self) -> None:
         """Archive more messages than the limits demand if the heads do not fit into one document."""
-        content = {**self._document, "agents": {agent.key: {**agent.fields, "messages": []} for agent in self._agents}}
-        room = MAX_DOCUMENT_BYTES - _RESERVE - await asyncio.to_thread(stored_size, content)
-        by_size = sorted(self._agents, key=lambda agent: sum(agent.sizes), reverse=True)
-        for agent in by_size:
-            while agent.messages and sum(sum(each.sizes) for each in self._agents) > room:
+        frame = self._content()
+        frame["agents"] = {key: {**agent, "archived": 0, "messages": []} for key, agent in frame["agents"].items()}
+        room = MAX_DOCUMENT_BYTES - _RESERVE - await asyncio.to_thread(stored_size, frame)
+        sizes = [agent.size for agent in self._agents]
+        total = sum(sizes)
+        for size, agent in sorted(zip(sizes, self._agents, strict=True), key=itemgetter(0), reverse=True):
+            total -= size
+            while agent.messages and total + agent.size > room:
                 await self._archive(agent, everything(agent.head))
+            total += agent.size
 
     async def _piece(self, piece: PieceRead) -> None:
         attachments, place, reference = self._sessions._attachments, self._begun.place, piece.reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
@@ -45,9 +46,8 @@ class MultiAgentStates(SessionArchive):
         checked_id(session_id, "session_id")
         write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            if not await self._store_multi_agent(
-                session_id, multi_agent.id, compile_write(session_id, write), write.state
-            ):
+            update = compile_write(session_id, replace(write, moment=self._connection.now()))
+            if not await self._store_multi_agent(session_id, multi_agent.id, update, write.state):
                 await self._found(session_id, {"_id": 1})
 
     async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
@@ -70,8 +70,8 @@ class MultiAgentStates(SessionArchive):
         """
         checked_id(session_id, "session_id")
         state = await compute(encode_state, multi_agent.serialize_state())
-        update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex)
         async with self._connection.operation():
+            update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
             if not await self._store_multi_agent(session_id, multi_agent.id, update, state):
                 stored = await self._stored_multi_agent(session_id, multi_agent.id, "writer")
                 if stored is None:
@@ -101,6 +101,7 @@ class MultiAgentStates(SessionArchive):
                 if rest is None:
                     return None
                 try:
+                    rest = replace(rest, moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
                     if await self._store_multi_agent(session_id, rest.multi_agent_id, update, rest.state):
                         return None

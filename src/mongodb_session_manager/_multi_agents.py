@@ -80,9 +80,9 @@ def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId
     return Update({"_id": session_id, **condition}, {"$set": {**sets, "updated_at": write.moment}}, None)
 
 
-def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: str) -> Update:
+def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: str, moment: datetime) -> Update:
     """Return the statement that overwrites the stored state with an encoded one, once for each `writer`."""
-    path, moment = path_of(multi_agent_id), now()
+    path = path_of(multi_agent_id)
     sets = {
         f"{path}.state": state,
         f"{path}.writer": writer,

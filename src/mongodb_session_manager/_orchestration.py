@@ -18,8 +18,9 @@ from strands.hooks import (
 from strands.session import RepositorySessionManager
 
 from ._documents import checked_id
+from ._multi_agents import path_of
 from ._unit_of_work import UnitOfWork
-from .errors import MongoDBSessionError
+from .errors import DatabaseError, MongoDBSessionError
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
@@ -70,10 +71,20 @@ class OrchestratorSessionManager(RepositorySessionManager):
 
         Raises:
             InvalidArgumentError: Its id cannot be stored.
+            DatabaseError: The stored state is not one that this graph or swarm can restore.
         """
         checked_id(source.id, "multi_agent_id")
-        _ = self._unit
-        super().initialize_multi_agent(source, **kwargs)
+        is_stored = self._unit.multi_agents.read(source.id) is not None
+        try:
+            super().initialize_multi_agent(source, **kwargs)
+            return
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, MongoDBSessionError) or not is_stored:
+                raise
+            reason = type(error).__name__
+        raise DatabaseError(
+            f"session {self.session_id!r}: the field '{path_of(source.id)}.state' cannot be restored ({reason})"
+        )
 
     def sync_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, if it changed since it was stored last."""

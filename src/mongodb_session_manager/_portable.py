@@ -14,8 +14,9 @@ redacted meanwhile, must be ignored. The numbers of the last line count the line
 `sha256` is the digest of all lines before it, each with one line feed. It can be left out, for lines that were edited.
 
 A key that begins with `$` would be taken for Extended JSON, so a dict that holds one is written as
-`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes is written as
-`{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no kind of line end can damage them.
+`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes, or hold more than
+`MAX_ELEMENTS`, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no kind of line
+end can damage them.
 
 Ids of messages that do not increase are replaced as opening does.
 """
@@ -57,6 +58,8 @@ names of one character, 8 bytes of BSON each.
 
 MAX_RECORD = MAX_DOCUMENT_BYTES + 16 * 1024
 """Bytes of BSON of a line."""
+
+_SLICE = 256 * 1024
 
 PIECE_BYTES = 512 * 1024
 """Bytes of an attachment in one line at most, as they are exported."""
@@ -110,7 +113,7 @@ def _escaped(value: Any) -> Any:
 def line_of(record: Document) -> str:
     """Return the line, with its end, of a record whose keys do not begin with `$`."""
     line = json_util.dumps(_escaped(record), json_options=_OPTIONS, separators=(",", ":"))
-    if len(line) >= MAX_LINE:
+    if len(line) >= MAX_LINE or (len(line) > MAX_ELEMENTS and not _has_few_elements(line.encode())):
         packed = base64.b64encode(bson.encode(record, codec_options=CODEC_OPTIONS)).decode()
         line = json.dumps({"bson": {"$binary": {"base64": packed, "subType": "00"}}})
     return f"{line}\n"
@@ -261,7 +264,7 @@ class Reader:
         require(self._has_session, "the line of the session must come first")
         match record:
             case {"agent": agent_id, "fields": dict() as fields}:
-                return self._agent(checked_id(agent_id, "the agent's id"), fields)
+                return self._agent(_plain_id(agent_id, "the agent's id"), fields)
             case {"message": dict() as message}:
                 return self._message(message)
             case {"attachment": text, "at": int() as at, "data": str() as data}:
@@ -358,35 +361,31 @@ def _record(data: bytes) -> Document:
         if type(record) is not dict:
             raise ValueError
         _check_levels(record, _MAX_LEVELS)
-        size = stored_size(record)
+        stored = bson.encode(record, codec_options=CODEC_OPTIONS)
+        require(len(stored) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
+        return bson.decode(stored, CODEC_OPTIONS)  # what is checked is what will be read
     except InvalidArgumentError:
         raise
     except _REFUSALS:
         raise_alone(InvalidArgumentError("it is damaged, or not Extended JSON"))
-    require(size <= MAX_RECORD, "it is larger than a document of MongoDB can be")
-    return record
 
 
 def _has_few_elements(data: bytes) -> bool:
     """Return whether a line has at most `MAX_ELEMENTS`; to parse one of them takes about 64 bytes and 100 ns."""
-    if _elements(data, 0, len(data)) <= MAX_ELEMENTS:
+    if _elements(data) <= MAX_ELEMENTS:
         return True
-    # Some of them can be characters of strings, whose ends are the quotes that are left.
+    # Some of them can be characters of strings; without escapes, each quote begins or ends one.
     data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    count = strings = end = 0
-    # A value has at most a name and a string; the parser refuses a line with more of them.
-    while 0 <= end < len(data) and count <= MAX_ELEMENTS and strings <= 2 * count:
-        begin = data.find(b'"', end)
-        count += _elements(data, end, len(data) if begin < 0 else begin)
-        strings += 1
-        end = 0 if begin < 0 else data.find(b'"', begin + 1) + 1
-        if not end:
-            break
+    count = is_within = 0
+    for begin in range(0, len(data), _SLICE):
+        parts = data[begin : begin + _SLICE].split(b'"')
+        count += _elements(b"".join(parts[is_within::2]))
+        is_within = (is_within + len(parts) - 1) % 2
     return count <= MAX_ELEMENTS
 
 
-def _elements(data: bytes, begin: int, end: int) -> int:
-    return sum(data.count(mark, begin, end) for mark in (b"{", b"[", b","))
+def _elements(data: bytes) -> int:
+    return sum(map(data.count, (b"{", b"[", b",")))
 
 
 def _value(pairs: list[tuple[str, Any]]) -> Any:
@@ -423,4 +422,10 @@ def _checked_header(record: Document) -> str:
         if type(version) is int
         else f"the export version must be {VERSION}",
     )
-    return checked_id(record.get("session_id"), "session_id")
+    return _plain_id(record.get("session_id"), "session_id")
+
+
+def _plain_id(value: object, name: str) -> str:
+    """Return an id that is a plain `str`: `Code` is a subclass of it."""
+    require(not isinstance(value, str) or type(value) is str, f"{name} must be a str, not {type(value).__name__}")
+    return checked_id(value, name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -41,6 +40,9 @@ logger = logging.getLogger(__name__)
 _ROUNDS = 16
 """How often a session of the same id may come and go before a copy begins."""
 
+_left: set[Place] = set()
+"""Those copies of this process that could not be removed: another try does not wait for the end of their leases."""
+
 
 class Staging:
     """A session that is being copied in.
@@ -56,7 +58,6 @@ class Staging:
     def __init__(self, sessions: SessionStaging, session_id: str) -> None:
         self.place = Place(session_id, ObjectId())
         self._sessions = sessions
-        self._token = uuid.uuid4().hex
         self._has_begun = False
         self._heartbeat: asyncio.Task[None] | None = None
 
@@ -68,12 +69,7 @@ class Staging:
     @property
     def own(self) -> Document:
         """The filter for the document of the session while it is being copied in."""
-        return {
-            "_id": self.session_id,
-            "incarnation": self.place.incarnation,
-            "state": "copying",
-            "state_by": self._token,
-        }
+        return _own(self.place)
 
     def lease(self) -> datetime:
         """Return the end of a lease that begins now."""
@@ -99,6 +95,9 @@ class Staging:
                     break
             self._has_begun = False
             try:
+                for left in [place for place in _left if place.session_id == self.session_id]:
+                    await sessions._end(self.session_id, _own(left))
+                    _left.discard(left)
                 await sessions._finish_other(self.session_id)
             except SessionConflictError:
                 raise_alone(SessionExistsError(f"session {self.session_id!r} is being imported or forked already"))
@@ -144,6 +143,7 @@ class Staging:
         """
         if seconds is None:
             return {}
+        self._sessions._ensure_expiry()
         clock, more = self._sessions._connection.now, timedelta()
         while True:
             begin = clock()
@@ -163,7 +163,7 @@ class Staging:
         result = await self._sessions._send(command)
         if not result.matched_count and not await self._is_live():  # else an acknowledgement was lost
             raise self._lost()
-        self._end()
+        self._stop()
         self._sessions._ensure_indexes()
 
     async def _is_live(self) -> bool:
@@ -176,7 +176,7 @@ class Staging:
 
     async def abandon(self) -> None:
         """Remove the copy unless it is live; an error of the server is logged."""
-        if not self._end():
+        if not self._stop():
             return
         try:
             if await self._sessions._end(self.session_id, self.own):
@@ -185,14 +185,15 @@ class Staging:
             if not await self._is_live():
                 await self.clear()
         except MongoDBSessionError as error:
+            _left.add(self.place)
             logger.warning(
                 "session_id=<%r>, error=<%s> | an incomplete copy was not removed, another process does so later",
                 self.session_id,
                 error,
             )
 
-    def _end(self) -> bool:
-        """Stop to renew the lease; return whether anything can be stored that is not live."""
+    def _stop(self) -> bool:
+        """Stop renewing the lease; return whether anything can be stored that is not live."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         has_begun, self._heartbeat, self._has_begun = self._has_begun, None, False
@@ -200,6 +201,10 @@ class Staging:
 
     def _lost(self) -> SessionConflictError:
         return SessionConflictError(f"session {self.session_id!r} was removed by another process while it was copied")
+
+
+def _own(place: Place) -> Document:
+    return {"_id": place.session_id, "incarnation": place.incarnation, "state": "copying"}
 
 
 class SessionStaging(SessionArchive):

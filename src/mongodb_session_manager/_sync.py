@@ -514,8 +514,9 @@ class MongoDBSessionRepository(SessionRepository):
         Dates stay. A session that expires has its whole time to live ahead, however long the import takes.
 
         Args:
-            stream: What `export_session` yielded: lines of `str` or `bytes`, with or without their ends, or an open
-                file. An iterable that is not asynchronous is read in threads where an event loop must not wait.
+            stream: The lines that `export_session` yielded: an open file, or an iterable of `str` or `bytes`, each of
+                them a line or any part of the text. An iterable that is not asynchronous is read in threads where an
+                event loop must not wait.
             session_id: The new session; `None` for the id it was exported with.
 
         Raises:

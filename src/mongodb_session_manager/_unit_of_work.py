@@ -108,7 +108,8 @@ class _Agent:
         # The stored values of these fields are unusable. They are kept until the agent has another value.
         self.odd_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
         for name in self.odd_state:
-            tell_odd(session_id, f"{path}.agent_data.{name}", data[name])
+            if data.get(name) is not None:
+                tell_odd(session_id, f"{path}.agent_data.{name}", data[name])
         self.defaults: Document = {}
         self.removed = 0 if stored is None else removed_messages(stored)
         self.last_appended: int | None = None
@@ -147,10 +148,10 @@ def _is_odd(name: str, stored: Any) -> bool:
     """Return whether a stored part of an agent's state cannot be restored as it is."""
     state = decode(stored)
     if type(state) is not dict:
-        return state is not None
+        return state is not None or name == "conversation_manager_state"
     if name == "conversation_manager_state":
         removed = state.get("removed_message_count")
-        return type(state.get("__name__")) is not str or type(removed) is not int or removed < 0
+        return type(state.get("__name__")) is not str or type(removed) is not int or not 0 <= removed < 2**31
     return name == "_internal_state" and usable_internal_state(state) != state
 
 
@@ -290,11 +291,13 @@ class UnitOfWork(SessionRepository):
         return agent_id in self._agents and self._agents[agent_id].loaded is not None
 
     def prepare(self, agent: LocalAgent) -> None:
-        """Replace an unusable state of an agent's conversation manager with the state of a new one."""
+        """Replace an unusable or absent state of an agent's conversation manager with the state of a new one."""
         stored = self._agents.get(agent.agent_id)
-        if stored is None or stored.loaded is None or "conversation_manager_state" not in stored.odd_state:
+        if stored is None or stored.loaded is None:
             return
         state = stored.loaded.conversation_manager_state
+        if state and "conversation_manager_state" not in stored.odd_state:
+            return
         if (manager := getattr(agent, "conversation_manager", None)) is not None:
             state = manager.get_state() if type(state.get("__name__")) is not str else state
             stored.loaded.conversation_manager_state = {**state, "removed_message_count": stored.removed}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import datetime
+from types import NoneType
 from typing import Any
 
 from strands import Agent
@@ -85,7 +86,7 @@ def checked_session(fields: Document) -> Document:
     fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
     _check_names(fields, "the session")
     for odd in odd_fields({name: value for name, value in fields.items() if value is not None}):
-        raise InvalidArgumentError(f"{odd.path} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
+        raise InvalidArgumentError(f"{odd.path!r} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
     _check_kinds(fields, "", {"application_name": str, "session_type": str})
     _check_dates(fields, "")
     metadata = fields.get("metadata") or {}
@@ -119,7 +120,7 @@ def checked_agent(fields: Document) -> Document:
         _check_dates(part, path)
         names = part.get("config_set")
         require(
-            names is None or (type(names) is list and all(isinstance(name, str) for name in names)),
+            names is None or (type(names) is list and all(type(name) is str for name in names)),
             f"{path}config_set must be a list of str",
         )
         for name, value in part.items():
@@ -127,11 +128,11 @@ def checked_agent(fields: Document) -> Document:
                 _own(value, f"{path}{name}")
     _check_numbers(fields.get("usage"), "usage")
     prompt, prompt_metadata = (_own(data.get(name), name) for name in ("system_prompt", "prompt_metadata"))
-    require(isinstance(prompt, str | list | None), "agent_data.system_prompt must be a str")
-    require(isinstance(prompt_metadata, dict | None), "agent_data.prompt_metadata must be an object")
+    require(type(prompt) in (str, list, NoneType), "agent_data.system_prompt must be a str")
+    require(type(prompt_metadata) in (dict, NoneType), "agent_data.prompt_metadata must be an object")
     for name in STATE_FIELDS:
         decoded = _own(data.get(name), f"agent_data.{name}")
-        require(isinstance(decoded, dict | None), f"agent_data.{name} must be an object")
+        require(type(decoded) in (dict, NoneType), f"agent_data.{name} must be an object")
         _check_encodes(decoded, _STATE_DEPTH, f"agent_data.{name}")
     _check_state(fields)
     return fields
@@ -170,6 +171,8 @@ def _check_body(body: Any, name: str) -> None:
     require(found is not None, f"{name} must have a role and a list of content")
     assert found is not None
     require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
+    texts = [block.get("text", "") for block in found.message["content"]]
+    require(all(type(text) is str for text in texts), f"{name} holds a text that is not a str")
     _check_encodes(found.message, _MESSAGE_DEPTH, name)
 
 
@@ -183,21 +186,22 @@ def _check_names(fields: Mapping[str, Any], what: str) -> None:
 def _check_kinds(fields: Document, path: str, kinds: Mapping[str, type]) -> None:
     for name, kind in kinds.items():
         value = fields.get(name)
-        require(isinstance(value, kind | None), f"{path}{name} must be a {kind.__name__}, not {type(value).__name__}")
+        require(type(value) in (kind, NoneType), f"{path}{name} must be a {kind.__name__}, not {type(value).__name__}")
 
 
-def _check_dates(fields: Document, path: str) -> None:
+def _check_dates(fields: Document, prefix: str) -> None:
     for name in ("created_at", "updated_at"):
         value = fields.get(name)
         try:
-            if not isinstance(value, str | datetime | None):
+            if type(value) not in (str, datetime, NoneType):
                 raise ValueError
             to_date(value)
         except ValueError:
-            raise_alone(InvalidArgumentError(f"{path}{name} must be a date"))
+            raise_alone(InvalidArgumentError(f"{prefix}{name} must be a date"))
 
 
 def _check_numbers(values: Any, name: str) -> None:
+    require(type(values) in (dict, NoneType), f"{name} must be an object")
     for key, number in (values or {}).items():
         require(
             isinstance(number, int | float)
@@ -235,7 +239,8 @@ def _check_state(fields: Document) -> None:
     agent = agent_from("agent", fields)
     internal = _own((fields.get("agent_data") or {}).get("_internal_state"), "")
     require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")
-    _check_interrupts((internal or {}).get("interrupt_state"), "agent_data._internal_state.interrupt_state")
+    if "interrupt_state" in (internal or {}):
+        _check_interrupts(internal["interrupt_state"], "agent_data._internal_state.interrupt_state")
     stand_in = Agent.__new__(Agent)
     for name, restore in (
         ("state", lambda: AgentState(agent.state)),
@@ -274,9 +279,7 @@ def _check_manager(state: Document) -> None:
 
 
 def _check_interrupts(state: Any, path: str) -> None:
-    """Check what Strands reads of interrupts only when an agent is resumed."""
-    if state is None:
-        return
+    """Check the fields of interrupts that Strands reads later than at the restore."""
     require(type(state) is dict and type(state.get("activated")) is bool, f"{path}.activated must be a bool")
     context, interrupts = state.get("context"), state.get("interrupts")
     require(type(context) is dict, f"{path}.context must be an object")
@@ -316,13 +319,37 @@ def _check_multi_agent(stored: Document) -> None:
         type(revision) is not bool and isinstance(revision, int) and 0 <= revision <= MOST,
         "multi_agents: revision must be an int >= 0",
     )
-    require(isinstance(stored.get("writer"), str), "multi_agents: writer must be a str")
+    require(type(stored.get("writer")) is str, "multi_agents: writer must be a str")
     _check_names(stored, "multi_agents")
     _check_dates(stored, "multi_agents: ")
     state = _own(stored.get("state"), "multi_agents: state")
     require(type(state) is dict, "multi_agents: state must be an object")
     internal = state.get("_internal_state")
-    require(isinstance(internal, dict | None), "multi_agents: state._internal_state must be an object")
-    if internal is not None:
+    if "_internal_state" in state:
+        require(
+            type(internal) is dict and "interrupt_state" in internal,
+            "multi_agents: state._internal_state must hold an interrupt_state",
+        )
         _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
+    require(
+        type(state.get("current_task", "")) in (str, list), "multi_agents: state.current_task must be a str or a list"
+    )
+    _check_results(state)
     _check_encodes(state, 4, "multi_agents: state")
+
+
+def _check_results(part: Any) -> None:
+    """Check what Strands reads of the results of an orchestrator's nodes only when it goes on."""
+    require(type(part) is dict, "multi_agents: a result must be an object")
+    for name in ("accumulated_usage", "accumulated_metrics"):
+        _check_numbers(part.get(name), f"multi_agents: {name}")
+    for name in ("node_results", "results"):
+        nodes = part.get(name) or {}
+        require(type(nodes) is dict, f"multi_agents: {name} must be an object")
+        for node in nodes.values():
+            _check_results(node)
+    result = part.get("result")
+    if type(result) is dict:
+        if result.get("type") == "agent_result":
+            require(_is_message(result.get("message")), "multi_agents: a result must hold a message")
+        _check_results(result)

@@ -204,6 +204,8 @@ class SessionWriteBack(SessionWrites):
         for agent in agents:
             if agent.count < agent.archived:
                 raise DatabaseError(f"session {session_id!r}: message {agent.count} is missing in its archive")
+            messages = [*agent.older, *agent.head]
+            agent.references = [str(reference) for message in messages for reference in references_of(message)]
             size += await asyncio.to_thread(_size_of, agent.head, agent.count)
         size += stored_size(_frame_of(document, agents))
         if size <= MAX_DOCUMENT_BYTES:
@@ -213,7 +215,6 @@ class SessionWriteBack(SessionWrites):
 
     async def _gather_attachments(self, place: Place, agent: _Agent) -> None:
         messages = [*agent.older, *agent.head]
-        agent.references = [str(reference) for message in messages for reference in references_of(message)]
         await self._attachments.restore(place, {agent_id_of(agent.key): messages})
         messages = list(map(_in_document, messages))
         older, head = messages[: agent.count], messages[agent.count :]
@@ -302,8 +303,8 @@ def _element_size(stored: Any, position: int) -> int:
     return stored_size({str(position): stored}) - stored_size({}) + more
 
 
-def _frame_of(document: Mapping[str, Any], agents: Iterable[_Agent]) -> Document:
-    """Return what the session document holds but messages, once it is written back."""
+def _frame_of(document: Mapping[str, Any], agents: Sequence[_Agent]) -> Document:
+    """Return the session document without messages, as it is once it is written back."""
     frame: Document = {**document, "agents": dict(document.get("agents") or {})}
     for agent in agents:
         stored = {**agent.stored, "messages": []}
@@ -311,7 +312,14 @@ def _frame_of(document: Mapping[str, Any], agents: Iterable[_Agent]) -> Document
             stored = {name: value for name, value in stored.items() if name not in _OF_ARCHIVE}
             stored |= {"revision": agent.below, "stale_below": agent.below}
         frame["agents"][agent.key] = stored
+    if references := _references_of(agents):
+        listed = frame.get(REMOVED)
+        frame[REMOVED] = [*(listed if isinstance(listed, list) else []), *references]
     return frame
+
+
+def _references_of(agents: Iterable[_Agent]) -> list[str]:
+    return sorted({reference for agent in agents for reference in agent.references})
 
 
 def _unchanged(agents: Iterable[_Agent]) -> Document:
@@ -343,7 +351,7 @@ def _put_back(session_id: str, agents: Sequence[_Agent]) -> Update:
     is_there = [{"$ne": [{"$type": f"$$this.{name}"}, "missing"]} for name in ("attachments", "usage")]
     to_change = {"$filter": {"input": {"$concatArrays": new}, "cond": {"$or": is_there}}}
     condition["$expr"] = {"$eq": [{"$size": to_change}, 0]}
-    if references := sorted({reference for agent in agents for reference in agent.references}):
+    if references := _references_of(agents):
         sets[REMOVED] = with_removed([references])
     unset = [f"agents.{agent.key}.{name}" for agent in agents for name in _OF_ARCHIVE]
     return Update(condition, [{"$set": sets}, {"$unset": unset}], None)

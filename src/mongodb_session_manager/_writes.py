@@ -184,14 +184,20 @@ class SessionWrites(SessionArchive):
             await self._update(Update(condition, {"$push": {REMOVED: {"$each": listed}}}, None))
 
     async def _note_change(self, session_id: str, agent_id: str, found_in: InArchive) -> bool:
-        """Count that archived messages have changed, which a write-back matches; return `False` if it came first."""
+        """Count that archived messages have changed, which a write-back matches; return `False` if it came first.
+
+        Their attachments are removed by then.
+        """
         path = f"agents.{agent_key(agent_id)}"
         condition = {
             "_id": session_id,
             f"{path}.created_at": found_in.since,
             f"{path}.archived": {"$gte": found_in.archived},
         }
-        return await self._update(Update(condition, {"$inc": {f"{path}.archive_revision": 1}}, None))
+        update: Document = {"$inc": {f"{path}.archive_revision": 1}}
+        if outdated := found_in.write.outdated:
+            update["$pullAll"] = {REMOVED: outdated}
+        return await self._update(Update(condition, update, None))
 
     async def _write_what_fits(
         self,
@@ -299,17 +305,22 @@ class SessionWrites(SessionArchive):
                     raise _Changed
                 await self._note_removed(place, [older[n] for n in rest.replaced.keys() & older.keys()])
                 changes = archived.setdefault(agent_id, {})
+                outdated = []
                 for message_id in rest.replaced.keys() & older.keys():
                     which = (message_id, older[message_id].get("created_at"))
                     changes.setdefault(which, {}).update(rest.replaced[message_id])
+                    if "message" in rest.replaced[message_id]:
+                        outdated += list(map(str, references_of(older[message_id])))
                     if stored is not None:
                         known = found_in.setdefault(agent_id, InArchive.of(write, stored))
                         known.add(message_id, rest.replaced[message_id], _identity(write, message_id))
+                        known.write.outdated = sorted({*known.write.outdated, *outdated})
                 found = {n: newer[n] for n in rest.replaced if n not in older}
                 rest = replace(
                     rest,
                     replaced={int(found[n]["message_id"]): rest.replaced[n] for n in found},
                     identities={int(message["message_id"]): Identity.of(message) for message in found.values()},
+                    outdated=[*rest.outdated, *outdated],
                 )
                 if not rest.is_empty:
                     remaining[agent_id] = rest

@@ -1,0 +1,300 @@
+"""Attachments while messages are replaced, redacted, read and refused: none is lost, and none is left behind."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pymongo
+import pytest
+from pymongo import monitoring
+from strands.types.session import Session, SessionAgent, SessionType
+
+from mongodb_session_manager import (
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionConflictError,
+    SessionNotFoundError,
+)
+from proxy import Proxy, command
+from support import agent, eventually
+from test_attachments import (
+    LARGE,
+    Driver,
+    asking,
+    content,
+    hashes,
+    ids,
+    image,
+    of,
+    process,
+    redacted,
+    restored,
+    said,
+)
+
+OPTIONS: dict[str, Any] = {"max_inline_attachment_bytes": 1000, "max_embedded_messages": 4}
+ARCHIVED, IN_HEAD = 0, 6
+"""Messages of the session that `long` begins, each with an attachment."""
+
+
+def picture(seed: int) -> bytes:
+    return content(2000, seed)
+
+
+def begin(repository: MongoDBSessionRepository) -> None:
+    repository.create_session(Session("s", SessionType.AGENT))
+    repository.create_agent("s", SessionAgent("agent", {}, {}))
+
+
+@pytest.fixture
+def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
+        begin(repository)
+        yield repository
+
+
+@pytest.fixture
+def long(repository: MongoDBSessionRepository, stored: Any) -> MongoDBSessionRepository:
+    """A repository with a session of 7 messages, of which the older ones are archived."""
+    for message_id in range(7):
+        blocks = [image(picture(message_id))] if message_id in (ARCHIVED, 1, IN_HEAD) else []
+        repository.create_message("s", "agent", said(*blocks, message_id=message_id))
+    eventually(lambda: stored.find_one()["agents"]["agent"].get("archived", 0) > 1)
+    eventually(lambda: not repository._async._connection._tasks)
+    return repository
+
+
+def removed_lists(stored: Any) -> list[Any]:
+    """What documents list as still to be removed."""
+    condition = {"removed_attachments.0": {"$exists": True}}
+    return [*stored.find(condition), *stored.database["agent_sessions_archive"].find(condition)]
+
+
+# One message gets an attachment while another one loses its own.
+
+
+class At(monitoring.CommandListener):
+    """Does something once, before the `number`th command that follows the storing of a file."""
+
+    def __init__(self, number: int, action: Callable[[], object]) -> None:
+        self.left, self.action, self.is_stored = number, action, False
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if not self.is_stored:
+            self.is_stored = event.command.get("insert", "").endswith(".files")
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+@pytest.mark.may_block  # the listener waits for another repository
+@pytest.mark.parametrize("other", [1, IN_HEAD], ids=["archived", "in the head"])
+@pytest.mark.parametrize("number", range(1, 8))
+def test_an_archived_message_keeps_its_new_attachment_while_another_one_is_replaced(
+    long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Any, number: int, other: int
+) -> None:
+    at = At(number, lambda: long.update_message("s", "agent", said(image(picture(21)), message_id=other)))
+    with MongoDBSessionRepository(server, database, event_listeners=[at], **OPTIONS) as repository:
+        repository.update_message("s", "agent", said(image(picture(20)), message_id=ARCHIVED))
+    assert at.left <= 0
+    for message_id, seed in ((ARCHIVED, 20), (other, 21)):
+        found = long.read_message("s", "agent", message_id)
+        assert found.message["content"][1] == image(picture(seed))
+    (kept,) = {0, 1, 6} - {ARCHIVED, other}
+    assert hashes(driver, database) == of(picture(20), picture(21), picture(kept))
+    assert removed_lists(stored) == []
+
+
+@pytest.mark.timeout(600)
+def test_two_writers_of_attachments_three_hundred_times(
+    long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Any
+) -> None:
+    barrier = threading.Barrier(2)
+
+    def update(repository: MongoDBSessionRepository, message_id: int, seed: int) -> None:
+        barrier.wait(60)
+        repository.update_message("s", "agent", said(image(picture(seed)), message_id=message_id))
+
+    with MongoDBSessionRepository(server, database, **OPTIONS) as second, ThreadPoolExecutor(2) as threads:
+        for number in range(300):
+            other = (1, IN_HEAD)[number % 2]
+            seeds = {ARCHIVED: 1000 + number, other: 2000 + number}
+            work = zip((long, second), seeds.items(), strict=True)
+            for future in [threads.submit(update, repository, *one) for repository, one in work]:
+                future.result()
+            for message_id, seed in seeds.items():
+                found = long.read_message("s", "agent", message_id)
+                assert found.message["content"][1] == image(picture(seed))
+    assert hashes(driver, database) == of(picture(1299), picture(2298), picture(2299))
+    assert removed_lists(stored) == []
+
+
+# Reading while messages are redacted.
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("read", ["open_session", "list_messages", "read_message"])
+def test_reading_while_messages_are_redacted_as_fast_as_possible(
+    long: MongoDBSessionRepository, server: str, database: str, read: str
+) -> None:
+    stop = threading.Event()
+
+    def redact(message_id: int) -> int:
+        times = 0
+        with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
+            while not stop.is_set():
+                times += 1
+                repository.update_message("s", "agent", said(image(picture(times)), message_id=message_id))
+                repository.update_message("s", "agent", redacted(message_id))
+        return times
+
+    def reads(repository: MongoDBSessionRepository, number: int) -> object:
+        if read == "open_session":
+            return repository.open_session("s")
+        if read == "list_messages":
+            return repository.list_messages("s", "agent")
+        return repository.read_message("s", "agent", (ARCHIVED, 1, IN_HEAD)[number % 3])
+
+    with ThreadPoolExecutor(3) as threads:
+        redacting = [threads.submit(redact, message_id) for message_id in (ARCHIVED, 1, IN_HEAD)]
+        try:
+            for number in range(300):
+                assert reads(long, number)
+        finally:
+            stop.set()
+        assert sum(future.result() for future in redacting) > 10
+
+
+# Refused.
+
+
+def test_the_attachments_of_a_writer_who_came_too_late_are_removed(
+    factory: MongoDBSessionManagerFactory, driver: Driver, database: str
+) -> None:
+    first, second = (agent(factory.create_session_manager("s"), "1", "2") for _ in range(2))
+    first(asking(image(LARGE)))
+    with pytest.raises(SessionConflictError):
+        second(asking(image(content(300_000, 7))))
+    assert hashes(driver, database) == of(LARGE)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "deleted and created again"])
+def test_the_attachments_of_a_writer_whose_session_was_deleted_are_removed(
+    factory: MongoDBSessionManagerFactory, driver: Driver, database: str, again: bool
+) -> None:
+    live = agent(factory.create_session_manager("s"), "1", "2")
+    live("hello")
+    assert factory.delete_session("s")
+    if again:
+        agent(factory.create_session_manager("s"), "1")(asking(image(LARGE)))
+    with pytest.raises(SessionNotFoundError):
+        live(asking(image(content(300_000, 7))))
+    assert hashes(driver, database) == (of(LARGE) if again else [])
+    if again:
+        assert restored(factory)[0][1] == asking(image(LARGE))
+
+
+def test_the_repository_leaves_no_attachment_of_a_refused_message(
+    long: MongoDBSessionRepository, driver: Driver, database: str
+) -> None:
+    before = hashes(driver, database)
+    for message_id in (3, 8):
+        with pytest.raises(SessionConflictError):
+            long.create_message("s", "agent", said(image(picture(30)), message_id=message_id))
+    assert hashes(driver, database) == before
+
+
+# Interrupted.
+
+KILLED = """
+import os, signal, sys
+from pymongo import monitoring
+import test_attachments as t
+import test_replaced_attachments as r
+from mongodb_session_manager import MongoDBSessionRepository
+
+class Kill(monitoring.CommandListener):
+    def started(self, event):
+        if event.command_name == "delete" and event.command["delete"].endswith(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    def succeeded(self, event): pass
+    def failed(self, event): pass
+
+with MongoDBSessionRepository(sys.argv[1], sys.argv[2], event_listeners=[Kill()], **r.OPTIONS) as repository:
+    repository.update_message("s", "agent", t.redacted(int(sys.argv[4])))
+"""
+
+
+@pytest.mark.parametrize("at", [".chunks", ".files"])
+@pytest.mark.parametrize("message_id", [ARCHIVED, IN_HEAD], ids=["archived", "in the head"])
+def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
+    long: MongoDBSessionRepository,
+    server: str,
+    database: str,
+    driver: Driver,
+    stored: Any,
+    at: str,
+    message_id: int,
+) -> None:
+    ended = process(KILLED, server, database, at, str(message_id))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(ids(driver, database)) == 3
+    assert long.read_message("s", "agent", message_id).to_message() == redacted().to_message()
+    with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
+        repository.open_session("s")
+    kept = {0, 1, 6} - {message_id}
+    assert hashes(driver, database) == of(*map(picture, kept))
+    assert "removed_attachments" not in stored.find_one()
+
+
+def test_a_redaction_that_is_repeated_removes_what_a_killed_process_had_to_remove(
+    long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Any
+) -> None:
+    ended = process(KILLED, server, database, ".files", str(ARCHIVED))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    long.update_message("s", "agent", redacted(ARCHIVED))
+    assert hashes(driver, database) == of(picture(1), picture(6))
+    long.open_session("s")
+    eventually(lambda: removed_lists(stored) == [])
+
+
+@pytest.mark.parametrize("message_id", [ARCHIVED, IN_HEAD], ids=["archived", "in the head"])
+@pytest.mark.parametrize("lost", ["request", "acknowledgement"])
+@pytest.mark.parametrize("where", ["server", "standalone"])
+def test_a_replaced_message_keeps_its_attachment_when_a_reply_is_lost(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, message_id: int, lost: str, where: str
+) -> None:
+    """A statement that is sent again replaces what it has stored itself."""
+    monkeypatch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
+    uri, database = request.getfixturevalue(where), f"test_{uuid.uuid4().hex}"
+    with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client:
+        stored = client[database]["agent_sessions"]
+        with MongoDBSessionRepository(uri, database, **OPTIONS) as repository:
+            begin(repository)
+            for n in range(7):
+                blocks = [image(picture(n))] if n == message_id else []
+                repository.create_message("s", "agent", said(*blocks, message_id=n))
+        assert stored.find_one()["agents"]["agent"]["archived"] > 0
+        with (
+            Proxy(uri) as proxy,
+            MongoDBSessionRepository(proxy.uri, database, serverMonitoringMode="poll", **OPTIONS) as repository,
+        ):
+            repository.read_message("s", "agent", 1)
+            drop = proxy.drop_before_request if lost == "request" else proxy.drop_after_request
+            drop(command("findAndModify"), 1 if where == "standalone" else 2)
+            repository.update_message("s", "agent", said(image(picture(20)), message_id=message_id))
+            assert proxy.dropped > 0
+            found = repository.read_message("s", "agent", message_id)
+        assert found.message["content"][1] == image(picture(20))
+        assert hashes(client, database) == of(picture(20))
+        assert removed_lists(stored) == []
+        client.drop_database(database)
