@@ -16,7 +16,6 @@ import pytest
 from bson import ObjectId
 from pymongo.database import Database
 from strands.types.session import SessionMessage
-from test_ending import traces
 
 from from_v100 import (
     EXPECTED,
@@ -41,7 +40,7 @@ LIMITS: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_byt
 ALL = sorted(EXPECTED)
 WITH_AGENTS = [session_id for session_id in ALL if EXPECTED[session_id]["messages"]]
 DOUBLED = "v100-doubled"
-PLACES_OF_1_0_0 = {"session_ttl", "kept_until", "keep_until", "moved"}
+PLACES_OF_1_0_0 = {"session_ttl", "kept_until", "keep_until", "migrating", "moved"}
 
 
 @pytest.fixture
