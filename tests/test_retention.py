@@ -26,6 +26,7 @@ from mongodb_session_manager import (
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
+    SessionConflictError,
     SessionNotFoundError,
     close_global_factory,
     create_mongodb_session_manager,
@@ -717,3 +718,28 @@ def test_many_writers_at_once(server: str, database: str, stored: Stored) -> Non
     check_dates(stored)
     with MongoDBSessionRepository(server, database) as repository:
         assert len(repository.list_messages(ID, "agent")) == 80
+
+
+def test_a_refused_write_of_somebody_with_a_ttl_has_no_part_of_a_session_expire_before_it(
+    server: str, database: str, stored: Stored
+) -> None:
+    small: dict[str, Any] = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 100}
+    with (
+        MongoDBSessionManagerFactory(server, database, **small) as lasting,
+        MongoDBSessionManagerFactory(server, database, **small, session_ttl=timedelta(hours=8)) as expiring,
+    ):
+        with lasting.create_session_manager("s") as manager:
+            live = agent(manager, *"abcdef")
+            for number in range(6):
+                live([{"text": str(number)}, {"image": {"format": "png", "source": {"bytes": bytes([number]) * 200}}}])
+        eventually(lambda: stored.find_one({"_id": "s"})["agents"]["agent"].get("archived"))
+        with expiring.create_session_manager("s") as manager:
+            late = agent(manager, "late")
+            with lasting.create_session_manager("s") as other:
+                agent(other, "before")("meanwhile")
+            with pytest.raises(SessionConflictError):
+                late("refused")
+    found = stored.find_one({"_id": "s"})
+    for suffix in ("_archive", "_attachments.files", "_attachments.chunks"):
+        for part in stored.database[f"agent_sessions{suffix}"].find():
+            assert "expires_at" not in part or part["expires_at"] >= found["expires_at"]

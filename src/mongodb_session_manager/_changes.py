@@ -141,7 +141,7 @@ class AgentWrite:
     `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
     turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the other
     is what that statement may not have said. `identities` are those of `replaced` messages. `stored` are the
-    attachments that were stored for the messages, `part_date` is their `expires_at`. `outdated` are those of archived
+    attachments that were stored for the messages, `dates` are theirs. `outdated` are those of archived
     messages whose content is replaced next. `incarnation` is that of the session.
     """
 

@@ -157,7 +157,10 @@ class Branch:
         return count if self.cut_at is None else max(0, self.cut_at - int(self.agent["archived"]))
 
 
-_NOT_COPIED = ("attachments_generation", "expires_at", "moved", "session_ttl", "kept_until", "keep_until", REMOVED)
+_NOT_COPIED = (
+    *("attachments_generation", "expires_at", "migrating", "moved", "session_ttl", "kept_until", "keep_until"),
+    REMOVED,
+)
 """Fields of a session that a copy does not get."""
 
 

@@ -22,6 +22,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
+from bson import ObjectId
+
 from ._commands import unseen
 from ._connection import AsyncCollection, find_and_modify
 from ._documents import Document, checked_id
@@ -38,7 +40,9 @@ LEASE = timedelta(seconds=60)
 _PAUSES = (0.05, 1.0)
 """The first and the longest pause in seconds between two looks at a session that is being copied."""
 
-_STATE: Document = dict.fromkeys(("incarnation", "state", "state_by", "state_until", "time_to_live", "expires_at"), 1)
+_STATE: Document = dict.fromkeys(
+    ("incarnation", "migrating", "state", "state_by", "state_until", "time_to_live", "expires_at"), 1
+)
 
 _LOOKED_FOR = ("state", "state_until")
 """Stands among the indexes of a collection for the first look for unfinished sessions."""
@@ -80,7 +84,8 @@ class SessionDeletion(SessionRetention):
         state = {
             "_id": "$_id",
             "session_id": {"$literal": session_id},
-            "incarnation": {"$ifNull": ["$incarnation", "$migrating"]},  # the latter is a note of `_migration`
+            "incarnation": "$incarnation",
+            "migrating": "$migrating",
             "state": "deleting",
             "state_by": token,
             "state_until": self._connection.now() + LEASE,
@@ -96,7 +101,7 @@ class SessionDeletion(SessionRetention):
         return True
 
     async def _finish_deletion(self, session_id: str, marked: Document) -> None:
-        if (incarnation := marked.get("incarnation")) is not None:
+        for incarnation in incarnations_of(marked):
             await self._remove_parts(Place(session_id, incarnation))
         await self._remove_parts(Place(session_id, None))
         ours = {"_id": session_id, "state": "deleting", "state_by": marked["state_by"]}
@@ -176,6 +181,13 @@ class SessionDeletion(SessionRetention):
                 await self._finish_unfinished()
         except MongoDBSessionError as error:
             logger.warning("error=<%s> | unfinished deletions and copies were not looked for", error)
+
+
+def incarnations_of(document: Document) -> list[ObjectId]:
+    """Return the incarnations under which parts of a session can be: its own, and those it is being migrated to."""
+    migrating = document.get("migrating")
+    found = [document.get("incarnation"), *(migrating if isinstance(migrating, list) else [])]
+    return [each for each in dict.fromkeys(found) if isinstance(each, ObjectId)]
 
 
 async def _delete_many(condition: Document, collection: AsyncCollection) -> None:

@@ -41,6 +41,10 @@ def live_at(moment: datetime) -> Document:
     return {**LIVE, "$nor": [{"time_to_live": {"$exists": True}, "expires_at": {"$lte": moment}}]}
 
 
+OF_V1 = frozenset({"session_ttl", "migrating", "moved"})
+"""Fields of the session document by which a session has yet to be migrated, or to be cleared of what was copied."""
+
+
 class Place(NamedTuple):
     """The ids of a session's parts.
 

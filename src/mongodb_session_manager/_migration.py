@@ -1,10 +1,10 @@
 """Migrating the sessions of 1.0.0, whose parts have other ids.
 
-The session first gets a note of its new incarnation, `migrating`. Its buckets and files are copied to the ids of that
-incarnation, on the server. One update then gives the incarnation to the session, if its agents are unchanged; it
-increments their revisions, so that a move of messages that 1.0.0 has begun does not match any more. The update lists in
-`moved` which parts were copied. Those are removed from the old ids, and `moved` last. A process that opens or writes to
-a session with one of the notes continues there.
+The buckets and files of a session are copied to the ids of a new incarnation, on the server, after that was noted in
+`migrating`. One update then gives the incarnation to the session, if its agents are unchanged; it increments their
+revisions, so that a move of messages that 1.0.0 has begun does not match any more. The update notes in `moved` what was
+copied. That is removed from the old ids, and with it what a migration has left that was noted and did not come to its
+end; then the notes. Whoever opens a session with a note goes on from there.
 
 1.0.0 may write to the session afterwards, during a rolling deployment: its buckets are found when a message is missing,
 and copied in the same way.
@@ -22,9 +22,9 @@ from bson import ObjectId
 from ._attachments import Attachments
 from ._changes import Update
 from ._connection import AsyncCollection, run_pipeline
-from ._deletion import SessionDeletion
+from ._deletion import SessionDeletion, incarnations_of
 from ._documents import Document, array_at, entries_at, number_at
-from ._layout import ARCHIVE, CHUNKS, FILES, Place
+from ._layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
 from ._life import LIFE, Life, next_date
 from .errors import DatabaseError, SessionNotFoundError
 
@@ -37,7 +37,7 @@ _NUMBERS = ("archived", "revision", "archive_revision")
 
 def is_of_v1(document: Document) -> bool:
     """Return whether a session has to be migrated, or its migration is not complete."""
-    return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & {"moved", "session_ttl"})
+    return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & OF_V1)
 
 
 HAS_PARTS: Document = {
@@ -65,7 +65,7 @@ HAS_PARTS: Document = {
 
 
 _OF_V1: Document = {
-    **dict.fromkeys(("session_ttl", "attachments_generation", "migrating", "moved"), 1),
+    **dict.fromkeys(("attachments_generation", *OF_V1), 1),
     **LIFE,
     "has_parts": HAS_PARTS,
     "agents": {
@@ -100,23 +100,24 @@ class SessionMigration(SessionDeletion):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
             if not is_of_v1(document):
                 return self._learn(session_id, document)
-            if (moved := document.get("moved")) is not None:
-                await self._remove_moved(session_id, moved)
+            if isinstance(document.get("incarnation"), ObjectId) and document.keys() & {"moved", "migrating"}:
+                await self._remove_moved(session_id, document)
             else:
                 await self._migrate_once(session_id, document)
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was migrated")
 
     async def _migrate_once(self, session_id: str, document: Document) -> None:
         known = document.get("incarnation")
-        incarnation = known or document.get("migrating") or ObjectId()
-        if document["has_parts"] and incarnation not in (known, document.get("migrating")):
-            unnoted = {"_id": session_id, "incarnation": known, "migrating": None}
-            await self._update_with_room(session_id, Update(unnoted, {"$set": {"migrating": incarnation}}, None))
-            return
-        old, new = Place(session_id, None), Place(session_id, incarnation)
+        old, new = Place(session_id, None), Place(session_id, known if isinstance(known, ObjectId) else ObjectId())
         agents: list[Document] = [agent for agent in document["agents"] if agent["key"] and "." not in agent["key"]]
         if document["has_parts"]:
-            await self._copy_buckets(old, agents, new)
+            noted = {"_id": session_id, "incarnation": known, **LIVE}
+            note = {"$addToSet": {"migrating": new.incarnation}}
+            result = await self._send(lambda sessions: sessions.update_one(noted, note))
+            if not result.matched_count:
+                return
+            if condition := _buckets_of(old, agents):
+                await self._copy_buckets(condition, new, "replace")
             await self._attachments.copy_from_v1(old, new)
         seconds = document.get("session_ttl")
         sets: Document = {"incarnation": new.incarnation}
@@ -129,7 +130,7 @@ class SessionMigration(SessionDeletion):
             copied = [{name: agent.get(name) for name in ("key", "since", "archived")} for agent in agents]
             generations = generation if isinstance(generation, int) else 0
             sets |= {"moved": {"agents": copied, "generation": generations}, "attachments_generation": generations + 1}
-        condition: Document = {"_id": session_id, "incarnation": known, "attachments_generation": generation}
+        condition = {"_id": session_id, "incarnation": known, "attachments_generation": generation}
         condition["session_ttl"] = document.get("session_ttl")
         for agent in agents:
             path = f"agents.{agent['key']}"
@@ -137,36 +138,41 @@ class SessionMigration(SessionDeletion):
             condition[f"{path}.next_message_id"] = agent.get("next_message_id")
             condition |= {f"{path}.{name}": agent[name] or {"$not": {"$gt": 0}} for name in _NUMBERS}
             sets[f"{path}.revision"] = agent["revision"] + 1
-        unset = dict.fromkeys(("session_ttl", "kept_until", "keep_until", "migrating"), "")
-        await self._update_with_room(session_id, Update(condition, {"$set": sets, "$unset": unset}, None))
+        unset = dict.fromkeys(("session_ttl", "kept_until", "keep_until"), "")
+        matched = await self._update_with_room(session_id, Update(condition, {"$set": sets, "$unset": unset}, None))
+        if not matched and document["has_parts"] and known is None:
+            current = await self._find(session_id, {"incarnation": 1})
+            if (current or {}).get("incarnation") != new.incarnation:  # else an acknowledgement was lost
+                await self._remove_parts(new)
 
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
         raise NotImplementedError
 
-    async def _copy_buckets(self, old: Place, agents: Sequence[Document], new: Place) -> None:
-        if not (condition := _buckets_of(old, agents)):
-            return
+    async def _copy_buckets(self, condition: Document, new: Place, when_matched: str) -> None:
         names = ("revision", "last", "messages")
         bucket = {
             "_id": {"incarnation": new.incarnation, "agent": "$_id.agent", "first": "$_id.first"},
             "session_id": {"$literal": new.session_id},
             **{name: f"${name}" for name in names},
         }
-        # Another process may have copied the bucket already, and may have changed a message in it since.
-        newer = {"$replaceWith": {"$cond": [{"$gt": ["$$new.revision", "$revision"]}, "$$new", "$$ROOT"]}}
-        into = {"into": f"{self._collection_name}{ARCHIVE}", "whenMatched": [newer], "whenNotMatched": "insert"}
+        into = {"into": f"{self._collection_name}{ARCHIVE}", "whenMatched": when_matched, "whenNotMatched": "insert"}
         pipeline = [{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}]
         await self._send(partial(_run, pipeline), f"{self._collection_name}{ARCHIVE}")
 
-    async def _remove_moved(self, session_id: str, moved: Document) -> None:
-        """Remove from the ids of 1.0.0 what was copied, and then the note."""
-        old = Place(session_id, None)
-        if condition := _buckets_of(old, moved["agents"]):
-            await self._remove_some(ARCHIVE, condition)
-        generations = {"$not": {"$gt": moved["generation"]}}
-        await self._remove_some(CHUNKS, {"_id": old.chunks(), "files_id.generation": generations})
-        await self._remove_some(FILES, {"_id": old.files(), "_id.generation": generations})
-        await self._update(Update({"_id": session_id, "moved": moved}, {"$unset": {"moved": ""}}, None))
+    async def _remove_moved(self, session_id: str, document: Document) -> None:
+        """Remove from the ids of 1.0.0 what was copied, and what other migrations have left; then the notes."""
+        moved, migrating = document.get("moved"), document.get("migrating")
+        for incarnation in incarnations_of(document):
+            if incarnation != document["incarnation"]:
+                await self._remove_parts(Place(session_id, incarnation))
+        if moved is not None:
+            old = Place(session_id, None)
+            generations = {"$not": {"$gt": moved["generation"]}}
+            await self._remove_some(ARCHIVE, {"_id": old.buckets(), "generation": generations})
+            await self._remove_some(CHUNKS, {"_id": old.chunks(), "files_id.generation": generations})
+            await self._remove_some(FILES, {"_id": old.files(), "_id.generation": generations})
+        condition = {"_id": session_id, "moved": moved, "migrating": migrating}
+        await self._update(Update(condition, {"$unset": {"moved": "", "migrating": ""}}, None))
 
     async def _is_migrated(self, session_id: str) -> bool:
         """Return whether a session that was read before its migration is migrated now."""
@@ -177,13 +183,14 @@ class SessionMigration(SessionDeletion):
         document = await self._find(place.session_id, _OF_V1)
         if document is None or document.get("incarnation") != place.incarnation:
             return False
-        old = Place(place.session_id, None)
-        if not (condition := _buckets_of(old, document["agents"])):
+        if not (condition := _buckets_of(Place(place.session_id, None), document["agents"])):
             return False
+        # What an interrupted move has left is of an earlier generation, and not what the session holds.
+        condition["generation"] = {"$gte": document.get("attachments_generation") or 0}
         name = f"{self._collection_name}{ARCHIVE}"
         if await self._send(lambda archive: archive.find_one(condition, {"_id": 1}), name) is None:
             return False
-        await self._copy_buckets(old, document["agents"], place)
+        await self._copy_buckets(condition, place, "keepExisting")
         if (life := self._learn(place.session_id, document)).expires_at is not None:
             await self._date_parts(place, life.expires_at)
         await self._remove_some(ARCHIVE, condition)

@@ -61,7 +61,7 @@ from ._documents import (
 from ._driver_errors import DuplicateKeyError
 from ._finding import SessionFinding
 from ._large_values import compute
-from ._layout import ARCHIVE, Place, live_at
+from ._layout import ARCHIVE, OF_V1, Place, live_at
 from ._life import LIFE, Life, checked_ttl, next_date
 from ._migration import HAS_PARTS, is_of_v1
 from ._multi_agent_states import MultiAgentStates
@@ -100,8 +100,7 @@ _RESTORE: Document = {
     "multi_agents": 1,
     **LIFE,
     "removed_attachments": 1,
-    "moved": 1,
-    "session_ttl": 1,
+    **dict.fromkeys(OF_V1, 1),
     "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
     "odd_agents": ODD_AGENTS,
     # All agents, each message without its metrics, which no restored agent needs.
@@ -250,7 +249,7 @@ class AsyncMongoDBSessionRepository(
             for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id)
                 # The driver's own second attempt brings a new session without the computed fields.
-                if document.get("has_parts") or "session_ttl" in document or "moved" in document:
+                if document.get("has_parts") or document.keys() & OF_V1:
                     await self._migrate(session_id)
                     continue
                 agents: dict[str, Document] = document["agents"]
@@ -400,7 +399,7 @@ class AsyncMongoDBSessionRepository(
 
     async def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
         """Return a session, `None` if there is none of that id."""
-        fields = {"session_type": 1, "created_at": 1, "updated_at": 1, "session_ttl": 1, "moved": 1}
+        fields = dict.fromkeys(("session_type", "created_at", "updated_at", *OF_V1), 1)
         document = await self._find(session_id, {**LIFE, **fields})
         if document is None:
             return None

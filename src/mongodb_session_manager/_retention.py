@@ -4,7 +4,8 @@ The server removes a document when its `expires_at` has passed. No statement mov
 each write, the date of the session is at least its time to live ahead. It moves in steps of an eighth of that, so that
 most statements leave it alone. The parts of a session never expire before it:
 
-- A step sets the date of all parts first, and then the date of the session.
+- The first date of a session that had none is set on its document, then on its parts: a part without a date stays.
+- A later step sets the date of all parts first, and then the date of the session.
 - A new part gets a date that is a whole time to live later than the date that a step would set now. The statement that
   adds it to the session matches only if the time to live is unchanged and the session does not expire later.
 
@@ -30,7 +31,7 @@ from ._changes import Update
 from ._commands import SessionCollection, ensure_indexes
 from ._connection import AsyncCollection
 from ._documents import Document
-from ._layout import OUTSIDE, Place, live_at
+from ._layout import LIVE, OF_V1, OUTSIDE, Place, live_at
 from ._life import LIFE, Dates, Life, next_date
 from .errors import SessionNotFoundError
 
@@ -69,11 +70,11 @@ class SessionRetention(SessionCollection):
         return life if life is not None and life.incarnation is not None else await self._read_life(session_id)
 
     async def _read_life(self, session_id: str) -> Life:
-        document = await self._find(session_id, {**LIFE, "session_ttl": 1, "moved": 1})
+        document = await self._find(session_id, {**LIFE, **dict.fromkeys(OF_V1, 1)})
         if document is None:
             self._lives.pop(session_id, None)
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
-        if not isinstance(document.get("incarnation"), ObjectId) or document.keys() & {"moved", "session_ttl"}:
+        if not isinstance(document.get("incarnation"), ObjectId) or document.keys() & OF_V1:
             return await self._migrate(session_id)
         return self._learn(session_id, document)
 
@@ -121,6 +122,8 @@ class SessionRetention(SessionCollection):
         place, before = Place(session_id, life.incarnation), life.time_to_live
         until = next_date(moment, seconds)
         step = until if before is None else min(until, next_date(moment, before))  # a part can have a date for `before`
+        if before is None:
+            await self._date_session(place, seconds, until)
         await self._date_parts(place, step)
         statement = _touching(update, moment, {"incarnation": life.incarnation}, (seconds, step))
         result = await super()._update_with(statement, command)
@@ -131,6 +134,12 @@ class SessionRetention(SessionCollection):
                 await super()._update_with(Update(own, {"$max": {"expires_at": until}}, None), _updated)
             self._learn(session_id, {"incarnation": life.incarnation, "time_to_live": seconds, "expires_at": until})
         return result
+
+    async def _date_session(self, place: Place, seconds: int, until: datetime) -> None:
+        """Give a session its first date; parts must not expire if the statement that follows is refused."""
+        session = {"_id": place.session_id, "incarnation": place.incarnation, "expires_at": None, **LIVE}
+        date = {"$set": {"time_to_live": seconds, "expires_at": until}}
+        await self._send(partial(_update_many, session, date))
 
     async def _date_parts(self, place: Place, until: datetime) -> None:
         """Have all parts of a session expire at a date or later."""

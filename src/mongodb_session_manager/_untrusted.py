@@ -52,6 +52,7 @@ LEFT_BEHIND = frozenset(
         "time_to_live",
         "expires_at",
         "removed_attachments",
+        "migrating",
         "moved",
     }
 )
