@@ -34,6 +34,12 @@ _READ = 64 * 1024
 _ELEMENT = 12
 """Bytes that an element of an array takes besides its value, at most."""
 
+_PART = 1024 * 1024
+"""Bytes of a session document that one update stores.
+
+A server with a small cache refuses to write a large document at once.
+"""
+
 _RESERVE = 16 * 1024
 """Bytes of the session document that its messages leave to what is added to it."""
 
@@ -75,7 +81,6 @@ class Import:
         self._session_id = session_id
         self._reader = Reader()
         self._staging: Staging | None = None
-        self._exported_id = ""
         self._document: Document = {}
         self._agents: list[_Agent] = []
         self._unfinished: Reference | None = None
@@ -104,12 +109,11 @@ class Import:
             staging = self._begun
             await self._drop_unfinished()
             await self._make_room()
+            for part in await asyncio.to_thread(_parts_of, self._content()):
+                await staging.fill(part)
             expiry = await staging.date(self._sessions._session_ttl)
-            document = {**self._content(), "incarnation": staging.place.incarnation, **expiry}
-            origin = {"session_id": self._exported_id, "at": self._sessions._connection.now()}
-            if await asyncio.to_thread(stored_size, {**document, "copy_of": origin}) <= MAX_DOCUMENT_BYTES:
-                document["copy_of"] = origin  # a full session comes back without it
-            await staging.go_live(lambda sessions: sessions.replace_one(staging.own, document))
+            live = {"$unset": {"state": "", "state_until": ""}, **({"$set": expiry} if expiry else {})}
+            await staging.go_live(lambda sessions: sessions.update_one(staging.own, live))
             self._is_over = True
             return staging.session_id
 
@@ -150,8 +154,9 @@ class Import:
 
     async def _begin(self, found: SessionRead) -> None:
         session_id = found.session_id if self._session_id is None else self._session_id
-        self._staging, self._exported_id = Staging(self._sessions, session_id), found.session_id
-        self._document = {"_id": session_id, "session_id": session_id, **found.fields}
+        self._staging = Staging(self._sessions, session_id)
+        origin = {"session_id": found.session_id, "at": self._sessions._connection.now()}
+        self._document = {**found.fields, "copy_of": origin}
         await self._staging.begin()
 
     async def _message(self, found: MessageRead) -> None:
@@ -176,6 +181,8 @@ class Import:
         frame = self._content()
         frame["agents"] = {key: {**agent, "archived": 0, "messages": []} for key, agent in frame["agents"].items()}
         room = MAX_DOCUMENT_BYTES - _RESERVE - await asyncio.to_thread(stored_size, frame)
+        if room < 0:
+            del self._document["copy_of"]
         sizes = [agent.size for agent in self._agents]
         total = sum(sizes)
         for size, agent in sorted(zip(sizes, self._agents, strict=True), key=itemgetter(0), reverse=True):
@@ -216,6 +223,41 @@ class Import:
                 "messages": agent.messages,
             }
         return {**self._document, "agents": agents}
+
+
+def _parts_of(content: Document) -> list[Document]:
+    """Return the fields of a document by path, in parts that can be stored one after the other."""
+    parts: list[Document] = [{}]
+    size = 0
+    for path, value, length in _fields_of("", content):
+        if parts[-1] and size + length > _PART:
+            parts.append({})
+            size = 0
+        parts[-1][path] = value
+        size += length or _PART  # the content of an empty value follows, and cannot be in the same update
+    return parts
+
+
+def _fields_of(path: str, value: Any) -> Iterator[tuple[str, Any, int]]:
+    """Yield values with paths and sizes in bytes.
+
+    A large value is divided: it is yielded as an empty one of size 0, and its content follows.
+    """
+    size = stored_size({"": value})
+    if path and (size <= _PART or not _can_be_divided(value)):
+        yield path, value, size
+        return
+    if path:
+        yield path, type(value)(), 0
+    items: Iterable[tuple[Any, Any]] = value.items() if type(value) is dict else enumerate(value)
+    for key, item in items:
+        yield from _fields_of(f"{path}.{key}" if path else key, item)
+
+
+def _can_be_divided(value: Any) -> bool:
+    if type(value) is dict:
+        return all(key and "." not in key and not key.startswith("$") for key in value)
+    return type(value) is list
 
 
 class SessionImports(SessionStaging):

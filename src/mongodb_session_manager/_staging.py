@@ -118,6 +118,15 @@ class Staging:
         result = await self._sessions._send(lambda collection: collection.update_one(self.own, update))
         return bool(result.matched_count)
 
+    async def fill(self, fields: Document) -> None:
+        """Store fields of the session, by path.
+
+        Raises:
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+        """
+        if not await self.update({"$set": fields}):
+            raise self._lost()
+
     async def read(self, projection: Document) -> Document:
         """Return the document of the session.
 
