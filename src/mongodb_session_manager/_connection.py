@@ -123,7 +123,14 @@ async def find_and_modify(
         "new": True,
         "writeConcern": collection.write_concern.document,
     }
-    found: dict[str, Any] | None = (await collection.database.command(command, codec_options=CODEC_OPTIONS))["value"]
+    reply = await collection.database.command(command, codec_options=CODEC_OPTIONS)
+    if (error := reply.get("writeConcernError")) is not None:  # the driver raises it for its own methods only
+        error = {**error, "errorLabels": reply.get("errorLabels", [])}
+        is_late = (error.get("errInfo") or {}).get("wtimeout")
+        raise (driver.WTimeoutError if is_late else driver.WriteConcernError)(
+            error.get("errmsg", ""), error.get("code"), error
+        )
+    found: dict[str, Any] | None = reply["value"]
     return found
 
 
