@@ -55,7 +55,7 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         self._readings: dict[tuple[str, int | None] | None, _Measurement] = {}
         self._writable: tuple[str, int | None] | None = None
         self._latest = datetime.min.replace(tzinfo=UTC)
-        self.asking: asyncio.Task[None] | None = None
+        self.command: asyncio.Task[None] | None = None
 
     def is_known(self) -> bool:
         """Return whether there is a valid estimate."""
@@ -87,11 +87,11 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         offset = _wall() if reading is None else reading.offset
         self._readings[self._writable] = _Measurement(offset, time.monotonic(), _wall())
 
-    def asked(self, asking: asyncio.Task[None]) -> None:
+    def command_done(self, command: asyncio.Task[None]) -> None:
         """Forget a command that is done."""
-        self.asking = None
-        if not asking.cancelled():
-            asking.exception()  # marked as retrieved: all callers can have been cancelled
+        self.command = None
+        if not command.cancelled():
+            command.exception()  # marked as retrieved: all callers can have been cancelled
 
     @property
     def _reading(self) -> _Measurement | None:

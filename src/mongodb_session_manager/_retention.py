@@ -1,9 +1,9 @@
 """Sessions that expire: one date, `expires_at`, on the session's document and on each of its parts outside it.
 
-A session whose `expires_at` has passed can no longer be opened, read or written to. The server removes its documents
-within about a minute. No statement moves a date back. After each write, the date of the session is at least its time to
-live ahead. It moves in steps of an eighth of that, so that most statements leave it unchanged. The parts of a session
-never expire before it:
+A session whose `expires_at` has passed can no longer be read or written to, and opening its id creates a new one. The
+server removes its documents within about a minute. No statement moves a date back. After each write, the date of the
+session is at least its time to live ahead. It moves in steps of an eighth of that, so that most statements leave it
+unchanged. The parts of a session never expire before it:
 
 - The first date of a session is set on its document, and then on its parts. A part without a date never expires.
 - A later step sets the date of all parts first, and then the date of the session.
