@@ -191,15 +191,15 @@ class SessionCollection:
         return await send(self._connection, self._database_name, name or self._collection_name, command)
 
     def _ensure_indexes(self) -> None:
-        """Build, beside everything else, the indexes that this process has not seen to."""
+        """Build missing indexes in the background, once per process."""
         ensure_indexes(self._connection, self._database_name, self._collection_name, self._indexes)
 
 
 def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
     """Return the indexes of a collection of sessions.
 
-    Besides one for each field, there is one for each date within what a list may be narrowed to. The server refuses all
-    of them if they are too many, so with many metadata fields the last ones have none of the latter.
+    Each field has an index; each field by which a list can be filtered also has one with each date. The server refuses
+    more than 64 indexes, so with many metadata fields the last ones have no index with the dates.
     """
     narrowed = ["application_name", *(f"metadata.{field}" for field in metadata_fields)]
     indexes: list[Fields] = [("state",), ("created_at",), ("updated_at",), ("session_id",)]
@@ -251,17 +251,17 @@ _INDEX_OPTIONS: dict[Fields, Document] = {
     ("expires_at",): {"partialFilterExpression": {"expires_at": {"$exists": True}}, "expireAfterSeconds": 0},
     ("files_id", "n"): {"unique": True},
 }
-"""The options of those indexes that have any."""
+"""The options of indexes, for those that have any."""
 
 
 def ensure_indexes(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> None:
-    """Build, in the background, the indexes of a collection that this process has not seen to."""
+    """Build missing indexes of a collection in the background, once per process."""
     if missing := unseen(connection, database, name, wanted):
         connection.start(_build_indexes(connection, database, name, missing))
 
 
 def unseen(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> list[Fields]:
-    """Return those indexes of a collection that this process has not seen to, and take it that it does now."""
+    """Return the indexes of a collection that this process has not ensured yet, and register them as ensured."""
     seen = _indexed.get(connection.identity)
     if seen is None:
         seen = _indexed.setdefault(connection.identity, {})
