@@ -56,7 +56,7 @@ class Dates(NamedTuple):
     @property
     def may_be_added(self) -> Document:
         """The condition on the session: `time_to_live` is unchanged, and the session does not outlive the part."""
-        same: Document = {"time_to_live": self.time_to_live}
+        same: Document = {"time_to_live": self.time_to_live or {"$not": {"$gt": 0}}}
         return same if self.expires_at is None else {**same, "expires_at": {"$not": {"$gt": self.expires_at}}}
 
 

@@ -114,7 +114,7 @@ class SessionRetention(SessionCollection):
         """Send a statement that sets `updated_at`, and move `expires_at` if it is too early."""
         session_id, seconds = update.filter["_id"], self._session_ttl or life.time_to_live
         if seconds is None:
-            condition: Document = {"time_to_live": None, "session_ttl": None}
+            condition: Document = {"time_to_live": {"$not": {"$gt": 0}}, "session_ttl": None}
             return await super()._update_with(_touching(update, moment, condition), command)
         late_enough = moment + timedelta(seconds=seconds)
         if life.expires_at is not None and life.expires_at >= late_enough:
@@ -157,8 +157,12 @@ class SessionRetention(SessionCollection):
     def _ensure_expiry(self) -> None:
         """Build the TTL indexes of the session documents and of their parts, in the background."""
         for suffix in ("", *OUTSIDE):
+            # An application may have stored an `expires_at` of its own in session documents.
+            field = "expires_at" if suffix else "time_to_live"
+            dated = {field: {"$exists": True}}
             name = f"{self._collection_name}{suffix}"
-            ensure_indexes(self._connection, self._database_name, name, [("expires_at",)])
+            expiry = [("expires_at",)]
+            ensure_indexes(self._connection, self._database_name, name, expiry, partialFilterExpression=dated)
 
 
 def _touches(update: Update) -> bool:
