@@ -173,7 +173,7 @@ def arguments(**ids: Any) -> dict[str, Any]:
         "write": first_write("pipeline", {}, "writer"),
         "new_id": "t",
         "at_message": None,
-        "created_at": None,
+        "incarnation": None,
     }
 
 

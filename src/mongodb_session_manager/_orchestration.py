@@ -78,7 +78,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
         try:
             super().initialize_multi_agent(source, **kwargs)
             return
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             if isinstance(error, MongoDBSessionError) or not is_stored:
                 raise
             reason = type(error).__name__

@@ -19,6 +19,7 @@ from strands.agent.conversation_manager import (
     SummarizingConversationManager,
 )
 from strands.agent.state import AgentState
+from strands.types.exceptions import SessionException
 
 from ._codec import MARKER, decode_own, encode, stored_size
 from ._documents import (
@@ -253,7 +254,15 @@ def _check_state(fields: Document) -> None:
     ):
         try:
             restore()
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            SessionException,
+        ) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
             raise_alone(InvalidArgumentError(f"agent_data.{name} cannot be restored"))
