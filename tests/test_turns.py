@@ -191,7 +191,7 @@ def broken(stored: Stored, **fields: Any) -> None:
     stored.update_one({"_id": "s"}, {"$set": {f"agents.agent.{path}": value for path, value in fields.items()}})
 
 
-@pytest.mark.parametrize("removed", [3, 8, 2**40])
+@pytest.mark.parametrize("removed", [3, 8, 2**31 - 1])
 def test_more_messages_removed_than_stored(
     factory: MongoDBSessionManagerFactory, stored: Stored, caplog: pytest.LogCaptureFixture, removed: int
 ) -> None:

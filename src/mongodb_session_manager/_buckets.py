@@ -368,7 +368,7 @@ def change_in_bucket(condition: Document, message_id: int, fields: Document, cre
 
     New content moves the references to the old attachments to the bucket's `removed_attachments`.
     """
-    if "message" not in fields:
+    if "attachments" not in fields:
         sets = {f"messages.$.{name}": value for name, value in split_fields(fields)[0].items()}
         return Update(condition, {"$inc": {"revision": 1}, "$set": sets}, None)
     meant = is_meant(message_id, Identity(created_at))

@@ -273,7 +273,7 @@ class AgentWrite:
     @property
     def replaces_content(self) -> bool:
         """Whether stored messages get new content, so that their old attachments must be removed."""
-        return any("message" in fields for fields in self.replaced.values())
+        return any("attachments" in fields for fields in self.replaced.values())
 
     @property
     def is_empty(self) -> bool:
@@ -389,7 +389,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
         condition["$and"] = dates
     if moments:
         parts.sets["updated_at"] = max(moments)
-    replaces_content = any("message" in fields for each in parts.replacements.values() for fields in each.values())
+    replaces_content = any("attachments" in fields for each in parts.replacements.values() for fields in each.values())
     if parts.unless_set or parts.outdated or replaces_content or parts.pushes.keys() & parts.replacements.keys():
         return Update(condition, [{"$set": _pipeline(parts)}], None)
     return _operators(condition, parts)
@@ -499,7 +499,7 @@ def _pipeline(parts: _Parts) -> Document:
         attachments_of(path, is_meant(message_id, parts.identities[path].get(message_id)))
         for path, messages in parts.replacements.items()
         for message_id, fields in messages.items()
-        if "message" in fields
+        if "attachments" in fields
     ]
     if removed:
         stage[REMOVED] = with_removed(removed)

@@ -92,6 +92,8 @@ class _Agent:
             for message, _ in known
             if (tracking_id := message.message.get("tracking_id")) is not None
         }
+        # Whether the newest message is known to be without attachments. Only that one is replaced often: it grows.
+        self.newest_is_plain = False
         self.remembered = max(_REMEMBERED, len(self.messages))
         self.identities = {message.message_id: Identity.of(document) for message, document in known}
         last = self.messages[-1] if self.messages else None
@@ -420,6 +422,7 @@ class UnitOfWork(SessionRepository):
         agent.last_appended = session_message.message_id
         agent.last = _LastMessage.of(session_message.message)
         agent.last_usage = message.get("event_loop_metrics") or {}
+        agent.newest_is_plain = not message.get("attachments")
         agent.identities[session_message.message_id] = Identity.of(message)
         if len(agent.identities) > agent.remembered:
             del agent.identities[next(iter(agent.identities))]
@@ -462,9 +465,14 @@ class UnitOfWork(SessionRepository):
 
     def _replace(self, agent_id: str, message_id: int, session_message: SessionMessage) -> None:
         agent = self._agents[agent_id]
-        fields = replacement({**message_body(session_message), "updated_at": now()}, self._max_inline)
+        body = {**message_body(session_message), "updated_at": now()}
+        is_newest = message_id == agent.next_message_id - 1
+        is_plain = is_newest and agent.newest_is_plain and session_message.redact_message is None
+        fields = (set_aside if is_plain else replacement)(body, self._max_inline)
+        if is_newest:
+            agent.newest_is_plain = is_plain and "attachments" not in fields
         self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id)))
-        if message_id == agent.next_message_id - 1:
+        if is_newest:
             agent.last = _LastMessage.of(session_message.to_message())
 
     def is_continuation(self, agent_id: str, message: Mapping[str, Any]) -> bool:
