@@ -32,6 +32,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager._buckets import MERGE_REFUSED, Head, Limits, cut, merge
 from mongodb_session_manager._changes import AppendMessage, ReplaceMessage
 from mongodb_session_manager._documents import stored_message
+from mongodb_session_manager._life import UNDATED
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_archive import (
@@ -83,10 +84,10 @@ class Other:
         self.step = self.limits.step(self.head)
 
     def merge(self) -> None:
-        self.stored.aggregate(merge("s", "agent", self.head, self.step, "agent_sessions_archive"))
+        self.stored.aggregate(merge("s", "agent", self.head, self.step, "agent_sessions_archive", UNDATED))
 
     def cut(self) -> bool:
-        statement = cut("s", "agent", self.head, self.step)
+        statement = cut("s", "agent", self.head, self.step, UNDATED)
         return bool(self.stored.update_one(statement.filter, statement.update).matched_count)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pymongo
 import pytest
 from strands import Agent
-from strands.types.session import SessionAgent
+from strands.types.session import SessionAgent, SessionMessage
 
 import mongodb_session_manager as package
 from mongodb_session_manager import (
@@ -373,6 +373,32 @@ def test_a_write_concern_error_is_of_its_kind(
     assert error.outcome_unknown
     assert str(error).endswith("; it is unknown whether the command was carried out")
     check_silent(error)
+
+
+@WRITE_CONCERN_ERRORS
+@pytest.mark.parametrize("write", ["delete", "redact"])
+def test_a_deletion_or_redaction_that_is_not_confirmed_is_an_error(
+    server: str, repository: MongoDBSessionRepository, code: int, name: str, expected: type[Exception], write: str
+) -> None:
+    repository.open_session("t")
+    repository.create_agent("t", SessionAgent("agent", {}, {}))
+    said: Any = {"role": "user", "content": [{"text": SECRET}]}
+    repository.create_message("t", "agent", SessionMessage(said, 0))
+    gone: Any = {"role": "user", "content": [{"text": "gone"}]}
+    writes: dict[str, Callable[[], object]] = {
+        "delete": lambda: repository.delete_session("t"),
+        "redact": lambda: repository.update_message("t", "agent", SessionMessage(said, 0, gone)),
+    }
+    failure = {"code": code, "codeName": name, "errmsg": "not confirmed"}
+    with (
+        fail_point(server, failCommands=["findAndModify"], times=ALWAYS, writeConcernError=failure),
+        pytest.raises(MongoDBSessionError) as raised,
+    ):
+        writes[write]()
+    assert type(raised.value) is expected
+    assert raised.value.outcome_unknown
+    repository.delete_session("t")
+    assert not repository.session_exists("t")
 
 
 @pytest.mark.parametrize("code", UNAVAILABLE)

@@ -481,12 +481,6 @@ BAD = {
     ),
     "an attachment within metadata": (2, "session/metadata/a", {"__msm__": "attachment", "v": "x"}, "metadata: cannot"),
     "feedback that is a set": (2, "session/feedbacks", [{"__msm__": "set", "v": []}], "feedbacks.0 must be an object"),
-    "an undecodable UUID": (
-        2,
-        "session/metadata/a",
-        {"$binary": {"base64": "AAAA", "subType": "04"}},
-        "it is damaged, or not Extended JSON",
-    ),
     "a name that is code": (2, "session/application_name", {"$code": "x"}, "application_name must be a str, not Code"),
     "a tracking id": (4, "message/message/tracking_id", [], "message holds content blocks or a tracking id"),
     "content that is a number": (4, "message/message/content", [5], "message holds content blocks or a tracking id"),

@@ -263,7 +263,7 @@ REFUSED = {
     ),
     "of no kind": (replaced(3, '{"massage": {}}'), 4, "unknown record type"),
     "a second session": (replaced(3, export()[1]), 4, "it is a second session"),
-    "an agent twice": (replaced(3, export()[2]), 4, "it is a second agent of that id"),
+    "an agent twice": (replaced(3, export()[2]), 4, "it is a second agent with that id"),
     "an agent of no name": (replaced(2, '{"agent": "", "fields": {}}'), 3, "the agent's id must not be empty"),
     "no session": (replaced(1, export()[2]), 2, "the line of the session must come first"),
     "a message of nobody": (replaced(2, export()[3]), 3, "it is a message without an agent"),
@@ -272,7 +272,7 @@ REFUSED = {
     "other numbers": (
         replaced(7, '{"end": {"agents": 1, "messages": 3, "attachments": 1}}'),
         8,
-        "it counts other lines than there were: some are missing or too many",
+        "its counts do not match the lines: some are missing or repeated",
     ),
     "changed text": (edited(3, created_at=None), 8, "a line before it was changed"),
     "a session with an operator": (
@@ -347,7 +347,7 @@ REFUSED = {
     "a piece of no reference": (
         replaced(4, '{"attachment": "x", "at": 0, "data": "AAAA"}'),
         5,
-        "its reference cannot be one",
+        "its reference is invalid",
     ),
     "a piece that is no base64": (
         replaced(4, json.dumps({"attachment": str(REFERENCE), "at": 0, "data": "!"})),
@@ -362,12 +362,12 @@ REFUSED = {
     "a piece too many": (
         replaced(5, json.dumps({"attachment": str(REFERENCE), "at": 512 * 1024, "data": "AAAA" * 200_000})),
         6,
-        "its attachment is longer than it should be",
+        "its attachment is longer than its reference says",
     ),
     "other bytes": (
         replaced(4, export(attachment=True)[4].replace("MDEy", "MDEx", 1)),
         6,
-        "its attachment is not what it should be",
+        "its attachment does not match its SHA-256",
     ),
     "an unfinished attachment": (replaced(5, ""), 7, "it refers to an attachment that is missing"),
 }

@@ -512,6 +512,22 @@ def test_an_expires_at_of_the_application_is_left_alone(lasting: MongoDBSessionR
     assert len(lasting.list_messages(ID, "agent")) == 13
 
 
+def test_the_server_removes_no_session_for_an_expires_at_of_the_application(
+    expiring: str, expiring_driver: Driver, database: str
+) -> None:
+    stored = expiring_driver[database]["agent_sessions"]
+    with (
+        MongoDBSessionRepository(expiring, database, **SMALL) as lasting,
+        MongoDBSessionRepository(f"{expiring}&appName=x", database, session_ttl=timedelta(seconds=1)) as short,
+    ):
+        begin(lasting)
+        stored.update_one({"_id": ID}, {"$set": {"expires_at": datetime(2020, 1, 1, tzinfo=UTC)}})
+        begin(short, "short")
+        eventually(lambda: not stored.count_documents({"_id": "short"}))
+        assert lasting.session_exists(ID)
+    expiring_driver.drop_database(database)
+
+
 @pytest.mark.parametrize("write", WRITES)
 def test_a_session_expires_from_the_first_write_of_a_repository_with_a_ttl(
     repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored, write: str

@@ -86,7 +86,7 @@ ORDER = [
     "_finding",
     "_writes",
     "_write_back",
-    "_copies",
+    "_staging",
     "_exports",
     "_imports",
     "_forks",

@@ -39,7 +39,7 @@ from .errors import AgentNotFoundError, EncodingError, InvalidArgumentError, Ses
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
 _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
 _VALUE_DEPTH = 2  # document, metadata or agent_data, value
-_CROWD = timedelta(minutes=1)  # a later date is no crowd of feedback, but of a clock that was wrong
+_MOST_AHEAD = timedelta(minutes=1)  # a later date comes from a wrong clock, not from much feedback
 
 
 class AgentConfigDict(TypedDict):
@@ -174,13 +174,13 @@ def _place(member: Any) -> tuple[str, Any]:
 
 
 _latest: dict[object, datetime] = {}
-"""The latest date of feedback, by server or client."""
+"""The latest date of feedback, by the identity of the connection."""
 
 
-def _moment_of_its_own(connection: Connection) -> datetime:
-    """Return the server's time, later than any it returned before: it tells equal feedback from each other."""
+def _unique_moment(connection: Connection) -> datetime:
+    """Return the server's time, later than any result before: equal feedback differs in its date."""
     moment, latest = connection.now(), _latest.get(connection.identity)
-    if latest is not None and moment <= latest < moment + _CROWD:
+    if latest is not None and moment <= latest < moment + _MOST_AHEAD:
         moment = latest + timedelta(milliseconds=1)
     _latest[connection.identity] = moment
     return moment
@@ -243,12 +243,12 @@ class SessionAnnotations(SessionArchive):
         fields = {**checked_feedback(feedback), "created_at": self._connection.now()}
         entry = await compute(_encoded_feedback, checked_id(session_id, "session_id"), fields)
         async with self._connection.operation():
-            moment = _moment_of_its_own(self._connection)
+            moment = _unique_moment(self._connection)
             if "created_at" in entry:
                 entry["created_at"] = moment
-            else:  # within a marked form
+            else:  # the date is inside a marked form
                 entry = await compute(_encoded_feedback, session_id, {**fields, "created_at": moment})
-            # A set, so that it is added at most once, however often the command is sent.
+            # `$addToSet` adds it at most once, even if the command is sent again.
             update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
             await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
 
@@ -415,7 +415,7 @@ class SessionAnnotations(SessionArchive):
 
 
 def _encoded_metadata(session_id: str, metadata: object) -> Document:
-    """Return what an update of metadata sets, by path in the document."""
+    """Return the encoded values of metadata, by path in the document."""
     if isinstance(metadata, dict):
         refuse_unstorable(session_id, "metadata", metadata)
     return {

@@ -1,7 +1,7 @@
-"""Moving the old messages of a long conversation out of its session document, and reaching them there.
+"""Moving the old messages of a long conversation into the archive, and reading and changing them there.
 
-`_buckets` says what is stored and in which order. A move runs beside the conversation. A turn waits for one bucket
-only if the session document has no room for the next message, or an agent has twice as much in it as it should.
+`_buckets` describes the layout and the order of the statements. A move runs in the background. A turn waits for one
+bucket only if the session document has no room for the next message, or a head is at twice its limits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TRIES = 8
-"""How often a move begins again because somebody else changed the head, before it is left to the next append."""
+"""A move is left to the next append after another writer has changed the head this often."""
 
 _KNOWN_HEADS = 4096
 
@@ -57,17 +57,17 @@ class WrittenBackError(Exception):
 
 
 class SessionArchive(SessionMigration):
-    """The part of the repository that keeps the session documents small."""
+    """The base class of the repository that keeps the session documents small."""
 
     _attachments: Attachments
     _limits: Limits
     _archive_name: str
     _heads: dict[tuple[str, str], Head]
 
-    # Knowing when.
+    # Starting a move.
 
     def _head(self, session_id: str, key: str) -> Head:
-        """Return what is known of a head; what was used last is kept longest."""
+        """Return the known state of a head, from a cache that evicts the least recently used."""
         head = self._heads.pop((session_id, key), None) or Head()
         self._heads[session_id, key] = head
         if len(self._heads) > _KNOWN_HEADS:
@@ -75,7 +75,7 @@ class SessionArchive(SessionMigration):
         return head
 
     def _written(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
-        """Note what was stored, and start to move what is too much."""
+        """Update the known heads after a write, and start moves for those that exceed their limits."""
         for write in writes:
             key = agent_key(write.agent_id)
             head = self._head(session_id, key)
@@ -103,11 +103,11 @@ class SessionArchive(SessionMigration):
 
     @staticmethod
     def _is_moving(head: Head) -> bool:
-        # After a fork what the parent was doing is not under way in the child.
+        # After a fork of the process, the moves of the parent do not run in the child.
         return head.moving is not None and head.moving.get_loop() is asyncio.get_running_loop()
 
     async def _let_move(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
-        """Wait for the bucket that is being moved if a writer is so fast that a head is at twice its limits."""
+        """Wait for the bucket that is being moved if a head is at twice its limits: the writer is too fast."""
         for write in writes:
             head = self._heads.get((session_id, agent_key(write.agent_id)))
             if head is not None and write.appended and self._is_moving(head) and self._limits.exceeded(head, 2):
@@ -116,7 +116,7 @@ class SessionArchive(SessionMigration):
     # Moving.
 
     async def _move_old(self, session_id: str, key: str, head: Head) -> None:
-        """Move messages until the head is within its limits. What fails is tried again at the next append."""
+        """Move messages until the head is within its limits; after a failure, the next append tries again."""
         tries = 0
         try:
             while tries < _TRIES:
@@ -142,22 +142,22 @@ class SessionArchive(SessionMigration):
             head.moving = None
 
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
-        """Move one bucket; return `False`, with nothing moved, if the head is not what it was known as.
+        """Move one bucket; return `False`, with nothing moved, if the head has changed.
 
-        A document without room for its migration gets some from a bucket under the ids of 1.0.0.
+        If the document of a session of 1.0.0 has no room for its migration, the bucket gets an id of 1.0.0.
         """
         place = Place(session_id, head.life.incarnation)
         if head.stale_below:
             await self._remove_stale(place, key, head.since, head.stale_below)
             head.certain = False
             return False
-        as_known = replace(head)  # what is stored meanwhile must not change the second statement
+        as_known = replace(head)  # an append during the move must not change the second statement
         dates = self._dates(head.life)
         pipeline = merge(session_id, key, as_known, step, self._archive_name, dates)
         try:
             await self._send(lambda collection: run_pipeline(collection, pipeline))
         except DuplicateKeyError:
-            head.certain = False  # another process made the same bucket in the same moment
+            head.certain = False  # another process made the same bucket at the same time
             return False
         except DatabaseError as error:
             if error.code != MERGE_REFUSED:
@@ -205,13 +205,13 @@ class SessionArchive(SessionMigration):
         return True
 
     async def _outrun(self, session_id: str, key: str, head: Head) -> None:
-        """Have the next `merge` replace a bucket that this one was not allowed to replace."""
+        """Raise the head's revision, so that the next `merge` can replace a bucket that this one must not replace."""
         place = Place(session_id, head.life.incarnation)
         bucket = await self._find_bucket({"_id": place.bucket_id(key, head.archived, head.since)}, {"revision": 1})
         await self._update(outrun(session_id, key, head, 0 if bucket is None else int(bucket["revision"])))
 
     async def _update_with_room(self, session_id: str, update: Update) -> bool:
-        """Send an update of a session that may have no room left; make room where there is none."""
+        """Send an update of a session; make room if its document has none."""
         return await self._with_room(session_id, lambda: self._update(update))
 
     async def _store_part(self, session_id: str, part: str, value: Any, send: Callable[[], Awaitable[T]]) -> T:
@@ -253,7 +253,7 @@ class SessionArchive(SessionMigration):
                     raise
 
     async def _make_room(self, session_id: str) -> bool:
-        """Move messages of the agent that has most in the session document; return `False` if none has any."""
+        """Move messages of the agent with the largest head in the session document; return `False` if all are empty."""
         for _ in range(_TRIES):
             document = await self._send(lambda collection: collection.find_one({"_id": session_id}, NUMBERS_OF_ALL))
             heads: list[Document] = [] if document is None else document["heads"]
@@ -269,14 +269,14 @@ class SessionArchive(SessionMigration):
                 return True
         return False
 
-    # Reaching what was moved.
+    # Reading and changing archived messages.
 
     async def _archived(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return archived messages without their metrics, oldest first, from one query.
 
         Args:
             place: The session.
-            wanted: By agent key, when the agent was created, and the positions to begin with and to end before.
+            wanted: By agent key: the agent's `created_at`, the first position, and the position after the last.
 
         Raises:
             DatabaseError: A message is missing.
@@ -302,7 +302,7 @@ class SessionArchive(SessionMigration):
         return {key: [buckets[first] for first in sorted(buckets)] for key, buckets in found.items()}
 
     async def _raise_if_written_back(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> None:
-        """Raise `WrittenBackError` if archived messages are elsewhere since a session was read."""
+        """Raise `WrittenBackError` if archived messages were moved elsewhere after the session was read."""
         if await self._has_moved(place):
             raise_alone(WrittenBackError())
         for key, (since, _, end) in wanted.items():
@@ -310,7 +310,7 @@ class SessionArchive(SessionMigration):
                 raise_alone(WrittenBackError())
 
     async def _has_moved(self, place: Place) -> bool:
-        """Return whether buckets that were not found are in another place: 1.0.0 has kept them elsewhere."""
+        """Return whether missing buckets are in another place: the session was migrated, or 1.0.0 stored them."""
         if place.incarnation is None:
             return await self._is_migrated(place.session_id)
         return await self._copy_late_buckets(place)
@@ -352,7 +352,7 @@ class SessionArchive(SessionMigration):
                 return None
 
     async def _place_of(self, session_id: str, message: Document) -> Place:
-        """Return where the attachments of a message that was just read are; without attachments, no command is sent."""
+        """Return the place of the attachments of a message; without attachments, no command is sent."""
         if not references_of(message):
             return Place(session_id, None)
         return Place(session_id, Life.of(await self._found(session_id, LIFE)).incarnation)
@@ -388,7 +388,7 @@ class SessionArchive(SessionMigration):
     async def _change_archived(
         self, place: Place, key: str, message_id: int, fields: Document, created_at: Any = None
     ) -> None:
-        """Set fields of a message in the bucket that holds it, if one does; remove the attachments it had."""
+        """Set fields of a message in the bucket that holds it, if one does; remove its old attachments."""
         head = self._head(place.session_id, key)
         if not head.learned and not await self._ask_head(place.session_id, key, head):
             return
@@ -407,10 +407,10 @@ class SessionArchive(SessionMigration):
         return await self._send(lambda archive: archive.find_one(condition, projection), self._archive_name)
 
     def _copies(self, session_id: str, write: AgentWrite) -> dict[tuple[int, Any], Document]:
-        """Return those replacements in a head of which a left-over bucket may hold what they replace.
+        """Return the replacements in a head whose old content a left-over bucket can hold.
 
-        No bucket holds the newest message, unless it alone is so large that it had to make room for the next. So only
-        who replaces such a one or an older one, which hardly happens, has to look.
+        No bucket holds the newest message, unless it alone exceeds the limits and made room for the next one. So only a
+        replacement of such a message, or of an older one, must check the archive.
         """
         head = self._heads.get((session_id, agent_key(write.agent_id)))
         following = write.expected_id if write.expected_id is not None else head and head.next_id

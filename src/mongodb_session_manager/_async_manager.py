@@ -46,8 +46,9 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: The session is removed with all that belongs to it when nobody has written to it for so long;
-            `None` leaves it as it is, and it stays unless it expires already.
+        session_ttl: The session expires, with archive and attachments, when nobody has written to it for this time. The
+            value belongs to the session; another one applies from the next write on. With `None`, an expiring session
+            keeps its value, and any other one does not expire.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:

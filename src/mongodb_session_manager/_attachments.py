@@ -1,11 +1,11 @@
 """Large attachments of messages, in the GridFS bucket `<collection>_attachments`; any GridFS client reads it.
 
-An attachment belongs to one message. Its file's `_id` is `{incarnation, sha256, token}`, as its reference says, that of
-a chunk `{file, n}`, so storing it again changes nothing, and all files of a session are in one range of either index.
-The entry in `.files` is stored last: a file that has one is complete.
+An attachment belongs to one message. The `_id` of its file is `{incarnation, sha256, token}`, the `_id` of a chunk
+`{file, n}`. So storing a chunk twice changes nothing, and one range of `_id` holds all files of a session. The entry in
+`.files` is stored last: a file that has one is complete.
 
 Files are stored before the message that refers to them. A statement that replaces a message moves the references of the
-old content to `removed_attachments` of the same document; then the files that no message names any more are removed.
+old content to `removed_attachments` of the same document; then the files that no message refers to are removed.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ class Attachments:
     async def put_chunk(
         self, place: Place, reference: Reference, n: int, data: bytes, date: datetime | None = None
     ) -> None:
-        """Store a chunk of a file that is not complete yet; all chunks but the last have `CHUNK_BYTES`."""
+        """Store a chunk of a file that is not complete yet; all chunks except the last have `CHUNK_BYTES`."""
         chunks_name = f"{self._collection_name}{CHUNKS}"
         ensure_indexes(self._connection, self._database_name, chunks_name, [("files_id", "n")])
         chunk = {"_id": place.chunk_id(reference, n), "files_id": place.file_id(reference), "n": n, "data": data}
         await self._insert(CHUNKS, {**chunk, "session_id": place.session_id}, date)
 
     async def put_entry(self, place: Place, reference: Reference, date: datetime | None = None) -> None:
-        """Make a file of its chunks."""
+        """Store the entry that completes a file; its chunks must be stored."""
         entry = {
             "_id": place.file_id(reference),
             "length": reference.length,
@@ -117,7 +117,7 @@ class Attachments:
     # Reading.
 
     async def restore(self, place: Place, messages: Mapping[str, list[Document]]) -> None:
-        """Put the bytes back into the stored messages of agents, by agent id, in place.
+        """Replace the references in stored messages by the bytes, in place. `messages` maps agent ids to messages.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.
@@ -146,19 +146,19 @@ class Attachments:
     # Copying.
 
     async def chunk(self, place: Place, reference: Reference, n: int) -> bytes | None:
-        """Return the bytes of a chunk, `None` if it is not there."""
+        """Return the bytes of a chunk, `None` if it is not stored."""
         condition = {"_id": {"$in": [each.chunk_id(reference, n) for each in _places(place, reference)]}}
         found = await self._send(CHUNKS, lambda chunks: chunks.find_one(condition, {"data": 1}))
         return None if found is None else found["data"]
 
     async def drop_chunks(self, place: Place, reference: Reference) -> None:
-        """Remove the chunks of a file that never became complete."""
+        """Remove the chunks of a file that was not completed."""
         file = place.file_id(reference)
         if await self._send(FILES, lambda files: files.find_one({"_id": file}, {"_id": 1})) is None:
             await self._send(CHUNKS, partial(_delete_many, {"_id": place.chunks_of(reference)}))
 
     async def copy(self, source: Place, references: Sequence[Reference], target: Place) -> list[Reference]:
-        """Copy files to another session, on the server; return those that are not there."""
+        """Copy files to another session, on the server; return the references whose files are missing."""
         missing = []
         for begin in range(0, len(references), _AT_ONCE):
             batch = references[begin : begin + _AT_ONCE]
@@ -192,7 +192,7 @@ class Attachments:
     # Removing.
 
     async def remove_unnamed(self, place: Place, references: Sequence[Reference]) -> None:
-        """Remove those of several files that no message of the session names."""
+        """Remove files, except those that a message of the session refers to: in 1.0.0, messages shared files."""
         if not references:
             return
         named = await self._send("", partial(_named_in_head, place))
@@ -208,12 +208,12 @@ class Attachments:
 
 
 def parsed(listed: object) -> list[Reference]:
-    """Return the references of a stored list."""
+    """Parse a stored list of references; leave out invalid ones."""
     return references_of({"attachments": listed})
 
 
 def _places(place: Place, reference: Reference) -> list[Place]:
-    """Return where a file can be: 1.0.0 may have stored it after the session was migrated."""
+    """Return the places of a file: 1.0.0 can have stored it after the session was migrated."""
     is_migrated = reference.is_of_v1 and place.incarnation is not None
     return [place, Place(place.session_id, None)] if is_migrated else [place]
 
@@ -259,7 +259,7 @@ async def _named_in_archive(place: Place, references: Sequence[Reference], archi
 async def _parts(
     chunks: AsyncCollection, place: Place, references: Iterable[Reference]
 ) -> dict[Reference, dict[int, bytes]]:
-    """Return the chunks of several files by their numbers, from one query."""
+    """Return the chunks of several files, by reference and number, from one query."""
     parts: dict[tuple[str, str], tuple[Reference, dict[int, bytes]]] = {}
     ranges = []
     for reference in references:
@@ -273,7 +273,7 @@ async def _parts(
 
 
 def _joined(parts: dict[Reference, dict[int, bytes]]) -> dict[str, bytes]:
-    """Return the contents that are what their references say, by reference."""
+    """Join chunks; return by reference the contents that match their length and SHA-256."""
     blobs = {}
     for reference in tuple(parts):
         chunks = parts.pop(reference)

@@ -1,27 +1,27 @@
-"""How the old messages of a long conversation are laid out: heads, buckets, and the statements that move them. Pure.
+"""The layout of the messages of a long conversation: heads, buckets, and the statements that move messages. Pure.
 
 The session document keeps an agent's newest messages, its head. Older ones are in `<collection>_archive`:
 
     _id          {incarnation, agent: <agent key>, first: <position>}, see `_layout`
     session_id   the session
-    revision     the head's when the bucket was made; it grows with every change of a message in the bucket
+    revision     that of the head when the bucket was made; it grows with every change of a message in the bucket
     last         the position of the last message
     messages     as they were in the session document
     removed_attachments
-                 of replaced messages, until they are removed
+                 references of replaced messages, until the files are removed
     expires_at   if the session expires, see `_retention`
 
-A position counts the
-messages of an agent from 0; unlike an id it says where a message is, whatever a version before 1.0 has stored. In the
-agent's sub-document, `archived` is the position of the head's first message and `revision` grows with every change of
-a message in the head, but not with an append. `archive_revision` grows after every change of a message in a bucket.
+A position counts the messages of an agent from 0. Versions before 1.0 can have stored ids that have gaps, or do not
+increase; positions always locate a message. In the agent's sub-document, `archived` is the position of the head's first
+message, and `revision` grows with every change of a message in the head, but not with an append. `archive_revision`
+grows after every change of a message in a bucket.
 
 A move takes two statements and brings no message to the client. `merge` copies the oldest messages into the bucket
 that begins at `archived`; `cut` takes them out of the head and adds their number to `archived`. Both match the same
 `archived` and `revision`, and what they take depends only on messages that cannot change without changing these. A
-bucket that begins at `archived` or later is the left-over of a move that did not come to its end: nobody reads it, and
-the next move replaces it. `merge` refuses to replace a bucket of a higher revision, or an unlike one of the same, so
-that a statement that was stuck on its way cannot undo what happened since; `outrun` is the answer to that.
+bucket that begins at `archived` or later is left over from an unfinished move: no reader uses it, and the next move
+replaces it. `merge` refuses to replace a bucket of a higher revision, or a different one of the same revision, so that
+a delayed statement cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
 
 A write-back is the only statement that lowers `archived`, to 0; see `_write_back`. It leaves the agent's buckets behind
 and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No message moves
@@ -53,7 +53,7 @@ MAX_EMBEDDED_MESSAGES = 128
 MAX_EMBEDDED_BYTES = 256 * 1024
 
 BUCKET_MESSAGES = 1024
-"""No bucket holds more, so the one that holds a position begins at most so far below it."""
+"""The most messages of a bucket. So the bucket that holds a position begins less than this number below it."""
 
 _BUCKET_BYTES = 2 * 1024 * 1024
 _MOST_EMBEDDED_BYTES = 8 * 1024 * 1024
@@ -73,11 +73,11 @@ class Head:
         next_id: The id of the next message.
         size: Bytes of all, at least.
         removed: How many of the agent's oldest messages its conversation manager has removed.
-        learned: Whether the server was ever asked.
-        certain: Whether nothing but appends has happened since.
+        learned: Whether the head was ever read from the server.
+        certain: Whether only appends have changed it since, as far as this process knows.
         is_numbered: Whether the ids of the messages increase; other messages only move if there is no room.
         moving: A future that is done when the bucket that is being moved is.
-        life: Of the session.
+        life: The `Life` of the session, as it was when the head was read.
         stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
     """
 
@@ -106,7 +106,7 @@ class Head:
         return self.learned and self.below == self.archived
 
     def learn(self, numbers: Mapping[str, Any]) -> None:
-        """Take over what `head_numbers` has brought."""
+        """Take the values of a result of `head_numbers`."""
         self.since = numbers.get("created_at")
         self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
         self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
@@ -119,7 +119,7 @@ class Head:
 
 
 class Step(NamedTuple):
-    """How much a move takes: the oldest messages until both numbers are reached, but no more than `most`."""
+    """The size of a move: the oldest messages until both numbers are reached, but at most `most`."""
 
     messages: int
     size: int
@@ -128,17 +128,17 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """How many messages, and how many bytes of them, an agent has in the session document at most."""
+    """The most messages, and the most bytes of them, that an agent has in the session document."""
 
     messages: int
     size: int
 
     @classmethod
     def checked(cls, max_embedded_messages: object, max_embedded_bytes: object) -> Self:
-        """Return limits that can be used.
+        """Return valid limits.
 
         Raises:
-            ConfigurationError: One cannot.
+            ConfigurationError: A limit is invalid.
         """
         for name, value in (
             ("max_embedded_messages", max_embedded_messages),
@@ -152,15 +152,15 @@ class Limits:
         return limits
 
     def exceeded(self, head: Head, times: int = 1) -> bool:
-        """Tell whether messages have to move; the newest stays, whatever its size."""
+        """Return whether messages must move; the newest stays, whatever its size."""
         if not head.is_numbered:
             return False
         return head.count > 1 and (head.count > times * self.messages or head.size > times * self.size)
 
     def step(self, head: Head) -> Step:
-        """Return the move after which half of what is allowed is left.
+        """Return the move after which the head has half of its limits.
 
-        What restoring the agent needs stays if that is at most three quarters, so that it is in the session document.
+        The messages that restoring the agent needs stay in the head if they take at most three quarters of the limits.
         """
         kept = head.archived + head.count - head.removed
         stays = kept <= self.messages * 3 // 4 and head.size * kept // head.count <= self.size * 3 // 4
@@ -177,7 +177,7 @@ def everything(head: Head) -> Step:
 
 
 def head_numbers(path: str) -> Document:
-    """Return the expression for what `Head.learn` takes; `path` leads to the agent and begins with `$`."""
+    """Return the expression for the numbers that `Head.learn` takes; `path` leads to the agent and begins with `$`."""
     messages = array_at(f"{path}.messages")
     return {
         "created_at": f"{path}.created_at",
@@ -194,7 +194,7 @@ def head_numbers(path: str) -> Document:
 
 
 def numbers_of(key: str) -> Document:
-    """Return the projection that brings the `head` of an agent; `null` if there is no such agent."""
+    """Return the projection of the `head` of an agent; `null` if there is no such agent."""
     path = f"$agents.{key}"
     return {"_id": 0, "head": {"$cond": [{"$eq": [{"$type": path}, "object"]}, head_numbers(path), None]}}
 
@@ -209,11 +209,11 @@ NUMBERS_OF_ALL: Document = {
         }
     },
 }
-"""The projection that brings the `heads` of all agents, each with its `key`."""
+"""The projection of the `heads` of all agents, each with its `key`."""
 
 
 def _unchanged(session_id: str, key: str, head: Head) -> Document:
-    """Return the filter that matches while the head's messages are those `head` was told of, and others after them."""
+    """Return the filter that matches while the messages of `head` are unchanged; further ones may follow them."""
     numbers = {"archived": head.archived, "revision": head.revision}
     return {
         "_id": session_id,
@@ -282,7 +282,7 @@ def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) 
 def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates: Dates) -> list[Document]:
     """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in.
 
-    `dates` are those of the bucket.
+    `dates` is the expiry of the bucket.
     """
     messages = f"$agents.{key}.messages"
     bucket = {
@@ -296,7 +296,7 @@ def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates
         bucket["expires_at"] = {"$literal": dates.expires_at}
     newer = {"$gt": ["$$new.revision", "$revision"]}
     alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
-    # There is no way to say "fail"; but changing the _id is an error (ImmutableField).
+    # Aggregations have no operator that fails; but a change of _id is an error (ImmutableField).
     replace_or_fail = {"$replaceWith": {"$cond": [{"$or": [newer, alike]}, "$$new", {"_id": None}]}}
     return [
         {"$match": _unchanged(session_id, key, head)},
@@ -311,7 +311,7 @@ MERGE_REFUSED = 66
 
 
 def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Update:
-    """Return the update that takes out of a head what `merge` copied."""
+    """Return the update that removes from a head the messages that `merge` has copied."""
     path = f"agents.{key}"
     condition = {**_unchanged(session_id, key, head), **dates.may_be_added}
     sets = {
@@ -323,7 +323,7 @@ def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Upda
 
 
 def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
-    """Return the update that gives a head a higher revision than a left-over bucket that `merge` must not replace."""
+    """Return the update that raises the revision of a head above that of a bucket that `merge` must not replace."""
     higher = max(head.revision, revision) + 1
     return Update(_unchanged(session_id, key, head), {"$set": {f"agents.{key}.revision": higher}}, None)
 
@@ -346,7 +346,7 @@ def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) 
 def holding_message(place: Place, key: str, message_id: int, head: Head, created_at: Any = None) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
-    The first looks where a message is whose id is its position; the second, if there may be others, everywhere.
+    The first covers the buckets where the id is the position of its message; the second, if ids can differ, all.
     `created_at` is the message's, if it is known: 1.0.0 may have archived duplicate ids.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
@@ -364,9 +364,9 @@ def holding_message(place: Place, key: str, message_id: int, head: Head, created
 
 
 def change_in_bucket(condition: Document, message_id: int, fields: Document, created_at: Any = None) -> Update:
-    """Return the update that sets fields of the one message that `condition`, of `holding_message`, finds.
+    """Return the update that sets fields of a message in a bucket. `condition` is a filter of `holding_message`.
 
-    A new content moves the references to the old attachments to the bucket's `removed_attachments`.
+    New content moves the references to the old attachments to the bucket's `removed_attachments`.
     """
     if "message" not in fields:
         sets = {f"messages.$.{name}": value for name, value in split_fields(fields)[0].items()}

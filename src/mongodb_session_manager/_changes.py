@@ -1,11 +1,11 @@
-"""What can happen to the agents of a session, and the one update statement that makes it so. Pure.
+"""The changes of the agents of a session, and the one update statement that stores them. Pure.
 
-Changes are recorded in the order they happen. `fold` gathers what is recorded into one `AgentWrite` per agent,
-`compile_update` turns the writes of all agents into one statement, and `reconcile` says, when that statement matched
-nothing, what is left to do in view of what is stored.
+Changes are recorded in the order they happen. `fold` gathers the recorded changes into one `AgentWrite` per agent, and
+`compile_update` turns the writes of all agents into one statement. When that statement matched nothing, `reconcile`
+compares a write with the stored session and returns the part of it that is still to be stored.
 
-A write is exact: it matches the `next_message_id` it was made for. So a message id is used once, by one writer, and
-whoever was not there first changes nothing.
+A write is exact: it matches the `next_message_id` it was made for. So a message id is used once, by one writer, and a
+writer that comes second changes nothing.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class AppendMessage:
 class ReplaceMessage:
     """A message has another content: merged, updated or redacted.
 
-    `identity` is that of the message, if it is known. With `by_id` the writer has not loaded the message: its id must
-    be unique, otherwise `identity` selects one of the messages with that id.
+    `identity` is that of the message, if it is known. With `by_id`, the writer has not loaded the message: if several
+    messages have its id, `identity` selects one of them.
     """
 
     agent_id: str
@@ -138,11 +138,12 @@ Change: TypeAlias = (
 class AgentWrite:
     """All recorded changes of one agent, gathered.
 
-    `recorded` holds the `appended` messages as they first were, and `amended` what was recorded of them since: if one
-    turns out to be stored already, by a statement whose acknowledgement was lost, it is known by the one, and the other
-    is what that statement may not have said. `identities` are those of `replaced` messages. `stored` are the
-    attachments that were stored for the messages, `dates` are theirs. `outdated` are those of archived
-    messages whose content is replaced next. `incarnation` is that of the session.
+    `recorded` holds the `appended` messages as they were first recorded, and `amended` their later changes. If one is
+    stored already, by a statement whose acknowledgement was lost, `recorded` identifies it, and `amended` holds the
+    changes that the statement possibly did not contain. `identities` belong to `replaced` messages. `stored` are the
+    references to the attachments that were stored for the messages, and `dates` is the expiry of their files.
+    `outdated` are the references of archived messages whose content is replaced next. `incarnation` is that of the
+    session.
     """
 
     agent_id: str
@@ -271,7 +272,7 @@ class AgentWrite:
 
     @property
     def replaces_content(self) -> bool:
-        """Whether stored messages get another content, so that their attachments have to be removed."""
+        """Whether stored messages get new content, so that their old attachments must be removed."""
         return any("message" in fields for fields in self.replaced.values())
 
     @property
@@ -469,7 +470,7 @@ def _operators(condition: Document, parts: _Parts) -> Update:
 
 
 def _pipeline(parts: _Parts) -> Document:
-    """Say the same as an aggregation.
+    """Return the update as an aggregation pipeline.
 
     The operators cannot both push to an array and change its elements, nor set a field depending on another one.
     """
@@ -508,13 +509,14 @@ def _pipeline(parts: _Parts) -> Document:
 REMOVED = "removed_attachments"
 """The field of a session document or a bucket that lists the attachments of replaced messages, until they are removed.
 
-A statement that replaces the content of a message moves the references to this field. That of a session also lists,
-before it happens, those of a message that is replaced in a bucket: no opening reads the bucket.
+A statement that replaces the content of a message moves the old references to this field of the same document. Before a
+message in a bucket is replaced, the session document also lists its old references: opening a session reads that field,
+but not the buckets.
 """
 
 
 def attachments_of(messages: str, is_meant: Document) -> Document:
-    """Return the expression for the attachments of those of `messages` that a condition on `$$message` selects."""
+    """Return the expression for the attachments of the `messages` that a condition on `$$message` selects."""
     chosen = {"$filter": {"input": array_at(f"${messages}"), "as": "message", "cond": is_meant}}
     concatenated = {"$concatArrays": ["$$value", array_at("$$this.attachments")]}
     return {"$reduce": {"input": chosen, "initialValue": [], "in": concatenated}}
@@ -528,7 +530,7 @@ def with_removed(lists: Sequence[Document | list[str]]) -> Document:
 
 
 def without_removed(session_id: str, incarnation: ObjectId | None, references: list[str]) -> Update:
-    """Return the statement that takes references of removed files from a session's `REMOVED`."""
+    """Return the statement that removes the references of removed files from a session's `REMOVED`."""
     left = {"$setDifference": [array_at(f"${REMOVED}"), references]}
     field = {"$let": {"vars": {"left": left}, "in": {"$cond": [{"$eq": ["$$left", []]}, "$$REMOVE", "$$left"]}}}
     return Update({"_id": session_id, "incarnation": incarnation}, [{"$set": {REMOVED: field}}], None)

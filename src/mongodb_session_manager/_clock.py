@@ -1,4 +1,4 @@
-"""The server's clock: dates that several processes compare come from it, whatever the clocks of their machines say."""
+"""An estimate of the server's clock, for dates that processes on several machines compare."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from pymongo import monitoring
 from ._documents import to_milliseconds
 
 _SHORT_STEP = timedelta(seconds=1)
-"""A correction of the estimate that is shorter never makes a date go back."""
+"""`now` stands still, instead of going back, after a correction of the estimate that is shorter than this."""
 
 _PRECISE = 1.0
-"""Seconds of a round trip whose measurement may replace an earlier one."""
+"""A measurement with a longer round trip, in seconds, does not replace an earlier one."""
 
 _WALL_STEP = 1.0
-"""Seconds by which the local clock may move against the monotonic one, which stands still while a machine sleeps."""
+"""The estimate is void if the local clock has moved by more seconds against the monotonic clock.
+
+The monotonic clock stands still while a machine sleeps.
+"""
 
 _FRESH = 3600.0
-"""Seconds after which the server is asked again."""
+"""Seconds after which the server's clock is read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,8 @@ class _Measurement:
 
     Attributes:
         offset: The server's time minus the monotonic clock, in seconds.
-        taken: When it was taken, by the monotonic clock.
-        wall: The local clock minus the monotonic clock at that moment.
+        taken: The time of the reading, by the monotonic clock.
+        wall: The local clock minus the monotonic clock at that time.
     """
 
     offset: float
@@ -44,27 +47,28 @@ class _Measurement:
 class ServerClock(monitoring.ServerHeartbeatListener):
     """Estimates the clock of the server that takes the writes, from its replies to `hello`.
 
-    The heartbeats of an owned client bring them. The driver does not tell those of a borrowed client.
+    The clock receives the heartbeats of an owned client. The driver does not publish those of a borrowed client, whose
+    clock is read with commands.
     """
 
     def __init__(self) -> None:
         self._readings: dict[tuple[str, int | None] | None, _Measurement] = {}
         self._writable: tuple[str, int | None] | None = None
         self._latest = datetime.min.replace(tzinfo=UTC)
-        self.asking: asyncio.Task[None] | None = None
+        self.command: asyncio.Task[None] | None = None
 
     def is_known(self) -> bool:
-        """Return whether there is an estimate that holds."""
+        """Return whether there is a valid estimate."""
         reading = self._reading
         return reading is not None and abs(_wall() - reading.wall) < _WALL_STEP
 
     def is_due(self) -> bool:
-        """Return whether the server is to be asked: there is no estimate, or an old one."""
+        """Return whether the server's clock must be read: there is no valid estimate, or an old one."""
         reading = self._reading
         return reading is None or not self.is_known() or time.monotonic() - reading.taken > _FRESH
 
     def now(self) -> datetime:
-        """Return the server's time as MongoDB stores it, the local time if the server's is unknown."""
+        """Return the server's time in whole milliseconds; the local time if the server's is unknown."""
         reading = self._reading
         seconds = time.time() if reading is None else time.monotonic() + reading.offset
         moment = to_milliseconds(datetime.fromtimestamp(seconds, UTC))
@@ -78,16 +82,16 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         self._learn(self._writable, local_time, duration)
 
     def postpone(self) -> None:
-        """Keep the estimate, or the local clock without one, for as long as a reading lasts."""
+        """Use the estimate, or the local clock without one, until the next reading is due."""
         reading = self._reading
         offset = _wall() if reading is None else reading.offset
         self._readings[self._writable] = _Measurement(offset, time.monotonic(), _wall())
 
-    def asked(self, asking: asyncio.Task[None]) -> None:
-        """End a question to the server."""
-        self.asking = None
-        if not asking.cancelled():
-            asking.exception()  # retrieved, because the callers may have been cancelled
+    def command_done(self, command: asyncio.Task[None]) -> None:
+        """Forget a command that is done."""
+        self.command = None
+        if not command.cancelled():
+            command.exception()  # marked as retrieved: all callers can have been cancelled
 
     @property
     def _reading(self) -> _Measurement | None:
@@ -108,7 +112,7 @@ class ServerClock(monitoring.ServerHeartbeatListener):
     def succeeded(self, event: monitoring.ServerHeartbeatSucceededEvent) -> None:
         """Take a reading from a heartbeat; the driver publishes it before it selects the server."""
         reply: dict[str, Any] = event.reply.document
-        if not event.awaited:  # how long an awaited reply was under way is unknown
+        if not event.awaited:  # the round trip of an awaited reply is unknown
             self._learn(event.connection_id, reply.get("localTime"), event.duration)
         if reply.get("isWritablePrimary") or reply.get("ismaster"):
             self._writable = event.connection_id
@@ -119,7 +123,7 @@ _of_borrowed: dict[int, ServerClock] = {}
 
 
 def clock_of(client: object | None) -> ServerClock:
-    """Return the clock that all connections with a borrowed client share, a new one without a client."""
+    """Return the clock that all connections with a borrowed client share; a new clock without a client."""
     if client is None:
         return ServerClock()
     if id(client) not in _of_borrowed:

@@ -48,9 +48,9 @@ MARKER: Final = "__msm__"
 CODEC_OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     tz_aware=True,
     tzinfo=UTC,
-    # With STANDARD, one UUID of another length than 16 bytes makes the whole answer unreadable.
+    # With STANDARD, one stored UUID that has not 16 bytes makes the whole reply unreadable.
     uuid_representation=UuidRepresentation.UNSPECIFIED,
-    # Other drivers and hands have stored strings that are no UTF-8.
+    # Other programs can have stored strings that are not UTF-8.
     unicode_decode_error_handler="replace",
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # a date beyond the year 9999 is a `DatetimeMS`
 )
@@ -64,7 +64,7 @@ MAX_LEVELS: Final = 100
 # takes two for a level, so a value that was encoded can be decoded in the depth of another stack too.
 MAX_NESTING: Final = 256
 
-# How often `encode` packs parts of a value of `MAX_NESTING` levels, at most, rounded up.
+# The most times that `encode` packs parts of a value of `MAX_NESTING` levels, rounded up.
 _MAX_PACKED: Final = 16
 
 _INT64_MIN: Final = -(2**63)
@@ -110,7 +110,7 @@ def decode(stored: Any, *, nesting: int = MAX_NESTING) -> Any:
 
     Args:
         stored: A value read with `CODEC_OPTIONS`.
-        nesting: How many levels the value can have; what is packed deeper was not written by `encode`.
+        nesting: The most levels of the value; `encode` does not write packed forms that are deeper.
 
     Returns:
         A new value; nothing of it is shared with `stored` but what cannot change.
@@ -125,7 +125,7 @@ def decode(stored: Any, *, nesting: int = MAX_NESTING) -> Any:
 
 
 def decode_own(stored: Any) -> Any:
-    """Turn a stored value back into a Python value, like `decode`, if `encode` could have written its marked forms.
+    """Turn a stored value back into a Python value, like `decode`; refuse marked forms that `encode` does not write.
 
     Raises:
         EncodingError: The value holds a marker that is not part of a marked form that `encode` writes, or it is nested
@@ -162,7 +162,7 @@ def _check_nesting(stored: Any) -> None:
                 except RecursionError:
                     raise_alone(EncodingError("cannot read a value nested deeper than Python's stack allows here"))
                 except (BSONError, ValueError, ArithmeticError, LookupError):
-                    continue  # `decode` finds it
+                    continue  # `decode` reports it
             elif tag in _COLLECTIONS and type(packed) is list:
                 is_pair = tag == "dict"
                 waiting.extend((item, level if is_pair and type(item) is list else level + 1) for item in packed)
@@ -545,7 +545,7 @@ def _note_foreign(tag: Any) -> None:
 
 
 def _has_stack() -> bool:
-    """Return whether half of the stack is left, which is more than decoding a packed form of `encode` takes."""
+    """Return whether half of the stack is left: decoding a packed form of `encode` needs less."""
     frame, depth = sys._getframe(), 0
     while frame.f_back is not None:
         frame, depth = frame.f_back, depth + 1

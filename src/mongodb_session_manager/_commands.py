@@ -191,15 +191,15 @@ class SessionCollection:
         return await send(self._connection, self._database_name, name or self._collection_name, command)
 
     def _ensure_indexes(self) -> None:
-        """Build, beside everything else, the indexes that this process has not seen to."""
+        """Build missing indexes in the background, once per process."""
         ensure_indexes(self._connection, self._database_name, self._collection_name, self._indexes)
 
 
 def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
     """Return the indexes of a collection of sessions.
 
-    Besides one for each field, there is one for each date within what a list may be narrowed to. The server refuses all
-    of them if they are too many, so with many metadata fields the last ones have none of the latter.
+    Each field has an index; each field by which a list can be filtered also has one with each date. The server refuses
+    more than 64 indexes, so with many metadata fields the last ones have no index with the dates.
     """
     narrowed = ["application_name", *(f"metadata.{field}" for field in metadata_fields)]
     indexes: list[Fields] = [("state",), ("created_at",), ("updated_at",), ("session_id",)]
@@ -248,20 +248,28 @@ async def _sent(
 
 _INDEX_OPTIONS: dict[Fields, Document] = {
     ("state",): {"partialFilterExpression": {"state": {"$exists": True}}},
-    ("expires_at",): {"partialFilterExpression": {"expires_at": {"$exists": True}}, "expireAfterSeconds": 0},
+    ("expires_at",): {"expireAfterSeconds": 0},
     ("files_id", "n"): {"unique": True},
 }
-"""The options of those indexes that have any."""
+"""The options of indexes, for those that have any."""
 
 
-def ensure_indexes(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> None:
-    """Build, in the background, the indexes of a collection that this process has not seen to."""
+def ensure_indexes(connection: Connection, database: str, name: str, wanted: Iterable[Fields], **options: Any) -> None:
+    """Build missing indexes of a collection in the background, once per process.
+
+    Args:
+        connection: The connection.
+        database: The name of the database.
+        name: The name of the collection.
+        wanted: The fields of each index.
+        **options: Options of the indexes in addition to their usual ones.
+    """
     if missing := unseen(connection, database, name, wanted):
-        connection.start(_build_indexes(connection, database, name, missing))
+        connection.start(_build_indexes(connection, database, name, missing, options))
 
 
 def unseen(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> list[Fields]:
-    """Return those indexes of a collection that this process has not seen to, and take it that it does now."""
+    """Return the indexes of a collection that this process has not ensured yet, and register them as ensured."""
     seen = _indexed.get(connection.identity)
     if seen is None:
         seen = _indexed.setdefault(connection.identity, {})
@@ -278,13 +286,15 @@ def see_again(connection: Connection, database: str, name: str, fields: Iterable
     seen.update(dict.fromkeys(((database, name, each) for each in fields), time.monotonic() + after))
 
 
-async def _build_indexes(connection: Connection, database: str, name: str, wanted: Sequence[Fields]) -> None:
+async def _build_indexes(
+    connection: Connection, database: str, name: str, wanted: Sequence[Fields], options: Document
+) -> None:
     """Build indexes with one command, or one by one if the server refuses it; log each missing index once."""
-    missing = await _build(connection, database, name, wanted)
+    missing = await _build(connection, database, name, wanted, options)
     if len(wanted) > 1 and any(reason.code not in _ALIKE for reason in missing.values()):
         missing = {}
         for fields in wanted:
-            missing |= await _build(connection, database, name, [fields])
+            missing |= await _build(connection, database, name, [fields], options)
     refused = [fields for fields, reason in missing.items() if reason.code not in _PASSING]
     see_again(connection, database, name, missing.keys() - refused)
     see_again(connection, database, name, refused, after=_RETRY_REFUSED)
@@ -308,9 +318,13 @@ class _Missing(NamedTuple):
     code: int | None
 
 
-async def _build(connection: Connection, database: str, name: str, wanted: Sequence[Fields]) -> dict[Fields, _Missing]:
+async def _build(
+    connection: Connection, database: str, name: str, wanted: Sequence[Fields], options: Document
+) -> dict[Fields, _Missing]:
     """Build indexes with one command; return the reasons, by index, if it failed."""
-    indexes = [IndexModel([(field, 1) for field in fields], **_INDEX_OPTIONS.get(fields, {})) for fields in wanted]
+    indexes = [
+        IndexModel([(field, 1) for field in fields], **_INDEX_OPTIONS.get(fields, {}), **options) for fields in wanted
+    ]
     try:
         await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
     except MongoDBSessionError as error:

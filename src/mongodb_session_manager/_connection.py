@@ -64,7 +64,7 @@ SOCKET_TIMEOUT_MS = 30_000
 _CHECK_GRACE = 0.5  # seconds
 
 _HELLO_PAUSES = (0.05, 0.2, 0.8)
-"""Seconds before the server is asked again for its clock after a lost connection."""
+"""Pauses in seconds before the server's clock is read again after a lost connection."""
 
 _UNKNOWN_COMMAND = 59
 
@@ -123,7 +123,14 @@ async def find_and_modify(
         "new": True,
         "writeConcern": collection.write_concern.document,
     }
-    found: dict[str, Any] | None = (await collection.database.command(command, codec_options=CODEC_OPTIONS))["value"]
+    reply = await collection.database.command(command, codec_options=CODEC_OPTIONS)
+    if (error := reply.get("writeConcernError")) is not None:  # the driver raises it for its own methods only
+        error = {**error, "errorLabels": reply.get("errorLabels", [])}
+        is_late = (error.get("errInfo") or {}).get("wtimeout")
+        raise (driver.WTimeoutError if is_late else driver.WriteConcernError)(
+            error.get("errmsg", ""), error.get("code"), error
+        )
+    found: dict[str, Any] | None = reply["value"]
     return found
 
 
@@ -581,10 +588,10 @@ class Connection:
 
     @asynccontextmanager
     async def operation(self, *, timed: bool = True) -> AsyncIterator[None]:
-        """Count as under way, so that closing waits; operations inside of one are part of it.
+        """Count as an operation, for which closing waits; an operation inside another one is a part of it.
 
         Args:
-            timed: Whether to wait until `now` is the server's time.
+            timed: Whether to read the server's clock first, if it is unknown.
 
         Raises:
             SessionClosedError: The connection is closed or closing.
@@ -607,21 +614,21 @@ class Connection:
                 self._idle.set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` beside the operations; closing waits for it."""
+        """Run `work` in the background; closing waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     def now(self) -> datetime:
-        """Return the server's time as MongoDB stores it: UTC, whole milliseconds. Use it within an operation.
+        """Return the server's time as MongoDB stores it: UTC, whole milliseconds. Call it within an operation.
 
-        Dates that several processes compare come from here: their machines' clocks can differ.
+        Dates that several processes compare come from this clock: the clocks of their machines can differ.
         """
         return self._clock.now()
 
     async def _read_clock(self) -> None:
-        """Learn the server's time; wait for it only if it is unknown."""
+        """Read the server's clock; wait for the reply only if the clock is unknown."""
         clock = self._clock
         if clock.is_known():
             clock.postpone()
@@ -631,10 +638,10 @@ class Connection:
             await self._server(await self._commanded())
             if clock.is_known():  # from the heartbeats
                 return
-            if clock.asking is None or clock.asking.get_loop() is not asyncio.get_running_loop():
-                clock.asking = self.start(self._say_hello())
-                clock.asking.add_done_callback(clock.asked)
-            await asyncio.shield(clock.asking)
+            if clock.command is None or clock.command.get_loop() is not asyncio.get_running_loop():
+                clock.command = self.start(self._say_hello())
+                clock.command.add_done_callback(clock.command_done)
+            await asyncio.shield(clock.command)
 
     async def _refresh_clock(self) -> None:
         try:
@@ -658,11 +665,11 @@ class Connection:
                         raise
                     if error.code == _UNKNOWN_COMMAND:
                         self._clock.postpone()
-                    return  # another refusal, such as that of a password, comes again with the next command
+                    return  # the next command gets the same refusal, for example of a password, and reports it
             await asyncio.sleep(pause)
 
     async def _server(self, client: AsyncClient) -> None:
-        """Wait until a server that takes writes is known, as long as a command would."""
+        """Wait until a server that accepts writes is known, for at most as long as a command waits."""
         if self._gate is not None:
             await self._gate.server()
         elif isinstance(client, AsyncMongoClient):

@@ -1,4 +1,4 @@
-"""Copying sessions: out of the database, into one, and within one."""
+"""Copying sessions: export, import and fork."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ._loop import portal_to
 
 
 class SessionCopying(SessionExports, SessionImports, SessionForks):
-    """The part of the repository that copies sessions."""
+    """The base class of the repository that copies sessions."""
 
     async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
 
-        However long the session is, little of it is in memory. It may be written to meanwhile: what it holds when the
-        first line is asked for is exported, each message once, as it is when it is reached. One that was redacted
-        before that is exported redacted, without its attachments. Who stops early leaves nothing open.
+        Memory does not grow with the session. The session can be written to meanwhile: the export holds the messages
+        that were stored when the first line was requested, each once, as it is when the export reaches it. A message
+        that was redacted before that is exported redacted, without its attachments. Stopping early leaks no cursor.
 
         Raises:
-            SessionNotFoundError: The session does not exist (any more).
+            SessionNotFoundError: The session does not exist, or was removed meanwhile.
             AttachmentError: An attachment is missing or damaged.
         """
         export = self._export(session_id)
@@ -33,53 +33,56 @@ class SessionCopying(SessionExports, SessionImports, SessionForks):
     async def import_session(
         self, stream: Iterable[str | bytes] | AsyncIterable[str | bytes], session_id: str | None = None
     ) -> str:
-        """Store an exported session and return its id; nothing of it is visible before all of it is stored.
+        """Store an exported session and return its id; the session is invisible until it is complete.
 
-        The stream can come from an untrusted source. An import that fails, is cancelled or refused leaves nothing. What
-        a killed process has stored is invisible, and other processes remove it when its lease of a minute is over.
-        Dates stay. A session that expires has its whole time to live ahead, however long the import takes.
+        The stream can come from an untrusted source. An import that fails, is refused or is cancelled leaves no
+        session. The incomplete copy of a killed process is invisible, and other processes remove it when its lease of a
+        minute is over. The session and its messages keep their dates. With `session_ttl`, the session has its whole
+        time to live ahead when the import is complete.
 
         Args:
-            stream: The lines that `export_session` yielded: an open file, or an iterable of `str` or `bytes`, each of
-                them a line or any part of the text. An iterable that is not asynchronous is read in threads where an
-                event loop must not wait.
-            session_id: The new session; `None` for the id it was exported with.
+            stream: The lines that `export_session` yielded: an open file, or an iterable or asynchronous iterable of
+                `str` or `bytes`. Its items can be lines, or chunks that are cut anywhere. Asynchronous code reads a
+                file or a plain iterable in threads, so that the event loop does not wait for it.
+            session_id: The id of the new session; `None` for the id it was exported with.
 
         Raises:
             InvalidArgumentError: The stream is damaged, truncated, or not an exported session of a known version; the
                 message names the line.
-            SessionExistsError: There is a session of that id; it is left as it is.
-            MessageTooLargeError: It does not fit into documents of MongoDB.
+            SessionExistsError: A session with that id exists and stays unchanged, or another copy into it is under way.
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+            MessageTooLargeError: The session does not fit into documents of MongoDB.
         """
         return await feed(portal_to(asyncio.get_running_loop()), self._import(session_id), stream)
 
     async def fork_session(
         self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None
     ) -> None:
-        """Make another session with the same content, or its beginning, to try another continuation.
+        """Create a session with the same content, or with its beginning, to try another continuation.
 
-        Messages and attachments are copied on the server. Messages keep their dates and ids; the fork is created now.
-        It has the metadata and the guardrail events of its messages, but no feedback, which was given for another
-        continuation. Running totals are those of its messages.
+        Messages and attachments are copied on the server. Messages keep their dates and ids; `created_at` of the fork
+        is the current time. The fork has the metadata of the session, the guardrail events and running totals of its
+        own messages, and no feedback, which was given for another continuation.
 
-        An agent that is cut has the state of its session now, but no pending interrupt and no state of its model. Its
-        conversation manager shows as many messages as now, if there are so many; a summary that tells of later ones is
-        removed. Orchestrators are as they are now. A fork of a session that expires does so, too.
+        A cut agent has its current state, without pending interrupts and without the state of its model. Its
+        conversation manager shows as many messages as now, if the fork has that many; a summary that covers later
+        messages is removed. Orchestrators have their current states. The fork of an expiring session expires, too.
 
-        The session is left as it is; one of a version before 1.0 gets its message numbers, as by being opened.
+        The session stays unchanged, except that a session of an earlier version is migrated as if it was opened.
 
         Args:
             session_id: The session.
-            new_id: The fork.
-            at_message: The id of the last message of the fork, or ids by agent id where the session has several
-                agents; one that is not named is not cut. `None` for everything.
+            new_id: The id of the fork.
+            at_message: The id of the last message of the fork. For a session with several agents, a mapping of agent
+                ids to message ids; agents that it does not name are not cut. `None` copies everything.
 
         Raises:
-            InvalidArgumentError: An argument cannot be used, or `at_message` is one id for several agents.
-            SessionNotFoundError: The session does not exist (any more).
-            SessionExistsError: There is a session `new_id`; it is left as it is.
-            AgentNotFoundError: The session holds no such agent.
-            MessageNotFoundError: The agent holds no such message.
+            InvalidArgumentError: An argument is invalid, or `at_message` is one id for several agents.
+            SessionNotFoundError: The session does not exist, or was removed meanwhile.
+            SessionExistsError: The session `new_id` exists and stays unchanged, or another copy into it is under way.
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+            AgentNotFoundError: The session has no agent that `at_message` names.
+            MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing.
         """
         await portal_to(asyncio.get_running_loop()).run(self._fork, session_id, new_id, at_message)

@@ -1,4 +1,4 @@
-"""The aggregations that make the document of a fork out of that of its session. Pure."""
+"""The aggregations that make the document of a fork from the document of its session. Pure."""
 
 from __future__ import annotations
 
@@ -125,13 +125,13 @@ def usage_of(messages: str) -> Document:
 
 @dataclass
 class Branch:
-    """An agent of the session and what the fork takes of it.
+    """An agent of the session, and the part of it that the fork takes.
 
     Attributes:
-        agent: What `facts` has brought of it.
-        cut_at: The position of the first message the fork does not take; `None` if it takes all.
-        next_id: The id that follows the last one it takes.
-        cut_usage: What those it does not take have added to the totals.
+        agent: The values of `facts` for the agent.
+        cut_at: The position of the first message that the fork does not take; `None` if it takes all.
+        next_id: The id after the last message that the fork takes.
+        cut_usage: The usage of the messages that the fork does not take.
     """
 
     agent: Document
@@ -161,7 +161,7 @@ _NOT_COPIED = (
     *("attachments_generation", "expires_at", "migrating", "moved", "session_ttl", "kept_until", "keep_until"),
     REMOVED,
 )
-"""Fields of a session that a copy does not get."""
+"""Fields of a session that a fork does not get."""
 
 
 def snapshot_of(
@@ -169,13 +169,13 @@ def snapshot_of(
 ) -> list[Document]:
     """Return the aggregation that copies a session document into a staged one.
 
-    Without the session, or if the staged document is not there any more, it changes nothing.
+    It changes nothing without the session, or after the staged document was removed.
 
     Args:
         session_id: The session.
         own: The filter for the staged document.
         until: The end of its lease.
-        number: Tells the snapshots of a fork apart.
+        number: The number of the round, which distinguishes the snapshots of a fork.
         moment: The current time.
         sessions: The name of the collection.
     """
@@ -205,8 +205,8 @@ def fork_of(session_id: str, moment: datetime, branches: Iterable[Branch], expir
     Args:
         session_id: The session it is copied from.
         moment: The current time.
-        branches: Its agents.
-        expiry: The fields of a session that expires.
+        branches: The agents of the session.
+        expiry: The fields `time_to_live` and `expires_at` of the fork; empty if it does not expire.
     """
     branches = list(branches)
     fields: Document = {

@@ -1,14 +1,14 @@
-"""Deleting sessions, and finishing what another process has begun.
+"""Deleting sessions, and finishing the deletions and copies that another process has left.
 
-A session document that is not live says so in `state`:
+A session document that is not live has a `state`:
 
     state         "copying" (a fork or an import fills it) or "deleting"
-    state_by      a token of the call that does it
+    state_by      a token of the call that deletes the session
     state_until   the end of its lease, by the server's clock
 
-Deleting a session replaces the document by these fields, removes the parts of the session, and then the document. The
-steps can be repeated, so that every process may finish a deletion at any time. A copy whose lease is over is deleted.
-The next process that meets such a document finishes it; each process looks for them once when it starts.
+A deletion replaces the document by these fields, removes the parts of the session, and then the document. The steps are
+idempotent, so any process can finish a deletion at any time. A copy whose lease is over is abandoned: any process can
+delete it. A call with the same id finishes what it finds; each process also searches for unfinished sessions once.
 """
 
 from __future__ import annotations
@@ -35,35 +35,40 @@ from .errors import MongoDBSessionError, SessionConflictError, SessionExistsErro
 logger = logging.getLogger(__name__)
 
 LEASE = timedelta(seconds=60)
-"""How long after its last sign of life a copy is taken for abandoned."""
+"""How long a copy can go without renewing its lease before another process deletes it.
+
+The search for unfinished sessions leaves deletions alone that are younger than this.
+"""
 
 _PAUSES = (0.05, 1.0)
-"""The first and the longest pause in seconds between two looks at a session that is being copied."""
+"""The first and the longest pause, in seconds, between two queries for a session that is being copied."""
 
 _STATE: Document = dict.fromkeys(
     ("incarnation", "migrating", "state", "state_by", "state_until", "time_to_live", "expires_at"), 1
 )
 
 _LOOKED_FOR = ("state", "state_until")
-"""Stands among the indexes of a collection for the first look for unfinished sessions."""
+"""A key in the register of ensured indexes: the search for unfinished sessions runs once per process and collection."""
 
 
 class SessionDeletion(SessionRetention):
-    """The part of the repository that deletes sessions."""
+    """The base class of the repository that deletes sessions."""
 
     async def delete_session(self, session_id: str, **kwargs: Any) -> bool:
         """Delete a session: its document, its archived messages and its attachments.
 
-        The content of the document is gone at once. If the call is interrupted, the session does not exist any more,
-        and the next process that starts, or that uses the id, removes the rest. A manager that has the session open
-        gets `SessionNotFoundError` from its next write.
+        The first command removes the content of the document. If the call is interrupted after that, the session does
+        not exist any more. A call with the same id, or a process that opens its first session in the collection a
+        minute later or more, removes the rest. A manager that has the session open gets `SessionNotFoundError` from its
+        next write.
 
         Args:
             session_id: The session.
             **kwargs: Accepted because Strands' own repositories do; unused.
 
         Returns:
-            Whether the session was there.
+            Whether the session existed. `False` also for a session that has expired, and for an id that is being
+            imported or forked; that copy continues.
 
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
@@ -78,7 +83,7 @@ class SessionDeletion(SessionRetention):
         return False
 
     async def _end(self, session_id: str, condition: Document) -> bool:
-        """Delete the session that a condition matches with all its parts; return whether it matched."""
+        """Delete a session and all its parts if a condition matches its document; return whether it did."""
         token = uuid.uuid4().hex
         self._lives.pop(session_id, None)
         state = {
@@ -108,7 +113,7 @@ class SessionDeletion(SessionRetention):
         await self._send(lambda sessions: sessions.delete_one(ours))
 
     async def _remove_parts(self, place: Place) -> None:
-        """Remove all that is stored of a session outside its document."""
+        """Remove the archive and the attachments of a session."""
         for suffix, condition in place.outside():
             await self._remove_some(suffix, condition)
 
@@ -116,11 +121,15 @@ class SessionDeletion(SessionRetention):
         await self._send(partial(_delete_many, condition), f"{self._collection_name}{suffix}")
 
     async def _find_unfinished(self, session_id: str) -> Document | None:
-        """Return the state of whatever document has an id, `None` if there is none."""
+        """Return the state of the document with an id, live or not; `None` without a document."""
         return await self._send(lambda sessions: sessions.find_one({"_id": session_id}, _STATE))
 
     async def _finish(self, session_id: str, found: Document | None = None) -> Document | None:
-        """Finish what nobody is at any more; return the state of the document that stays, `None` if none does."""
+        """Finish a deletion; delete a copy whose lease is over, or an expired session.
+
+        Returns:
+            The state of the document that is left, `None` if none is.
+        """
         found = found or await self._find_unfinished(session_id)
         if found is None:
             return None
@@ -136,19 +145,19 @@ class SessionDeletion(SessionRetention):
             return found
         if not await self._end(session_id, {name: found.get(name) for name in (*names, "expires_at")}):
             return await self._find_unfinished(session_id)
-        logger.info("session_id=<%r> | removed a session that has expired, or a copy that was abandoned", session_id)
+        logger.info("session_id=<%r> | removed an expired session or an abandoned copy", session_id)
         return None
 
     async def _finish_other(self, session_id: str, seconds: float = 0.0) -> None:
-        """Finish what prevents a session from being created.
+        """Free an id for a new session: finish a deletion, or delete an abandoned copy or an expired session.
 
         Args:
-            session_id: The session.
-            seconds: How long to wait for a copy of which the lease is not over.
+            session_id: The id.
+            seconds: How long to wait for a copy whose lease is not over.
 
         Raises:
-            SessionExistsError: There is a live session of that id.
-            SessionConflictError: It is being imported or forked.
+            SessionExistsError: There is a live session with that id.
+            SessionConflictError: The session is still being imported or forked.
         """
         end, pause = time.monotonic() + seconds, _PAUSES[0]
         while (found := await self._finish(session_id)) is not None:
@@ -175,16 +184,16 @@ class SessionDeletion(SessionRetention):
             self._connection.start(self._look_for_unfinished())
 
     async def _look_for_unfinished(self) -> None:
-        """Finish what other processes have left, in the background of a process that starts."""
+        """Finish unfinished deletions and copies, in the background; log a failure."""
         try:
             async with self._connection.operation():
                 await self._finish_unfinished()
         except MongoDBSessionError as error:
-            logger.warning("error=<%s> | unfinished deletions and copies were not looked for", error)
+            logger.warning("error=<%s> | the search for unfinished deletions and copies failed", error)
 
 
 def incarnations_of(document: Document) -> list[ObjectId]:
-    """Return the incarnations under which parts of a session can be: its own, and those it is being migrated to."""
+    """Return the incarnations whose ids parts of a session can have: its own, and those of its migrations."""
     migrating = document.get("migrating")
     found = [document.get("incarnation"), *(migrating if isinstance(migrating, list) else [])]
     return [each for each in dict.fromkeys(found) if isinstance(each, ObjectId)]

@@ -7,20 +7,21 @@ created_at, updated_at   BSON dates, UTC
 metadata, feedbacks, guardrail_events
 agents.<agent key>
     agent_data           fields of Strands' SessionAgent + model, system_prompt, prompt_metadata
-    created_at, updated_at   in forks of 1.0.0, when it came into this session; `agent_data` says when it was created
+    created_at, updated_at   in forks of 1.0.0, the date of the fork; `agent_data` holds the date of creation
     next_message_id      the id the next message gets; absent in documents of versions before 1.0
     archived, revision   see `_buckets`; absent where nothing was moved, or replaced
     config_set           names of the configuration fields that a user has set; 1.0.0 kept it in `agent_data`
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]
                          `event_loop_metrics.message_usage` is the usage of the message; 1.0.0 kept it in `usage`
-incarnation              an ObjectId, with which the ids of all parts outside the document begin, see `_layout`
+incarnation              an ObjectId; the ids of all parts outside the document begin with it, see `_layout`
 time_to_live, expires_at of a session that expires, see `_retention`
 state, state_by, state_until
                          of a session that is being copied or deleted, see `_deletion`
-removed_attachments      of replaced messages, until the files are removed, see `_attachments`
+removed_attachments      references of replaced messages, until the files are removed, see `_attachments`
+migrating, moved         of a session of 1.0.0 whose migration is not complete, see `_migration`
 multi_agents.<key>       see `_multi_agents`
-copy_of                  what an imported session or a fork was made from: {session_id, at}
+copy_of                  the origin of an imported session or a fork: {session_id, at}
 """
 
 from __future__ import annotations
@@ -267,7 +268,7 @@ _SESSION_TYPES: Mapping[str, type] = {
 }
 _AGENT_TYPES: Mapping[str, type] = {"agent_data": dict, "messages": list, "usage": dict}
 _BLOCKS = ("toolUse", "toolResult")
-_MOST_COUNTED = 2**62  # the server refuses to add to a number beyond 64 bits; what is no number at all is not below
+_MOST_COUNTED = 2**62  # the server refuses sums beyond 64 bits; NaN compares as not below
 
 
 def usable(kind: type[T], value: object) -> T:
@@ -276,7 +277,7 @@ def usable(kind: type[T], value: object) -> T:
 
 
 def usable_numbers(values: object) -> dict[str, Any]:
-    """Return the values of a stored object that are numbers which the server can count on from, by name."""
+    """Return the numbers of a stored object that the server can increment, by name."""
     numbers: dict[str, Any] = values if type(values) is dict else {}
     return {name: number for name, number in numbers.items() if _is_number(number)}
 
@@ -536,7 +537,7 @@ def restorable(message: SessionMessage) -> SessionMessage | None:
 
 
 def is_restorable(message: SessionMessage) -> bool:
-    """Return whether Strands can go on from a message as it is."""
+    """Return whether Strands can restore a message unchanged."""
     return all(
         all(map(_is_block, shown["content"])) and type(shown.get("tracking_id", "")) is str for shown in _shown(message)
     )

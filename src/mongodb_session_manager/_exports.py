@@ -1,4 +1,4 @@
-"""Reading a whole session, piece by piece, as the lines of its portable form."""
+"""Exporting a session, piece by piece, as the lines of its portable form."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from ._untrusted import AGENT_LEFT_BEHIND, LEFT_BEHIND
 from .errors import AttachmentError, DatabaseError, SessionNotFoundError
 
 _ROUNDS = 8
-"""How often a message may be found changed while its attachments are read before that is taken for damage."""
+"""An attachment is reported as missing after its message was found changed this often."""
 
 _AT_ONCE = 64
-"""Messages that are made lines of in one go."""
+"""The number of messages that are encoded at a time."""
 
 
 class Export:
-    """A session on its way out.
+    """A running export.
 
-    Every `pull` sends commands of its own and leaves no cursor open, so whoever stops in the middle has nothing to
-    close, and whoever takes hours for it is not forgotten by the server.
+    Every `pull` sends commands of its own and leaves no cursor open, so stopping early leaks no cursor, and a slow
+    reader does not run into the cursor timeout.
     """
 
     def __init__(self, lines: AsyncGenerator[list[str], None]) -> None:
         self._lines = lines
 
     async def pull(self) -> list[str]:
-        """Return the lines that follow, none after the last."""
+        """Return the next lines, none after the last."""
         return await anext(self._lines, [])
 
 
 class SessionExports(SessionArchive):
-    """The part of the repository that exports."""
+    """The base class of the repository that exports sessions."""
 
     _attachments: Attachments
 
@@ -58,7 +58,7 @@ class SessionExports(SessionArchive):
         return Export(self._lines(session_id))
 
     async def _lines(self, session_id: str) -> AsyncGenerator[list[str], None]:
-        """Yield lines. The heads are read first and then the buckets below them, so no move is noticed."""
+        """Yield lines. The heads are read before the buckets below them, so a move cannot hide a message."""
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             document = await self._found(session_id, {})
@@ -107,7 +107,7 @@ class SessionExports(SessionArchive):
                 raise missing
 
     async def _is_elsewhere(self, source: _Source) -> bool:
-        """Look where the parts of a session are now; return whether the session was migrated.
+        """Update the place of the session's parts; return whether the session was migrated since it was read.
 
         Raises:
             SessionNotFoundError: The session does not exist any more.
@@ -147,7 +147,7 @@ class SessionExports(SessionArchive):
                             break
                 if missing is None:
                     break
-                # It may have been redacted or replaced since it was read.
+                # The message can have been redacted or replaced since it was read.
                 if await self._is_elsewhere(source):
                     continue
                 current = await self._message_now(session_id, agent_id, stored)
@@ -166,7 +166,7 @@ class SessionExports(SessionArchive):
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
     ) -> AsyncGenerator[list[str], None]:
-        """Yield the pieces of an attachment; they end early if it is not there (any more)."""
+        """Yield the pieces of an attachment; they end early if it is missing or was removed."""
         length, n, digest = 0, 0, hashlib.sha256()
         while length < reference.length:
             async with self._connection.operation():
@@ -181,11 +181,11 @@ class SessionExports(SessionArchive):
 
 @dataclass
 class _Source:
-    """A session that is exported.
+    """A session that is being exported.
 
     Attributes:
-        place: Where its parts are; it changes when the session is migrated.
-        created_at: Tells the session from a later one of the same id.
+        place: The ids of its parts; it changes when the session is migrated.
+        created_at: Distinguishes the session from a later one with the same id.
     """
 
     place: Place

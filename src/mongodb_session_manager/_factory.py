@@ -44,8 +44,9 @@ class MongoDBSessionManagerFactory:
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: The session is removed with all that belongs to it when nobody has written to it for so long;
-            `None` leaves it as it is, and it stays unless it expires already.
+        session_ttl: Sessions expire, with archive and attachments, when nobody has written to them for this time. Each
+            session has its own value; another one applies from the next write on. With `None`, expiring sessions keep
+            their values, and all others do not expire.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:

@@ -373,17 +373,17 @@ class SessionFinding(SessionCollection):
         meant = criteria.filter()
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
-        unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted apart, so that the indexes answer both
+        unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted separately, so that an index answers each query
         async with self._connection.operation():
             self._ensure_indexes()
             count = await self._send(lambda collection: collection.count_documents(meant, **options))
             return count - await self._send(lambda collection: collection.count_documents(unfinished))
 
     async def session_exists(self, session_id: str) -> bool:
-        """Tell whether there is a session of that id.
+        """Return whether a session with that id exists.
 
         Raises:
-            InvalidArgumentError: `session_id` cannot be one.
+            InvalidArgumentError: `session_id` is not a valid id.
         """
         return await self._find(session_id, {"_id": 1}) is not None
 

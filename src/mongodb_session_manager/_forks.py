@@ -1,11 +1,12 @@
 """Copying a session, or its beginning, on the server.
 
-One aggregation copies the session document into the staged one: a snapshot. What happens to the session afterwards does
-not disturb the fork. It goes on with its own document, which no other process changes: it copies the buckets below the
-heads, and the attachments that the messages name. The update that makes the fork live also cuts it.
+One aggregation copies the session document into the staged one: a snapshot. Later changes of the session do not disturb
+the fork. It continues with its own document, which no other process changes: it copies the buckets below the heads, and
+the attachments that the messages refer to. The update that makes the fork live also cuts it.
 
-Two things can be gone when the fork comes to them. A message whose attachments were removed was replaced, and the fork
-takes its new content. Archived messages are gone if the session was written back, and the fork takes a new snapshot.
+Two kinds of parts can be missing when the fork copies them. A message whose attachments were removed was replaced: the
+fork takes the new content. Archived messages are missing if the session was written back: the fork takes another
+snapshot.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ from .errors import (
 )
 
 _ROUNDS = 16
-"""How often a session may be written back, or one of its messages replaced, while it is forked."""
+"""A fork gives up after this many rounds: the session was written back, or a message replaced."""
 
 _AT_ONCE = 64
-"""Buckets, or files, that one command reads."""
+"""The number of buckets, or of files, that one command reads."""
 
 
 class _Gone(Exception):
-    """Archived messages are not where the snapshot says that they are.
+    """Archived messages that the snapshot counts are missing.
 
     Attributes:
-        snapshot: What is known of the agent at that moment; it is another one after a write-back.
-        error: What this means if it is not.
+        snapshot: Identifies the state of the agent in the snapshot; a write-back changes it.
+        error: The error to raise if the next snapshot has the same state.
     """
 
     def __init__(self, snapshot: tuple[Any, ...], error: MongoDBSessionError) -> None:
@@ -56,13 +57,13 @@ class _Gone(Exception):
 
 
 class _Held(NamedTuple):
-    """A message of a fork with attachments, and where it is.
+    """A message of a fork that has attachments, and its location.
 
     Attributes:
-        agent_id: Its agent.
+        agent_id: The id of its agent.
         bucket: The `_id` of its bucket, `None` for a message of the head.
         path: The path of the message in its document.
-        references: Its attachments.
+        references: The references to its attachments.
     """
 
     agent_id: str
@@ -72,7 +73,7 @@ class _Held(NamedTuple):
 
 
 class SessionForks(SessionStaging, SessionWrites):
-    """The part of the repository that forks."""
+    """The base class of the repository that forks sessions."""
 
     _attachments: Attachments
 
@@ -89,7 +90,7 @@ class SessionForks(SessionStaging, SessionWrites):
                 raise
 
     async def _make_current(self, session_id: str) -> None:
-        """Bring a session of an earlier version to today's form, as opening it does.
+        """Migrate a session of an earlier version to the current form, as opening it does.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -128,9 +129,9 @@ class SessionForks(SessionStaging, SessionWrites):
     async def _snapshot(
         self, session_id: str, staging: Staging, ends: int | dict[str, int] | None, number: int
     ) -> tuple[Place | None, Document]:
-        """Copy the session document; return the place of the session, and what has to be known of the copy.
+        """Copy the session document; return the place of the session, and the `facts` of the copy.
 
-        There is no place if an earlier version has written to the session meanwhile.
+        The place is `None` if an earlier version has written to the session meanwhile.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -197,7 +198,7 @@ class SessionForks(SessionStaging, SessionWrites):
                 return None
 
     async def _archived_usage(self, source: Place, head: Document, begin: int) -> Document:
-        """Return what archived messages from a position on have added to the totals."""
+        """Return the usage of the archived messages from a position on."""
         archived = int(head["archived"])
         if begin >= archived:
             return {}
@@ -215,7 +216,7 @@ class SessionForks(SessionStaging, SessionWrites):
             raise _gone(source, head, _hole(source.session_id))
         return totals[0]
 
-    # Copying what is outside of the document.
+    # Copying the archive and the attachments.
 
     async def _copy_archive(self, source: Place, place: Place, branch: Branch) -> None:
         """Copy the buckets below the head of the fork.
@@ -288,10 +289,10 @@ class SessionForks(SessionStaging, SessionWrites):
         )
 
     async def _copy_attachments(self, source: Place, staging: Staging, held: Sequence[_Held]) -> list[Reference]:
-        """Copy the attachments of messages of a fork; take messages again that were replaced meanwhile.
+        """Copy the attachments of messages of a fork; update messages that were replaced in the session meanwhile.
 
         Returns:
-            The attachments of those messages before.
+            The former references of the updated messages.
 
         Raises:
             AttachmentError: An attachment is missing.
@@ -311,7 +312,7 @@ class SessionForks(SessionStaging, SessionWrites):
         return replaced
 
     async def _missing(self, source: Place, place: Place, references: set[Reference]) -> set[Reference]:
-        """Copy attachments on the server; return those that are missing, or were removed while they were copied."""
+        """Copy attachments on the server; return those that are missing, or were removed during the copy."""
         wanted = sorted(references)
         missing = set(await self._attachments.copy(source, wanted, place))
         for begin in range(0, len(wanted), _AT_ONCE):
@@ -332,7 +333,7 @@ class SessionForks(SessionStaging, SessionWrites):
     async def _take_again(
         self, source: Place, staging: Staging, held: _Held, references: Sequence[Reference]
     ) -> list[Reference]:
-        """Replace a message of a fork by the one that has replaced it in the session; return its attachments.
+        """Replace a message of a fork by its new content in the session; return the new references.
 
         Raises:
             SessionNotFoundError: The session does not exist any more.
@@ -367,10 +368,10 @@ async def _run(pipeline: Sequence[Document], collection: AsyncCollection) -> lis
 
 
 def _heads(session_id: str, document: Document) -> dict[str, Document]:
-    """Return the agents of a session, by key, as `facts` has brought them.
+    """Return the agents of a session, by key, from a document that was read with `facts`.
 
     Raises:
-        DatabaseError: One of them cannot be used.
+        DatabaseError: A field of an agent has a type that cannot be used.
     """
     agents = {head["key"]: head for head in document["heads"] if head["key"] and "." not in head["key"]}
     for key in [key for key, head in agents.items() if is_left_out(key, head, agents)]:

@@ -1,7 +1,7 @@
-"""Writing a session from the lines of its portable form, which come from an untrusted source.
+"""Importing a session from the lines of its portable form, which come from an untrusted source.
 
-A message goes through the head of its agent as it does in a conversation: messages beyond the limits move into a
-bucket. The copy is staged, see `_staging`.
+Messages are added to the head of their agent, as in a conversation: beyond the limits, old messages move into a bucket.
+The copy is staged, see `_staging`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .errors import InvalidArgumentError
 
 _LINES = 256
 _BYTES = 1024 * 1024
-"""A batch of lines is complete when it has this number of lines or of bytes."""
+"""A batch is complete when it has this number of lines or of bytes."""
 
 _READ = 64 * 1024
-"""Bytes or characters of a file that are read at a time, at most."""
+"""The most bytes or characters that are read from a file at a time."""
 
 _ELEMENT = 12
-"""Bytes that an element of an array takes besides its value, at most."""
+"""The most bytes that an element of an array takes in addition to its value."""
 
 _PART = 1024 * 1024
 """Bytes of a session document that one update stores.
@@ -41,12 +41,12 @@ A server with a small cache refuses to write a large document at once.
 """
 
 _RESERVE = 16 * 1024
-"""Bytes of the session document that its messages leave to what is added to it."""
+"""Bytes of the session document that an import leaves free for later additions."""
 
 
 @dataclass
 class _Agent:
-    """An agent whose messages are coming in."""
+    """An agent that is being imported."""
 
     key: str
     fields: Document
@@ -69,11 +69,11 @@ class _Agent:
 
 
 class Import:
-    """A session on its way in; one call at a time is carried out.
+    """A running import; calls are serialized.
 
     Args:
-        sessions: The repository it is written to.
-        session_id: The new session; `None` for the id it was exported with.
+        sessions: The repository that stores the session.
+        session_id: The id of the new session; `None` for the id it was exported with.
     """
 
     def __init__(self, sessions: SessionImports, session_id: str | None) -> None:
@@ -90,18 +90,18 @@ class Import:
         self._is_over = False
 
     async def store(self, lines: Iterable[object]) -> None:
-        """Read lines and store what has to be stored before the session document."""
+        """Read lines, and store the archived messages and the attachments."""
         async with self._turn, self._sessions._connection.operation():
             self._check()
             for found in await asyncio.to_thread(self._read, lines):
                 await self._take(found)
 
     async def finish(self) -> str:
-        """Insert the session document; return its id.
+        """Store the session document, which makes the session live; return its id.
 
         Raises:
-            InvalidArgumentError: The last line has not come.
-            SessionExistsError: There is a session of that id.
+            InvalidArgumentError: The last line of the export is missing.
+            SessionConflictError: Another process has removed the copy, because its lease was over.
         """
         async with self._turn, self._sessions._connection.operation():
             self._check()
@@ -112,13 +112,16 @@ class Import:
             for part in await asyncio.to_thread(_parts_of, self._content()):
                 await staging.fill(part)
             expiry = await staging.date(self._sessions._session_ttl)
-            live = {"$unset": {"state": "", "state_until": ""}, **({"$set": expiry} if expiry else {})}
+            live = {
+                "$unset": dict.fromkeys(("state", "state_by", "state_until"), ""),
+                **({"$set": expiry} if expiry else {}),
+            }
             await staging.go_live(lambda sessions: sessions.update_one(staging.own, live))
             self._is_over = True
             return staging.session_id
 
     async def abandon(self) -> None:
-        """Remove what was stored, unless the session is live."""
+        """Remove the copy, unless the session is live."""
         async with self._turn, self._sessions._connection.operation():
             if not self._is_over and self._staging is not None:
                 await self._staging.abandon()
@@ -126,12 +129,12 @@ class Import:
 
     @property
     def _begun(self) -> Staging:
-        assert self._staging is not None  # the line of the session is the first one that is understood
+        assert self._staging is not None  # the reader accepts no line before that of the session
         return self._staging
 
     def _check(self) -> None:
         if self._is_over:
-            raise InvalidArgumentError("the import was given up")
+            raise InvalidArgumentError("the import was abandoned")
 
     def _read(self, lines: Iterable[object]) -> list[Read]:
         return [found for line in lines if (found := self._reader.read(line)) is not None]
@@ -177,7 +180,7 @@ class Import:
         del agent.messages[:count], agent.sizes[:count]
 
     async def _make_room(self) -> None:
-        """Archive more messages than the limits demand if the heads do not fit into one document."""
+        """Archive more messages than the limits require if the heads do not fit into one document."""
         frame = self._content()
         frame["agents"] = {key: {**agent, "archived": 0, "messages": []} for key, agent in frame["agents"].items()}
         room = MAX_DOCUMENT_BYTES - _RESERVE - await asyncio.to_thread(stored_size, frame)
@@ -261,7 +264,7 @@ def _can_be_divided(value: Any) -> bool:
 
 
 class SessionImports(SessionStaging):
-    """The part of the repository that imports."""
+    """The base class of the repository that imports sessions."""
 
     _attachments: Attachments
 
@@ -305,10 +308,10 @@ async def _in_threads(batches: Iterator[list[Any]]) -> AsyncIterator[list[Any]]:
 
 
 class _Lines:
-    """Makes batches of lines out of the parts of a stream, which can be chunks or lines.
+    """Makes batches of lines from the parts of a stream, which can be chunks or lines.
 
-    A line ends with a line feed, or where a part ends with an object and the next one begins with another: a list of
-    lines can be without their ends.
+    A line ends with a line feed. It also ends between a part that ends with an object and a part that begins with one,
+    because the lines of a list can have no line feeds.
     """
 
     def __init__(self) -> None:
@@ -357,7 +360,7 @@ class _Lines:
         self._quotes += unescaped.replace(b'\\"', b"").count(b'"')
 
     def _is_object(self) -> bool:
-        """Return whether an object ends here: in JSON, no object follows another one directly outside of a string."""
+        """Return whether an object ends here: outside of strings, JSON has no two adjacent objects."""
         return bool(self._rest) and self._rest[-1].rstrip().endswith(b"}") and self._quotes % 2 == 0
 
     def _end_line(self) -> Iterator[list[Any]]:

@@ -1,4 +1,4 @@
-"""Large values: measured before they are encoded, and encoded and decoded in a thread while the event loop goes on."""
+"""Large values: measured before they are encoded, and encoded and decoded in a thread, off the event loop."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LARGE: Final = 64 * 1024
-"""Bytes beyond which a value is worth a thread: encoding as many takes some milliseconds if they are dense."""
+"""A value of more bytes is encoded in a thread; encoding this number takes some milliseconds if the value is dense."""
 
-_ELEMENT = 2  # bytes of an element beside its name: its type and the end of the name
-_CONTAINER = 5  # its length and its end
+_ELEMENT = 2  # bytes of an element without its name: its type and the end of the name
+_CONTAINER = 5  # bytes of a document or array without elements: its length and its end
 _NUMBER = 4
 
 
 def least_size(value: object, limit: int) -> int:
-    """Return a lower bound of the bytes of BSON that a value takes; beyond `limit`, counting stops.
+    """Return a lower bound of the size of a value in BSON; counting stops beyond `limit`.
 
-    It copies nothing, and counts the elements of a list before it looks at them.
+    Nothing is copied. The length of a list counts before its elements, so that a huge list is not walked through.
     """
     size = 0
     level = [value]
-    for _ in range(MAX_NESTING + 2):  # a value that holds itself has no end
+    for _ in range(MAX_NESTING + 2):  # a value that contains itself has no end
         below: list[Any] = []
         for found in level:
             kind = type(found)
@@ -56,7 +56,7 @@ def least_size(value: object, limit: int) -> int:
 
 
 def _digits(count: int) -> int:
-    """Return how many digits the numbers below `count` have, the names of the elements of an array."""
+    """Return how many digits the numbers below `count` have together: they name the elements of an array."""
     digits, first = 0, 1
     while first < count:
         digits += count - first
@@ -65,7 +65,7 @@ def _digits(count: int) -> int:
 
 
 def is_large(value: object) -> bool:
-    """Return whether a value is worth a thread."""
+    """Return whether a value is so large that it must be encoded in a thread."""
     return least_size(value, LARGE) > LARGE
 
 

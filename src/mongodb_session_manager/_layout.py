@@ -27,7 +27,10 @@ FILES = "_attachments.files"
 CHUNKS = "_attachments.chunks"
 
 OUTSIDE = (ARCHIVE, CHUNKS, FILES)
-"""Suffixes of the collections, in the order in which the parts of a deleted session are removed."""
+"""The suffixes of the collections that hold parts, in the order in which a deletion removes the parts.
+
+Chunks are removed before files: an interrupted deletion then leaves no chunks without a file.
+"""
 
 UNFINISHED = ("copying", "deleting")
 """The values of `state` of a session that is not live."""
@@ -42,15 +45,15 @@ def live_at(moment: datetime) -> Document:
 
 
 OF_V1 = frozenset({"session_ttl", "migrating", "moved"})
-"""Fields of the session document by which a session has yet to be migrated, or to be cleared of what was copied."""
+"""The fields of a session whose migration from 1.0.0 is not complete."""
 
 
 class Place(NamedTuple):
-    """The ids of a session's parts.
+    """The prefix of the ids of a session's parts, and the ids and ranges that follow from it.
 
     Attributes:
-        session_id: The session.
-        incarnation: The session's; `None` for the ids of 1.0.0.
+        session_id: The id of the session.
+        incarnation: The incarnation of the session; `None` for parts that 1.0.0 has stored.
     """
 
     session_id: str
@@ -64,7 +67,7 @@ class Place(NamedTuple):
         return {"$gte": self._prefix, "$lte": {**self._prefix, following: MaxKey()}}
 
     def bucket_id(self, key: str, first: int, since: Any = None) -> Document:
-        """Return the `_id` of a bucket. Ids of one agent are in the order of its messages.
+        """Return the `_id` of a bucket. The ids of an agent's buckets sort in the order of its messages.
 
         Args:
             key: The agent's key.
@@ -75,7 +78,7 @@ class Place(NamedTuple):
         return {**self._prefix, **agent, "first": first}
 
     def buckets(self) -> Document:
-        """Return the range of the ids of all buckets."""
+        """Return the condition on `_id` that matches all buckets of the session."""
         return self._range("agent")
 
     def file_id(self, reference: Reference) -> Document:
@@ -89,19 +92,19 @@ class Place(NamedTuple):
         return {"file": self.file_id(reference), "n": n}
 
     def chunks_of(self, reference: Reference) -> Document:
-        """Return the range of the ids of all chunks of an attachment's file."""
+        """Return the condition on `_id` that matches all chunks of an attachment's file."""
         file = self.file_id(reference)
         return {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}
 
     def files(self) -> Document:
-        """Return the range of the ids of all files."""
+        """Return the condition on `_id` that matches all files of the session."""
         return self._range("sha256")
 
     def chunks(self) -> Document:
-        """Return the range of the ids of all chunks."""
+        """Return the condition on `_id` that matches all chunks of the session."""
         return {operator: {"file": bound} for operator, bound in self.files().items()}
 
     def outside(self) -> list[tuple[str, Document]]:
-        """Return a filter for the session's parts in each collection, by the suffix of the collection."""
+        """Return the suffix of each collection, with the filter for the session's parts in it."""
         ranges = {ARCHIVE: self.buckets(), CHUNKS: self.chunks(), FILES: self.files()}
         return [(suffix, {"_id": ranges[suffix]}) for suffix in OUTSIDE]

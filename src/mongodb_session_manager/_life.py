@@ -1,4 +1,4 @@
-"""What a process knows of a session besides its content, and the dates that follow from it. Pure.
+"""`Life`: the incarnation and the expiry of a session, as this process last read them; `Dates` of its parts. Pure.
 
 `_retention` explains the dates.
 """
@@ -18,7 +18,7 @@ from .errors import ConfigurationError
 _MOST_SECONDS = 2**31 - 1
 
 _STEPS = 8
-"""The steps of the date of a session within its time to live."""
+"""The date of a session moves at most this often within its time to live."""
 
 
 def checked_ttl(value: object) -> int | None:
@@ -38,16 +38,16 @@ def checked_ttl(value: object) -> int | None:
 
 
 def next_date(moment: datetime, seconds: int) -> datetime:
-    """Return the `expires_at` that a step at a moment gives to a session with this time to live."""
+    """Return the `expires_at` that a step sets: nine eighths of the time to live after `moment`."""
     return moment + timedelta(seconds=seconds) * (_STEPS + 1) / _STEPS
 
 
 class Dates(NamedTuple):
-    """What a part of a session is stored with.
+    """The expiry of a part that is stored before its session refers to it.
 
     Attributes:
-        time_to_live: The session's at that moment; `None` if the session does not expire.
-        expires_at: The part's; `None` if it does not expire.
+        time_to_live: The time to live of the session when the part is stored; `None` if the session does not expire.
+        expires_at: The date of the part; `None` if it does not expire.
     """
 
     time_to_live: int | None
@@ -55,8 +55,8 @@ class Dates(NamedTuple):
 
     @property
     def may_be_added(self) -> Document:
-        """The condition under which the part may be added to its session: it does not expire before the session."""
-        same: Document = {"time_to_live": self.time_to_live}
+        """The condition on the session: `time_to_live` is unchanged, and the session does not outlive the part."""
+        same: Document = {"time_to_live": self.time_to_live or {"$not": {"$gt": 0}}}
         return same if self.expires_at is None else {**same, "expires_at": {"$not": {"$gt": self.expires_at}}}
 
 
@@ -65,12 +65,12 @@ UNDATED = Dates(None, None)
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """What is known of a session besides its content.
+    """The incarnation and the expiry of a session. The values can be older than the stored ones.
 
     Attributes:
         incarnation: The prefix of the ids of its parts; `None` before it is migrated from 1.0.0.
-        time_to_live: Seconds; `None` if it does not expire.
-        expires_at: Its date is not earlier.
+        time_to_live: In seconds; `None` if the session does not expire.
+        expires_at: A lower bound of the stored date, which never moves back.
     """
 
     incarnation: ObjectId | None = None
@@ -79,7 +79,7 @@ class Life:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
-        """Return what the fields of `LIFE`, read from a session document, say."""
+        """Return the `Life` of a session document that was read with the projection `LIFE`."""
         incarnation, ttl, date = (document.get(name) for name in ("incarnation", "time_to_live", "expires_at"))
         return cls(
             incarnation if isinstance(incarnation, ObjectId) else None,
@@ -88,7 +88,7 @@ class Life:
         )
 
     def dates(self, moment: datetime, own: int | None) -> Dates:
-        """Return the dates of a part that is stored at a moment; `own` is the repository's `session_ttl`."""
+        """Return the dates of a part that is stored at `moment`; `own` is the `session_ttl` of the repository."""
         if self.time_to_live is None:
             return UNDATED
         seconds = max(own or 0, self.time_to_live)
@@ -103,4 +103,4 @@ class Life:
 
 
 LIFE: Document = {name: f"${name}" for name in ("incarnation", "time_to_live", "expires_at")}
-"""The projection, or expression, that brings what `Life` is made of."""
+"""The projection of the fields that `Life.of` needs; also usable as an aggregation expression."""

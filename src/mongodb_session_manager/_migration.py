@@ -1,13 +1,16 @@
 """Migrating the sessions of 1.0.0, whose parts have other ids.
 
-The buckets and files of a session are copied to the ids of a new incarnation, on the server, after that was noted in
-`migrating`. One update then gives the incarnation to the session, if its agents are unchanged; it increments their
-revisions, so that a move of messages that 1.0.0 has begun does not match any more. The update notes in `moved` what was
-copied. That is removed from the old ids, and with it what a migration has left that was noted and did not come to its
-end; then the notes. Whoever opens a session with a note goes on from there.
+A migration adds a new incarnation to the list `migrating` of the session document. It copies the buckets and files of
+the session to the ids of that incarnation, on the server. One update then sets `incarnation`, if the agents are
+unchanged. It increments their revisions, so that a move of messages that 1.0.0 has begun no longer matches, and records
+the copied parts in `moved`.
 
-1.0.0 may write to the session afterwards, during a rolling deployment: its buckets are found when a message is missing,
-and copied in the same way.
+The copied parts are then removed from the old ids, and all parts of the other incarnations in `migrating`: unfinished
+migrations have left those. `moved` and `migrating` are removed last. A process that opens the session, or writes to it,
+while it has one of these fields, continues there.
+
+1.0.0 can write to the session afterwards, during a rolling deployment. A reader that misses a message looks for buckets
+that 1.0.0 has stored since, and moves them.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ _NUMBERS = ("archived", "revision", "archive_revision")
 
 
 def is_of_v1(document: Document) -> bool:
-    """Return whether a session has to be migrated, or its migration is not complete."""
+    """Return whether a session must be migrated, or its migration must be completed."""
     return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & OF_V1)
 
 
@@ -61,7 +64,7 @@ HAS_PARTS: Document = {
         }
     }
 }
-"""The expression for whether messages of a session are in the archive, or attachments in GridFS."""
+"""The expression for whether a session has archived messages, or attachments in GridFS."""
 
 
 _OF_V1: Document = {
@@ -83,7 +86,7 @@ _OF_V1: Document = {
 
 
 class SessionMigration(SessionDeletion):
-    """The part of the repository that migrates sessions."""
+    """The base class of the repository that migrates sessions."""
 
     _attachments: Attachments
 
@@ -160,7 +163,7 @@ class SessionMigration(SessionDeletion):
         await self._send(partial(_run, pipeline), f"{self._collection_name}{ARCHIVE}")
 
     async def _remove_moved(self, session_id: str, document: Document) -> None:
-        """Remove from the ids of 1.0.0 what was copied, and what other migrations have left; then the notes."""
+        """Remove the former parts, and those of unfinished migrations; then `moved` and `migrating`."""
         moved, migrating = document.get("moved"), document.get("migrating")
         for incarnation in incarnations_of(document):
             if incarnation != document["incarnation"]:
@@ -179,13 +182,13 @@ class SessionMigration(SessionDeletion):
         return bool((await self._find(session_id, {"incarnation": 1}) or {}).get("incarnation"))
 
     async def _copy_late_buckets(self, place: Place) -> bool:
-        """Copy buckets that 1.0.0 has made after the migration of a session; return whether there were any."""
+        """Move buckets that 1.0.0 has stored since the migration of a session; return whether there were any."""
         document = await self._find(place.session_id, _OF_V1)
         if document is None or document.get("incarnation") != place.incarnation:
             return False
         if not (condition := _buckets_of(Place(place.session_id, None), document["agents"])):
             return False
-        # What an interrupted move has left is of an earlier generation, and not what the session holds.
+        # A bucket of an earlier generation is left over from an interrupted move.
         condition["generation"] = {"$gte": document.get("attachments_generation") or 0}
         name = f"{self._collection_name}{ARCHIVE}"
         if await self._send(lambda archive: archive.find_one(condition, {"_id": 1}), name) is None:

@@ -80,12 +80,13 @@ class MultiAgentStates(SessionArchive):
     async def apply_multi_agent(
         self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
-        """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
+        """Store a recorded state exactly once; in one command, unless another writer interferes.
 
         Args:
             session_id: The session.
-            write: What was recorded.
-            incarnation: That of the session that was opened; `None` for the one that has the id now.
+            write: The recorded state.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or

@@ -66,7 +66,7 @@ def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite
 
 
 def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None) -> Update:
-    """Return the statement that makes the write true, or matches nothing; `incarnation` is that of the session."""
+    """Return the statement that stores a write, or matches nothing; `incarnation` is that of the session."""
     path = path_of(write.multi_agent_id)
     fields = {"state": write.state, "revision": write.revision, "writer": write.writer, "updated_at": write.moment}
     if write.expected is None:

@@ -71,7 +71,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
 
         Raises:
             InvalidArgumentError: Its id cannot be stored.
-            DatabaseError: The stored state is not one that this graph or swarm can restore.
+            DatabaseError: This graph or swarm cannot restore the stored state.
         """
         checked_id(source.id, "multi_agent_id")
         is_stored = self._unit.multi_agents.read(source.id) is not None

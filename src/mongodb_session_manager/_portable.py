@@ -1,7 +1,7 @@
 """The portable form of a session: JSON lines, which hold the values as MongoDB Extended JSON (canonical). Pure.
 
     {"format": "mongodb-session-manager", "version": 1, "session_id": ..., "exported_at": ...}
-    {"session": {...}}                  what the document holds beside its agents
+    {"session": {...}}                  the fields of the document, except its agents
     {"agent": <id>, "fields": {...}}    an agent without its messages, which follow, oldest first
     {"attachment": <reference>, "at": <offset>, "data": <base64>}
     {"message": {...}}                  as it is stored, its attachments as references
@@ -9,16 +9,16 @@
 
 The pieces of an attachment come before the first message that refers to it. The next message with the same bytes
 refers to that attachment, whatever the token of its own reference, unless `REMEMBERED` others came since. An attachment
-ends with the piece that makes it as long as its reference says. One without its last piece, because its message was
-redacted meanwhile, must be ignored. The numbers of the last line count the lines of each kind (complete attachments);
-`sha256` is the digest of all lines before it, each with one line feed. It can be left out, for lines that were edited.
+ends with the piece that completes the length in its reference. An attachment without its last piece must be ignored:
+its message was redacted during the export. The last line counts the agents, the messages and the complete attachments;
+`sha256` is the digest of all lines before it, each with one line feed. It is optional, so that lines can be edited.
 
-A key that begins with `$` would be taken for Extended JSON, so a dict that holds one is written as
+Extended JSON gives keys that begin with `$` a meaning, so a dict with such a key is written as
 `{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes, or hold more than
-`MAX_ELEMENTS`, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no kind of line
-end can damage them.
+`MAX_ELEMENTS`, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no line ending
+can damage them.
 
-Ids of messages that do not increase are replaced as opening does.
+Message ids that do not increase are replaced, as opening a session does.
 """
 
 from __future__ import annotations
@@ -47,40 +47,40 @@ FORMAT = "mongodb-session-manager"
 VERSION = 1
 
 MAX_LINE = 32 * 1024 * 1024
-"""Bytes of a line; a document of MongoDB as base64 has 22 million."""
+"""The most bytes of a line; the largest document of MongoDB has 22 million as base64."""
 
 MAX_ELEMENTS = 2**22
-"""Objects, arrays and commas of a line, outside of strings.
+"""The most objects, arrays and commas of a line, outside of strings.
 
-What the largest document of MongoDB can hold: the densest values that this format writes as JSON are empty arrays with
-names of one character, 8 bytes of BSON each.
+The largest document of MongoDB can hold this number: the densest values that this format writes as JSON are empty
+arrays with names of one character, 8 bytes of BSON each.
 """
 
 MAX_RECORD = MAX_DOCUMENT_BYTES + 16 * 1024
-"""Bytes of BSON of a line."""
+"""The most bytes of BSON of a line."""
 
 _SLICE = 256 * 1024
 
 PIECE_BYTES = 512 * 1024
-"""Bytes of an attachment in one line at most, as they are exported."""
+"""The most bytes of an attachment in an exported line."""
 
 REMEMBERED = 1024
-"""How many attachments reader and writer remember not to repeat."""
+"""How many attachments reader and writer remember, so that the same bytes are exported once."""
 
 _MAX_LEVELS = 120
-"""Levels of the values of a line; a document may have 180, of which an archived message has 4 above it."""
+"""The most levels of a line; the server accepts 180, and a message in a bucket has 4 levels above it."""
 
 _OPTIONS = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, tzinfo=UTC, uuid_representation=UuidRepresentation.STANDARD
 )
-# What is read goes to the database as it is: a `Binary`, whatever its subtype.
+# Read values are stored unchanged: a `Binary` keeps its subtype.
 _READ_OPTIONS = _OPTIONS.with_options(uuid_representation=UuidRepresentation.UNSPECIFIED)
 _REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What reading damaged Extended JSON may raise."""
+"""The errors that damaged Extended JSON can raise."""
 
 
 class Recent:
-    """The attachments that came last, by SHA-256; writer and reader forget the same ones."""
+    """The most recent attachments, by SHA-256; writer and reader evict the same ones."""
 
     def __init__(self) -> None:
         self._known: dict[str, Reference] = {}
@@ -91,7 +91,7 @@ class Recent:
             del self._known[next(iter(self._known))]
 
     def find(self, reference: Reference) -> Reference | None:
-        """Return the reference to the same bytes with which they came."""
+        """Return the reference under which the same bytes were written, if they are remembered."""
         found = self._known.get(reference.sha256)
         return None if found is None or found.length != reference.length else found
 
@@ -120,7 +120,7 @@ def line_of(record: Document) -> str:
 
 
 class Writer:
-    """Makes the lines of one session, which count themselves."""
+    """Encodes the lines of one session, and counts them."""
 
     def __init__(self) -> None:
         self.recent = Recent()
@@ -142,19 +142,19 @@ class Writer:
         return self._noted(line_of({"agent": agent_id, "fields": fields}))
 
     def message(self, message: Mapping[str, Any]) -> str:
-        """Return the line of a message, in front of which its attachments are."""
+        """Return the line of a message, which follows the lines of its attachments."""
         self._counts["messages"] += 1
         return self._noted(line_of({"message": dict(message)}))
 
     def pieces(self, reference: Reference, at: int, data: bytes) -> Iterator[str]:
-        """Return lines of bytes of an attachment that begin at an offset."""
+        """Return the lines of bytes of an attachment that begin at the offset `at`."""
         for start in range(0, len(data), PIECE_BYTES):
             encoded = base64.b64encode(data[start : start + PIECE_BYTES]).decode()
             line = json.dumps({"attachment": str(reference), "at": at + start, "data": encoded})
             yield self._noted(f"{line}\n")
 
     def whole(self, reference: Reference) -> None:
-        """Take note that the last piece of an attachment was written."""
+        """Count an attachment whose last piece was written."""
         self._counts["attachments"] += 1
         self.recent.add(reference)
 
@@ -168,7 +168,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class SessionRead:
-    """The session, without its agents; `session_id` is the one it was exported from."""
+    """A session without its agents; `session_id` is the id of the exported session."""
 
     session_id: str
     fields: Document
@@ -184,9 +184,9 @@ class AgentRead:
 
 @dataclass(frozen=True, slots=True)
 class MessageRead:
-    """A message of the agent read last, and its size in bytes.
+    """A message of the last agent that was read, and its size in bytes.
 
-    Each of its references is the reference of a complete attachment that was read before.
+    Each of its references belongs to a complete attachment that was read before.
     """
 
     message: Document
@@ -195,7 +195,7 @@ class MessageRead:
 
 @dataclass(frozen=True, slots=True)
 class PieceRead:
-    """Bytes of an attachment, the one before it if it continues; `whole` if they are its last and it is intact."""
+    """Bytes of an attachment, from the offset `at`; `whole` if they are the last ones and the attachment is intact."""
 
     reference: Reference
     at: int
@@ -207,7 +207,7 @@ Read: TypeAlias = SessionRead | AgentRead | MessageRead | PieceRead
 
 
 class Reader:
-    """Reads lines from an untrusted source. What it returns can be stored, opened, listed, restored and exported."""
+    """Reads lines from an untrusted source; its results can be stored, opened, listed, restored and exported."""
 
     def __init__(self) -> None:
         self.is_complete = False
@@ -223,10 +223,10 @@ class Reader:
         self._attachment: tuple[Reference, int, Any] | None = None
 
     def read(self, line: object) -> Read | None:
-        """Return what a line says, `None` if it says nothing to be stored.
+        """Return the content of a line, `None` if it has nothing to store.
 
         Raises:
-            InvalidArgumentError: It cannot be a line of a session, or not in this place.
+            InvalidArgumentError: It is not a line of an exported session, or not allowed in this place.
         """
         self._number += 1
         try:
@@ -243,10 +243,10 @@ class Reader:
         return found
 
     def check_end(self) -> None:
-        """Refuse a stream that ends here unless it is complete.
+        """Refuse a stream that ends before it is complete.
 
         Raises:
-            InvalidArgumentError: It is not.
+            InvalidArgumentError: The last line is missing.
         """
         if not self.is_complete:
             where = f"after line {self._number}" if self._number else "before its first line"
@@ -275,13 +275,13 @@ class Reader:
         raise InvalidArgumentError("unknown record type")
 
     def _fitting(self, fields: Document) -> Document:
-        """Return fields of the session document, if it has room for them."""
+        """Return fields of the session document; refuse them if it has no room."""
         self._room -= stored_size(fields)
         require(self._room >= 0, f"the fields of the session and its agents exceed {MAX_DOCUMENT_BYTES} bytes")
         return fields
 
     def _agent(self, agent_id: str, fields: Document) -> AgentRead:
-        require(agent_id not in self._agents, "it is a second agent of that id")
+        require(agent_id not in self._agents, "it is a second agent with that id")
         self._agents.add(agent_id)
         self._counts["agents"] += 1
         self._position, self._last_id = 0, -1
@@ -306,7 +306,7 @@ class Reader:
 
     def _piece(self, reference: Reference | None, at: int, text: str) -> PieceRead:
         require(bool(self._agents), "it is an attachment without an agent")
-        require(reference is not None and reference.length > 0, "its reference cannot be one")
+        require(reference is not None and reference.length > 0, "its reference is invalid")
         assert reference is not None
         try:
             data = base64.b64decode(text, validate=True)
@@ -318,10 +318,10 @@ class Reader:
         require(known == reference and length == at and bool(data), "it does not continue its attachment")
         digest.update(data)
         length += len(data)
-        require(length <= reference.length, "its attachment is longer than it should be")
+        require(length <= reference.length, "its attachment is longer than its reference says")
         self._attachment = (reference, length, digest)
         if whole := length == reference.length:
-            require(digest.hexdigest() == reference.sha256, "its attachment is not what it should be")
+            require(digest.hexdigest() == reference.sha256, "its attachment does not match its SHA-256")
             self._attachment = None
             self._recent.add(reference)
             self._counts["attachments"] += 1
@@ -329,7 +329,7 @@ class Reader:
 
     def _end(self, numbers: Document) -> None:
         counted = {name: numbers.get(name) for name in self._counts}
-        require(counted == self._counts, "it counts other lines than there were: some are missing or too many")
+        require(counted == self._counts, "its counts do not match the lines: some are missing or repeated")
         if "sha256" in numbers:
             require(numbers["sha256"] == self._digest.hexdigest(), "a line before it was changed")
         self.is_complete = True
@@ -347,7 +347,7 @@ def _stripped(line: object) -> bytes:
 
 
 def _record(data: bytes) -> Document:
-    """Return the object of a line, which BSON can hold."""
+    """Return the object of a line, as it reads after it was stored as BSON."""
     require(_has_few_elements(data), f"it holds more than {MAX_ELEMENTS} values")
     try:
         text = data.decode()
@@ -363,7 +363,7 @@ def _record(data: bytes) -> Document:
         _check_levels(record, _MAX_LEVELS)
         stored = bson.encode(record, codec_options=CODEC_OPTIONS)
         require(len(stored) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
-        return bson.decode(stored, CODEC_OPTIONS)  # what is checked is what will be read
+        return bson.decode(stored, CODEC_OPTIONS)  # the checks see the values that will be read
     except InvalidArgumentError:
         raise
     except _REFUSALS:
@@ -371,10 +371,10 @@ def _record(data: bytes) -> Document:
 
 
 def _has_few_elements(data: bytes) -> bool:
-    """Return whether a line has at most `MAX_ELEMENTS`; to parse one of them takes about 64 bytes and 100 ns."""
+    """Return whether a line has at most `MAX_ELEMENTS`; parsing one takes about 64 bytes and 100 ns."""
     if _elements(data) <= MAX_ELEMENTS:
         return True
-    # Some of them can be characters of strings; without escapes, each quote begins or ends one.
+    # Some of them can be inside strings; without escapes, each quote begins or ends a string.
     data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     count = is_within = 0
     for begin in range(0, len(data), _SLICE):
@@ -426,6 +426,6 @@ def _checked_header(record: Document) -> str:
 
 
 def _plain_id(value: object, name: str) -> str:
-    """Return an id that is a plain `str`: `Code` is a subclass of it."""
+    """Return an id that is a plain `str`; `Code` is a subclass of `str`."""
     require(not isinstance(value, str) or type(value) is str, f"{name} must be a str, not {type(value).__name__}")
     return checked_id(value, name)

@@ -1,6 +1,6 @@
-"""How a message refers to bytes that are kept outside of its session's document, and how large it may be. Pure.
+"""The references of a message to bytes in GridFS, and the limits of its size. Pure.
 
-A message whose bytes together exceed a bound is recorded with its `attachments`, a list of `Attachment`. When it is
+A message whose bytes together exceed a limit is recorded with its `attachments`, a list of `Attachment`. When it is
 stored, the bytes are in GridFS, and its element of `messages` holds
 
     message, redact_message   {"__msm__": "attachment", "v": <reference>} in the place of the bytes
@@ -9,8 +9,8 @@ stored, the bytes are in GridFS, and its element of `messages` holds
 A reference is text, `<SHA-256>:<length>:<token>`. Each attachment of each recorded message has a token of its own, the
 hexadecimal digits of an ObjectId, so no two messages share a file. In messages that 1.0.0 has stored, the token is a
 decimal number, and several messages of a session can have the same reference. A copy of a session keeps the references.
-The codec escapes what looks like a marker in a message; and a marker is exchanged only for a reference that
-`attachments` lists.
+The codec escapes values of a message that look like a marker. A marker is replaced by bytes only if `attachments` lists
+its reference.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .errors import ConfigurationError, MessageTooLargeError
 T = TypeVar("T", bound=Mapping[str, Any])
 
 MAX_INLINE_ATTACHMENT_BYTES = 256 * 1024
-"""How many bytes the images, documents and videos of one message may hold together and stay in the document."""
+"""Images, documents and videos of one message stay in the document if they have at most this many bytes together."""
 
 MAX_MESSAGE_BYTES = 15 * 1024 * 1024
-"""How large the BSON of one message may be without its attachments.
+"""The most bytes of BSON of one message, without its attachments.
 
-A document of MongoDB holds 16 MiB. The rest is for what the document holds beside the message.
+A document of MongoDB has at most 16 MiB. The rest is for the other fields of the document.
 """
 
 _TAG = "attachment"
@@ -44,7 +44,7 @@ _FORM = re.compile(r"([0-9a-f]{64}):([0-9]{1,18}):([0-9a-f]{24}|[0-9]{1,18})")
 
 
 class Reference(NamedTuple):
-    """What a message says of bytes that are kept outside."""
+    """A reference to bytes in GridFS."""
 
     sha256: str
     length: int
@@ -55,7 +55,7 @@ class Reference(NamedTuple):
 
     @classmethod
     def parse(cls, text: object) -> Self | None:
-        """Return the reference that `text` is, if it is one."""
+        """Parse a reference; return `None` if `text` is not a reference."""
         match = _FORM.fullmatch(text) if isinstance(text, str) else None
         return None if match is None else cls(match[1], int(match[2]), match[3])
 
@@ -66,17 +66,17 @@ class Reference(NamedTuple):
 
 
 class Attachment(NamedTuple):
-    """Bytes of a recorded message that are to be stored outside, and their token."""
+    """Bytes of a recorded message that will be stored in GridFS, and their token."""
 
     token: str
     data: bytes
 
 
 def checked_inline_bytes(value: object) -> int:
-    """Return `value` if it can be `max_inline_attachment_bytes`.
+    """Return a valid `max_inline_attachment_bytes`.
 
     Raises:
-        ConfigurationError: It cannot.
+        ConfigurationError: `value` is invalid.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_MESSAGE_BYTES:
         raise ConfigurationError(
@@ -86,7 +86,7 @@ def checked_inline_bytes(value: object) -> int:
 
 
 def set_aside(fields: T, max_inline: int) -> T:
-    """Return the fields of a message, with the bytes to be stored outside listed as `attachments`.
+    """Return the fields of a message; `attachments` lists the bytes that will be stored in GridFS.
 
     Raises:
         MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
@@ -116,7 +116,7 @@ def replacement(fields: Document, max_inline: int) -> Document:
 
 
 def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:
-    """Return the bytes within values that are worth being kept outside, by identity."""
+    """Return the bytes within values that are longer than a reference, by identity."""
     found: dict[int, bytes] = {}
     left = list(values)
     while left:
@@ -132,7 +132,7 @@ def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:
 
 
 def detached(fields: Mapping[str, Any], references: Mapping[int, str]) -> Document:
-    """Return the fields of a message with references, by identity of the bytes, in the place of what was set aside."""
+    """Return the fields of a message with references, by identity of the bytes, instead of its `attachments`."""
 
     def refer(value: Any) -> Any:
         if type(value) is bytes and (reference := references.get(id(value))) is not None:
@@ -144,14 +144,14 @@ def detached(fields: Mapping[str, Any], references: Mapping[int, str]) -> Docume
 
 
 def references_of(stored: object) -> list[Reference]:
-    """Return what a stored message refers to."""
+    """Return the references of a stored message."""
     listed = stored.get("attachments") if isinstance(stored, Mapping) else None
     found = map(Reference.parse, listed if isinstance(listed, list) else ())
     return [reference for reference in found if reference is not None]
 
 
 def attached(stored: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Document:
-    """Return a stored message with bytes, by reference, where they belong; the inverse of `detached`."""
+    """Return a stored message with bytes instead of its references; the inverse of `detached`."""
 
     def fetch(value: Any) -> Any:
         if type(value) is dict and value.get(MARKER) == _TAG and type(value.get("v")) is str:

@@ -84,7 +84,7 @@ T = TypeVar("T")
 _ALL = 2**31 - 1
 
 _PATIENCE = 10.0
-"""Seconds for which an opening waits while its session is being imported or forked."""
+"""How many seconds opening waits for a session that is being imported or forked."""
 
 _OPTIONS = (
     *("connection_string", "database_name", "collection_name", "client", "application_name", "metadata_fields"),
@@ -153,8 +153,9 @@ class AsyncMongoDBSessionRepository(
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: Sessions are removed with all that belongs to them when nobody has written to them for so long;
-            `None` keeps those that do not expire already.
+        session_ttl: Sessions expire, with archive and attachments, when nobody has written to them for this time. Each
+            session has its own value; another one applies from the next write on. With `None`, expiring sessions keep
+            their values, and all others do not expire.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -248,7 +249,7 @@ class AsyncMongoDBSessionRepository(
         async with self._connection.operation():
             for _ in range(ROUNDS):
                 document = await self._create_or_read(session_id)
-                # The driver's own second attempt brings a new session without the computed fields.
+                # The result of the driver's own second attempt at an upsert has no computed fields.
                 if document.get("has_parts") or document.keys() & OF_V1:
                     await self._migrate(session_id)
                     continue
@@ -274,7 +275,7 @@ class AsyncMongoDBSessionRepository(
                 except AttachmentError as error:
                     if error.references == missing:
                         raise
-                    missing = error.references  # unless their messages were replaced since they were read
+                    missing = error.references  # their messages can have been replaced since: read again
                     continue
                 if removed := document.pop("removed_attachments", None):
                     self._connection.start(self._finish_removal(place, removed))
@@ -282,7 +283,7 @@ class AsyncMongoDBSessionRepository(
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was opened")
 
     async def _finish_removal(self, place: Place, listed: Any) -> None:
-        """Remove the attachments of replaced messages that another process has left."""
+        """Remove the attachments of replaced messages; log a failure."""
         try:
             async with self._connection.operation():
                 await self._remove_removed(place, listed if isinstance(listed, list) else [])
@@ -342,7 +343,7 @@ class AsyncMongoDBSessionRepository(
                         return_document=ReturnDocument.AFTER,
                     )
                 )
-            except DuplicateKeyError:  # it is not live, or another process created it in the same moment
+            except DuplicateKeyError:  # it is not live, or another process created it at the same time
                 with suppress(SessionExistsError):
                     await self._finish_other(session_id, _PATIENCE)
                 continue
@@ -566,7 +567,7 @@ class AsyncMongoDBSessionRepository(
                 except AttachmentError as error:
                     if error.references == missing:
                         raise
-                    missing = error.references  # unless their messages were replaced since they were read
+                    missing = error.references  # their messages can have been replaced since: read again
             else:
                 raise DatabaseError(f"session {session_id!r} was changed again and again while it was read")
         return await compute(_messages_of, messages, offset, session_id, agent_id)

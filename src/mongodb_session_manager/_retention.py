@@ -1,21 +1,22 @@
 """Sessions that expire: one date, `expires_at`, on the session's document and on each of its parts outside it.
 
-The server removes a document when its `expires_at` has passed. No statement moves the date of a document back. After
-each write, the date of the session is at least its time to live ahead. It moves in steps of an eighth of that, so that
-most statements leave it alone. The parts of a session never expire before it:
+A session whose `expires_at` has passed can no longer be read or written to, and opening its id creates a new one. The
+server removes its documents within about a minute. No statement moves a date back. After each write, the date of the
+session is at least its time to live ahead. It moves in steps of an eighth of that, so that most statements leave it
+unchanged. The parts of a session never expire before it:
 
-- The first date of a session that had none is set on its document, then on its parts: a part without a date stays.
+- The first date of a session is set on its document, and then on its parts. A part without a date never expires.
 - A later step sets the date of all parts first, and then the date of the session.
 - A new part gets a date that is a whole time to live later than the date that a step would set now. The statement that
   adds it to the session matches only if the time to live is unchanged and the session does not expire later.
 
-So a step that is taken at the same time, and has dated the parts already, leaves no new part behind.
+So a step that runs at the same time, and has dated the parts already, cannot leave the new part behind.
 
-`time_to_live` are the seconds of the session. They change when a repository with another `session_ttl` writes to it.
-The write then takes a step of the shorter value, and a second one of the new value: a part that was stored with a date
-of the earlier value is either added before the first step, and dated by the second, or not added.
+`time_to_live` is the time to live of the session in seconds. It changes when a repository with another `session_ttl`
+writes to the session. That write takes a step of the shorter value, and a second one of the new value. A part that was
+dated by the former value is either added before the first step, so that the second one dates it, or refused.
 
-All dates are of the server's clock, see `Connection.now`.
+All dates come from the server's clock, see `Connection.now`.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ _KNOWN_LIVES = 4096
 
 
 class SessionRetention(SessionCollection):
-    """The part of the repository that dates sessions and their parts."""
+    """The base class of the repository that keeps expiring sessions alive: it moves `expires_at` with writes."""
 
     _session_ttl: int | None
     _lives: dict[str, Life]
 
     def _learn(self, session_id: str, document: Mapping[str, Any]) -> Life:
-        """Remember what a session document with the fields of `LIFE` says."""
+        """Remember the `Life` of a session document, and ensure the TTL indexes if the session expires."""
         self._lives.pop(session_id, None)
         self._lives[session_id] = life = Life.of(document)
         if len(self._lives) > _KNOWN_LIVES:
@@ -61,7 +62,7 @@ class SessionRetention(SessionCollection):
         return life.dates(self._connection.now(), self._session_ttl)
 
     async def _life(self, session_id: str) -> Life:
-        """Return what is known of a session, from the server if nothing is; it is migrated from 1.0.0 first.
+        """Return the `Life` of a session, from memory or from the server. A session of 1.0.0 is migrated first.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -110,10 +111,10 @@ class SessionRetention(SessionCollection):
     async def _touch(
         self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]], life: Life, moment: datetime
     ) -> T | None:
-        """Send a statement that sets `updated_at`; take a step with the date of the session if one is due."""
+        """Send a statement that sets `updated_at`, and move `expires_at` if it is too early."""
         session_id, seconds = update.filter["_id"], self._session_ttl or life.time_to_live
         if seconds is None:
-            condition: Document = {"time_to_live": None, "session_ttl": None}
+            condition: Document = {"time_to_live": {"$not": {"$gt": 0}}, "session_ttl": None}
             return await super()._update_with(_touching(update, moment, condition), command)
         late_enough = moment + timedelta(seconds=seconds)
         if life.expires_at is not None and life.expires_at >= late_enough:
@@ -136,13 +137,13 @@ class SessionRetention(SessionCollection):
         return result
 
     async def _date_session(self, place: Place, seconds: int, until: datetime) -> None:
-        """Give a session its first date; parts must not expire if the statement that follows is refused."""
+        """Set the first date of a session, before that of its parts: parts must not expire without their session."""
         session = {"_id": place.session_id, "incarnation": place.incarnation, "expires_at": None, **LIVE}
         date = {"$set": {"time_to_live": seconds, "expires_at": until}}
         await self._send(partial(_update_many, session, date))
 
     async def _date_parts(self, place: Place, until: datetime) -> None:
-        """Have all parts of a session expire at a date or later."""
+        """Set `expires_at` of all parts of a session to a date, unless it is later already."""
         later = {"$max": {"expires_at": until}}
 
         for suffix, condition in place.outside():
@@ -154,10 +155,14 @@ class SessionRetention(SessionCollection):
             self._ensure_expiry()
 
     def _ensure_expiry(self) -> None:
-        """Build, in the background, the indexes by which the server removes sessions and their parts."""
+        """Build the TTL indexes of the session documents and of their parts, in the background."""
         for suffix in ("", *OUTSIDE):
+            # An application may have stored an `expires_at` of its own in session documents.
+            field = "expires_at" if suffix else "time_to_live"
+            dated = {field: {"$exists": True}}
             name = f"{self._collection_name}{suffix}"
-            ensure_indexes(self._connection, self._database_name, name, [("expires_at",)])
+            expiry = [("expires_at",)]
+            ensure_indexes(self._connection, self._database_name, name, expiry, partialFilterExpression=dated)
 
 
 def _touches(update: Update) -> bool:
@@ -170,7 +175,11 @@ def _touching(
 ) -> Update:
     """Return a statement that sets `updated_at` to a moment under a further condition.
 
-    `step` are the new `time_to_live` and `expires_at` of the session.
+    Args:
+        update: The statement.
+        moment: The new `updated_at`.
+        condition: The further condition on the session document.
+        step: The new `time_to_live` and `expires_at` of the session; `None` leaves both.
     """
     is_pipeline = isinstance(update.update, list)
     first, *rest = update.update if isinstance(update.update, list) else [update.update]

@@ -64,7 +64,7 @@ def size_of(value: Any) -> int:
 
 
 def refuse_unstorable(session_id: str, part: str, value: Any) -> None:
-    """Refuse a value that is not encoded yet, if no document can hold it.
+    """Refuse a value, before it is encoded, if no document can hold it.
 
     Raises:
         StateTooLargeError: It takes more than `MAX_DOCUMENT_BYTES`.

@@ -1,12 +1,12 @@
-"""Staging a copy of a session: an import or a fork fills a session that nobody sees until it is complete.
+"""Staging: an import or a fork fills a session that stays invisible until it is complete.
 
 The copy begins with its session document, which has a new `incarnation` and the state "copying", see `_deletion`. No
 other copy into the same id can begin while it is there. The archive and the attachments of the incarnation follow. One
-update then makes the session live, and matches only the state that the copy itself has stored. So a copy is either
-live, or a document says that it is not complete: the copy removes it when it fails, and any process does so when the
-lease is over.
+update then makes the session live, and matches only the state that the copy itself has stored. So a copy is either live
+or has a document in the state "copying". The copy removes that document, and its parts, when it fails; any process can
+remove them when the lease is over.
 
-Nothing of a copy expires before it is live. Its dates are set immediately before.
+The parts of a copy have no dates until immediately before it becomes live.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from .errors import (
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 16
-"""How often a session of the same id may come and go before a copy begins."""
+"""A copy gives up after a session of the same id was created and deleted this often."""
 
 _left: set[Place] = set()
-"""Those copies of this process that could not be removed: another try does not wait for the end of their leases."""
+"""The copies of this process that could not be removed: another try removes them before their leases are over."""
 
 
 class Staging:
-    """A session that is being copied in.
+    """The copy of one import or fork, until it is live.
 
     Args:
-        sessions: The collection it is stored in.
-        session_id: The new session.
+        sessions: The repository that stores the copy.
+        session_id: The id of the new session.
 
     Attributes:
-        place: Where the archive and the attachments of the new session are.
+        place: The ids of the archive and the attachments of the new session.
     """
 
     def __init__(self, sessions: SessionStaging, session_id: str) -> None:
@@ -63,22 +63,22 @@ class Staging:
 
     @property
     def session_id(self) -> str:
-        """The new session."""
+        """The id of the new session."""
         return self.place.session_id
 
     @property
     def own(self) -> Document:
-        """The filter for the document of the session while it is being copied in."""
+        """The filter for the document of the copy."""
         return _own(self.place)
 
     def lease(self) -> datetime:
         """Return the end of a lease that begins now."""
         return self._sessions._connection.now() + LEASE
 
-    # The life of a copy.
+    # Begin, and end.
 
     async def begin(self) -> None:
-        """Insert the document of the session, and renew its lease from then on.
+        """Insert the document of the copy, and start to renew its lease.
 
         Raises:
             SessionExistsError: There is a session of that id, or another copy into it is under way.
@@ -114,7 +114,7 @@ class Staging:
                 renewed = await self.update({"$set": {"state_until": self.lease()}})
 
     async def update(self, update: Document | list[Document]) -> bool:
-        """Change the document of the session; return whether it was there."""
+        """Update the document of the copy; return whether it existed."""
         result = await self._sessions._send(lambda collection: collection.update_one(self.own, update))
         return bool(result.matched_count)
 
@@ -128,7 +128,7 @@ class Staging:
             raise self._lost()
 
     async def read(self, projection: Document) -> Document:
-        """Return the document of the session.
+        """Return the document of the copy.
 
         Raises:
             SessionConflictError: Another process has removed the copy, because its lease was over.
@@ -143,9 +143,10 @@ class Staging:
         return await self._sessions._send(lambda collection: collection.find_one(condition, fields))
 
     async def date(self, seconds: int | None) -> Document:
-        """Set the dates of the archive and the attachments; return those fields of the session that tell of them.
+        """Set `expires_at` of all parts; return the fields `time_to_live` and `expires_at` for the session.
 
-        The session then has its whole time to live ahead, however long the copy and this have taken.
+        The session has at least its time to live ahead when this returns. If dating the parts has taken longer than the
+        margin of `next_date`, they are dated again.
 
         Args:
             seconds: The time to live of the session, `None` if it does not expire.
@@ -184,7 +185,7 @@ class Staging:
         await self._sessions._remove_parts(self.place)
 
     async def abandon(self) -> None:
-        """Remove the copy unless it is live; an error of the server is logged."""
+        """Remove the copy unless it is live; log a failure."""
         if not self._stop():
             return
         try:
@@ -196,13 +197,13 @@ class Staging:
         except MongoDBSessionError as error:
             _left.add(self.place)
             logger.warning(
-                "session_id=<%r>, error=<%s> | an incomplete copy was not removed, another process does so later",
+                "session_id=<%r>, error=<%s> | an incomplete copy was not removed, another process removes it later",
                 self.session_id,
                 error,
             )
 
     def _stop(self) -> bool:
-        """Stop renewing the lease; return whether anything can be stored that is not live."""
+        """Stop renewing the lease; return whether a copy was begun that is not live."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         has_begun, self._heartbeat, self._has_begun = self._has_begun, None, False
@@ -217,4 +218,4 @@ def _own(place: Place) -> Document:
 
 
 class SessionStaging(SessionArchive):
-    """The part of the repository that stages copies."""
+    """The base class of the repository that stages copies."""

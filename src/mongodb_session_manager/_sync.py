@@ -45,8 +45,9 @@ class MongoDBSessionRepository(SessionRepository):
             in GridFS, in the bucket `<collection_name>_attachments`.
         max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
         max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: Sessions are removed with all that belongs to them when nobody has written to them for so long;
-            `None` keeps those that do not expire already.
+        session_ttl: Sessions expire, with archive and attachments, when nobody has written to them for this time. Each
+            session has its own value; another one applies from the next write on. With `None`, expiring sessions keep
+            their values, and all others do not expire.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
@@ -144,12 +145,13 @@ class MongoDBSessionRepository(SessionRepository):
     def apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:
-        """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
+        """Store recorded changes exactly once; in one command, unless another writer interferes.
 
         Args:
             session_id: The session.
-            changes: What was recorded, oldest first.
-            incarnation: That of the session that was opened; `None` for the one that has the id now.
+            changes: The recorded changes, oldest first.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -157,7 +159,7 @@ class MongoDBSessionRepository(SessionRepository):
             are stored. With `StateTooLargeError` the agent's messages are stored too, unless the error is `pending`.
 
         Raises:
-            MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
+            MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
         """
         return self._portal.call(self._async.apply, session_id, changes, incarnation)
 
@@ -176,16 +178,18 @@ class MongoDBSessionRepository(SessionRepository):
     def delete_session(self, session_id: str, **kwargs: Any) -> bool:
         """Delete a session: its document, its archived messages and its attachments.
 
-        The content of the document is gone at once. If the call is interrupted, the session does not exist any more,
-        and the next process that starts, or that uses the id, removes the rest. A manager that has the session open
-        gets `SessionNotFoundError` from its next write.
+        The first command removes the content of the document. If the call is interrupted after that, the session does
+        not exist any more. A call with the same id, or a process that opens its first session in the collection a
+        minute later or more, removes the rest. A manager that has the session open gets `SessionNotFoundError` from its
+        next write.
 
         Args:
             session_id: The session.
             **kwargs: Accepted because Strands' own repositories do; unused.
 
         Returns:
-            Whether the session was there.
+            Whether the session existed. `False` also for a session that has expired, and for an id that is being
+            imported or forked; that copy continues.
 
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
@@ -305,12 +309,13 @@ class MongoDBSessionRepository(SessionRepository):
     def apply_multi_agent(
         self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
-        """Store a recorded state, in one command unless another writer was there; exactly once, whatever gets lost.
+        """Store a recorded state exactly once; in one command, unless another writer interferes.
 
         Args:
             session_id: The session.
-            write: What was recorded.
-            incarnation: That of the session that was opened; `None` for the one that has the id now.
+            write: The recorded state.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
 
         Returns:
             Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
@@ -485,22 +490,22 @@ class MongoDBSessionRepository(SessionRepository):
         return self._portal.call(self._async.count_sessions, application_name, metadata, created_after, updated_after)
 
     def session_exists(self, session_id: str) -> bool:
-        """Tell whether there is a session of that id.
+        """Return whether a session with that id exists.
 
         Raises:
-            InvalidArgumentError: `session_id` cannot be one.
+            InvalidArgumentError: `session_id` is not a valid id.
         """
         return self._portal.call(self._async.session_exists, session_id)
 
     def export_session(self, session_id: str) -> Generator[str, None, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
 
-        However long the session is, little of it is in memory. It may be written to meanwhile: what it holds when the
-        first line is asked for is exported, each message once, as it is when it is reached. One that was redacted
-        before that is exported redacted, without its attachments. Who stops early leaves nothing open.
+        Memory does not grow with the session. The session can be written to meanwhile: the export holds the messages
+        that were stored when the first line was requested, each once, as it is when the export reaches it. A message
+        that was redacted before that is exported redacted, without its attachments. Stopping early leaks no cursor.
 
         Raises:
-            SessionNotFoundError: The session does not exist (any more).
+            SessionNotFoundError: The session does not exist, or was removed meanwhile.
             AttachmentError: An attachment is missing or damaged.
         """
         export = self._async._export(session_id)
@@ -508,51 +513,54 @@ class MongoDBSessionRepository(SessionRepository):
             yield from lines
 
     def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
-        """Store an exported session and return its id; nothing of it is visible before all of it is stored.
+        """Store an exported session and return its id; the session is invisible until it is complete.
 
-        The stream can come from an untrusted source. An import that fails, is cancelled or refused leaves nothing. What
-        a killed process has stored is invisible, and other processes remove it when its lease of a minute is over.
-        Dates stay. A session that expires has its whole time to live ahead, however long the import takes.
+        The stream can come from an untrusted source. An import that fails, is refused or is cancelled leaves no
+        session. The incomplete copy of a killed process is invisible, and other processes remove it when its lease of a
+        minute is over. The session and its messages keep their dates. With `session_ttl`, the session has its whole
+        time to live ahead when the import is complete.
 
         Args:
-            stream: The lines that `export_session` yielded: an open file, or an iterable of `str` or `bytes`, each of
-                them a line or any part of the text. An iterable that is not asynchronous is read in threads where an
-                event loop must not wait.
-            session_id: The new session; `None` for the id it was exported with.
+            stream: The lines that `export_session` yielded: an open file, or an iterable or asynchronous iterable of
+                `str` or `bytes`. Its items can be lines, or chunks that are cut anywhere. Asynchronous code reads a
+                file or a plain iterable in threads, so that the event loop does not wait for it.
+            session_id: The id of the new session; `None` for the id it was exported with.
 
         Raises:
             InvalidArgumentError: The stream is damaged, truncated, or not an exported session of a known version; the
                 message names the line.
-            SessionExistsError: There is a session of that id; it is left as it is.
-            MessageTooLargeError: It does not fit into documents of MongoDB.
+            SessionExistsError: A session with that id exists and stays unchanged, or another copy into it is under way.
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+            MessageTooLargeError: The session does not fit into documents of MongoDB.
         """
         return feed_blocking(self._portal, self._async._import(session_id), stream)
 
     def fork_session(self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None) -> None:
-        """Make another session with the same content, or its beginning, to try another continuation.
+        """Create a session with the same content, or with its beginning, to try another continuation.
 
-        Messages and attachments are copied on the server. Messages keep their dates and ids; the fork is created now.
-        It has the metadata and the guardrail events of its messages, but no feedback, which was given for another
-        continuation. Running totals are those of its messages.
+        Messages and attachments are copied on the server. Messages keep their dates and ids; `created_at` of the fork
+        is the current time. The fork has the metadata of the session, the guardrail events and running totals of its
+        own messages, and no feedback, which was given for another continuation.
 
-        An agent that is cut has the state of its session now, but no pending interrupt and no state of its model. Its
-        conversation manager shows as many messages as now, if there are so many; a summary that tells of later ones is
-        removed. Orchestrators are as they are now. A fork of a session that expires does so, too.
+        A cut agent has its current state, without pending interrupts and without the state of its model. Its
+        conversation manager shows as many messages as now, if the fork has that many; a summary that covers later
+        messages is removed. Orchestrators have their current states. The fork of an expiring session expires, too.
 
-        The session is left as it is; one of a version before 1.0 gets its message numbers, as by being opened.
+        The session stays unchanged, except that a session of an earlier version is migrated as if it was opened.
 
         Args:
             session_id: The session.
-            new_id: The fork.
-            at_message: The id of the last message of the fork, or ids by agent id where the session has several
-                agents; one that is not named is not cut. `None` for everything.
+            new_id: The id of the fork.
+            at_message: The id of the last message of the fork. For a session with several agents, a mapping of agent
+                ids to message ids; agents that it does not name are not cut. `None` copies everything.
 
         Raises:
-            InvalidArgumentError: An argument cannot be used, or `at_message` is one id for several agents.
-            SessionNotFoundError: The session does not exist (any more).
-            SessionExistsError: There is a session `new_id`; it is left as it is.
-            AgentNotFoundError: The session holds no such agent.
-            MessageNotFoundError: The agent holds no such message.
+            InvalidArgumentError: An argument is invalid, or `at_message` is one id for several agents.
+            SessionNotFoundError: The session does not exist, or was removed meanwhile.
+            SessionExistsError: The session `new_id` exists and stays unchanged, or another copy into it is under way.
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+            AgentNotFoundError: The session has no agent that `at_message` names.
+            MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing.
         """
         self._portal.call(self._async.fork_session, session_id, new_id, at_message)

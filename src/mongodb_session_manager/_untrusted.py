@@ -1,7 +1,7 @@
 """Checks of the parts of a session before they are imported. Pure.
 
-The stream can come from anybody. A part is accepted if the functions that list, open, restore and export a session can
-use it as it is. Unknown fields are accepted.
+The stream can come from an untrusted source. A part is accepted if the functions that list, open, restore and export a
+session can use it unchanged. Unknown fields are accepted.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ LEFT_BEHIND = frozenset(
         "moved",
     }
 )
-"""Fields of a session document that a copy does not take: it has its own, or none."""
+"""Fields of a session document that are not copied: the copy has its own values, or none."""
 
 AGENT_LEFT_BEHIND = frozenset(
     {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"}
 )
-"""Fields of an agent's sub-document that a copy does not take: it has its own."""
+"""Fields of an agent's sub-document that are not copied: the copy has its own values."""
 
 MOST = 2**62
-"""The bound of a number that is incremented later: MongoDB refuses an increment beyond 2**63 - 1."""
+"""The largest number that is incremented later: MongoDB refuses an increment beyond 2**63 - 1."""
 
 _STATE_DEPTH = 5  # document, agents, key, agent_data, field
 _MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
@@ -78,10 +78,10 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 def checked_session(fields: Document) -> Document:
-    """Return the fields of a session document that a copy takes.
+    """Return the fields of a session document that are copied.
 
     Raises:
-        InvalidArgumentError: They cannot be those of a session.
+        InvalidArgumentError: A field is not valid in a session document.
     """
     fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
     _check_names(fields, "the session")
@@ -94,10 +94,10 @@ def checked_session(fields: Document) -> Document:
     require(MARKER not in metadata, f"metadata must not hold the key {MARKER!r}, which marks encoded values")
     for name, value in fields.items():
         for part in value.values() if name in ("metadata", "multi_agents") and type(value) is dict else (value,):
-            _own(part, name)
+            _decoded(part, name)
     for name in ("feedbacks", "guardrail_events"):
         for position, entry in enumerate(fields.get(name) or []):
-            require(type(_own(entry, name)) is dict, f"{name}.{position} must be an object")
+            require(type(_decoded(entry, name)) is dict, f"{name}.{position} must be an object")
     _check_names(fields.get("multi_agents") or {}, "multi_agents")
     for stored in (fields.get("multi_agents") or {}).values():
         _check_multi_agent(stored)
@@ -105,10 +105,10 @@ def checked_session(fields: Document) -> Document:
 
 
 def checked_agent(fields: Document) -> Document:
-    """Return the fields of an agent's sub-document that a copy takes.
+    """Return the fields of an agent's sub-document that are copied.
 
     Raises:
-        InvalidArgumentError: They cannot be those of an agent.
+        InvalidArgumentError: A field is not valid in an agent's sub-document.
     """
     fields = {name: value for name, value in fields.items() if name not in AGENT_LEFT_BEHIND}
     _check_names(fields, "the agent")
@@ -125,13 +125,13 @@ def checked_agent(fields: Document) -> Document:
         )
         for name, value in part.items():
             if part is data or name != "agent_data":
-                _own(value, f"{path}{name}")
+                _decoded(value, f"{path}{name}")
     _check_numbers(fields.get("usage"), "usage")
-    prompt, prompt_metadata = (_own(data.get(name), name) for name in ("system_prompt", "prompt_metadata"))
+    prompt, prompt_metadata = (_decoded(data.get(name), name) for name in ("system_prompt", "prompt_metadata"))
     require(type(prompt) in (str, list, NoneType), "agent_data.system_prompt must be a str")
     require(type(prompt_metadata) in (dict, NoneType), "agent_data.prompt_metadata must be an object")
     for name in STATE_FIELDS:
-        decoded = _own(data.get(name), f"agent_data.{name}")
+        decoded = _decoded(data.get(name), f"agent_data.{name}")
         require(type(decoded) in (dict, NoneType), f"agent_data.{name} must be an object")
         _check_encodes(decoded, _STATE_DEPTH, f"agent_data.{name}")
     _check_state(fields)
@@ -142,7 +142,7 @@ def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
     """Return a stored message with its id, and its size in bytes.
 
     Raises:
-        InvalidArgumentError: It is not a stored message, or Strands cannot go on from it.
+        InvalidArgumentError: It is not a stored message, or Strands cannot restore it.
     """
     message = {**message, "message_id": message_id}
     _check_names(message, "the message")
@@ -154,7 +154,7 @@ def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
     require(len(references) == len(listed), "attachments must hold references only")
     whole = attached(message, {str(reference): b"" for reference in references})
     for name, value in whole.items():
-        _own(value, name)
+        _decoded(value, name)
     _check_numbers(message.get("usage"), "usage")
     metrics = message.get("event_loop_metrics") or {}
     _check_kinds(metrics, "event_loop_metrics.", {MESSAGE_USAGE: dict})
@@ -212,7 +212,7 @@ def _check_numbers(values: Any, name: str) -> None:
         require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
 
 
-def _own(stored: Any, name: str) -> Any:
+def _decoded(stored: Any, name: str) -> Any:
     """Return a decoded value."""
     try:
         return decode_own(stored)
@@ -229,7 +229,7 @@ def _check_encodes(value: Any, depth: int, name: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
-    """Return whether a decoded value is a message that Strands takes as it is."""
+    """Return whether a decoded value is a message that Strands can restore unchanged."""
     found = message_from({"message": value}, 0)
     return found is not None and type(value["content"]) is list and is_restorable(found) and _has_texts(value)
 
@@ -241,7 +241,7 @@ def _has_texts(message: Mapping[str, Any]) -> bool:
 def _check_state(fields: Document) -> None:
     """Check the state of an agent by restoring it as Strands does."""
     agent = agent_from("agent", fields)
-    internal = _own((fields.get("agent_data") or {}).get("_internal_state"), "")
+    internal = _decoded((fields.get("agent_data") or {}).get("_internal_state"), "")
     require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")
     if "interrupt_state" in (internal or {}):
         _check_interrupts(internal["interrupt_state"], "agent_data._internal_state.interrupt_state")
@@ -283,7 +283,7 @@ def _check_manager(state: Document) -> None:
 
 
 def _check_interrupts(state: Any, path: str) -> None:
-    """Check the fields of interrupts that Strands reads later than at the restore."""
+    """Check the fields of interrupts that Strands reads only after it has restored the agent."""
     require(type(state) is dict and type(state.get("activated")) is bool, f"{path}.activated must be a bool")
     context, interrupts = state.get("context"), state.get("interrupts")
     require(type(context) is dict, f"{path}.context must be an object")
@@ -296,7 +296,7 @@ def _check_interrupts(state: Any, path: str) -> None:
         f"{path}.interrupts must hold interrupts",
     )
     pending = state.get("pending_tool_execution")
-    if pending is None and "tool_use_message" in context:  # where Strands kept it before
+    if pending is None and "tool_use_message" in context:  # where earlier versions of Strands kept it
         pending = {
             "assistant_message": context["tool_use_message"],
             "completed_tool_results": context.get("tool_results", []),
@@ -326,7 +326,7 @@ def _check_multi_agent(stored: Document) -> None:
     require(type(stored.get("writer")) is str, "multi_agents: writer must be a str")
     _check_names(stored, "multi_agents")
     _check_dates(stored, "multi_agents: ")
-    state = _own(stored.get("state"), "multi_agents: state")
+    state = _decoded(stored.get("state"), "multi_agents: state")
     require(type(state) is dict, "multi_agents: state must be an object")
     internal = state.get("_internal_state")
     if "_internal_state" in state:
@@ -345,7 +345,7 @@ def _check_multi_agent(stored: Document) -> None:
 
 
 def _check_results(part: Any) -> None:
-    """Check what Strands reads of the results of an orchestrator's nodes only when it goes on."""
+    """Check the results of an orchestrator's nodes, which Strands reads only when the orchestrator continues."""
     require(type(part) is dict, "multi_agents: a result must be an object")
     for name in ("accumulated_usage", "accumulated_metrics"):
         _check_numbers(part.get(name), f"multi_agents: {name}")

@@ -53,7 +53,7 @@ class _Agent:
         stored: Its sub-document.
         head: The messages in the session document.
         older: The archived messages, as far as they are read.
-        count: How many they are, even where they are not kept.
+        count: The number of archived messages, even if they are not kept here.
         revision: The highest of the head and of any bucket.
         references: The attachments of all messages.
     """
@@ -134,7 +134,7 @@ class SessionWriteBack(SessionWrites):
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written back")
 
     async def _of_today(self, session_id: str) -> Document | None:
-        """Return a session whose agents have today's form, `None` if somebody changed it meanwhile."""
+        """Return a session whose agents have the current form, `None` if another writer changed it meanwhile."""
         await self._life(session_id)  # migrates it, if necessary
         document = await self._found(session_id, {})
         agents = {
@@ -259,7 +259,7 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> list[_Agent]:
 
 
 def is_left_out(key: str, agent: Mapping[str, Any], agents: Mapping[str, Any]) -> bool:
-    """Return whether opening leaves out an agent of old because another one has its key."""
+    """Return whether opening leaves out an agent of an earlier version because another one has its key."""
     return agent.get("next_message_id") is None and agent_key(key) != key and agent_key(key) in agents
 
 
@@ -307,7 +307,7 @@ def _element_size(stored: Any, position: int) -> int:
 
 
 def _frame_of(document: Mapping[str, Any], agents: Sequence[_Agent]) -> Document:
-    """Return the session document without messages, as it is once it is written back."""
+    """Return the session document after the write-back, without messages."""
     frame: Document = {**document, "agents": dict(document.get("agents") or {})}
     for agent in agents:
         stored = {**agent.stored, "messages": []}

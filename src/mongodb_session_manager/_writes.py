@@ -1,4 +1,4 @@
-"""Storing recorded changes: exactly once, whatever gets lost, and wherever the messages are by now."""
+"""Storing recorded changes exactly once, in the document and in the archive."""
 
 from __future__ import annotations
 
@@ -58,21 +58,22 @@ Changed: TypeAlias = MutableMapping[tuple[int, Any], Document]
 """Fields of archived messages that change, by message id and `created_at`, which is `None` if it is not known."""
 
 ROUNDS = 8
-"""How often a write may find the session changed under its hands before it gives up."""
+"""A write gives up after it has found the session changed this often."""
 
 
 class SessionWrites(SessionArchive):
-    """The part of the repository that stores what a unit of work has recorded."""
+    """The base class of the repository that stores the changes of a unit of work."""
 
     async def apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:
-        """Store recorded changes, in one command unless another writer was there; exactly once, whatever gets lost.
+        """Store recorded changes exactly once; in one command, unless another writer interferes.
 
         Args:
             session_id: The session.
-            changes: What was recorded, oldest first.
-            incarnation: That of the session that was opened; `None` for the one that has the id now.
+            changes: The recorded changes, oldest first.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
 
         Returns:
             By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
@@ -80,7 +81,7 @@ class SessionWrites(SessionArchive):
             are stored. With `StateTooLargeError` the agent's messages are stored too, unless the error is `pending`.
 
         Raises:
-            MongoDBSessionError: It is unknown whether the changes are stored. The same changes may be applied again.
+            MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
         """
         checked_id(session_id, "session_id")
         refused: dict[str, MongoDBSessionError] = {}
@@ -118,7 +119,7 @@ class SessionWrites(SessionArchive):
             gone = any(type(error) is SessionNotFoundError for error in refused.values())
             if opened is None and gone and await self._find(session_id, {"_id": 1}) is not None:
                 self._lives.pop(session_id, None)
-                continue  # it was deleted, and is there again
+                continue  # it was deleted and created again
             return refused
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
 
@@ -162,7 +163,7 @@ class SessionWrites(SessionArchive):
                 await self._write(place, {agent_id: found_in[agent_id].write}, refused)
 
     async def _send_writes(self, place: Place, writes: Iterable[AgentWrite]) -> bool:
-        """Send the statement of writes; return whether it matched. Remove the attachments of what it replaced."""
+        """Send the statement of writes; return whether it matched. Remove the attachments of replaced content."""
         update = compile_update(place.session_id, writes)
         if not any(write.replaces_content for write in writes):
             return await self._update_with_room(place.session_id, update)
@@ -172,14 +173,14 @@ class SessionWrites(SessionArchive):
         return document is not None
 
     async def _remove_removed(self, place: Place, listed: list[Any]) -> None:
-        """Remove the files that a session's `removed_attachments` lists, unless a message names them."""
+        """Remove the files that a session's `removed_attachments` lists, unless a message refers to them."""
         await self._attachments.remove_unnamed(place, parsed(listed))
         await self._update(without_removed(place.session_id, place.incarnation, listed))
 
     async def _note_change(self, session_id: str, agent_id: str, found_in: InArchive) -> bool:
-        """Count that archived messages have changed, which a write-back matches; return `False` if it came first.
+        """Increment `archive_revision`, which a write-back matches; return `False` if the write-back came first.
 
-        Their attachments are removed by then.
+        The old attachments are removed by then, so they leave the session's `removed_attachments`.
         """
         path = f"agents.{agent_key(agent_id)}"
         condition = {
@@ -230,9 +231,9 @@ class SessionWrites(SessionArchive):
         archived: dict[str, Changed],
         found_in: dict[str, InArchive],
     ) -> dict[str, AgentWrite]:
-        """Compare writes that matched nothing with what is stored; return those to send, note those refused.
+        """Compare writes that matched nothing with the stored session; return those to send, note the refused ones.
 
-        What has to change in the archive goes to `archived`, and as a write of its own to `found_in`.
+        Changes of archived messages are added to `archived`, and as a write of their own to `found_in`.
         """
         names = (
             "created_at",
@@ -256,7 +257,7 @@ class SessionWrites(SessionArchive):
             agent["messages"] = [message if type(message) is dict else {} for message in messages]
             for name in ("archived", "revision"):
                 agent[name] = agent[name] if type(agent.get(name)) is int else 0
-        # A manager continues even if an old process has written too; the next opening renumbers the messages.
+        # A manager continues even if an old process has also written; the next opening renumbers the messages.
         unnumbered = [
             key
             for key, agent in agents.items()
@@ -419,7 +420,7 @@ async def _returning_removed(collection: AsyncCollection, update: Update) -> Doc
 
 
 class InArchive(NamedTuple):
-    """A write of archived messages, and the archive that they were found in."""
+    """A write of archived messages, and the state of the archive in which they were found."""
 
     since: Any
     archived: int
@@ -427,7 +428,7 @@ class InArchive(NamedTuple):
 
     @classmethod
     def of(cls, write: AgentWrite, stored: Mapping[str, Any]) -> Self:
-        """Return the part of a write that changes archived messages, still empty."""
+        """Return an empty write for the changes of archived messages."""
         part = AgentWrite(
             write.agent_id,
             by_id=write.by_id,

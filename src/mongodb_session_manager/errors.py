@@ -123,7 +123,9 @@ class SessionExistsError(MongoDBSessionError, ValueError):
 
 
 class SessionConflictError(MongoDBSessionError, RuntimeError):
-    """Another writer changed the agent since it was loaded; nothing of this write was stored.
+    """Another writer changed the agent since it was loaded, or the session is being imported or forked.
+
+    Nothing of this write was stored.
 
     Like HTTP 409: open the session again with a new manager and a new agent, and repeat the request.
     """

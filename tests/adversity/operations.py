@@ -297,7 +297,7 @@ OPERATIONS = {
     "feedback": Operation(
         feedback, "update", lambda document: len(document["feedbacks"]), recorded=False, repeatable=False
     ),
-    "redaction": Operation(redaction, "update", redactions, ["hi", "[redacted]"]),
+    "redaction": Operation(redaction, "findAndModify", redactions, ["hi", "[redacted]"]),
     "close": Operation(close, "update", op, AND_OP),
     "close-own": Operation(close, "update", op, AND_OP, recorded=False, repeatable=False),
 }
