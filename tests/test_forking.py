@@ -581,14 +581,31 @@ def check_fork(
     files = sum(len(message.message["content"]) > 1 for message in messages)
     stored_files = left_of(stored, "t").count("agent_sessions_attachments.files")
     assert stored_files == files or (is_written_back and stored_files < files)
+    entries, chunks = (stored.database[f"agent_sessions_attachments.{name}"] for name in ("files", "chunks"))
+    in_chunks = [chunk["files_id"] for chunk in chunks.find({"session_id": "t"}, {"files_id": 1})]
+    assert all(entries.find_one({"_id": file}) for file in in_chunks), "chunks of a file that is not there are left"
     assert stored.count_documents({"state": {"$exists": True}}) == 0
 
 
-@pytest.mark.parametrize("last", [None, 28, 10])
-@pytest.mark.parametrize(
-    "what", ["append", "replace", "redact", "write back", "write back and go on", "delete", "again"]
-)
+EVENTS = ("append", "replace", "redact", "write back", "write back and go on", "delete", "again")
+LASTS = (None, 28, 10)
+
+
+@pytest.mark.parametrize(("number", "what"), list(enumerate(EVENTS)), ids=EVENTS)
 def test_whatever_happens_between_two_commands_of_a_fork(
+    request: pytest.FixtureRequest,
+    repository: MongoDBSessionRepository,
+    server: str,
+    database: str,
+    stored: Stored,
+    number: int,
+    what: str,
+) -> None:
+    for last in LASTS if request.config.getoption("--full-adversity") else [LASTS[number % 3]]:
+        happens_between_two_commands(repository, server, database, stored, what, last)
+
+
+def happens_between_two_commands(
     repository: MongoDBSessionRepository, server: str, database: str, stored: Stored, what: str, last: int | None
 ) -> None:
     images = {n: content(5 * MIB // 2, n) for n in (3, 28)}
