@@ -93,9 +93,9 @@ class SessionArchive(SessionMigration):
                 head.next_id = max(head.next_id, write.appended[-1]["message_id"] + 1)
                 head.size += sum(stored_size(message) for message in write.appended)
                 if not head.learned or self._limits.exceeded(head):
-                    self._move_beside(session_id, key, head)
+                    self._start_move(session_id, key, head)
 
-    def _move_beside(self, session_id: str, key: str, head: Head) -> None:
+    def _start_move(self, session_id: str, key: str, head: Head) -> None:
         loop = asyncio.get_running_loop()
         if not self._is_moving(head):
             head.moving = loop.create_future()

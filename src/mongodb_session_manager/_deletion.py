@@ -47,7 +47,7 @@ _STATE: Document = dict.fromkeys(
     ("incarnation", "migrating", "state", "state_by", "state_until", "time_to_live", "expires_at"), 1
 )
 
-_LOOKED_FOR = ("state", "state_until")
+_SEARCH = ("state", "state_until")
 """A key in the register of ensured indexes: the search for unfinished sessions runs once per process and collection."""
 
 
@@ -78,7 +78,7 @@ class SessionDeletion(SessionRetention):
             if await self._end(session_id, live_at(self._connection.now())):
                 return True
             await self._finish(session_id)
-            if await self._find_unfinished(session_id) is None:
+            if await self._find_state(session_id) is None:
                 await self._remove_parts(Place(session_id, None))
         return False
 
@@ -120,7 +120,7 @@ class SessionDeletion(SessionRetention):
     async def _remove_some(self, suffix: str, condition: Document) -> None:
         await self._send(partial(_delete_many, condition), f"{self._collection_name}{suffix}")
 
-    async def _find_unfinished(self, session_id: str) -> Document | None:
+    async def _find_state(self, session_id: str) -> Document | None:
         """Return the state of the document with an id, live or not; `None` without a document."""
         return await self._send(lambda sessions: sessions.find_one({"_id": session_id}, _STATE))
 
@@ -130,7 +130,7 @@ class SessionDeletion(SessionRetention):
         Returns:
             The state of the document that is left, `None` if none is.
         """
-        found = found or await self._find_unfinished(session_id)
+        found = found or await self._find_state(session_id)
         if found is None:
             return None
         until = found.get("state_until")
@@ -144,7 +144,7 @@ class SessionDeletion(SessionRetention):
         if not is_abandoned and not (has_expired and found.get("state") not in UNFINISHED):
             return found
         if not await self._end(session_id, {name: found.get(name) for name in (*names, "expires_at")}):
-            return await self._find_unfinished(session_id)
+            return await self._find_state(session_id)
         logger.info("session_id=<%r> | removed an expired session or an abandoned copy", session_id)
         return None
 
@@ -180,10 +180,10 @@ class SessionDeletion(SessionRetention):
 
     def _ensure_indexes(self) -> None:
         super()._ensure_indexes()
-        if unseen(self._connection, self._database_name, self._collection_name, [_LOOKED_FOR]):
-            self._connection.start(self._look_for_unfinished())
+        if unseen(self._connection, self._database_name, self._collection_name, [_SEARCH]):
+            self._connection.start(self._search_unfinished())
 
-    async def _look_for_unfinished(self) -> None:
+    async def _search_unfinished(self) -> None:
         """Finish unfinished deletions and copies, in the background; log a failure."""
         try:
             async with self._connection.operation():

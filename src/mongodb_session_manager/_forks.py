@@ -42,7 +42,7 @@ _AT_ONCE = 64
 """The number of buckets, or of files, that one command reads."""
 
 
-class _Gone(Exception):
+class _MissingPartsError(Exception):
     """Archived messages that the snapshot counts are missing.
 
     Attributes:
@@ -56,7 +56,7 @@ class _Gone(Exception):
         self.error = error
 
 
-class _Held(NamedTuple):
+class _Referrer(NamedTuple):
     """A message of a fork that has attachments, and its location.
 
     Attributes:
@@ -104,7 +104,7 @@ class SessionForks(SessionStaging, SessionWrites):
                 await self._adopt(session_id, agents, unnumbered)
             else:
                 return
-        raise _changed(session_id)
+        raise _changed_too_often(session_id)
 
     async def _fork_in_rounds(self, session_id: str, staging: Staging, ends: int | dict[str, int] | None) -> None:
         before: tuple[Any, ...] | None = None
@@ -119,12 +119,12 @@ class SessionForks(SessionStaging, SessionWrites):
             try:
                 await self._fork_once(source, staging, ends, document)
                 return
-            except _Gone as gone:
+            except _MissingPartsError as gone:
                 if gone.snapshot == before:
                     error = gone.error
                     break
                 before = gone.snapshot
-        raise error or _changed(session_id)
+        raise error or _changed_too_often(session_id)
 
     async def _snapshot(
         self, session_id: str, staging: Staging, ends: int | dict[str, int] | None, number: int
@@ -179,7 +179,7 @@ class SessionForks(SessionStaging, SessionWrites):
             raise missing
         position = await self._archived_position(source, head, last)
         if position is None:
-            raise _gone(source, head, missing)
+            raise _missing_parts(source, head, missing)
         older = await self._archived_usage(source, head, position + 1)
         summed = {name: amount + older.get(name, 0) for name, amount in head["cut_usage"].items()}
         return Branch(head, position + 1, last + 1, summed)
@@ -213,7 +213,7 @@ class SessionForks(SessionStaging, SessionWrites):
         ]
         totals = await self._send(partial(_run, pipeline), self._archive_name)
         if not totals or totals[0]["count"] < archived - begin:
-            raise _gone(source, head, _hole(source.session_id))
+            raise _missing_parts(source, head, _missing_message(source.session_id))
         return totals[0]
 
     # Copying the archive and the attachments.
@@ -222,7 +222,7 @@ class SessionForks(SessionStaging, SessionWrites):
         """Copy the buckets below the head of the fork.
 
         Raises:
-            _Gone: A message is missing.
+            _MissingPartsError: A message is missing.
         """
         key, end = branch.agent["key"], branch.archived
         if not end:
@@ -243,7 +243,7 @@ class SessionForks(SessionStaging, SessionWrites):
             if await self._copied(place, key, end) == end:
                 return
             if not await self._copy_late_buckets(source):
-                raise _gone(source, branch.agent, _hole(source.session_id))
+                raise _missing_parts(source, branch.agent, _missing_message(source.session_id))
 
     async def _copied(self, place: Place, key: str, end: int) -> int:
         """Return the position up to which the buckets of a fork hold all messages."""
@@ -257,14 +257,14 @@ class SessionForks(SessionStaging, SessionWrites):
                 position = max(position, int(bucket["last"]) + 1)
         return position
 
-    async def _with_attachments(self, place: Place, branches: Sequence[Branch]) -> AsyncIterator[list[_Held]]:
+    async def _with_attachments(self, place: Place, branches: Sequence[Branch]) -> AsyncIterator[list[_Referrer]]:
         """Yield the messages of a fork that have attachments, a few at a time."""
         held = []
         for branch in branches:
             path = f"agents.{branch.agent['key']}.messages"
             for n, listed in enumerate(branch.agent["attachments"][: branch.kept]):
                 if references := references_of({"attachments": listed}):
-                    held.append(_Held(branch.agent_id, None, f"{path}.{n}", references))
+                    held.append(_Referrer(branch.agent_id, None, f"{path}.{n}", references))
         for begin in range(0, len(held), _AT_ONCE):
             yield held[begin : begin + _AT_ONCE]
         if not any(branch.archived for branch in branches):
@@ -275,7 +275,7 @@ class SessionForks(SessionStaging, SessionWrites):
             for bucket in found:
                 agent_id = agent_id_of(bucket["_id"]["agent"])
                 yield [
-                    _Held(agent_id, bucket["_id"], f"messages.{n}", references)
+                    _Referrer(agent_id, bucket["_id"], f"messages.{n}", references)
                     for n, listed in enumerate(bucket["attachments"])
                     if (references := references_of({"attachments": listed}))
                 ]
@@ -288,7 +288,7 @@ class SessionForks(SessionStaging, SessionWrites):
             self._archive_name,
         )
 
-    async def _copy_attachments(self, source: Place, staging: Staging, held: Sequence[_Held]) -> list[Reference]:
+    async def _copy_attachments(self, source: Place, staging: Staging, held: Sequence[_Referrer]) -> list[Reference]:
         """Copy the attachments of messages of a fork; update messages that were replaced in the session meanwhile.
 
         Returns:
@@ -298,20 +298,20 @@ class SessionForks(SessionStaging, SessionWrites):
             AttachmentError: An attachment is missing.
         """
         replaced: list[Reference] = []
-        missing = await self._missing(source, staging.place, {each for one in held for each in one.references})
+        missing = await self._copy_files(source, staging.place, {each for one in held for each in one.references})
         for one in held:
             references = one.references
             for _ in range(_ROUNDS):
                 if missing.isdisjoint(references):
                     break
                 replaced += references
-                references = await self._take_again(source, staging, one, references)
-                missing = missing | await self._missing(source, staging.place, set(references))
+                references = await self._update_replaced(source, staging, one, references)
+                missing = missing | await self._copy_files(source, staging.place, set(references))
             else:
-                raise _changed(source.session_id)
+                raise _changed_too_often(source.session_id)
         return replaced
 
-    async def _missing(self, source: Place, place: Place, references: set[Reference]) -> set[Reference]:
+    async def _copy_files(self, source: Place, place: Place, references: set[Reference]) -> set[Reference]:
         """Copy attachments on the server; return those that are missing, or were removed during the copy."""
         wanted = sorted(references)
         missing = set(await self._attachments.copy(source, wanted, place))
@@ -330,8 +330,8 @@ class SessionForks(SessionStaging, SessionWrites):
                     missing.add(reference)
         return missing
 
-    async def _take_again(
-        self, source: Place, staging: Staging, held: _Held, references: Sequence[Reference]
+    async def _update_replaced(
+        self, source: Place, staging: Staging, held: _Referrer, references: Sequence[Reference]
     ) -> list[Reference]:
         """Replace a message of a fork by its new content in the session; return the new references.
 
@@ -381,13 +381,13 @@ def _heads(session_id: str, document: Document) -> dict[str, Document]:
     return agents
 
 
-def _gone(source: Place, head: Document, error: MongoDBSessionError) -> _Gone:
-    return _Gone((source, head["key"], head["archived"], head["revision"]), error)
+def _missing_parts(source: Place, head: Document, error: MongoDBSessionError) -> _MissingPartsError:
+    return _MissingPartsError((source, head["key"], head["archived"], head["revision"]), error)
 
 
-def _hole(session_id: str) -> DatabaseError:
+def _missing_message(session_id: str) -> DatabaseError:
     return DatabaseError(f"session {session_id!r}: a message is missing in its archive, so it was not forked")
 
 
-def _changed(session_id: str) -> DatabaseError:
+def _changed_too_often(session_id: str) -> DatabaseError:
     return DatabaseError(f"session {session_id!r} was changed again and again while it was forked")

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _ROUNDS = 16
 """A copy gives up after a session of the same id was created and deleted this often."""
 
-_left: set[Place] = set()
+_not_removed: set[Place] = set()
 """The copies of this process that could not be removed: another try removes them before their leases are over."""
 
 
@@ -95,9 +95,9 @@ class Staging:
                     break
             self._has_begun = False
             try:
-                for left in [place for place in _left if place.session_id == self.session_id]:
+                for left in [place for place in _not_removed if place.session_id == self.session_id]:
                     await sessions._end(self.session_id, _own(left))
-                    _left.discard(left)
+                    _not_removed.discard(left)
                 await sessions._finish_other(self.session_id)
             except SessionConflictError:
                 raise_alone(SessionExistsError(f"session {self.session_id!r} is being imported or forked already"))
@@ -195,7 +195,7 @@ class Staging:
             if not await self._is_live():
                 await self.clear()
         except MongoDBSessionError as error:
-            _left.add(self.place)
+            _not_removed.add(self.place)
             logger.warning(
                 "session_id=<%r>, error=<%s> | an incomplete copy was not removed, another process removes it later",
                 self.session_id,

@@ -1,10 +1,10 @@
 """Writing the archive and the attachments of a session back into its document, where versions before 1.0 find them.
 
-One update takes the messages of all agents back. It matches what it was made from: `archived`, `revision` and
-`archive_revision` of each agent. Appends do not change these, so they go on meanwhile; an appended message that itself
-needs a change is the exception. The buckets and attachments are removed afterwards. Until then no reader uses them,
-because `archived` is 0 and no message refers to an attachment; `_buckets` says why no later move mistakes a left-over
-bucket for one of its own.
+One update puts the messages of all agents back into the document. It matches the `archived`, `revision` and
+`archive_revision` of each agent that were read. Appends do not change these, so they continue meanwhile, except for an
+appended message that itself needs a change. The buckets and attachments are removed afterwards. Until then no reader
+uses them, because `archived` is 0 and no message refers to an attachment; `_buckets` explains why no later move uses a
+left-over bucket.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@
     ├── AgentNotFoundError              also LookupError
     ├── MessageNotFoundError            also LookupError
     ├── SessionExistsError              also ValueError
-    ├── SessionConflictError            also RuntimeError: another writer was there first
+    ├── SessionConflictError            also RuntimeError: another writer came first, or the session is being copied
     ├── SessionClosedError              also RuntimeError: used before it was opened or after it was closed
     ├── EventLoopError                  also RuntimeError: called where waiting is impossible
     ├── FactoryNotInitializedError      also RuntimeError
@@ -168,7 +168,7 @@ class DatabaseError(MongoDBSessionError):
 
 
 class AttachmentError(DatabaseError):
-    """An attachment of a message is missing in GridFS, or is not what was stored.
+    """An attachment of a message is missing in GridFS, or damaged.
 
     Attributes:
         references: Internal references to the attachments.
