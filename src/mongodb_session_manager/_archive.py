@@ -310,10 +310,14 @@ class SessionArchive(SessionMigration):
                 raise_alone(WrittenBackError())
 
     async def _has_moved(self, place: Place) -> bool:
-        """Return whether buckets that were not found are in another place: 1.0.0 has kept them elsewhere."""
-        if place.incarnation is None:
-            return await self._is_migrated(place.session_id)
-        return await self._copy_late_buckets(place)
+        """Return whether buckets that were not found can be found when the session is read again.
+
+        It was migrated, or deleted and perhaps created again; or 1.0.0 has kept them elsewhere.
+        """
+        session = await self._find(place.session_id, LIFE)
+        if session is None or Life.of(session).incarnation != place.incarnation:
+            return True
+        return place.incarnation is not None and await self._copy_late_buckets(place)
 
     async def _is_back(self, session_id: str, key: str, since: Any, archived: int) -> bool:
         """Return whether messages below a position are in the session document again; `False` without the agent."""
