@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -444,3 +445,63 @@ def test_what_the_server_refuses_is_an_error(full: MongoDBSessionRepository, ser
     with fail_point(server, failCommands=["findAndModify"], errorCode=13), pytest.raises(AccessDeniedError):
         full.delete_session(ID)
     assert is_whole(full)
+
+
+# Reading meanwhile.
+
+
+class Deleting(AsyncMongoDBSessionRepository):
+    """Finds that somebody else has deleted the session between its document and its archive."""
+
+    later: Callable[[], object] | None = None
+
+    async def _send(self, command: Any, name: str | None = None) -> Any:
+        if name == "agent_sessions_archive" and (later := self.later) is not None:
+            self.later = None
+            await asyncio.to_thread(later)
+        return await super()._send(command, name)
+
+
+READING: dict[str, Callable[[AsyncMongoDBSessionRepository], Any]] = {
+    "list": lambda repository: repository.list_messages(ID, "agent"),
+    "read": lambda repository: repository.read_message(ID, "agent", 3),
+    "replace": lambda repository: repository.update_message(ID, "agent", said(3)),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("what", READING)
+async def test_who_reads_meanwhile_is_told_that_the_session_does_not_exist(
+    full: MongoDBSessionRepository, server: str, database: str, what: str
+) -> None:
+    async with Deleting(server, database, **SMALL) as repository:
+        repository.later = lambda: full.delete_session(ID)
+        with pytest.raises(SessionNotFoundError):
+            await READING[what](repository)
+
+
+@pytest.mark.anyio
+async def test_who_opens_meanwhile_gets_a_new_session(
+    full: MongoDBSessionRepository, server: str, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for with_picture in (2, COUNT - 1):
+        await asyncio.to_thread(full.update_message, ID, "agent", said(with_picture))
+    async with Deleting(server, database, **SMALL) as repository:
+        repository.later = lambda: full.delete_session(ID)
+        assert (await repository.open_session(ID))["agents"] == {}
+    assert caplog.messages == []
+
+
+@pytest.mark.anyio
+async def test_metadata_of_a_session_that_is_deleted_and_created_again_is_stored(
+    server: str, database: str, full: MongoDBSessionRepository
+) -> None:
+    class Returning(AsyncMongoDBSessionRepository):
+        async def _found(self, session_id: str, projection: Any) -> Any:
+            await self.open_session(session_id)
+            return await super()._found(session_id, projection)
+
+    await asyncio.to_thread(full.delete_session, ID)
+    async with Returning(server, database, **SMALL) as repository:
+        await repository.update_metadata(ID, {"colour": "blue"})
+        assert await repository.get_metadata(ID) == {"metadata": {"colour": "blue"}}

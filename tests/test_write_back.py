@@ -475,6 +475,26 @@ def test_an_append_with_an_attachment_meanwhile_is_written_back_too(
     assert_in_one_document(stored, [*WANTED, "text 30"])
 
 
+def test_nothing_of_a_session_that_is_deleted_meanwhile_comes_back_in_a_later_one(
+    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+) -> None:
+    def replace() -> None:
+        filled.delete_session("s")
+        filled.fork_session("like it", "s")
+        filled.delete_session("like it")
+
+    filled.fork_session("s", "like it")
+    filled.update_message("s", "agent", said(7, SECRET))
+    filled.update_message("like it", "agent", said(7, "hello"))
+
+    async def write_back() -> None:
+        async with overtaken_by(server, database, replace) as r:
+            await r.write_back("s")
+
+    asyncio.run(write_back())
+    assert_in_one_document(stored, [*WANTED[:7], "hello", *WANTED[8:]])
+
+
 def test_a_move_meanwhile_is_written_back_too(
     filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
 ) -> None:

@@ -203,8 +203,11 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         sets = await compute(_encoded_metadata, checked_id(session_id, "session_id"), metadata)
-        if not await self._change_intact(session_id, metadata, {"$set": sets}):
-            raise InvalidArgumentError("metadata holds a key with dots that leads into a stored value that has no keys")
+        while not await self._change_intact(session_id, metadata, {"$set": sets}):
+            if any("." in key for key in metadata):  # else it was deleted, and is there again
+                raise InvalidArgumentError(
+                    "metadata holds a key with dots that leads into a stored value that has no keys"
+                )
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
         """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""

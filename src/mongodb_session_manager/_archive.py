@@ -310,10 +310,14 @@ class SessionArchive(SessionMigration):
                 raise_alone(WrittenBackError())
 
     async def _has_moved(self, place: Place) -> bool:
-        """Return whether missing buckets are in another place: the session was migrated, or 1.0.0 stored them."""
-        if place.incarnation is None:
-            return await self._is_migrated(place.session_id)
-        return await self._copy_late_buckets(place)
+        """Return whether missing buckets can be found if the session is read again.
+
+        The session was migrated, deleted or created again, or 1.0.0 stored the buckets.
+        """
+        session = await self._find(place.session_id, LIFE)
+        if session is None or Life.of(session).incarnation != place.incarnation:
+            return True
+        return place.incarnation is not None and await self._copy_late_buckets(place)
 
     async def _is_back(self, session_id: str, key: str, since: Any, archived: int) -> bool:
         """Return whether messages below a position are in the session document again; `False` without the agent."""

@@ -337,6 +337,7 @@ class SessionForks(SessionStaging, SessionWrites):
 
         Raises:
             SessionNotFoundError: The session does not exist any more.
+            SessionConflictError: Another process has removed the fork, because its lease was over.
             AttachmentError: The message was not replaced, but an attachment is missing.
         """
         session_id, key = source.session_id, agent_key(held.agent_id)
@@ -346,7 +347,9 @@ class SessionForks(SessionStaging, SessionWrites):
             stored = document["agents"][key]["messages"][0]
         else:
             bucket = await self._find_bucket({"_id": held.bucket}, {"messages": {"$slice": [n, 1]}})
-            stored = (bucket or {"messages": [{}]})["messages"][0]
+            if bucket is None:
+                raise staging.lost()
+            stored = bucket["messages"][0]
         current = await self._stored_message(
             session_id, held.agent_id, stored.get("message_id"), stored.get("created_at")
         )

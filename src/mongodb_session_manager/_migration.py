@@ -168,18 +168,15 @@ class SessionMigration(SessionDeletion):
         for incarnation in incarnations_of(document):
             if incarnation != document["incarnation"]:
                 await self._remove_parts(Place(session_id, incarnation))
-        if moved is not None:
+        generation = moved.get("generation") if isinstance(moved, dict) else None
+        if isinstance(generation, int):  # else an application has stored it
             old = Place(session_id, None)
-            generations = {"$not": {"$gt": moved["generation"]}}
+            generations = {"$not": {"$gt": generation}}
             await self._remove_some(ARCHIVE, {"_id": old.buckets(), "generation": generations})
             await self._remove_some(CHUNKS, {"_id": old.chunks(), "files_id.generation": generations})
             await self._remove_some(FILES, {"_id": old.files(), "_id.generation": generations})
         condition = {"_id": session_id, "moved": moved, "migrating": migrating}
         await self._update(Update(condition, {"$unset": {"moved": "", "migrating": ""}}, None))
-
-    async def _is_migrated(self, session_id: str) -> bool:
-        """Return whether a session that was read before its migration is migrated now."""
-        return bool((await self._find(session_id, {"incarnation": 1}) or {}).get("incarnation"))
 
     async def _copy_late_buckets(self, place: Place) -> bool:
         """Move buckets that 1.0.0 has stored since the migration of a session; return whether there were any."""

@@ -135,7 +135,7 @@ class Staging:
         """
         found = await self._find(self.own, projection)
         if found is None:
-            raise self._lost()
+            raise self.lost()
         return found
 
     async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:
@@ -172,7 +172,7 @@ class Staging:
         """
         result = await self._sessions._send(command)
         if not result.matched_count and not await self._is_live():  # else an acknowledgement was lost
-            raise self._lost()
+            raise self.lost()
         self._stop()
         self._sessions._ensure_indexes()
 
@@ -209,7 +209,8 @@ class Staging:
         has_begun, self._heartbeat, self._has_begun = self._has_begun, None, False
         return has_begun
 
-    def _lost(self) -> SessionConflictError:
+    def lost(self) -> SessionConflictError:
+        """Return the error for a copy that another process has removed."""
         return SessionConflictError(f"session {self.session_id!r} was removed by another process while it was copied")
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bson import ObjectId
+
 from ._attachments import Attachments
 from ._changes import REMOVED, Update, with_removed
 from ._codec import stored_size
@@ -137,6 +139,9 @@ class SessionWriteBack(SessionWrites):
         """Return a session whose agents have the current form, `None` if another writer changed it meanwhile."""
         await self._life(session_id)  # migrates it, if necessary
         document = await self._found(session_id, {})
+        if not isinstance(document.get("incarnation"), ObjectId):  # 1.0.0 has created it again
+            self._lives.pop(session_id, None)
+            return None
         agents = {
             agent.key: {
                 **agent.stored,
@@ -158,8 +163,8 @@ class SessionWriteBack(SessionWrites):
             size = await self._gather(session_id, document, agents)
         except DatabaseError:
             # Another call may have written the session back, and removed what was missing here.
-            condition = {"_id": session_id, **_unchanged(agents)}
             place = Place(session_id, document["incarnation"])
+            condition = {"_id": session_id, "incarnation": place.incarnation, **_unchanged(agents)}
             if await self._send(lambda sessions: sessions.find_one(condition, {"_id": 1})) is not None and (
                 not await self._copy_late_buckets(place)
             ):
@@ -172,7 +177,8 @@ class SessionWriteBack(SessionWrites):
         if size > MAX_DOCUMENT_BYTES:
             raise refused
         try:
-            return await self._update(_put_back(session_id, [agent for agent in agents if not agent.is_whole]))
+            archived = [agent for agent in agents if not agent.is_whole]
+            return await self._update(_put_back(session_id, document["incarnation"], archived))
         except MessageTooLargeError:  # it has grown meanwhile
             raise_alone(refused)
 
@@ -339,9 +345,9 @@ def _unchanged(agents: Iterable[_Agent]) -> Document:
     return condition
 
 
-def _put_back(session_id: str, agents: Sequence[_Agent]) -> Update:
+def _put_back(session_id: str, incarnation: ObjectId, agents: Sequence[_Agent]) -> Update:
     """Return the update that stores all messages of agents in the session document."""
-    condition: Document = {"_id": session_id, **_unchanged(agents)}
+    condition: Document = {"_id": session_id, "incarnation": incarnation, **_unchanged(agents)}
     sets: Document = {}
     new = []
     for agent in agents:

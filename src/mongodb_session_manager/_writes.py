@@ -325,7 +325,7 @@ class SessionWrites(SessionArchive):
         """Return those messages of a write that are archived, by id.
 
         Raises:
-            WrittenBackError: The session was written back meanwhile.
+            WrittenBackError: The session was written back, or deleted, meanwhile.
         """
         if not stored.get("archived"):
             return {}
@@ -343,7 +343,7 @@ class SessionWrites(SessionArchive):
                 if message is not None:
                     found[message_id] = message
                 elif await self._is_back(place.session_id, key, since, stored["archived"]) or (
-                    await self._copy_late_buckets(place)
+                    await self._has_moved(place)
                 ):
                     raise WrittenBackError
         return found
