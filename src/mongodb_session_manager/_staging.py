@@ -125,7 +125,7 @@ class Staging:
             SessionConflictError: Another process has removed the copy, because its lease was over.
         """
         if not await self.update({"$set": fields}):
-            raise self._lost()
+            raise self.lost()
 
     async def read(self, projection: Document) -> Document:
         """Return the document of the copy.
