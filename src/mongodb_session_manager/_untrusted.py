@@ -253,9 +253,9 @@ def _check_state(fields: Document) -> None:
     ):
         try:
             restore()
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            if isinstance(error, InvalidArgumentError):
-                raise
+        except InvalidArgumentError:
+            raise
+        except Exception:
             raise_alone(InvalidArgumentError(f"agent_data.{name} cannot be restored"))
 
 
