@@ -545,6 +545,12 @@ BAD = {
         {"assistant_message": ASSISTANT, "completed_tool_results": 5},
         "agent_data._internal_state.interrupt_state.pending_tool_execution must hold results of tools",
     ),
+    "a pending tool with another field": (
+        3,
+        "fields/agent_data/_internal_state/interrupt_state/pending_tool_execution",
+        {"assistant_message": ASSISTANT, "completed_tool_results": [], "another": 1},
+        "agent_data._internal_state cannot be restored",
+    ),
 }
 
 
@@ -576,12 +582,13 @@ def test_what_cannot_be_used_is_refused_by_its_line_and_field(
 
 
 @pytest.mark.parametrize("orchestrator", ["stopped", "team"])
+@pytest.mark.parametrize("changed", [{"status": "another"}, {"execution_time": {"$numberDouble": "Infinity"}}], ids=str)
 def test_a_state_of_another_graph_or_swarm_is_an_error_that_names_the_field(
-    sessions: MongoDBSessionManagerFactory, exports: list[Lines], orchestrator: str
+    sessions: MongoDBSessionManagerFactory, exports: list[Lines], orchestrator: str, changed: Any
 ) -> None:
     states = exports[2][1]["session"]["multi_agents"]
     name = "second" if orchestrator == "stopped" else "third"
-    states[orchestrator]["state"] |= {"status": "another", "next_nodes_to_execute": [name]}
+    states[orchestrator]["state"] |= {"next_nodes_to_execute": [name], **changed}
     sessions.import_session(map(json.dumps, exports[2]), "t")
     with sessions.create_session_manager("t") as manager, pytest.raises(DatabaseError) as refused:
         run(manager, orchestrator)

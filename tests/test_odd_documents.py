@@ -462,6 +462,11 @@ def test_what_is_no_date_is_read_as_the_present(stored: Documents, server: str, 
             {"activated": 1, "context": {}, "interrupts": {"i": 5}},
             "agents.agent.agent_data._internal_state",
         ),
+        (
+            "agents.agent.agent_data._internal_state.interrupt_state",
+            {"activated": True, "context": {}, "interrupts": {}, "pending_tool_execution": {"another": 1}},
+            "agents.agent.agent_data._internal_state",
+        ),
     ],
 )
 def test_an_agent_that_cannot_be_restored_says_so_before_anything_is_said(

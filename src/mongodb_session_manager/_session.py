@@ -28,6 +28,7 @@ from strands.hooks import (
 )
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
+from strands.types.exceptions import SessionException
 from strands.types.session import SessionMessage
 
 from ._buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
@@ -265,10 +266,12 @@ class SessionManagerBase(OrchestratorSessionManager):
         try:
             super().initialize(agent, **kwargs)
             return
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SessionException) as error:
             if isinstance(error, MongoDBSessionError) or not is_stored:
                 raise
             field, reason = _restoring(error)
+            if isinstance(error, SessionException) and field == "messages":
+                raise  # the agent was initialized before
         raise DatabaseError(
             f"session {self.session_id!r}: the field 'agents.{agent_key(agent.agent_id)}.{field}' cannot be restored "
             f"({reason})"

@@ -19,7 +19,6 @@ from strands.agent.conversation_manager import (
     SummarizingConversationManager,
 )
 from strands.agent.state import AgentState
-from strands.types.exceptions import SessionException
 
 from ._codec import MARKER, decode_own, encode, stored_size
 from ._documents import (
@@ -254,17 +253,9 @@ def _check_state(fields: Document) -> None:
     ):
         try:
             restore()
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-            SessionException,
-        ) as error:
-            if isinstance(error, InvalidArgumentError):
-                raise
+        except InvalidArgumentError:
+            raise
+        except Exception:
             raise_alone(InvalidArgumentError(f"agent_data.{name} cannot be restored"))
 
 
