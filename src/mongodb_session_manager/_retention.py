@@ -32,7 +32,7 @@ from ._commands import SessionCollection, ensure_indexes
 from ._connection import AsyncCollection
 from ._documents import Document
 from ._layout import LIVE, OF_V1, OUTSIDE, Place, live_at
-from ._life import LIFE, Dates, Life, next_date
+from ._life import LIFE, NO_TIME_TO_LIVE, Dates, Life, next_date
 from .errors import SessionNotFoundError
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class SessionRetention(SessionCollection):
         """Send a statement that sets `updated_at`; take a step with the date of the session if one is due."""
         session_id, seconds = update.filter["_id"], self._session_ttl or life.time_to_live
         if seconds is None:
-            condition: Document = {"time_to_live": None, "session_ttl": None}
+            condition: Document = {"time_to_live": NO_TIME_TO_LIVE, "session_ttl": None}
             return await super()._update_with(_touching(update, moment, condition), command)
         late_enough = moment + timedelta(seconds=seconds)
         if life.expires_at is not None and life.expires_at >= late_enough:
