@@ -743,3 +743,17 @@ def test_a_refused_write_of_somebody_with_a_ttl_has_no_part_of_a_session_expire_
     for suffix in ("_archive", "_attachments.files", "_attachments.chunks"):
         for part in stored.database[f"agent_sessions{suffix}"].find():
             assert "expires_at" not in part or part["expires_at"] >= found["expires_at"]
+
+
+def test_a_date_that_an_application_has_stored_removes_no_session(expiring: str, database: str) -> None:
+    with (
+        pymongo.MongoClient[dict[str, Any]](expiring) as client,
+        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=1)) as repository,
+    ):
+        stored = client[database]["agent_sessions"]
+        stored.insert_one({"_id": "theirs", "session_id": "theirs", "expires_at": datetime(2020, 1, 1, tzinfo=UTC)})
+        moment = "2026-11-22T12:00:00+00:00"
+        repository.create_session(Session("ours", "AGENT", moment, moment))
+        eventually(lambda: stored.find_one({"_id": "ours"}) is None)
+        assert stored.find_one({"_id": "theirs"}) is not None
+        client.drop_database(database)

@@ -20,7 +20,7 @@ from ._changes import Update
 from ._connection import AsyncCollection, Connection
 from ._documents import Document, OddField, agent_key, checked_id, odd_fields
 from ._driver_errors import UNSUPPORTED, driver_errors, may_be_sent_again, may_have_been_applied
-from ._layout import live_at
+from ._layout import OUTSIDE, live_at
 from ._loop import Portal
 from .errors import (
     AgentNotFoundError,
@@ -253,6 +253,16 @@ _INDEX_OPTIONS: dict[Fields, Document] = {
 }
 """The options of those indexes that have any."""
 
+_OF_SESSIONS_THAT_EXPIRE: Document = {"time_to_live": {"$exists": True}, "expires_at": {"$exists": True}}
+"""The documents of sessions that the server may remove: an application can have stored an `expires_at` of its own."""
+
+
+def _index_options(name: str, fields: Fields) -> Document:
+    options = _INDEX_OPTIONS.get(fields, {})
+    if fields == ("expires_at",) and not name.endswith(OUTSIDE):
+        return {**options, "partialFilterExpression": _OF_SESSIONS_THAT_EXPIRE}
+    return options
+
 
 def ensure_indexes(connection: Connection, database: str, name: str, wanted: Iterable[Fields]) -> None:
     """Build, in the background, the indexes of a collection that this process has not seen to."""
@@ -310,7 +320,7 @@ class _Missing(NamedTuple):
 
 async def _build(connection: Connection, database: str, name: str, wanted: Sequence[Fields]) -> dict[Fields, _Missing]:
     """Build indexes with one command; return the reasons, by index, if it failed."""
-    indexes = [IndexModel([(field, 1) for field in fields], **_INDEX_OPTIONS.get(fields, {})) for fields in wanted]
+    indexes = [IndexModel([(field, 1) for field in fields], **_index_options(name, fields)) for fields in wanted]
     try:
         await send(connection, database, name, lambda collection: collection.create_indexes(indexes))
     except MongoDBSessionError as error:
