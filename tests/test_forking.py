@@ -160,6 +160,15 @@ def test_redacting_in_one_leaves_the_other(repository: MongoDBSessionRepository,
         assert [told(repository.list_messages(session_id, "agent"))[n] for n in (2, 19)] == ["[redacted]"] * 2
 
 
+@pytest.mark.parametrize("odd", [[], [1], "x", {"round": -1}], ids=repr)
+def test_what_an_application_has_stored_as_the_origin_of_a_session_is_replaced(
+    repository: MongoDBSessionRepository, stored: Stored, odd: Any
+) -> None:
+    stored.insert_one(old_session(agent=old_agent("agent", *conversation())) | {"copy_of": odd})
+    repository.fork_session("s", "fork")
+    assert stored.find_one({"_id": "fork"})["copy_of"].keys() == {"session_id", "at"}
+
+
 def test_a_session_of_old_is_forked(repository: MongoDBSessionRepository, stored: Stored) -> None:
     unnumbered = [{name: value for name, value in m.items() if name != "message_id"} for m in conversation()]
     stored.insert_one(old_session(agent=old_agent("agent", *conversation()), **{"50%": old_agent("50%", *unnumbered)}))

@@ -512,22 +512,6 @@ def test_an_expires_at_of_the_application_is_left_alone(lasting: MongoDBSessionR
     assert len(lasting.list_messages(ID, "agent")) == 13
 
 
-def test_the_server_removes_no_session_for_an_expires_at_of_the_application(
-    expiring: str, expiring_driver: Driver, database: str
-) -> None:
-    stored = expiring_driver[database]["agent_sessions"]
-    with (
-        MongoDBSessionRepository(expiring, database, **SMALL) as lasting,
-        MongoDBSessionRepository(f"{expiring}&appName=x", database, session_ttl=timedelta(seconds=1)) as short,
-    ):
-        begin(lasting)
-        stored.update_one({"_id": ID}, {"$set": {"expires_at": datetime(2020, 1, 1, tzinfo=UTC)}})
-        begin(short, "short")
-        eventually(lambda: not stored.count_documents({"_id": "short"}))
-        assert lasting.session_exists(ID)
-    expiring_driver.drop_database(database)
-
-
 @pytest.mark.parametrize("write", WRITES)
 def test_a_session_expires_from_the_first_write_of_a_repository_with_a_ttl(
     repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored, write: str
@@ -759,3 +743,17 @@ def test_a_refused_write_of_somebody_with_a_ttl_has_no_part_of_a_session_expire_
     for suffix in ("_archive", "_attachments.files", "_attachments.chunks"):
         for part in stored.database[f"agent_sessions{suffix}"].find():
             assert "expires_at" not in part or part["expires_at"] >= found["expires_at"]
+
+
+def test_a_date_that_an_application_has_stored_removes_no_session(expiring: str, database: str) -> None:
+    with (
+        pymongo.MongoClient[dict[str, Any]](expiring) as client,
+        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=1)) as repository,
+    ):
+        stored = client[database]["agent_sessions"]
+        stored.insert_one({"_id": "theirs", "session_id": "theirs", "expires_at": datetime(2020, 1, 1, tzinfo=UTC)})
+        moment = "2026-11-22T12:00:00+00:00"
+        repository.create_session(Session("ours", "AGENT", moment, moment))
+        eventually(lambda: stored.find_one({"_id": "ours"}) is None)
+        assert stored.find_one({"_id": "theirs"}) is not None
+        client.drop_database(database)

@@ -192,7 +192,7 @@ def snapshot_of(
     replace = {"$replaceWith": {"$cond": [is_staged, "$$new", "$$ROOT"]}}
     return [
         {"$match": {"_id": session_id, **live_at(moment)}},
-        {"$set": {"copy_of": origin}},
+        {"$set": {"copy_of": {"$mergeObjects": [origin]}}},  # in the place of whatever is there
         {"$unset": list(_NOT_COPIED)},
         {"$set": fields},
         {"$merge": {"into": sessions, "on": "_id", "whenMatched": [replace], "whenNotMatched": "discard"}},

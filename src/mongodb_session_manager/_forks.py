@@ -23,6 +23,7 @@ from ._connection import AsyncCollection, run_pipeline
 from ._cutting import Branch, checked_ends, ends_of, facts, fork_of, snapshot_of, usage_of
 from ._documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
 from ._layout import CHUNKS, Place
+from ._life import Life
 from ._references import Reference, references_of
 from ._staging import SessionStaging, Staging
 from ._write_back import is_left_out
@@ -162,7 +163,7 @@ class SessionForks(SessionStaging, SessionWrites):
         async for held in self._with_attachments(staging.place, branches):
             replaced += await self._copy_attachments(source, staging, held)
         await self._attachments.remove_unnamed(staging.place, replaced)
-        expiry = await staging.date(self._session_ttl or document.get("time_to_live"))
+        expiry = await staging.date(self._session_ttl or Life.of(document).time_to_live)
         stages = fork_of(source.session_id, self._connection.now(), branches, expiry)
         await staging.go_live(lambda sessions: sessions.update_one(staging.own, stages))
 

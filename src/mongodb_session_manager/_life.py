@@ -15,7 +15,7 @@ from bson import ObjectId
 from ._documents import Document
 from .errors import ConfigurationError
 
-_MOST_SECONDS = 2**31 - 1
+MOST_SECONDS = 2**31 - 1
 
 _STEPS = 8
 """The date of a session moves at most this often within its time to live."""
@@ -32,14 +32,18 @@ def checked_ttl(value: object) -> int | None:
     if not isinstance(value, timedelta):
         raise ConfigurationError(f"session_ttl must be a datetime.timedelta, got {value!r}")
     seconds = -(value // timedelta(seconds=-1))
-    if value < timedelta(seconds=1) or seconds > _MOST_SECONDS:
-        raise ConfigurationError(f"session_ttl must be from 1 to {_MOST_SECONDS} seconds, got {value!r}")
+    if value < timedelta(seconds=1) or seconds > MOST_SECONDS:
+        raise ConfigurationError(f"session_ttl must be from 1 to {MOST_SECONDS} seconds, got {value!r}")
     return seconds
 
 
 def next_date(moment: datetime, seconds: int) -> datetime:
     """Return the `expires_at` that a step sets: nine eighths of the time to live after `moment`."""
     return moment + timedelta(seconds=seconds) * (_STEPS + 1) / _STEPS
+
+
+NO_TIME_TO_LIVE: Document = {"$not": {"$type": "int", "$gt": 0, "$not": {"$type": "array"}}}
+"""The condition of a `time_to_live` that is not there; an application can have stored another value."""
 
 
 class Dates(NamedTuple):
@@ -56,7 +60,7 @@ class Dates(NamedTuple):
     @property
     def may_be_added(self) -> Document:
         """The condition on the session: `time_to_live` is unchanged, and the session does not outlive the part."""
-        same: Document = {"time_to_live": self.time_to_live or {"$not": {"$gt": 0}}}
+        same: Document = {"time_to_live": NO_TIME_TO_LIVE if self.time_to_live is None else self.time_to_live}
         return same if self.expires_at is None else {**same, "expires_at": {"$not": {"$gt": self.expires_at}}}
 
 
@@ -83,7 +87,7 @@ class Life:
         incarnation, ttl, date = (document.get(name) for name in ("incarnation", "time_to_live", "expires_at"))
         return cls(
             incarnation if isinstance(incarnation, ObjectId) else None,
-            int(ttl) if isinstance(ttl, int | float) and ttl > 0 else None,
+            ttl if type(ttl) is int and 0 < ttl <= MOST_SECONDS else None,
             date if isinstance(date, datetime) else None,
         )
 

@@ -28,7 +28,7 @@ from ._connection import AsyncCollection, run_pipeline
 from ._deletion import SessionDeletion, incarnations_of
 from ._documents import Document, array_at, entries_at, number_at
 from ._layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
-from ._life import LIFE, Life, next_date
+from ._life import LIFE, MOST_SECONDS, Life, next_date
 from .errors import DatabaseError, SessionNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class SessionMigration(SessionDeletion):
             await self._attachments.copy_from_v1(old, new)
         seconds = document.get("session_ttl")
         sets: Document = {"incarnation": new.incarnation}
-        if isinstance(seconds, int | float) and seconds > 0:
+        if isinstance(seconds, int | float) and 1 <= seconds <= MOST_SECONDS:
             until = next_date(self._connection.now(), int(seconds))
             await self._date_parts(new, until)
             sets |= {"time_to_live": int(seconds), "expires_at": until}

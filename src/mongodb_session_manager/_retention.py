@@ -33,7 +33,7 @@ from ._commands import SessionCollection, ensure_indexes
 from ._connection import AsyncCollection
 from ._documents import Document
 from ._layout import LIVE, OF_V1, OUTSIDE, Place, live_at
-from ._life import LIFE, Dates, Life, next_date
+from ._life import LIFE, NO_TIME_TO_LIVE, Dates, Life, next_date
 from .errors import SessionNotFoundError
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class SessionRetention(SessionCollection):
         """Send a statement that sets `updated_at`, and move `expires_at` if it is too early."""
         session_id, seconds = update.filter["_id"], self._session_ttl or life.time_to_live
         if seconds is None:
-            condition: Document = {"time_to_live": {"$not": {"$gt": 0}}, "session_ttl": None}
+            condition: Document = {"time_to_live": NO_TIME_TO_LIVE, "session_ttl": None}
             return await super()._update_with(_touching(update, moment, condition), command)
         late_enough = moment + timedelta(seconds=seconds)
         if life.expires_at is not None and life.expires_at >= late_enough:
@@ -124,7 +124,7 @@ class SessionRetention(SessionCollection):
         until = next_date(moment, seconds)
         step = until if before is None else min(until, next_date(moment, before))  # a part can have a date for `before`
         if before is None:
-            await self._date_session(place, seconds, until)
+            await self._date_session(place, seconds, late_enough)  # so that the next write dates the parts in any case
         await self._date_parts(place, step)
         statement = _touching(update, moment, {"incarnation": life.incarnation}, (seconds, step))
         result = await super()._update_with(statement, command)
