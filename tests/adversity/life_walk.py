@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pymongo.database import Database
+from strands.agent.conversation_manager import NullConversationManager
 
 from from_v100 import OUTSIDE
 from killing import Child, Killer, start
@@ -74,7 +75,7 @@ def carry_out_one(factory: Any, repository: Any, step: Step, stored: Callable[[A
     kind, session_id, other, name = step
     if kind == "append":
         with factory.create_session_manager(session_id) as manager:
-            live = agent(manager)
+            live = agent(manager, conversation_manager=NullConversationManager())
             for number in range(2):
                 asked = f"{name}q{number}{'+' if len(name) % 2 else ''}"
                 answer = f"{name}a{number}"
@@ -245,7 +246,7 @@ class Walk:
                         found[session_id] = []
                         continue
                     messages = repository.list_messages(session_id, "agent")
-                    restored = agent(manager).messages
+                    restored = agent(manager, conversation_manager=NullConversationManager()).messages
                 said = texts([message.to_message() for message in messages])
                 assert texts(restored) == said
                 ids = [message.message_id for message in messages]
