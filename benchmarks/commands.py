@@ -82,7 +82,8 @@ async def measure(bench: Bench) -> Finding:
     with bench.networks([0.0]) as (uri,):
         async with MongoDBSessionManagerFactory(uri, DATABASE, event_listeners=[counter]) as factory:
             async with await factory.create_session_manager_async(new_id()):
-                while counter.count < 2:  # the opening, and the search for unfinished sessions, once in a process
+                # The opening, and the search for unfinished sessions, once in a process.
+                while counter.count < 2:  # noqa: ASYNC110 - counted in a thread of the driver
                     await asyncio.sleep(0.01)
             for case in _CASES:
                 each, once = [await _count(factory, counter, case, save_on) for save_on in _SAVE_ON]
