@@ -213,8 +213,29 @@ def literal(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: {"$literal": value} for name, value in fields.items()}
 
 
+NEW = {"attachments": ["new"]}
+"""What a replacement has that may remove attachments; without it, it is one of a message that is known to have none."""
+
+
+def test_a_message_without_attachments_is_replaced_by_a_plain_update() -> None:
+    fields = {"message": said("longer"), "updated_at": T2}
+    assert compiled(ReplaceMessage("agent", 7, fields)) == Update(
+        {"_id": "s", "agents.agent.messages.message_id": {"$all": [7]}},
+        {
+            "$set": {
+                "agents.agent.updated_at": T2,
+                "updated_at": T2,
+                "agents.agent.messages.$[m0].message": said("longer"),
+                "agents.agent.messages.$[m0].updated_at": T2,
+            },
+            "$inc": {"agents.agent.revision": 1},
+        },
+        [{"m0.message_id": 7}],
+    )
+
+
 def test_replace() -> None:
-    fields = {"message": said("[redacted]"), "redact_message": said("[redacted]"), "updated_at": T2}
+    fields = {"message": said("[redacted]"), "redact_message": said("[redacted]"), "updated_at": T2, **NEW}
     assert compiled(ReplaceMessage("agent", 7, fields)) == Update(
         {"_id": "s", "agents.agent.messages.message_id": {"$all": [7]}},
         [
@@ -230,9 +251,9 @@ def test_replace() -> None:
 
 def test_replace_several_in_any_order_and_metrics_of_one() -> None:
     assert compiled(
-        ReplaceMessage("agent", 7, {"message": said("first"), "updated_at": T1}),
-        ReplaceMessage("agent", 2, {"message": said("other"), "updated_at": T2}),
-        ReplaceMessage("agent", 7, {"message": said("last"), "updated_at": T3}),
+        ReplaceMessage("agent", 7, {"message": said("first"), "updated_at": T1, **NEW}),
+        ReplaceMessage("agent", 2, {"message": said("other"), "updated_at": T2, **NEW}),
+        ReplaceMessage("agent", 7, {"message": said("last"), "updated_at": T3, **NEW}),
         SetMessageFields("agent", 7, {"event_loop_metrics": {"n": 1}}),
     ) == Update(
         {"_id": "s", "agents.agent.messages.message_id": {"$all": [2, 7]}},
@@ -242,8 +263,8 @@ def test_replace_several_in_any_order_and_metrics_of_one() -> None:
                 | replacing(
                     "agents.agent",
                     {
-                        7: {"message": said("last"), "updated_at": T3, "event_loop_metrics": {"n": 1}},
-                        2: {"message": said("other"), "updated_at": T2},
+                        7: {"message": said("last"), "updated_at": T3, **NEW, "event_loop_metrics": {"n": 1}},
+                        2: {"message": said("other"), "updated_at": T2, **NEW},
                     },
                 )
                 | removing("agents.agent", 7, 2)
@@ -327,7 +348,7 @@ def test_several_agents_in_one_statement() -> None:
 
 
 def test_replace_and_append_together_are_a_pipeline() -> None:
-    replaced = {"message": said("new"), "updated_at": T1}
+    replaced = {"message": said("new"), "updated_at": T1, **NEW}
     assert compiled(ReplaceMessage("agent", 1, replaced), append(2, "two", T2), state(3, {"$k": 1}, T3)) == Update(
         {
             "_id": "s",
