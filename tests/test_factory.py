@@ -48,6 +48,7 @@ DRIVERS = pytest.mark.parametrize("driver_class", [AsyncIOMotorClient, AsyncMong
 USUAL = {
     "_id_",
     "session_id_1",
+    "state_1",
     *("created_at_1", "created_at_1__id_1"),
     *("updated_at_1", "updated_at_1__id_1"),
     *("application_name_1", "application_name_1_created_at_1__id_1", "application_name_1_updated_at_1__id_1"),
@@ -711,7 +712,7 @@ IN_THE_WAY: dict[str, tuple[Callable[[Documents], object], set[str]]] = {
     ),
     "too many": (
         lambda stored: [stored.create_index(f"f{number}") for number in range(60)],
-        {"application_name", "updated_at+_id", "application_name+updated_at+_id"}
+        {"session_id", "application_name", "updated_at+_id", "application_name+updated_at+_id"}
         | {"created_at+_id", "application_name+created_at+_id"},
     ),
 }
