@@ -312,20 +312,21 @@ def test_a_session_whose_document_is_full_comes_back(server: str, database: str,
         repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
         document = stored.find_one({"_id": "s"})
         few = {"agent_data": {"agent_id": "few"}, "messages": messages, "next_message_id": 8}
+        few["messages"] = []
         many = {f"{n}": {"agent_data": {"agent_id": f"{n}"}, "messages": [], "next_message_id": 0} for n in range(5000)}
-        document |= {"agents": {"few": few, **many}, "metadata": {"filling": ""}}
-        document["metadata"]["filling"] = "y" * (16 * MIB - len(bson.encode(document)))
-        assert len(bson.encode(document)) == 16 * MIB
-
-        def store() -> bool:
-            try:
-                stored.replace_one({"_id": "s"}, document)
-            except pymongo.errors.OperationFailure as error:
-                assert error.code == 388, "the cache of a small server is full"  # noqa: PT017
-                return False
-            return True
-
-        eventually(store)
+        names = [f"f{n:02}" for n in range(12)]
+        document |= {"agents": {"few": {**few, "messages": messages}, **many}, "metadata": dict.fromkeys(names, "")}
+        filling = 16 * MIB - len(bson.encode(document))
+        values = ["y" * (filling * (n + 1) // 12 - filling * n // 12) for n in range(12)]
+        # A server with a small cache refuses to store as much at once.
+        stored.update_one(
+            {"_id": "s"}, {"$set": {"agents": {"few": few, **many}, "metadata": dict.fromkeys(names, "")}}
+        )
+        for message in messages:
+            stored.update_one({"_id": "s"}, {"$push": {"agents.few.messages": message}})
+        for name, value in zip(names, values, strict=True):
+            stored.update_one({"_id": "s"}, {"$set": {f"metadata.{name}": value}})
+        assert len(bson.encode(stored.find_one({"_id": "s"}))) == 16 * MIB
         other.import_session(repository.export_session("s"))
         assert [m.message_id for m in other.list_messages("s", "few")] == list(range(8))
         assert other.get_metadata("s") == repository.get_metadata("s")

@@ -610,13 +610,24 @@ def test_whatever_happens_between_two_commands_of_a_fork(
     number: int,
     what: str,
 ) -> None:
-    for last in LASTS if request.config.getoption("--full-adversity") else [LASTS[number % 3]]:
-        happens_between_two_commands(repository, server, database, stored, what, last)
+    if request.config.getoption("--full-adversity"):
+        for last in LASTS:
+            happens_between_two_commands(repository, server, database, stored, what, last)
+    else:
+        happens_between_two_commands(repository, server, database, stored, what, LASTS[number % 3], number % 4, 4)
 
 
 def happens_between_two_commands(
-    repository: MongoDBSessionRepository, server: str, database: str, stored: Stored, what: str, last: int | None
+    repository: MongoDBSessionRepository,
+    server: str,
+    database: str,
+    stored: Stored,
+    what: str,
+    last: int | None,
+    first: int = 0,
+    step: int = 1,
 ) -> None:
+    """Let an event happen at every command of a fork, or at some of them."""
     images = {n: content(5 * MIB // 2, n) for n in (3, 28)}
 
     def make() -> None:
@@ -654,7 +665,7 @@ def happens_between_two_commands(
             if what == "write back and go on":
                 go_on()
 
-    number, is_over = 0, False
+    number, is_over = first, False
     while not is_over:
         make()
         before = {message.message_id: message for message in repository.list_messages("s", "agent")}
@@ -677,5 +688,5 @@ def happens_between_two_commands(
         repository.delete_session("s")
         for name in stored.database.list_collection_names():
             assert stored.database[name].count_documents({}) == 0, name
-        number += 1
+        number += step
     assert number > 8

@@ -554,7 +554,7 @@ def test_a_writer_that_ends_while_a_session_gets_a_ttl_loses_nothing(
         ):
             repository.update_metadata(ID, {"done": done})
         check_dates(stored)
-        age(stored, EIGHTH * 2)
+        age(stored, EIGHTH / 2)
     repository.update_metadata(ID, {"done": True})
     check_all_dated(stored)
 
