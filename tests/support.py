@@ -38,6 +38,11 @@ class CommandLog(monitoring.CommandListener):
     def clear(self) -> None:
         self.names.clear()
 
+    def wait_for_start(self) -> None:
+        """Wait for what a process sends once for a collection, in the background."""
+        self.wait_for("createIndexes")
+        self.wait_for("find")  # unfinished sessions
+
     def wait_for(self, name: str) -> None:
         eventually(lambda: name in self.names)
 

@@ -142,6 +142,7 @@ def test_a_user_who_may_only_read_and_write_changes_how_long_sessions_live(secur
                 repository.update_metadata("s", {"hours": hours})
             assert stored.find_one()["expires_at"] >= datetime.now(UTC) + timedelta(hours=hours)
         assert stored.index_information()["expires_at_1"]["expireAfterSeconds"] == 0
+        stored.delete_many({})
 
 
 def test_a_user_given_as_client_options_is_named(secured: str) -> None:

@@ -41,7 +41,7 @@ class Ticks(monitoring.CommandListener):
 
     Attributes:
         during: Ticks by command, oldest first.
-        pushed: Per `update`, whether it appends messages.
+        pushed: Per `update`, and per `findAndModify` that replaces a message, whether it appends messages.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,8 @@ class Ticks(monitoring.CommandListener):
         self._begun[event.request_id] = self.count
         if event.command_name == "update":
             self.pushed.append("$push" in event.command["updates"][0]["u"])
+        elif event.command_name == "findAndModify" and isinstance(event.command["update"], list):
+            self.pushed.append(False)
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
         self.during.append((event.command_name, self.count - self._begun.pop(event.request_id)))

@@ -138,7 +138,7 @@ async def test_a_health_check_waits_behind_no_other_command(server: str, databas
     under_way = (size or 100) - 1
     async with MongoDBSessionManagerFactory(server, database, event_listeners=[log], **options) as factory:
         manager = await factory.create_session_manager_async("s")
-        await asyncio.to_thread(log.wait_for, "createIndexes")
+        await asyncio.to_thread(log.wait_for_start)
         log.clear()
         with fail_point(server, failCommands=["find"], times=under_way, blockConnection=True, blockTimeMS=6000):
             slow = [asyncio.create_task(manager.get_metadata()) for _ in range(150)]
@@ -157,7 +157,7 @@ async def test_no_more_commands_are_under_way_than_the_pool_holds(server: str, d
     client: Any = AsyncIOMotorClient(server, maxPoolSize=3, event_listeners=[log])
     factories = [MongoDBSessionManagerFactory(client=client, database_name=database) for _ in range(2)]
     managers = [await factory.create_session_manager_async("s") for factory in factories]
-    await asyncio.to_thread(log.wait_for, "createIndexes")
+    await asyncio.to_thread(log.wait_for_start)
     log.clear()
     with fail_point(server, failCommands=["find"], times=3, blockConnection=True, blockTimeMS=1500):
         slow = [asyncio.create_task(managers[number % 2].get_metadata()) for number in range(20)]
@@ -176,7 +176,7 @@ async def test_who_leaves_the_queue_holds_nobody_up(server: str, database: str) 
     options: dict[str, Any] = {"maxPoolSize": 1, "event_listeners": [log]}
     async with AsyncMongoDBSessionRepository(server, database, **options) as repository:
         await repository.open_session("s")
-        await asyncio.to_thread(log.wait_for, "createIndexes")
+        await asyncio.to_thread(log.wait_for_start)
         log.clear()
         with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=1000):
             first = asyncio.create_task(repository.read_session("s"))
@@ -195,7 +195,7 @@ async def test_who_waits_too_long_in_the_queue_is_told_so_and_holds_nobody_up(se
     options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 300, "event_listeners": [log]}
     async with AsyncMongoDBSessionRepository(server, database, **options) as repository:
         await repository.open_session("s")
-        await asyncio.to_thread(log.wait_for, "createIndexes")
+        await asyncio.to_thread(log.wait_for_start)
         log.clear()
         with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=1500):
             first = asyncio.create_task(repository.read_session("s"))
