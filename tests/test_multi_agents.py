@@ -15,6 +15,7 @@ import pymongo
 import pytest
 from strands import ToolContext, tool
 from strands.hooks import BeforeNodeCallEvent, HookProvider, HookRegistry
+from strands.multiagent import Swarm
 from strands.multiagent.base import MultiAgentBase, MultiAgentResult, Status
 from strands.session import FileSessionManager
 
@@ -22,6 +23,7 @@ import mongodb_session_manager
 from mongodb_session_manager import (
     AccessDeniedError,
     AgentNotFoundError,
+    DatabaseError,
     EncodingError,
     InvalidArgumentError,
     MongoDBSessionError,
@@ -834,3 +836,17 @@ def test_a_manager_that_is_not_open_says_so() -> None:
     for use in (manager.initialize_multi_agent, manager.sync_multi_agent):
         with pytest.raises(SessionClosedError, match="is not open"):
             use(Odd({}))
+
+
+def test_a_state_that_an_orchestrator_cannot_restore_is_one_clear_error(factory: MongoDBSessionManagerFactory) -> None:
+    class Incompatible(Swarm):
+        def deserialize_state(self, payload: dict[str, Any]) -> None:
+            raise RuntimeError("a state of another version")
+
+    with factory.create_session_manager("s") as manager:
+        Swarm([agent(None, "done", agent_id="one")], id="swarm", session_manager=manager)("hello")
+    with (
+        factory.create_session_manager("s") as manager,
+        pytest.raises(DatabaseError, match=r"'multi_agents.swarm.state' cannot be restored \(RuntimeError\)"),
+    ):
+        Incompatible([agent(None, "done", agent_id="one")], id="swarm", session_manager=manager)
