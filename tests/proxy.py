@@ -217,7 +217,7 @@ class Proxy:
 
     async def _listen(self) -> None:
         if self._listener is None:
-            self._listener = await asyncio.start_server(self._handle, sock=_bound(self.port))
+            self._listener = await asyncio.start_server(self._accept, sock=_bound(self.port))
 
     def _go_away(self) -> None:
         if self._listener is not None:
@@ -229,10 +229,14 @@ class Proxy:
         for handler in self._handlers:
             handler.cancel()
 
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Handle a connection; one that is cancelled before its handler began is closed all the same."""
+        handler = asyncio.ensure_future(self._handle(reader, writer))
+        self._handlers.add(handler)
+        handler.add_done_callback(self._handlers.discard)
+        handler.add_done_callback(lambda _: writer.transport.abort())
+
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._handlers.add(task)
         writers = [writer]
         try:
             self.connections += 1
@@ -249,7 +253,6 @@ class Proxy:
             for each in writers:
                 with suppress(OSError, asyncio.CancelledError):
                     await each.wait_closed()
-            self._handlers.discard(task)
 
     async def _pump(self, connection: _Connection) -> None:
         """Forward in both directions until one of them ends: by hanging up, by a rule, or because the test cuts."""
