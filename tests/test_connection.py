@@ -39,7 +39,7 @@ from mongodb_session_manager import (
     _loop,
     create_mongodb_session_manager_async,
 )
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 from support import CommandLog, agent, assert_no_driver_error, chained, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]

@@ -38,7 +38,7 @@ from mongodb_session_manager import (
     get_global_factory,
     initialize_global_factory,
 )
-from mongodb_session_manager._commands import _forget_indexes, see_again, unseen
+from mongodb_session_manager._io.collection import _forget_indexes, see_again, unseen
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]

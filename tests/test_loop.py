@@ -16,7 +16,7 @@ from contextvars import ContextVar
 import pytest
 
 from mongodb_session_manager import EventLoopError, _loop
-from mongodb_session_manager._loop import Portal, io_portal, portal_to
+from mongodb_session_manager._io.loop import Portal, io_portal, portal_to
 from support import eventually
 
 NAME = "mongodb-session-manager-io"
@@ -524,7 +524,7 @@ def test_portal_to_the_io_loop_is_the_io_portal(portal: Portal) -> None:
 
 FIRST_USE = """
 import sys, threading
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 sys.setswitchinterval(1e-6)
 assert threading.active_count() == 1, threading.enumerate()
 together, portals = threading.Barrier(50), []
@@ -540,7 +540,7 @@ print(len(portals), len(set(map(id, portals))), *(t.name for t in threading.enum
 FIRST_USE_AT_EXIT = """
 import atexit, threading
 from mongodb_session_manager import EventLoopError
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 def late():
     try:
         io_portal()
@@ -552,7 +552,7 @@ atexit.register(late)
 
 POLICY_SET_LATER = """
 import asyncio
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 async def nothing(): pass
 io_portal().call(nothing)
 class Policy(asyncio.DefaultEventLoopPolicy):

@@ -437,7 +437,7 @@ say(processes.submit(abs, -1).result(), threads.submit(abs, -2).result())
 
 def test_sessions_survive_the_io_thread(server: str, database: str, stored: Documents) -> None:
     script = """
-from mongodb_session_manager import _loop
+from mongodb_session_manager._io import loop as _loop
 factory = MongoDBSessionManagerFactory(uri, database)
 manager = factory.create_session_manager("s")
 mine = agent(manager)

@@ -154,7 +154,7 @@ def test_an_import_slower_than_its_time_to_live_is_alive(
         pytest.MonkeyPatch.context() as patch,
         MongoDBSessionRepository(server, database, session_ttl=ttl) as other,
     ):
-        patch.setattr("mongodb_session_manager._imports._LINES", 1)
+        patch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
         before = datetime.now(UTC)
         other.import_session(slowly(), COPY)
     document = stored.find_one({"_id": COPY})
@@ -202,8 +202,8 @@ def test_a_fork_that_takes_its_time_to_live_to_date_its_parts_is_alive(
 def test_a_copy_under_way_is_not_seen_and_not_deleted(
     full: MongoDBSessionRepository, server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mongodb_session_manager._imports._LINES", 1)
-    monkeypatch.setattr("mongodb_session_manager._repository._PATIENCE", 0.1)
+    monkeypatch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
+    monkeypatch.setattr("mongodb_session_manager._repository.async_repository._PATIENCE", 0.1)
     lines = list(full.export_session(ID))
 
     def slowly() -> Iterator[str]:
@@ -321,7 +321,7 @@ def test_a_fork_that_stalls_leaves_a_later_one_alone(
 def test_a_copy_whose_lease_was_over_leaves_nothing(
     full: MongoDBSessionRepository, stored: Stored, driver: Driver, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mongodb_session_manager._imports._LINES", 1)
+    monkeypatch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
     lines = list(full.export_session(ID))
 
     def frozen() -> Iterator[str]:
@@ -340,8 +340,8 @@ def test_a_copy_whose_lease_was_over_leaves_nothing(
 def test_a_slow_stream_keeps_its_lease(
     full: MongoDBSessionRepository, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mongodb_session_manager._staging.LEASE", timedelta(seconds=1))
-    monkeypatch.setattr("mongodb_session_manager._imports._LINES", 1)
+    monkeypatch.setattr("mongodb_session_manager._copying.staging.LEASE", timedelta(seconds=1))
+    monkeypatch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
     lines = list(full.export_session(ID))
 
     def slowly() -> Iterator[str]:

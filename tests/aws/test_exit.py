@@ -81,7 +81,7 @@ def test_the_end_of_the_interpreter_delivers_them_too(
     server: str, database: str, stored: Any, moto: str, queue: Queue, opened: str
 ) -> None:
     body = f"""
-        from mongodb_session_manager import _loop
+        from mongodb_session_manager._io import loop as _loop
         _loop.EXIT_TIMEOUT = {SLOW}
         factory = MongoDBSessionManagerFactory(uri, database)
         manager = {opened}, metadata_hook=hook)
