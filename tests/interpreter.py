@@ -28,6 +28,7 @@ import time
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -98,10 +99,8 @@ class Process:
 
     def _close(self) -> None:
         for stream in (self.stdin, self.stdout, self.stderr, self._status):
-            try:
+            with suppress(BrokenPipeError):  # of what nobody has read
                 stream.close()
-            except BrokenPipeError:  # of what nobody has read
-                pass
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -260,7 +259,7 @@ def _serve(address: str) -> dict[str, Any] | None:
 
 
 def _forked(descriptors: list[int]) -> bool:
-    """Fork a process with these standard streams, and one that reports its id and its end; return whether this is it."""
+    """Fork a process with these standard streams, and one that reports its end; return whether this is the former."""
     *streams, status = descriptors
     if os.fork():
         for descriptor in descriptors:
@@ -286,6 +285,7 @@ def _become(request: dict[str, Any]) -> tuple[types.CodeType, dict[str, Any]]:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
+    tempfile.tempdir = None  # asks the environment again
     sys.argv[:] = request["arguments"]
     for option in request["warnings"]:
         action, message, category = option.split(":")
