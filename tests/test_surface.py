@@ -52,7 +52,7 @@ LAYERS = [
     "hooks",
     "__init__",
 ]
-ON_TOP = {"embedded": {"errors"}, "fastapi": {"errors", "_managers", "__init__"}}
+ON_TOP = {"embedded": {"errors"}, "demo": {"errors", "embedded"}, "fastapi": {"errors", "_managers", "__init__"}}
 
 
 # Public names.
