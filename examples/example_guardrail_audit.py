@@ -14,8 +14,8 @@ from pymongo import MongoClient
 from strands import Agent
 
 from mongodb_session_manager import MongoDBSessionManager
+from mongodb_session_manager.demo import Redaction
 from offline import make_model, mongodb, new_session_id, option_parser
-from scripted_model import Redaction
 
 SCRIPT = ["Good afternoon!", Redaction("[blocked by the guardrail]", "I cannot help with that.")]
 

@@ -18,8 +18,8 @@ from uuid import uuid4
 
 from strands.models import Model
 
+from mongodb_session_manager.demo import Reply, ScriptedModel
 from mongodb_session_manager.embedded import EmbeddedMongoDB
-from scripted_model import Reply, ScriptedModel
 
 PROVIDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bedrock": ("strands.models.bedrock", "BedrockModel", {}),

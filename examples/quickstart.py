@@ -21,8 +21,8 @@ import tempfile
 from strands import Agent
 
 from mongodb_session_manager import MongoDBSessionManager, create_mongodb_session_manager_async
+from mongodb_session_manager.demo import ScriptedModel
 from mongodb_session_manager.embedded import EmbeddedMongoDB
-from scripted_model import ScriptedModel
 
 SESSION_ID = f"quickstart-{os.getpid()}"
 

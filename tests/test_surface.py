@@ -104,7 +104,11 @@ ORDER = [
     "__init__",
     "fastapi",
 ]
-BESIDE = {"_embedded_supervisor": set(), "embedded": {"errors", "_embedded_supervisor"}}
+BESIDE = {
+    "_embedded_supervisor": set(),
+    "embedded": {"errors", "_embedded_supervisor"},
+    "demo": {"errors", "embedded"},
+}
 
 
 # Public names.
