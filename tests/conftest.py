@@ -14,6 +14,7 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
+from fix_progress import Progress
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog, eventually
@@ -35,6 +36,35 @@ def pytest_configure(config: pytest.Config) -> None:
         "here", max_examples=300 if full else 30, deadline=None, suppress_health_check=HealthCheck
     )
     settings.load_profile("here")
+
+
+HERE = Path(__file__).parent
+FAST = """
+agent_config attachments_references changes codec commands documents feedback ids legacy metadata model
+odd_values options portable rollback scripted_model strict_api surface turns unit_of_work wrong_arguments
+"""
+"""The modules, without `test_`, of which all tests are marked `fast`: pure, or with one server and no other process."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing that `-m fast` would leave out: that took most of the time."""
+    name = collection_path.stem
+    left_out = collection_path.parent != HERE or (
+        name.startswith("test_") and name.removeprefix("test_") not in FAST.split()
+    )
+    return True if config.getoption("markexpr") == "fast" and HERE in collection_path.parents and left_out else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == HERE and item.path.stem.removeprefix("test_") in FAST.split():
+            item.add_marker("fast")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        session.config.pluginmanager.register(Progress(reporter))
 
 
 @pytest.fixture

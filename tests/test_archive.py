@@ -165,8 +165,8 @@ def test_ten_thousand_messages(server: str, database: str, stored: Stored) -> No
     sizes = []
     with MongoDBSessionRepository(server, database) as repository:
         begin(repository)
-        for first in range(0, 10_000, 10):
-            messages = [stored_message(said(n, f"{n} {text}"), n) for n in range(first, first + 10)]
+        for first in range(0, 10_000, 50):
+            messages = [stored_message(said(n, f"{n} {text}"), n) for n in range(first, first + 50)]
             assert repository.apply("s", [AppendMessage("agent", message) for message in messages]) == {}
             if first % 250 == 0:
                 (size,) = stored.aggregate([{"$project": {"size": {"$bsonSize": "$$ROOT"}}}])

@@ -161,11 +161,9 @@ with MongoDBSessionManager("s", sys.argv[1], sys.argv[2]) as manager:
 """
 
 
-SIXTY = pytest.mark.parametrize("sizes", [[15 * MIB] * 4, [60 * MIB]], ids=["four", "one"])
-
-
-@SIXTY
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("sync", [15 * MIB] * 4), ("async", [60 * MIB])], ids=["four, sync", "one, async"]
+)
 def test_sixty_megabytes(
     factory: MongoDBSessionManagerFactory, server: str, database: str, sizes: list[int], kind: str
 ) -> None:

@@ -98,8 +98,8 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(
-    params=[(False, False), (False, True), (True, False), (True, True)],
-    ids=["manager", "manager awaited", "async manager", "async manager awaited"],
+    params=[(False, False), (True, True)],
+    ids=["manager", "async manager awaited"],
 )
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
     return Session(factory, runner, *request.param).open()

@@ -662,7 +662,6 @@ def proxy(server: str) -> Iterator[Proxy]:
 def behind_proxy(
     proxy: Proxy, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MongoDBSessionManagerFactory]:
-    monkeypatch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
     with MongoDBSessionManagerFactory(
         proxy.uri, database, serverMonitoringMode="poll", serverSelectionTimeoutMS=1000
     ) as factory:
