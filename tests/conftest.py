@@ -88,7 +88,7 @@ def retries_come_fast() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
         patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
-        patch.setattr("mongodb_session_manager._commands._PAUSES", (0.01, 0.02, 0.05))
+        patch.setattr("mongodb_session_manager._io.collection._PAUSES", (0.01, 0.02, 0.05))
         yield
 
 

@@ -12,9 +12,9 @@ from strands.types.session import Session, SessionAgent, SessionMessage
 from mongodb_session_manager import (
     MongoDBSessionRepository,
 )
-from mongodb_session_manager._buckets import Head, Limits, cut, merge
-from mongodb_session_manager._documents import agent_key
-from mongodb_session_manager._life import UNDATED
+from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
+from mongodb_session_manager._format.documents import agent_key
+from mongodb_session_manager._format.retention import UNDATED
 from support import eventually, texts
 
 Stored = Collection[dict[str, Any]]

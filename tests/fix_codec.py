@@ -9,8 +9,8 @@ import bson
 from bson import Binary, Code, Decimal128, MinKey, ObjectId, Regex, Timestamp
 from hypothesis import strategies as st
 
-from mongodb_session_manager import _codec
-from mongodb_session_manager._codec import CODEC_OPTIONS, MARKER
+from mongodb_session_manager._format import codec as _codec
+from mongodb_session_manager._format.codec import CODEC_OPTIONS, MARKER
 
 
 def through_bson(stored: Any) -> Any:

@@ -30,8 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fix_codec import hashables, keys, scalars, through_bson, values
-from mongodb_session_manager import _codec
-from mongodb_session_manager._codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode
+from mongodb_session_manager._format import codec as _codec
+from mongodb_session_manager._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode
 from mongodb_session_manager.errors import EncodingError
 
 MESSAGE_DEPTH = 6
