@@ -1,15 +1,19 @@
-"""The README's programs, run as they are."""
+"""The README's programs run as they are, and so does every block of the first pages of the documentation."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from documented import README, Program, blocks, uri_of
+from documented import EXAMPLE_URI, PAGES, README, Program, blocks, uri_of
+
+FIRST_PAGES = [README, PAGES / "index.md", *sorted((PAGES / "getting-started").glob("*.md"))]
 
 
 @pytest.fixture
@@ -24,6 +28,18 @@ def test_every_block_of_the_readme_is_run_here() -> None:
 def test_the_readme_has_no_link_that_breaks_on_a_package_index() -> None:
     links = re.findall(r"\]\(([^)]*)\)", README.read_text())
     assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_every_block_of_the_first_pages_can_be_copied_alone(tmp_path: Path) -> None:
+    for page in FIRST_PAGES:
+        for block in blocks(page):
+            (tmp_path / f"{page.stem}_{block.line}.py").write_text(block.code)
+            assert EXAMPLE_URI not in block.code
+            assert all("model=" in call for call in re.findall(r"\bAgent\(.*", block.code))
+    assert len(list(tmp_path.iterdir())) > 12
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise"]
+    checked = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout) == (0, "All checks passed!\n")
 
 
 def test_files_that_the_readme_names_exist() -> None:
