@@ -10,7 +10,7 @@ from typing import Any
 from motor.motor_asyncio import AsyncIOMotorClient
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from mongodb_session_manager._loop import io_portal, portal_to
+from mongodb_session_manager._io.loop import io_portal, portal_to
 
 from ._bench import Bench
 from ._results import Cell, Finding, Spread

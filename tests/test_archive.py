@@ -26,9 +26,9 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionConflictError,
 )
-from mongodb_session_manager._changes import AddGuardrailEvent, AppendMessage, SetMessageFields
-from mongodb_session_manager._documents import agent_key, stored_message
-from mongodb_session_manager._unit_of_work import UnitOfWork
+from mongodb_session_manager._format.changes import AddGuardrailEvent, AppendMessage, SetMessageFields
+from mongodb_session_manager._format.documents import agent_key, stored_message
+from mongodb_session_manager._managers.unit_of_work import UnitOfWork
 from support import CommandLog, agent, eventually, texts
 
 Stored = Collection[dict[str, Any]]

@@ -29,10 +29,10 @@ from mongodb_session_manager import (
     SessionConflictError,
     initialize_global_factory,
 )
-from mongodb_session_manager._buckets import MERGE_REFUSED, Head, Limits, cut, merge
-from mongodb_session_manager._changes import AppendMessage, ReplaceMessage
-from mongodb_session_manager._documents import stored_message
-from mongodb_session_manager._life import UNDATED
+from mongodb_session_manager._format.buckets import MERGE_REFUSED, Head, Limits, cut, merge
+from mongodb_session_manager._format.changes import AppendMessage, ReplaceMessage
+from mongodb_session_manager._format.documents import stored_message
+from mongodb_session_manager._format.retention import UNDATED
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_archive import (

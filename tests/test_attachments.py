@@ -37,7 +37,7 @@ from mongodb_session_manager import (
     create_mongodb_session_manager_async,
     initialize_global_factory,
 )
-from mongodb_session_manager._attachments import CHUNK_BYTES
+from mongodb_session_manager._store.attachments import CHUNK_BYTES
 from proxy import Proxy, command
 from scripted_model import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts

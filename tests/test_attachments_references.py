@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from strands.types.session import SessionMessage
 
 from mongodb_session_manager import MessageTooLargeError
-from mongodb_session_manager._codec import CODEC_OPTIONS
-from mongodb_session_manager._documents import message_from, stored_message
-from mongodb_session_manager._references import (
+from mongodb_session_manager._format.attachment_refs import (
     MAX_MESSAGE_BYTES,
     Reference,
     attached,
@@ -22,6 +20,8 @@ from mongodb_session_manager._references import (
     references_of,
     set_aside,
 )
+from mongodb_session_manager._format.codec import CODEC_OPTIONS
+from mongodb_session_manager._format.documents import message_from, stored_message
 
 TOKEN = "0123456789abcdef01234567"
 IMAGE = b"\x89PNG" * 100

@@ -20,7 +20,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionConflictError,
 )
-from mongodb_session_manager._changes import (
+from mongodb_session_manager._format.changes import (
     AgentWrite,
     AppendMessage,
     Change,
@@ -34,7 +34,7 @@ from mongodb_session_manager._changes import (
     fold,
     reconcile,
 )
-from mongodb_session_manager._documents import (
+from mongodb_session_manager._format.documents import (
     agent_key,
     agent_state,
     array_at,

@@ -29,8 +29,8 @@ from bson.datetime_ms import DatetimeMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mongodb_session_manager import _codec
-from mongodb_session_manager._codec import CODEC_OPTIONS, MARKER, MAX_LEVELS, MAX_NESTING, decode, encode
+from mongodb_session_manager._format import codec as _codec
+from mongodb_session_manager._format.codec import CODEC_OPTIONS, MARKER, MAX_LEVELS, MAX_NESTING, decode, encode
 from mongodb_session_manager.errors import EncodingError
 
 MESSAGE_DEPTH = 6

@@ -278,8 +278,8 @@ def test_the_head_of_an_imported_session_is_bounded(server: str, database: str, 
 
 
 def _appends(count: int, text: str | None = None) -> list[Any]:
-    from mongodb_session_manager._changes import AppendMessage
-    from mongodb_session_manager._documents import stored_message
+    from mongodb_session_manager._format.changes import AppendMessage
+    from mongodb_session_manager._format.documents import stored_message
 
     return [AppendMessage("agent", stored_message(said(n, text), n)) for n in range(count)]
 

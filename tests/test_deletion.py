@@ -181,7 +181,7 @@ def test_an_interrupted_deletion_is_finished_by_the_next_process_that_meets_it(
     finish: str,
     how: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr("mongodb_session_manager._deletion.LEASE", timedelta(0))
+    monkeypatch.setattr("mongodb_session_manager._store.deletion.LEASE", timedelta(0))
     with failing_after(server, done, failCommands=["findAndModify", "delete"], **how), suppress(MongoDBSessionError):
         full.delete_session(ID)
     if not done:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from mongodb_session_manager import InvalidArgumentError
-from mongodb_session_manager._codec import CODEC_OPTIONS
-from mongodb_session_manager._documents import (
+from mongodb_session_manager._format.codec import CODEC_OPTIONS
+from mongodb_session_manager._format.documents import (
     agent_from,
     agent_id_of,
     agent_key,

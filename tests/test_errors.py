@@ -38,8 +38,8 @@ from mongodb_session_manager import (
     create_mongodb_session_manager_async,
     notify_later,
 )
-from mongodb_session_manager._driver_errors import driver_errors
-from mongodb_session_manager._multi_agents import MultiAgents, first_write
+from mongodb_session_manager._format.multi_agents import MultiAgents, first_write
+from mongodb_session_manager._io.driver_errors import driver_errors
 from scripted_model import ScriptedModel
 from support import agent, assert_no_driver_error, chained, eventually, fail_point, texts
 
@@ -215,8 +215,8 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
                 if isinstance(node, ast.Raise) and node.exc is not None and caught - harmless
             ]
     caught_by_the_codec = {
-        "_codec: raise RecursionError(str(error)) from error",
-        "_codec: raise _RefusedError(f'a {_type_name(value)} that cannot be read ({type(error).__name__})') from None",
+        "codec: raise RecursionError(str(error)) from error",
+        "codec: raise _RefusedError(f'a {_type_name(value)} that cannot be read ({type(error).__name__})') from None",
     }
     assert set(raising) == caught_by_the_codec
 
@@ -229,7 +229,7 @@ def test_only_what_translates_the_drivers_errors_names_them() -> None:
         if (isinstance(node, ast.ImportFrom) and node.module == "pymongo.errors")
         or (isinstance(node, ast.ImportFrom) and node.module == "pymongo" and "errors" in [n.name for n in node.names])
     }
-    assert knowing == {"_driver_errors", "_connection", "_commands", "_blobs", "_gate", "embedded"}
+    assert knowing == {"driver_errors", "connection", "collection", "gridfs", "gate", "_server"}
 
 
 # What an error keeps.

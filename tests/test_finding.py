@@ -27,7 +27,7 @@ from mongodb_session_manager import (
     SessionPage,
     SessionSummary,
 )
-from mongodb_session_manager._finding import Position
+from mongodb_session_manager._repository.listing import Position
 from support import CommandLog, agent, fail_point
 
 Stored = pymongo.collection.Collection[dict[str, Any]]

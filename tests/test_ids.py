@@ -20,9 +20,9 @@ from mongodb_session_manager import (
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
 )
-from mongodb_session_manager._changes import AppendMessage
-from mongodb_session_manager._documents import stored_message
-from mongodb_session_manager._multi_agents import first_write
+from mongodb_session_manager._format.changes import AppendMessage
+from mongodb_session_manager._format.documents import stored_message
+from mongodb_session_manager._format.multi_agents import first_write
 from orchestrators import node, pipeline
 from support import CommandLog, agent, message_ids, texts
 

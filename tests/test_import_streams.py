@@ -32,9 +32,9 @@ from strands.types.exceptions import ContextWindowOverflowException
 
 import scripted_model
 from mongodb_session_manager import DatabaseError, InvalidArgumentError, MongoDBSessionManagerFactory
-from mongodb_session_manager import _portable as portable
-from mongodb_session_manager._imports import _batches, _batches_async
-from mongodb_session_manager._portable import MAX_ELEMENTS, MAX_LINE, Reader, _record, line_of
+from mongodb_session_manager._copying.copying import export_format as portable
+from mongodb_session_manager._copying.export_format import MAX_ELEMENTS, MAX_LINE, Reader, _record, line_of
+from mongodb_session_manager._copying.imports import _batches, _batches_async
 from orchestrators import handoff, node, pipeline, team
 from scripted_model import Redaction
 from support import agent, texts
@@ -750,7 +750,7 @@ def test_a_line_without_end_is_refused_when_it_is_too_long(
     ids=["arrays", "texts", "nested", "numbers behind a text"],
 )
 def test_a_line_of_too_many_values_is_refused_before_it_is_parsed(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mongodb_session_manager._portable.json", None)
+    monkeypatch.setattr("mongodb_session_manager._copying.export_format.json", None)
     assert len(line) < MAX_LINE
     with pytest.raises(InvalidArgumentError, match=rf"^line 1 cannot be imported: it holds more than {MAX_ELEMENTS} "):
         Reader().read(line)

@@ -19,8 +19,8 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     StateTooLargeError,
 )
-from mongodb_session_manager._large_values import LARGE, is_large, least_size
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._format.large_values import LARGE, is_large, least_size
+from mongodb_session_manager._io.loop import io_portal
 from support import CommandLog, agent
 
 Documents = pymongo.collection.Collection[dict[str, Any]]

@@ -15,8 +15,9 @@ from contextvars import ContextVar
 
 import pytest
 
-from mongodb_session_manager import EventLoopError, _loop
-from mongodb_session_manager._loop import Portal, io_portal, portal_to
+from mongodb_session_manager import EventLoopError
+from mongodb_session_manager._io.loop import io_portal, portal_to
+from mongodb_session_manager._io.portal import Portal
 from support import eventually
 
 NAME = "mongodb-session-manager-io"
@@ -475,7 +476,7 @@ def test_tasks_and_callbacks_that_end_an_event_loop_do_not_end_the_io_loop(
 
 @pytest.mark.may_block
 def test_a_call_to_a_blocked_loop_is_an_error_and_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loop, "PATIENCE", 0.3)
+    monkeypatch.setattr("mongodb_session_manager._io.portal.START_TIMEOUT", 0.3)
     made: list[str] = []
 
     async def note(text: str) -> None:
@@ -499,8 +500,8 @@ def test_a_call_to_a_blocked_loop_is_an_error_and_never_made(monkeypatch: pytest
 
 
 def test_work_may_take_longer_than_its_beginning(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loop, "PATIENCE", 0.1)
-    monkeypatch.setattr(_loop, "_NO_PATIENCE", 0.1)
+    monkeypatch.setattr("mongodb_session_manager._io.portal.START_TIMEOUT", 0.1)
+    monkeypatch.setattr("mongodb_session_manager._io.portal._BLOCKED_START_TIMEOUT", 0.1)
 
     async def work() -> str:
         await asyncio.sleep(0.5)
@@ -524,7 +525,7 @@ def test_portal_to_the_io_loop_is_the_io_portal(portal: Portal) -> None:
 
 FIRST_USE = """
 import sys, threading
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 sys.setswitchinterval(1e-6)
 assert threading.active_count() == 1, threading.enumerate()
 together, portals = threading.Barrier(50), []
@@ -540,7 +541,7 @@ print(len(portals), len(set(map(id, portals))), *(t.name for t in threading.enum
 FIRST_USE_AT_EXIT = """
 import atexit, threading
 from mongodb_session_manager import EventLoopError
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 def late():
     try:
         io_portal()
@@ -552,7 +553,7 @@ atexit.register(late)
 
 POLICY_SET_LATER = """
 import asyncio
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 async def nothing(): pass
 io_portal().call(nothing)
 class Policy(asyncio.DefaultEventLoopPolicy):

@@ -27,7 +27,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     SessionNotFoundError,
 )
-from mongodb_session_manager._stored_fields import ACTED_ON
+from mongodb_session_manager._io.asked_fields import ACTED_ON
 from support import CommandLog, agent, fail_point
 
 Stored = Collection[dict[str, Any]]
@@ -279,7 +279,7 @@ def test_allowed_keys(session: Session) -> None:
         refused.format("profile.plan"),
         refused.format("secret"),
         refused.format("profile"),
-        "Error: a key with dots leads through a stored value that holds no keys",
+        "Error: a key with dots leads through a stored value that is not a document",
         "Metadata updated: step, profile.name.",
         refused.format("profile"),
         refused.format("secret"),

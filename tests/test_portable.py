@@ -16,10 +16,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mongodb_session_manager import EncodingError, InvalidArgumentError
-from mongodb_session_manager import _portable as portable
-from mongodb_session_manager._codec import CODEC_OPTIONS, encode, stored_size
-from mongodb_session_manager._portable import PieceRead, Reader, Writer, line_of
-from mongodb_session_manager._references import Reference
+from mongodb_session_manager._copying.copying import export_format as portable
+from mongodb_session_manager._copying.export_format import PieceRead, Reader, Writer, line_of
+from mongodb_session_manager._format.attachment_refs import Reference
+from mongodb_session_manager._format.codec import CODEC_OPTIONS, encode, stored_size
 from test_codec import through_bson, values
 
 MOMENT = datetime(2026, 11, 23, 12, tzinfo=UTC)

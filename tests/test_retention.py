@@ -33,8 +33,8 @@ from mongodb_session_manager import (
     create_mongodb_session_manager_async,
     initialize_global_factory,
 )
-from mongodb_session_manager._buckets import Head, Limits, cut, head_numbers, merge
-from mongodb_session_manager._life import UNDATED, Dates
+from mongodb_session_manager._format.buckets import Head, Limits, cut, head_numbers, merge
+from mongodb_session_manager._format.retention import UNDATED, Dates
 from support import CommandLog, agent, eventually, fail_point, texts
 from test_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 

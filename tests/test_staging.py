@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import pytest
 from pymongo import monitoring
 from strands.types.session import Session, SessionAgent
 
+import interpreter
 from mongodb_session_manager import (
     MongoDBSessionError,
     MongoDBSessionManagerFactory,
@@ -154,7 +153,7 @@ def test_an_import_slower_than_its_time_to_live_is_alive(
         pytest.MonkeyPatch.context() as patch,
         MongoDBSessionRepository(server, database, session_ttl=ttl) as other,
     ):
-        patch.setattr("mongodb_session_manager._imports._LINES", 1)
+        patch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
         before = datetime.now(UTC)
         other.import_session(slowly(), COPY)
     document = stored.find_one({"_id": COPY})
@@ -202,8 +201,8 @@ def test_a_fork_that_takes_its_time_to_live_to_date_its_parts_is_alive(
 def test_a_copy_under_way_is_not_seen_and_not_deleted(
     full: MongoDBSessionRepository, server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mongodb_session_manager._imports._LINES", 1)
-    monkeypatch.setattr("mongodb_session_manager._repository._PATIENCE", 0.1)
+    monkeypatch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
+    monkeypatch.setattr("mongodb_session_manager._repository.async_repository._PATIENCE", 0.1)
     lines = list(full.export_session(ID))
 
     def slowly() -> Iterator[str]:
@@ -321,7 +320,7 @@ def test_a_fork_that_stalls_leaves_a_later_one_alone(
 def test_a_copy_whose_lease_was_over_leaves_nothing(
     full: MongoDBSessionRepository, stored: Stored, driver: Driver, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mongodb_session_manager._imports._LINES", 1)
+    monkeypatch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
     lines = list(full.export_session(ID))
 
     def frozen() -> Iterator[str]:
@@ -340,8 +339,8 @@ def test_a_copy_whose_lease_was_over_leaves_nothing(
 def test_a_slow_stream_keeps_its_lease(
     full: MongoDBSessionRepository, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mongodb_session_manager._staging.LEASE", timedelta(seconds=1))
-    monkeypatch.setattr("mongodb_session_manager._imports._LINES", 1)
+    monkeypatch.setattr("mongodb_session_manager._copying.staging.LEASE", timedelta(seconds=1))
+    monkeypatch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
     lines = list(full.export_session(ID))
 
     def slowly() -> Iterator[str]:
@@ -434,11 +433,7 @@ KILLED = Path(__file__).with_name("killed_copy.py")
 
 def killed_copies(server: str, database: str, what: str, lines: Path) -> int:
     """Make copies in processes that are killed at each of their commands in turn; return how many there were."""
-    ended = subprocess.run(
-        [sys.executable, KILLED, server, database, what, lines], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    return int(ended.stdout)
+    return int(interpreter.run(KILLED, server, database, what, lines)[0])
 
 
 @pytest.mark.parametrize("what", ["fork", "import"])
@@ -480,7 +475,7 @@ def start_process(server: str, database: str) -> None:
         "import sys; from mongodb_session_manager import MongoDBSessionRepository\n"
         "with MongoDBSessionRepository(*sys.argv[1:]) as repository: repository.count_sessions()"
     )
-    subprocess.run([sys.executable, "-c", code, server, database], check=True)
+    interpreter.run(code, server, database)
 
 
 def all_parts(stored: Stored) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from mongodb_session_manager import (
     SessionConflictError,
     StateTooLargeError,
 )
-from mongodb_session_manager._changes import AppendMessage, UpdateAgent
-from mongodb_session_manager._documents import agent_state, now, stored_message
+from mongodb_session_manager._format.changes import AppendMessage, UpdateAgent
+from mongodb_session_manager._format.documents import agent_state, now, stored_message
 from support import CommandLog, agent, fail_point, texts
 from test_multi_agents import Odd
 

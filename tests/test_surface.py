@@ -38,77 +38,21 @@ from mongodb_session_manager import (
 
 SOURCE = Path(package.__file__).parent
 
-# A module may import those before it. A new module finds its place here.
-ORDER = [
+# A package may import those before it; the last ones stand on top, each alone.
+LAYERS = [
     "errors",
-    "_codec",
-    "_large_values",
-    "_documents",
-    "_odd_fields",
-    "_references",
-    "_sizes",
-    "_layout",
-    "_life",
-    "_changes",
-    "_multi_agents",
-    "_buckets",
-    "_untrusted",
-    "_portable",
-    "_cutting",
-    "_capture",
-    "_stored_fields",
-    "_loop",
-    "hooks._notification",
-    "hooks._dispatcher",
-    "hooks._notify",
-    "hooks._messages",
-    "hooks._aws",
-    "hooks._base",
-    "hooks.sns",
-    "hooks.sqs",
-    "hooks.websocket",
-    "hooks.__init__",
-    "_driver_errors",
-    "_gate",
-    "_clock",
-    "_connection",
-    "_pool",
-    "_commands",
-    "_attachments",
-    "_retention",
-    "_deletion",
-    "_migration",
-    "_blobs",
+    "_format",
+    "_io",
+    "_notifications",
+    "_store",
     "_storage",
-    "_archive",
-    "_annotations",
-    "_multi_agent_states",
-    "_finding",
-    "_writes",
-    "_write_back",
-    "_staging",
-    "_exports",
-    "_imports",
-    "_forks",
     "_copying",
     "_repository",
-    "_sync",
-    "_unit_of_work",
-    "_hooks",
-    "_metadata_tool",
-    "_orchestration",
-    "_session",
-    "_manager",
-    "_async_manager",
-    "_factory",
+    "_managers",
+    "hooks",
     "__init__",
-    "fastapi",
 ]
-BESIDE = {
-    "_embedded_supervisor": set(),
-    "embedded": {"errors", "_embedded_supervisor"},
-    "demo": {"errors", "embedded"},
-}
+ON_TOP = {"embedded": {"errors"}, "demo": {"errors", "embedded"}, "fastapi": {"errors", "_managers", "__init__"}}
 
 
 # Public names.
@@ -433,30 +377,40 @@ def imported_by(name: str) -> set[str]:
     }
 
 
+def layer(module: str) -> str:
+    return module.split(".")[0]
+
+
+def layers_below(name: str) -> set[str]:
+    """The other packages that a package imports."""
+    own = [module for module in modules() if layer(module) == name]
+    return {layer(imported) for module in own for imported in own_imports(module)} - {name}
+
+
 def test_the_walk_sees_imports() -> None:
-    assert own_imports("_documents") == {"_codec", "errors"}
-    assert own_imports("_codec") == {"errors"}  # by its absolute name
-    assert "pymongo.ReturnDocument" in imports("_repository")
+    assert own_imports("_format.documents") == {"_format.codec", "errors"}
+    assert own_imports("_format.codec") == {"errors"}  # by its absolute name
+    assert "pymongo.ReturnDocument" in imports("_repository.async_repository")
 
 
 def test_every_module_has_its_place() -> None:
-    assert modules().keys() - set(ORDER) - BESIDE.keys() == set()
+    assert set(map(layer, modules())) == {*LAYERS, *ON_TOP}
 
 
 def test_imports_run_downwards() -> None:
-    upwards = {
-        (module, imported)
-        for position, module in enumerate(ORDER)
-        if module in modules()
-        for imported in own_imports(module) - set(ORDER[:position])
-    }
-    assert upwards == set()
+    upwards = {name: layers_below(name) - set(LAYERS[:floor]) for floor, name in enumerate(LAYERS)}
+    assert {name: above for name, above in upwards.items() if above} == {}
 
 
-@pytest.mark.parametrize("module", BESIDE)
-def test_the_embedded_server_stands_beside(module: str) -> None:
-    assert own_imports(module) <= BESIDE[module]
-    assert [other for other in ORDER if other in modules() and module in own_imports(other)] == []
+@pytest.mark.parametrize("name", ON_TOP)
+def test_what_stands_on_top_stands_alone(name: str) -> None:
+    assert layers_below(name) <= ON_TOP[name]
+
+
+def test_each_package_says_what_it_is_in_one_line() -> None:
+    packages = list(SOURCE.glob("_*/__init__.py"))
+    assert len(packages) == 8
+    assert [path for path in packages if len(path.read_text(encoding="utf-8").splitlines()) != 1] == []
 
 
 def test_nothing_imports_in_a_circle() -> None:
@@ -474,7 +428,7 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_one_module_knows_motor() -> None:
-    assert imported_by("motor") == {"_connection"}
+    assert imported_by("motor") == {"_io.drivers"}
 
 
 def test_one_module_knows_aws() -> None:
@@ -482,30 +436,20 @@ def test_one_module_knows_aws() -> None:
     assert imported_by("aiobotocore") | imported_by("botocore") | imported_by("boto3") == {"hooks._aws"}
 
 
-def test_one_module_knows_threads() -> None:
-    assert imported_by("threading") | imported_by("concurrent") | imported_by("_thread") == {"_loop"}
+def test_two_modules_know_threads() -> None:
+    assert imported_by("threading") | imported_by("concurrent") | imported_by("_thread") == {"_io.loop", "_io.portal"}
 
 
-def test_one_module_knows_clients() -> None:
+def test_one_package_knows_clients() -> None:
     clients = {"pymongo.MongoClient", "pymongo.AsyncMongoClient", "pymongo.asynchronous", "pymongo.synchronous"}
-    assert set().union(*map(imported_by, clients)) - BESIDE.keys() == {"_connection"}
+    assert {layer(module) for name in clients for module in imported_by(name)} == {"_io", "embedded"}
 
 
+NOT_PURE = {"_format.large_values", "_format.odd_fields"}  # one has a thread, one a logger
 PURE = [
     "errors",
-    "_codec",
-    "_documents",
-    "_references",
-    "_layout",
-    "_life",
-    "_changes",
-    "_multi_agents",
-    "_buckets",
-    "_untrusted",
-    "_portable",
-    "_cutting",
-    "_capture",
-    "_stored_fields",
+    *(name for name in modules() if name.startswith("_format.") and name not in NOT_PURE),
+    *("_copying.import_checks", "_copying.export_format", "_copying.fork_document", "_managers.capture"),
 ]
 
 
@@ -515,27 +459,16 @@ def test_pure_modules_do_no_io(module: str) -> None:
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "_documents",
-        "_references",
-        "_changes",
-        "_multi_agents",
-        "_buckets",
-        "_untrusted",
-        "_cutting",
-        "_capture",
-        "_unit_of_work",
-    ],
-)
-def test_one_pure_module_knows_more_of_bson_than_object_ids(module: str) -> None:
-    used = {name for name in imports(module) if name.split(".")[0] in {"bson", "pymongo"}}
-    assert used <= {"bson", "bson.ObjectId"}
+def test_two_pure_modules_know_more_of_bson_than_ids() -> None:
+    used = {module: {name for name in imports(module) if name.split(".")[0] in {"bson", "pymongo"}} for module in PURE}
+    assert [module for module, names in used.items() if not names <= {"bson", "bson.ObjectId", "bson.MaxKey"}] == [
+        "_format.codec",
+        "_copying.export_format",
+    ]
 
 
 def test_the_unit_of_work_does_no_io() -> None:
-    roots = {name.split(".")[0] for name in imports("_unit_of_work")}
+    roots = {name.split(".")[0] for name in imports("_managers.unit_of_work")}
     assert roots & {"asyncio", "anyio", "motor", "threading", "concurrent"} == set()
 
 
@@ -551,7 +484,7 @@ def test_importing_the_package_imports_what_it_needs_and_no_more() -> None:
     )
     assert run.returncode == 0, run.stderr
     loaded = set(run.stdout.split())
-    assert "mongodb_session_manager._manager" in loaded
+    assert "mongodb_session_manager._managers.sync_manager" in loaded
     assert "mongodb_session_manager.embedded" not in loaded
     assert not any(name.startswith(("aioboto3", "aiobotocore")) for name in loaded)
     assert loaded & aws_modules() == set()

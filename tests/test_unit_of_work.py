@@ -19,8 +19,7 @@ from mongodb_session_manager import (
     SessionClosedError,
     SessionConflictError,
 )
-from mongodb_session_manager._capture import AgentConfig
-from mongodb_session_manager._changes import (
+from mongodb_session_manager._format.changes import (
     AppendMessage,
     Change,
     CreateAgent,
@@ -29,7 +28,8 @@ from mongodb_session_manager._changes import (
     SetMessageFields,
     UpdateAgent,
 )
-from mongodb_session_manager._unit_of_work import UnitOfWork
+from mongodb_session_manager._managers.capture import AgentConfig
+from mongodb_session_manager._managers.unit_of_work import UnitOfWork
 from support import agent, texts
 
 MOMENT = datetime(2025, 3, 4, 5, 6, 7, 89000, tzinfo=UTC)

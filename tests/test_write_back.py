@@ -27,8 +27,8 @@ from mongodb_session_manager import (
     SessionNotFoundError,
     StateTooLargeError,
 )
-from mongodb_session_manager._changes import ReplaceMessage
-from mongodb_session_manager._layout import Place
+from mongodb_session_manager._format.changes import ReplaceMessage
+from mongodb_session_manager._format.layout import Place
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, texts
 from test_archive import (

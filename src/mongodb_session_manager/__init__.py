@@ -11,9 +11,9 @@ import importlib
 import importlib.metadata
 import typing
 
-from ._async_manager import AsyncMongoDBSessionManager
-from ._capture import GUARDRAIL_ACTION_BLOCKED, GUARDRAIL_STOP_REASONS
-from ._factory import (
+from ._managers.async_manager import AsyncMongoDBSessionManager
+from ._managers.capture import GUARDRAIL_ACTION_BLOCKED, GUARDRAIL_STOP_REASONS
+from ._managers.factory import (
     MongoDBSessionManagerFactory,
     close_global_factory,
     create_mongodb_session_manager,
@@ -21,13 +21,15 @@ from ._factory import (
     get_global_factory,
     initialize_global_factory,
 )
-from ._finding import SessionPage, SessionSummary
-from ._hooks import chain_hooks
-from ._manager import MongoDBSessionManager
-from ._pool import MongoDBConnectionPool
-from ._repository import AsyncMongoDBSessionRepository
-from ._storage import MongoDBStorage
-from ._sync import MongoDBSessionRepository
+from ._managers.pool import MongoDBConnectionPool
+from ._managers.sync_manager import MongoDBSessionManager
+from ._managers.user_hooks import chain_hooks
+from ._notifications.notification import NotificationEvent
+from ._notifications.notify import notify_later
+from ._repository.async_repository import AsyncMongoDBSessionRepository
+from ._repository.listing import SessionPage, SessionSummary
+from ._repository.sync_repository import MongoDBSessionRepository
+from ._storage.storage import MongoDBStorage
 from .errors import (
     AccessDeniedError,
     AgentNotFoundError,
@@ -54,8 +56,6 @@ from .errors import (
     StateTooLargeError,
 )
 from .hooks import _has_extra
-from .hooks._notification import NotificationEvent
-from .hooks._notify import notify_later
 
 if typing.TYPE_CHECKING:
     from .hooks.sns import FeedbackSNSHook, create_feedback_sns_hook

@@ -13,7 +13,7 @@ of `demo_server(...)`, and one of Strands' models in place of `ScriptedModel()`:
 
     from strands.models import BedrockModel              BedrockModel()
     from strands.models.openai import OpenAIModel        OpenAIModel(model_id="gpt-4o")
-    from strands.models.anthropic import AnthropicModel  AnthropicModel(model_id="claude-sonnet-4-5", max_tokens=1024)
+    from strands.models.anthropic import AnthropicModel  AnthropicModel(model_id="claude-sonnet-4-6", max_tokens=1024)
     from strands.models.ollama import OllamaModel        OllamaModel("http://localhost:11434", model_id="llama3.1")
 
 Importing `mongodb_session_manager` does not import this module.

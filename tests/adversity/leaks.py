@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 from proxy import Proxy
 from support import eventually
 

@@ -20,7 +20,7 @@ import mongodb_session_manager
 from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
-from mongodb_session_manager._loop import io_portal
+from mongodb_session_manager._io.loop import io_portal
 from mongodb_session_manager.hooks import _aws
 from support import eventually
 

@@ -20,9 +20,9 @@ from mongodb_session_manager import (
     NotificationEvent,
     notify_later,
 )
-from mongodb_session_manager._loop import io_portal
-from mongodb_session_manager.hooks._dispatcher import Dispatcher
-from mongodb_session_manager.hooks._notification import Notification, Policy, Source
+from mongodb_session_manager._io.loop import io_portal
+from mongodb_session_manager._notifications.dispatcher import Dispatcher
+from mongodb_session_manager._notifications.notification import Notification, Policy, Source
 from support import eventually
 
 

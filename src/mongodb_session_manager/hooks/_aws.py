@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._loop import ExitOrder, close_at_exit, io_portal
+from .._io.loop import ExitOrder, close_at_exit, io_portal
+from .._notifications.notification import Policy
+from .._notifications.notification import describe as describe_any
 from ..errors import EventLoopError, MissingExtraError
-from ._notification import Policy
-from ._notification import describe as describe_any
 
 try:
     from aioboto3 import Session as Session

@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from .._stored_fields import StoredFields, asking_for
+from .._io.asked_fields import StoredFields, asking_for
+from .._notifications.notification import OnError
+from .._notifications.notify import submit
 from ..errors import ConfigurationError
 from ._aws import POLICY, AwsService
-from ._notification import OnError
-from ._notify import submit
 
 if TYPE_CHECKING:
     from ._aws import Config, Session

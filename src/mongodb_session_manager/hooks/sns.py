@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .._stored_fields import StoredFields
+from .._io.asked_fields import StoredFields
+from .._notifications.notification import OnError
 from ._base import AwsHook, calling, checked_text, identity, with_parameters_of
 from ._messages import (
     SNS_LIMIT,
@@ -17,7 +18,6 @@ from ._messages import (
     subject,
     timestamp,
 )
-from ._notification import OnError
 
 if TYPE_CHECKING:
     from ._aws import Config, Session

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._stored_fields import StoredFields
+from .._io.asked_fields import StoredFields
+from .._notifications.notification import OnError
 from ._base import AwsHook, calling, checked_fields, checked_text, identity, updated, with_parameters_of
 from ._messages import SQS_LIMIT, attributes, fifo_parameters, metadata_body, selected, size_of
-from ._notification import OnError
 
 if TYPE_CHECKING:
     from ._aws import Config, Session

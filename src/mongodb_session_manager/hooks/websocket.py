@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .._stored_fields import CONNECTION_ID, StoredFields
+from .._io.asked_fields import CONNECTION_ID, StoredFields
+from .._notifications.notification import OnError
 from ..errors import ConfigurationError, MongoDBSessionError
 from ._aws import is_gone
 from ._base import AwsHook, checked_fields, checked_text, updated, with_parameters_of
 from ._messages import WEBSOCKET_LIMIT, metadata_body, selected
-from ._notification import OnError
 
 if TYPE_CHECKING:
     from ._aws import Config, Session

@@ -1,0 +1,1 @@
+"""Export, import, fork and write-back of sessions."""

@@ -1,0 +1,88 @@
+"""Copying sessions: export, import and fork."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+
+from .._io.loop import portal_to
+from .exports import SessionExports
+from .forks import SessionForks
+from .imports import SessionImports, feed
+
+
+class SessionCopying(SessionExports, SessionImports, SessionForks):
+    """The base class of the repository that copies sessions."""
+
+    async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
+        """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
+
+        Memory does not grow with the session. The session can be written to meanwhile: the export holds the messages
+        that were stored when the first line was requested, each once, as it is when the export reaches it. A message
+        that was redacted before that is exported redacted, without its attachments. Stopping early leaks no cursor.
+
+        Raises:
+            SessionNotFoundError: The session does not exist, or was removed meanwhile.
+            AttachmentError: An attachment is missing or damaged.
+        """
+        export = self._export(session_id)
+        while lines := await export.pull():
+            for line in lines:
+                yield line
+
+    async def import_session(
+        self, stream: Iterable[str | bytes] | AsyncIterable[str | bytes], session_id: str | None = None
+    ) -> str:
+        """Store an exported session and return its id; the session is invisible until it is complete.
+
+        The stream can come from an untrusted source. An import that fails, is refused or is cancelled leaves no
+        session. The incomplete copy of a killed process is invisible, and other processes remove it when its lease of a
+        minute is over. The session and its messages keep their dates. With `session_ttl`, the session has its whole
+        time to live ahead when the import is complete.
+
+        Args:
+            stream: The lines that `export_session` yielded: an open file, or an iterable or asynchronous iterable of
+                `str` or `bytes`. Its items can be lines, or chunks that are cut anywhere. Asynchronous code reads a
+                file or a plain iterable in threads, so that the event loop does not wait for it.
+            session_id: The id of the new session; `None` for the id it was exported with.
+
+        Raises:
+            InvalidArgumentError: The stream is damaged, truncated, or not an exported session of a known version; the
+                message names the line.
+            SessionExistsError: A session with that id exists and stays unchanged, or another copy into it is under way.
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+            MessageTooLargeError: The session does not fit into documents of MongoDB.
+        """
+        return await feed(portal_to(asyncio.get_running_loop()), self._import(session_id), stream)
+
+    async def fork_session(
+        self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None
+    ) -> None:
+        """Create a session with the same content, or with its beginning, to try another continuation.
+
+        Messages and attachments are copied on the server. Messages keep their dates and ids; `created_at` of the fork
+        is the current time. The fork has the metadata of the session, the guardrail events and running totals of its
+        own messages, and no feedback, which was given for another continuation.
+
+        A cut agent has its current state, without pending interrupts and without the state of its model. Its
+        conversation manager shows as many messages as now, if the fork has that many; a summary that covers later
+        messages is removed. Orchestrators have their current states. The fork of an expiring session expires, too.
+
+        The session stays unchanged, except that a session of an earlier version is migrated as if it was opened.
+
+        Args:
+            session_id: The session.
+            new_id: The id of the fork.
+            at_message: The id of the last message of the fork. For a session with several agents, a mapping of agent
+                ids to message ids; agents that it does not name are not cut. `None` copies everything.
+
+        Raises:
+            InvalidArgumentError: An argument is invalid, or `at_message` is one id for several agents.
+            SessionNotFoundError: The session does not exist, or was removed meanwhile.
+            SessionExistsError: The session `new_id` exists and stays unchanged, or another copy into it is under way.
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+            AgentNotFoundError: The session has no agent that `at_message` names.
+            MessageNotFoundError: The agent has no message with that id.
+            AttachmentError: An attachment is missing.
+        """
+        await portal_to(asyncio.get_running_loop()).run(self._fork, session_id, new_id, at_message)

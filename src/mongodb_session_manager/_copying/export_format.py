@@ -1,0 +1,431 @@
+"""The portable form of a session: JSON lines, which hold the values as MongoDB Extended JSON (canonical). Pure.
+
+    {"format": "mongodb-session-manager", "version": 1, "session_id": ..., "exported_at": ...}
+    {"session": {...}}                  the fields of the document, except its agents
+    {"agent": <id>, "fields": {...}}    an agent without its messages, which follow, oldest first
+    {"attachment": <reference>, "at": <offset>, "data": <base64>}
+    {"message": {...}}                  as it is stored, its attachments as references
+    {"end": {"agents": ..., "messages": ..., "attachments": ..., "sha256": ...}}
+
+The pieces of an attachment come before the first message that refers to it. The next message with the same bytes
+refers to that attachment, whatever the token of its own reference, unless `REMEMBERED` others came since. An attachment
+ends with the piece that completes the length in its reference. An attachment without its last piece must be ignored:
+its message was redacted during the export. The last line counts the agents, the messages and the complete attachments;
+`sha256` is the digest of all lines before it, each with one line feed. It is optional, so that lines can be edited.
+
+Extended JSON gives keys that begin with `$` a meaning, so a dict with such a key is written as
+`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes, or hold more than
+`MAX_ELEMENTS`, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no line ending
+can damage them.
+
+Message ids that do not increase are replaced, as opening a session does.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+import bson
+from bson import json_util
+from bson.binary import UuidRepresentation
+from bson.errors import BSONError
+
+from .._format.attachment_refs import Reference, attached, references_of
+from .._format.codec import CODEC_OPTIONS, MARKER, stored_size
+from .._format.documents import Document, checked_id, following_id, to_iso
+from .._format.sizes import MAX_DOCUMENT_BYTES
+from ..errors import InvalidArgumentError, raise_alone
+from .import_checks import checked_agent, checked_message, checked_session, require
+
+FORMAT = "mongodb-session-manager"
+VERSION = 1
+
+MAX_LINE = 32 * 1024 * 1024
+"""The most bytes of a line; the largest document of MongoDB has 22 million as base64."""
+
+MAX_ELEMENTS = 2**22
+"""The most objects, arrays and commas of a line, outside of strings.
+
+The largest document of MongoDB can hold this number: the densest values that this format writes as JSON are empty
+arrays with names of one character, 8 bytes of BSON each.
+"""
+
+MAX_RECORD = MAX_DOCUMENT_BYTES + 16 * 1024
+"""The most bytes of BSON of a line."""
+
+_SLICE = 256 * 1024
+
+PIECE_BYTES = 512 * 1024
+"""The most bytes of an attachment in an exported line."""
+
+REMEMBERED = 1024
+"""How many attachments reader and writer remember, so that the same bytes are exported once."""
+
+_MAX_LEVELS = 120
+"""The most levels of a line; the server accepts 180, and a message in a bucket has 4 levels above it."""
+
+_OPTIONS = json_util.JSONOptions(
+    json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, tzinfo=UTC, uuid_representation=UuidRepresentation.STANDARD
+)
+# Read values are stored unchanged: a `Binary` keeps its subtype.
+_READ_OPTIONS = _OPTIONS.with_options(uuid_representation=UuidRepresentation.UNSPECIFIED)
+_REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""The errors that damaged Extended JSON can raise."""
+
+
+class Recent:
+    """The most recent attachments, by SHA-256; writer and reader evict the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Reference] = {}
+
+    def add(self, reference: Reference) -> None:
+        self._known[reference.sha256] = reference
+        if len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+
+    def find(self, reference: Reference) -> Reference | None:
+        """Return the reference under which the same bytes were written, if they are remembered."""
+        found = self._known.get(reference.sha256)
+        return None if found is None or found.length != reference.length else found
+
+    def __contains__(self, reference: Reference) -> bool:
+        return self.find(reference) is not None
+
+
+# Writing.
+
+
+def _escaped(value: Any) -> Any:
+    if type(value) is dict:
+        if any(key.startswith("$") for key in value):
+            return {"$literal": [[key, _escaped(item)] for key, item in value.items()]}
+        return {key: _escaped(item) for key, item in value.items()}
+    return list(map(_escaped, value)) if type(value) is list else value
+
+
+def line_of(record: Document) -> str:
+    """Return the line, with its end, of a record whose keys do not begin with `$`."""
+    line = json_util.dumps(_escaped(record), json_options=_OPTIONS, separators=(",", ":"))
+    if len(line) >= MAX_LINE or (len(line) > MAX_ELEMENTS and not _has_few_elements(line.encode())):
+        packed = base64.b64encode(bson.encode(record, codec_options=CODEC_OPTIONS)).decode()
+        line = json.dumps({"bson": {"$binary": {"base64": packed, "subType": "00"}}})
+    return f"{line}\n"
+
+
+class Writer:
+    """Encodes the lines of one session, and counts them."""
+
+    def __init__(self) -> None:
+        self.recent = Recent()
+        self._counts = {"agents": 0, "messages": 0, "attachments": 0}
+        self._digest = hashlib.sha256()
+
+    def _noted(self, line: str) -> str:
+        self._digest.update(line.encode())
+        return line
+
+    def head(self, session_id: str, fields: Document, moment: datetime) -> list[str]:
+        """Return the first two lines."""
+        header = {"format": FORMAT, "version": VERSION, "session_id": session_id, "exported_at": to_iso(moment)}
+        return [self._noted(f"{json.dumps(header)}\n"), self._noted(line_of({"session": fields}))]
+
+    def agent(self, agent_id: str, fields: Document) -> str:
+        """Return the line before an agent's messages."""
+        self._counts["agents"] += 1
+        return self._noted(line_of({"agent": agent_id, "fields": fields}))
+
+    def message(self, message: Mapping[str, Any]) -> str:
+        """Return the line of a message, which follows the lines of its attachments."""
+        self._counts["messages"] += 1
+        return self._noted(line_of({"message": dict(message)}))
+
+    def pieces(self, reference: Reference, at: int, data: bytes) -> Iterator[str]:
+        """Return the lines of bytes of an attachment that begin at the offset `at`."""
+        for start in range(0, len(data), PIECE_BYTES):
+            encoded = base64.b64encode(data[start : start + PIECE_BYTES]).decode()
+            line = json.dumps({"attachment": str(reference), "at": at + start, "data": encoded})
+            yield self._noted(f"{line}\n")
+
+    def whole(self, reference: Reference) -> None:
+        """Count an attachment whose last piece was written."""
+        self._counts["attachments"] += 1
+        self.recent.add(reference)
+
+    def end(self) -> str:
+        """Return the last line."""
+        return f"{json.dumps({'end': {**self._counts, 'sha256': self._digest.hexdigest()}})}\n"
+
+
+# Reading.
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRead:
+    """A session without its agents; `session_id` is the id of the exported session."""
+
+    session_id: str
+    fields: Document
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRead:
+    """An agent, without its messages."""
+
+    agent_id: str
+    fields: Document
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRead:
+    """A message of the last agent that was read, and its size in bytes.
+
+    Each of its references belongs to a complete attachment that was read before.
+    """
+
+    message: Document
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceRead:
+    """Bytes of an attachment, from the offset `at`; `whole` if they are the last ones and the attachment is intact."""
+
+    reference: Reference
+    at: int
+    data: bytes
+    whole: bool
+
+
+Read: TypeAlias = SessionRead | AgentRead | MessageRead | PieceRead
+
+
+class Reader:
+    """Reads lines from an untrusted source; its results can be stored, opened, listed, restored and exported."""
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        self._number = 0
+        self._digest = hashlib.sha256()
+        self._counts = {"agents": 0, "messages": 0, "attachments": 0}
+        self._recent = Recent()
+        self._header: str | None = None
+        self._has_session = False
+        self._agents: set[str] = set()
+        self._position, self._last_id = 0, -1
+        self._room = MAX_DOCUMENT_BYTES
+        self._attachment: tuple[Reference, int, Any] | None = None
+
+    def read(self, line: object) -> Read | None:
+        """Return the content of a line, `None` if it has nothing to store.
+
+        Raises:
+            InvalidArgumentError: It is not a line of an exported session, or not allowed in this place.
+        """
+        self._number += 1
+        try:
+            data = _stripped(line)
+            if not data:
+                return None
+            record = _record(data)
+            found = self._understood(record)
+        except InvalidArgumentError as error:
+            raise_alone(InvalidArgumentError(f"line {self._number} cannot be imported: {error}"))
+        if "end" not in record:
+            self._digest.update(data)
+            self._digest.update(b"\n")
+        return found
+
+    def check_end(self) -> None:
+        """Refuse a stream that ends before it is complete.
+
+        Raises:
+            InvalidArgumentError: The last line is missing.
+        """
+        if not self.is_complete:
+            where = f"after line {self._number}" if self._number else "before its first line"
+            raise InvalidArgumentError(f"the export is truncated: it ends {where}, without the last line")
+
+    def _understood(self, record: Document) -> Read | None:
+        if self._header is None:
+            self._header = _checked_header(record)
+            return None
+        require(not self.is_complete, "it follows the last line of the export")
+        if type(record.get("session")) is dict:
+            require(not self._has_session, "it is a second session")
+            self._has_session = True
+            return SessionRead(self._header, self._fitting(checked_session(record["session"])))
+        require(self._has_session, "the line of the session must come first")
+        match record:
+            case {"agent": agent_id, "fields": dict() as fields}:
+                return self._agent(_plain_id(agent_id, "the agent's id"), fields)
+            case {"message": dict() as message}:
+                return self._message(message)
+            case {"attachment": text, "at": int() as at, "data": str() as data}:
+                return self._piece(Reference.parse(text), at, data)
+            case {"end": dict() as numbers}:
+                self._end(numbers)
+                return None
+        raise InvalidArgumentError("unknown record type")
+
+    def _fitting(self, fields: Document) -> Document:
+        """Return fields of the session document; refuse them if it has no room."""
+        self._room -= stored_size(fields)
+        require(self._room >= 0, f"the fields of the session and its agents exceed {MAX_DOCUMENT_BYTES} bytes")
+        return fields
+
+    def _agent(self, agent_id: str, fields: Document) -> AgentRead:
+        require(agent_id not in self._agents, "it is a second agent with that id")
+        self._agents.add(agent_id)
+        self._counts["agents"] += 1
+        self._position, self._last_id = 0, -1
+        return AgentRead(agent_id, self._fitting(checked_agent(fields)))
+
+    def _message(self, message: Document) -> MessageRead:
+        require(bool(self._agents), "it is a message without an agent")
+        renamed: dict[str, Any] = {}
+        for reference in references_of(message):
+            known = self._recent.find(reference)
+            require(known is not None, "it refers to an attachment that is missing")
+            if known != reference:
+                renamed[str(reference)] = {MARKER: "attachment", "v": str(known)}
+        if renamed:
+            listed = {renamed[text]["v"] if text in renamed else text for text in message["attachments"]}
+            message = {**attached(message, renamed), "attachments": sorted(listed)}
+        self._last_id = following_id(message.get("message_id"), self._position, self._last_id)
+        self._position += 1
+        message, size = checked_message(message, self._last_id)
+        self._counts["messages"] += 1
+        return MessageRead(message, size)
+
+    def _piece(self, reference: Reference | None, at: int, text: str) -> PieceRead:
+        require(bool(self._agents), "it is an attachment without an agent")
+        require(reference is not None and reference.length > 0, "its reference is invalid")
+        assert reference is not None
+        try:
+            data = base64.b64decode(text, validate=True)
+        except ValueError:
+            raise_alone(InvalidArgumentError("its data is not base64"))
+        if at == 0:
+            self._attachment = (reference, 0, hashlib.sha256())
+        known, length, digest = self._attachment or (None, 0, hashlib.sha256())
+        require(known == reference and length == at and bool(data), "it does not continue its attachment")
+        digest.update(data)
+        length += len(data)
+        require(length <= reference.length, "its attachment is longer than its reference says")
+        self._attachment = (reference, length, digest)
+        if whole := length == reference.length:
+            require(digest.hexdigest() == reference.sha256, "its attachment does not match its SHA-256")
+            self._attachment = None
+            self._recent.add(reference)
+            self._counts["attachments"] += 1
+        return PieceRead(reference, at, data, whole)
+
+    def _end(self, numbers: Document) -> None:
+        counted = {name: numbers.get(name) for name in self._counts}
+        require(counted == self._counts, "its counts do not match the lines: some are missing or repeated")
+        if "sha256" in numbers:
+            require(numbers["sha256"] == self._digest.hexdigest(), "a line before it was changed")
+        self.is_complete = True
+
+
+def _stripped(line: object) -> bytes:
+    if not isinstance(line, str | bytes):
+        raise InvalidArgumentError(f"it must be str or bytes, not {type(line).__name__}")
+    require(len(line) <= MAX_LINE + 2, f"it is longer than {MAX_LINE} bytes")
+    try:
+        data = line.encode() if isinstance(line, str) else line
+    except UnicodeError:
+        raise_alone(InvalidArgumentError("it is not UTF-8"))
+    return data.strip(b" \t\r\n")
+
+
+def _record(data: bytes) -> Document:
+    """Return the object of a line, as it reads after it was stored as BSON."""
+    require(_has_few_elements(data), f"it holds more than {MAX_ELEMENTS} values")
+    try:
+        text = data.decode()
+    except UnicodeError:
+        raise_alone(InvalidArgumentError("it is not UTF-8"))
+    try:
+        record = json.loads(text, object_pairs_hook=_value, parse_constant=_no_constant)
+        if type(record) is dict and record.keys() == {"bson"} and type(record["bson"]) is bytes:
+            require(len(record["bson"]) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
+            record = bson.decode(record["bson"], CODEC_OPTIONS)
+        if type(record) is not dict:
+            raise ValueError
+        _check_levels(record, _MAX_LEVELS)
+        stored = bson.encode(record, codec_options=CODEC_OPTIONS)
+        require(len(stored) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
+        return bson.decode(stored, CODEC_OPTIONS)  # the checks see the values that will be read
+    except InvalidArgumentError:
+        raise
+    except _REFUSALS:
+        raise_alone(InvalidArgumentError("it is damaged, or not Extended JSON"))
+
+
+def _has_few_elements(data: bytes) -> bool:
+    """Return whether a line has at most `MAX_ELEMENTS`; parsing one takes about 64 bytes and 100 ns."""
+    if _elements(data) <= MAX_ELEMENTS:
+        return True
+    # Some of them can be inside strings; without escapes, each quote begins or ends a string.
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    count = is_within = 0
+    for begin in range(0, len(data), _SLICE):
+        parts = data[begin : begin + _SLICE].split(b'"')
+        count += _elements(b"".join(parts[is_within::2]))
+        is_within = (is_within + len(parts) - 1) % 2
+    return count <= MAX_ELEMENTS
+
+
+def _elements(data: bytes) -> int:
+    return sum(map(data.count, (b"{", b"[", b",")))
+
+
+def _value(pairs: list[tuple[str, Any]]) -> Any:
+    if len(pairs) == 1 and pairs[0][0] == "$literal":
+        pairs = [(key, value) for key, value in pairs[0][1] if isinstance(key, str)]
+        value: Any = dict(pairs)
+    else:
+        value = json_util.object_pairs_hook(pairs, _READ_OPTIONS)
+        if type(value) is dict and any(key.startswith("$") for key in value):
+            raise ValueError("an operator")
+    if type(value) is dict and len(value) != len(pairs):
+        raise ValueError("a key twice")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _check_levels(value: Any, left: int) -> None:
+    if type(value) in (dict, list):
+        if not left:
+            raise ValueError("nested too deep")
+        for item in value.values() if type(value) is dict else value:
+            _check_levels(item, left - 1)
+
+
+def _checked_header(record: Document) -> str:
+    require(record.get("format") == FORMAT, "it is not the first line of an exported session")
+    version = record.get("version")
+    require(
+        type(version) is int and version == VERSION,
+        f"unsupported export version {version!r} (expected {VERSION})"
+        if type(version) is int
+        else f"the export version must be {VERSION}",
+    )
+    return _plain_id(record.get("session_id"), "session_id")
+
+
+def _plain_id(value: object, name: str) -> str:
+    """Return an id that is a plain `str`; `Code` is a subclass of `str`."""
+    require(not isinstance(value, str) or type(value) is str, f"{name} must be a str, not {type(value).__name__}")
+    return checked_id(value, name)

@@ -1,0 +1,226 @@
+"""Exporting a session, piece by piece, as the lines of its portable form."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .._format.attachment_refs import Reference, references_of
+from .._format.documents import (
+    Document,
+    OddField,
+    agent_id_of,
+    agent_key,
+    checked_id,
+    following_id,
+    now,
+    odd_fields,
+)
+from .._format.layout import Place
+from .._format.odd_fields import usable_agents
+from .._store.archive import SessionArchive
+from .._store.attachments import Attachments
+from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
+from .export_format import Writer
+from .import_checks import AGENT_LEFT_BEHIND, LEFT_BEHIND
+
+_ROUNDS = 8
+"""An attachment is reported as missing after its message was found changed this often."""
+
+_AT_ONCE = 64
+"""The number of messages that are encoded at a time."""
+
+
+class Export:
+    """A running export.
+
+    Every `pull` sends commands of its own and leaves no cursor open, so stopping early leaks no cursor, and a slow
+    reader does not run into the cursor timeout.
+    """
+
+    def __init__(self, lines: AsyncGenerator[list[str], None]) -> None:
+        self._lines = lines
+
+    async def pull(self) -> list[str]:
+        """Return the next lines, none after the last."""
+        return await anext(self._lines, [])
+
+
+class SessionExports(SessionArchive):
+    """The base class of the repository that exports sessions."""
+
+    _attachments: Attachments
+
+    def _export(self, session_id: str) -> Export:
+        return Export(self._lines(session_id))
+
+    async def _lines(self, session_id: str) -> AsyncGenerator[list[str], None]:
+        """Yield lines. The heads are read before the buckets below them, so a move cannot hide a message."""
+        checked_id(session_id, "session_id")
+        async with self._connection.operation():
+            document = await self._found(session_id, {})
+        for odd in odd_fields(document):
+            if odd.value is not None:
+                raise odd.error(session_id)
+        writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
+        agents: dict[str, Document] = usable_agents(session_id, document)
+        document.pop("agents", None)
+        yield writer.head(session_id, _without(document, LEFT_BEHIND), now())
+        for key in tuple(agents):
+            async for lines in self._agent_lines(source, key, agents.pop(key), writer):
+                yield lines
+        yield [writer.end()]
+
+    async def _agent_lines(
+        self, source: _Source, key: str, agent: Document, writer: Writer
+    ) -> AsyncGenerator[list[str], None]:
+        # Versions before 1.0 did not encode ids.
+        agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
+        yield [writer.agent(agent_id, _without(agent, AGENT_LEFT_BEHIND))]
+        sequence = _Sequence()
+        position, archived = 0, int(agent.get("archived") or 0)
+        while position < archived:
+            async with self._connection.operation():
+                messages = await self._older(source, key, agent.get("created_at"), position, archived)
+            async for lines in self._message_lines(source, agent_id, sequence, messages, writer):
+                yield lines
+            position += len(messages)
+        async for lines in self._message_lines(source, agent_id, sequence, agent.get("messages") or [], writer):
+            yield lines
+
+    async def _older(self, source: _Source, key: str, since: Any, begin: int, end: int) -> list[Document]:
+        """Return archived messages from a position on.
+
+        Raises:
+            SessionNotFoundError: The session does not exist any more.
+            DatabaseError: A message is missing.
+        """
+        while True:
+            try:
+                return await self._bucket_at(source.place, key, since, begin, end)
+            except DatabaseError as error:
+                missing = error
+            if not await self._is_elsewhere(source) and not await self._copy_late_buckets(source.place):
+                raise missing
+
+    async def _is_elsewhere(self, source: _Source) -> bool:
+        """Update the place of the session's parts; return whether the session was migrated since it was read.
+
+        Raises:
+            SessionNotFoundError: The session does not exist any more.
+        """
+        session_id, before = source.place
+        document = await self._found(session_id, {"incarnation": 1, "created_at": 1})
+        now_at = document.get("incarnation")
+        if now_at == before:
+            return False
+        if before is not None or document.get("created_at") != source.created_at:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+        source.place = Place(session_id, now_at)
+        return True
+
+    async def _message_lines(
+        self, source: _Source, agent_id: str, sequence: _Sequence, messages: Iterable[Document], writer: Writer
+    ) -> AsyncGenerator[list[str], None]:
+        session_id = source.place.session_id
+        waiting: list[Document] = []
+        for stored in messages:
+            if type(stored) is not dict:
+                path = f"agents.{agent_key(agent_id)}.messages.{sequence.position}"
+                raise OddField(path, stored, dict).error(session_id)
+            message_id = sequence.next(stored.get("message_id"))
+            message = {**stored, "message_id": message_id}
+            if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
+                yield await asyncio.to_thread(_lines_of, writer, waiting)
+                waiting = []
+            for _ in range(_ROUNDS if references_of(message) else 0):
+                missing = None
+                for reference in references_of(message):
+                    if reference not in writer.recent:
+                        async for lines in self._attachment_lines(source.place, reference, writer):
+                            yield lines
+                        if reference not in writer.recent:
+                            missing = reference
+                            break
+                if missing is None:
+                    break
+                # The message can have been redacted or replaced since it was read.
+                if await self._is_elsewhere(source):
+                    continue
+                current = await self._message_now(session_id, agent_id, stored)
+                if current is None or current.get("attachments") == message["attachments"]:
+                    raise _damaged(session_id, agent_id, message_id, missing)
+                message = {**current, "message_id": message_id}
+            waiting.append(message)
+        if waiting:
+            yield await asyncio.to_thread(_lines_of, writer, waiting)
+
+    async def _message_now(self, session_id: str, agent_id: str, stored: Document) -> Document | None:
+        async with self._connection.operation():
+            message_id, created_at = stored.get("message_id"), stored.get("created_at")
+            return await self._stored_message(session_id, agent_id, message_id, created_at)
+
+    async def _attachment_lines(
+        self, place: Place, reference: Reference, writer: Writer
+    ) -> AsyncGenerator[list[str], None]:
+        """Yield the pieces of an attachment; they end early if it is missing or was removed."""
+        length, n, digest = 0, 0, hashlib.sha256()
+        while length < reference.length:
+            async with self._connection.operation():
+                data = await self._attachments.chunk(place, reference, n)
+            if not data:
+                return
+            yield await asyncio.to_thread(_pieces_of, writer, reference, length, data, digest)
+            length, n = length + len(data), n + 1
+        if length == reference.length and digest.hexdigest() == reference.sha256:
+            writer.whole(reference)
+
+
+@dataclass
+class _Source:
+    """A session that is being exported.
+
+    Attributes:
+        place: The ids of its parts; it changes when the session is migrated.
+        created_at: Distinguishes the session from a later one with the same id.
+    """
+
+    place: Place
+    created_at: Any
+
+
+class _Sequence:
+    """The ids of an agent's messages as they are exported: as stored, unless they do not increase."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self._last = -1
+
+    def next(self, stored: object) -> int:
+        """Return the exported id of the next message; `stored` is its stored id."""
+        self._last = following_id(stored, self.position, self._last)
+        self.position += 1
+        return self._last
+
+
+def _without(fields: Document, names: Iterable[str]) -> Document:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _lines_of(writer: Writer, messages: Iterable[Document]) -> list[str]:
+    return [writer.message(message) for message in messages]
+
+
+def _pieces_of(writer: Writer, reference: Reference, at: int, data: bytes, digest: Any) -> list[str]:
+    digest.update(data)
+    return list(writer.pieces(reference, at, data))
+
+
+def _damaged(session_id: str, agent_id: str, message_id: int, reference: Reference) -> AttachmentError:
+    return AttachmentError(
+        f"session {session_id!r}: message {message_id} of agent {agent_id!r} holds an attachment that is missing or "
+        f"damaged (SHA-256 {reference.sha256})"
+    )

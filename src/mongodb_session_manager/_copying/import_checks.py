@@ -1,0 +1,361 @@
+"""Checks of the parts of a session before they are imported. Pure.
+
+The stream can come from an untrusted source. A part is accepted if the functions that list, open, restore and export a
+session can use it unchanged. Unknown fields are accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from types import NoneType
+from typing import Any
+
+from strands import Agent
+from strands.agent.conversation_manager import (
+    NullConversationManager,
+    SlidingWindowConversationManager,
+    SummarizingConversationManager,
+)
+from strands.agent.state import AgentState
+
+from .._format.attachment_refs import attached, references_of
+from .._format.codec import MARKER, decode_own, encode, stored_size
+from .._format.documents import (
+    MESSAGE_USAGE,
+    STATE_FIELDS,
+    Document,
+    agent_from,
+    is_restorable,
+    message_from,
+    odd_fields,
+    to_date,
+    usable_internal_state,
+)
+from ..errors import EncodingError, InvalidArgumentError, raise_alone
+
+LEFT_BEHIND = frozenset(
+    {
+        "_id",
+        "session_id",
+        "agents",
+        "attachments_generation",
+        "copy_of",
+        "session_ttl",
+        "kept_until",
+        "keep_until",
+        "incarnation",
+        "state",
+        "state_by",
+        "state_until",
+        "time_to_live",
+        "expires_at",
+        "removed_attachments",
+        "migrating",
+        "moved",
+    }
+)
+"""Fields of a session document that are not copied: the copy has its own values, or none."""
+
+AGENT_LEFT_BEHIND = frozenset(
+    {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"}
+)
+"""Fields of an agent's sub-document that are not copied: the copy has its own values."""
+
+MOST = 2**62
+"""The largest number that is incremented later: MongoDB refuses an increment beyond 2**63 - 1."""
+
+_STATE_DEPTH = 5  # document, agents, key, agent_data, field
+_MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
+_MANAGERS = (NullConversationManager, SlidingWindowConversationManager, SummarizingConversationManager)
+
+
+def require(condition: bool, otherwise: str) -> None:
+    """Raise `InvalidArgumentError` unless the condition holds."""
+    if not condition:
+        raise InvalidArgumentError(otherwise)
+
+
+def checked_session(fields: Document) -> Document:
+    """Return the fields of a session document that are copied.
+
+    Raises:
+        InvalidArgumentError: A field is not valid in a session document.
+    """
+    fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
+    _check_names(fields, "the session")
+    for odd in odd_fields({name: value for name, value in fields.items() if value is not None}):
+        raise InvalidArgumentError(f"{odd.path!r} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
+    _check_kinds(fields, "", {"application_name": str, "session_type": str})
+    _check_dates(fields, "")
+    metadata = fields.get("metadata") or {}
+    require(not any(key.startswith("$") for key in metadata), "metadata must not hold a key that begins with $")
+    require(MARKER not in metadata, f"metadata must not hold the key {MARKER!r}, which marks encoded values")
+    for name, value in fields.items():
+        for part in value.values() if name in ("metadata", "multi_agents") and type(value) is dict else (value,):
+            _decoded(part, name)
+    for name in ("feedbacks", "guardrail_events"):
+        for position, entry in enumerate(fields.get(name) or []):
+            require(type(_decoded(entry, name)) is dict, f"{name}.{position} must be an object")
+    _check_names(fields.get("multi_agents") or {}, "multi_agents")
+    for stored in (fields.get("multi_agents") or {}).values():
+        _check_multi_agent(stored)
+    return fields
+
+
+def checked_agent(fields: Document) -> Document:
+    """Return the fields of an agent's sub-document that are copied.
+
+    Raises:
+        InvalidArgumentError: A field is not valid in an agent's sub-document.
+    """
+    fields = {name: value for name, value in fields.items() if name not in AGENT_LEFT_BEHIND}
+    _check_names(fields, "the agent")
+    _check_kinds(fields, "", {"agent_data": dict, "usage": dict})
+    data = fields.get("agent_data") or {}
+    _check_names(data, "agent_data")
+    _check_kinds(data, "agent_data.", {"model": str})
+    for path, part in (("", fields), ("agent_data.", data)):
+        _check_dates(part, path)
+        names = part.get("config_set")
+        require(
+            names is None or (type(names) is list and all(type(name) is str for name in names)),
+            f"{path}config_set must be a list of str",
+        )
+        for name, value in part.items():
+            if part is data or name != "agent_data":
+                _decoded(value, f"{path}{name}")
+    _check_numbers(fields.get("usage"), "usage")
+    prompt, prompt_metadata = (_decoded(data.get(name), name) for name in ("system_prompt", "prompt_metadata"))
+    require(type(prompt) in (str, list, NoneType), "agent_data.system_prompt must be a str")
+    require(type(prompt_metadata) in (dict, NoneType), "agent_data.prompt_metadata must be an object")
+    for name in STATE_FIELDS:
+        decoded = _decoded(data.get(name), f"agent_data.{name}")
+        require(type(decoded) in (dict, NoneType), f"agent_data.{name} must be an object")
+        _check_encodes(decoded, _STATE_DEPTH, f"agent_data.{name}")
+    _check_state(fields)
+    return fields
+
+
+def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
+    """Return a stored message with its id, and its size in bytes.
+
+    Raises:
+        InvalidArgumentError: It is not a stored message, or Strands cannot restore it.
+    """
+    message = {**message, "message_id": message_id}
+    _check_names(message, "the message")
+    kinds = {"usage": dict, "event_loop_metrics": dict, "guardrail_event": dict, "attachments": list}
+    _check_kinds(message, "", kinds)
+    _check_dates(message, "")
+    references = references_of(message)
+    listed = message.get("attachments") or []
+    require(len(references) == len(listed), "attachments must hold references only")
+    whole = attached(message, {str(reference): b"" for reference in references})
+    for name, value in whole.items():
+        _decoded(value, name)
+    _check_numbers(message.get("usage"), "usage")
+    metrics = message.get("event_loop_metrics") or {}
+    _check_kinds(metrics, "event_loop_metrics.", {MESSAGE_USAGE: dict})
+    _check_numbers(metrics.get(MESSAGE_USAGE), f"event_loop_metrics.{MESSAGE_USAGE}")
+    for name in ("message", "redact_message"):
+        if name == "message" or whole.get(name) is not None:
+            _check_body(whole.get(name), name)
+    return message, stored_size(message)
+
+
+def _check_body(body: Any, name: str) -> None:
+    """Check the content of a message as restoring an agent does."""
+    found = message_from({"message": body}, 0)
+    require(found is not None, f"{name} must have a role and a list of content")
+    assert found is not None
+    require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
+    require(_has_texts(found.message), f"{name} holds a text that is not a str")
+    _check_encodes(found.message, _MESSAGE_DEPTH, name)
+
+
+def _check_names(fields: Mapping[str, Any], what: str) -> None:
+    require(
+        all(key and not key.startswith("$") and "." not in key and key != MARKER for key in fields),
+        f"{what} must not hold a field whose name is empty, begins with $ or holds a dot",
+    )
+
+
+def _check_kinds(fields: Document, path: str, kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        value = fields.get(name)
+        require(type(value) in (kind, NoneType), f"{path}{name} must be a {kind.__name__}, not {type(value).__name__}")
+
+
+def _check_dates(fields: Document, prefix: str) -> None:
+    for name in ("created_at", "updated_at"):
+        value = fields.get(name)
+        try:
+            if type(value) not in (str, datetime, NoneType):
+                raise ValueError
+            to_date(value)
+        except ValueError:
+            raise_alone(InvalidArgumentError(f"{prefix}{name} must be a date"))
+
+
+def _check_numbers(values: Any, name: str) -> None:
+    require(type(values) in (dict, NoneType), f"{name} must be an object")
+    for key, number in (values or {}).items():
+        require(
+            isinstance(number, int | float)
+            and type(number) is not bool
+            and math.isfinite(number)
+            and abs(number) <= MOST,
+            f"{name} must hold numbers from -2**62 to 2**62 only",
+        )
+        require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
+
+
+def _decoded(stored: Any, name: str) -> Any:
+    """Return a decoded value."""
+    try:
+        return decode_own(stored)
+    except EncodingError as error:
+        raise_alone(InvalidArgumentError(f"{name}: {error}"))
+
+
+def _check_encodes(value: Any, depth: int, name: str) -> None:
+    """Check that a decoded value can be stored again, as the next turn does."""
+    try:
+        encode(value, depth=depth, name=name)
+    except EncodingError as error:
+        raise_alone(InvalidArgumentError(str(error)))
+
+
+def _is_message(value: Any) -> bool:
+    """Return whether a decoded value is a message that Strands can restore unchanged."""
+    found = message_from({"message": value}, 0)
+    return found is not None and type(value["content"]) is list and is_restorable(found) and _has_texts(value)
+
+
+def _has_texts(message: Mapping[str, Any]) -> bool:
+    return all(type(block.get("text", "")) is str for block in message["content"])
+
+
+def _check_state(fields: Document) -> None:
+    """Check the state of an agent by restoring it as Strands does."""
+    agent = agent_from("agent", fields)
+    internal = _decoded((fields.get("agent_data") or {}).get("_internal_state"), "")
+    require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")
+    if "interrupt_state" in (internal or {}):
+        _check_interrupts(internal["interrupt_state"], "agent_data._internal_state.interrupt_state")
+    stand_in = Agent.__new__(Agent)
+    for name, restore in (
+        ("state", lambda: AgentState(agent.state)),
+        ("_internal_state", lambda: agent.initialize_internal_state(stand_in)),
+        ("conversation_manager_state", lambda: _check_manager(agent.conversation_manager_state)),
+    ):
+        try:
+            restore()
+        except InvalidArgumentError:
+            raise
+        except Exception:
+            raise_alone(InvalidArgumentError(f"agent_data.{name} cannot be restored"))
+
+
+def _check_manager(state: Document) -> None:
+    removed = state.get("removed_message_count", 0)
+    require(
+        type(removed) is int and 0 <= removed < 2**31,
+        "agent_data.conversation_manager_state.removed_message_count must be an int >= 0",
+    )
+    name = state.get("__name__", "")
+    require(type(name) is str, "agent_data.conversation_manager_state.__name__ must be a str")
+    calls = state.get("model_call_count", 0)
+    require(
+        type(calls) is int and 0 <= calls <= MOST,
+        "agent_data.conversation_manager_state.model_call_count must be an int >= 0",
+    )
+    summary = state.get("summary_message")
+    require(
+        summary is None or _is_message(summary),
+        "agent_data.conversation_manager_state.summary_message must be a message",
+    )
+    for kind in _MANAGERS:
+        if name == kind.__name__ and "removed_message_count" in state:
+            kind().restore_from_session(state)
+
+
+def _check_interrupts(state: Any, path: str) -> None:
+    """Check the fields of interrupts that Strands reads only after it has restored the agent."""
+    require(type(state) is dict and type(state.get("activated")) is bool, f"{path}.activated must be a bool")
+    context, interrupts = state.get("context"), state.get("interrupts")
+    require(type(context) is dict, f"{path}.context must be an object")
+    require(
+        type(interrupts) is dict
+        and all(
+            type(key) is str and type(each) is dict and type(each.get("id")) is str and type(each.get("name")) is str
+            for key, each in interrupts.items()
+        ),
+        f"{path}.interrupts must hold interrupts",
+    )
+    pending = state.get("pending_tool_execution")
+    if pending is None and "tool_use_message" in context:  # where earlier versions of Strands kept it
+        pending = {
+            "assistant_message": context["tool_use_message"],
+            "completed_tool_results": context.get("tool_results", []),
+        }
+    if pending is None:
+        return
+    require(type(pending) is dict, f"{path}.pending_tool_execution must be an object")
+    message, results = pending.get("assistant_message"), pending.get("completed_tool_results")
+    require(
+        _is_message(message)
+        and all(type(block["toolUse"].get("name")) is str for block in message["content"] if "toolUse" in block),
+        f"{path}.pending_tool_execution must hold a message",
+    )
+    require(
+        isinstance(results, list | tuple)
+        and all(type(each) is dict and type(each.get("toolUseId")) is str for each in results),
+        f"{path}.pending_tool_execution must hold results of tools",
+    )
+
+
+def _check_multi_agent(stored: Document) -> None:
+    revision = stored.get("revision")
+    require(
+        type(revision) is not bool and isinstance(revision, int) and 0 <= revision <= MOST,
+        "multi_agents: revision must be an int >= 0",
+    )
+    require(type(stored.get("writer")) is str, "multi_agents: writer must be a str")
+    _check_names(stored, "multi_agents")
+    _check_dates(stored, "multi_agents: ")
+    state = _decoded(stored.get("state"), "multi_agents: state")
+    require(type(state) is dict, "multi_agents: state must be an object")
+    internal = state.get("_internal_state")
+    if "_internal_state" in state:
+        require(
+            type(internal) is dict and "interrupt_state" in internal,
+            "multi_agents: state._internal_state must hold an interrupt_state",
+        )
+        _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
+    task = state.get("current_task", "")
+    require(
+        type(task) is str or _is_message({"role": "user", "content": task}),
+        "multi_agents: state.current_task must be a str or a list of content",
+    )
+    _check_results(state)
+    _check_encodes(state, 4, "multi_agents: state")
+
+
+def _check_results(part: Any) -> None:
+    """Check the results of an orchestrator's nodes, which Strands reads only when the orchestrator continues."""
+    require(type(part) is dict, "multi_agents: a result must be an object")
+    for name in ("accumulated_usage", "accumulated_metrics"):
+        _check_numbers(part.get(name), f"multi_agents: {name}")
+    for name in ("node_results", "results"):
+        nodes = part.get(name) or {}
+        require(type(nodes) is dict, f"multi_agents: {name} must be an object")
+        for node in nodes.values():
+            _check_results(node)
+    result = part.get("result")
+    if type(result) is dict:
+        if result.get("type") == "agent_result":
+            require(_is_message(result.get("message")), "multi_agents: a result must hold a message")
+        _check_results(result)

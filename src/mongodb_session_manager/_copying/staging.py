@@ -1,0 +1,222 @@
+"""Staging: an import or a fork fills a session that stays invisible until it is complete.
+
+The copy begins with its session document, which has a new `incarnation` and the state "copying", see `_deletion`. No
+other copy into the same id can begin while it is there. The archive and the attachments of the incarnation follow. One
+update then makes the session live, and matches only the state that the copy itself has stored. So a copy is either live
+or has a document in the state "copying". The copy removes that document, and its parts, when it fails; any process can
+remove them when the lease is over.
+
+The parts of a copy have no dates until immediately before it becomes live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+from bson import ObjectId
+from pymongo.results import UpdateResult
+
+from .._format.documents import Document
+from .._format.layout import LIVE, Place
+from .._format.retention import next_date
+from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection
+from .._store.archive import SessionArchive
+from .._store.deletion import LEASE
+from ..errors import (
+    DatabaseError,
+    MongoDBSessionError,
+    SessionConflictError,
+    SessionExistsError,
+    raise_alone,
+)
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 16
+"""A copy gives up after a session of the same id was created and deleted this often."""
+
+_not_removed: set[Place] = set()
+"""The copies of this process that could not be removed: another try removes them before their leases are over."""
+
+
+class Staging:
+    """The copy of one import or fork, until it is live.
+
+    Args:
+        sessions: The repository that stores the copy.
+        session_id: The id of the new session.
+
+    Attributes:
+        place: The ids of the archive and the attachments of the new session.
+    """
+
+    def __init__(self, sessions: SessionStaging, session_id: str) -> None:
+        self.place = Place(session_id, ObjectId())
+        self._sessions = sessions
+        self._has_begun = False
+        self._heartbeat: asyncio.Task[None] | None = None
+
+    @property
+    def session_id(self) -> str:
+        """The id of the new session."""
+        return self.place.session_id
+
+    @property
+    def own(self) -> Document:
+        """The filter for the document of the copy."""
+        return _own(self.place)
+
+    def lease(self) -> datetime:
+        """Return the end of a lease that begins now."""
+        return self._sessions._connection.now() + LEASE
+
+    # Begin, and end.
+
+    async def begin(self) -> None:
+        """Insert the document of the copy, and start to renew its lease.
+
+        Raises:
+            SessionExistsError: There is a session of that id, or another copy into it is under way.
+        """
+        sessions = self._sessions
+        document = {**self.own, "session_id": self.session_id, "state_until": self.lease()}
+        for _ in range(_ROUNDS):
+            try:
+                self._has_begun = True
+                await sessions._send(lambda collection: collection.insert_one(document))
+                break
+            except DuplicateKeyError:  # it can be this document, from an attempt whose acknowledgement was lost
+                if await self._find(self.own) is not None:
+                    break
+            self._has_begun = False
+            try:
+                for left in [place for place in _not_removed if place.session_id == self.session_id]:
+                    await sessions._end(self.session_id, _own(left))
+                    _not_removed.discard(left)
+                await sessions._finish_other(self.session_id)
+            except SessionConflictError:
+                raise_alone(SessionExistsError(f"session {self.session_id!r} is being imported or forked already"))
+        else:
+            raise DatabaseError(f"session {self.session_id!r} was created and deleted again and again")
+        self._heartbeat = asyncio.get_running_loop().create_task(self._renew())
+
+    async def _renew(self) -> None:
+        """Renew the lease until the copy ends."""
+        renewed = True
+        while renewed:
+            await asyncio.sleep(LEASE.total_seconds() / 2)
+            with suppress(MongoDBSessionError):  # the next time is before the end of the lease, or soon after
+                renewed = await self.update({"$set": {"state_until": self.lease()}})
+
+    async def update(self, update: Document | list[Document]) -> bool:
+        """Update the document of the copy; return whether it existed."""
+        result = await self._sessions._send(lambda collection: collection.update_one(self.own, update))
+        return bool(result.matched_count)
+
+    async def fill(self, fields: Document) -> None:
+        """Store fields of the session, by path.
+
+        Raises:
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+        """
+        if not await self.update({"$set": fields}):
+            raise self.lost()
+
+    async def read(self, projection: Document) -> Document:
+        """Return the document of the copy.
+
+        Raises:
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+        """
+        found = await self._find(self.own, projection)
+        if found is None:
+            raise self.lost()
+        return found
+
+    async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:
+        fields = projection or {"_id": 1}
+        return await self._sessions._send(lambda collection: collection.find_one(condition, fields))
+
+    async def date(self, seconds: int | None) -> Document:
+        """Set `expires_at` of all parts; return the fields `time_to_live` and `expires_at` for the session.
+
+        The session has at least its time to live ahead when this returns. If dating the parts has taken longer than the
+        margin of `next_date`, they are dated again.
+
+        Args:
+            seconds: The time to live of the session, `None` if it does not expire.
+        """
+        if seconds is None:
+            return {}
+        self._sessions._ensure_expiry()
+        clock, more = self._sessions._connection.now, timedelta()
+        while True:
+            begin = clock()
+            until = next_date(begin, seconds) + more
+            await self._sessions._date_parts(self.place, until)
+            end = clock()
+            if end + timedelta(seconds=seconds) <= until:
+                return {"time_to_live": seconds, "expires_at": until}
+            more = 2 * (end - begin)
+
+    async def go_live(self, command: Callable[[AsyncCollection], Awaitable[UpdateResult]]) -> None:
+        """Send the update that makes the session live; its filter is `own`.
+
+        Raises:
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+        """
+        result = await self._sessions._send(command)
+        if not result.matched_count and not await self._is_live():  # else an acknowledgement was lost
+            raise self.lost()
+        self._stop()
+        self._sessions._ensure_indexes()
+
+    async def _is_live(self) -> bool:
+        live = {"_id": self.session_id, "incarnation": self.place.incarnation, **LIVE}
+        return await self._find(live) is not None
+
+    async def clear(self) -> None:
+        """Remove the archive and the attachments of the copy."""
+        await self._sessions._remove_parts(self.place)
+
+    async def abandon(self) -> None:
+        """Remove the copy unless it is live; log a failure."""
+        if not self._stop():
+            return
+        try:
+            if await self._sessions._end(self.session_id, self.own):
+                return
+            # Another process has removed it, or it is live, and the acknowledgement was lost.
+            if not await self._is_live():
+                await self.clear()
+        except MongoDBSessionError as error:
+            _not_removed.add(self.place)
+            logger.warning(
+                "session_id=<%r>, error=<%s> | an incomplete copy was not removed, another process removes it later",
+                self.session_id,
+                error,
+            )
+
+    def _stop(self) -> bool:
+        """Stop renewing the lease; return whether a copy was begun that is not live."""
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        has_begun, self._heartbeat, self._has_begun = self._has_begun, None, False
+        return has_begun
+
+    def lost(self) -> SessionConflictError:
+        """Return the error for a copy that another process has removed."""
+        return SessionConflictError(f"session {self.session_id!r} was removed by another process while it was copied")
+
+
+def _own(place: Place) -> Document:
+    return {"_id": place.session_id, "incarnation": place.incarnation, "state": "copying"}
+
+
+class SessionStaging(SessionArchive):
+    """The base class of the repository that stages copies."""

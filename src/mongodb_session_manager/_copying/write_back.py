@@ -1,0 +1,380 @@
+"""Writing the archive and the attachments of a session back into its document, where versions before 1.0 find them.
+
+One update puts the messages of all agents back into the document. It matches the `archived`, `revision` and
+`archive_revision` of each agent that were read. Appends do not change these, so they continue meanwhile, except for an
+appended message that itself needs a change. The buckets and attachments are removed afterwards. Until then no reader
+uses them, because `archived` is 0 and no message refers to an attachment; `_buckets` explains why no later move uses a
+left-over bucket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bson import ObjectId
+
+from .._format.attachment_refs import attached, references_of
+from .._format.changes import REMOVED, Update, with_removed
+from .._format.codec import stored_size
+from .._format.documents import (
+    MESSAGE_USAGE,
+    Document,
+    OddField,
+    agent_id_of,
+    agent_key,
+    array_at,
+    checked_id,
+    is_of_old,
+    stored_id,
+)
+from .._format.layout import Place
+from .._format.odd_fields import usable_agents
+from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._io.drivers import AsyncCollection
+from .._store.attachments import Attachments
+from .._store.writes import ROUNDS, SessionWrites
+from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone
+
+_ALL = 2**31 - 1
+
+_STUCK_CHANGES = 1024
+"""How many changes of a bucket, stuck on their way, do not give it a revision that later buckets have."""
+
+_OF_ARCHIVE = ("archived", "archive_revision")
+
+
+@dataclass
+class _Agent:
+    """An agent whose messages are gathered in one list.
+
+    Attributes:
+        key: The agent's key.
+        stored: Its sub-document.
+        head: The messages in the session document.
+        older: The archived messages, as far as they are read.
+        count: The number of archived messages, even if they are not kept here.
+        revision: The highest of the head and of any bucket.
+        references: The attachments of all messages.
+    """
+
+    key: str
+    stored: Document
+    head: list[Any]
+    older: list[Any] = field(default_factory=list)
+    count: int = 0
+    revision: int = 0
+    changed: dict[int, Any] = field(default_factory=dict)
+    references: list[str] = field(default_factory=list)
+
+    @property
+    def archived(self) -> int:
+        return _number(self.stored, "archived")
+
+    @property
+    def since(self) -> Any:
+        return self.stored.get("created_at")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the session document holds every message in a form that the original takes."""
+        return not self.archived and not any(map(_is_to_change, self.head))
+
+    @property
+    def below(self) -> int:
+        """The revision that the head gets: higher than any that a bucket has or gets."""
+        return self.revision + 1 + _STUCK_CHANGES
+
+    def begin(self) -> None:
+        """Forget what was read of the buckets."""
+        self.older, self.count, self.revision = [], 0, _number(self.stored, "revision")
+
+    def following(self, bucket: Mapping[str, Any]) -> list[Any]:
+        """Return those messages of a bucket that follow the messages read before."""
+        first = int(bucket["_id"]["first"])
+        self.revision = max(self.revision, _number(bucket, "revision"))
+        return bucket["messages"][self.count - first : self.archived - first] if first <= self.count else []
+
+
+class SessionWriteBack(SessionWrites):
+    """The part of the repository that undoes what versions before 1.0 cannot read."""
+
+    _attachments: Attachments
+
+    async def write_back(self, session_id: str) -> None:
+        """Write the archived messages and the attachments of a session back into its document.
+
+        Versions 0.5 to 0.9 then restore the whole session. Call it when no process of this version writes to the
+        session any more: the next append that exceeds the limits moves old messages to the archive again, and the next
+        large attachment goes to GridFS.
+
+        The session is written back as a whole or not at all. Messages that are appended, replaced or redacted
+        meanwhile are kept. If the call is interrupted, another call removes left-over buckets and attachments. A
+        session that is written back already stays as it is.
+
+        Args:
+            session_id: The session.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+            SessionNotFoundError: The session does not exist.
+            StateTooLargeError: The document would exceed 16 MiB; the session stays as it is.
+            AttachmentError: An attachment is missing or damaged; the session stays as it is.
+            DatabaseError: An archived message is missing, or other writers changed the session again and again.
+        """
+        checked_id(session_id, "session_id")
+        async with self._connection.operation():
+            for _ in range(ROUNDS):
+                if (document := await self._of_today(session_id)) is None:
+                    continue
+                agents, place = _agents_of(session_id, document), Place(session_id, document["incarnation"])
+                if all(agent.is_whole for agent in agents) or await self._write_back_once(session_id, document, agents):
+                    await self._remove_left_over(place, agents)
+                    return
+        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written back")
+
+    async def _of_today(self, session_id: str) -> Document | None:
+        """Return a session whose agents have the current form, `None` if another writer changed it meanwhile."""
+        await self._life(session_id)  # migrates it, if necessary
+        document = await self._found(session_id, {})
+        if not isinstance(document.get("incarnation"), ObjectId):  # 1.0.0 has created it again
+            self._lives.pop(session_id, None)
+            return None
+        agents = {
+            agent.key: {
+                **agent.stored,
+                "archived": agent.archived,
+                "revision": _number(agent.stored, "revision"),
+                "ids": list(map(stored_id, agent.head)),
+            }
+            for agent in _agents_of(session_id, document)
+        }
+        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not is_left_out(key, agent, agents)]
+        if not of_old:
+            return document
+        await self._adopt(session_id, agents, of_old)
+        return None
+
+    async def _write_back_once(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> bool:
+        """Put the messages of all agents into the session document; return `False` if they changed meanwhile."""
+        try:
+            size = await self._gather(session_id, document, agents)
+        except DatabaseError:
+            # Another call may have written the session back, and removed what was missing here.
+            place = Place(session_id, document["incarnation"])
+            condition = {"_id": session_id, "incarnation": place.incarnation, **_unchanged(agents)}
+            if await self._send(lambda sessions: sessions.find_one(condition, {"_id": 1})) is not None and (
+                not await self._copy_late_buckets(place)
+            ):
+                raise
+            return False
+        refused = StateTooLargeError(
+            f"session {session_id!r} was not written back: its document would take {size} bytes, but a MongoDB "
+            f"document can hold at most {MAX_DOCUMENT_BYTES}"
+        )
+        if size > MAX_DOCUMENT_BYTES:
+            raise refused
+        try:
+            archived = [agent for agent in agents if not agent.is_whole]
+            return await self._update(_put_back(session_id, document["incarnation"], archived))
+        except MessageTooLargeError:  # it has grown meanwhile
+            raise_alone(refused)
+
+    async def _gather(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> int:
+        """Bring all messages into the form to be stored; return how large the document gets.
+
+        No more messages than fit into a document are kept, and no attachment is read if they do not fit.
+
+        Raises:
+            AttachmentError: An attachment is missing or damaged.
+            DatabaseError: An archived message is missing.
+        """
+        place = Place(session_id, document["incarnation"])
+        by_key = {agent.key: agent for agent in agents}
+        size = 0
+
+        async def read(archive: AsyncCollection) -> None:
+            nonlocal size
+            size = 0
+            for agent in agents:
+                agent.begin()
+            async for bucket in archive.find({"_id": place.buckets()}, sort=[("_id", 1)]):
+                if (its := by_key.get(bucket["_id"]["agent"])) is None:
+                    continue
+                messages = its.following(bucket)
+                size += await asyncio.to_thread(_size_of, messages, its.count)
+                its.count += len(messages)
+                if size <= MAX_DOCUMENT_BYTES:
+                    its.older += messages
+
+        await self._send(read, self._archive_name)
+        for agent in agents:
+            if agent.count < agent.archived:
+                raise DatabaseError(f"session {session_id!r}: message {agent.count} is missing in its archive")
+            messages = [*agent.older, *agent.head]
+            agent.references = [str(reference) for message in messages for reference in references_of(message)]
+            size += await asyncio.to_thread(_size_of, agent.head, agent.count)
+        size += stored_size(_frame_of(document, agents))
+        if size <= MAX_DOCUMENT_BYTES:
+            for agent in agents:
+                await self._gather_attachments(place, agent)
+        return size
+
+    async def _gather_attachments(self, place: Place, agent: _Agent) -> None:
+        messages = [*agent.older, *agent.head]
+        await self._attachments.restore(place, {agent_id_of(agent.key): messages})
+        messages = list(map(_in_document, messages))
+        older, head = messages[: agent.count], messages[agent.count :]
+        agent.older = older
+        agent.changed = {n: new for n, (new, old) in enumerate(zip(head, agent.head, strict=True)) if new is not old}
+
+    async def _remove_left_over(self, place: Place, agents: Iterable[_Agent]) -> None:
+        """Remove the buckets and attachments that no reader uses any more."""
+        session_id = place.session_id
+        for agent in agents:
+            if (head := self._heads.get((session_id, agent.key))) is not None:
+                head.learned = head.certain = False
+            if below := (_number(agent.stored, "stale_below") if agent.is_whole else agent.below):
+                await self._remove_stale(place, agent.key, agent.since, below)
+        document = await self._find(session_id, {REMOVED: 1})
+        if document is not None and document.get(REMOVED):
+            await self._remove_removed(place, document[REMOVED])
+
+
+def _number(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    return int(value) if isinstance(value, int) else 0
+
+
+def _agents_of(session_id: str, document: Mapping[str, Any]) -> list[_Agent]:
+    """Return the agents of a session.
+
+    Raises:
+        DatabaseError: The field `messages` of an agent holds no array.
+    """
+    agents = []
+    for key, stored in usable_agents(session_id, document).items():
+        messages = stored.get("messages")
+        if messages is not None and type(messages) is not list:
+            raise OddField(f"agents.{key}.messages", messages, list).error(session_id)
+        if key and "." not in key:
+            agents.append(_Agent(key, stored, messages or []))
+    return agents
+
+
+def is_left_out(key: str, agent: Mapping[str, Any], agents: Mapping[str, Any]) -> bool:
+    """Return whether opening leaves out an agent of an earlier version because another one has its key."""
+    return agent.get("next_message_id") is None and agent_key(key) != key and agent_key(key) in agents
+
+
+def _refers(stored: Mapping[str, Any]) -> bool:
+    """Return whether the field `attachments` of a message lists references and nothing else."""
+    listed = stored.get("attachments")
+    return isinstance(listed, list) and len(references_of(stored)) == len(listed)
+
+
+def _has_old_usage(stored: Mapping[str, Any]) -> bool:
+    """Return whether the usage of a message is where 1.0.0 kept it, and can move to its place."""
+    return type(stored.get("usage")) is dict and type(stored.get("event_loop_metrics", {})) is dict
+
+
+def _is_to_change(stored: Any) -> bool:
+    return type(stored) is dict and (_refers(stored) or _has_old_usage(stored))
+
+
+def _in_document(stored: Any) -> Any:
+    """Return a message with its attachments in place, in a form that the original takes."""
+    if not _is_to_change(stored):
+        return stored
+    gone = [name for name, is_gone in (("attachments", _refers), ("usage", _has_old_usage)) if is_gone(stored)]
+    message = {name: value for name, value in stored.items() if name not in gone}
+    if "usage" in gone:
+        message["event_loop_metrics"] = {MESSAGE_USAGE: stored["usage"], **stored.get("event_loop_metrics", {})}
+    return message
+
+
+def _size_of(messages: Iterable[Any], position: int) -> int:
+    """Return how many bytes messages, attachments included, take in the array from a position on."""
+    return sum(_element_size(message, at) for at, message in enumerate(messages, position))
+
+
+def _element_size(stored: Any, position: int) -> int:
+    more = 0
+    if type(stored) is dict and _is_to_change(stored):
+        blobs = {}
+        for reference in references_of(stored):
+            # The length is not verified yet: a damaged one must not take all memory. Pages of zeros take none.
+            blobs[str(reference)] = bytes(min(reference.length, MAX_DOCUMENT_BYTES))
+            more += max(0, reference.length - MAX_DOCUMENT_BYTES)
+        stored = _in_document(attached(stored, blobs))
+    return stored_size({str(position): stored}) - stored_size({}) + more
+
+
+def _frame_of(document: Mapping[str, Any], agents: Sequence[_Agent]) -> Document:
+    """Return the session document after the write-back, without messages."""
+    frame: Document = {**document, "agents": dict(document.get("agents") or {})}
+    for agent in agents:
+        stored = {**agent.stored, "messages": []}
+        if not agent.is_whole:
+            stored = {name: value for name, value in stored.items() if name not in _OF_ARCHIVE}
+            stored |= {"revision": agent.below, "stale_below": agent.below}
+        frame["agents"][agent.key] = stored
+    if references := _references_of(agents):
+        listed = frame.get(REMOVED)
+        frame[REMOVED] = [*(listed if isinstance(listed, list) else []), *references]
+    return frame
+
+
+def _references_of(agents: Iterable[_Agent]) -> list[str]:
+    return sorted({reference for agent in agents for reference in agent.references})
+
+
+def _unchanged(agents: Iterable[_Agent]) -> Document:
+    """Return the condition that matches while agents are as they were read, or have further messages."""
+    condition: Document = {}
+    for agent in agents:
+        path = f"agents.{agent.key}"
+        condition[path] = {"$exists": True}
+        condition[f"{path}.created_at"] = agent.since
+        for name in ("revision", *_OF_ARCHIVE):
+            condition[f"{path}.{name}"] = _number(agent.stored, name) or {"$not": {"$gt": 0}}
+        if agent.head:
+            condition[f"{path}.messages.{len(agent.head) - 1}"] = {"$exists": True}
+    return condition
+
+
+def _put_back(session_id: str, incarnation: ObjectId, agents: Sequence[_Agent]) -> Update:
+    """Return the update that stores all messages of agents in the session document."""
+    condition: Document = {"_id": session_id, "incarnation": incarnation, **_unchanged(agents)}
+    sets: Document = {}
+    new = []
+    for agent in agents:
+        path = f"agents.{agent.key}"
+        # A version before 1.0 changes a message without changing the revision.
+        condition |= {f"{path}.messages.{n}.updated_at": agent.head[n].get("updated_at") for n in agent.changed}
+        sets[f"{path}.messages"] = {"$concatArrays": _parts(agent)}
+        sets[f"{path}.revision"] = sets[f"{path}.stale_below"] = agent.below
+        new.append({"$slice": [array_at(f"${path}.messages"), len(agent.head), _ALL]})
+    is_there = [{"$ne": [{"$type": f"$$this.{name}"}, "missing"]} for name in ("attachments", "usage")]
+    to_change = {"$filter": {"input": {"$concatArrays": new}, "cond": {"$or": is_there}}}
+    condition["$expr"] = {"$eq": [{"$size": to_change}, 0]}
+    if references := _references_of(agents):
+        sets[REMOVED] = with_removed([references])
+    unset = [f"agents.{agent.key}.{name}" for agent in agents for name in _OF_ARCHIVE]
+    return Update(condition, [{"$set": sets}, {"$unset": unset}], None)
+
+
+def _parts(agent: _Agent) -> list[Any]:
+    """Return expressions for the parts of an agent's messages; the server keeps those that do not change."""
+    stored = array_at(f"$agents.{agent.key}.messages")
+    parts: list[Any] = [{"$literal": agent.older}]
+    position = 0
+    for n in sorted(agent.changed):
+        if n > position:
+            parts.append({"$slice": [stored, position, n - position]})
+        parts.append({"$literal": [agent.changed[n]]})
+        position = n + 1
+    parts.append({"$slice": [stored, position, _ALL]})
+    return parts

@@ -1,0 +1,383 @@
+"""The layout of the messages of a long conversation: heads, buckets, and the statements that move messages. Pure.
+
+The session document keeps an agent's newest messages, its head. Older ones are in `<collection>_archive`:
+
+    _id          {incarnation, agent: <agent key>, first: <position>}, see `_layout`
+    session_id   the session
+    revision     that of the head when the bucket was made; it grows with every change of a message in the bucket
+    last         the position of the last message
+    messages     as they were in the session document
+    removed_attachments
+                 references of replaced messages, until the files are removed
+    expires_at   if the session expires, see `_retention`
+
+A position counts the messages of an agent from 0. Versions before 1.0 can have stored ids that have gaps, or do not
+increase; positions always locate a message. In the agent's sub-document, `archived` is the position of the head's first
+message, and `revision` grows with every change of a message in the head, but not with an append. `archive_revision`
+grows after every change of a message in a bucket.
+
+A move takes two statements and brings no message to the client. `merge` copies the oldest messages into the bucket
+that begins at `archived`; `cut` takes them out of the head and adds their number to `archived`. Both match the same
+`archived` and `revision`, and what they take depends only on messages that cannot change without changing these. A
+bucket that begins at `archived` or later is left over from an unfinished move: no reader uses it, and the next move
+replaces it. `merge` refuses to replace a bucket of a higher revision, or a different one of the same revision, so that
+a delayed statement cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
+
+A write-back is the only statement that lowers `archived`, to 0; see `_write_back`. It leaves the agent's buckets behind
+and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No message moves
+while the field is there. Removing the buckets of a lower revision, and then the field, ends the write-back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+from ..errors import ConfigurationError
+from .changes import (
+    REMOVED,
+    Identity,
+    Update,
+    attachments_of,
+    is_meant,
+    replaced_message,
+    split_fields,
+    with_removed,
+)
+from .documents import Document, array_at, entries_at, ids_of, is_numbered, number_at, size_at, stored_removed
+from .layout import LIVE, Place
+from .retention import LIFE, Dates, Life
+
+MAX_EMBEDDED_MESSAGES = 128
+MAX_EMBEDDED_BYTES = 256 * 1024
+
+BUCKET_MESSAGES = 1024
+"""The most messages of a bucket. So the bucket that holds a position begins less than this number below it."""
+
+_BUCKET_BYTES = 2 * 1024 * 1024
+_MOST_EMBEDDED_BYTES = 8 * 1024 * 1024
+_ALL = 2**31 - 1
+_TAKEN = "__taken__"
+
+
+@dataclass
+class Head:
+    """What is known of the messages of an agent in the session document.
+
+    Attributes:
+        since: When the agent was created.
+        archived: The position of the first one.
+        revision: Of the head.
+        below: Ids below the first one's, that is `archived` unless a version before 1.0 left gaps.
+        next_id: The id of the next message.
+        size: Bytes of all, at least.
+        removed: How many of the agent's oldest messages its conversation manager has removed.
+        learned: Whether the head was ever read from the server.
+        certain: Whether only appends have changed it since, as far as this process knows.
+        is_numbered: Whether the ids of the messages increase; other messages only move if there is no room.
+        moving: A future that is done when the bucket that is being moved is.
+        life: The `Life` of the session, as it was when the head was read.
+        stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
+    """
+
+    since: Any = None
+    archived: int = 0
+    revision: int = 0
+    below: int = 0
+    next_id: int = 0
+    size: int = 0
+    removed: int = 0
+    learned: bool = False
+    certain: bool = False
+    is_numbered: bool = True
+    moving: Any = None
+    life: Life = field(default_factory=Life)
+    stale_below: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many messages there are."""
+        return self.next_id - self.below
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether every id is the position of its message, as versions since 1.0 store them."""
+        return self.learned and self.below == self.archived
+
+    def learn(self, numbers: Mapping[str, Any]) -> None:
+        """Take the values of a result of `head_numbers`."""
+        self.since = numbers.get("created_at")
+        self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
+        self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
+        self.below = self.next_id - int(numbers["count"])
+        self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
+        self.life = Life.of(numbers.get("session") or {})
+        self.is_numbered = "ids" not in numbers or is_numbered(numbers)
+        self.stale_below = int(numbers.get("stale_below") or 0)
+        self.learned = self.certain = True
+
+
+class Step(NamedTuple):
+    """The size of a move: the oldest messages until both numbers are reached, but at most `most`."""
+
+    messages: int
+    size: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most messages, and the most bytes of them, that an agent has in the session document."""
+
+    messages: int
+    size: int
+
+    @classmethod
+    def checked(cls, max_embedded_messages: object, max_embedded_bytes: object) -> Self:
+        """Return valid limits.
+
+        Raises:
+            ConfigurationError: A limit is invalid.
+        """
+        for name, value in (
+            ("max_embedded_messages", max_embedded_messages),
+            ("max_embedded_bytes", max_embedded_bytes),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"{name} must be an int >= 1, got {value!r}")
+        limits = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
+        if limits.size > _MOST_EMBEDDED_BYTES:
+            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MOST_EMBEDDED_BYTES}, got {limits.size}")
+        return limits
+
+    def exceeded(self, head: Head, times: int = 1) -> bool:
+        """Return whether messages must move; the newest stays, whatever its size."""
+        if not head.is_numbered:
+            return False
+        return head.count > 1 and (head.count > times * self.messages or head.size > times * self.size)
+
+    def step(self, head: Head) -> Step:
+        """Return the move after which the head has half of its limits.
+
+        The messages that restoring the agent needs stay in the head if they take at most three quarters of the limits.
+        """
+        kept = head.archived + head.count - head.removed
+        stays = kept <= self.messages * 3 // 4 and head.size * kept // head.count <= self.size * 3 // 4
+        most = head.count - kept if stays and 0 < kept < head.count else head.count - 1
+        messages = head.count - self.messages // 2 if head.count > self.messages else 0
+        size = head.size - self.size // 2 if head.size > self.size else 0
+        return Step(messages, size, min(most, BUCKET_MESSAGES))
+
+
+def everything(head: Head) -> Step:
+    """Return the move that leaves only the newest message, or none where that is the only one."""
+    older = max(1, head.count - 1)
+    return Step(older, 0, min(older, BUCKET_MESSAGES))
+
+
+def head_numbers(path: str) -> Document:
+    """Return the expression for the numbers that `Head.learn` takes; `path` leads to the agent and begins with `$`."""
+    messages = array_at(f"{path}.messages")
+    return {
+        "created_at": f"{path}.created_at",
+        "archived": number_at(f"{path}.archived"),
+        "revision": number_at(f"{path}.revision"),
+        "next_message_id": f"{path}.next_message_id",
+        "ids": ids_of(messages),
+        "count": {"$size": messages},
+        "bytes": {"$bsonSize": {"m": messages}},
+        "removed": stored_removed(path),
+        "stale_below": number_at(f"{path}.stale_below"),
+        "session": LIFE,
+    }
+
+
+def numbers_of(key: str) -> Document:
+    """Return the projection of the `head` of an agent; `null` if there is no such agent."""
+    path = f"$agents.{key}"
+    return {"_id": 0, "head": {"$cond": [{"$eq": [{"$type": path}, "object"]}, head_numbers(path), None]}}
+
+
+NUMBERS_OF_ALL: Document = {
+    "_id": 0,
+    "heads": {
+        "$map": {
+            "input": entries_at("$agents"),
+            "as": "agent",
+            "in": {"key": "$$agent.k", **head_numbers("$$agent.v")},
+        }
+    },
+}
+"""The projection of the `heads` of all agents, each with its `key`."""
+
+
+def _unchanged(session_id: str, key: str, head: Head) -> Document:
+    """Return the filter that matches while the messages of `head` are unchanged; further ones may follow them."""
+    numbers = {"archived": head.archived, "revision": head.revision}
+    return {
+        "_id": session_id,
+        "incarnation": head.life.incarnation,
+        **LIVE,
+        **(_increasing_ids(f"$agents.{key}.messages") if head.is_numbered else {}),
+        f"agents.{key}.messages.0": {"$exists": True},
+        f"agents.{key}.created_at": head.since,
+        f"agents.{key}.stale_below": None,
+        **{f"agents.{key}.{name}": value or {"$not": {"$gt": 0}} for name, value in numbers.items()},
+    }
+
+
+def _increasing_ids(messages: str) -> Document:
+    """Return the filter that matches unless a version before 1.0 has reused an id since the head was numbered."""
+    ids = {"$ifNull": [f"{messages}.message_id", []]}
+    at = {"$range": [1, {"$size": "$$ids"}]}
+    above = {"$gt": [{"$arrayElemAt": ["$$ids", "$$at"]}, {"$arrayElemAt": ["$$ids", {"$subtract": ["$$at", 1]}]}]}
+    increase = {"$allElementsTrue": [{"$map": {"input": at, "as": "at", "in": above}}]}
+    return {"$expr": {"$let": {"vars": {"ids": ids}, "in": increase}}}
+
+
+def _taken(messages: str, step: Step) -> Document:
+    """Return the expression for how many of `messages` a step takes: at least one."""
+    size = {"$add": ["$$value.size", size_at("$$this")]}
+    wanted = {"$or": [{"$lt": ["$$value.count", step.messages]}, {"$lt": ["$$value.size", step.size]}]}
+    fits = {"$or": [{"$eq": ["$$value.count", 0]}, {"$lte": [size, _BUCKET_BYTES]}]}
+    more = {
+        "$cond": [
+            {"$and": ["$$value.more", wanted, fits]},
+            {"count": {"$add": ["$$value.count", 1]}, "size": size, "more": True},
+            {"count": "$$value.count", "size": "$$value.size", "more": False},
+        ]
+    }
+    counted = {
+        "$reduce": {
+            "input": {"$slice": [messages, step.most]},
+            "initialValue": {"count": 0, "size": 0, "more": True},
+            "in": more,
+        }
+    }
+    return {"$max": [1, {"$let": {"vars": {"taken": counted}, "in": "$$taken.count"}}]}
+
+
+def taken(sizes: Sequence[int], step: Step) -> int:
+    """Return how many of messages of these sizes a step takes, as `merge` does."""
+    count = size = 0
+    for added in sizes[: step.most]:
+        if not (count < step.messages or size < step.size) or (count and size + added > _BUCKET_BYTES):
+            break
+        count, size = count + 1, size + added
+    return max(1, count)
+
+
+def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) -> Document:
+    """Return a bucket of messages that were never in a head."""
+    return {
+        "_id": place.bucket_id(key, first),
+        "session_id": place.session_id,
+        "revision": 0,
+        "last": first + len(messages) - 1,
+        "messages": list(messages),
+    }
+
+
+def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates: Dates) -> list[Document]:
+    """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in.
+
+    `dates` is the expiry of the bucket.
+    """
+    messages = f"$agents.{key}.messages"
+    bucket = {
+        "_id": {"$literal": Place(session_id, head.life.incarnation).bucket_id(key, head.archived, head.since)},
+        "session_id": "$_id",
+        "revision": {"$literal": head.revision},
+        "last": {"$add": [f"${_TAKEN}", head.archived - 1]},
+        "messages": {"$slice": [messages, f"${_TAKEN}"]},
+    }
+    if dates.expires_at is not None:
+        bucket["expires_at"] = {"$literal": dates.expires_at}
+    newer = {"$gt": ["$$new.revision", "$revision"]}
+    alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
+    # Aggregations have no operator that fails; but a change of _id is an error (ImmutableField).
+    replace_or_fail = {"$replaceWith": {"$cond": [{"$or": [newer, alike]}, "$$new", {"_id": None}]}}
+    return [
+        {"$match": _unchanged(session_id, key, head)},
+        {"$set": {_TAKEN: _taken(messages, step)}},
+        {"$project": bucket},
+        {"$merge": {"into": archive, "on": "_id", "whenMatched": [replace_or_fail], "whenNotMatched": "insert"}},
+    ]
+
+
+MERGE_REFUSED = 66
+"""The server's error code for a bucket that `merge` must not replace."""
+
+
+def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Update:
+    """Return the update that removes from a head the messages that `merge` has copied."""
+    path = f"agents.{key}"
+    condition = {**_unchanged(session_id, key, head), **dates.may_be_added}
+    sets = {
+        f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
+        f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},
+    }
+    stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
+    return Update(condition, stages, None)
+
+
+def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
+    """Return the update that raises the revision of a head above that of a bucket that `merge` must not replace."""
+    higher = max(head.revision, revision) + 1
+    return Update(_unchanged(session_id, key, head), {"$set": {f"agents.{key}.revision": higher}}, None)
+
+
+def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
+    """Return the filter for the buckets that a write-back has left behind; it never matches a later bucket."""
+    first, last = (place.bucket_id(key, position, since) for position in (0, _ALL))
+    return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
+
+
+def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) -> Document:
+    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived.
+
+    `since` is the agent's `created_at`, for a session that is not migrated.
+    """
+    low, high = (place.bucket_id(key, first, since) for first in (begin - BUCKET_MESSAGES, end))
+    return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
+
+
+def holding_message(place: Place, key: str, message_id: int, head: Head, created_at: Any = None) -> list[Document]:
+    """Return filters for the bucket that holds a message, to be tried in turn.
+
+    The first covers the buckets where the id is the position of its message; the second, if ids can differ, all.
+    `created_at` is the message's, if it is known: 1.0.0 may have archived duplicate ids.
+    """
+    message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
+    ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
+    return [
+        {
+            "_id": {
+                "$gte": place.bucket_id(key, low, head.since),
+                "$lte": place.bucket_id(key, high, head.since),
+            },
+            "messages": {"$elemMatch": message},
+        }
+        for low, high in ranges[: 1 if head.is_regular else 2]
+    ]
+
+
+def change_in_bucket(condition: Document, message_id: int, fields: Document, created_at: Any = None) -> Update:
+    """Return the update that sets fields of a message in a bucket. `condition` is a filter of `holding_message`.
+
+    New content moves the references to the old attachments to the bucket's `removed_attachments`.
+    """
+    if "attachments" not in fields:
+        sets = {f"messages.$.{name}": value for name, value in split_fields(fields)[0].items()}
+        return Update(condition, {"$inc": {"revision": 1}, "$set": sets}, None)
+    meant = is_meant(message_id, Identity(created_at))
+    are_meant = {"$map": {"input": "$messages", "as": "message", "in": meant}}
+    message = {"$arrayElemAt": ["$messages", "$$n"]}
+    is_first = {"$eq": ["$$n", {"$indexOfArray": [are_meant, True]}]}
+    new = {"$let": {"vars": {"message": message}, "in": replaced_message(fields)}}
+    positions = {"$range": [0, {"$size": "$messages"}]}
+    changed = {"$map": {"input": positions, "as": "n", "in": {"$cond": [is_first, new, message]}}}
+    removed = with_removed([attachments_of("messages", meant)])
+    stage = {"messages": changed, REMOVED: removed, "revision": {"$add": ["$revision", 1]}}
+    return Update(condition, [{"$set": stage}], None)

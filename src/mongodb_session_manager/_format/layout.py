@@ -1,0 +1,110 @@
+"""Where the parts of a session are stored outside its document. Pure.
+
+<collection>_archive               buckets of old messages, see `_buckets`
+<collection>_attachments.files     large attachments, see `_attachments`
+<collection>_attachments.chunks
+
+The `_id` of each of these documents begins with the session's `incarnation`, an ObjectId that is set when the session
+is created. A session that is deleted and created again shares nothing with its predecessor, and all parts of a session
+are in one range of the `_id` index. Each document also holds `session_id`.
+
+1.0.0 began these ids with the session id. `Place.incarnation` is `None` for a session that is not migrated yet, see
+`_migration`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from bson import MaxKey, ObjectId
+
+from .attachment_refs import Reference
+from .documents import Document
+
+ARCHIVE = "_archive"
+FILES = "_attachments.files"
+CHUNKS = "_attachments.chunks"
+
+OUTSIDE = (ARCHIVE, CHUNKS, FILES)
+"""The suffixes of the collections that hold parts, in the order in which a deletion removes the parts.
+
+Chunks are removed before files: an interrupted deletion then leaves no chunks without a file.
+"""
+
+UNFINISHED = ("copying", "deleting")
+"""The values of `state` of a session that is not live."""
+
+LIVE: Document = {"state": {"$nin": UNFINISHED}}
+"""The filter for live sessions. A document can hold a `state` that an application has stored: that session is live."""
+
+
+def live_at(moment: datetime) -> Document:
+    """Return the filter for live sessions that have not expired; the server removes an expired one a little later."""
+    return {**LIVE, "$nor": [{"time_to_live": {"$exists": True}, "expires_at": {"$lte": moment}}]}
+
+
+OF_V1 = frozenset({"session_ttl", "migrating", "moved"})
+"""The fields of a session whose migration from 1.0.0 is not complete."""
+
+
+class Place(NamedTuple):
+    """The prefix of the ids of a session's parts, and the ids and ranges that follow from it.
+
+    Attributes:
+        session_id: The id of the session.
+        incarnation: The incarnation of the session; `None` for parts that 1.0.0 has stored.
+    """
+
+    session_id: str
+    incarnation: ObjectId | None
+
+    @property
+    def _prefix(self) -> Document:
+        return {"session_id": self.session_id} if self.incarnation is None else {"incarnation": self.incarnation}
+
+    def _range(self, following: str) -> Document:
+        return {"$gte": self._prefix, "$lte": {**self._prefix, following: MaxKey()}}
+
+    def bucket_id(self, key: str, first: int, since: Any = None) -> Document:
+        """Return the `_id` of a bucket. The ids of an agent's buckets sort in the order of its messages.
+
+        Args:
+            key: The agent's key.
+            first: The position of the bucket's first message.
+            since: The agent's `created_at`, which is a part of the ids of 1.0.0.
+        """
+        agent = {"agent": key} if self.incarnation is not None else {"agent": key, "since": since}
+        return {**self._prefix, **agent, "first": first}
+
+    def buckets(self) -> Document:
+        """Return the condition on `_id` that matches all buckets of the session."""
+        return self._range("agent")
+
+    def file_id(self, reference: Reference) -> Document:
+        """Return the `_id` of the file of an attachment."""
+        if self.incarnation is None:
+            return {**self._prefix, "sha256": reference.sha256, "generation": int(reference.token)}
+        return {**self._prefix, "sha256": reference.sha256, "token": reference.token}
+
+    def chunk_id(self, reference: Reference, n: int) -> Document:
+        """Return the `_id` of a chunk of an attachment's file."""
+        return {"file": self.file_id(reference), "n": n}
+
+    def chunks_of(self, reference: Reference) -> Document:
+        """Return the condition on `_id` that matches all chunks of an attachment's file."""
+        file = self.file_id(reference)
+        return {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}
+
+    def files(self) -> Document:
+        """Return the condition on `_id` that matches all files of the session."""
+        return self._range("sha256")
+
+    def chunks(self) -> Document:
+        """Return the condition on `_id` that matches all chunks of the session."""
+        return {operator: {"file": bound} for operator, bound in self.files().items()}
+
+    def outside(self) -> list[tuple[str, Document]]:
+        """Return the suffix of each collection, with the filter for the session's parts in it."""
+        ranges = {ARCHIVE: self.buckets(), CHUNKS: self.chunks(), FILES: self.files()}
+        return [(suffix, {"_id": ranges[suffix]}) for suffix in OUTSIDE]

@@ -1,0 +1,224 @@
+"""What is known of a session's orchestrators, Strands' graphs and swarms, and the statements that store them. Pure.
+
+multi_agents.<key>       the orchestrator's id, encoded like those of agents
+    state                what its `serialize_state` returned
+    revision             how often its state has changed since it was created
+    writer               who stored this revision
+    created_at, updated_at
+
+An orchestrator has no messages to count, so a write matches the revision it follows. `writer` is another one for each
+open session, so it tells a write whose acknowledgement was lost from one of somebody else.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from bson import ObjectId
+
+from ..errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError, again
+from .changes import Update
+from .codec import decode, encode
+from .documents import Document, OddField, agent_id_of, agent_key, checked_id, now
+
+_STATE_DEPTH = 4  # document, multi_agents, key, state
+
+
+@dataclass(frozen=True, slots=True)
+class MultiAgentWrite:
+    """An orchestrator has a new state.
+
+    Attributes:
+        multi_agent_id: The orchestrator.
+        state: Its state, encoded.
+        revision: The revision this makes.
+        expected: The revision that is stored as far as the writer knows; `None` if it knows of none.
+        writer: Who writes.
+        moment: When the state was recorded.
+    """
+
+    multi_agent_id: str
+    state: Any
+    revision: int
+    expected: int | None
+    writer: str
+    moment: datetime
+
+
+def path_of(multi_agent_id: str) -> str:
+    """Return the path of an orchestrator in the session document."""
+    return f"multi_agents.{agent_key(checked_id(multi_agent_id, 'multi_agent_id'))}"
+
+
+def encode_state(state: Any) -> Any:
+    """Return the state of an orchestrator as it is stored."""
+    return encode(state, depth=_STATE_DEPTH, name="state")
+
+
+def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite:
+    """Return the write that creates an orchestrator."""
+    checked_id(multi_agent_id, "multi_agent_id")
+    return MultiAgentWrite(multi_agent_id, encode_state(state), 0, None, writer, now())
+
+
+def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None) -> Update:
+    """Return the statement that stores a write, or matches nothing; `incarnation` is that of the session."""
+    path = path_of(write.multi_agent_id)
+    fields = {"state": write.state, "revision": write.revision, "writer": write.writer, "updated_at": write.moment}
+    if write.expected is None:
+        condition: Document = {path: {"$exists": False}}
+        sets: Document = {path: {**fields, "created_at": write.moment}}
+    else:
+        condition = {f"{path}.revision": write.expected}
+        sets = {f"{path}.{name}": value for name, value in fields.items()}
+    if incarnation is not None:
+        condition["incarnation"] = incarnation
+    return Update({"_id": session_id, **condition}, {"$set": {**sets, "updated_at": write.moment}}, None)
+
+
+def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: str, moment: datetime) -> Update:
+    """Return the statement that overwrites the stored state with an encoded one, once for each `writer`."""
+    path = path_of(multi_agent_id)
+    sets = {
+        f"{path}.state": state,
+        f"{path}.writer": writer,
+        f"{path}.updated_at": moment,
+        "updated_at": moment,
+    }
+    condition = {"_id": session_id, path: {"$exists": True}, f"{path}.writer": {"$ne": writer}}
+    return Update(condition, {"$set": sets, "$inc": {f"{path}.revision": 1}}, None)
+
+
+def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) -> MultiAgentWrite | None:
+    """Return what of a write that matched nothing is still to be sent, `None` if it is stored already.
+
+    Args:
+        write: The write.
+        stored: `revision` and `writer` as they are stored, `None` if there is no such orchestrator.
+
+    Raises:
+        SessionConflictError: Somebody else wrote; nothing of the write is stored.
+        AgentNotFoundError: There is no such orchestrator any more.
+    """
+    if stored is None:
+        if write.expected is None:
+            return write
+        raise AgentNotFoundError(f"the session holds no multi-agent {write.multi_agent_id!r} any more")
+    revision = stored["revision"]
+    # A writer never stores a revision twice. Nothing has happened at revision 0, whoever created the orchestrator.
+    is_ours = stored["writer"] == write.writer or (write.expected is None and revision == 0)
+    if not is_ours and revision != write.expected:
+        raise SessionConflictError(
+            f"multi-agent {write.multi_agent_id!r}: another writer stored its revision {revision} after this session "
+            f"was loaded, so revision {write.revision} was not stored; open the session with a new manager and build "
+            "the multi-agent again"
+        )
+    return None if revision == write.revision else replace(write, expected=revision)
+
+
+class _Known:
+    """What is known of one orchestrator."""
+
+    def __init__(self, newest: MultiAgentWrite, stored: int | None) -> None:
+        self.newest = newest
+        self.stored = stored
+        self.refusal: MongoDBSessionError | None = None
+        self.refusal_told = False
+
+    @property
+    def is_settled(self) -> bool:
+        return self.refusal is not None or self.stored == self.newest.revision
+
+
+class MultiAgents:
+    """The orchestrators of one open session: the newest state of each, and which revision of it is stored.
+
+    A state replaces the one before it, so only the newest is kept and sent, whatever became of those in between.
+
+    Args:
+        stored: `multi_agents` of the session document.
+        session_id: The session.
+    """
+
+    def __init__(self, stored: Any, session_id: str = "") -> None:
+        self._session_id = session_id
+        self._writer = uuid.uuid4().hex
+        self._known: dict[str, _Known] = {}
+        self._odd = OddField("multi_agents", stored, dict) if not isinstance(stored, dict | None) else None
+        self._unusable: dict[str, OddField] = {}
+        for key, value in stored.items() if type(stored) is dict else ():
+            multi_agent_id = agent_id_of(key)
+            revision = value.get("revision") if type(value) is dict else None
+            if not isinstance(revision, int) or "state" not in value:
+                self._unusable[multi_agent_id] = OddField(f"multi_agents.{key}", value, dict)
+                continue
+            newest = MultiAgentWrite(multi_agent_id, value["state"], revision, revision, self._writer, now())
+            self._known[multi_agent_id] = _Known(newest, revision)
+
+    def read(self, multi_agent_id: str) -> dict[str, Any] | None:
+        """Return the newest state of an orchestrator, `None` if there is none of that id.
+
+        Raises:
+            DatabaseError: The stored value can neither be restored nor written to.
+        """
+        if (odd := self._unusable.get(multi_agent_id, self._odd)) is not None:
+            raise odd.error(self._session_id)
+        known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
+        return None if known is None else decode(known.newest.state)
+
+    def create(self, multi_agent_id: str, state: Any) -> None:
+        """Record a new orchestrator."""
+        self._known[multi_agent_id] = _Known(first_write(multi_agent_id, state, self._writer), None)
+
+    def update(self, multi_agent_id: str, state: Any) -> None:
+        """Record the state of an orchestrator if it has changed, or if there was no room for it.
+
+        Raises:
+            AgentNotFoundError: There is none of that id.
+            MongoDBSessionError: An earlier state was refused for another reason than its size.
+        """
+        known = self._known.get(multi_agent_id)
+        if known is None:
+            raise AgentNotFoundError(f"the session holds no multi-agent {multi_agent_id!r}")
+        if known.refusal is not None and not isinstance(known.refusal, StateTooLargeError):
+            self.raise_refusal(multi_agent_id)
+        encoded, newest = encode_state(state), known.newest
+        if encoded != newest.state:
+            known.newest = replace(newest, state=encoded, revision=newest.revision + 1, moment=now())
+        known.refusal = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every newest state is stored or refused."""
+        return all(known.is_settled for known in tuple(self._known.values()))
+
+    def pending(self) -> list[MultiAgentWrite]:
+        """Return the newest states that are not stored; one flush at a time may ask."""
+        return [
+            replace(known.newest, expected=known.stored)
+            for known in tuple(self._known.values())
+            if not known.is_settled
+        ]
+
+    def settle(self, write: MultiAgentWrite, refusal: MongoDBSessionError | None) -> None:
+        """Take note that a write is stored, or why it never will be."""
+        known = self._known[write.multi_agent_id]
+        if refusal is None:
+            known.stored = write.revision
+        else:
+            known.refusal, known.refusal_told = refusal, False
+
+    def raise_refusal(self, multi_agent_id: str | None = None, *, untold: bool = False) -> None:
+        """Raise why the state of the orchestrator, or of any, was refused; with `untold`, if nobody was told yet."""
+        for candidate, known in tuple(self._known.items()):
+            if (
+                multi_agent_id in (None, candidate)
+                and known.refusal is not None
+                and not (untold and known.refusal_told)
+            ):
+                known.refusal_told = True
+                raise again(known.refusal)

@@ -1,0 +1,110 @@
+"""`Life`: the incarnation and the expiry of a session, as this process last read them; `Dates` of its parts. Pure.
+
+`_retention` explains the dates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple, Self
+
+from bson import ObjectId
+
+from ..errors import ConfigurationError
+from .documents import Document
+
+MOST_SECONDS = 2**31 - 1
+
+_STEPS = 8
+"""The date of a session moves at most this often within its time to live."""
+
+
+def checked_ttl(value: object) -> int | None:
+    """Return the seconds of a `session_ttl`, rounded up to a whole number.
+
+    Raises:
+        ConfigurationError: It is not a positive `timedelta`, or too long.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, timedelta):
+        raise ConfigurationError(f"session_ttl must be a datetime.timedelta, got {value!r}")
+    seconds = -(value // timedelta(seconds=-1))
+    if value < timedelta(seconds=1) or seconds > MOST_SECONDS:
+        raise ConfigurationError(f"session_ttl must be from 1 to {MOST_SECONDS} seconds, got {value!r}")
+    return seconds
+
+
+def next_date(moment: datetime, seconds: int) -> datetime:
+    """Return the `expires_at` that a step sets: nine eighths of the time to live after `moment`."""
+    return moment + timedelta(seconds=seconds) * (_STEPS + 1) / _STEPS
+
+
+NO_TIME_TO_LIVE: Document = {"$not": {"$type": "int", "$gt": 0, "$not": {"$type": "array"}}}
+"""The condition of a `time_to_live` that is not there; an application can have stored another value."""
+
+
+class Dates(NamedTuple):
+    """The expiry of a part that is stored before its session refers to it.
+
+    Attributes:
+        time_to_live: The time to live of the session when the part is stored; `None` if the session does not expire.
+        expires_at: The date of the part; `None` if it does not expire.
+    """
+
+    time_to_live: int | None
+    expires_at: datetime | None
+
+    @property
+    def may_be_added(self) -> Document:
+        """The condition on the session: `time_to_live` is unchanged, and the session does not outlive the part."""
+        same: Document = {"time_to_live": NO_TIME_TO_LIVE if self.time_to_live is None else self.time_to_live}
+        return same if self.expires_at is None else {**same, "expires_at": {"$not": {"$gt": self.expires_at}}}
+
+
+UNDATED = Dates(None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """The incarnation and the expiry of a session. The values can be older than the stored ones.
+
+    Attributes:
+        incarnation: The prefix of the ids of its parts; `None` before it is migrated from 1.0.0.
+        time_to_live: In seconds; `None` if the session does not expire.
+        expires_at: A lower bound of the stored date, which never moves back.
+    """
+
+    incarnation: ObjectId | None = None
+    time_to_live: int | None = None
+    expires_at: datetime | None = None
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Self:
+        """Return the `Life` of a session document that was read with the projection `LIFE`."""
+        incarnation, ttl, date = (document.get(name) for name in ("incarnation", "time_to_live", "expires_at"))
+        return cls(
+            incarnation if isinstance(incarnation, ObjectId) else None,
+            ttl if type(ttl) is int and 0 < ttl <= MOST_SECONDS else None,
+            date if isinstance(date, datetime) else None,
+        )
+
+    def dates(self, moment: datetime, own: int | None) -> Dates:
+        """Return the dates of a part that is stored at `moment`; `own` is the `session_ttl` of the repository."""
+        if self.time_to_live is None:
+            return UNDATED
+        seconds = max(own or 0, self.time_to_live)
+        until = next_date(moment, seconds)
+        return Dates(self.time_to_live, max(until, self.expires_at or until) + timedelta(seconds=seconds))
+
+    def outlives(self, part: Dates) -> bool:
+        """Return whether the session can expire later than a part with these dates."""
+        if self.time_to_live != part.time_to_live:
+            return True
+        return self.expires_at is not None and part.expires_at is not None and self.expires_at > part.expires_at
+
+
+LIFE: Document = {name: f"${name}" for name in ("incarnation", "time_to_live", "expires_at")}
+"""The projection of the fields that `Life.of` needs; also usable as an aggregation expression."""

@@ -1,0 +1,1 @@
+"""The session managers that agents are given, and the factory that makes them."""

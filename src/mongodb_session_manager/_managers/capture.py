@@ -1,0 +1,156 @@
+"""What is copied out of an agent beside its conversation: its metrics, its model and its system prompt. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from strands.types.agent import LocalAgent
+
+from .._format.documents import Document
+
+
+class AgentConfig(NamedTuple):
+    """What an agent runs with.
+
+    Attributes:
+        model: The model's id, `None` if the model does not tell.
+        system_prompt: The system prompt as text.
+    """
+
+    model: str | None
+    system_prompt: str | None
+
+
+def capture_config(agent: LocalAgent) -> AgentConfig:
+    """Return the model id and the system prompt of an agent."""
+    config = agent.model.get_config() if hasattr(agent.model, "get_config") else None
+    model_id = config.get("model_id") if isinstance(config, Mapping) else None
+    return AgentConfig(None if model_id is None else str(model_id), agent.system_prompt)
+
+
+def capture_metrics(agent: LocalAgent) -> Document | None:
+    """Return the event-loop metrics an agent has gathered since it was built; `None` if its kind gathers none.
+
+    Durations of cycles and tools are seconds, latencies milliseconds.
+    """
+    try:
+        metrics = agent.event_loop_metrics
+    except NotImplementedError:  # a bidirectional agent
+        return None
+    usage: Mapping[str, Any] = metrics.accumulated_usage
+    latency: Mapping[str, Any] = metrics.accumulated_metrics
+    durations = metrics.cycle_durations
+    names = ("inputTokens", "outputTokens", "totalTokens", "cacheReadInputTokens", "cacheWriteInputTokens")
+    return {
+        "accumulated_usage": {name: usage.get(name, 0) for name in names},
+        "accumulated_metrics": {name: latency.get(name, 0) for name in ("latencyMs", "timeToFirstByteMs")},
+        "cycle_metrics": {
+            "cycle_count": metrics.cycle_count,
+            "total_duration": sum(durations),
+            "average_cycle_time": sum(durations) / len(durations) if durations else 0.0,
+        },
+        "tool_usage": {
+            name: {
+                "call_count": tool.call_count,
+                "success_count": tool.success_count,
+                "error_count": tool.error_count,
+                "total_time": tool.total_time,
+                "average_time": tool.total_time / tool.call_count if tool.call_count else 0.0,
+                "success_rate": tool.success_count / tool.call_count if tool.call_count else 0.0,
+            }
+            for name, tool in metrics.tool_metrics.items()
+        },
+    }
+
+
+GUARDRAIL_ACTION_BLOCKED = "BLOCKED"
+"""The default action of a guardrail event."""
+
+GUARDRAIL_STOP_REASONS = frozenset({"guardrail_intervened", "content_filtered"})
+"""Reasons for which a model stops because a guardrail stepped in."""
+
+# The lists of each policy, and the fields that describe an entry. The matched text must not be one of them.
+_POLICIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "contentPolicy": {"filters": ("type", "confidence")},
+    "topicPolicy": {"topics": ("name", "action")},
+    "wordPolicy": {"customWords": (), "managedWordLists": ("type",)},
+    "sensitiveInformationPolicy": {"piiEntities": ("type", "action"), "regexes": ("name", "action")},
+    "contextualGroundingPolicy": {"filters": ("type", "score", "threshold")},
+}
+_CUSTOM_WORD = "CUSTOM"
+_TELLING = frozenset({"action", "confidence", "detected", "filterStrength", "name", "score", "threshold", "type"})
+"""Fields of a guardrail trace that say what was found; any other may quote the conversation."""
+
+_FIELD = re.compile(r"[A-Za-z0-9_-]{1,40}")
+
+
+def summarize_policies(trace: Any) -> dict[str, list[str]]:
+    """Return which policies a guardrail trace of Amazon Bedrock reports as triggered, and by what.
+
+    Args:
+        trace: The trace or any part of it that holds assessments. Shapes:
+            https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_GuardrailAssessment.html
+
+    Returns:
+        By policy name: `"HATE/HIGH"` (type, confidence) for `contentPolicy`, `"Investments/BLOCKED"` (name, action)
+        for `topicPolicy`, `"CUSTOM"` or `"PROFANITY"` (the list) for `wordPolicy`, `"EMAIL/ANONYMIZED"` (type or name
+        of the expression, action) for `sensitiveInformationPolicy`, `"GROUNDING/0.2/0.7"` (type, score, threshold) for
+        `contextualGroundingPolicy`. Each entry is listed once, with `"UNKNOWN"` for a missing field. Matched words
+        and entries that did not trigger (action `"NONE"`) are left out.
+    """
+    found: dict[str, list[str]] = {}
+    _collect_policies(trace, found)
+    return {policy: found[policy] for policy in _POLICIES if policy in found}
+
+
+def _collect_policies(part: Any, found: dict[str, list[str]]) -> None:
+    if isinstance(part, list):
+        for item in part:
+            _collect_policies(item, found)
+    elif isinstance(part, Mapping):
+        for name, value in part.items():
+            if name not in _POLICIES:
+                _collect_policies(value, found)
+            elif isinstance(value, Mapping):
+                for kind, fields in _POLICIES[name].items():
+                    entries = value.get(kind)
+                    for entry in entries if isinstance(entries, list) else ():
+                        if isinstance(entry, Mapping) and entry and entry.get("action") != "NONE":
+                            summary = "/".join(str(entry.get(field, "UNKNOWN")) for field in fields) or _CUSTOM_WORD
+                            if summary not in found.setdefault(name, []):
+                                found[name].append(summary)
+
+
+def without_quotes(trace: Any) -> Any:
+    """Return a guardrail trace without what it may quote of the conversation, which a redaction must not leave behind.
+
+    What is text stays only in the fields that say what was found.
+    """
+    if isinstance(trace, Mapping):
+        return {
+            key: value if key in _TELLING and isinstance(value, str) else without_quotes(value)
+            for key, value in trace.items()
+            if isinstance(key, str) and _FIELD.fullmatch(key)
+        }
+    if isinstance(trace, list | tuple):
+        return [without_quotes(item) for item in trace]
+    return trace if trace is None or isinstance(trace, bool | int | float) else "[redacted]"
+
+
+def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: Any) -> Document:
+    """Return what is stored of a guardrail that stepped in, with the message it redacted."""
+    event: Document = {"action": action, "timestamp": moment}
+    if stop_reason:
+        event["stop_reason"] = stop_reason
+    if trace:
+        if policies := summarize_policies(trace):
+            event["policies_triggered"] = policies
+        event["trace"] = without_quotes(trace)
+    return event
+
+
+def count_tool_calls(message: Mapping[str, Any]) -> int:
+    """Return how many tools a message calls."""
+    return sum("toolUse" in block for block in message["content"])

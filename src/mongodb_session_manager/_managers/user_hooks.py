@@ -1,0 +1,287 @@
+"""Users' hooks around metadata and feedback, and how each kind of hook is called from each kind of manager.
+
+A hook is called as `hook(original_func, action, session_id, **kwargs)` and returns what the caller gets. A metadata
+hook sees the actions `"update"` (`metadata=`), `"delete"` (`keys=`) and `"get"`, a feedback hook `"add"`
+(`feedback=`). What it does not do with `original_func` does not happen.
+
+While a `def` hook runs, `original_func` waits and returns the result. In an `async def` hook, and in an awaitable that
+a `def` hook returned, `original_func` returns an awaitable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
+
+from .._io.loop import io_portal, portal_to
+from .._io.portal import Portal
+from ..errors import ConfigurationError
+
+Hook = Callable[..., Any]
+Operation = Callable[..., Coroutine[Any, Any, Any]]
+
+
+def checked_hook(hook: object, name: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        ConfigurationError: `hook` is neither a function nor `None`.
+    """
+    if hook is not None and not callable(hook):
+        raise ConfigurationError(f"{name} must be a function, not {type(hook).__name__}")
+
+
+_waits: ContextVar[bool | None] = ContextVar("mongodb_session_manager_original_waits", default=None)
+"""Whether `original_func` waits in the current hook; `None` outside of hooks, also in a thread that a hook started."""
+
+
+@contextmanager
+def _original_that(waits: bool) -> Iterator[None]:
+    token = _waits.set(waits)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
+
+
+def _unbound(hook: Hook) -> Hook:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return hook
+
+
+def _is_async(hook: Hook) -> bool:
+    """Return whether a hook must be awaited."""
+    hook = _unbound(hook)
+    if isinstance(hook, _Chain):
+        return any(map(_is_async, hook.hooks))
+    return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(getattr(hook, "__call__", None))  # noqa: B004
+
+
+def _is_either(hook: Hook) -> bool:
+    """Return whether a hook is synchronous or asynchronous as its `original_func` is, like the AWS hooks."""
+    hook = _unbound(hook)
+    if isinstance(hook, _Chain):
+        return all(map(_is_either, hook.hooks))
+    return getattr(hook, "waits_as_original_does", None) is True
+
+
+def _original_waits(hook: Hook) -> bool:
+    """Return whether the `original_func` of a hook waits where it is called."""
+    waits = _waits.get()
+    return not _is_async(hook) if waits is None else waits
+
+
+def _original(portal: Portal, hook: Hook, operation: Operation, session_id: str) -> Callable[..., Any]:
+    """Return the `original_func` of a hook: the operation, for one session."""
+
+    def original(*args: Any, **kwargs: Any) -> Any:
+        run = portal.call if _original_waits(hook) else portal.run
+        return run(operation, session_id, *args, **kwargs)
+
+    return original
+
+
+async def _awaited(call: Callable[[], Any]) -> Any:
+    """Return the result of a call, awaited if it is awaitable."""
+    with _original_that(waits=False):
+        result = call()
+        while inspect.isawaitable(result):
+            result = await result
+        return result
+
+
+def _waited_for(result: Any, portal: Portal | None = None) -> Any:
+    """Return the result of a `def` hook. Wait for an awaitable, on the loop of its future or else the I/O loop.
+
+    Raises:
+        EventLoopError: A future belongs to the event loop of the calling thread, or to one that does not run.
+    """
+    if not inspect.isawaitable(result):
+        return result
+    if asyncio.isfuture(result):
+        portal = portal_to(result.get_loop())
+    return (portal or io_portal()).call(_awaited, lambda: result)
+
+
+def call_hooked(
+    portal: Portal, hook: Hook | None, operation: Operation, action: str, session_id: str, **argument: Any
+) -> Any:
+    """Run an operation from synchronous code, through the hook if there is one.
+
+    A `def` hook runs on the calling thread. An `async def` hook runs on the I/O loop, and so does an awaitable that a
+    `def` hook returns.
+
+    Args:
+        portal: The way to the I/O loop.
+        hook: The user's hook.
+        operation: A method of the asynchronous repository.
+        action: What the hook is told happens.
+        session_id: The first argument of the operation.
+        **argument: The other one.
+    """
+    if hook is None:
+        return portal.call(operation, session_id, **argument)
+    call = partial(hook, _original(portal, hook, operation, session_id), action, session_id, **argument)
+    if _is_async(hook):
+        return portal.call(_awaited, call)
+    with _original_that(waits=True):
+        result = call()
+    return _waited_for(result, portal)
+
+
+async def run_hooked(
+    portal: Portal, hook: Hook | None, operation: Operation, action: str, session_id: str, **argument: Any
+) -> Any:
+    """Run an operation from asynchronous code, through the hook if there is one.
+
+    An `async def` hook runs in the caller's task, a `def` hook in a thread, in which its `original_func` waits. An
+    awaitable that a `def` hook returns is awaited in the caller's task.
+
+    Args:
+        portal: The way to the I/O loop.
+        hook: The user's hook.
+        operation: A method of the asynchronous repository.
+        action: What the hook is told happens.
+        session_id: The first argument of the operation.
+        **argument: The other one.
+    """
+    if hook is None:
+        return await portal.run(operation, session_id, **argument)
+    original = _original(portal, hook, operation, session_id)
+    return await _run(hook, partial(hook, original, action, session_id, **argument))
+
+
+async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
+    """Return the result of a call of `hook`: in this task if the hook can be awaited, else in a thread."""
+    return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
+
+
+async def _threaded(call: Callable[[], Any]) -> Any:
+    """Return the result of a call in a thread, awaited here if it is awaitable."""
+    with _original_that(waits=True):
+        result = await _in_thread(call)
+    return await _awaited(lambda: result)
+
+
+_THREADS = 40
+"""The limit of concurrent `def` hooks of an event loop, for each depth of nesting."""
+
+_depth: ContextVar[int] = ContextVar("mongodb_session_manager_hook_depth", default=0)
+_limiters: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("mongodb_session_manager_hook_limiters")
+
+
+async def _in_thread(call: Callable[[], Any]) -> Any:
+    # Each depth has its own threads: hooks that call the manager again must not wait for the threads of outer hooks.
+    depth = _depth.get()
+    limiters = _limiters.get({})
+    _limiters.set(limiters)
+    limiter = limiters.setdefault(depth, anyio.CapacityLimiter(_THREADS))
+    token = _depth.set(depth + 1)
+    try:
+        return await anyio.to_thread.run_sync(call, limiter=limiter)
+    finally:
+        _depth.reset(token)
+
+
+@runtime_checkable
+class HeldHook(Protocol):
+    """A hook that keeps something open for the managers and factories that use it, and closes it with the last."""
+
+    def hold(self, user: object) -> None:
+        """Take note of a user."""
+
+    async def let_go(self, user: object) -> None:
+        """Take note that a user is gone."""
+
+
+def hold(user: object, *hooks: object) -> None:
+    """Tell hooks that a manager or factory uses them."""
+    for hook in hooks:
+        if isinstance(hook, HeldHook):
+            hook.hold(user)
+
+
+async def let_go(user: object, *hooks: object) -> None:
+    """Tell hooks that a manager or factory uses them no more."""
+    for hook in hooks:
+        if isinstance(hook, HeldHook):
+            await hook.let_go(user)
+
+
+def chain_hooks(*hooks: Hook | None) -> Hook:
+    """Return one hook that calls several, the first outermost: its `original_func` is the second, and so on.
+
+    `def` and `async def` hooks can be mixed; `None` is left out. A hook of either kind can call the chain with its
+    `original_func`: in a `def` hook the call waits and returns the result, in an `async def` hook it returns an
+    awaitable.
+
+    Raises:
+        ConfigurationError: One of them is no function.
+    """
+    for hook in hooks:
+        checked_hook(hook, "a chained hook")
+    return _Chain([hook for hook in hooks if hook is not None])
+
+
+class _Chain:
+    """Hooks of any kind; each is the `original_func` of the hook before it."""
+
+    def __init__(self, hooks: list[Hook]) -> None:
+        self.hooks = hooks
+
+    def __repr__(self) -> str:
+        return f"chain_hooks({', '.join(map(repr, self.hooks))})"
+
+    def hold(self, user: object) -> None:
+        hold(user, *self.hooks)
+
+    async def let_go(self, user: object) -> None:
+        await let_go(user, *self.hooks)
+
+    def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
+        if not _original_waits(self):
+            return self._run(0, original_func, action, session_id, argument)
+        with _original_that(waits=True):
+            return self._call(0, original_func, action, session_id, argument)
+
+    def _call(self, place: int, original: Callable[..., Any], action: str, session_id: str, argument: Any) -> Any:
+        """Call the hooks from `place` on, and wait for them."""
+        if place == len(self.hooks):
+            return _waited_for(original(**argument))
+        hook = self.hooks[place]
+
+        def following(*args: Any, **kwargs: Any) -> Any:
+            call = partial(self._call, place + 1, original, action, session_id, _argument(argument, args, kwargs))
+            return call() if _original_waits(hook) else _threaded(call)
+
+        call = partial(hook, following, action, session_id, **argument)
+        return io_portal().call(_awaited, call) if _is_async(hook) else _waited_for(call())
+
+    async def _run(self, place: int, original: Callable[..., Any], action: str, session_id: str, argument: Any) -> Any:
+        """Call the hooks from `place` on, and await them."""
+        if place == len(self.hooks):
+            return await _awaited(partial(original, **argument))
+        hook = self.hooks[place]
+        loop = asyncio.get_running_loop()
+
+        def following(*args: Any, **kwargs: Any) -> Any:
+            awaited = self._run(place + 1, original, action, session_id, _argument(argument, args, kwargs))
+            # From any thread: a `def` hook may leave it to one of its own.
+            return asyncio.run_coroutine_threadsafe(awaited, loop).result() if _original_waits(hook) else awaited
+
+        return await _run(hook, partial(hook, following, action, session_id, **argument))
+
+
+def _argument(given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what the next hook is given: what this one passed to its `original_func`, by position or by name."""
+    return {**given, **dict(zip(given, args, strict=False)), **kwargs}

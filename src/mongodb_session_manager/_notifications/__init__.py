@@ -1,0 +1,1 @@
+"""Notifications that are delivered in the background."""

@@ -1,0 +1,403 @@
+"""Finding sessions: pages of summaries in the order of a date, counts, and whether one exists.
+
+A page continues where the cursor of the page before says, by date and then by id, which is what the indexes hold. So
+it costs the same wherever it is, and a session that is there from the first page to the last is listed once.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, TypeAlias, get_args
+
+from .._format.documents import (
+    USAGE,
+    Document,
+    agent_id_of,
+    array_at,
+    checked_id,
+    date_from,
+    entries_at,
+    number_at,
+    to_date,
+    usable_numbers,
+)
+from .._format.large_values import compute, least_size
+from .._format.layout import LIVE, UNFINISHED
+from .._format.odd_fields import usable
+from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._io.collection import SessionCollection
+from ..errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
+from .metadata import checked_metadata, decode_values, encoded, name_of
+
+Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
+
+MOST = 1000
+"""The most sessions of one page."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST = datetime(1, 1, 1, tzinfo=UTC)
+_LAST = datetime(9999, 12, 31, 23, 59, 59, 999000, tzinfo=UTC)
+_VALUE_DEPTH = 2  # document, metadata, value
+_BAD_VALUE = 2  # what the server says of a hint that names no index
+
+_SUMMARY: Document = {
+    "application_name": 1,
+    "created_at": 1,
+    "updated_at": 1,
+    "metadata": 1,
+    "agents": {
+        "$map": {
+            "input": entries_at("$agents"),
+            "in": {
+                "key": "$$this.k",
+                "usage": "$$this.v.usage",
+                "messages": {"$add": [number_at("$$this.v.archived"), {"$size": array_at("$$this.v.messages")}]},
+            },
+        }
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What a list shows of a session.
+
+    Attributes:
+        session_id: The session.
+        application_name: The name it got at its creation.
+        created_at: When it was created, UTC.
+        updated_at: When it was last written to, UTC.
+        agents: The ids of its agents.
+        message_counts: By agent id, all messages the agent has ever stored.
+        usage: The running totals of all its agents, under the names of `UsageReport`.
+        metadata: Its metadata.
+    """
+
+    session_id: str
+    application_name: str | None
+    created_at: datetime
+    updated_at: datetime
+    agents: tuple[str, ...]
+    message_counts: dict[str, int]
+    usage: dict[str, int]
+    metadata: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPage:
+    """A page of a list of sessions.
+
+    Attributes:
+        sessions: In the order asked for.
+        next_cursor: What to pass as `cursor` for the page that follows; `None` if this is the last one.
+    """
+
+    sessions: tuple[SessionSummary, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Criteria:
+    """Which sessions are meant: values, never operators.
+
+    Attributes:
+        equal: By path in the document, the value that must be there.
+        after: By name of a date, the moment it must lie after.
+    """
+
+    equal: Mapping[str, Any]
+    after: Mapping[str, datetime]
+
+    @classmethod
+    def checked(
+        cls, application_name: object, metadata: object, created_after: object, updated_after: object
+    ) -> Criteria:
+        """Return criteria from arguments.
+
+        Raises:
+            InvalidArgumentError: One of them cannot be one.
+        """
+        equal: dict[str, Any] = {}
+        if application_name is not None:
+            if not isinstance(application_name, str):
+                raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
+            equal["application_name"] = _valid(application_name, "application_name")
+        if metadata is not None:
+            if isinstance(metadata, dict) and least_size(metadata, MAX_DOCUMENT_BYTES) > MAX_DOCUMENT_BYTES:
+                raise InvalidArgumentError(f"metadata must be a filter of at most {MAX_DOCUMENT_BYTES} bytes")
+            for key, value in checked_metadata(metadata).items():
+                _refuse_operators(value, f"metadata[{key!r}]")
+                try:
+                    equal[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
+                except EncodingError as error:
+                    raise_alone(InvalidArgumentError(f"metadata[{key!r}] cannot be searched for: {error}"))
+        after = {}
+        for name, moment in (("created_at", created_after), ("updated_at", updated_after)):
+            if moment is not None:
+                after[name] = _checked_date(moment, name.replace("_at", "_after"))
+        return cls(equal, after)
+
+    def filter(self) -> Document:
+        """Return the query for all sessions that are meant."""
+        return {
+            **{path: {"$eq": value} for path, value in self.equal.items()},
+            **{name: {"$gt": moment} for name, moment in self.after.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a page begins: after the session of this date and id, in this order."""
+
+    order: Order
+    date: datetime
+    session_id: str
+
+    def cursor(self) -> str:
+        """Return the position as text that needs no quoting in a URL."""
+        milliseconds = (self.date - _EPOCH) // timedelta(milliseconds=1)
+        text = json.dumps([self.order, milliseconds, self.session_id], separators=(",", ":"))
+        return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+
+    @classmethod
+    def of(cls, cursor: object, order: Order) -> Position:
+        """Return the position that a cursor holds.
+
+        Raises:
+            InvalidArgumentError: It is not one that `cursor` returned, or one of another order.
+        """
+        if not isinstance(cursor, str):
+            raise InvalidArgumentError(f"cursor must be a str, not {type(cursor).__name__}")
+        try:
+            fields = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
+            found, milliseconds, session_id = fields
+            position = cls(found, _EPOCH + timedelta(milliseconds=milliseconds), checked_id(session_id, "cursor"))
+            genuine = position.cursor() == cursor
+        except (binascii.Error, ValueError, TypeError, OverflowError, RecursionError):
+            genuine = False
+        if not genuine:
+            raise InvalidArgumentError("cursor is not one that list_sessions has returned")
+        if position.order != order:
+            raise InvalidArgumentError(f"cursor belongs to another order than {order!r}")
+        return position
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What `find` is to be asked for a page.
+
+    Attributes:
+        filter: The query.
+        sort: The order.
+        hint: The index that answers it all, `None` if there is none or more than one may help.
+    """
+
+    filter: Document
+    sort: list[tuple[str, int]]
+    hint: list[tuple[str, int]] | None
+
+
+def page_query(criteria: Criteria, order: Order, position: Position | None, metadata_fields: Sequence[str]) -> Query:
+    """Return the query for a page."""
+    date = order.removeprefix("-")
+    backwards = order.startswith("-")
+    meant = criteria.filter()
+    # The order includes only sessions with the date, and only if a cursor can hold the date.
+    bounds: Document = {"$gte": _FIRST, "$lte": _LAST, **meant.pop(date, {})}
+    if position is None:
+        query = {**meant, date: bounds, **LIVE}
+    else:
+        beyond = "$lt" if backwards else "$gt"
+        # Each branch is one stretch of the index, so that neither reads what earlier pages have read.
+        same = {**meant, date: {**bounds, "$eq": position.date}, "_id": {beyond: position.session_id}}
+        further = {**meant, date: {**bounds, beyond: position.date}}
+        query = {"$or": [same, further], **LIVE}
+    direction = -1 if backwards else 1
+    hint = None
+    if len(meant) < 2:
+        indexed = {"application_name", *(f"metadata.{field}" for field in metadata_fields)}
+        if not meant.keys() - indexed:
+            hint = [(path, 1) for path in (*meant, date, "_id")]
+    return Query(query, [(date, direction), ("_id", direction)], hint)
+
+
+def checked_order(order: object) -> Order:
+    """Return `order` if it is one.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    for known in get_args(Order):
+        if order == known and isinstance(order, str):
+            return known  # type: ignore[no-any-return]
+    raise InvalidArgumentError(f"order must be one of {', '.join(get_args(Order))}")
+
+
+def checked_limit(limit: object) -> int:
+    """Return `limit` if it can be the length of a page.
+
+    Raises:
+        InvalidArgumentError: It cannot.
+    """
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST:
+        raise InvalidArgumentError(f"limit must be an int from 1 to {MOST}")
+    return limit
+
+
+def summary_from(document: Mapping[str, Any]) -> SessionSummary:
+    """Return the summary of a session from what `_SUMMARY` leaves of its document."""
+    session_id, name = document["_id"], document.get("application_name")
+    agents = {agent_id_of(agent["key"]): agent for agent in document.get("agents") or []}
+    totals = [usable_numbers(agent.get("usage")) for agent in agents.values()]
+    metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+    return SessionSummary(
+        session_id=session_id,
+        application_name=name if isinstance(name, str) else None,
+        created_at=date_from(document.get("created_at")),
+        updated_at=date_from(document.get("updated_at")),
+        agents=tuple(agents),
+        message_counts={agent_id: agent["messages"] for agent_id, agent in agents.items()},
+        usage={name: sum(total.get(name, 0) for total in totals) for name in USAGE},
+        metadata=decode_values(metadata),
+    )
+
+
+def _summaries_from(documents: Sequence[Mapping[str, Any]]) -> tuple[SessionSummary, ...]:
+    return tuple(map(summary_from, documents))
+
+
+def _checked_date(value: object, name: str) -> datetime:
+    if not isinstance(value, datetime):
+        raise InvalidArgumentError(f"{name} must be a datetime, not {type(value).__name__}")
+    try:
+        return to_date(value)
+    except InvalidArgumentError:  # the first or last day of the calendar, in another zone
+        raise_alone(InvalidArgumentError(f"{name} has no equal in UTC"))
+
+
+def _valid(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
+    return text
+
+
+def _refuse_operators(value: object, name: str) -> None:
+    """Refuse a value that holds what MongoDB could take for an operator, at any depth."""
+    waiting, seen = [value], set()
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen:  # it holds itself, or the same value twice
+            continue
+        seen.add(id(found))
+        match found:
+            case Mapping():
+                if any(isinstance(key, str) and key.startswith("$") for key in found):
+                    raise InvalidArgumentError(f"{name} holds a key that begins with $: give a value, not an operator")
+                waiting += found.values()
+            case list() | tuple() | set() | frozenset():
+                waiting += found
+            case _:
+                pass
+
+
+class SessionFinding(SessionCollection):
+    """The part of the repository that looks for sessions."""
+
+    async def list_sessions(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+        order: Order = "-updated_at",
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> SessionPage:
+        """Return a page of the sessions that meet every criterion, without loading a message.
+
+        A page reads no more than it returns, and one session to know if there are others, if at most one of
+        `application_name` and the `metadata_fields` is asked for, and of the dates only that of `order`. A session
+        that is written to between two pages ordered by `updated_at` moves in the list.
+
+        Args:
+            application_name: The name it got at its creation; `None` for any.
+            metadata: Values by key, `a.b` for `b` within `a`; where a list is stored, one of its elements will do.
+            created_after: Created later than this; without a zone it is UTC.
+            updated_after: Written to later than this; without a zone it is UTC.
+            order: By which date, `-` for the latest first; sessions of the same date by id.
+            limit: At most so many, up to 1000.
+            cursor: The `next_cursor` of the page before; the other arguments must be the same.
+
+        Raises:
+            InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
+        """
+        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
+        order, limit = checked_order(order), checked_limit(limit)
+        position = None if cursor is None else Position.of(cursor, order)
+        query = page_query(criteria, order, position, self._metadata_fields)
+        async with self._connection.operation():
+            self._ensure_indexes()
+            found = await self._page(query, limit + 1)
+        sessions = await compute(_summaries_from, found[:limit])
+        if len(found) <= limit:
+            return SessionPage(sessions, None)
+        last = found[limit - 1]
+        return SessionPage(sessions, Position(order, last[order.removeprefix("-")], last["_id"]).cursor())
+
+    async def count_sessions(
+        self,
+        application_name: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        created_after: datetime | None = None,
+        updated_after: datetime | None = None,
+    ) -> int:
+        """Return how many sessions meet every criterion.
+
+        Args:
+            application_name: The name it got at its creation; `None` for any.
+            metadata: Values by key, `a.b` for `b` within `a`; where a list is stored, one of its elements will do.
+            created_after: Created later than this; without a zone it is UTC.
+            updated_after: Written to later than this; without a zone it is UTC.
+
+        Raises:
+            InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
+        """
+        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
+        meant = criteria.filter()
+        # Without a condition the server would read every document; the ids are enough.
+        options = {} if meant else {"hint": "_id_"}
+        unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted separately, so that an index answers each query
+        async with self._connection.operation():
+            self._ensure_indexes()
+            count = await self._send(lambda collection: collection.count_documents(meant, **options))
+            return count - await self._send(lambda collection: collection.count_documents(unfinished))
+
+    async def session_exists(self, session_id: str) -> bool:
+        """Return whether a session with that id exists.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+        """
+        return await self._find(session_id, {"_id": 1}) is not None
+
+    async def _page(self, query: Query, length: int) -> list[Document]:
+        async def ask(hint: list[tuple[str, int]] | None) -> list[Document]:
+            return await self._send(
+                lambda collection: collection.find(
+                    query.filter, _SUMMARY, sort=query.sort, limit=length, hint=hint
+                ).to_list()
+            )
+
+        try:
+            return await ask(query.hint)
+        except DatabaseError as error:
+            if query.hint is None or error.code != _BAD_VALUE:
+                raise
+        return await ask(None)  # the index is not there, or not yet

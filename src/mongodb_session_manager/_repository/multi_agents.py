@@ -1,0 +1,137 @@
+"""The half of the repository that stores the states of orchestrators, Strands' graphs and swarms."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bson import ObjectId
+
+from .._format.changes import Update
+from .._format.codec import decode
+from .._format.documents import Document, OddField, checked_id
+from .._format.large_values import compute
+from .._format.multi_agents import (
+    MultiAgentWrite,
+    compile_overwrite,
+    compile_write,
+    encode_state,
+    first_write,
+    path_of,
+    reconcile_write,
+)
+from .._format.sizes import of_multi_agent
+from .._store.archive import SessionArchive
+from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
+
+if TYPE_CHECKING:
+    from strands.multiagent import MultiAgentBase
+
+_ROUNDS = 8
+"""How often a write may find the orchestrator changed under its hands before it gives up."""
+
+
+class MultiAgentStates(SessionArchive):
+    """What a repository does with `multi_agents` of a session document."""
+
+    async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Store a graph or swarm; one that exists already is left as it is.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            EncodingError: Its state cannot be stored.
+            StateTooLargeError: Its state is larger than the session's document has room for.
+        """
+        checked_id(session_id, "session_id")
+        write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
+        async with self._connection.operation():
+            update = compile_write(session_id, replace(write, moment=self._connection.now()))
+            if not await self._store_multi_agent(session_id, multi_agent.id, update, write.state):
+                await self._found(session_id, {"_id": 1})
+
+    async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
+        """Return the state of a graph or swarm, `None` if the session holds none of that id.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
+        return None if stored is None else await compute(decode, stored.get("state"))
+
+    async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+        """Store the state of a graph or swarm, whatever is there.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such graph or swarm.
+            EncodingError: Its state cannot be stored.
+            StateTooLargeError: Its state is larger than the session's document has room for.
+        """
+        checked_id(session_id, "session_id")
+        state = await compute(encode_state, multi_agent.serialize_state())
+        async with self._connection.operation():
+            update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
+            if not await self._store_multi_agent(session_id, multi_agent.id, update, state):
+                stored = await self._stored_multi_agent(session_id, multi_agent.id, "writer")
+                if stored is None:
+                    raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
+
+    async def apply_multi_agent(
+        self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
+    ) -> MongoDBSessionError | None:
+        """Store a recorded state exactly once; in one command, unless another writer interferes.
+
+        Args:
+            session_id: The session.
+            write: The recorded state.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
+
+        Returns:
+            Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
+            `StateTooLargeError`; `None` once it is stored.
+
+        Raises:
+            MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
+        """
+        checked_id(session_id, "session_id")
+        rest: MultiAgentWrite | None = write
+        async with self._connection.operation():
+            for _ in range(_ROUNDS):
+                if rest is None:
+                    return None
+                try:
+                    rest = replace(rest, moment=self._connection.now())
+                    update = compile_write(session_id, rest, incarnation)
+                    if await self._store_multi_agent(session_id, rest.multi_agent_id, update, rest.state):
+                        return None
+                    if (
+                        incarnation is not None
+                        and (await self._found(session_id, {"incarnation": 1})).get("incarnation") != incarnation
+                    ):
+                        raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+                    stored = await self._stored_multi_agent(session_id, write.multi_agent_id, "revision", "writer")
+                except (StateTooLargeError, SessionNotFoundError) as error:
+                    return error
+                try:
+                    rest = reconcile_write(rest, stored)
+                except MongoDBSessionError as error:
+                    return error
+        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+
+    async def _store_multi_agent(self, session_id: str, multi_agent_id: str, update: Update, state: Any) -> bool:
+        part = of_multi_agent(multi_agent_id)
+        return await self._store_part(session_id, part, state, lambda: self._update(update))
+
+    async def _stored_multi_agent(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
+        path = path_of(multi_agent_id)
+        found: Any = await self._found(session_id, {f"{path}.{field}": 1 for field in fields})
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+            if found is None:
+                return None
+        if not isinstance(found, dict):
+            raise OddField(path, found, dict).error(session_id)
+        stored: Document = found
+        return stored

@@ -1,0 +1,1 @@
+"""Strands' `Storage` in MongoDB."""

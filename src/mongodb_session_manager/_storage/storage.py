@@ -1,0 +1,317 @@
+"""Strands' `Storage` in MongoDB: a document per key, the value of one that is too large for it in GridFS.
+
+<collection>              {_id: key, size, updated_at, data}    a value within one document
+                          {_id: key, size, updated_at, file}    `file` is the id of a file of the bucket
+<collection>_blobs        the bucket, as `_blobs` says
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import re
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, ParamSpec, Self, TypeVar
+
+from bson import ObjectId
+from strands.storage import Storage
+from strands.storage import storage as strands_storage
+
+from .._format.documents import Document
+from .._io.collection import checked_name, given, send
+from .._io.connection import Connection
+from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection, Client
+from .._io.settings import Settings
+from ..errors import DatabaseError, InvalidArgumentError, raise_alone
+from .gridfs import Bucket
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INLINE_LIMIT = 4 * 1024 * 1024
+"""Bytes up to which a value is stored in the document of its key.
+
+A document may hold 16 MiB, but a server with a small cache (256 MiB) refuses now and then to replace one as large:
+"transaction is too large and will not fit in the storage engine cache".
+"""
+
+_ROUNDS = 8
+"""How often a value may be found changed by others while it is written before the write gives up."""
+
+# What tells Strands that a view has its prefix already, so that no subsystem adds its own; there is no public name.
+_NAMESPACED = getattr(strands_storage, "_NAMESPACED", None)
+
+
+_OPTIONS = ("connection_string", "database_name", "collection_name", "client")
+
+
+class MongoDBStorage(Storage[str, str]):
+    """Keeps bytes under string keys, for `SnapshotSessionManager(storage=...)` and `Agent(storage=...)`.
+
+    Keys and errors are as Strands says of its own backends: `/` separates, runs of it count as one, those at either
+    end do not count; a backslash or a segment `..` is refused; what goes wrong is a `StorageError`, one of this
+    package. A value may have any size: beyond 4 MiB it goes to the GridFS bucket `<collection_name>_blobs`. Whoever
+    reads while a value is replaced gets the old one or the new one, whole, even if the writer dies half-way.
+
+    Its coroutines may be awaited on any event loop. With `client=`, they run on the loop of the client, which must not
+    be blocked meanwhile: `SnapshotSessionManager` blocks the loop on which an agent is constructed, so construct the
+    agent off that loop, or give a connection string.
+
+    Args:
+        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
+        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
+        collection_name: The collection of the values; sessions are kept in another.
+        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
+        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+
+    Raises:
+        ConfigurationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        connection_string: str | None = None,
+        database_name: str | None = None,
+        collection_name: str | None = "agent_storage",
+        *,
+        client: Client | None = None,
+        **client_options: Any,
+    ) -> None:
+        connection = Connection(Settings.checked(connection_string, client, client_options, _OPTIONS))
+        self._bind(connection, database_name, collection_name, owned=True)
+
+    @classmethod
+    def _over(cls, connection: Connection, database_name: str | None, collection_name: str | None) -> Self:
+        """Return a storage over a connection that somebody else closes."""
+        storage = cls.__new__(cls)
+        storage._bind(connection, database_name, collection_name, owned=False)
+        return storage
+
+    def _bind(
+        self, connection: Connection, database_name: str | None, collection_name: str | None, *, owned: bool
+    ) -> None:
+        self._connection = connection
+        self._owns_connection = owned
+        self._database_name = checked_name(connection.database_name(database_name), "database_name")
+        self._collection_name = checked_name(given(collection_name, "agent_storage"), "collection_name")
+        self._bucket = Bucket(connection, self._database_name, f"{self._collection_name}_blobs")
+        self._prefix = ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._database_name}.{self._collection_name}, {self._connection!r})"
+
+    async def write(self, key: str, data: bytes) -> None:
+        """Store bytes under a key, in the place of what is there.
+
+        Raises:
+            InvalidArgumentError: The key or the data cannot be stored.
+            MongoDBSessionError: It is unknown whether the value is stored; the key holds the old one or the new one.
+        """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise InvalidArgumentError(f"data must be bytes, not {type(data).__name__}")
+        await self._run(self._write, self._prefix + normalized_key(key), bytes(data))
+
+    async def read(self, key: str) -> bytes | None:
+        """Return the bytes stored under a key, `None` if there are none.
+
+        Raises:
+            InvalidArgumentError: The key cannot be one.
+        """
+        return await self._run(self._read, self._prefix + normalized_key(key))
+
+    async def delete(self, key: str) -> None:
+        """Remove what is stored under a key; if there is nothing, do nothing.
+
+        Raises:
+            InvalidArgumentError: The key cannot be one.
+        """
+        await self._run(self._delete, self._prefix + normalized_key(key))
+
+    async def list(self, query: str = "") -> builtins.list[str]:
+        """Return the keys that begin with a prefix, sorted; all of them for `""`.
+
+        Raises:
+            InvalidArgumentError: The prefix cannot be one.
+        """
+        keys = await self._run(self._list, self._prefix + normalized_prefix(query))
+        return [key[len(self._prefix) :] for key in keys]
+
+    def namespace(self, prefix: str) -> Self:
+        """Return a view of what is stored under a prefix, which its keys do not show.
+
+        The view shares the connection; closing it closes nothing.
+
+        Raises:
+            InvalidArgumentError: The prefix cannot be one.
+        """
+        normalized = normalized_prefix(prefix).rstrip("/")
+        view = copy.copy(self)
+        view._owns_connection = False
+        view._prefix = f"{self._prefix}{normalized}/" if normalized else self._prefix
+        view._namespaced = _NAMESPACED  # type: ignore[attr-defined]
+        return view
+
+    def close(self) -> None:
+        """Wait for what is under way and close the client, if it is the storage's own. Idempotent."""
+        if self._owns_connection:
+            self._connection.close_blocking()
+
+    async def close_async(self) -> None:
+        """Wait for what is under way and close the client, if it is the storage's own. Idempotent."""
+        if self._owns_connection:
+            await self._connection.close_async()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close_async()
+
+    # On the loop of the client.
+
+    async def _run(self, operation: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        async def counted() -> T:
+            async with self._connection.operation():
+                return await operation(*args, **kwargs)
+
+        return await self._connection.portal.run(counted)
+
+    async def _write(self, key: str, data: bytes) -> None:
+        value: Document = {"size": len(data), "updated_at": self._connection.now()}
+        file = None
+        if len(data) <= INLINE_LIMIT:
+            value["data"] = data
+        else:
+            value["file"] = file = await self._bucket.upload(key, data)
+
+        async def put(expected: ObjectId | None) -> bool:
+            if file is not None:
+                self._bucket.check_time(file)
+            condition = {"_id": key, "file": expected}
+            try:
+                result = await self._send(
+                    lambda collection: collection.replace_one(condition, value, upsert=expected is None)
+                )
+            except DuplicateKeyError:
+                return False  # the value is in another file, or another writer has just created it
+            return bool(result.matched_count or result.upserted_id is not None)
+
+        await self._exchange(key, put, lambda stored: file is not None and stored.get("file") == file)
+        if file is not None:
+            await self._bucket.name(file, key)
+            await self._bucket.sweep(self._file_of)
+
+    async def _delete(self, key: str) -> None:
+        async def remove(expected: ObjectId | None) -> bool:
+            condition = {"_id": key, "file": expected}
+            return bool((await self._send(lambda collection: collection.delete_one(condition))).deleted_count)
+
+        await self._exchange(key, remove, lambda stored: not stored)
+
+    async def _exchange(
+        self, key: str, act: Callable[[ObjectId | None], Awaitable[bool]], done: Callable[[Document], bool]
+    ) -> None:
+        """Replace or remove a value and then the file it was in.
+
+        Args:
+            key: Where the value is.
+            act: Does it if the value is in the given file (`None`: in the document, or not there); returns whether.
+            done: Tells from what is stored that an earlier attempt did it, whose acknowledgement was lost.
+        """
+        file: ObjectId | None = None  # most values are in none
+        replaced: list[ObjectId] = []
+        for _ in range(_ROUNDS):
+            if await act(file):
+                break
+            stored = await self._send(lambda collection: collection.find_one({"_id": key}, {"file": 1})) or {}
+            if done(stored):
+                break
+            file = stored.get("file")
+            if file is not None:
+                await self._bucket.doubt(file)
+                replaced.append(file)
+        else:
+            raise DatabaseError("the value was changed again and again while it was written")
+        for file in replaced:
+            await self._bucket.delete(file)
+
+    async def _read(self, key: str) -> bytes | None:
+        seen = None
+        for _ in range(_ROUNDS):
+            document = await self._send(lambda collection: collection.find_one({"_id": key}))
+            if document is None:
+                return None
+            file: ObjectId | None = document.get("file")
+            if file is None:
+                return bytes(document["data"])
+            if file == seen:
+                raise DatabaseError("the value's file in GridFS is not complete")
+            if (data := await self._bucket.download(file, document["size"])) is not None:
+                return data
+            seen = file  # replaced while it was read, or else damaged
+        raise DatabaseError("the value was changed again and again while it was read")
+
+    async def _list(self, prefix: str) -> builtins.list[str]:
+        bounds = {"_id": prefix_range(prefix)}
+        documents = await self._send(
+            lambda collection: collection.find(bounds, {"_id": 1}, sort=[("_id", 1)]).to_list()
+        )
+        return [document["_id"] for document in documents]
+
+    async def _file_of(self, key: str) -> ObjectId | None:
+        document = await self._send(lambda collection: collection.find_one({"_id": key}, {"file": 1}))
+        return None if document is None else document.get("file")
+
+    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
+        return await send(self._connection, self._database_name, self._collection_name, command)
+
+
+def normalized_key(key: object) -> str:
+    """Return a key as Strands' path-based backends store it.
+
+    Raises:
+        InvalidArgumentError: It cannot be one.
+    """
+    normalized = _normalized(key, "key").strip("/")
+    if not normalized:
+        raise InvalidArgumentError("key must not be empty")
+    return normalized
+
+
+def normalized_prefix(prefix: object) -> str:
+    """Return a prefix of keys as Strands' path-based backends use it; a `/` at its end counts.
+
+    Raises:
+        InvalidArgumentError: It cannot be one.
+    """
+    return _normalized(prefix, "prefix").lstrip("/")
+
+
+def _normalized(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
+    if "\\" in value:
+        raise InvalidArgumentError(f"{name} must not hold a backslash")
+    if ".." in value.split("/"):
+        raise InvalidArgumentError(f"{name} must not hold the segment '..'")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
+    return re.sub("/+", "/", value)
+
+
+def prefix_range(prefix: str) -> Document:
+    """Return the bounds of the strings that begin with a prefix, in MongoDB's order, which is that of code points."""
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return {"$gte": prefix}  # all strings, and nothing but strings
+    last = ord(stem[-1]) + 1
+    return {"$gte": prefix, "$lt": stem[:-1] + chr(0xE000 if last == 0xD800 else last)}

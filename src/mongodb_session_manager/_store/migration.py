@@ -1,0 +1,211 @@
+"""Migrating the sessions of 1.0.0, whose parts have other ids.
+
+A migration adds a new incarnation to the list `migrating` of the session document. It copies the buckets and files of
+the session to the ids of that incarnation, on the server. One update then sets `incarnation`, if the agents are
+unchanged. It increments their revisions, so that a move of messages that 1.0.0 has begun no longer matches, and records
+the copied parts in `moved`.
+
+The copied parts are then removed from the old ids, and all parts of the other incarnations in `migrating`: unfinished
+migrations have left those. `moved` and `migrating` are removed last. A process that opens the session, or writes to it,
+while it has one of these fields, continues there.
+
+1.0.0 can write to the session afterwards, during a rolling deployment. A reader that misses a message looks for buckets
+that 1.0.0 has stored since, and moves them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from bson import ObjectId
+
+from .._format.changes import Update
+from .._format.documents import Document, array_at, entries_at, number_at
+from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
+from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
+from .._io.drivers import AsyncCollection, run_pipeline
+from ..errors import DatabaseError, SessionNotFoundError
+from .attachments import Attachments
+from .deletion import SessionDeletion, incarnations_of
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 8
+
+_NUMBERS = ("archived", "revision", "archive_revision")
+
+
+def is_of_v1(document: Document) -> bool:
+    """Return whether a session must be migrated, or its migration must be completed."""
+    return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & OF_V1)
+
+
+HAS_PARTS: Document = {
+    "$anyElementTrue": {
+        "$map": {
+            "input": entries_at("$agents"),
+            "in": {
+                "$or": [
+                    {"$gt": [number_at("$$this.v.archived"), 0]},
+                    {
+                        "$anyElementTrue": {
+                            "$map": {
+                                "input": array_at("$$this.v.messages"),
+                                "as": "message",
+                                "in": {"$isArray": ["$$message.attachments"]},
+                            }
+                        }
+                    },
+                ]
+            },
+        }
+    }
+}
+"""The expression for whether a session has archived messages, or attachments in GridFS."""
+
+
+_OF_V1: Document = {
+    **dict.fromkeys(("attachments_generation", *OF_V1), 1),
+    **LIFE,
+    "has_parts": HAS_PARTS,
+    "agents": {
+        "$map": {
+            "input": entries_at("$agents"),
+            "in": {
+                "key": "$$this.k",
+                "since": "$$this.v.created_at",
+                "next_message_id": "$$this.v.next_message_id",
+                **{name: number_at(f"$$this.v.{name}") for name in _NUMBERS},
+            },
+        }
+    },
+}
+
+
+class SessionMigration(SessionDeletion):
+    """The base class of the repository that migrates sessions."""
+
+    _attachments: Attachments
+
+    async def _migrate(self, session_id: str) -> Life:
+        """Migrate a session, or finish its migration.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        for _ in range(_ROUNDS):
+            document = await self._find(session_id, _OF_V1)
+            if document is None:
+                self._lives.pop(session_id, None)
+                raise SessionNotFoundError(f"session {session_id!r} does not exist")
+            if not is_of_v1(document):
+                return self._learn(session_id, document)
+            if isinstance(document.get("incarnation"), ObjectId) and document.keys() & {"moved", "migrating"}:
+                await self._remove_moved(session_id, document)
+            else:
+                await self._migrate_once(session_id, document)
+        raise DatabaseError(f"session {session_id!r} was changed again and again while it was migrated")
+
+    async def _migrate_once(self, session_id: str, document: Document) -> None:
+        known = document.get("incarnation")
+        old, new = Place(session_id, None), Place(session_id, known if isinstance(known, ObjectId) else ObjectId())
+        agents: list[Document] = [agent for agent in document["agents"] if agent["key"] and "." not in agent["key"]]
+        if document["has_parts"]:
+            noted = {"_id": session_id, "incarnation": known, **LIVE}
+            note = {"$addToSet": {"migrating": new.incarnation}}
+            result = await self._send(lambda sessions: sessions.update_one(noted, note))
+            if not result.matched_count:
+                return
+            if condition := _buckets_of(old, agents):
+                await self._copy_buckets(condition, new, "replace")
+            await self._attachments.copy_from_v1(old, new)
+        seconds = document.get("session_ttl")
+        sets: Document = {"incarnation": new.incarnation}
+        if isinstance(seconds, int | float) and 1 <= seconds <= MOST_SECONDS:
+            until = next_date(self._connection.now(), int(seconds))
+            await self._date_parts(new, until)
+            sets |= {"time_to_live": int(seconds), "expires_at": until}
+        generation = document.get("attachments_generation")
+        if document["has_parts"]:
+            copied = [{name: agent.get(name) for name in ("key", "since", "archived")} for agent in agents]
+            generations = generation if isinstance(generation, int) else 0
+            sets |= {"moved": {"agents": copied, "generation": generations}, "attachments_generation": generations + 1}
+        condition = {"_id": session_id, "incarnation": known, "attachments_generation": generation}
+        condition["session_ttl"] = document.get("session_ttl")
+        for agent in agents:
+            path = f"agents.{agent['key']}"
+            condition[path] = {"$exists": True}
+            condition[f"{path}.next_message_id"] = agent.get("next_message_id")
+            condition |= {f"{path}.{name}": agent[name] or {"$not": {"$gt": 0}} for name in _NUMBERS}
+            sets[f"{path}.revision"] = agent["revision"] + 1
+        unset = dict.fromkeys(("session_ttl", "kept_until", "keep_until"), "")
+        matched = await self._update_with_room(session_id, Update(condition, {"$set": sets, "$unset": unset}, None))
+        if not matched and document["has_parts"] and known is None:
+            current = await self._find(session_id, {"incarnation": 1})
+            if (current or {}).get("incarnation") != new.incarnation:  # else an acknowledgement was lost
+                await self._remove_parts(new)
+
+    async def _update_with_room(self, session_id: str, update: Update) -> bool:
+        raise NotImplementedError
+
+    async def _copy_buckets(self, condition: Document, new: Place, when_matched: str) -> None:
+        names = ("revision", "last", "messages")
+        bucket = {
+            "_id": {"incarnation": new.incarnation, "agent": "$_id.agent", "first": "$_id.first"},
+            "session_id": {"$literal": new.session_id},
+            **{name: f"${name}" for name in names},
+        }
+        into = {"into": f"{self._collection_name}{ARCHIVE}", "whenMatched": when_matched, "whenNotMatched": "insert"}
+        pipeline = [{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}]
+        await self._send(partial(_run, pipeline), f"{self._collection_name}{ARCHIVE}")
+
+    async def _remove_moved(self, session_id: str, document: Document) -> None:
+        """Remove the former parts, and those of unfinished migrations; then `moved` and `migrating`."""
+        moved, migrating = document.get("moved"), document.get("migrating")
+        for incarnation in incarnations_of(document):
+            if incarnation != document["incarnation"]:
+                await self._remove_parts(Place(session_id, incarnation))
+        generation = moved.get("generation") if isinstance(moved, dict) else None
+        if isinstance(generation, int):  # else an application has stored it
+            old = Place(session_id, None)
+            generations = {"$not": {"$gt": generation}}
+            await self._remove_some(ARCHIVE, {"_id": old.buckets(), "generation": generations})
+            await self._remove_some(CHUNKS, {"_id": old.chunks(), "files_id.generation": generations})
+            await self._remove_some(FILES, {"_id": old.files(), "_id.generation": generations})
+        condition = {"_id": session_id, "moved": moved, "migrating": migrating}
+        await self._update(Update(condition, {"$unset": {"moved": "", "migrating": ""}}, None))
+
+    async def _copy_late_buckets(self, place: Place) -> bool:
+        """Move buckets that 1.0.0 has stored since the migration of a session; return whether there were any."""
+        document = await self._find(place.session_id, _OF_V1)
+        if document is None or document.get("incarnation") != place.incarnation:
+            return False
+        if not (condition := _buckets_of(Place(place.session_id, None), document["agents"])):
+            return False
+        # A bucket of an earlier generation is left over from an interrupted move.
+        condition["generation"] = {"$gte": document.get("attachments_generation") or 0}
+        name = f"{self._collection_name}{ARCHIVE}"
+        if await self._send(lambda archive: archive.find_one(condition, {"_id": 1}), name) is None:
+            return False
+        await self._copy_buckets(condition, place, "keepExisting")
+        if (life := self._learn(place.session_id, document)).expires_at is not None:
+            await self._date_parts(place, life.expires_at)
+        await self._remove_some(ARCHIVE, condition)
+        return True
+
+
+def _buckets_of(old: Place, agents: Sequence[Document]) -> Document:
+    """Return the filter for the buckets of agents under the ids of 1.0.0; empty if there can be none."""
+    archived = [
+        {"_id.agent": agent["key"], "_id.since": agent.get("since"), "_id.first": {"$lt": agent["archived"]}}
+        for agent in agents
+        if agent["archived"]
+    ]
+    return {"_id": old.buckets(), "$or": archived} if archived else {}
+
+
+async def _run(pipeline: list[Document], collection: AsyncCollection) -> Any:
+    return await run_pipeline(collection, pipeline)
