@@ -67,8 +67,9 @@ def demo_server(data_directory: str | os.PathLike[str] | None = None) -> str:
     managers without a connection string use the same server.
 
     Args:
-        data_directory: Where the embedded server keeps its data, created if it does not exist. A later process that
-            names it continues with the data. Default: a temporary directory, removed when the process ends.
+        data_directory: The embedded server's data directory, created if it does not exist. The next process that names
+            it continues with its data; only one server can use it at a time. Default: a temporary directory, removed
+            when the process ends.
 
     Raises:
         MissingExtraError: There is no `mongod`, for example because the extra `embedded` is not installed.
