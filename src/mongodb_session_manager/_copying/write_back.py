@@ -17,7 +17,6 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.attachment_refs import attached, references_of
-from .._format.changes import REMOVED, Update, with_removed
 from .._format.codec import stored_size
 from .._format.documents import (
     MESSAGE_USAGE,
@@ -33,6 +32,7 @@ from .._format.documents import (
 from .._format.layout import Place
 from .._format.odd_fields import usable_agents
 from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.statements import REMOVED, Update, with_removed
 from .._io.connection import AsyncCollection
 from .._store.sessions import ROUNDS
 from .._store.store import SessionStore

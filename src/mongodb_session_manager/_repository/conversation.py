@@ -9,14 +9,7 @@ from bson import ObjectId
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._format.attachment_refs import replacement, set_aside
-from .._format.changes import (
-    AppendMessage,
-    Change,
-    CreateAgent,
-    Identity,
-    ReplaceMessage,
-    UpdateAgent,
-)
+from .._format.changes import AppendMessage, Change, CreateAgent, Identity, ReplaceMessage, UpdateAgent
 from .._format.documents import (
     Document,
     OddField,

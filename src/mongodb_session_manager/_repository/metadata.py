@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 
 from pymongo import ReturnDocument
 
-from .._format.changes import Update
 from .._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
 from .._format.documents import (
     USAGE,
@@ -31,6 +30,7 @@ from .._format.documents import (
 from .._format.large_values import compute
 from .._format.odd_fields import tell_odd, usable, usable_agents
 from .._format.sizes import of_agent, refuse_unstorable
+from .._format.statements import Update
 from .._io.asked_fields import StoredFields, asked_for
 from .._io.connection import AsyncCollection, Connection
 from .._store.expiry import matched

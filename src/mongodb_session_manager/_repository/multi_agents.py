@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
 
-from .._format.changes import Update
 from .._format.codec import decode
 from .._format.documents import Document, OddField, checked_id
 from .._format.large_values import compute
@@ -22,6 +21,7 @@ from .._format.multi_agents import (
     reconcile_write,
 )
 from .._format.sizes import of_multi_agent
+from .._format.statements import Update
 from .._store.expiry import matched
 from .._store.sessions import ROUNDS
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError

@@ -7,10 +7,10 @@ from typing import Any
 
 from .._format.attachment_refs import references_of
 from .._format.buckets import change_in_bucket, holding_message, holding_positions
-from .._format.changes import REMOVED
 from .._format.documents import Document, agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import LIFE, Life
+from .._format.statements import REMOVED
 from .._io.connection import AsyncCollection, find_and_modify
 from ..errors import DatabaseError, raise_alone
 from .attachments import Attachments, parsed

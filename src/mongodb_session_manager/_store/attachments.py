@@ -74,7 +74,7 @@ class Attachments:
         listed = itertools.chain(*needed.values(), *earlier.values())
         references = await asyncio.to_thread(_references_to, {id(each.data): each for each in listed})
         for write in writes:
-            write.stored = [references[id(each.data)] for each in needed[write.agent_id]]
+            write.attached = [references[id(each.data)] for each in needed[write.agent_id]]
             write.dates = dates
         for key, attachment in {id(each.data): each for each in itertools.chain(*needed.values())}.items():
             await self._upload(place, references[key], attachment.data, dates.expires_at)

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 
 from bson import ObjectId
 
-from .._format.changes import Update
 from .._format.documents import (
     Document,
     agent_key,
@@ -35,6 +34,7 @@ from .._format.documents import (
 )
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
 from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
+from .._format.statements import Update
 from ..errors import DatabaseError, SessionNotFoundError
 from .attachments import Attachments
 from .deletion import Deletion, incarnations_of

@@ -26,10 +26,11 @@ from .._format.buckets import (
     outrun,
     stale_buckets,
 )
-from .._format.changes import AgentWrite, Update
+from .._format.changes import AgentWrite
 from .._format.documents import Document, agent_key, removed_messages
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import Life
+from .._format.statements import Update
 from .._io.connection import find_and_modify
 from .._io.driver_errors import DuplicateKeyError
 from ..errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
