@@ -102,8 +102,7 @@ class Other:
     def __init__(self, stored: Stored, limit: int = 8) -> None:
         self.stored, self.limits = stored, Limits(limit, 2**20)
         document = head(stored)
-        self.head = Head(next_id=document["next_message_id"])
-        self.head.learn(
+        self.head = Head.of(
             {
                 "created_at": document["created_at"],
                 "archived": document.get("archived", 0),

@@ -27,13 +27,10 @@ from mongodb_session_manager._format.changes import (
     CreateAgent,
     ReplaceMessage,
     SetMessageFields,
-    StoredView,
-    Update,
     UpdateAgent,
-    compile_update,
     fold,
-    reconcile,
 )
+from mongodb_session_manager._format.comparison import StoredView, reconcile
 from mongodb_session_manager._format.documents import (
     agent_key,
     agent_state,
@@ -43,6 +40,7 @@ from mongodb_session_manager._format.documents import (
     new_session,
     stored_message,
 )
+from mongodb_session_manager._format.statements import Update, compile_update
 
 INCARNATION = ObjectId()
 T0 = datetime(2025, 1, 1, tzinfo=UTC)
