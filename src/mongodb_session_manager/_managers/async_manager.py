@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
-from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
-from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._format.documents import checked_id
-from .._io.connection import Client, Connection, Settings
 from .._notifications.notify import DRAIN_TIMEOUT, in_the_name_of
 from .._repository.metadata import AgentConfigDict, UsageReport, checked_feedback, checked_keys, checked_metadata
 from ..errors import InvalidArgumentError, SessionClosedError
-from .base import OPTIONS, ManagerOptions, SaveOn, SessionManagerBase, take_hooks
+from .base import SessionManagerBase
 from .metadata_tool import MetadataPolicy, async_tool
 from .user_hooks import Hook, Operation, run_hooked
 
@@ -36,69 +31,12 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
-        application_name: Stored in the session if this manager creates it; never changed afterwards.
-        metadata_fields: Fields of `metadata` that get an index each.
-        metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
-        feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
-        save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
-        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
-            in GridFS, in the bucket `<collection_name>_attachments`.
-        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
-        max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: The session expires, with archive and attachments, when nobody has written to it for this time. The
-            value belongs to the session; another one applies from the next write on. With `None`, an expiring session
-            keeps its value, and any other one does not expire.
-        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+        **options: `ManagerOptions` documents each.
 
     Raises:
         ConfigurationError: An argument cannot be used.
         InvalidArgumentError: `session_id` cannot be one.
     """
-
-    def __init__(
-        self,
-        session_id: str,
-        connection_string: str | None = None,
-        database_name: str | None = None,
-        collection_name: str | None = "agent_sessions",
-        *,
-        client: Client | None = None,
-        application_name: str | None = None,
-        metadata_fields: Sequence[str] | None = None,
-        metadata_hook: Hook | None = None,
-        feedback_hook: Hook | None = None,
-        save_on: SaveOn | None = "message",
-        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
-        session_ttl: timedelta | None = None,
-        **client_options: Any,
-    ) -> None:
-        checked_id(session_id, "session_id")
-        options = ManagerOptions.checked(
-            database_name=database_name,
-            collection_name=collection_name,
-            application_name=application_name,
-            metadata_fields=metadata_fields,
-            metadata_hook=metadata_hook,
-            feedback_hook=feedback_hook,
-            save_on=save_on,
-            max_inline_attachment_bytes=max_inline_attachment_bytes,
-            max_embedded_messages=max_embedded_messages,
-            max_embedded_bytes=max_embedded_bytes,
-            session_ttl=session_ttl,
-            **take_hooks(client_options),
-        )
-        connection = Connection(Settings.checked(connection_string, client, client_options, OPTIONS))
-        self._prepare(session_id, connection, options, owned=True)
-
-    @classmethod
-    def _over(cls, connection: Connection, session_id: str, options: ManagerOptions) -> Self:
-        """Return a manager, not open yet, over a connection that somebody else closes."""
-        manager = cls.__new__(cls)
-        manager._prepare(session_id, connection, options, owned=False)
-        return manager
 
     async def open(self) -> Self:
         """Read the session, or create it if it is new; once it is open, do nothing.

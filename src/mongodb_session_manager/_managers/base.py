@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
 from traceback import walk_tb
-from typing import Any, Literal, Self
+from typing import Any, Unpack
 
 from strands import Agent
 from strands.bidi.hooks.events import BidiAgentStopEvent
@@ -31,18 +28,12 @@ from strands.types.content import Message
 from strands.types.exceptions import SessionException
 from strands.types.session import SessionMessage
 
-from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
-from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.documents import agent_key, checked_id, now
 from .._format.large_values import compute
-from .._format.retention import checked_ttl
-from .._io.connection import Connection, unexpected_option
 from .._io.loop import ExitOrder, close_at_exit, running_loop
 from .._notifications.notify import DRAIN_TIMEOUT, drain
-from .._repository.async_repository import AsyncMongoDBSessionRepository
 from ..errors import (
     AgentNotFoundError,
-    ConfigurationError,
     DatabaseError,
     EncodingError,
     EventLoopError,
@@ -52,12 +43,11 @@ from ..errors import (
 )
 from .capture import capture_config, capture_metrics, guardrail_event
 from .multi_agents import OrchestratorSessionManager, is_recording_only, recording_only
+from .options import Configuration, ManagerOptions
 from .unit_of_work import UnitOfWork
-from .user_hooks import Hook, checked_hook, hold, let_go
+from .user_hooks import hold, let_go
 
 logger = logging.getLogger(__name__)
-
-SaveOn = Literal["message", "invocation"]
 
 _FIRST, _LAST = -math.inf, math.inf
 """Orders of callbacks: before and after those of all other hook providers."""
@@ -67,89 +57,6 @@ _PATIENCE = 0.1
 
 A user's hook, middleware or a client that reads slowly can delay that end.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManagerOptions:
-    """What a manager is told beside the session and the connection; `MongoDBSessionManager` documents each."""
-
-    database_name: str | None = None
-    collection_name: str = "agent_sessions"
-    application_name: str | None = None
-    metadata_fields: Sequence[str] | None = None
-    metadata_hook: Hook | None = None
-    feedback_hook: Hook | None = None
-    save_on: SaveOn = "message"
-    max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
-    max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
-    max_embedded_bytes: int = MAX_EMBEDDED_BYTES
-    session_ttl: timedelta | None = None
-
-    @classmethod
-    def checked(cls, **given: Any) -> Self:
-        """Return options from arguments, `metadataHook` and `feedbackHook` among them.
-
-        Raises:
-            ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
-        """
-        return cls(**_given(given))
-
-    def overridden(self, given: Mapping[str, Any]) -> Self:
-        """Return these options with some replaced; an option that is `None` is not given.
-
-        Raises:
-            ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
-        """
-        return replace(self, **_given(given))
-
-    def __post_init__(self) -> None:
-        checked_hook(self.metadata_hook, "metadata_hook")
-        checked_hook(self.feedback_hook, "feedback_hook")
-        if self.save_on not in ("message", "invocation"):
-            raise ConfigurationError(f"save_on must be 'message' or 'invocation', got {self.save_on!r}")
-        checked_inline_bytes(self.max_inline_attachment_bytes)
-        checked_ttl(self.session_ttl)
-
-    def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
-        """Return the repository these options describe."""
-        return AsyncMongoDBSessionRepository._over(
-            connection,
-            self.database_name,
-            self.collection_name,
-            self.application_name,
-            self.metadata_fields,
-            max_inline_attachment_bytes=self.max_inline_attachment_bytes,
-            max_embedded_messages=self.max_embedded_messages,
-            max_embedded_bytes=self.max_embedded_bytes,
-            session_ttl=self.session_ttl,
-        )
-
-
-_SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}
-
-
-OPTIONS = ("connection_string", "client", *ManagerOptions.__dataclass_fields__)
-"""The options of managers and factories, without those of the driver."""
-
-
-def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are not `None` under the names of the fields of `ManagerOptions`."""
-    options: dict[str, Any] = {}
-    for name, value in arguments.items():
-        field = _SPELLINGS.get(name, name)
-        if field not in ManagerOptions.__dataclass_fields__ and (value is not None or field not in OPTIONS):
-            raise unexpected_option(name, ManagerOptions.__dataclass_fields__)
-        if value is None:
-            continue
-        if field in options:
-            raise ConfigurationError(f"{field} is given in both spellings")
-        options[field] = value
-    return options
-
-
-def take_hooks(client_options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the hooks in the original's spelling from client options and return them."""
-    return {name: client_options.pop(name) for name in _SPELLINGS if name in client_options}
 
 
 def _is_final(message: Message) -> bool:
@@ -184,12 +91,20 @@ class SessionManagerBase(OrchestratorSessionManager):
 
     session_repository: UnitOfWork
 
-    def _prepare(self, session_id: str, connection: Connection, options: ManagerOptions, *, owned: bool) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        connection_string: str | None = None,
+        database_name: str | None = None,
+        collection_name: str | None = "agent_sessions",
+        **options: Unpack[ManagerOptions],
+    ) -> None:
         self.session_id = checked_id(session_id, "session_id")
-        self._connection = connection
-        self._owns_connection = owned
-        self._options = options
-        self._repository = options.repository(connection)
+        configuration = Configuration.of(connection_string, database_name, collection_name, options)
+        self._options = configuration.options
+        self._connection = configuration.connection
+        self._owns_connection = configuration.owns_connection
+        self._repository = configuration.repository()
         self._work: UnitOfWork | None = None
         self._closed = False
         self._closing: asyncio.Event | None = None

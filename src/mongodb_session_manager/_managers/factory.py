@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timedelta
-from typing import Any, Self
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Self, Unpack
 
 from .._copying.imports import feed, feed_blocking
-from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
-from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._format.documents import checked_id
-from .._io.connection import Client, Connection, Settings
+from .._io.connection import Connection
 from .._io.loop import Lock
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 from .._repository.listing import Order, SessionPage
 from .._storage.storage import MongoDBStorage
 from ..errors import ConfigurationError, FactoryNotInitializedError
 from .async_manager import AsyncMongoDBSessionManager
-from .base import OPTIONS, ManagerOptions, SaveOn, take_hooks
+from .options import Configuration, ManagerOptions, SessionOptions
 from .pool import ConnectionStats, MongoDBConnectionPool, connection_stats
 from .sync_manager import MongoDBSessionManager
-from .user_hooks import Hook, hold, let_go
+from .user_hooks import hold, let_go
 
 
 class MongoDBSessionManagerFactory:
@@ -34,20 +32,7 @@ class MongoDBSessionManagerFactory:
         connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
-        application_name: Stored in sessions that the factory's managers create.
-        metadata_fields: Fields of `metadata` that get an index each.
-        metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
-        feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
-        save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
-        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
-            in GridFS, in the bucket `<collection_name>_attachments`.
-        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
-        max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: Sessions expire, with archive and attachments, when nobody has written to them for this time. Each
-            session has its own value; another one applies from the next write on. With `None`, expiring sessions keep
-            their values, and all others do not expire.
-        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+        **options: `ManagerOptions` documents each.
 
     Raises:
         ConfigurationError: An argument cannot be used.
@@ -58,78 +43,71 @@ class MongoDBSessionManagerFactory:
         connection_string: str | None = None,
         database_name: str | None = None,
         collection_name: str | None = "agent_sessions",
-        *,
-        client: Client | None = None,
-        application_name: str | None = None,
-        metadata_fields: Sequence[str] | None = None,
-        metadata_hook: Hook | None = None,
-        feedback_hook: Hook | None = None,
-        save_on: SaveOn | None = "message",
-        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
-        session_ttl: timedelta | None = None,
-        **client_options: Any,
+        **options: Unpack[ManagerOptions],
     ) -> None:
-        self._options = ManagerOptions.checked(
-            database_name=database_name,
-            collection_name=collection_name,
-            application_name=application_name,
-            metadata_fields=metadata_fields,
-            metadata_hook=metadata_hook,
-            feedback_hook=feedback_hook,
-            save_on=save_on,
-            max_inline_attachment_bytes=max_inline_attachment_bytes,
-            max_embedded_messages=max_embedded_messages,
-            max_embedded_bytes=max_embedded_bytes,
-            session_ttl=session_ttl,
-            **take_hooks(client_options),
-        )
-        self._connection = Connection(Settings.checked(connection_string, client, client_options, OPTIONS))
-        self._repository = self._options.repository(self._connection)  # refuses now what it cannot use
+        self._configuration = Configuration.of(connection_string, database_name, collection_name, options)
+        self._options = self._configuration.options
+        self._connection = self._configuration.connection
+        self._repository = self._configuration.repository()  # refuses now what it cannot use
         hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     def _share(self, connection: Connection) -> None:
         """Use another connection with the same settings; only before the first use."""
         if connection is not self._connection:
+            self._configuration = replace(self._configuration, connection=connection)
             self._connection = connection
-            self._repository = self._options.repository(connection)
+            self._repository = self._configuration.repository()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._connection!r}>"
 
-    def create_session_manager(self, session_id: str, **overrides: Any) -> MongoDBSessionManager:
+    def create_session_manager(
+        self,
+        session_id: str,
+        *,
+        database_name: str | None = None,
+        collection_name: str | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> MongoDBSessionManager:
         """Open a session, with one command.
 
         Args:
             session_id: The session; it is created if it is new.
-            **overrides: `database_name`, `collection_name`, `application_name`, `metadata_fields`, `metadata_hook`,
-                `feedback_hook`, `save_on`, `max_inline_attachment_bytes`, `max_embedded_messages`,
-                `max_embedded_bytes`, `session_ttl` in place of the factory's.
+            database_name: `None` takes the factory's.
+            collection_name: `None` takes the factory's.
+            **options: They take the place of the factory's; `SessionOptions` documents each.
 
         Raises:
-            ConfigurationError: An override cannot be used.
-            InvalidArgumentError: `session_id` cannot be one.
+            ConfigurationError: An option is unknown or invalid.
+            InvalidArgumentError: `session_id` is not a valid id.
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
-        checked_id(session_id, "session_id")
-        return MongoDBSessionManager._over(self._connection, session_id, self._options.overridden(overrides))
+        names = {"database_name": database_name, "collection_name": collection_name}
+        return MongoDBSessionManager(session_id, **self._configuration.shared({**names, **options}))
 
-    async def create_session_manager_async(self, session_id: str, **overrides: Any) -> AsyncMongoDBSessionManager:
+    async def create_session_manager_async(
+        self,
+        session_id: str,
+        *,
+        database_name: str | None = None,
+        collection_name: str | None = None,
+        **options: Unpack[SessionOptions],
+    ) -> AsyncMongoDBSessionManager:
         """Open a session, with one command, without blocking the event loop.
 
         Args:
             session_id: The session; it is created if it is new.
-            **overrides: As for `create_session_manager`.
+            database_name: `None` takes the factory's.
+            collection_name: `None` takes the factory's.
+            **options: They take the place of the factory's; `SessionOptions` documents each.
 
         Raises:
-            ConfigurationError: An override cannot be used.
-            InvalidArgumentError: `session_id` cannot be one.
+            ConfigurationError: An option is unknown or invalid.
+            InvalidArgumentError: `session_id` is not a valid id.
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
-        checked_id(session_id, "session_id")
-        manager = AsyncMongoDBSessionManager._over(self._connection, session_id, self._options.overridden(overrides))
-        return await manager.open()
+        names = {"database_name": database_name, "collection_name": collection_name}
+        return await AsyncMongoDBSessionManager(session_id, **self._configuration.shared({**names, **options})).open()
 
     def create_storage(
         self, collection_name: str | None = "agent_storage", *, database_name: str | None = None
@@ -383,16 +361,28 @@ class MongoDBSessionManagerFactory:
         await self.close_async()
 
 
-def create_mongodb_session_manager(session_id: str, *args: Any, **kwargs: Any) -> MongoDBSessionManager:
+def create_mongodb_session_manager(
+    session_id: str,
+    connection_string: str | None = None,
+    database_name: str | None = None,
+    collection_name: str | None = "agent_sessions",
+    **options: Unpack[ManagerOptions],
+) -> MongoDBSessionManager:
     """Open a session; the arguments are those of `MongoDBSessionManager`."""
-    return MongoDBSessionManager(session_id, *args, **kwargs)
+    return MongoDBSessionManager(session_id, connection_string, database_name, collection_name, **options)
 
 
 async def create_mongodb_session_manager_async(
-    session_id: str, *args: Any, **kwargs: Any
+    session_id: str,
+    connection_string: str | None = None,
+    database_name: str | None = None,
+    collection_name: str | None = "agent_sessions",
+    **options: Unpack[ManagerOptions],
 ) -> AsyncMongoDBSessionManager:
     """Open a session without blocking the event loop; the arguments are those of `AsyncMongoDBSessionManager`."""
-    return await AsyncMongoDBSessionManager(session_id, *args, **kwargs).open()
+    return await AsyncMongoDBSessionManager(
+        session_id, connection_string, database_name, collection_name, **options
+    ).open()
 
 
 _global_lock = Lock()
@@ -400,12 +390,17 @@ _global_factory: MongoDBSessionManagerFactory | None = None
 _of_applications: list[MongoDBSessionManagerFactory] = []
 
 
-def initialize_global_factory(*args: Any, **kwargs: Any) -> MongoDBSessionManagerFactory:
+def initialize_global_factory(
+    connection_string: str | None = None,
+    database_name: str | None = None,
+    collection_name: str | None = "agent_sessions",
+    **options: Unpack[ManagerOptions],
+) -> MongoDBSessionManagerFactory:
     """Make the process-wide factory, close an earlier one, and return it.
 
     The arguments are those of `MongoDBSessionManagerFactory`. Its connections are those of `MongoDBConnectionPool`.
     """
-    factory = MongoDBSessionManagerFactory(*args, **kwargs)
+    factory = MongoDBSessionManagerFactory(connection_string, database_name, collection_name, **options)
     _exchange(factory)
     return factory
 
