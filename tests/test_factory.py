@@ -31,13 +31,13 @@ from mongodb_session_manager import (
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     SessionClosedError,
-    _commands,
     close_global_factory,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
     get_global_factory,
     initialize_global_factory,
 )
+from mongodb_session_manager._io import collection as _commands
 from mongodb_session_manager._io.collection import _forget_indexes, see_again, unseen
 from support import CommandLog, agent, eventually, fail_point, texts
 
