@@ -23,7 +23,7 @@ from .._io.loop import Portal
 from ..errors import MongoDBSessionError
 from .async_repository import AsyncMongoDBSessionRepository
 from .listing import Order, SessionPage
-from .metadata import AgentConfigDict, UsageReport
+from .metadata import AgentConfig, UsageReport
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
@@ -386,7 +386,7 @@ class MongoDBSessionRepository(SessionRepository):
         """
         return self._portal.call(self._async.get_feedbacks, session_id)
 
-    def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
+    def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
         """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
 
         Raises:
@@ -394,7 +394,7 @@ class MongoDBSessionRepository(SessionRepository):
         """
         return self._portal.call(self._async.get_agent_config, session_id, agent_id)
 
-    def list_agents(self, session_id: str) -> list[AgentConfigDict]:
+    def list_agents(self, session_id: str) -> list[AgentConfig]:
         """Return the configuration of every agent of a session.
 
         Raises:
