@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -48,7 +47,7 @@ class Session:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        return self._runner.run(result) if inspect.iscoroutine(result) else result
+        return self._runner.run(result) if asyncio.iscoroutine(result) else result
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(self.run, getattr(self.manager, name))
@@ -279,7 +278,7 @@ def test_allowed_keys(session: Session) -> None:
         refused.format("profile.plan"),
         refused.format("secret"),
         refused.format("profile"),
-        "Error: a key with dots leads through a stored value that holds no keys",
+        "Error: a key with dots leads through a stored value that is not a document",
         "Metadata updated: step, profile.name.",
         refused.format("profile"),
         refused.format("secret"),

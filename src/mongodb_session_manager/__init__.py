@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import typing
 
-from ._io.connection import Client
+from ._io.drivers import Client
 from ._io.options import ClientOptions, ContentOptions, RepositoryOptions
 from ._managers.async_manager import AsyncMongoDBSessionManager
 from ._managers.capture import GUARDRAIL_ACTION_BLOCKED, GUARDRAIL_STOP_REASONS

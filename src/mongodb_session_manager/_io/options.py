@@ -20,7 +20,7 @@ from pymongo.read_preferences import Nearest, Primary, PrimaryPreferred, Seconda
 from pymongo.server_api import ServerApi
 from pymongo.server_description import ServerDescription
 
-from .connection import Client
+from .drivers import Client
 
 _Listener: TypeAlias = (
     CommandListener | ConnectionPoolListener | ServerHeartbeatListener | ServerListener | TopologyListener

@@ -30,7 +30,8 @@ from strands.types.session import SessionMessage
 
 from .._format.documents import agent_key, checked_id, now
 from .._format.large_values import compute
-from .._io.loop import ExitOrder, close_at_exit, running_loop
+from .._io.loop import ExitOrder, close_at_exit
+from .._io.portal import running_loop
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from ..errors import (
     AgentNotFoundError,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .._io.connection import Connection
-from .._io.loop import running_loop
+from .._io.portal import running_loop
 from .._repository.async_repository import AsyncMongoDBSessionRepository
 from .unit_of_work import UnitOfWork
 

@@ -10,8 +10,10 @@ from typing import Any, Literal, Self, cast
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.retention import checked_ttl
-from .._io.connection import Client, Connection, Settings, unexpected_option
+from .._io.connection import Connection
+from .._io.drivers import Client
 from .._io.options import ClientOptions, ContentOptions
+from .._io.settings import Settings, unexpected_option
 from .._repository.async_repository import AsyncMongoDBSessionRepository
 from ..errors import ConfigurationError
 from .user_hooks import Hook, checked_hook
