@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -48,7 +47,7 @@ class Session:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        return self._runner.run(result) if inspect.iscoroutine(result) else result
+        return self._runner.run(result) if asyncio.iscoroutine(result) else result
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(self.run, getattr(self.manager, name))

@@ -258,7 +258,8 @@ def test_a_factory_takes_what_a_manager_takes_but_the_session() -> None:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    is_pending = function.__annotations__.get("return") == "PendingSession"
+    return is_pending or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def accepts_as_much(ours: Callable[..., Any], theirs: Callable[..., Any]) -> bool:
