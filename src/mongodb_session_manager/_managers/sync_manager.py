@@ -13,7 +13,7 @@ from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.documents import checked_id
 from .._io.connection import Client, Connection, Settings
-from .._notifications.notify import DRAIN_TIMEOUT, in_the_name_of
+from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
 from .._repository.metadata import AgentConfigDict, UsageReport, checked_feedback, checked_keys, checked_metadata
 from ..errors import InvalidArgumentError
 from .base import OPTIONS, ManagerOptions, SaveOn, SessionManagerBase, take_hooks
@@ -261,7 +261,7 @@ class MongoDBSessionManager(SessionManagerBase):
 
     def _hooked(self, hook: Hook | None, operation: Operation, action: str, **argument: Any) -> Any:
         self._check_open()
-        with in_the_name_of(self._connection):
+        with attributed_to(self._connection):
             return call_hooked(self._connection.portal, hook, operation, action, self.session_id, **argument)
 
     def _ask(
