@@ -31,13 +31,13 @@ from mongodb_session_manager import (
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     SessionClosedError,
-    _commands,
     close_global_factory,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
     get_global_factory,
     initialize_global_factory,
 )
+from mongodb_session_manager._io import collection as _commands
 from mongodb_session_manager._io.collection import _forget_indexes, see_again, unseen
 from support import CommandLog, agent, eventually, fail_point, texts
 
@@ -267,6 +267,7 @@ def test_making_a_factory_sends_nothing(cold: MongoDBSessionManagerFactory, comm
     assert commands.names == []
 
 
+@pytest.mark.own_database
 def test_a_cold_factory_asked_by_many_at_once_opens_one_client(
     cold: MongoDBSessionManagerFactory, commands: CommandLog, stored: Documents
 ) -> None:
@@ -603,6 +604,7 @@ def test_the_indexes(server: str, database: str, stored: Documents) -> None:
     assert index_names(stored) == USUAL | metadata_indexes("priority", "customer.id")
 
 
+@pytest.mark.own_database
 def test_more_metadata_fields_than_indexes_may_be(server: str, database: str, stored: Documents) -> None:
     fields = [f"f{number}" for number in range(30)]
     with MongoDBSessionManagerFactory(server, database, metadata_fields=fields) as factory:
@@ -614,11 +616,13 @@ def test_more_metadata_fields_than_indexes_may_be(server: str, database: str, st
     assert names > {f"metadata.{field}_1_updated_at_1__id_1" for field in fields[:24]}
 
 
+@pytest.mark.own_database
 def test_the_indexes_without_closing(cold: MongoDBSessionManagerFactory, stored: Documents) -> None:
     cold.create_session_manager("s")
     eventually(lambda: index_names(stored) == USUAL)
 
 
+@pytest.mark.own_database
 def test_indexes_are_built_once_for_many_managers_and_factories(
     server: str, database: str, commands: CommandLog, stored: Documents
 ) -> None:
@@ -631,6 +635,7 @@ def test_indexes_are_built_once_for_many_managers_and_factories(
     assert index_names(stored) == USUAL
 
 
+@pytest.mark.own_database
 def test_a_new_metadata_field_gets_its_index_alone(
     factory: MongoDBSessionManagerFactory, commands: CommandLog, stored: Documents
 ) -> None:
@@ -640,6 +645,7 @@ def test_a_new_metadata_field_gets_its_index_alone(
     assert commands.names.count("createIndexes") == 1
 
 
+@pytest.mark.own_database
 def test_every_collection_gets_its_indexes(
     factory: MongoDBSessionManagerFactory, commands: CommandLog, driver: Any, database: str
 ) -> None:
@@ -649,6 +655,7 @@ def test_every_collection_gets_its_indexes(
     assert commands.names.count("createIndexes") == 1
 
 
+@pytest.mark.own_database
 @DRIVERS
 @pytest.mark.anyio
 async def test_indexes_over_a_borrowed_client(
@@ -676,6 +683,7 @@ def refusals(caplog: pytest.LogCaptureFixture, database: str) -> list[str]:
     ]
 
 
+@pytest.mark.own_database
 def test_a_refused_index_build_is_logged_and_harmless(
     server: str, database: str, stored: Documents, commands: CommandLog, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -693,6 +701,7 @@ def test_a_refused_index_build_is_logged_and_harmless(
         assert conversation(stored, session) == ["hi", "hello"]
 
 
+@pytest.mark.own_database
 def test_a_conflicting_index_is_harmless(
     cold: MongoDBSessionManagerFactory, database: str, stored: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -718,6 +727,7 @@ IN_THE_WAY: dict[str, tuple[Callable[[Documents], object], set[str]]] = {
 }
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize(("make", "missing"), IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_an_index_in_the_way_keeps_no_other_away(
     cold: MongoDBSessionManagerFactory,
@@ -739,6 +749,7 @@ def test_an_index_in_the_way_keeps_no_other_away(
     assert refusals(caplog, database) == [told]
 
 
+@pytest.mark.own_database
 def test_a_refused_index_is_built_later(
     cold: MongoDBSessionManagerFactory,
     commands: CommandLog,
@@ -767,6 +778,7 @@ def test_a_refused_index_is_built_later(
     assert commands.names == ["findAndModify"]
 
 
+@pytest.mark.own_database
 def test_a_collection_dropped_under_its_index_build_is_no_refusal(
     server: str, database: str, stored: Documents, commands: CommandLog, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -778,6 +790,7 @@ def test_a_collection_dropped_under_its_index_build_is_no_refusal(
     assert refusals(caplog, database) == []
 
 
+@pytest.mark.own_database
 def test_an_index_build_lost_with_its_connection_is_made_up_for(server: str, database: str, stored: Documents) -> None:
     with (
         MongoDBSessionManagerFactory(server, database, heartbeatFrequencyMS=500) as factory,

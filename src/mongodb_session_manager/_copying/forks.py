@@ -22,7 +22,7 @@ from .._format.buckets import Head, holding_message, holding_positions
 from .._format.documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
 from .._format.layout import CHUNKS, Place
 from .._format.retention import Life
-from .._io.connection import AsyncCollection, run_pipeline
+from .._io.drivers import AsyncCollection, run_pipeline
 from .._store.attachments import CHUNK_BYTES, Attachments
 from .._store.writes import SessionWrites
 from ..errors import (

@@ -23,8 +23,8 @@ from pymongo.results import UpdateResult
 from .._format.documents import Document
 from .._format.layout import LIVE, Place
 from .._format.retention import next_date
-from .._io.connection import AsyncCollection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection
 from .._store.archive import SessionArchive
 from .._store.deletion import LEASE
 from ..errors import (

@@ -33,7 +33,7 @@ from .._format.documents import (
 from .._format.layout import Place
 from .._format.odd_fields import usable_agents
 from .._format.sizes import MAX_DOCUMENT_BYTES
-from .._io.connection import AsyncCollection
+from .._io.drivers import AsyncCollection
 from .._store.attachments import Attachments
 from .._store.writes import ROUNDS, SessionWrites
 from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone

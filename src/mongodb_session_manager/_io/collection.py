@@ -28,9 +28,10 @@ from ..errors import (
     SessionNotFoundError,
     raise_alone,
 )
-from .connection import AsyncCollection, Connection
+from .connection import Connection
 from .driver_errors import UNSUPPORTED, driver_errors, may_be_sent_again, may_have_been_applied
-from .loop import Portal
+from .drivers import AsyncCollection
+from .portal import Portal
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from contextvars import Context
 from typing import ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
-from .._io.loop import Lock, Portal
+from .._io.loop import Lock
+from .._io.portal import Portal
 from ..errors import NotificationError
 from .notification import Notification, Source, give_up, names_of
 

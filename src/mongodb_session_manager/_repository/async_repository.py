@@ -60,8 +60,10 @@ from .._format.layout import ARCHIVE, OF_V1, Place, live_at
 from .._format.odd_fields import messages_from, tell_odd, usable
 from .._format.retention import LIFE, Life, checked_ttl, next_date
 from .._io.collection import given
-from .._io.connection import AsyncCollection, Client, Connection, Settings
+from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection, Client
+from .._io.settings import Settings
 from .._store.archive import WrittenBackError, present
 from .._store.attachments import Attachments
 from .._store.migration import HAS_PARTS, is_of_v1

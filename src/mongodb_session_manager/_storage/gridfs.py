@@ -17,7 +17,8 @@ from pymongo.errors import BulkWriteError
 
 from .._format.documents import Document, now
 from .._io.collection import ensure_indexes, send
-from .._io.connection import AsyncCollection, Connection
+from .._io.connection import Connection
+from .._io.drivers import AsyncCollection
 from ..errors import DatabaseTimeoutError
 
 T = TypeVar("T")

@@ -19,8 +19,10 @@ from strands.storage import storage as strands_storage
 
 from .._format.documents import Document
 from .._io.collection import checked_name, given, send
-from .._io.connection import AsyncCollection, Client, Connection, Settings
+from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection, Client
+from .._io.settings import Settings
 from ..errors import DatabaseError, InvalidArgumentError, raise_alone
 from .gridfs import Bucket
 

@@ -36,8 +36,8 @@ from .._format.documents import Document, agent_key, removed_messages
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import LIFE, Life
 from .._format.sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
-from .._io.connection import AsyncCollection, find_and_modify, run_pipeline
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection, find_and_modify, run_pipeline
 from ..errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError, raise_alone
 from .attachments import Attachments, parsed
 from .migration import SessionMigration

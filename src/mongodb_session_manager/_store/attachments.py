@@ -23,8 +23,9 @@ from .._format.documents import Document, array_at, entries_at, message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
 from .._io.collection import ensure_indexes, send
-from .._io.connection import AsyncCollection, Connection, run_pipeline
+from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection, run_pipeline
 from ..errors import AttachmentError
 
 T = TypeVar("T")

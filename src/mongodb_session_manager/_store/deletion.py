@@ -28,7 +28,7 @@ from .._format.documents import Document, checked_id
 from .._format.layout import UNFINISHED, Place, live_at
 from .._format.retention import Life
 from .._io.collection import unseen
-from .._io.connection import AsyncCollection, find_and_modify
+from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import MongoDBSessionError, SessionConflictError, SessionExistsError
 from .expiry import SessionRetention
 

@@ -33,7 +33,7 @@ from .._format.documents import Document
 from .._format.layout import LIVE, OF_V1, OUTSIDE, Place, live_at
 from .._format.retention import LIFE, NO_TIME_TO_LIVE, Dates, Life, next_date
 from .._io.collection import SessionCollection, ensure_indexes
-from .._io.connection import AsyncCollection
+from .._io.drivers import AsyncCollection
 from ..errors import SessionNotFoundError
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from .._format.changes import Update
 from .._format.documents import Document, array_at, entries_at, number_at
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
 from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
-from .._io.connection import AsyncCollection, run_pipeline
+from .._io.drivers import AsyncCollection, run_pipeline
 from ..errors import DatabaseError, SessionNotFoundError
 from .attachments import Attachments
 from .deletion import SessionDeletion, incarnations_of

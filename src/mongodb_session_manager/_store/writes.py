@@ -41,7 +41,7 @@ from .._format.layout import Place
 from .._format.odd_fields import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
-from .._io.connection import AsyncCollection, find_and_modify
+from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
     DatabaseError,
     MessageTooLargeError,
