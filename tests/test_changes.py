@@ -34,15 +34,9 @@ from mongodb_session_manager._format.changes import (
     fold,
     reconcile,
 )
-from mongodb_session_manager._format.documents import (
-    agent_key,
-    agent_state,
-    array_at,
-    message_body,
-    new_agent,
-    new_session,
-    stored_message,
-)
+from mongodb_session_manager._format.documents import agent_state, message_body, new_agent, new_session, stored_message
+from mongodb_session_manager._format.expressions import array_at
+from mongodb_session_manager._format.ids import agent_key
 
 INCARNATION = ObjectId()
 T0 = datetime(2025, 1, 1, tzinfo=UTC)

@@ -388,7 +388,7 @@ def layers_below(name: str) -> set[str]:
 
 
 def test_the_walk_sees_imports() -> None:
-    assert own_imports("_format.documents") == {"_format.codec", "errors"}
+    assert own_imports("_format.documents") == {"_format.codec", "_format.dates", "_format.ids"}
     assert own_imports("_format.codec") == {"errors"}  # by its absolute name
     assert "pymongo.ReturnDocument" in imports("_repository.async_repository")
 
@@ -445,7 +445,7 @@ def test_one_module_knows_clients() -> None:
     assert {module for name in clients for module in imported_by(name)} == {"_io.connection", "embedded._server"}
 
 
-NOT_PURE = {"_format.large_values", "_format.odd_fields"}  # one has a thread, one a logger
+NOT_PURE = {"_format.malformed"}  # it has a logger
 PURE = [
     "errors",
     *(name for name in modules() if name.startswith("_format.") and name not in NOT_PURE),

@@ -37,9 +37,11 @@ from bson.binary import UuidRepresentation
 from bson.errors import BSONError
 
 from .._format.attachment_refs import Reference, attached, references_of
-from .._format.codec import CODEC_OPTIONS, MARKER, stored_size
-from .._format.documents import Document, checked_id, following_id, to_iso
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.codec import CODEC_OPTIONS, MARKER
+from .._format.dates import to_iso
+from .._format.documents import Document
+from .._format.ids import checked_id, following_id
+from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from ..errors import InvalidArgumentError, raise_alone
 from .import_checks import checked_agent, checked_message, checked_session, require
 

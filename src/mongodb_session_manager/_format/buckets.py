@@ -45,7 +45,9 @@ from .changes import (
     split_fields,
     with_removed,
 )
-from .documents import Document, array_at, entries_at, ids_of, is_numbered, number_at, size_at, stored_removed
+from .documents import Document
+from .expressions import array_at, entries_at, ids_of, number_at, size_at, stored_removed
+from .ids import is_numbered
 from .layout import LIVE, Place
 from .retention import LIFE, Dates, Life
 

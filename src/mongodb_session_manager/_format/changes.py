@@ -19,10 +19,11 @@ from bson import ObjectId
 
 from ..errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 from .attachment_refs import Reference
-from .codec import stored_size
-from .documents import Document, StoredMessage, agent_key, array_at, checked_id, stored_config_set
+from .documents import Document, StoredMessage
+from .expressions import array_at, stored_config_set
+from .ids import agent_key, checked_id
 from .retention import UNDATED, Dates
-from .sizes import AGENT_FIELDS
+from .sizes import AGENT_FIELDS, stored_size
 
 _PART_BYTES = 15 * 1024 * 1024
 """A statement may hold 16 MiB; the rest is for what is not a message."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import base64
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, date, datetime, time, timedelta
@@ -449,11 +449,6 @@ def subscript(key: Any) -> str:
 
 def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def stored_size(document: Mapping[str, Any]) -> int:
-    """Return how many bytes of BSON an encoded dict takes."""
-    return len(bson.encode(document, codec_options=CODEC_OPTIONS))
 
 
 def _dump(value: Any) -> bytes:

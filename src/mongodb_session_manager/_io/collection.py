@@ -17,8 +17,10 @@ from pymongo import IndexModel
 from pymongo.errors import PyMongoError
 
 from .._format.changes import Update
-from .._format.documents import Document, OddField, agent_key, checked_id, odd_fields
+from .._format.documents import Document
+from .._format.ids import agent_key, checked_id
 from .._format.layout import live_at
+from .._format.malformed import MalformedField, malformed_fields
 from ..errors import (
     AgentNotFoundError,
     ConfigurationError,
@@ -161,7 +163,7 @@ class SessionCollection:
         session_id = update.filter["_id"]
         odd = [
             field
-            for field in await self._odd_fields(session_id)
+            for field in await self._malformed_fields(session_id)
             if any(path == field.path or path.startswith(f"{field.path}.") for path in written)
         ]
         for field in odd:
@@ -174,12 +176,12 @@ class SessionCollection:
         await self._send(lambda collection: collection.update_one(condition, {"$unset": nulls}))
         return True
 
-    async def _odd_fields(self, session_id: str) -> list[OddField]:
-        return list(odd_fields(await self._find(session_id, {}) or {}))
+    async def _malformed_fields(self, session_id: str) -> list[MalformedField]:
+        return list(malformed_fields(await self._find(session_id, {}) or {}))
 
     async def _raise_odd(self, session_id: str) -> None:
         """Raise the error for the first field of a session that cannot be written into, if there is one."""
-        for field in await self._odd_fields(session_id):
+        for field in await self._malformed_fields(session_id):
             if field.value is not None:
                 raise field.error(session_id)
 

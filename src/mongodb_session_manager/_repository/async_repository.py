@@ -24,44 +24,46 @@ from .._format.changes import (
     ReplaceMessage,
     UpdateAgent,
 )
+from .._format.dates import now, to_date
 from .._format.documents import (
-    ODD_AGENTS,
     Document,
-    OddField,
     agent_from,
+    agent_state,
+    message_body,
+    message_from,
+    needs_upgrade,
+    new_agent,
+    new_session,
+    removed_messages,
+    session_from,
+    stored_message,
+)
+from .._format.expressions import (
+    MALFORMED_AGENTS,
+    array_at,
+    entries_at,
+    ids_left_out,
+    malformed_at,
+    number_at,
+    restored,
+    to_restore,
+)
+from .._format.ids import (
     agent_id_of,
     agent_key,
-    agent_state,
-    array_at,
     checked_count,
     checked_id,
     checked_message_id,
-    entries_at,
-    ids_left_out,
     is_message_id,
-    is_of_old,
-    message_body,
-    message_from,
-    new_agent,
-    new_session,
-    now,
-    number_at,
-    odd_at,
-    removed_messages,
-    restored,
-    session_from,
     stored_id,
-    stored_message,
-    to_date,
-    to_restore,
 )
-from .._format.large_values import compute
 from .._format.layout import ARCHIVE, OF_V1, Place, live_at
-from .._format.odd_fields import messages_from, tell_odd, usable
+from .._format.malformed import MalformedField, log_malformed, messages_from, usable_field
 from .._format.retention import LIFE, Life, checked_ttl, next_date
 from .._io.collection import given
 from .._io.connection import AsyncCollection, Client, Connection, Settings
 from .._io.driver_errors import DuplicateKeyError
+from .._io.threads import compute
 from .._store.archive import WrittenBackError, present
 from .._store.attachments import Attachments
 from .._store.migration import HAS_PARTS, is_of_v1
@@ -102,7 +104,7 @@ _RESTORE: Document = {
     "removed_attachments": 1,
     **dict.fromkeys(OF_V1, 1),
     "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
-    "odd_agents": ODD_AGENTS,
+    "malformed_agents": MALFORMED_AGENTS,
     # All agents, each message without its metrics, which no restored agent needs.
     "agents": {
         "$arrayToObject": {
@@ -116,7 +118,7 @@ _RESTORE: Document = {
                         "config_set": "$$agent.v.config_set",
                         "updated_at": "$$agent.v.updated_at",
                         "usage": "$$agent.v.usage",
-                        "odd_messages": odd_at("$$agent.v.messages", "array"),
+                        "malformed_messages": malformed_at("$$agent.v.messages", "array"),
                         **head_numbers("$$agent.v"),
                         "ids": ids_left_out("$$agent.v"),
                         "messages": {
@@ -255,11 +257,11 @@ class AsyncMongoDBSessionRepository(
                     continue
                 agents: dict[str, Document] = document["agents"]
                 for key in [key for key in agents if not key or "." in key]:
-                    tell_odd(session_id, "agents", key)
+                    log_malformed(session_id, "agents", key)
                     del agents[key]
                 for agent in agents.values():
                     agent["ids"] += map(stored_id, agent["messages"])
-                of_old = [key for key, agent in agents.items() if is_of_old(agent)]
+                of_old = [key for key, agent in agents.items() if needs_upgrade(agent)]
                 gained = {} if not is_of_v1(document) else {"incarnation": ObjectId()}
                 if not await self._adopt(session_id, agents, of_old, gained):
                     continue
@@ -427,10 +429,10 @@ class AsyncMongoDBSessionRepository(
         key = agent_key(agent_id)
         names = ("agent_data", "created_at", "updated_at")
         document = await self._found(session_id, {f"agents.{key}.{name}": 1 for name in names})
-        agents: Document = usable(dict, document.get("agents"), session_id, "agents")
+        agents: Document = usable_field(dict, document.get("agents"), session_id, "agents")
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
-            raise OddField(f"agents.{key}", stored, dict).error(session_id)
+            raise MalformedField(f"agents.{key}", stored, dict).error(session_id)
         return None if stored is None else await compute(agent_from, agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
@@ -492,7 +494,9 @@ class AsyncMongoDBSessionRepository(
                     missing = error.references
         found = await compute(message_from, messages[0], message_id)
         if found is None:
-            raise OddField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(session_id)
+            raise MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(
+                session_id
+            )
         return found
 
     async def update_message(

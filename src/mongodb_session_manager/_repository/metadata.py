@@ -16,23 +16,15 @@ from pymongo import ReturnDocument
 
 from .._format.changes import Update
 from .._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
-from .._format.documents import (
-    USAGE,
-    Document,
-    agent_id_of,
-    agent_key,
-    array_at,
-    checked_id,
-    entries_at,
-    number_at,
-    to_date,
-    usable_numbers,
-)
-from .._format.large_values import compute
-from .._format.odd_fields import tell_odd, usable, usable_agents
+from .._format.dates import to_date
+from .._format.documents import USAGE, Document, usable_numbers
+from .._format.expressions import array_at, entries_at, number_at
+from .._format.ids import agent_id_of, agent_key, checked_id
+from .._format.malformed import log_malformed, usable_agents, usable_field
 from .._format.sizes import of_agent, refuse_unstorable
 from .._io.asked_fields import asked_for
 from .._io.connection import AsyncCollection, Connection
+from .._io.threads import compute
 from .._store.archive import SessionArchive
 from ..errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
 
@@ -214,7 +206,7 @@ class SessionAnnotations(SessionArchive):
         document = await self._find(session_id, {"metadata": 1})
         if document is None:
             return {}
-        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+        metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         return {"metadata": await compute(decode_values, metadata)}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
@@ -271,9 +263,9 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         document = await self._found(session_id, {"feedbacks": 1})
-        feedbacks: list[Any] = usable(list, document.get("feedbacks"), session_id, "feedbacks")
+        feedbacks: list[Any] = usable_field(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
-            tell_odd(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
+            log_malformed(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
         return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
     async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
@@ -394,7 +386,7 @@ class SessionAnnotations(SessionArchive):
         document = await self._update_with(Update(condition, update, None), change)
         if document is None:
             return False
-        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+        metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
             wanted = {name: metadata[name] for name in fields.names if name in metadata}
@@ -463,7 +455,9 @@ def _leads_into_marked(stored: Any, key: str) -> bool:
 
 
 def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:
-    data: Document = usable(dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data")
+    data: Document = usable_field(
+        dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data"
+    )
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
     return {
         "agent_id": agent_id,

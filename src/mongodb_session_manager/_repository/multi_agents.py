@@ -10,8 +10,9 @@ from bson import ObjectId
 
 from .._format.changes import Update
 from .._format.codec import decode
-from .._format.documents import Document, OddField, checked_id
-from .._format.large_values import compute
+from .._format.documents import Document
+from .._format.ids import checked_id
+from .._format.malformed import MalformedField
 from .._format.multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -22,6 +23,7 @@ from .._format.multi_agents import (
     reconcile_write,
 )
 from .._format.sizes import of_multi_agent
+from .._io.threads import compute
 from .._store.archive import SessionArchive
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
 
@@ -132,6 +134,6 @@ class MultiAgentStates(SessionArchive):
             if found is None:
                 return None
         if not isinstance(found, dict):
-            raise OddField(path, found, dict).error(session_id)
+            raise MalformedField(path, found, dict).error(session_id)
         stored: Document = found
         return stored

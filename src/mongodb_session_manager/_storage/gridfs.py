@@ -15,7 +15,8 @@ from typing import TypeVar
 from bson import ObjectId
 from pymongo.errors import BulkWriteError
 
-from .._format.documents import Document, now
+from .._format.dates import now
+from .._format.documents import Document
 from .._io.collection import ensure_indexes, send
 from .._io.connection import AsyncCollection, Connection
 from ..errors import DatabaseTimeoutError

@@ -31,11 +31,11 @@ from .._format.buckets import (
     stale_buckets,
 )
 from .._format.changes import REMOVED, AgentWrite, Update
-from .._format.codec import stored_size
-from .._format.documents import Document, agent_key, removed_messages
+from .._format.documents import Document, removed_messages
+from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import LIFE, Life
-from .._format.sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
+from .._format.sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, stored_size, too_large
 from .._io.connection import AsyncCollection, find_and_modify, run_pipeline
 from .._io.driver_errors import DuplicateKeyError
 from ..errors import DatabaseError, MessageTooLargeError, MongoDBSessionError, StateTooLargeError, raise_alone

@@ -24,7 +24,8 @@ from typing import Any
 
 from bson import ObjectId
 
-from .._format.documents import Document, checked_id
+from .._format.documents import Document
+from .._format.ids import checked_id
 from .._format.layout import UNFINISHED, Place, live_at
 from .._format.retention import Life
 from .._io.collection import unseen

@@ -23,7 +23,8 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.changes import Update
-from .._format.documents import Document, array_at, entries_at, number_at
+from .._format.documents import Document
+from .._format.expressions import array_at, entries_at, number_at
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
 from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
 from .._io.connection import AsyncCollection, run_pipeline

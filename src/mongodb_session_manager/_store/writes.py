@@ -23,22 +23,12 @@ from .._format.changes import (
     reconcile,
     without_removed,
 )
-from .._format.documents import (
-    Document,
-    agent_key,
-    as_date,
-    checked_id,
-    config_set,
-    has_old_config_set,
-    is_message_id,
-    is_numbered,
-    numbered,
-    stored_config_set,
-    stored_id,
-    with_ids,
-)
+from .._format.dates import as_date
+from .._format.documents import Document, config_set, has_old_config_set
+from .._format.expressions import stored_config_set, with_ids
+from .._format.ids import agent_key, checked_id, is_message_id, is_numbered, numbered, stored_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
+from .._format.malformed import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .._io.connection import AsyncCollection, find_and_modify
