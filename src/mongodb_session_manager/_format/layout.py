@@ -14,6 +14,7 @@ are in one range of the `_id` index. Each document also holds `session_id`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -32,16 +33,24 @@ OUTSIDE = (ARCHIVE, CHUNKS, FILES)
 Chunks are removed before files: an interrupted deletion then leaves no chunks without a file.
 """
 
-UNFINISHED = ("copying", "deleting")
-"""The values of `state` of a session that is not live."""
+UNFINISHED: Document = {"state": {"$in": ["copying", "deleting"]}, "state_until": {"$type": "date"}}
+"""The filter for sessions that are being copied or deleted.
 
-LIVE: Document = {"state": {"$nin": UNFINISHED}}
-"""The filter for live sessions. A document can hold a `state` that an application has stored: that session is live."""
+A document can hold a `state` that an application has stored. Such a document has no `state_until`, and is live.
+"""
+
+LIVE: Document = {"$nor": [UNFINISHED]}
+"""The filter for live sessions."""
 
 
 def live_at(moment: datetime) -> Document:
     """Return the filter for live sessions that have not expired; the server removes an expired one a little later."""
-    return {**LIVE, "$nor": [{"time_to_live": {"$exists": True}, "expires_at": {"$lte": moment}}]}
+    return {"$nor": [UNFINISHED, {"time_to_live": {"$exists": True}, "expires_at": {"$lte": moment}}]}
+
+
+def is_unfinished(document: Mapping[str, Any]) -> bool:
+    """Return whether a session is being copied or deleted, as `UNFINISHED` matches it."""
+    return document.get("state") in ("copying", "deleting") and isinstance(document.get("state_until"), datetime)
 
 
 OF_V1 = frozenset({"session_ttl", "migrating", "moved"})

@@ -365,7 +365,7 @@ class SessionFinding(SessionCollection):
         meant = criteria.filter()
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
-        unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted separately, so that an index answers each query
+        unfinished = {**meant, **UNFINISHED}  # counted separately, so that an index answers each query
         async with self._connection.operation():
             self._ensure_indexes()
             count = await self._send(lambda collection: collection.count_documents(meant, **options))

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 from pymongo import ReturnDocument
 
 from .._format.changes import Update
-from .._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
+from .._format.codec import MARKER, decode, encode, subscript
 from .._format.dates import to_date
 from .._format.documents import USAGE, Document, usable_numbers
 from .._format.expressions import array_at, entries_at, number_at
@@ -432,7 +432,7 @@ def _encoded_config(session_id: str, part: str, config: Document) -> Document:
 
 def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return decoded values of metadata by their keys."""
-    return {key: decode(value, nesting=MAX_NESTING + MAX_LEVELS) for key, value in stored.items()}
+    return {key: decode(value) for key, value in stored.items()}
 
 
 def decode_all(stored: Iterable[Any]) -> list[Any]:
