@@ -132,10 +132,10 @@ class SessionExports(SessionArchive):
             for _ in range(_ROUNDS if references_of(message) else 0):
                 missing = None
                 for reference in references_of(message):
-                    if reference not in writer.recent:
+                    if not writer.knows(reference):
                         async for lines in self._attachment_lines(source.place, reference, writer):
                             yield lines
-                        if reference not in writer.recent:
+                        if not writer.knows(reference):
                             missing = reference
                             break
                 if missing is None:

@@ -1,15 +1,15 @@
-"""The layout of the messages of a long conversation: heads, buckets, and the statements that move messages. Pure.
+"""The messages of a long conversation: heads, buckets, and the statements that move messages. Pure.
 
 The session document keeps an agent's newest messages, its head. Older ones are in `<collection>_archive`:
 
-    _id          {incarnation, agent: <agent key>, first: <position>}, see `_layout`
+    _id          {incarnation, agent: <agent key>, first: <position>}, see `layout`
     session_id   the session
     revision     that of the head when the bucket was made; it grows with every change of a message in the bucket
     last         the position of the last message
-    messages     as they were in the session document
+    messages     the elements of `messages` of the session document
     removed_attachments
                  references of replaced messages, until the files are removed
-    expires_at   if the session expires, see `_retention`
+    expires_at   if the session expires, see `retention`
 
 A position counts the messages of an agent from 0. Versions before 1.0 can have stored ids that have gaps, or do not
 increase; positions always locate a message. In the agent's sub-document, `archived` is the position of the head's first
@@ -23,9 +23,10 @@ bucket that begins at `archived` or later is left over from an unfinished move: 
 replaces it. `merge` refuses to replace a bucket of a higher revision, or a different one of the same revision, so that
 a delayed statement cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
 
-A write-back is the only statement that lowers `archived`, to 0; see `_write_back`. It leaves the agent's buckets behind
-and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No message moves
-while the field is there. Removing the buckets of a lower revision, and then the field, ends the write-back.
+A write-back is the only statement that lowers `archived`, to 0; see `_copying.write_back`. It leaves the agent's
+buckets behind and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No
+message moves while the field is there. Removing the buckets of a lower revision, and then the field, ends the
+write-back.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from .changes import (
     with_removed,
 )
 from .documents import Document
-from .expressions import array_at, entries_at, ids_of, number_at, size_at, stored_removed
+from .expressions import ALL, array_at, entries_at, ids_of, is_object, number_at, size_at, stored_removed
 from .ids import is_numbered
 from .layout import LIVE, Place
 from .retention import LIFE, Dates, Life
@@ -55,31 +56,30 @@ MAX_EMBEDDED_MESSAGES = 128
 MAX_EMBEDDED_BYTES = 256 * 1024
 
 BUCKET_MESSAGES = 1024
-"""The most messages of a bucket. So the bucket that holds a position begins less than this number below it."""
+"""The most messages of a bucket: the bucket that holds a position begins less than this number below it."""
 
 _BUCKET_BYTES = 2 * 1024 * 1024
 _MOST_EMBEDDED_BYTES = 8 * 1024 * 1024
-_ALL = 2**31 - 1
 _TAKEN = "__taken__"
 
 
 @dataclass
 class Head:
-    """What is known of the messages of an agent in the session document.
+    """The state of an agent's messages in the session document, as this process knows it.
 
     Attributes:
-        since: When the agent was created.
-        archived: The position of the first one.
-        revision: Of the head.
-        below: Ids below the first one's, that is `archived` unless a version before 1.0 left gaps.
+        since: The creation date of the agent.
+        archived: The position of the first message.
+        revision: The revision of the head.
+        below: The number of ids below the first message's; `archived`, unless a version before 1.0 left gaps.
         next_id: The id of the next message.
-        size: Bytes of all, at least.
+        size: A lower bound of the size in bytes.
         removed: How many of the agent's oldest messages its conversation manager has removed.
         learned: Whether the head was ever read from the server.
         certain: Whether only appends have changed it since, as far as this process knows.
-        is_numbered: Whether the ids of the messages increase; other messages only move if there is no room.
-        moving: A future that is done when the bucket that is being moved is.
-        life: The `Life` of the session, as it was when the head was read.
+        is_numbered: Whether the ids of the messages increase; other messages move only if there is no room.
+        moving: A future that is done when the move under way is.
+        life: The `Life` of the session when the head was read.
         stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
     """
 
@@ -99,7 +99,7 @@ class Head:
 
     @property
     def count(self) -> int:
-        """How many messages there are."""
+        """The number of messages."""
         return self.next_id - self.below
 
     @property
@@ -108,7 +108,7 @@ class Head:
         return self.learned and self.below == self.archived
 
     def learn(self, numbers: Mapping[str, Any]) -> None:
-        """Take the values of a result of `head_numbers`."""
+        """Take over a result of `head_numbers`."""
         self.since = numbers.get("created_at")
         self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
         self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
@@ -130,7 +130,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most messages, and the most bytes of them, that an agent has in the session document."""
+    """The most messages of an agent in the session document, and their most bytes."""
 
     messages: int
     size: int
@@ -173,13 +173,13 @@ class Limits:
 
 
 def everything(head: Head) -> Step:
-    """Return the move that leaves only the newest message, or none where that is the only one."""
+    """Return the move that leaves only the newest message; a single message is moved, too."""
     older = max(1, head.count - 1)
     return Step(older, 0, min(older, BUCKET_MESSAGES))
 
 
 def head_numbers(path: str) -> Document:
-    """Return the expression for the numbers that `Head.learn` takes; `path` leads to the agent and begins with `$`."""
+    """Return the expression for the numbers that `Head.learn` takes; `path` is that of the agent, with `$`."""
     messages = array_at(f"{path}.messages")
     return {
         "created_at": f"{path}.created_at",
@@ -196,9 +196,9 @@ def head_numbers(path: str) -> Document:
 
 
 def numbers_of(key: str) -> Document:
-    """Return the projection of the `head` of an agent; `null` if there is no such agent."""
+    """Return the projection for the `head` of an agent; `null` without the agent."""
     path = f"$agents.{key}"
-    return {"_id": 0, "head": {"$cond": [{"$eq": [{"$type": path}, "object"]}, head_numbers(path), None]}}
+    return {"_id": 0, "head": {"$cond": [is_object(path), head_numbers(path), None]}}
 
 
 NUMBERS_OF_ALL: Document = {
@@ -211,11 +211,11 @@ NUMBERS_OF_ALL: Document = {
         }
     },
 }
-"""The projection of the `heads` of all agents, each with its `key`."""
+"""The projection for the `heads` of all agents, each with its `key`."""
 
 
 def _unchanged(session_id: str, key: str, head: Head) -> Document:
-    """Return the filter that matches while the messages of `head` are unchanged; further ones may follow them."""
+    """Return the filter that matches while the messages of `head` are unchanged; others can follow them."""
     numbers = {"archived": head.archived, "revision": head.revision}
     return {
         "_id": session_id,
@@ -261,7 +261,7 @@ def _taken(messages: str, step: Step) -> Document:
 
 
 def taken(sizes: Sequence[int], step: Step) -> int:
-    """Return how many of messages of these sizes a step takes, as `merge` does."""
+    """Return how many messages of these sizes a step takes, computed as in `merge`."""
     count = size = 0
     for added in sizes[: step.most]:
         if not (count < step.messages or size < step.size) or (count and size + added > _BUCKET_BYTES):
@@ -282,7 +282,7 @@ def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) 
 
 
 def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates: Dates) -> list[Document]:
-    """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in.
+    """Return the aggregation that copies the oldest messages of a head into their bucket in `archive`.
 
     `dates` is the expiry of the bucket.
     """
@@ -298,7 +298,7 @@ def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates
         bucket["expires_at"] = {"$literal": dates.expires_at}
     newer = {"$gt": ["$$new.revision", "$revision"]}
     alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
-    # Aggregations have no operator that fails; but a change of _id is an error (ImmutableField).
+    # Aggregations have no operator that raises an error, but a change of _id does (ImmutableField).
     replace_or_fail = {"$replaceWith": {"$cond": [{"$or": [newer, alike]}, "$$new", {"_id": None}]}}
     return [
         {"$match": _unchanged(session_id, key, head)},
@@ -317,7 +317,7 @@ def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Upda
     path = f"agents.{key}"
     condition = {**_unchanged(session_id, key, head), **dates.may_be_added}
     sets = {
-        f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
+        f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", ALL]},
         f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},
     }
     stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
@@ -332,7 +332,7 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
 
 def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
     """Return the filter for the buckets that a write-back has left behind; it never matches a later bucket."""
-    first, last = (place.bucket_id(key, position, since) for position in (0, _ALL))
+    first, last = (place.bucket_id(key, position, since) for position in (0, ALL))
     return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
 
 
@@ -346,13 +346,13 @@ def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) 
 
 
 def holding_message(place: Place, key: str, message_id: int, head: Head, created_at: Any = None) -> list[Document]:
-    """Return filters for the bucket that holds a message, to be tried in turn.
+    """Return filters for the bucket that holds a message, to be used one after the other.
 
     The first covers the buckets where the id is the position of its message; the second, if ids can differ, all.
     `created_at` is the message's, if it is known: 1.0.0 may have archived duplicate ids.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
-    ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
+    ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, ALL))
     return [
         {
             "_id": {

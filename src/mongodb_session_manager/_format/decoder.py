@@ -16,7 +16,7 @@ from bson import Binary, Int64
 from bson.binary import UUID_SUBTYPE
 from bson.errors import BSONError
 
-from ..errors import EncodingError
+from ..errors import EncodingError, raise_alone
 from .marked import LEGACY_MARKER, MARKER, load, marked
 
 _ESCAPE: Final = re.compile(r"\\(?:\\|u(d[89a-f][0-9a-f]{2}))")
@@ -108,7 +108,7 @@ def _unpacked(data: bytes) -> Any:
             frame, depth = frame.f_back, depth + 1
         if depth >= sys.getrecursionlimit() // 2:
             raise
-        raise TooDeepError from None
+        raise_alone(TooDeepError())
 
 
 def _collect(tag: str, members: list[Any]) -> Any:

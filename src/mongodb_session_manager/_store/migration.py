@@ -26,7 +26,7 @@ from .._format.changes import Update
 from .._format.documents import Document
 from .._format.expressions import array_at, entries_at, number_at
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
-from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
+from .._format.retention import LIFE, MAX_SECONDS, Life, next_date
 from .._io.connection import AsyncCollection, run_pipeline
 from ..errors import DatabaseError, SessionNotFoundError
 from .attachments import Attachments
@@ -125,7 +125,7 @@ class SessionMigration(SessionDeletion):
             await self._attachments.copy_from_v1(old, new)
         seconds = document.get("session_ttl")
         sets: Document = {"incarnation": new.incarnation}
-        if isinstance(seconds, int | float) and 1 <= seconds <= MOST_SECONDS:
+        if isinstance(seconds, int | float) and 1 <= seconds <= MAX_SECONDS:
             until = next_date(self._connection.now(), int(seconds))
             await self._date_parts(new, until)
             sets |= {"time_to_live": int(seconds), "expires_at": until}
