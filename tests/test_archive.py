@@ -361,7 +361,7 @@ def test_what_a_window_shows_stays_in_the_session_document(
         live(f"question {n} " + "x" * 700)
         eventually(lambda: not manager._connection._tasks)
         commands.clear()
-        document = factory.create_session_manager("s")._repository._heads["s", "agent"]
+        document = factory.create_session_manager("s")._repository._store.mover.head("s", "agent")
         assert commands.names == ["findAndModify"]
         assert document.size <= 20_000
     assert archive_of(stored).count_documents({}) > 2

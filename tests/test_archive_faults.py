@@ -18,6 +18,7 @@ import pytest
 from pymongo.errors import OperationFailure
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from fix_overtaking import overtake
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     AsyncMongoDBSessionRepository,
@@ -68,8 +69,7 @@ class Other:
     def __init__(self, stored: Stored, limit: int = 8) -> None:
         self.stored, self.limits = stored, Limits(limit, 2**20)
         document = head(stored)
-        self.head = Head(next_id=document["next_message_id"])
-        self.head.learn(
+        self.head = Head.of(
             {
                 "created_at": document["created_at"],
                 "archived": document.get("archived", 0),
@@ -343,26 +343,19 @@ def test_a_writer_does_not_outrun_a_slow_archive(embedded: str, database: str, d
 # Concurrency.
 
 
-class Overtaken(AsyncMongoDBSessionRepository):
-    """Finds that somebody else has written just before it sends something again."""
-
-    async def _remaining(self, *args: Any) -> Any:
-        remaining = await super()._remaining(*args)
-        async with AsyncMongoDBSessionRepository(
-            self._connection.settings.connection_string, self._database_name
-        ) as other:
-            with contextlib.suppress(SessionConflictError):
-                await other.create_message(
-                    "s", "agent", SessionMessage(said(20, "theirs").message | {"tracking_id": "x"}, 20)
-                )
-        return remaining
-
-
 @pytest.mark.anyio
 async def test_who_is_overtaken_in_between_changes_nothing_in_the_archive(
     server: str, database: str, stored: Stored
 ) -> None:
-    async with Overtaken(server, database, **SMALL) as repository:
+    async def overtaking() -> None:
+        """Write just before the repository sends something again."""
+        theirs = SessionMessage(said(20, "theirs").message | {"tracking_id": "x"}, 20)
+        async with AsyncMongoDBSessionRepository(server, database) as other:
+            with contextlib.suppress(SessionConflictError):
+                await other.create_message("s", "agent", theirs)
+
+    async with AsyncMongoDBSessionRepository(server, database, **SMALL) as repository:
+        overtake(repository._store.archive, "find_archived", overtaking, after=True)
         await repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
         await repository.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
         for message_id in range(20):

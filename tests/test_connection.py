@@ -1148,7 +1148,7 @@ async def test_a_feature_that_the_server_does_not_know_is_named_with_its_version
     driver[database]["agent_sessions"].insert_one({"_id": "s"})
     async with AsyncMongoDBSessionRepository(server, database) as repository:
         with pytest.raises(DatabaseError) as refused:
-            await repository._send(command)
+            await repository._store.collection.send(command)
     assert str(refused.value).startswith(f"the server, MongoDB {version}, does not support {name} (code ")
     assert SECRET not in str(refused.value)
 
@@ -1162,7 +1162,7 @@ async def test_what_the_strict_stable_api_refuses_is_named(
     repository = AsyncMongoDBSessionRepository(client=client, database_name=database)
     expression = {"$unsetField": {"field": "b", "input": "$$ROOT"}}
     with pytest.raises(DatabaseError, match=r"^the server, .*, does not support \$unsetField \(code 323\)$"):
-        await repository._send(lambda sessions: sessions.update_one({}, [{"$set": {"a": expression}}]))
+        await repository._store.collection.send(lambda sessions: sessions.update_one({}, [{"$set": {"a": expression}}]))
     client.close()
 
 

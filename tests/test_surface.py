@@ -390,7 +390,7 @@ def layers_below(name: str) -> set[str]:
 def test_the_walk_sees_imports() -> None:
     assert own_imports("_format.documents") == {"_format.codec", "_format.dates", "_format.ids"}
     assert own_imports("_format.decoder") == {"_format.marked", "errors"}
-    assert "pymongo.ReturnDocument" in imports("_repository.async_repository")
+    assert "pymongo.ReturnDocument" in imports("_store.opening")
 
 
 def test_every_module_has_its_place() -> None:

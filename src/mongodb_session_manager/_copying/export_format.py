@@ -37,7 +37,7 @@ from bson.binary import UuidRepresentation
 from bson.errors import BSONError
 
 from .._format.attachment_refs import Reference, attached, references_of
-from .._format.bounded import BoundedDict
+from .._format.bounded import Bounded
 from .._format.codec import CODEC_OPTIONS, MARKER
 from .._format.dates import to_iso
 from .._format.documents import Document
@@ -82,9 +82,9 @@ _REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionE
 """The errors that damaged Extended JSON can raise."""
 
 
-def _recent() -> BoundedDict[str, Reference]:
+def _recent() -> Bounded[str, Reference]:
     """Return an empty register of recent attachments, by SHA-256; writer and reader drop the same ones."""
-    return BoundedDict(REMEMBERED)
+    return Bounded(REMEMBERED)
 
 
 # Writing.

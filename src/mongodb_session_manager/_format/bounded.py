@@ -1,4 +1,4 @@
-"""A dict with a bounded number of entries. Pure."""
+"""`Bounded`: a dict with a maximum size."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class BoundedDict(dict[K, V]):
-    """A dict that drops its oldest entry when it has more than `most`; setting an existing key does not renew it.
-
-    Threads can share one: an entry is added, or dropped, in one step.
-    """
+class Bounded(dict[K, V]):
+    """A dict that removes the entry that was set least recently when it has more than `most` entries."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self._most = most
 
     def __setitem__(self, key: K, value: V) -> None:
+        self.pop(key, None)
         super().__setitem__(key, value)
         if len(self) > self._most:
-            self.pop(next(iter(self)), None)
+            self.pop(next(iter(self)), None)  # another thread can have removed it

@@ -10,10 +10,11 @@ writer that comes second changes nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, NamedTuple, Self, TypeAlias, cast
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from bson import ObjectId
 
@@ -135,26 +136,63 @@ Change: TypeAlias = (
 )
 
 
+@dataclass(slots=True)
+class MessageWrite:
+    """The change of one message: a new message, or new fields of a stored one.
+
+    Attributes:
+        fields: The fields to store.
+        recorded: A new message as it was first recorded, `None` for a stored one. If a statement whose acknowledgement
+            was lost has stored the message, this identifies it.
+        amended: The later changes of a new message, which that statement possibly did not contain.
+        usage: What a new message adds to the running totals of its agent.
+        known_as: The identity of a stored message, if it is known.
+    """
+
+    fields: Mapping[str, Any]
+    recorded: StoredMessage | None = None
+    amended: Mapping[str, Any] = field(default_factory=dict)
+    usage: Mapping[str, int] = field(default_factory=dict)
+    known_as: Identity | None = None
+
+    @property
+    def identity(self) -> Identity | None:
+        """The identity of the message, `None` if it is not known."""
+        return self.known_as if self.recorded is None else Identity.of(self.recorded)
+
+    def amend(self, fields: Mapping[str, Any]) -> None:
+        """Change fields of a new message, or further ones of a stored message."""
+        if self.recorded is None:
+            self.fields = {**self.fields, **fields}
+            return
+        sets, unsets = split_fields(fields)
+        self.fields = {name: value for name, value in self.fields.items() if name not in unsets} | sets
+        self.amended = {**self.amended, **fields}
+
+
 @dataclass
 class AgentWrite:
     """All recorded changes of one agent, gathered.
 
-    `recorded` holds the `appended` messages as they were first recorded, and `amended` their later changes. If one is
-    stored already, by a statement whose acknowledgement was lost, `recorded` identifies it, and `amended` holds the
-    changes that the statement possibly did not contain. `identities` belong to `replaced` messages. `stored` are the
-    references to the attachments that were stored for the messages, and `dates` is the expiry of their files.
-    `outdated` are the references of archived messages whose content is replaced next. `incarnation` is that of the
-    session.
+    Attributes:
+        agent_id: The agent.
+        created: The sub-document of an agent that is created.
+        messages: The changes of messages, by id, new messages in their order.
+        by_id: Whether the writer has not loaded the messages, but refers to them by their ids.
+        data: New fields of `agent_data`.
+        config: Observed fields of `agent_data`: they are set unless a user has set them.
+        events: New guardrail events.
+        expected: The `next_message_id` that the writer knows, unless there are new messages.
+        moment: The new `updated_at`; `None` leaves it.
+        stored: The references to the attachments that were stored for the messages.
+        dates: The expiry of their files.
+        outdated: The references of archived messages whose content is replaced next.
+        incarnation: The incarnation of the session.
     """
 
     agent_id: str
     created: Document | None = None
-    appended: list[StoredMessage] = field(default_factory=list)
-    usage: dict[int, Mapping[str, int]] = field(default_factory=dict)
-    recorded: dict[int, StoredMessage] = field(default_factory=dict)
-    amended: dict[int, Document] = field(default_factory=dict)
-    replaced: dict[int, Document] = field(default_factory=dict)
-    identities: dict[int, Identity] = field(default_factory=dict)
+    messages: dict[int, MessageWrite] = field(default_factory=dict)
     by_id: bool = False
     data: Document = field(default_factory=dict)
     config: Document = field(default_factory=dict)
@@ -167,23 +205,21 @@ class AgentWrite:
     incarnation: ObjectId | None = None
 
     def add(self, change: Change) -> None:
-        """Take in the change that happened next."""
+        """Add the change that happened next."""
         match change:
             case CreateAgent(document=document):
                 self.created = document
                 self._touch(document["updated_at"])
             case AppendMessage(message=message, usage=usage, by_id=by_id):
                 self.by_id |= by_id
-                self.appended.append(message)
-                self.recorded[message["message_id"]] = message
-                self.usage[message["message_id"]] = usage
+                self.messages[message["message_id"]] = MessageWrite(message, message, usage=usage)
                 self._touch(message["updated_at"])
             case ReplaceMessage(message_id=message_id, fields=fields, identity=identity, by_id=by_id):
-                self._set_message(message_id, fields, identity)
+                self.set_fields(message_id, fields, identity)
                 self.by_id |= by_id
                 self._touch(fields["updated_at"])
             case SetMessageFields(message_id=message_id, fields=fields, identity=identity):
-                self._set_message(message_id, fields, identity)
+                self.set_fields(message_id, fields, identity)
             case UpdateAgent(expected=expected, fields=fields, moment=moment):
                 self.data.update(fields)
                 self.expected = expected
@@ -197,38 +233,55 @@ class AgentWrite:
     def _touch(self, moment: datetime) -> None:
         self.moment = moment if self.moment is None else max(self.moment, moment)
 
-    def _set_message(self, message_id: int, fields: Document, identity: Identity | None) -> None:
-        for position, message in enumerate(self.appended):
-            if message["message_id"] == message_id:
-                sets, unsets = split_fields(fields)
-                kept = {name: value for name, value in message.items() if name not in unsets}
-                self.appended[position] = cast(StoredMessage, kept | sets)
-                self.amended.setdefault(message_id, {}).update(fields)
-                return
-        self.replaced.setdefault(message_id, {}).update(fields)
-        if identity is not None:
-            self.identities[message_id] = identity
+    def set_fields(self, message_id: int, fields: Mapping[str, Any], identity: Identity | None) -> None:
+        """Change fields of a message, new or stored; `identity` is that of a stored one, if it is known."""
+        message = self.messages.setdefault(message_id, MessageWrite({}))
+        message.amend(fields)
+        message.known_as = identity or message.known_as
+
+    @property
+    def appended(self) -> list[Mapping[str, Any]]:
+        """The new messages, as they are to be stored."""
+        return [message.fields for message in self.messages.values() if message.recorded is not None]
+
+    @property
+    def appended_size(self) -> int:
+        """The size of the new messages in bytes of BSON."""
+        return sum(map(stored_size, self.appended))
+
+    @property
+    def replaced(self) -> dict[int, Mapping[str, Any]]:
+        """The new fields of stored messages, by id."""
+        return {n: message.fields for n, message in self.messages.items() if message.recorded is None}
+
+    @property
+    def identities(self) -> dict[int, Identity]:
+        """The known identities of stored messages, by id; a writer that has not loaded them knows none for certain."""
+        known = {n: each.known_as for n, each in self.messages.items() if each.recorded is None and not self.by_id}
+        return {n: identity for n, identity in known.items() if identity is not None}
 
     def contents(self) -> list[Mapping[str, Any]]:
         """Return the messages, and fields of messages, that are to be stored."""
-        return [*self.appended, *self.replaced.values()]
+        return [message.fields for message in self.messages.values()]
 
     def earlier_contents(self) -> list[Mapping[str, Any]]:
         """Return what may have been stored by a statement whose acknowledgement was lost."""
-        return [*self.recorded.values(), *self.amended.values()]
+        new = [message for message in self.messages.values() if message.recorded is not None]
+        return [fields for message in new for fields in (message.recorded or {}, message.amended)]
 
     def exchange(self, new: Callable[[Mapping[str, Any]], Any]) -> None:
         """Put `new(...)` in the place of each message and of the fields of each."""
-        self.appended = list(map(new, self.appended))
-        for messages in (self.recorded, self.replaced, self.amended):
-            messages.update({message_id: new(message) for message_id, message in messages.items()})
+        for message in self.messages.values():
+            message.fields, message.amended = new(message.fields), new(message.amended)
+            if message.recorded is not None:
+                message.recorded = new(message.recorded)
 
     @property
     def increments(self) -> dict[str, int]:
-        """What the appended messages add to the agent's running totals."""
+        """What the new messages add to the agent's running totals."""
         totals: dict[str, int] = {}
-        for message in self.appended:
-            for name, amount in self.usage.get(message["message_id"], {}).items():
+        for message in self.messages.values():
+            for name, amount in message.usage.items():
                 totals[name] = totals.get(name, 0) + amount
         return totals
 
@@ -242,7 +295,7 @@ class AgentWrite:
     @property
     def has_more_than_states(self) -> bool:
         """Whether the write stores anything else."""
-        return bool(self.created or self.appended or self.replaced or self.events)
+        return bool(self.created or self.messages or self.events)
 
     def without_states(self, names: Iterable[str]) -> AgentWrite:
         """Return this write without some of the `states`."""
@@ -258,8 +311,8 @@ class AgentWrite:
         """Return the write that stores the `states` after everything else of this write is stored."""
         created = self.created["agent_data"] if self.created is not None else {}
         expected = self.expected
-        if self.appended:
-            expected = self.appended[-1]["message_id"] + 1
+        if appended := self.appended:
+            expected = appended[-1]["message_id"] + 1
         elif self.created is not None:
             expected = self.created["next_message_id"]
         return AgentWrite(
@@ -279,14 +332,12 @@ class AgentWrite:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (
-            self.created or self.appended or self.replaced or self.data or self.config or self.events or self.moment
-        )
+        return not (self.created or self.messages or self.data or self.config or self.events or self.moment)
 
     @property
     def expected_id(self) -> int | None:
         """The `next_message_id` this write is for; `None` where only messages already stored change."""
-        return self.appended[0]["message_id"] if self.appended else self.expected
+        return next((n for n, message in self.messages.items() if message.recorded is not None), self.expected)
 
 
 def split_fields(fields: Mapping[str, Any]) -> tuple[Document, Document]:
@@ -343,7 +394,7 @@ class _Parts:
     pushes: dict[str, list[Any]] = field(default_factory=dict)
     events: list[Document] = field(default_factory=list)
     outdated: list[str] = field(default_factory=list)
-    replacements: dict[str, dict[int, Document]] = field(default_factory=dict)
+    replacements: dict[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)
     identities: dict[str, Mapping[int, Identity]] = field(default_factory=dict)
 
 
@@ -368,13 +419,13 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
             condition[path] = None
             parts.sets[path] = _whole(write)
             continue
-        if write.by_id and write.appended:
-            condition |= _may_follow(path, write.appended[0]["message_id"])
-        elif write.expected_id is not None:
-            condition[f"{path}.next_message_id"] = write.expected_id
+        if write.by_id and (appended := write.appended):
+            condition |= _may_follow(path, appended[0]["message_id"])
+        elif (expected := write.expected_id) is not None:
+            condition[f"{path}.next_message_id"] = expected
         elif write.data:
             condition[path] = {"$exists": True}
-        known = {} if write.by_id else _known(write)
+        known = _known(write)
         if others := sorted(write.replaced.keys() - known.keys()):
             condition[f"{path}.messages.message_id"] = {"$all": others}
             if write.by_id:
@@ -401,7 +452,7 @@ def _known(write: AgentWrite) -> dict[int, Document]:
     return {
         message_id: {"message_id": message_id, "created_at": identity.created_at}
         for message_id, identity in write.identities.items()
-        if message_id in write.replaced and identity.created_at is not None
+        if identity.created_at is not None
     }
 
 
@@ -418,13 +469,13 @@ def _is_unique(path: str, message_id: int) -> Document:
 
 
 def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
-    if write.replaced:
-        parts.replacements[f"{path}.messages"] = write.replaced
-        parts.identities[f"{path}.messages"] = {} if write.by_id else write.identities
+    if replaced := write.replaced:
+        parts.replacements[f"{path}.messages"] = replaced
+        parts.identities[f"{path}.messages"] = write.identities
         parts.increments[f"{path}.revision"] = 1
-    if write.appended:
-        parts.pushes[f"{path}.messages"] = list(write.appended)
-        parts.sets[f"{path}.next_message_id"] = write.appended[-1]["message_id"] + 1
+    if appended := write.appended:
+        parts.pushes[f"{path}.messages"] = appended
+        parts.sets[f"{path}.next_message_id"] = appended[-1]["message_id"] + 1
     parts.sets |= {f"{path}.agent_data.{name}": value for name, value in write.data.items()}
     parts.unless_set |= {
         f"{path}.agent_data.{name}": (stored_config_set(f"${path}"), value) for name, value in write.config.items()
@@ -436,15 +487,15 @@ def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
 
 def _whole(write: AgentWrite) -> Document:
     """Return the sub-document of an agent that does not exist yet."""
-    created = write.created or {}
-    usage = {"usage": write.increments} if write.increments else {}
+    created, appended = write.created or {}, write.appended
+    usage = {"usage": totals} if (totals := write.increments) else {}
     return {
         **created,
         **usage,
         "agent_data": {**created["agent_data"], **write.config, **write.data},
         "updated_at": write.moment or created["updated_at"],
-        "next_message_id": write.appended[-1]["message_id"] + 1 if write.appended else 0,
-        "messages": list(write.appended),
+        "next_message_id": appended[-1]["message_id"] + 1 if appended else 0,
+        "messages": appended,
     }
 
 
@@ -545,7 +596,7 @@ def is_meant(message_id: int, identity: Identity | None) -> Document:
     return {"$and": [has_id, {"$eq": ["$$message.created_at", {"$literal": identity.created_at}]}]}
 
 
-def replaced_message(fields: Document) -> Document:
+def replaced_message(fields: Mapping[str, Any]) -> Document:
     """Return the expression for `$$message` with other fields."""
     sets, unsets = split_fields(fields)
     message: Any = "$$message"
@@ -587,30 +638,22 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
     if missing := [message_id for message_id in write.replaced if message_id not in stored.messages]:
         raise MessageNotFoundError(f"agent {write.agent_id!r} holds no message {missing[0]}")
 
-    written = 0
-    while written < len(write.appended) and _is_stored(write.recorded[write.appended[written]["message_id"]], stored):
-        written += 1
-    late = {message["message_id"]: write.amended.get(message["message_id"]) for message in write.appended[:written]}
-    replaced = write.replaced | {message_id: fields for message_id, fields in late.items() if fields}
-    identities = write.identities | {message_id: Identity.of(write.recorded[message_id]) for message_id in late}
-    rest = replace(write, created=None, appended=write.appended[written:], replaced=replaced, identities=identities)
-    if written and not rest.appended:
+    new = [message for message in write.messages.values() if message.recorded is not None]
+    written = list(itertools.takewhile(lambda message: _is_stored(message, stored), new))
+    late = {
+        message.fields["message_id"]: MessageWrite(message.amended, known_as=message.identity)
+        for message in written
+        if message.amended
+    }
+    replaced = {n: message for n, message in write.messages.items() if message.recorded is None} | late
+    left = {message.fields["message_id"]: message for message in new[len(written) :]}
+    rest = replace(write, created=None, messages=replaced | left)
+    if written and not left:
         # All messages are stored, by a statement whose acknowledgement was lost. What else it said was stored with
         # them; saying it again is harmless as long as nobody has written since.
-        rest.expected = write.appended[-1]["message_id"] + 1
+        rest.expected = written[-1].fields["message_id"] + 1
         if stored.next_message_id != rest.expected:
-            rest = AgentWrite(
-                write.agent_id,
-                replaced=replaced,
-                identities=identities,
-                by_id=write.by_id,
-                events=write.events,
-                moment=write.moment,
-                stored=write.stored,
-                dates=write.dates,
-                outdated=write.outdated,
-                incarnation=write.incarnation,
-            )
+            rest = replace(rest, data={}, config={}, expected=None)
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         is_longer = stored.next_message_id > rest.expected_id
         theirs = f"stored message {stored.next_message_id - 1}" if is_longer else "replaced the agent"
@@ -618,13 +661,14 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
             f"agent {write.agent_id!r}: another writer {theirs} after this session was loaded, so the changes of this "
             "session were not stored; open it with a new manager and repeat the request"
         )
-    return rest if rest.appended or rest.data or rest.config or rest.replaced or rest.outdated else None
+    return rest if rest.messages or rest.data or rest.config or rest.outdated else None
 
 
-def _is_stored(ours: StoredMessage, stored: StoredView) -> bool:
+def _is_stored(message: MessageWrite, stored: StoredView) -> bool:
     """Return whether a message is stored: by its date and tracking id, or by its content if it has no tracking id."""
-    theirs = stored.messages.get(ours["message_id"])
-    if theirs is None:
+    ours = message.recorded
+    theirs = None if ours is None else stored.messages.get(ours["message_id"])
+    if ours is None or theirs is None:
         return False
     if ours["created_at"] != theirs.get("created_at"):  # the same message, sent twice by an application
         return False

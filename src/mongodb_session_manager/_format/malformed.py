@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from strands.types.session import SessionMessage
 
 from ..errors import DatabaseError
-from .bounded import BoundedDict
+from .bounded import Bounded
 from .documents import Document, is_number, message_from, restorable, usable
 from .ids import agent_id_of, agent_key
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_logged: BoundedDict[tuple[str, str], None] = BoundedDict(4096)
+_logged: Bounded[tuple[str, str], None] = Bounded(4096)
 """The sessions and fields that were logged."""
 
 _SESSION_TYPES: Mapping[str, type] = {

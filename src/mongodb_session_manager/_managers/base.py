@@ -40,7 +40,8 @@ from .._io.connection import Connection, unexpected_option
 from .._io.loop import ExitOrder, close_at_exit, running_loop
 from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
-from .._repository.async_repository import AsyncMongoDBSessionRepository
+from .._repository.async_repository import SharedRepository
+from .._store.store import SessionStore
 from ..errors import (
     AgentNotFoundError,
     ConfigurationError,
@@ -111,19 +112,20 @@ class ManagerOptions:
         checked_inline_bytes(self.max_inline_attachment_bytes)
         checked_ttl(self.session_ttl)
 
-    def repository(self, connection: Connection) -> AsyncMongoDBSessionRepository:
+    def repository(self, connection: Connection) -> SharedRepository:
         """Return the repository these options describe."""
-        return AsyncMongoDBSessionRepository._over(
+        store = SessionStore(
             connection,
             self.database_name,
             self.collection_name,
-            self.application_name,
-            self.metadata_fields,
+            application_name=self.application_name,
+            metadata_fields=self.metadata_fields,
             max_inline_attachment_bytes=self.max_inline_attachment_bytes,
             max_embedded_messages=self.max_embedded_messages,
             max_embedded_bytes=self.max_embedded_bytes,
             session_ttl=self.session_ttl,
         )
+        return SharedRepository(store)
 
 
 _SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}

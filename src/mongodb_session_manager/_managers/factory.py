@@ -15,7 +15,7 @@ from .._io.connection import Client, Connection, Settings
 from .._io.loop import Lock
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 from .._repository.listing import Order, SessionPage
-from .._storage.storage import MongoDBStorage
+from .._storage.storage import MongoDBStorage, SharedStorage
 from ..errors import ConfigurationError, FactoryNotInitializedError
 from .async_manager import AsyncMongoDBSessionManager
 from .base import OPTIONS, ManagerOptions, SaveOn, take_hooks
@@ -145,7 +145,7 @@ class MongoDBSessionManagerFactory:
         """
         if collection_name == self._options.collection_name:
             raise ConfigurationError(f"collection_name {collection_name!r} is where the factory keeps its sessions")
-        return MongoDBStorage._over(self._connection, database_name or self._options.database_name, collection_name)
+        return SharedStorage(self._connection, database_name or self._options.database_name, collection_name)
 
     def list_sessions(
         self,
@@ -337,7 +337,8 @@ class MongoDBSessionManagerFactory:
         await self._connection.portal.run(self._check, timeout)
 
     async def _check(self, seconds: float) -> None:
-        await self._connection.check(self._repository._database_name, self._repository._collection_name, seconds)
+        collection = self._repository._store.collection
+        await self._connection.check(collection.database, collection.name, seconds)
 
     def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Deliver what hooks left behind, wait for writes under way, and close the client if it is the factory's own.

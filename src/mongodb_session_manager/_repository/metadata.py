@@ -22,11 +22,12 @@ from .._format.expressions import array_at, entries_at, number_at
 from .._format.ids import agent_id_of, agent_key, checked_id
 from .._format.malformed import log_malformed, usable_agents, usable_field
 from .._format.sizes import of_agent, refuse_unstorable
-from .._io.asked_fields import asked_for
+from .._io.asked_fields import StoredFields, asked_for
 from .._io.connection import AsyncCollection, Connection
 from .._io.threads import compute
-from .._store.archive import SessionArchive
+from .._store.expiry import matched
 from ..errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
+from .base import RepositoryMethods
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
 _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
@@ -178,8 +179,8 @@ def _unique_moment(connection: Connection) -> datetime:
     return moment
 
 
-class SessionAnnotations(SessionArchive):
-    """The half of the repository that is not the conversation."""
+class MetadataMethods(RepositoryMethods):
+    """The methods for metadata, feedback, and the configuration and usage of agents."""
 
     async def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set the given keys of a session's metadata and keep the others.
@@ -203,7 +204,7 @@ class SessionAnnotations(SessionArchive):
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
         """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""
-        document = await self._find(session_id, {"metadata": 1})
+        document = await self._store.sessions.find(session_id, {"metadata": 1})
         if document is None:
             return {}
         metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
@@ -218,7 +219,7 @@ class SessionAnnotations(SessionArchive):
         """
         wanted = checked_keys(keys)
         while not await self._change_intact(session_id, wanted, _unset(wanted)):
-            stored = (await self._found(session_id, {"metadata": 1})).get("metadata")
+            stored = (await self._store.sessions.get(session_id, {"metadata": 1})).get("metadata")
             wanted = [key for key in wanted if not _leads_into_marked(stored, key)]
 
     async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
@@ -245,7 +246,9 @@ class SessionAnnotations(SessionArchive):
                 entry = await compute(_encoded_feedback, session_id, {**fields, "created_at": moment})
             # `$addToSet` adds it at most once, even if the command is sent again.
             update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
-            await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
+            statement = Update({"_id": session_id}, update, None)
+            if not await self._store.room.store_part(statement, "feedback", entry, matched):
+                raise SessionNotFoundError(f"session {session_id!r} does not exist")
 
     async def get_application_name(self, session_id: str) -> str | None:
         """Return the name that the session was created with, `None` if it has none.
@@ -253,7 +256,7 @@ class SessionAnnotations(SessionArchive):
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        name = (await self._found(session_id, {"application_name": 1})).get("application_name")
+        name = (await self._store.sessions.get(session_id, {"application_name": 1})).get("application_name")
         return name if isinstance(name, str) else None
 
     async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
@@ -262,7 +265,7 @@ class SessionAnnotations(SessionArchive):
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        document = await self._found(session_id, {"feedbacks": 1})
+        document = await self._store.sessions.get(session_id, {"feedbacks": 1})
         feedbacks: list[Any] = usable_field(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
             log_malformed(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
@@ -275,7 +278,9 @@ class SessionAnnotations(SessionArchive):
             SessionNotFoundError: The session does not exist.
         """
         key = agent_key(agent_id)
-        document = await self._found(session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG})
+        document = await self._store.sessions.get(
+            session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG}
+        )
         stored = usable_agents(session_id, document).get(key)
         return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
@@ -321,8 +326,8 @@ class SessionAnnotations(SessionArchive):
                 "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
             }
             change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
-            if not await self._store_part(session_id, part, sets, lambda: self._update(change)):
-                await self._found(session_id, {"created_at": 1})
+            if not await self._store.room.store_part(change, part, sets, matched):
+                await self._store.sessions.get(session_id, {"created_at": 1})
                 raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
 
     async def get_message_count(self, session_id: str, agent_id: str) -> int:
@@ -334,7 +339,7 @@ class SessionAnnotations(SessionArchive):
         """
         path = f"$agents.{agent_key(agent_id)}"
         count = {"$add": [number_at(f"{path}.archived"), {"$size": array_at(f"{path}.messages")}]}
-        messages: int = (await self._stored_agent(session_id, agent_id, {"messages": count}))["messages"]
+        messages: int = (await self._store.sessions.get_agent(session_id, agent_id, {"messages": count}))["messages"]
         return messages
 
     async def get_usage(self, session_id: str) -> UsageReport:
@@ -355,7 +360,7 @@ class SessionAnnotations(SessionArchive):
         entries = entries_at("$agents")
         pair = {"k": "$$this.k", "v": {field: f"$$this.v.{field}"}}
         projection = {"agents": {"$arrayToObject": {"$map": {"input": entries, "in": pair}}}}
-        agents: dict[str, Document] = (await self._found(session_id, projection))["agents"]
+        agents: dict[str, Document] = (await self._store.sessions.get(session_id, projection))["agents"]
         return agents
 
     async def _change_intact(self, session_id: str, keys: Iterable[str], update: Document) -> bool:
@@ -364,49 +369,41 @@ class SessionAnnotations(SessionArchive):
         intact = {f"metadata.{path}.{MARKER}": {"$exists": False} for path in sorted(within)}
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            condition = {"_id": session_id, **intact}
             update = {**update, "$set": {**update.get("$set", {}), "updated_at": self._connection.now()}}
-            change = partial(self._change_metadata, session_id, condition, update)
-            if await self._store_part(session_id, "metadata", update["$set"], change):
-                return True
-            await self._found(session_id, {"created_at": 1})
-            return False
+            statement = Update({"_id": session_id, **intact}, update, None)
+            asked = asked_for()
+            command: Any = partial(_update_and_return, asked) if asked else matched
+            changed = await self._store.room.store_part(statement, "metadata", update["$set"], command)
+            if changed and asked:
+                await self._answer(session_id, asked, changed)
+            if not changed:
+                await self._store.sessions.get(session_id, {"created_at": 1})
+            return bool(changed)
 
-    async def _change_metadata(self, session_id: str, condition: Document, update: Document) -> bool:
-        """Send an update of metadata, which tells fields of the outcome to whoever asked; return whether it matched."""
-        if not (asked := asked_for()):
-            return await self._update(Update(condition, update, None))
-        projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
-
-        async def change(collection: AsyncCollection, update: Update) -> Document | None:
-            return await collection.find_one_and_update(
-                update.filter, update.update, projection=projection, return_document=ReturnDocument.AFTER
-            )
-
-        document = await self._update_with(Update(condition, update, None), change)
-        if document is None:
-            return False
+    async def _answer(self, session_id: str, asked: Iterable[StoredFields], document: Document) -> None:
+        """Give the fields that hooks asked for to the hooks."""
         metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
             wanted = {name: metadata[name] for name in fields.names if name in metadata}
             fields.values = await compute(decode_values, wanted)
-            fields.remove = partial(self.portal.run, remove)
-        return True
+            fields.remove = partial(self._connection.portal.run, remove)
 
     async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
-        """Remove a field of a session's metadata, unless its value is another one by now."""
+        """Remove a field of a session's metadata, unless its value has changed."""
         path = f"metadata.{name}"
-        condition = {"_id": session_id, path: value}
         async with self._connection.operation():
-            moment = self._connection.now()
-            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": moment}}, None))
+            update = {"$unset": {path: ""}, "$set": {"updated_at": self._connection.now()}}
+            await self._store.expiry.update(Update({"_id": session_id, path: value}, update, None), matched)
 
-    async def _change(self, session_id: str, update: Document) -> None:
-        checked_id(session_id, "session_id")
-        async with self._connection.operation():
-            if not await self._update(Update({"_id": session_id}, update, None)):
-                raise SessionNotFoundError(f"session {session_id!r} does not exist")
+
+async def _update_and_return(
+    asked: Iterable[StoredFields], collection: AsyncCollection, update: Update
+) -> Document | None:
+    projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
+    return await collection.find_one_and_update(
+        update.filter, update.update, projection=projection, return_document=ReturnDocument.AFTER
+    )
 
 
 def _encoded_metadata(session_id: str, metadata: object) -> Document:
@@ -455,9 +452,8 @@ def _leads_into_marked(stored: Any, key: str) -> bool:
 
 
 def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:
-    data: Document = usable_field(
-        dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data"
-    )
+    path = f"agents.{agent_key(agent_id)}.agent_data"
+    data: Document = usable_field(dict, stored.get("agent_data"), session_id, path)
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
     return {
         "agent_id": agent_id,
