@@ -13,7 +13,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
 )
 from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
-from mongodb_session_manager._format.documents import agent_key
+from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.retention import UNDATED
 from support import eventually, texts
 
