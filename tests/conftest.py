@@ -165,7 +165,7 @@ def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[st
         drop(name)
         return
     name = request.getfixturevalue("shared_database")
-    collections = driver[name].list_collection_names()
+    collections = driver[name].list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
     assert "agent_sessions" in collections, "a test that drops its database needs the marker own_database"
     for collection in collections:
         driver[name][collection].delete_many({})
@@ -179,21 +179,23 @@ def stored(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> pymong
 
 
 @pytest.fixture
+def large(driver: pymongo.MongoClient[dict[str, Any]]) -> None:
+    """Give the server room for documents of 16 MB; an embedded one has little."""
+    driver.admin.command({"setParameter": 1, "wiredTigerEngineRuntimeConfig": "cache_size=1G"})
+
+
+@pytest.fixture
 def commands() -> CommandLog:
     """The commands that the clients it is passed to have sent."""
     return CommandLog()
 
 
 @pytest.fixture
-def factory(
-    request: pytest.FixtureRequest, server: str, database: str, commands: CommandLog
-) -> Iterator[MongoDBSessionManagerFactory]:
+def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted."""
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
         factory.list_sessions()  # before there is a document: indexes take the server a third of the time
-        if request.node.get_closest_marker("own_database"):
-            commands.wait_for("createIndexes")
-            eventually(lambda: commands.names.count("find") == 2)  # the second one looks for what is unfinished
+        eventually(lambda: not factory._connection._tasks)
         commands.clear()
         yield factory
 
