@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,13 @@ def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockB
         return
     with blockbuster_ctx("mongodb_session_manager") as detector:
         yield detector
+
+
+@pytest.fixture
+def some(request: pytest.FixtureRequest) -> Callable[[Iterable[Any], int], list[Any]]:
+    """Choose so many of many cases, others in each run; `--full-adversity` has all of them."""
+    full = request.config.getoption("full_adversity")
+    return lambda cases, count: list(cases) if full else random.sample(list(cases), count)
 
 
 @pytest.fixture(scope="session", autouse=True)
