@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +15,22 @@ import pymongo
 import pytest
 from pymongo.collection import Collection
 from strands.multiagent import Swarm
-from strands.types.session import Session, SessionAgent, SessionMessage
+from strands.types.session import Session, SessionAgent
 
+from fix_deletion import (
+    COUNT,
+    EVERYWHERE,
+    ID,
+    MOMENT,
+    PICTURE,
+    SMALL,
+    failing_after,
+    fill,
+    is_whole,
+    said,
+    traces,
+    wait_for_moves,
+)
 from mongodb_session_manager import (
     AccessDeniedError,
     AsyncMongoDBSessionRepository,
@@ -29,70 +44,6 @@ from support import agent, eventually, fail_point, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
-
-ID = "session-7f3a91"
-MOMENT = "2026-11-22T12:00:00+00:00"
-SMALL: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_bytes": 1000}
-PICTURE = bytes(range(256)) * 16
-COUNT = 24
-
-
-def said(message_id: int, picture: bytes | None = None, text: str = "text") -> SessionMessage:
-    image: Any = {"image": {"format": "png", "source": {"bytes": picture}}}
-    content: Any = [{"text": f"{text} {message_id}"}, *([image] if picture else [])]
-    role: Any = ("user", "assistant")[message_id % 2]
-    return SessionMessage(
-        {"role": role, "content": content, "tracking_id": f"{text}{message_id}"}, message_id, None, MOMENT, MOMENT
-    )
-
-
-def fill(repository: MongoDBSessionRepository, session_id: str = ID, text: str = "text") -> None:
-    """Make a session with messages in two buckets and more, and with attachments in both places."""
-    repository.create_session(Session(session_id, "AGENT", MOMENT, MOMENT))
-    repository.create_agent(session_id, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
-    for n in range(COUNT):
-        picture = text.encode() + PICTURE[n:] if n in (2, COUNT - 1) else None
-        repository.create_message(session_id, "agent", said(n, picture, text))
-    repository.update_metadata(session_id, {"colour": "red"})
-    repository.add_feedback(session_id, {"rating": "up"})
-
-
-def wait_for_moves(stored: Stored, session_id: str = ID) -> None:
-    eventually(lambda: len(stored.find_one({"_id": session_id})["agents"]["agent"]["messages"]) <= 8)
-
-
-def is_whole(repository: MongoDBSessionRepository, session_id: str = ID, text: str = "text") -> bool:
-    messages = repository.list_messages(session_id, "agent")
-    pictures = [block for m in messages for block in m.message["content"] if "image" in block]
-    return texts([m.to_message() for m in messages]) == [f"{text} {n}" for n in range(COUNT)] and len(pictures) == 2
-
-
-def traces(driver: Driver, database: str, session_id: str = ID) -> set[str]:
-    """The collections in which the id occurs anywhere, as bytes of BSON."""
-    return {
-        name
-        for name in driver[database].list_collection_names()
-        if any(session_id.encode() in batch for batch in driver[database][name].find_raw_batches())
-    }
-
-
-EVERYWHERE = {
-    "agent_sessions",
-    "agent_sessions_archive",
-    "agent_sessions_attachments.files",
-    "agent_sessions_attachments.chunks",
-}
-
-
-@contextmanager
-def failing_after(uri: str, skipped: int, **data: Any) -> Iterator[None]:
-    """Let the first so many of some commands pass, and none that follow."""
-    with pymongo.MongoClient(uri) as client:
-        client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": skipped}, "data": data})
-        try:
-            yield
-        finally:
-            client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
 @pytest.fixture
@@ -196,7 +147,7 @@ def test_an_interrupted_deletion_is_finished_by_the_next_process_that_meets_it(
     assert document is None or document.keys() == {
         *("_id", "session_id", "incarnation", "state", "state_by", "state_until")
     }
-    with MongoDBSessionRepository(f"{server}&appName=next{done}", database) as other:
+    with MongoDBSessionRepository(f"{server}&appName={uuid.uuid4().hex}", database) as other:
         match finish:
             case "delete":
                 assert other.delete_session(ID) is False
@@ -330,7 +281,7 @@ def test_a_repository_stores_no_attachments_of_a_session_that_is_gone(
 ) -> None:
     with pytest.raises(SessionNotFoundError):
         repository.create_message(ID, "agent", said(0, PICTURE))
-    assert driver[database].list_collection_names() == []
+    assert traces(driver, database) == set()
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["gone", "back"])

@@ -11,18 +11,7 @@ from typing import Any
 
 import pymongo
 import pytest
-from pymongo import monitoring
-from strands.types.session import Session, SessionAgent, SessionType
-
-from mongodb_session_manager import (
-    MongoDBSessionManagerFactory,
-    MongoDBSessionRepository,
-    SessionConflictError,
-    SessionNotFoundError,
-)
-from proxy import Proxy, command
-from support import agent, eventually
-from test_attachments import (
+from fix_attachments import (
     LARGE,
     Driver,
     asking,
@@ -31,11 +20,22 @@ from test_attachments import (
     ids,
     image,
     of,
-    process,
     redacted,
     restored,
     said,
 )
+from pymongo import monitoring
+from strands.types.session import Session, SessionAgent, SessionType
+
+import interpreter
+from mongodb_session_manager import (
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionConflictError,
+    SessionNotFoundError,
+)
+from proxy import Proxy, command
+from support import agent, eventually
 
 OPTIONS: dict[str, Any] = {"max_inline_attachment_bytes": 1000, "max_embedded_messages": 4}
 ARCHIVED, IN_HEAD = 0, 6
@@ -130,7 +130,7 @@ def test_two_writers_of_attachments_again_and_again(
         repository.update_message("s", "agent", said(image(picture(seed)), message_id=message_id))
 
     with MongoDBSessionRepository(server, database, **OPTIONS) as second, ThreadPoolExecutor(2) as threads:
-        rounds = 300 if request.config.getoption("--full-adversity") else 60
+        rounds = 300 if request.config.getoption("--full-adversity") else 20
         for number in range(rounds):
             other = (1, IN_HEAD)[number % 2]
             seeds = {ARCHIVED: 1000 + number, other: 2000 + number}
@@ -150,7 +150,7 @@ def test_two_writers_of_attachments_again_and_again(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("read", ["open_session", "list_messages", "read_message"])
 def test_reading_while_messages_are_redacted_as_fast_as_possible(
-    long: MongoDBSessionRepository, server: str, database: str, read: str
+    request: pytest.FixtureRequest, long: MongoDBSessionRepository, server: str, database: str, read: str
 ) -> None:
     stop = threading.Event()
 
@@ -173,7 +173,7 @@ def test_reading_while_messages_are_redacted_as_fast_as_possible(
     with ThreadPoolExecutor(3) as threads:
         redacting = [threads.submit(redact, message_id) for message_id in (ARCHIVED, 1, IN_HEAD)]
         try:
-            for number in range(100):
+            for number in range(300 if request.config.getoption("--full-adversity") else 30):
                 assert reads(long, number)
         finally:
             stop.set()
@@ -224,8 +224,7 @@ def test_the_repository_leaves_no_attachment_of_a_refused_message(
 KILLED = """
 import os, signal, sys
 from pymongo import monitoring
-import test_attachments as t
-import test_replaced_attachments as r
+from fix_attachments import redacted
 from mongodb_session_manager import MongoDBSessionRepository
 
 class Kill(monitoring.CommandListener):
@@ -235,9 +234,17 @@ class Kill(monitoring.CommandListener):
     def succeeded(self, event): pass
     def failed(self, event): pass
 
-with MongoDBSessionRepository(sys.argv[1], sys.argv[2], event_listeners=[Kill()], **r.OPTIONS) as repository:
-    repository.update_message("s", "agent", t.redacted(int(sys.argv[4])))
+options = {"max_inline_attachment_bytes": 1000, "max_embedded_messages": 4}
+with MongoDBSessionRepository(sys.argv[1], sys.argv[2], event_listeners=[Kill()], **options) as repository:
+    repository.update_message("s", "agent", redacted(int(sys.argv[4])))
 """
+
+
+def redact_and_be_killed(server: str, database: str, at: str, message_id: int) -> None:
+    """Redact a message in a process that is killed before its first command `delete` of a collection."""
+    with interpreter.start(KILLED, server, database, at, message_id) as process:
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
 
 
 @pytest.mark.parametrize("at", [".chunks", ".files"])
@@ -251,8 +258,7 @@ def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
     at: str,
     message_id: int,
 ) -> None:
-    ended = process(KILLED, server, database, at, str(message_id))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    redact_and_be_killed(server, database, at, message_id)
     assert len(ids(driver, database)) == 3
     assert long.read_message("s", "agent", message_id).to_message() == redacted().to_message()
     with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
@@ -265,8 +271,7 @@ def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
 def test_a_redaction_that_is_repeated_removes_what_a_killed_process_had_to_remove(
     long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Any
 ) -> None:
-    ended = process(KILLED, server, database, ".files", str(ARCHIVED))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    redact_and_be_killed(server, database, ".files", ARCHIVED)
     long.update_message("s", "agent", redacted(ARCHIVED))
     assert hashes(driver, database) == of(picture(1), picture(6))
     long.open_session("s")

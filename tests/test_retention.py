@@ -18,6 +18,7 @@ from pymongo.collection import Collection
 from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from fix_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     AsyncMongoDBSessionRepository,
@@ -36,7 +37,6 @@ from mongodb_session_manager import (
 from mongodb_session_manager._buckets import Head, Limits, cut, head_numbers, merge
 from mongodb_session_manager._life import UNDATED, Dates
 from support import CommandLog, agent, eventually, fail_point, texts
-from test_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
@@ -196,6 +196,7 @@ def test_everybody_who_blocks_takes_a_ttl(server: str, database: str, stored: St
 # The server removes it.
 
 
+@pytest.mark.own_database
 def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
     with (
@@ -213,6 +214,7 @@ def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_d
     expiring_driver.drop_database(database)
 
 
+@pytest.mark.own_database
 def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
     options: Any = {"session_ttl": timedelta(seconds=1), **SMALL}
@@ -226,6 +228,7 @@ def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Dri
     expiring_driver.drop_database(database)
 
 
+@pytest.mark.own_database
 def test_two_values_of_session_ttl_in_one_collection(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
     with (
@@ -267,6 +270,7 @@ def test_an_expired_session_that_the_server_has_not_removed_yet_is_gone(
     assert repository.delete_session(ID) is True
 
 
+@pytest.mark.own_database
 def test_deleting_an_expired_session_removes_it(repository: MongoDBSessionRepository, stored: Stored) -> None:
     fill(repository)
     age(stored, TTL * 2)
@@ -306,12 +310,14 @@ def configure(server: str, database: str, ttl: timedelta, *listeners: Any) -> No
         repository.open_session("any")
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("ttl", [timedelta(hours=1), timedelta(days=300)])
 def test_the_indexes_do_not_depend_on_the_value(server: str, database: str, stored: Stored, ttl: timedelta) -> None:
     configure(server, database, ttl)
     assert expiries(stored) == [0] * 4
 
 
+@pytest.mark.own_database
 def test_a_repository_without_a_value_builds_the_indexes_of_a_session_that_has_one(
     server: str, database: str, stored: Stored
 ) -> None:
@@ -323,6 +329,7 @@ def test_a_repository_without_a_value_builds_the_indexes_of_a_session_that_has_o
     eventually(lambda: expiries(stored) == [0] * 4)
 
 
+@pytest.mark.own_database
 def test_the_indexes_are_built_once(server: str, database: str, stored: Stored) -> None:
     indexed, log = Indexed(), CommandLog()
     with MongoDBSessionManagerFactory(server, database, session_ttl=TTL, event_listeners=[indexed, log]) as factory:
@@ -335,6 +342,7 @@ def test_the_indexes_are_built_once(server: str, database: str, stored: Stored) 
     assert log.names == ["findAndModify"] * 2
 
 
+@pytest.mark.own_database
 def test_an_index_on_expires_at_of_the_application_stays(server: str, database: str, stored: Stored) -> None:
     stored.create_index("expires_at", name="theirs")
     configure(server, database, TTL)
@@ -342,6 +350,7 @@ def test_an_index_on_expires_at_of_the_application_stays(server: str, database: 
     assert expiries(stored) == [0] * 4
 
 
+@pytest.mark.own_database
 def test_a_server_that_builds_no_index_is_told_of_and_harmless(
     server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -351,6 +360,7 @@ def test_a_server_that_builds_no_index_is_told_of_and_harmless(
     assert ttl_of(stored, "any") == 28800
 
 
+@pytest.mark.own_database
 def test_lists_use_their_own_indexes(repository: MongoDBSessionRepository, stored: Stored) -> None:
     for n in range(20):
         repository.create_session(Session(f"s{n}", "AGENT"))
@@ -363,6 +373,7 @@ def test_lists_use_their_own_indexes(repository: MongoDBSessionRepository, store
 # What a turn costs.
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_turn_costs_what_it_costs_without(
@@ -386,6 +397,7 @@ def test_a_turn_costs_what_it_costs_without(
     assert ttl_of(stored) == 28800
 
 
+@pytest.mark.own_database
 def test_a_write_costs_no_more_until_a_step_is_due(
     server: str, database: str, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
@@ -745,6 +757,7 @@ def test_a_refused_write_of_somebody_with_a_ttl_has_no_part_of_a_session_expire_
             assert "expires_at" not in part or part["expires_at"] >= found["expires_at"]
 
 
+@pytest.mark.own_database
 def test_a_date_that_an_application_has_stored_removes_no_session(expiring: str, database: str) -> None:
     with (
         pymongo.MongoClient[dict[str, Any]](expiring) as client,
