@@ -12,6 +12,7 @@ from typing import Any
 import pymongo
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from mongodb_session_manager.embedded import EmbeddedMongoDB
@@ -28,6 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    full = config.getoption("full_adversity") or config.getoption("full_conformance")
+    settings.register_profile(
+        "here", max_examples=300 if full else 30, deadline=None, suppress_health_check=HealthCheck
+    )
+    settings.load_profile("here")
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
@@ -41,6 +50,16 @@ def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockB
         return
     with blockbuster_ctx("mongodb_session_manager") as detector:
         yield detector
+
+
+@pytest.fixture(scope="session", autouse=True)
+def retries_come_fast() -> Iterator[None]:
+    """Have the driver look for a lost server at once, and the library send again sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
+        patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
+        patch.setattr("mongodb_session_manager._commands._PAUSES", (0.01, 0.02, 0.05))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -111,9 +130,9 @@ def shared_database(server: str, driver: pymongo.MongoClient[dict[str, Any]]) ->
 def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
     """The name of a database with nothing in it but indexes; marked `own_database`: of one that nobody has used."""
     if request.node.get_closest_marker("own_database"):
-        name = f"test_{uuid.uuid4().hex}"
+        name, drop = f"test_{uuid.uuid4().hex}", request.getfixturevalue("drop_later")
         yield name
-        request.getfixturevalue("drop_later")(name)
+        drop(name)
         return
     name = request.getfixturevalue("shared_database")
     collections = driver[name].list_collection_names()

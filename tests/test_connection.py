@@ -727,8 +727,8 @@ def any_server(request: pytest.FixtureRequest) -> str:
 def at(any_server: str, database: str) -> Iterator[Documents]:
     """The sessions of the test at `any_server`."""
     with pymongo.MongoClient(any_server, tz_aware=True) as client:
+        client[database]["agent_sessions"].delete_many({})
         yield client[database]["agent_sessions"]
-        client.drop_database(database)
 
 
 ALWAYS = 1_000_000
@@ -922,6 +922,7 @@ def test_an_opening_unconfirmed_is_a_timeout(server: str, database: str, stored:
     assert conversation(stored) == ["hi", "hello"]
 
 
+@pytest.mark.own_database
 def test_waiting_too_long_for_a_free_connection(server: str, database: str) -> None:
     log = CommandLog()
     options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 300, "event_listeners": [log]}
@@ -1012,6 +1013,7 @@ def test_content_too_large_is_in_no_error(server: str, database: str, caplog: py
     check_content(caplog, raised.value)
 
 
+@pytest.mark.own_database
 def test_content_refused_by_a_validator_is_in_no_message(
     server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1035,6 +1037,7 @@ def test_content_refused_by_a_validator_is_in_no_message(
 # Statistics.
 
 
+@pytest.mark.own_database
 def test_statistics_count_what_the_pool_does(server: str, database: str) -> None:
     log = CommandLog()
     with MongoDBSessionManagerFactory(server, database, maxPoolSize=2, event_listeners=[log]) as factory:

@@ -266,6 +266,7 @@ def test_a_name_at_the_edge_is_taken(server: str, driver: pymongo.MongoClient[An
     driver.drop_database(name)
 
 
+@pytest.mark.own_database
 def test_the_longest_collection_name_has_room_for_all_that_belongs_to_it(
     server: str, database: str, stored: Any
 ) -> None:
