@@ -37,6 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("here")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the cases that `support.sampled` leaves out to `--full-adversity`."""
+    if not config.getoption("--full-adversity"):
+        left_out = [item for item in items if item.get_closest_marker("full_adversity")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

@@ -40,7 +40,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from support import agent, eventually, fail_point, texts
+from support import agent, eventually, fail_point, sampled, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
@@ -113,13 +113,21 @@ async def test_a_factory_and_a_repository_delete_asynchronously(
 # Interruptions.
 
 
+REFUSED, CUT = {"errorCode": 8000}, {"closeConnection": True}
+
+
 @pytest.mark.parametrize(
     ("finish", "how", "done"),
-    [
-        *(("delete", {"errorCode": 8000}, done) for done in range(8)),
-        *(("delete", {"closeConnection": True}, done) for done in range(8)),
-        *((finish, {"errorCode": 8000}, done) for finish in ("open", "create", "start") for done in (1, 4, 7)),
-    ],
+    sampled(
+        [
+            *(("delete", REFUSED, done) for done in range(8)),
+            *(("delete", CUT, done) for done in range(8)),
+            *((finish, REFUSED, done) for finish in ("open", "create", "start") for done in (1, 4, 7)),
+        ],
+        *(("delete", REFUSED, done) for done in (0, 1, 3, 5, 7)),
+        *(("delete", CUT, done) for done in (2, 4, 6)),
+        *(("open", REFUSED, 4), ("create", REFUSED, 1), ("start", REFUSED, 1), ("start", REFUSED, 7)),
+    ),
 )
 def test_an_interrupted_deletion_is_finished_by_the_next_process_that_meets_it(
     full: MongoDBSessionRepository,
@@ -164,7 +172,7 @@ def test_an_interrupted_deletion_is_finished_by_the_next_process_that_meets_it(
     assert traces(driver, database) == set()
 
 
-@pytest.mark.parametrize("lost", range(3))
+@pytest.mark.parametrize("lost", sampled(range(3), 0, 2))
 @pytest.mark.parametrize("command", ["findAndModify", "delete"])
 def test_a_lost_acknowledgement(
     full: MongoDBSessionRepository, server: str, driver: Driver, command: str, lost: int
@@ -265,7 +273,7 @@ def test_attachments_stored_while_the_session_is_deleted(
     live = agent(manager, "nice")
     files = driver[database]["agent_sessions_attachments.files"]
     with (
-        fail_point(server, failCommands=["update"], blockConnection=True, blockTimeMS=1500),
+        fail_point(server, failCommands=["update"], blockConnection=True, blockTimeMS=1000),
         ThreadPoolExecutor(1) as pool,
     ):
         turn = pool.submit(live, picture_message())
@@ -292,7 +300,7 @@ def test_a_bucket_that_is_moved_while_the_session_is_deleted(
     archive = driver[database]["agent_sessions_archive"]
     with (
         MongoDBSessionRepository(server, database, **SMALL) as repository,
-        fail_point(server, failCommands=["findAndModify"], blockConnection=True, blockTimeMS=1500),
+        fail_point(server, failCommands=["findAndModify"], blockConnection=True, blockTimeMS=1000),
     ):
         repository.create_session(Session(ID, "AGENT", MOMENT, MOMENT))
         repository.create_agent(ID, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
@@ -319,7 +327,7 @@ def test_a_bucket_that_another_process_has_moved_meanwhile_stays(
             repository.create_message(ID, "agent", said(n))
         wait_for_moves(stored)
         first = stored.find_one({"_id": ID})["agents"]["agent"]["archived"]
-        with fail_point(server, failCommands=["findAndModify"], blockConnection=True, blockTimeMS=1500):
+        with fail_point(server, failCommands=["findAndModify"], blockConnection=True, blockTimeMS=1000):
             for n in range(9, 14):
                 repository.create_message(ID, "agent", said(n))
             eventually(lambda: archive.count_documents({}) == 2)
@@ -348,7 +356,7 @@ def test_a_session_of_the_same_id(full: MongoDBSessionRepository, driver: Driver
     assert traces(driver, stored.database.name) == set()
 
 
-@pytest.mark.parametrize("held", range(7))
+@pytest.mark.parametrize("held", sampled(range(7), 0, 2, 4, 6))
 def test_a_session_that_is_created_while_one_of_its_id_is_deleted_loses_nothing(
     full: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Stored, held: int
 ) -> None:
@@ -384,7 +392,7 @@ def test_many_delete_and_write_at_once(server: str, database: str, driver: Drive
             start.wait(30)
             repository.delete_session(ID)
 
-    for _ in range(5):
+    for _ in range(3):
         start.reset()
         with MongoDBSessionRepository(server, database, **SMALL) as repository:
             repository.create_session(Session(ID, "AGENT", MOMENT, MOMENT))

@@ -453,9 +453,7 @@ def test_a_process_can_be_killed_at_every_command_of_a_copy(
     numbers = killed_copies(server, database, what, lines, 1 if request.config.getoption("--full-adversity") else 5)
     assert numbers[-1] > 12
     live = {each.session_id for each in full.list_sessions(limit=100).sessions} - {ID}
-    assert {f"{what}-whole", f"{what}-{numbers[-1]}"} <= live, (
-        "one killed after its last command has made it"
-    )
+    assert {f"{what}-whole", f"{what}-{numbers[-1]}"} <= live, "one killed after its last command has made it"
     assert len(live) <= 4
     assert all(is_whole(full, session_id) for session_id in live)
     left = {each["_id"] for each in unfinished(stored)}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from arrivals import Queue, Topics
-from endpoint import Endpoint
+from endpoint import Endpoint, told
 from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     chain_hooks,
@@ -22,7 +22,6 @@ from mongodb_session_manager import (
     create_metadata_websocket_hook,
 )
 from support import CommandLog, Session, eventually
-from test_websocket import told
 
 Hook = Callable[..., Any]
 
