@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -292,26 +293,23 @@ async def resumed(kind: Kind, conversation: Conversation, management: str, refer
     return play
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Have each pair of a conversation and a management played by one kind, and resumed from every third cut.
+def sampled_cases() -> Iterator[tuple[str, Conversation, str, slice]]:
+    """Yield each conversation with three managements and each kind; it is cut everywhere, with one of the three."""
+    for number, conversation in enumerate(CONVERSATIONS):
+        for share, step in enumerate((0, 1, 3)):
+            management = list(MANAGEMENTS)[(number + step) % len(MANAGEMENTS)]
+            yield list(KINDS)[(number + share) % len(KINDS)], conversation, management, slice(share, None, 3)
 
-    A conversation is cut everywhere, with one management or another. `--full-conformance`: all kinds, all cuts.
-    """
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Sample kinds, conversations, managements and cuts; `--full-conformance`: all with all."""
     if "management" not in metafunc.fixturenames:
         return
     full = metafunc.config.getoption("--full-conformance")
+    every = itertools.product(KINDS, CONVERSATIONS, MANAGEMENTS, [slice(None)])
     cases = [
-        pytest.param(
-            KINDS[kind],
-            conversation,
-            management,
-            slice(None) if full else slice(second % 3, None, 3),
-            id=f"{conversation.name}-{management}-{kind}",
-        )
-        for first, conversation in enumerate(CONVERSATIONS)
-        for second, management in enumerate(MANAGEMENTS)
-        for third, kind in enumerate(KINDS)
-        if full or (first + second + third) % len(KINDS) == 0
+        pytest.param(KINDS[kind], conversation, management, cuts, id=f"{conversation.name}-{management}-{kind}")
+        for kind, conversation, management, cuts in (every if full else sampled_cases())
     ]
     metafunc.parametrize(("kind", "conversation", "management", "resumed_cuts"), cases, indirect=["kind"])
 
