@@ -10,14 +10,14 @@ from typing import Any
 
 import pymongo
 import pytest
-from fix_archive import SMALL, Other, append, begin, expected, head, redacted, said, settled, told
-from fix_legacy import conversation, old_agent, old_session
 from pymongo import monitoring
 from strands import tool
 from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
 
 import scripted_model
+from fix_archive import SMALL, Other, append, begin, expected, head, redacted, said, settled, told
 from fix_copying import KIB, MIB, all_of, content, every_failure, left_of, same_content, with_image
+from fix_legacy import conversation, old_agent, old_session
 from mongodb_session_manager import (
     AgentNotFoundError,
     AsyncMongoDBSessionRepository,
@@ -603,7 +603,7 @@ def check_fork(
     assert stored.count_documents({"state": {"$exists": True}}) == 0
 
 
-IMAGES = {n: content(5 * MIB // 2, n) for n in (3, 28)}
+IMAGES = {3: content(2 * MIB + 1000, 3), 28: content(5000, 28)}
 
 
 @pytest.fixture(scope="module")
@@ -665,14 +665,16 @@ def happens_between_two_commands(
         repository.delete_session("s")
         begin(repository)
         for n in range(30):
-            repository.create_message("s", "agent", with_image(n, content(MIB, 9)) if n in IMAGES else said(n, "other"))
+            repository.create_message(
+                "s", "agent", with_image(n, content(5000, 9)) if n in IMAGES else said(n, "other")
+            )
 
     def act() -> None:
         if what == "append":
             go_on()
         elif what == "replace":
             for n in IMAGES:
-                repository.update_message("s", "agent", with_image(n, content(MIB, n + 1)))
+                repository.update_message("s", "agent", with_image(n, content(5000, n + 1)))
         elif what == "redact":
             for n in IMAGES:
                 repository.update_message("s", "agent", redacted(n))

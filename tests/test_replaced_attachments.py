@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import uuid
@@ -152,16 +153,14 @@ def test_two_writers_of_attachments_again_and_again(
 def test_reading_while_messages_are_redacted_as_fast_as_possible(
     request: pytest.FixtureRequest, long: MongoDBSessionRepository, server: str, database: str, read: str
 ) -> None:
-    stop = threading.Event()
+    stop, times = threading.Event(), {ARCHIVED: 0, 1: 0, IN_HEAD: 0}
 
-    def redact(message_id: int) -> int:
-        times = 0
+    def redact(message_id: int) -> None:
         with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
             while not stop.is_set():
-                times += 1
-                repository.update_message("s", "agent", said(image(picture(times)), message_id=message_id))
+                times[message_id] += 1
+                repository.update_message("s", "agent", said(image(picture(times[message_id])), message_id=message_id))
                 repository.update_message("s", "agent", redacted(message_id))
-        return times
 
     def reads(repository: MongoDBSessionRepository, number: int) -> object:
         if read == "open_session":
@@ -171,13 +170,15 @@ def test_reading_while_messages_are_redacted_as_fast_as_possible(
         return repository.read_message("s", "agent", (ARCHIVED, 1, IN_HEAD)[number % 3])
 
     with ThreadPoolExecutor(3) as threads:
-        redacting = [threads.submit(redact, message_id) for message_id in (ARCHIVED, 1, IN_HEAD)]
+        redacting = [threads.submit(redact, message_id) for message_id in times]
         try:
-            for number in range(300 if request.config.getoption("--full-adversity") else 30):
+            rounds = 300 if request.config.getoption("--full-adversity") else 30
+            for number in itertools.takewhile(lambda n: n < rounds or min(times.values()) < 5, itertools.count()):
                 assert reads(long, number)
         finally:
             stop.set()
-        assert sum(future.result() for future in redacting) > 10
+        for future in redacting:
+            future.result()
 
 
 # Refused.
