@@ -56,10 +56,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("markexpr") == "fast" and HERE in collection_path.parents and left_out else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is fast, and leave the cases that `support.sampled` leaves out to `--full-adversity`."""
     for item in items:
         if item.path.parent == HERE and item.path.stem.removeprefix("test_") in FAST.split():
             item.add_marker("fast")
+    if not config.getoption("full_adversity"):
+        left_out = [item for item in items if item.get_closest_marker("full_adversity")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(trylast=True)

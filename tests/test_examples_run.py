@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import pymongo
 import pytest
 from strands.models import BedrockModel
 
+import interpreter
 from offline import make_model, option_parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -34,16 +34,9 @@ def environment(embedded: str, database: str) -> dict[str, str]:
 
 def run(name: str, environment: dict[str, str], *arguments: str) -> list[str]:
     """Run an example and return the lines it printed, with the random part of session ids left out."""
-    shown = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / name, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stderr == ""
-    return re.sub(r"-[0-9a-f]{8}\b", "-#", shown.stdout).splitlines()
+    shown, errors = interpreter.run(EXAMPLES / name, *arguments, env=environment, timeout=110)
+    assert errors == ""
+    return re.sub(r"-[0-9a-f]{8}\b", "-#", shown).splitlines()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,14 +157,7 @@ def test_the_sync_script_continues_where_its_last_run_ended(tmp_path: Path) -> N
     environment = {name: value for name, value in os.environ.items() if name != "MONGODB_URI"}
 
     def lines() -> list[str]:
-        command = [
-            sys.executable,
-            "-W",
-            "error",
-            "copies/example_sync_script.py",
-            "What is my name?",
-            "My name is Ada.",
-        ]
+        command = interpreter.python("copies/example_sync_script.py", "What is my name?", "My name is Ada.")
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=True
         ).stdout.splitlines()
@@ -187,16 +173,9 @@ def test_the_sync_script_continues_where_its_last_run_ended(tmp_path: Path) -> N
 @contextmanager
 def serving(name: str, environment: dict[str, str]) -> Iterator[str]:
     """Run an example that is a server on a free port, yield its address, and end it as Ctrl+C does."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", EXAMPLES / name, "--port", "0"],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    process = interpreter.start(EXAMPLES / name, "--port", 0, env=environment)
     said = ""
     try:
-        assert process.stderr is not None
         for line in process.stderr:
             said += line
             if found := re.search(r"running on (http://[\d.:]+)", line):
