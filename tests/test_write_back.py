@@ -30,7 +30,6 @@ from fix_archive import (
     expected,
     head,
     in_database,
-    large,
     redacted,
     said,
     settled,
