@@ -55,8 +55,6 @@ from mongodb_session_manager._format.layout import Place
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, texts
 
-__all__ = ["large"]  # a fixture
-
 LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 100}
 WITH_PICTURES = (2, 17, 29)
 COMMANDS = ["find", "getMore", "update", "findAndModify", "delete", "aggregate"]
