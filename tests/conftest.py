@@ -96,12 +96,31 @@ def drop_later(driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[Callable
         drop.result()
 
 
-@pytest.fixture
-def database(drop_later: Callable[[str], None]) -> Iterator[str]:
-    """The name of a database of the test's own."""
-    name = f"test_{uuid.uuid4().hex}"
+@pytest.fixture(scope="session")
+def shared_database(server: str, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
+    """The name of a database with all its indexes: to delete what is in it takes a hundredth of making another."""
+    name, log = f"test_{uuid.uuid4().hex}", CommandLog()
+    with MongoDBSessionManagerFactory(server, name, event_listeners=[log]) as factory:
+        factory.list_sessions()
+        log.wait_for_start()
     yield name
-    drop_later(name)
+    driver.drop_database(name)
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
+    """The name of a database with nothing in it but indexes; marked `own_database`: of one that nobody has used."""
+    if request.node.get_closest_marker("own_database"):
+        name = f"test_{uuid.uuid4().hex}"
+        yield name
+        request.getfixturevalue("drop_later")(name)
+        return
+    name = request.getfixturevalue("shared_database")
+    collections = driver[name].list_collection_names()
+    assert "agent_sessions" in collections, "a test that drops its database needs the marker own_database"
+    for collection in collections:
+        driver[name][collection].delete_many({})
+    yield name
 
 
 @pytest.fixture
@@ -117,14 +136,22 @@ def commands() -> CommandLog:
 
 
 @pytest.fixture
-def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
+def factory(
+    request: pytest.FixtureRequest, server: str, database: str, commands: CommandLog
+) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted."""
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
-        factory.list_sessions()  # before there is a document: that takes the server a third of the time
-        commands.wait_for("createIndexes")
-        eventually(lambda: commands.names.count("find") == 2)  # the second one looks for what is unfinished
+        factory.list_sessions()  # before there is a document: indexes take the server a third of the time
+        if request.node.get_closest_marker("own_database"):
+            commands.wait_for("createIndexes")
+            eventually(lambda: commands.names.count("find") == 2)  # the second one looks for what is unfinished
         commands.clear()
         yield factory
-    # What is left over complains now. What is still in use is not looked at again: that took half of all the time.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_open() -> Iterator[None]:
+    """Have what is left over complain; what is still in use is not looked at again: that took half of all the time."""
+    yield
     gc.collect()
     gc.freeze()

@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import httpx
 import pymongo
 import pytest
 
+import interpreter
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import eventually, texts
 
@@ -48,13 +47,7 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, EXAMPLE, "--port", str(self.port)],
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._process = interpreter.start(EXAMPLE, "--port", self.port, env=self._environment)
         eventually(self._answers)
 
     def _answers(self) -> bool:

@@ -36,7 +36,6 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionClosedError,
     SessionConflictError,
-    _loop,
     create_mongodb_session_manager_async,
 )
 from mongodb_session_manager._io.loop import io_portal
@@ -277,7 +276,7 @@ async def test_waiting_on_the_loop_of_the_borrowed_client_is_refused(
 async def test_a_synchronous_agent_on_the_loop_of_the_borrowed_client_is_refused(
     server: str, database: str, stored: Documents, driver_class: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_loop, "PATIENCE", 1.0)
+    monkeypatch.setattr("mongodb_session_manager._io.portal.START_TIMEOUT", 1.0)
     async with borrowed(driver_class, server, used=True) as client:
         manager = await create_mongodb_session_manager_async("s", client=client, database_name=database)
         mine = agent(manager, "hello", "hello again")

@@ -19,6 +19,8 @@ import anyio
 import pytest
 from pymongo import MongoClient, WriteConcern
 
+import interpreter
+from interpreter import Process
 from mongodb_session_manager import embedded
 from mongodb_session_manager.embedded import EmbeddedMongoDB, find_mongod, main
 from mongodb_session_manager.errors import ConfigurationError, EmbeddedServerError, InvalidArgumentError
@@ -78,7 +80,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 @contextlib.contextmanager
-def owner(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def owner(script: str, *arguments: str) -> Iterator[Process]:
     """A process of its own that runs the script after `server = EmbeddedMongoDB()`."""
     prelude = (
         "import json, os, signal, sys, time\n"
@@ -88,16 +90,11 @@ def owner(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         "    print(json.dumps(told), flush=True)\n"
         "server = EmbeddedMongoDB()\n"
     )
-    command = [sys.executable, "-c", prelude + script, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with interpreter.start(prelude + script, *arguments) as process:
+        yield process
 
 
-def told(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stdout is not None
+def told(process: Process) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(process.stdout.readline())
     return answer
 
@@ -376,7 +373,6 @@ def test_the_server_ends_with_its_owner(end: str, temporary: Path) -> None:
         with connected(server["uri"]) as client:
             client.db.things.insert_one({})
         assert Path(server["directory"]).parent == temporary
-        assert process.stdin is not None
         process.stdin.close()
         process.wait(BOUND)
         eventually(lambda: not runs(server["pid"]), "the end of mongod")
@@ -385,7 +381,6 @@ def test_the_server_ends_with_its_owner(end: str, temporary: Path) -> None:
 
 def test_the_server_ends_when_its_owner_is_killed_during_the_start(temporary: Path) -> None:
     with owner("print(flush=True)\nserver.start()") as process:
-        assert process.stdout is not None
         process.stdout.readline()
         eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
         process.kill()
@@ -428,7 +423,6 @@ tell()
 time.sleep(600)
 """
     with owner(script) as process:
-        assert process.stdout is not None
         child = int(process.stdout.readline())
         try:
             server = told(process)
@@ -535,22 +529,26 @@ def test_command_line_serves_until_a_signal(number: signal.Signals, temporary: P
         assert not list(temporary.iterdir())
 
 
+@contextlib.contextmanager
+def forked_command_line(*arguments: str) -> Iterator[Process]:
+    script = "import sys; from mongodb_session_manager.embedded import main; sys.exit(main(sys.argv[1:]))"
+    with interpreter.start(script, *arguments) as process:
+        yield process
+
+
 def test_command_line_is_stopped_while_it_starts(temporary: Path) -> None:
-    command = [sys.executable, "-m", "mongodb_session_manager.embedded"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(BOUND) == 0
-            assert not list(temporary.iterdir())
-        finally:
-            process.kill()
+    with forked_command_line() as process:
+        eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(BOUND) == 0
+        assert not list(temporary.iterdir())
 
 
 def test_command_line_options(tmp_path: Path) -> None:
     port = embedded._free_port()
     options = ["--standalone", "--port", str(port), "--data-directory", str(tmp_path / "data")]
-    with command_line(*options, "--binary", str(find_mongod())) as (process, uri):
+    with forked_command_line(*options, "--binary", str(find_mongod())) as process:
+        uri = process.stdout.readline().strip()
         assert uri == f"mongodb://127.0.0.1:{port}/?directConnection=true"
         with connected(uri) as client:
             client.db.things.insert_one({})
@@ -560,8 +558,8 @@ def test_command_line_options(tmp_path: Path) -> None:
 
 
 def test_command_line_ends_with_an_error_when_the_server_dies() -> None:
-    with command_line() as (process, uri):
-        with connected(uri) as client:
+    with forked_command_line() as process:
+        with connected(process.stdout.readline().strip()) as client:
             server = client.admin.command("serverStatus")["pid"]
         os.kill(server, signal.SIGKILL)
         assert process.wait(BOUND) == 1
@@ -582,7 +580,7 @@ def test_waits_for_the_server_of_an_owner_that_ended_a_moment_ago(tmp_path: Path
         "import os, sys; from mongodb_session_manager.embedded import EmbeddedMongoDB\n"
         "server = EmbeddedMongoDB(data_directory=sys.argv[1]); server.start(); os._exit(0)"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=100)
+    interpreter.run(script, tmp_path)
     with EmbeddedMongoDB(data_directory=tmp_path) as server, connected(server.connection_string) as client:
         assert client.admin.command("ping")["ok"]
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from documented import README, ROOT, Program, blocks, uri_of
+from documented import README, Program, blocks, uri_of
 
 
 @pytest.fixture
@@ -52,18 +49,3 @@ def test_metadata_and_feedback(readme: Program, capsys: pytest.CaptureFixture[st
     assert shown.startswith("ada-1: metadata update\nada-1: metadata get\n")
     assert "{'metadata': {'customer': 'Ada', 'preferences': {'language': 'en'}}}" in shown
     assert "'comment': 'quick'" in shown
-
-
-def test_quickstart_example(server: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "MONGODB_URI"}
-    shown = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples" / "quickstart.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stderr == ""
-    assert "(restored 2 messages)" in shown.stdout
-    assert "agent: Your name is Ada." in shown.stdout

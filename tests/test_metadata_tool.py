@@ -279,7 +279,7 @@ def test_allowed_keys(session: Session) -> None:
         refused.format("profile.plan"),
         refused.format("secret"),
         refused.format("profile"),
-        "Error: a key with dots leads through a stored value that holds no keys",
+        "Error: a key with dots leads through a stored value that is not a document",
         "Metadata updated: step, profile.name.",
         refused.format("profile"),
         refused.format("secret"),

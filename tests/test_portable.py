@@ -14,9 +14,9 @@ import pytest
 from bson import Int64, Regex
 from hypothesis import example, given
 from hypothesis import strategies as st
+from mongodb_session_manager._copying.copying import export_format as portable
 
 from mongodb_session_manager import EncodingError, InvalidArgumentError
-from mongodb_session_manager._copying import export_format as portable
 from mongodb_session_manager._copying.export_format import PieceRead, Reader, Writer, line_of
 from mongodb_session_manager._format.attachment_refs import Reference
 from mongodb_session_manager._format.codec import CODEC_OPTIONS, encode, stored_size

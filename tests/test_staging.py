@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import pytest
 from pymongo import monitoring
 from strands.types.session import Session, SessionAgent
 
+import interpreter
 from mongodb_session_manager import (
     MongoDBSessionError,
     MongoDBSessionManagerFactory,
@@ -434,11 +433,7 @@ KILLED = Path(__file__).with_name("killed_copy.py")
 
 def killed_copies(server: str, database: str, what: str, lines: Path) -> int:
     """Make copies in processes that are killed at each of their commands in turn; return how many there were."""
-    ended = subprocess.run(
-        [sys.executable, KILLED, server, database, what, lines], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    return int(ended.stdout)
+    return int(interpreter.run(KILLED, server, database, what, lines)[0])
 
 
 @pytest.mark.parametrize("what", ["fork", "import"])
@@ -480,7 +475,7 @@ def start_process(server: str, database: str) -> None:
         "import sys; from mongodb_session_manager import MongoDBSessionRepository\n"
         "with MongoDBSessionRepository(*sys.argv[1:]) as repository: repository.count_sessions()"
     )
-    subprocess.run([sys.executable, "-c", code, server, database], check=True)
+    interpreter.run(code, server, database)
 
 
 def all_parts(stored: Stored) -> list[dict[str, Any]]:

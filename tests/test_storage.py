@@ -36,10 +36,9 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     MongoDBStorage,
     SessionClosedError,
-    _blobs,
-    _loop,
-    _storage,
 )
+from mongodb_session_manager._storage.storage import gridfs as _blobs
+from mongodb_session_manager._storage.storage import storage as _storage
 from proxy import Proxy, command
 from scripted_model import ScriptedModel
 from support import CommandLog, agent, fail_point, texts
@@ -350,7 +349,9 @@ async def test_of_many_writers_one_wins_and_nothing_of_the_others_stays(
 CRASHES = """
 import asyncio, os, signal, sys
 from pymongo import monitoring
-from mongodb_session_manager import MongoDBStorage, _blobs, _storage
+from mongodb_session_manager import (MongoDBStorage)
+from mongodb_session_manager._storage.storage import gridfs as _blobs
+from mongodb_session_manager._storage.storage import storage as _storage
 
 _storage.INLINE_LIMIT, _blobs.CHUNK, _blobs.BATCH = 100, 64, 3
 uri, database = sys.argv[1:]
@@ -586,7 +587,7 @@ async def test_over_a_borrowed_client(server: str, database: str, small_files: N
 async def test_a_blocked_loop_is_an_error_rather_than_a_deadlock(
     server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_loop, "PATIENCE", 0.3)
+    monkeypatch.setattr("mongodb_session_manager._io.portal.START_TIMEOUT", 0.3)
     client: AsyncMongoClient[Any] = AsyncMongoClient(server)
     storage = MongoDBStorage(database_name=database, client=client)
     await storage.write("a", b"1")

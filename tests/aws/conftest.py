@@ -13,7 +13,8 @@ from moto.server import ThreadedMotoServer
 
 from arrivals import Queue, Topics
 from endpoint import Endpoint
-from mongodb_session_manager.hooks import _aws, _notify
+from mongodb_session_manager._notifications import notify as _notify
+from mongodb_session_manager.hooks import _aws
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTONLYNOTREAL0",

@@ -12,7 +12,7 @@ import pytest
 from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
-from mongodb_session_manager.hooks import _dispatcher
+from mongodb_session_manager._notifications import dispatcher as _dispatcher
 from support import CommandLog
 
 UPDATES = 10_000

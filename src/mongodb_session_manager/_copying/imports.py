@@ -18,7 +18,7 @@ from .._format.buckets import BUCKET_MESSAGES, Head, Step, bucket_of, everything
 from .._format.codec import stored_size
 from .._format.documents import Document, agent_key, config_set, removed_messages
 from .._format.sizes import MAX_DOCUMENT_BYTES
-from .._io.loop import Portal
+from .._io.portal import Portal
 from .._store.attachments import CHUNK_BYTES
 from .._store.store import SessionStore
 from ..errors import InvalidArgumentError

@@ -33,7 +33,7 @@ from .._format.layout import Place
 from .._format.odd_fields import usable_agents
 from .._format.sizes import MAX_DOCUMENT_BYTES
 from .._format.statements import REMOVED, Update, with_removed
-from .._io.connection import AsyncCollection
+from .._io.drivers import AsyncCollection
 from .._store.sessions import ROUNDS
 from .._store.store import SessionStore
 from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone

@@ -36,8 +36,10 @@ from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.documents import agent_key, checked_id, now
 from .._format.large_values import compute
 from .._format.retention import checked_ttl
-from .._io.connection import Connection, unexpected_option
-from .._io.loop import ExitOrder, close_at_exit, running_loop
+from .._io.connection import Connection
+from .._io.loop import ExitOrder, close_at_exit
+from .._io.portal import running_loop
+from .._io.settings import unexpected_option
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from .._repository.async_repository import SharedRepository
 from .._store.store import SessionStore

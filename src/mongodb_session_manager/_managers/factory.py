@@ -11,8 +11,10 @@ from .._copying.imports import feed, feed_blocking
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.documents import checked_id
-from .._io.connection import Client, Connection, Settings
+from .._io.connection import Connection
+from .._io.drivers import Client
 from .._io.loop import Lock
+from .._io.settings import Settings
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 from .._repository.listing import Order, SessionPage
 from .._storage.storage import MongoDBStorage, SharedStorage

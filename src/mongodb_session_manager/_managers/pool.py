@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self, TypedDict, cast
 
-from .._io.connection import Connection, Settings, SyncClient
+from .._io.connection import Connection
+from .._io.drivers import SyncClient
 from .._io.loop import Lock
+from .._io.settings import Settings
 from ..errors import MongoDBSessionError
 
 

@@ -12,7 +12,9 @@ from strands.types.tools import AgentTool
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.documents import checked_id
-from .._io.connection import Client, Connection, Settings
+from .._io.connection import Connection
+from .._io.drivers import Client
+from .._io.settings import Settings
 from .._notifications.notify import DRAIN_TIMEOUT, in_the_name_of
 from .._repository.metadata import AgentConfigDict, UsageReport, checked_feedback, checked_keys, checked_metadata
 from ..errors import InvalidArgumentError

@@ -22,7 +22,8 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from .._io.loop import Portal, io_portal, portal_to
+from .._io.loop import io_portal, portal_to
+from .._io.portal import Portal
 from ..errors import ConfigurationError
 
 Hook = Callable[..., Any]

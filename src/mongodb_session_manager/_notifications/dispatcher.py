@@ -10,7 +10,8 @@ from collections import Counter, deque
 from contextlib import suppress
 from contextvars import Context
 
-from .._io.loop import Lock, Portal
+from .._io.loop import Lock
+from .._io.portal import Portal
 from ..errors import NotificationError
 from .notification import Notification, Source, give_up, names_of
 

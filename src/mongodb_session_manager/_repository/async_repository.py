@@ -8,8 +8,10 @@ from typing import Any, Self
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._io.connection import Client, Connection, Settings
-from .._io.loop import Portal
+from .._io.connection import Connection
+from .._io.drivers import Client
+from .._io.portal import Portal
+from .._io.settings import Settings
 from .._store.store import SessionStore
 from .conversation import ConversationMethods
 from .copying import CopyingMethods

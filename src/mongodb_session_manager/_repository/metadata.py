@@ -32,7 +32,8 @@ from .._format.odd_fields import tell_odd, usable, usable_agents
 from .._format.sizes import of_agent, refuse_unstorable
 from .._format.statements import Update
 from .._io.asked_fields import StoredFields, asked_for
-from .._io.connection import AsyncCollection, Connection
+from .._io.connection import Connection
+from .._io.drivers import AsyncCollection
 from .._store.expiry import matched
 from ..errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
 from .base import RepositoryMethods

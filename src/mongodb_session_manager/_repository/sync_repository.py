@@ -18,8 +18,8 @@ from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.changes import Change
 from .._format.documents import Document
 from .._format.multi_agents import MultiAgentWrite
-from .._io.connection import Client, SyncClient
-from .._io.loop import Portal
+from .._io.drivers import Client, SyncClient
+from .._io.portal import Portal
 from ..errors import MongoDBSessionError
 from .async_repository import AsyncMongoDBSessionRepository
 from .listing import Order, SessionPage

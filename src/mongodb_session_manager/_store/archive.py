@@ -11,7 +11,7 @@ from .._format.documents import Document, agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import LIFE, Life
 from .._format.statements import REMOVED
-from .._io.connection import AsyncCollection, find_and_modify
+from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import DatabaseError, raise_alone
 from .attachments import Attachments, parsed
 from .migration import Migration

@@ -24,8 +24,8 @@ from .._format.documents import Document, array_at, entries_at, message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
 from .._io.collection import Collection
-from .._io.connection import AsyncCollection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes
 from ..errors import AttachmentError
 

@@ -25,7 +25,7 @@ from bson import ObjectId
 from .._format.documents import Document
 from .._format.layout import UNFINISHED, Place, live_at
 from .._format.retention import Life
-from .._io.connection import find_and_modify
+from .._io.drivers import find_and_modify
 from .._io.indexes import unseen
 from ..errors import MongoDBSessionError, SessionConflictError, SessionExistsError
 from .expiry import Expiry

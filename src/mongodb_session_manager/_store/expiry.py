@@ -32,7 +32,7 @@ from .._format.documents import Document
 from .._format.layout import LIVE, OF_V1, OUTSIDE, Place, live_at
 from .._format.retention import LIFE, NO_TIME_TO_LIVE, Dates, Life, next_date
 from .._format.statements import Update
-from .._io.connection import AsyncCollection
+from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes
 from ..errors import DatabaseError, InvalidArgumentError, SessionNotFoundError
 from .sessions import Sessions

@@ -31,8 +31,8 @@ from .._format.documents import Document, agent_key, removed_messages
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import Life
 from .._format.statements import Update
-from .._io.connection import find_and_modify
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import find_and_modify
 from ..errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
 from .expiry import Expiry
 from .sessions import Sessions

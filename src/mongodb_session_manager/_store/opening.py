@@ -27,8 +27,8 @@ from .._format.documents import (
 from .._format.layout import OF_V1, Place, live_at
 from .._format.odd_fields import tell_odd
 from .._format.retention import LIFE
-from .._io.connection import AsyncCollection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection
 from ..errors import DatabaseError, MongoDBSessionError, SessionExistsError
 from .archive import present
 from .migration import HAS_PARTS, is_of_v1

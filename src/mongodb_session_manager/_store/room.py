@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from .._format.sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
 from .._format.statements import Update
-from .._io.connection import AsyncCollection
+from .._io.drivers import AsyncCollection
 from ..errors import MessageTooLargeError, StateTooLargeError
 from .expiry import Expiry
 from .mover import Mover

@@ -17,7 +17,7 @@ from .._format.odd_fields import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .._format.statements import REMOVED, Update, compile_update, without_removed
-from .._io.connection import AsyncCollection, find_and_modify
+from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
     DatabaseError,
     MessageTooLargeError,
