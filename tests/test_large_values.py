@@ -19,7 +19,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     StateTooLargeError,
 )
-from mongodb_session_manager._format.large_values import LARGE, is_large, least_size
+from mongodb_session_manager._format.sizes import LARGE, is_large, least_size
 from mongodb_session_manager._io.loop import io_portal
 from support import CommandLog, agent
 

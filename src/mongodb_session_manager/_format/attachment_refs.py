@@ -22,8 +22,9 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 from bson import ObjectId
 
 from ..errors import ConfigurationError, MessageTooLargeError
-from .codec import MARKER, stored_size
+from .codec import MARKER
 from .documents import Document
+from .sizes import stored_size
 
 T = TypeVar("T", bound=Mapping[str, Any])
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, Self, TypeAlias
 from bson import ObjectId
 
 from .attachment_refs import Reference
-from .codec import stored_size
-from .documents import Document, StoredMessage, checked_id
+from .documents import Document, StoredMessage
+from .ids import checked_id
 from .retention import UNDATED, Dates
-from .sizes import AGENT_FIELDS
+from .sizes import AGENT_FIELDS, stored_size
 
 _PART_BYTES = 15 * 1024 * 1024
 """A statement may hold 16 MiB; the rest is for what is not a message."""

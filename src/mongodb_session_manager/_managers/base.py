@@ -33,13 +33,14 @@ from strands.types.session import SessionMessage
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._format.documents import agent_key, checked_id, now
-from .._format.large_values import compute
+from .._format.dates import now
+from .._format.ids import agent_key, checked_id
 from .._format.retention import checked_ttl
 from .._io.connection import Connection
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
 from .._io.settings import unexpected_option
+from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from .._repository.async_repository import SharedRepository
 from .._store.store import SessionStore

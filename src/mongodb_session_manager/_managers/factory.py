@@ -10,7 +10,7 @@ from typing import Any, Self
 from .._copying.imports import feed, feed_blocking
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._format.documents import checked_id
+from .._format.ids import checked_id
 from .._io.connection import Connection
 from .._io.drivers import Client
 from .._io.loop import Lock

@@ -11,7 +11,7 @@ from strands.types.tools import AgentTool
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._format.documents import checked_id
+from .._format.ids import checked_id
 from .._io.connection import Connection
 from .._io.drivers import Client
 from .._io.settings import Settings
