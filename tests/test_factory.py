@@ -30,6 +30,7 @@ from mongodb_session_manager import (
     MongoDBSessionError,
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
+    PendingSession,
     SessionClosedError,
     close_global_factory,
     create_mongodb_session_manager,
@@ -571,6 +572,55 @@ async def test_create_mongodb_session_manager_async(server: str, database: str, 
         assert await manager.get_application_name() == "ours"
         await agent(manager, "hello").invoke_async("hi")
     assert conversation(driver[database]["elsewhere"]) == ["hi", "hello"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("entrance", ["one call", "factory"])
+async def test_async_with_opens_and_closes_a_session(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Documents, entrance: str
+) -> None:
+    def pending() -> PendingSession:
+        if entrance == "factory":
+            return factory.create_session_manager_async("s")
+        return create_mongodb_session_manager_async("s", server, database)
+
+    async with pending() as manager:
+        await agent(manager, "hello").invoke_async("hi")
+    with pytest.raises(SessionClosedError):
+        await manager.get_metadata()
+    with pytest.raises(ZeroDivisionError):
+        async with pending() as manager:
+            _ = 1 / 0
+    with pytest.raises(SessionClosedError):
+        await manager.get_metadata()
+    assert conversation(stored) == ["hi", "hello"]
+
+
+@pytest.mark.anyio
+async def test_a_pending_session_is_a_coroutine(factory: MongoDBSessionManagerFactory) -> None:
+    def pending(session_id: str) -> PendingSession:
+        return factory.create_session_manager_async(session_id)
+
+    managers = [
+        *await asyncio.gather(pending("a"), pending("b")),
+        await asyncio.wait_for(pending("c"), 60),
+        await asyncio.create_task(pending("d")),
+        await asyncio.to_thread(asyncio.run, pending("e")),
+    ]
+    assert [manager.session_id for manager in managers] == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.anyio
+async def test_a_session_that_is_never_awaited_is_not_opened_and_warned_of(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, commands: CommandLog
+) -> None:
+    with pytest.warns(RuntimeWarning, match=r"'create_session_manager_async' was never awaited"):
+        factory.create_session_manager_async("s")
+    with pytest.warns(RuntimeWarning, match=r"'create_mongodb_session_manager_async' was never awaited"):
+        create_mongodb_session_manager_async("s", server, database)
+    factory.create_session_manager_async("s").close()
+    assert not await factory.session_exists_async("s")
+    assert "findAndModify" not in commands.names
 
 
 @pytest.mark.anyio

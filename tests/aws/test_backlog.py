@@ -12,7 +12,7 @@ import pytest
 from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
-from mongodb_session_manager._notifications import dispatcher as _dispatcher
+from mongodb_session_manager._notifications import dispatcher
 from support import CommandLog
 
 UPDATES = 10_000
@@ -51,12 +51,12 @@ async def test_a_backlog_is_bounded_seen_and_felt_by_nobody(
     stats = factory.get_notification_stats()
     assert commands.names == ["update"] * UPDATES  # nobody waited for more than the command
     assert stats["submitted"] == UPDATES + 20
-    assert stats["waiting"] == _dispatcher.MAX_WAITING
+    assert stats["waiting"] == dispatcher.MAX_WAITING
     assert stats["failed"] == 20  # there was no room for these, which is said of each
     assert stats["delivered"] == 0
     assert stats["oldest_wait"] > 0
     assert grown < 150_000_000
-    ours = [record for record in caplog.records if record.name.startswith("mongodb_session_manager.hooks")]
+    ours = [record for record in caplog.records if record.name.startswith("mongodb_session_manager._notifications")]
     warnings = [record.getMessage() for record in ours if record.levelno == logging.WARNING]
     assert [text.partition(",")[0] for text in warnings] == [f"waiting=<{n}>" for n in (1000, 2000, 4000, 8000)]
     assert sum("event=<'sqs.metadata_update'>" in record.getMessage() for record in ours) == 20

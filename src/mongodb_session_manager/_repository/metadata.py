@@ -36,7 +36,7 @@ _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 _MOST_AHEAD = timedelta(minutes=1)  # a later date comes from a wrong clock, not from much feedback
 
 
-class AgentConfigDict(TypedDict):
+class AgentConfig(TypedDict):
     """How an agent is configured."""
 
     agent_id: str
@@ -272,7 +272,7 @@ class MetadataMethods(RepositoryMethods):
             log_malformed(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
         return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
-    async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
+    async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
         """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
 
         Raises:
@@ -285,7 +285,7 @@ class MetadataMethods(RepositoryMethods):
         stored = usable_agents(session_id, document).get(key)
         return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
-    async def list_agents(self, session_id: str) -> list[AgentConfigDict]:
+    async def list_agents(self, session_id: str) -> list[AgentConfig]:
         """Return the configuration of every agent of a session.
 
         Raises:
@@ -452,7 +452,7 @@ def _leads_into_marked(stored: Any, key: str) -> bool:
     return False
 
 
-def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:
+def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfig:
     data: Document = usable_field(
         dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data"
     )

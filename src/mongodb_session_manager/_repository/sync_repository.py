@@ -23,7 +23,7 @@ from .._io.portal import Portal
 from ..errors import MongoDBSessionError
 from .async_repository import AsyncMongoDBSessionRepository
 from .listing import Order, SessionPage
-from .metadata import AgentConfigDict, UsageReport
+from .metadata import AgentConfig, UsageReport
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
@@ -194,10 +194,10 @@ class MongoDBSessionRepository(SessionRepository):
     def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
         return self._portal.call(self._async.get_feedbacks, session_id)
 
-    def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
+    def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
         return self._portal.call(self._async.get_agent_config, session_id, agent_id)
 
-    def list_agents(self, session_id: str) -> list[AgentConfigDict]:
+    def list_agents(self, session_id: str) -> list[AgentConfig]:
         return self._portal.call(self._async.list_agents, session_id)
 
     def update_agent_config(
