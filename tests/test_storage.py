@@ -37,8 +37,8 @@ from mongodb_session_manager import (
     MongoDBStorage,
     SessionClosedError,
 )
-from mongodb_session_manager._storage.storage import gridfs as _blobs
-from mongodb_session_manager._storage.storage import storage as _storage
+from mongodb_session_manager._storage import gridfs as _blobs
+from mongodb_session_manager._storage import storage as _storage
 from proxy import Proxy, command
 from scripted_model import ScriptedModel
 from support import CommandLog, agent, fail_point, texts
@@ -348,8 +348,8 @@ CRASHES = """
 import asyncio, os, signal, sys
 from pymongo import monitoring
 from mongodb_session_manager import (MongoDBStorage)
-from mongodb_session_manager._storage.storage import gridfs as _blobs
-from mongodb_session_manager._storage.storage import storage as _storage
+from mongodb_session_manager._storage import gridfs as _blobs
+from mongodb_session_manager._storage import storage as _storage
 
 _storage.INLINE_LIMIT, _blobs.CHUNK, _blobs.BATCH = 100, 64, 3
 uri, database = sys.argv[1:]
