@@ -423,8 +423,8 @@ class UnitOfWork(SessionRepository):
             self._replace(agent_id, session_message.message_id, session_message)
             return
         session_message.message_id = agent.next_message_id
-        message = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
-        self._record(AppendMessage(agent_id, message, self._usage(agent, session_message)))
+        message, size = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
+        self._record(AppendMessage(agent_id, message, self._usage(agent, session_message), size=size))
         agent.last_appended = session_message.message_id
         agent.last = _LastMessage.of(session_message.message)
         agent.last_usage = message.get("event_loop_metrics") or {}
@@ -474,10 +474,10 @@ class UnitOfWork(SessionRepository):
         body = {**message_body(session_message), "updated_at": now()}
         is_newest = message_id == agent.next_message_id - 1
         is_plain = is_newest and agent.newest_is_plain and session_message.redact_message is None
-        fields = (set_aside if is_plain else replacement)(body, self._max_inline)
+        fields, size = (set_aside if is_plain else replacement)(body, self._max_inline)
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
-        self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id)))
+        self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
         if is_newest:
             agent.last = _LastMessage.of(session_message.to_message())
 

@@ -178,9 +178,8 @@ class ConversationMethods(RepositoryMethods):
         if not is_message_id(message_id):  # the next opening would renumber the message
             raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
         message = await compute(stored_message, session_message, message_id)
-        await self._apply_one(
-            session_id, AppendMessage(agent_id, set_aside(message, self._store.max_inline), by_id=True)
-        )
+        message, size = set_aside(message, self._store.max_inline)
+        await self._apply_one(session_id, AppendMessage(agent_id, message, by_id=True, size=size))
 
     async def read_message(
         self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
@@ -210,8 +209,9 @@ class ConversationMethods(RepositoryMethods):
             return None
         found = await compute(message_from, message, message_id)
         if found is None:
-            field = MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict)
-            raise field.error(session_id)
+            raise MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(
+                session_id
+            )
         return found
 
     async def update_message(
@@ -228,11 +228,10 @@ class ConversationMethods(RepositoryMethods):
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        fields = replacement(
-            {**(await compute(message_body, session_message)), "updated_at": now()}, self._store.max_inline
-        )
+        body = {**(await compute(message_body, session_message)), "updated_at": now()}
+        fields, size = replacement(body, self._store.max_inline)
         given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
-        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True))
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True, size=size))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
