@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
-from .._format.documents import (
-    Document,
-    OddField,
-    agent_id_of,
-    agent_key,
-    checked_id,
-    following_id,
-    now,
-    odd_fields,
-)
+from .._format.dates import now
+from .._format.documents import Document
+from .._format.ids import agent_id_of, agent_key, checked_id, following_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
+from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
 from .export_format import Writer
@@ -58,7 +51,7 @@ class Export:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             document = await self._store.sessions.get(session_id, {})
-        for odd in odd_fields(document):
+        for odd in malformed_fields(document):
             if odd.value is not None:
                 raise odd.error(session_id)
         writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
@@ -126,7 +119,7 @@ class Export:
         for stored in messages:
             if type(stored) is not dict:
                 path = f"agents.{agent_key(agent_id)}.messages.{sequence.position}"
-                raise OddField(path, stored, dict).error(session_id)
+                raise MalformedField(path, stored, dict).error(session_id)
             message_id = sequence.next(stored.get("message_id"))
             message = {**stored, "message_id": message_id}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
@@ -135,10 +128,10 @@ class Export:
             for _ in range(_ROUNDS if references_of(message) else 0):
                 missing = None
                 for reference in references_of(message):
-                    if reference not in writer.recent:
+                    if not writer.knows(reference):
                         async for lines in self._attachment_lines(source.place, reference, writer):
                             yield lines
-                        if reference not in writer.recent:
+                        if not writer.knows(reference):
                             missing = reference
                             break
                 if missing is None:

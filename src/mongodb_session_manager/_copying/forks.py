@@ -18,8 +18,10 @@ from bson import ObjectId
 
 from .._format.attachment_refs import Reference, references_of
 from .._format.buckets import Head, holding_message, holding_positions
-from .._format.documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
+from .._format.documents import USAGE, Document
+from .._format.ids import agent_id_of, agent_key, checked_id, is_numbered
 from .._format.layout import CHUNKS, Place
+from .._format.malformed import unusable_agents
 from .._format.retention import Life
 from .._store.attachments import CHUNK_BYTES
 from .._store.store import SessionStore

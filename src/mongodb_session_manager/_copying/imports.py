@@ -15,9 +15,9 @@ from typing import Any
 
 from .._format.attachment_refs import Reference
 from .._format.buckets import BUCKET_MESSAGES, Head, Step, bucket_of, everything, taken
-from .._format.codec import stored_size
-from .._format.documents import Document, agent_key, config_set, removed_messages
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.documents import Document, config_set, removed_messages
+from .._format.ids import agent_key
+from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from .._io.portal import Portal
 from .._store.attachments import CHUNK_BYTES
 from .._store.store import SessionStore

@@ -17,21 +17,12 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.attachment_refs import attached, references_of
-from .._format.codec import stored_size
-from .._format.documents import (
-    MESSAGE_USAGE,
-    Document,
-    OddField,
-    agent_id_of,
-    agent_key,
-    array_at,
-    checked_id,
-    is_of_old,
-    stored_id,
-)
+from .._format.documents import MESSAGE_USAGE, Document, needs_upgrade
+from .._format.expressions import array_at
+from .._format.ids import agent_id_of, agent_key, checked_id, stored_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.malformed import MalformedField, usable_agents
+from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from .._format.statements import REMOVED, Update, with_removed
 from .._io.drivers import AsyncCollection
 from .._store.sessions import ROUNDS
@@ -138,7 +129,7 @@ class WriteBack:
             }
             for agent in _agents_of(session_id, document)
         }
-        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not is_left_out(key, agent, agents)]
+        of_old = [key for key, agent in agents.items() if needs_upgrade(agent) and not is_left_out(key, agent, agents)]
         if not of_old:
             return document
         await self._store.migration.migrate_agents(session_id, agents, of_old)
@@ -244,7 +235,7 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> list[_Agent]:
     for key, stored in usable_agents(session_id, document).items():
         messages = stored.get("messages")
         if messages is not None and type(messages) is not list:
-            raise OddField(f"agents.{key}.messages", messages, list).error(session_id)
+            raise MalformedField(f"agents.{key}.messages", messages, list).error(session_id)
         if key and "." not in key:
             agents.append(_Agent(key, stored, messages or []))
     return agents

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, Self, TypeAlias
 from bson import ObjectId
 
 from .attachment_refs import Reference
-from .codec import stored_size
-from .documents import Document, StoredMessage, checked_id
+from .documents import Document, StoredMessage
+from .ids import checked_id
 from .retention import UNDATED, Dates
-from .sizes import AGENT_FIELDS
+from .sizes import AGENT_FIELDS, stored_size
 
 _PART_BYTES = 15 * 1024 * 1024
 """A statement may hold 16 MiB; the rest is for what is not a message."""
@@ -62,23 +62,34 @@ class CreateAgent:
 class AppendMessage:
     """A message follows the others.
 
-    `usage` is what it adds to the running totals of its agent. They are incremented by the statement that appends, so
-    exactly as often. With `by_id` the caller has chosen the id: it must be greater than every stored id, and can be any
-    id if no message is stored.
+    Attributes:
+        agent_id: The agent.
+        message: The message.
+        usage: What it adds to the running totals of its agent. The statement that appends increments them, so they
+            count each message exactly once.
+        by_id: Whether the caller has chosen the id. It must be greater than every stored id, and can be any id if no
+            message is stored.
+        size: The size of the message in bytes, without its attachments; `None` if it was not measured.
     """
 
     agent_id: str
     message: StoredMessage
     usage: Mapping[str, int] = field(default_factory=dict)
     by_id: bool = False
+    size: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplaceMessage:
     """A message has another content: merged, updated or redacted.
 
-    `identity` is that of the message, if it is known. With `by_id`, the writer has not loaded the message: if several
-    messages have its id, `identity` selects one of them.
+    Attributes:
+        agent_id: The agent.
+        message_id: The message.
+        fields: The new fields.
+        identity: The identity of the message, if it is known.
+        by_id: Whether the writer has not loaded the message. If several messages have its id, `identity` selects one.
+        size: The size of the fields in bytes, without attachments; `None` if it was not measured.
     """
 
     agent_id: str
@@ -86,6 +97,7 @@ class ReplaceMessage:
     fields: Document
     identity: Identity | None = field(default=None, compare=False, repr=False)
     by_id: bool = False
+    size: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +156,7 @@ class MessageWrite:
         amended: The later changes of a new message, which that statement possibly did not contain.
         usage: What a new message adds to the running totals of its agent.
         known_as: The identity of a stored message, if it is known.
+        size: The size of a new message in bytes.
     """
 
     fields: Mapping[str, Any]
@@ -151,6 +164,7 @@ class MessageWrite:
     amended: Mapping[str, Any] = field(default_factory=dict)
     usage: Mapping[str, int] = field(default_factory=dict)
     known_as: Identity | None = None
+    size: int = 0
 
     @property
     def identity(self) -> Identity | None:
@@ -165,6 +179,7 @@ class MessageWrite:
         sets, unsets = split_fields(fields)
         self.fields = {name: value for name, value in self.fields.items() if name not in unsets} | sets
         self.amended = {**self.amended, **fields}
+        self.size += stored_size(sets)
 
 
 @dataclass
@@ -209,7 +224,8 @@ class AgentWrite:
                 self._touch(document["updated_at"])
             case AppendMessage(message=message, usage=usage, by_id=by_id):
                 self.by_id |= by_id
-                self.messages[message["message_id"]] = MessageWrite(message, message, usage=usage)
+                size = size_of_change(change)
+                self.messages[message["message_id"]] = MessageWrite(message, message, usage=usage, size=size)
                 self._touch(message["updated_at"])
             case ReplaceMessage(message_id=message_id, fields=fields, identity=identity, by_id=by_id):
                 self.set_fields(message_id, fields, identity)
@@ -243,8 +259,8 @@ class AgentWrite:
 
     @property
     def appended_size(self) -> int:
-        """The size of the new messages in bytes of BSON."""
-        return sum(map(stored_size, self.appended))
+        """The size of the new messages in bytes, at least."""
+        return sum(message.size for message in self.messages.values())
 
     @property
     def replaced(self) -> dict[int, Mapping[str, Any]]:
@@ -352,18 +368,21 @@ def fold(changes: Iterable[Change]) -> dict[str, AgentWrite]:
     return writes
 
 
+def size_of_change(change: Change) -> int:
+    """Return the size of the message of a change in bytes; 0 for a change without content."""
+    match change:
+        case AppendMessage(message=content) | ReplaceMessage(fields=content):
+            return stored_size(content) if change.size is None else change.size
+        case _:
+            return 0
+
+
 def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
     """Split changes, in order, into parts whose messages fit into one statement together; nearly always one."""
     part: list[Change] = []
     size = 0
     for change in changes:
-        match change:
-            case AppendMessage(message=content):
-                added = stored_size(content)
-            case ReplaceMessage(fields=fields):
-                added = stored_size(fields)
-            case _:
-                added = 0
+        added = size_of_change(change)
         if size and added and size + added > _PART_BYTES:
             yield part
             part, size = [], 0

@@ -9,7 +9,9 @@ from typing import Any
 
 from ..errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 from .changes import AgentWrite, Identity, MessageWrite
-from .documents import Document, as_date, is_message_id
+from .dates import as_date
+from .documents import Document
+from .ids import is_message_id
 
 
 @dataclass(frozen=True, slots=True)

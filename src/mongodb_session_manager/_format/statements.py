@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from bson import ObjectId
 
 from .changes import AgentWrite, Identity, split_fields
-from .documents import Document, agent_key, array_at, stored_config_set
+from .documents import Document
+from .expressions import array_at, stored_config_set
+from .ids import agent_key
 
 
 class Update(NamedTuple):

@@ -25,30 +25,26 @@ from .._format.changes import (
     UpdateAgent,
 )
 from .._format.codec import decode, encode
+from .._format.dates import now
 from .._format.documents import (
     STATE_FIELDS,
     USAGE,
     Document,
     agent_from,
-    agent_id_of,
-    agent_key,
     agent_state,
-    checked_count,
-    checked_id,
     config_set,
     message_body,
     message_usage,
     new_agent,
-    now,
     removed_messages,
     session_from,
     stored_message,
-    unusable_agents,
     usable_internal_state,
     usable_numbers,
 )
+from .._format.ids import agent_id_of, agent_key, checked_count, checked_id
+from .._format.malformed import log_malformed, messages_from, unusable_agents, usable_field
 from .._format.multi_agents import MultiAgents
-from .._format.odd_fields import messages_from, tell_odd, usable
 from ..errors import (
     AgentNotFoundError,
     MessageNotFoundError,
@@ -98,7 +94,7 @@ class _Agent:
         self.identities = {message.message_id: Identity.of(document) for message, document in known}
         last = self.messages[-1] if self.messages else None
         self.last = None if last is None else _LastMessage.of(last.message)
-        data: Document = usable(
+        data: Document = usable_field(
             dict, None if stored is None else stored.get("agent_data"), session_id, f"{path}.agent_data"
         )
         self.config = CapturedConfig(data.get("model"), decode(data.get("system_prompt")))
@@ -106,12 +102,12 @@ class _Agent:
         usage = None if stored is None else stored.get("usage")
         self.counts_usage = usage is None or (type(usage) is dict and usable_numbers(usage) == usage)
         if not self.counts_usage:
-            tell_odd(session_id, f"{path}.usage", usage)
+            log_malformed(session_id, f"{path}.usage", usage)
         # The stored values of these fields are unusable. They are kept until the agent has another value.
-        self.odd_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
-        for name in self.odd_state:
+        self.malformed_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
+        for name in self.malformed_state:
             if data.get(name) is not None:
-                tell_odd(session_id, f"{path}.agent_data.{name}", data[name])
+                log_malformed(session_id, f"{path}.agent_data.{name}", data[name])
         self.defaults: Document = {}
         self.removed = 0 if stored is None else removed_messages(stored)
         self.last_appended: int | None = None
@@ -308,7 +304,7 @@ class UnitOfWork(SessionRepository):
         if stored is None or stored.loaded is None:
             return
         state = stored.loaded.conversation_manager_state
-        if state and "conversation_manager_state" not in stored.odd_state:
+        if state and "conversation_manager_state" not in stored.malformed_state:
             return
         if (manager := getattr(agent, "conversation_manager", None)) is not None:
             state = manager.get_state() if type(state.get("__name__")) is not str else state
@@ -317,9 +313,9 @@ class UnitOfWork(SessionRepository):
     def keep_odd(self, agent: LocalAgent) -> None:
         """Keep the unusable stored state of a restored agent until the agent's state changes."""
         stored = self._agents[agent.agent_id]
-        if stored.odd_state:
+        if stored.malformed_state:
             state = agent_state(SessionAgent.from_agent(agent))
-            stored.defaults = {name: state[name] for name in stored.odd_state}
+            stored.defaults = {name: state[name] for name in stored.malformed_state}
 
     # What is recorded beside Strands' own calls.
 
@@ -427,8 +423,8 @@ class UnitOfWork(SessionRepository):
             self._replace(agent_id, session_message.message_id, session_message)
             return
         session_message.message_id = agent.next_message_id
-        message = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
-        self._record(AppendMessage(agent_id, message, self._usage(agent, session_message)))
+        message, size = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
+        self._record(AppendMessage(agent_id, message, self._usage(agent, session_message), size=size))
         agent.last_appended = session_message.message_id
         agent.last = _LastMessage.of(session_message.message)
         agent.last_usage = message.get("event_loop_metrics") or {}
@@ -478,10 +474,10 @@ class UnitOfWork(SessionRepository):
         body = {**message_body(session_message), "updated_at": now()}
         is_newest = message_id == agent.next_message_id - 1
         is_plain = is_newest and agent.newest_is_plain and session_message.redact_message is None
-        fields = (set_aside if is_plain else replacement)(body, self._max_inline)
+        fields, size = (set_aside if is_plain else replacement)(body, self._max_inline)
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
-        self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id)))
+        self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
         if is_newest:
             agent.last = _LastMessage.of(session_message.to_message())
 

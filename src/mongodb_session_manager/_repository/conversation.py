@@ -10,30 +10,23 @@ from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._format.attachment_refs import replacement, set_aside
 from .._format.changes import AppendMessage, Change, CreateAgent, Identity, ReplaceMessage, UpdateAgent
+from .._format.dates import now, to_date
 from .._format.documents import (
     Document,
-    OddField,
     agent_from,
-    agent_key,
     agent_state,
-    array_at,
-    checked_count,
-    checked_id,
-    checked_message_id,
-    is_message_id,
     message_body,
     message_from,
     new_agent,
-    now,
-    number_at,
     session_from,
     stored_message,
-    to_date,
 )
-from .._format.large_values import compute
+from .._format.expressions import array_at, number_at
+from .._format.ids import agent_key, checked_count, checked_id, checked_message_id, is_message_id
 from .._format.layout import OF_V1, Place
-from .._format.odd_fields import messages_from, usable
+from .._format.malformed import MalformedField, messages_from, usable_field
 from .._format.retention import LIFE, Life
+from .._io.threads import compute
 from .._store.migration import is_of_v1
 from .._store.opening import Opening
 from .._store.sessions import read_consistently
@@ -149,10 +142,10 @@ class ConversationMethods(RepositoryMethods):
         key = agent_key(agent_id)
         names = ("agent_data", "created_at", "updated_at")
         document = await self._store.sessions.get(session_id, {f"agents.{key}.{name}": 1 for name in names})
-        agents: Document = usable(dict, document.get("agents"), session_id, "agents")
+        agents: Document = usable_field(dict, document.get("agents"), session_id, "agents")
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
-            raise OddField(f"agents.{key}", stored, dict).error(session_id)
+            raise MalformedField(f"agents.{key}", stored, dict).error(session_id)
         return None if stored is None else await compute(agent_from, agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
@@ -185,9 +178,8 @@ class ConversationMethods(RepositoryMethods):
         if not is_message_id(message_id):  # the next opening would renumber the message
             raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
         message = await compute(stored_message, session_message, message_id)
-        await self._apply_one(
-            session_id, AppendMessage(agent_id, set_aside(message, self._store.max_inline), by_id=True)
-        )
+        message, size = set_aside(message, self._store.max_inline)
+        await self._apply_one(session_id, AppendMessage(agent_id, message, by_id=True, size=size))
 
     async def read_message(
         self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
@@ -217,7 +209,9 @@ class ConversationMethods(RepositoryMethods):
             return None
         found = await compute(message_from, message, message_id)
         if found is None:
-            raise OddField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(session_id)
+            raise MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(
+                session_id
+            )
         return found
 
     async def update_message(
@@ -234,11 +228,10 @@ class ConversationMethods(RepositoryMethods):
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        fields = replacement(
-            {**(await compute(message_body, session_message)), "updated_at": now()}, self._store.max_inline
-        )
+        body = {**(await compute(message_body, session_message)), "updated_at": now()}
+        fields, size = replacement(body, self._store.max_inline)
         given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
-        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True))
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True, size=size))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any

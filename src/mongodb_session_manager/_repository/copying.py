@@ -9,7 +9,7 @@ from .._copying.exports import Export
 from .._copying.forks import Forker
 from .._copying.imports import Import, feed
 from .._copying.write_back import WriteBack
-from .._format.documents import checked_id
+from .._format.ids import checked_id
 from .._io.loop import portal_to
 from .base import RepositoryMethods
 

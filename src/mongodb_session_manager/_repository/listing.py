@@ -14,22 +14,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeAlias, get_args
 
-from .._format.documents import (
-    USAGE,
-    Document,
-    agent_id_of,
-    array_at,
-    checked_id,
-    date_from,
-    entries_at,
-    number_at,
-    to_date,
-    usable_numbers,
-)
-from .._format.large_values import compute, least_size
+from .._format.dates import date_from, to_date
+from .._format.documents import USAGE, Document, usable_numbers
+from .._format.expressions import array_at, entries_at, number_at
+from .._format.ids import agent_id_of, checked_id
 from .._format.layout import LIVE, UNFINISHED
-from .._format.odd_fields import usable
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.malformed import usable_field
+from .._format.sizes import MAX_DOCUMENT_BYTES, least_size
+from .._io.threads import compute
 from ..errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
 from .base import RepositoryMethods
 from .metadata import checked_metadata, decode_values, encoded, name_of
@@ -254,7 +246,7 @@ def summary_from(document: Mapping[str, Any]) -> SessionSummary:
     session_id, name = document["_id"], document.get("application_name")
     agents = {agent_id_of(agent["key"]): agent for agent in document.get("agents") or []}
     totals = [usable_numbers(agent.get("usage")) for agent in agents.values()]
-    metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+    metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
     return SessionSummary(
         session_id=session_id,
         application_name=name if isinstance(name, str) else None,
@@ -373,7 +365,7 @@ class ListingMethods(RepositoryMethods):
         meant = criteria.filter()
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
-        unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted separately, so that an index answers each query
+        unfinished = {**meant, **UNFINISHED}  # counted separately, so that an index answers each query
         async with self._connection.operation():
             self._store.ensure_indexes()
             count = await self._store.collection.send(lambda collection: collection.count_documents(meant, **options))

@@ -14,26 +14,18 @@ from typing import Any, TypedDict
 
 from pymongo import ReturnDocument
 
-from .._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
-from .._format.documents import (
-    USAGE,
-    Document,
-    agent_id_of,
-    agent_key,
-    array_at,
-    checked_id,
-    entries_at,
-    number_at,
-    to_date,
-    usable_numbers,
-)
-from .._format.large_values import compute
-from .._format.odd_fields import tell_odd, usable, usable_agents
+from .._format.codec import MARKER, decode, encode, subscript
+from .._format.dates import to_date
+from .._format.documents import USAGE, Document, usable_numbers
+from .._format.expressions import array_at, entries_at, number_at
+from .._format.ids import agent_id_of, agent_key, checked_id
+from .._format.malformed import log_malformed, usable_agents, usable_field
 from .._format.sizes import of_agent, refuse_unstorable
 from .._format.statements import Update
 from .._io.asked_fields import StoredFields, asked_for
 from .._io.connection import Connection
 from .._io.drivers import AsyncCollection
+from .._io.threads import compute
 from .._store.expiry import matched
 from ..errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
 from .base import RepositoryMethods
@@ -216,7 +208,7 @@ class MetadataMethods(RepositoryMethods):
         document = await self._store.sessions.find(session_id, {"metadata": 1})
         if document is None:
             return {}
-        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+        metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         return {"metadata": await compute(decode_values, metadata)}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
@@ -275,9 +267,9 @@ class MetadataMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist.
         """
         document = await self._store.sessions.get(session_id, {"feedbacks": 1})
-        feedbacks: list[Any] = usable(list, document.get("feedbacks"), session_id, "feedbacks")
+        feedbacks: list[Any] = usable_field(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
-            tell_odd(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
+            log_malformed(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
         return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
     async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
@@ -391,7 +383,7 @@ class MetadataMethods(RepositoryMethods):
 
     async def _answer(self, session_id: str, asked: Iterable[StoredFields], document: Document) -> None:
         """Give the fields that hooks asked for to the hooks."""
-        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+        metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
             wanted = {name: metadata[name] for name in fields.names if name in metadata}
@@ -438,7 +430,7 @@ def _encoded_config(session_id: str, part: str, config: Document) -> Document:
 
 def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return decoded values of metadata by their keys."""
-    return {key: decode(value, nesting=MAX_NESTING + MAX_LEVELS) for key, value in stored.items()}
+    return {key: decode(value) for key, value in stored.items()}
 
 
 def decode_all(stored: Iterable[Any]) -> list[Any]:
@@ -461,7 +453,8 @@ def _leads_into_marked(stored: Any, key: str) -> bool:
 
 
 def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfig:
-    data: Document = usable(dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data")
+    path = f"agents.{agent_key(agent_id)}.agent_data"
+    data: Document = usable_field(dict, stored.get("agent_data"), session_id, path)
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
     return {
         "agent_id": agent_id,

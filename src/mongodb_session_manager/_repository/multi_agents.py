@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from bson import ObjectId
 
 from .._format.codec import decode
-from .._format.documents import Document, OddField, checked_id
-from .._format.large_values import compute
+from .._format.documents import Document
+from .._format.ids import checked_id
+from .._format.malformed import MalformedField
 from .._format.multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -22,6 +23,7 @@ from .._format.multi_agents import (
 )
 from .._format.sizes import of_multi_agent
 from .._format.statements import Update
+from .._io.threads import compute
 from .._store.expiry import matched
 from .._store.sessions import ROUNDS
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
@@ -131,6 +133,6 @@ class MultiAgentMethods(RepositoryMethods):
             if found is None:
                 return None
         if not isinstance(found, dict):
-            raise OddField(path, found, dict).error(session_id)
+            raise MalformedField(path, found, dict).error(session_id)
         stored: Document = found
         return stored

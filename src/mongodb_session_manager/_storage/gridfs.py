@@ -14,7 +14,8 @@ from functools import partial
 from bson import ObjectId
 from pymongo.errors import BulkWriteError
 
-from .._format.documents import Document, now
+from .._format.dates import now
+from .._format.documents import Document
 from .._io.collection import Collection
 from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes

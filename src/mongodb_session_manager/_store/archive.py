@@ -7,7 +7,8 @@ from typing import Any
 
 from .._format.attachment_refs import references_of
 from .._format.buckets import change_in_bucket, holding_message, holding_positions
-from .._format.documents import Document, agent_key
+from .._format.documents import Document
+from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import LIFE, Life
 from .._format.statements import REMOVED

@@ -20,7 +20,9 @@ from typing import Any
 
 from .._format.attachment_refs import Attachment, Reference, attached, detached, references_of
 from .._format.changes import AgentWrite
-from .._format.documents import Document, array_at, entries_at, message_id_of
+from .._format.documents import Document
+from .._format.expressions import array_at, entries_at
+from .._format.ids import message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
 from .._io.collection import Collection

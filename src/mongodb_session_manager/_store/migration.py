@@ -20,20 +20,11 @@ from collections.abc import Iterable, Sequence
 
 from bson import ObjectId
 
-from .._format.documents import (
-    Document,
-    agent_key,
-    array_at,
-    config_set,
-    entries_at,
-    has_old_config_set,
-    number_at,
-    numbered,
-    stored_config_set,
-    with_ids,
-)
+from .._format.documents import Document, config_set, has_old_config_set
+from .._format.expressions import array_at, entries_at, number_at, stored_config_set, with_ids
+from .._format.ids import agent_key, numbered
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
-from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
+from .._format.retention import LIFE, MAX_SECONDS, Life, next_date
 from .._format.statements import Update
 from ..errors import DatabaseError, SessionNotFoundError
 from .attachments import Attachments
@@ -149,7 +140,7 @@ class Migration:
             await self._attachments.copy_from_v1(old, new)
         seconds = document.get("session_ttl")
         sets: Document = {"incarnation": new.incarnation}
-        if isinstance(seconds, int | float) and 1 <= seconds <= MOST_SECONDS:
+        if isinstance(seconds, int | float) and 1 <= seconds <= MAX_SECONDS:
             until = next_date(self._connection.now(), int(seconds))
             await self._expiry.date_parts(new, until)
             sets |= {"time_to_live": int(seconds), "expires_at": until}

@@ -27,7 +27,8 @@ from .._format.buckets import (
     stale_buckets,
 )
 from .._format.changes import AgentWrite
-from .._format.documents import Document, agent_key, removed_messages
+from .._format.documents import Document, removed_messages
+from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import Life
 from .._format.statements import Update

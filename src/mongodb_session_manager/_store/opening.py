@@ -11,21 +11,11 @@ from bson import ObjectId
 from pymongo import ReturnDocument
 
 from .._format.buckets import head_numbers
-from .._format.documents import (
-    ODD_AGENTS,
-    Document,
-    agent_id_of,
-    entries_at,
-    ids_left_out,
-    is_of_old,
-    odd_at,
-    removed_messages,
-    restored,
-    stored_id,
-    to_restore,
-)
+from .._format.documents import Document, needs_upgrade, removed_messages
+from .._format.expressions import MALFORMED_AGENTS, entries_at, ids_left_out, malformed_at, restored, to_restore
+from .._format.ids import agent_id_of, stored_id
 from .._format.layout import OF_V1, Place, live_at
-from .._format.odd_fields import tell_odd
+from .._format.malformed import log_malformed
 from .._format.retention import LIFE
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection
@@ -51,7 +41,7 @@ _RESTORE: Document = {
     "removed_attachments": 1,
     **dict.fromkeys(OF_V1, 1),
     "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
-    "odd_agents": ODD_AGENTS,
+    "malformed_agents": MALFORMED_AGENTS,
     # All agents, each message without its metrics, which no restored agent needs.
     "agents": {
         "$arrayToObject": {
@@ -65,7 +55,7 @@ _RESTORE: Document = {
                         "config_set": "$$agent.v.config_set",
                         "updated_at": "$$agent.v.updated_at",
                         "usage": "$$agent.v.usage",
-                        "odd_messages": odd_at("$$agent.v.messages", "array"),
+                        "malformed_messages": malformed_at("$$agent.v.messages", "array"),
                         **head_numbers("$$agent.v"),
                         "ids": ids_left_out("$$agent.v"),
                         "messages": {
@@ -108,11 +98,11 @@ class Opening:
             raise ReadAgainError
         agents: dict[str, Document] = document["agents"]
         for key in [key for key in agents if not key or "." in key]:
-            tell_odd(session_id, "agents", key)
+            log_malformed(session_id, "agents", key)
             del agents[key]
         for agent in agents.values():
             agent["ids"] += map(stored_id, agent["messages"])
-        of_old = [key for key, agent in agents.items() if is_of_old(agent)]
+        of_old = [key for key, agent in agents.items() if needs_upgrade(agent)]
         gained = {} if not is_of_v1(document) else {"incarnation": ObjectId()}
         if not await store.migration.migrate_agents(session_id, agents, of_old, gained):
             raise ReadAgainError

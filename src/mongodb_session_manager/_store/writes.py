@@ -11,9 +11,10 @@ from bson import ObjectId
 from .._format.attachment_refs import references_of
 from .._format.changes import AgentWrite, Change, Identity, MessageWrite, fold, in_parts
 from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
-from .._format.documents import Document, agent_key, is_message_id, is_numbered, stored_id
+from .._format.documents import Document
+from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
+from .._format.malformed import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
 from .._format.statements import REMOVED, Update, compile_update, without_removed
