@@ -104,8 +104,6 @@ def _restoring(error: Exception) -> tuple[str, str]:
 class SessionManagerBase(OrchestratorSessionManager):
     """What both managers share: all but how the caller waits."""
 
-    session_repository: UnitOfWork
-
     def __init__(
         self,
         session_id: str,
