@@ -13,8 +13,8 @@ import pymongo
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
+from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog, eventually
 
 
@@ -55,7 +55,7 @@ def kept_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded(kept_in_memory: None) -> Iterator[str]:
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1}) as server:
+    with Server(server_parameters={"enableTestCommands": 1}) as server:
         yield server.connection_string
 
 
@@ -68,14 +68,14 @@ def server(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def standalone(kept_in_memory: None) -> Iterator[str]:
     """The connection string of a server without a replica set, where the driver retries nothing."""
-    with EmbeddedMongoDB(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
+    with Server(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
         yield server.connection_string
 
 
 @pytest.fixture(scope="session")
 def expiring(kept_in_memory: None) -> Iterator[str]:
     """The connection string of a server that looks for what has expired every second."""
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
+    with Server(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
         yield server.connection_string
 
 

@@ -17,6 +17,7 @@ from bson import ObjectId
 from pymongo.database import Database
 from strands.types.session import SessionMessage
 
+from fix_servers import Server
 from from_v100 import (
     EXPECTED,
     EXPIRING,
@@ -30,7 +31,6 @@ from from_v100 import (
     traces,
 )
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository, SessionConflictError
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import agent, eventually, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
@@ -480,7 +480,7 @@ def nearly_expired(expiring: str, database: str) -> Iterator[Database[dict[str, 
 
 @pytest.fixture(scope="module")
 def expiring(kept_in_memory: None) -> Iterator[str]:
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
+    with Server(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
         yield server.connection_string
 
 
