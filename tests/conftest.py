@@ -12,7 +12,9 @@ from typing import Any
 import pymongo
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 
+from fix_progress import Progress
 from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from support import CommandLog, eventually
@@ -28,6 +30,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    full = config.getoption("full_adversity") or config.getoption("full_conformance")
+    settings.register_profile(
+        "here", max_examples=300 if full else 30, deadline=None, suppress_health_check=HealthCheck
+    )
+    settings.load_profile("here")
+
+
+HERE = Path(__file__).parent
+FAST = """
+agent_config attachments_references changes codec commands documents feedback ids legacy metadata model
+odd_values options portable rollback scripted_model strict_api surface turns unit_of_work wrong_arguments
+"""
+"""The modules, without `test_`, of which all tests are marked `fast`: pure, or with one server and no other process."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing that `-m fast` would leave out: that took most of the time."""
+    name = collection_path.stem
+    left_out = collection_path.parent != HERE or (
+        name.startswith("test_") and name.removeprefix("test_") not in FAST.split()
+    )
+    return True if config.getoption("markexpr") == "fast" and HERE in collection_path.parents and left_out else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == HERE and item.path.stem.removeprefix("test_") in FAST.split():
+            item.add_marker("fast")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        session.config.pluginmanager.register(Progress(reporter))
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
@@ -41,6 +80,16 @@ def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockB
         return
     with blockbuster_ctx("mongodb_session_manager") as detector:
         yield detector
+
+
+@pytest.fixture(scope="session", autouse=True)
+def retries_come_fast() -> Iterator[None]:
+    """Have the driver look for a lost server at once, and the library send again sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
+        patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
+        patch.setattr("mongodb_session_manager._io.collection._PAUSES", (0.01, 0.02, 0.05))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -111,9 +160,9 @@ def shared_database(server: str, driver: pymongo.MongoClient[dict[str, Any]]) ->
 def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
     """The name of a database with nothing in it but indexes; marked `own_database`: of one that nobody has used."""
     if request.node.get_closest_marker("own_database"):
-        name = f"test_{uuid.uuid4().hex}"
+        name, drop = f"test_{uuid.uuid4().hex}", request.getfixturevalue("drop_later")
         yield name
-        request.getfixturevalue("drop_later")(name)
+        drop(name)
         return
     name = request.getfixturevalue("shared_database")
     collections = driver[name].list_collection_names()

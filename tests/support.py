@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,7 +119,7 @@ class Session:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        return self._runner.run(result) if inspect.iscoroutine(result) else result
+        return self._runner.run(result) if asyncio.iscoroutine(result) else result
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return functools.partial(self.run, getattr(self.manager, name))

@@ -16,6 +16,7 @@ from pymongo.collection import Collection
 from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from fix_overtaking import overtake
 from mongodb_session_manager import (
     AccessDeniedError,
     AsyncMongoDBSessionRepository,
@@ -222,7 +223,7 @@ def test_a_lost_acknowledgement(
     data = {"failCommands": [command], "errorLabels": ["RetryableWriteError"]}
     with fail_point(server, times=lost + 1, writeConcernError=write_concern_error, **data):
         assert full.delete_session(ID) is True
-    assert traces(driver, full._async._database_name) == set()
+    assert traces(driver, full._async._store.collection.database) == set()
 
 
 # Writers under way.
@@ -460,11 +461,14 @@ class Deleting(AsyncMongoDBSessionRepository):
 
     later: Callable[[], object] | None = None
 
-    async def _send(self, command: Any, name: str | None = None) -> Any:
-        if name == "agent_sessions_archive" and (later := self.later) is not None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        overtake(self._store.archive.collection, "send", self._overtaken)
+
+    async def _overtaken(self) -> None:
+        if (later := self.later) is not None:
             self.later = None
             await asyncio.to_thread(later)
-        return await super()._send(command, name)
 
 
 READING: dict[str, Callable[[AsyncMongoDBSessionRepository], Any]] = {
@@ -501,12 +505,8 @@ async def test_who_opens_meanwhile_gets_a_new_session(
 async def test_metadata_of_a_session_that_is_deleted_and_created_again_is_stored(
     server: str, database: str, full: MongoDBSessionRepository
 ) -> None:
-    class Returning(AsyncMongoDBSessionRepository):
-        async def _found(self, session_id: str, projection: Any) -> Any:
-            await self.open_session(session_id)
-            return await super()._found(session_id, projection)
-
     await asyncio.to_thread(full.delete_session, ID)
-    async with Returning(server, database, **SMALL) as repository:
+    async with AsyncMongoDBSessionRepository(server, database, **SMALL) as repository:
+        overtake(repository._store.sessions, "get", lambda: repository.open_session(ID))
         await repository.update_metadata(ID, {"colour": "blue"})
         assert await repository.get_metadata(ID) == {"metadata": {"colour": "blue"}}

@@ -30,6 +30,7 @@ from mongodb_session_manager import (
     MongoDBSessionError,
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
+    PendingSession,
     SessionClosedError,
     close_global_factory,
     create_mongodb_session_manager,
@@ -37,8 +38,9 @@ from mongodb_session_manager import (
     get_global_factory,
     initialize_global_factory,
 )
-from mongodb_session_manager._io import collection as _commands
-from mongodb_session_manager._io.collection import _forget_indexes, see_again, unseen
+from mongodb_session_manager._io import indexes
+from mongodb_session_manager._io.collection import Collection
+from mongodb_session_manager._io.indexes import _forget, see_again, unseen
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
@@ -573,6 +575,55 @@ async def test_create_mongodb_session_manager_async(server: str, database: str, 
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("entrance", ["one call", "factory"])
+async def test_async_with_opens_and_closes_a_session(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Documents, entrance: str
+) -> None:
+    def pending() -> PendingSession:
+        if entrance == "factory":
+            return factory.create_session_manager_async("s")
+        return create_mongodb_session_manager_async("s", server, database)
+
+    async with pending() as manager:
+        await agent(manager, "hello").invoke_async("hi")
+    with pytest.raises(SessionClosedError):
+        await manager.get_metadata()
+    with pytest.raises(ZeroDivisionError):
+        async with pending() as manager:
+            _ = 1 / 0
+    with pytest.raises(SessionClosedError):
+        await manager.get_metadata()
+    assert conversation(stored) == ["hi", "hello"]
+
+
+@pytest.mark.anyio
+async def test_a_pending_session_is_a_coroutine(factory: MongoDBSessionManagerFactory) -> None:
+    def pending(session_id: str) -> PendingSession:
+        return factory.create_session_manager_async(session_id)
+
+    managers = [
+        *await asyncio.gather(pending("a"), pending("b")),
+        await asyncio.wait_for(pending("c"), 60),
+        await asyncio.create_task(pending("d")),
+        await asyncio.to_thread(asyncio.run, pending("e")),
+    ]
+    assert [manager.session_id for manager in managers] == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.anyio
+async def test_a_session_that_is_never_awaited_is_not_opened_and_warned_of(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, commands: CommandLog
+) -> None:
+    with pytest.warns(RuntimeWarning, match=r"'create_session_manager_async' was never awaited"):
+        factory.create_session_manager_async("s")
+    with pytest.warns(RuntimeWarning, match=r"'create_mongodb_session_manager_async' was never awaited"):
+        create_mongodb_session_manager_async("s", server, database)
+    factory.create_session_manager_async("s").close()
+    assert not await factory.session_exists_async("s")
+    assert "findAndModify" not in commands.names
+
+
+@pytest.mark.anyio
 async def test_a_failed_open_may_be_tried_again_with_the_same_factory(server: str, database: str) -> None:
     async with MongoDBSessionManagerFactory(server, database, heartbeatFrequencyMS=500) as factory:
         with (
@@ -759,7 +810,7 @@ def test_a_refused_index_is_built_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = stored.create_index("updated_at", expireAfterSeconds=3600)
-    monkeypatch.setattr(_commands, "_RETRY_REFUSED", 0.5)
+    monkeypatch.setattr(indexes, "_RETRY_REFUSED", 0.5)
     cold.create_session_manager("s")
     eventually(lambda: refusals(caplog, database))
     cold.create_session_manager("s")  # too early
@@ -906,14 +957,15 @@ def test_threads_see_to_indexes_at_the_same_time() -> None:
     def see(thread: int) -> None:
         for number in range(300):
             connection: Any = SimpleNamespace(identity=(thread, number), when_client_is_collected=_ignore)
+            collection = Collection(connection, "d", "c")
             try:
-                assert unseen(connection, "d", "c", [("a",), ("b",)]) == [("a",), ("b",)]
-                assert unseen(connection, "d", "c", [("a",), ("c",)]) == [("c",)]
-                see_again(connection, "d", "c", [("a",)])
-                assert unseen(connection, "d", "c", [("a",), ("c",)]) == [("a",)]
+                assert unseen(collection, [("a",), ("b",)]) == [("a",), ("b",)]
+                assert unseen(collection, [("a",), ("c",)]) == [("c",)]
+                see_again(collection, [("a",)])
+                assert unseen(collection, [("a",), ("c",)]) == [("a",)]
             finally:
                 if number % 2:
-                    _forget_indexes(connection.identity)
+                    _forget(connection.identity)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -923,7 +975,7 @@ def test_threads_see_to_indexes_at_the_same_time() -> None:
     finally:
         sys.setswitchinterval(interval)
         for identity in itertools.product(range(4), range(300)):
-            _forget_indexes(identity)
+            _forget(identity)
 
 
 def _ignore(function: object) -> None: ...

@@ -15,10 +15,11 @@ import pytest
 from bson import Binary, DatetimeMS, Decimal128, Int64, ObjectId, Regex
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.raw_bson import RawBSONDocument
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pymongo.collection import Collection
 
+from fix_legacy import CREATED, conversation, old_agent, old_session
 from mongodb_session_manager import (
     DatabaseError,
     MongoDBSessionError,
@@ -26,7 +27,6 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
 )
 from support import agent, texts
-from test_legacy import CREATED, conversation, old_agent, old_session
 
 ABSENT = Ellipsis
 
@@ -296,7 +296,6 @@ odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(PATHS), odd_values), min_size=1, max_size=4))
 def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: list[tuple[str, Any]]) -> None:
     document = usual()

@@ -22,6 +22,7 @@ from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     AsyncMongoDBSessionRepository,
     ConfigurationError,
+    MessageTooLargeError,
     MongoDBSessionError,
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
@@ -84,7 +85,7 @@ def in_background(repository: MongoDBSessionRepository) -> Stored:
     core = repository._async
     client: Driver = pymongo.MongoClient(core._connection.settings.connection_string, tz_aware=True)
     _clients.append(client)
-    return client[core._database_name][core._collection_name]
+    return client[core._store.collection.database][core._store.collection.name]
 
 
 _clients: list[Driver] = []
@@ -587,8 +588,9 @@ def test_a_bucket_of_a_session_that_does_not_expire_stays(
     for n in range(8):
         lasting.create_message(ID, "agent", said(n))
     repository.open_session(ID)
-    core = repository._async
-    core.portal.call(core._make_room, ID)
+    core, refusal = repository._async, MessageTooLargeError("the document is full")
+    refusal.code = 17419
+    core.portal.call(core._store.mover.make_room, ID, refusal)
     assert stored.find_one({"_id": ID})["agents"]["agent"]["archived"]
     assert ttl_of(stored) is None
     assert all("expires_at" not in part for part in parts_of(stored))
@@ -602,8 +604,7 @@ def test_a_move_that_a_step_overtakes_begins_again(
 ) -> None:
     fill(repository)
     numbers = stored.aggregate([{"$match": {"_id": ID}}, {"$project": {"head": head_numbers("$agents.agent")}}])
-    head = Head()
-    head.learn(next(iter(numbers))["head"])
+    head = Head.of(next(iter(numbers))["head"])
     step = Limits(4, 2**20).step(head)
     age(stored, EIGHTH * 2)
     old = datetime.now(UTC) + TTL - EIGHTH

@@ -16,7 +16,7 @@ from typing import Any
 import gridfs
 import pymongo
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, monitoring
@@ -148,7 +148,6 @@ def view(storage: Any, prefix: str) -> Any:
 def test_it_does_what_strands_in_memory_storage_does(
     server: str, database: str, values: Database, small_files: None
 ) -> None:
-    @settings(max_examples=80, deadline=None)
     @given(OPERATIONS)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -170,7 +169,6 @@ def test_it_does_what_strands_in_memory_storage_does(
 
 
 def test_it_does_what_strands_file_storage_does(server: str, database: str, tmp_path: Path, small_files: None) -> None:
-    @settings(max_examples=30, deadline=None)
     @given(PLAIN)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -466,6 +464,7 @@ def command_on(name: str, collection: str) -> bytes:
     return command(name) + struct.pack("<i", len(collection) + 1) + collection.encode() + b"\0"
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("size", [5, 500])
 @pytest.mark.parametrize("after", [5, 500, None])
 @pytest.mark.parametrize("part", ["", "_blobs.files", "_blobs.chunks"])

@@ -258,7 +258,8 @@ def test_a_factory_takes_what_a_manager_takes_but_the_session() -> None:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    is_pending = function.__annotations__.get("return") == "PendingSession"
+    return is_pending or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def accepts_as_much(ours: Callable[..., Any], theirs: Callable[..., Any]) -> bool:
@@ -390,7 +391,7 @@ def layers_below(name: str) -> set[str]:
 def test_the_walk_sees_imports() -> None:
     assert own_imports("_format.documents") == {"_format.codec", "errors"}
     assert own_imports("_format.codec") == {"errors"}  # by its absolute name
-    assert "pymongo.ReturnDocument" in imports("_repository.async_repository")
+    assert "pymongo.ReturnDocument" in imports("_store.opening")
 
 
 def test_every_module_has_its_place() -> None:
@@ -493,3 +494,9 @@ def test_importing_the_package_imports_what_it_needs_and_no_more() -> None:
 def aws_modules() -> set[str]:
     """The modules of the package that import the AWS client."""
     return {f"{package.__name__}.{module}" for module in imported_by("aioboto3") | imported_by("aiobotocore")}
+
+
+def test_no_test_module_imports_another() -> None:
+    modules = {path: path.read_text() for path in Path(__file__).parent.rglob("*.py")}
+    importing = r"(?m)^\s*(?:from|import) (?:tests\.)?test_"
+    assert [path.name for path, text in modules.items() if re.search(importing, text)] == []

@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any
 
 from .._format.buckets import head_numbers
-from .._format.changes import REMOVED
 from .._format.codec import decode, encode
 from .._format.documents import (
     MESSAGE_USAGE,
@@ -24,6 +23,7 @@ from .._format.documents import (
     usable_numbers,
 )
 from .._format.layout import live_at
+from .._format.statements import REMOVED
 from ..errors import AgentNotFoundError, InvalidArgumentError
 
 AtMessage = int | Mapping[str, int] | None

@@ -35,19 +35,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from ..errors import ConfigurationError
-from .changes import (
-    REMOVED,
-    Identity,
-    Update,
-    attachments_of,
-    is_meant,
-    replaced_message,
-    split_fields,
-    with_removed,
-)
+from .changes import Identity, split_fields
 from .documents import Document, array_at, entries_at, ids_of, is_numbered, number_at, size_at, stored_removed
 from .layout import LIVE, Place
 from .retention import LIFE, Dates, Life
+from .statements import REMOVED, Update, attachments_of, is_meant, replaced_message, with_removed
 
 MAX_EMBEDDED_MESSAGES = 128
 MAX_EMBEDDED_BYTES = 256 * 1024
@@ -61,23 +53,21 @@ _ALL = 2**31 - 1
 _TAKEN = "__taken__"
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Head:
-    """What is known of the messages of an agent in the session document.
+    """The known numbers of an agent's messages in the session document.
 
     Attributes:
-        since: When the agent was created.
-        archived: The position of the first one.
-        revision: Of the head.
-        below: Ids below the first one's, that is `archived` unless a version before 1.0 left gaps.
+        since: The `created_at` of the agent.
+        archived: The position of the first message.
+        revision: The revision of the head.
+        below: The number of ids below the first one's: `archived`, unless a version before 1.0 left gaps.
         next_id: The id of the next message.
-        size: Bytes of all, at least.
+        size: A lower bound of the size of all messages in bytes.
         removed: How many of the agent's oldest messages its conversation manager has removed.
-        learned: Whether the head was ever read from the server.
-        certain: Whether only appends have changed it since, as far as this process knows.
+        certain: Whether only appends have changed it since it was read, as far as this process knows.
         is_numbered: Whether the ids of the messages increase; other messages only move if there is no room.
-        moving: A future that is done when the bucket that is being moved is.
-        life: The `Life` of the session, as it was when the head was read.
+        life: The `Life` of the session when the head was read.
         stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
     """
 
@@ -88,34 +78,38 @@ class Head:
     next_id: int = 0
     size: int = 0
     removed: int = 0
-    learned: bool = False
-    certain: bool = False
+    certain: bool = True
     is_numbered: bool = True
-    moving: Any = None
     life: Life = field(default_factory=Life)
     stale_below: int = 0
 
+    @classmethod
+    def of(cls, numbers: Mapping[str, Any]) -> Self:
+        """Return the head that a result of `head_numbers` describes."""
+        archived, count = int(numbers["archived"]), int(numbers["count"])
+        next_id = int(numbers.get("next_message_id") or archived + count)
+        return cls(
+            since=numbers.get("created_at"),
+            archived=archived,
+            revision=int(numbers["revision"]),
+            below=next_id - count,
+            next_id=next_id,
+            size=int(numbers["bytes"]),
+            removed=int(numbers["removed"]),
+            is_numbered="ids" not in numbers or is_numbered(numbers),
+            life=Life.of(numbers.get("session") or {}),
+            stale_below=int(numbers.get("stale_below") or 0),
+        )
+
     @property
     def count(self) -> int:
-        """How many messages there are."""
+        """The number of messages."""
         return self.next_id - self.below
 
     @property
     def is_regular(self) -> bool:
         """Whether every id is the position of its message, as versions since 1.0 store them."""
-        return self.learned and self.below == self.archived
-
-    def learn(self, numbers: Mapping[str, Any]) -> None:
-        """Take the values of a result of `head_numbers`."""
-        self.since = numbers.get("created_at")
-        self.archived, self.revision = int(numbers["archived"]), int(numbers["revision"])
-        self.next_id = int(numbers.get("next_message_id") or self.archived + numbers["count"])
-        self.below = self.next_id - int(numbers["count"])
-        self.size, self.removed = int(numbers["bytes"]), int(numbers["removed"])
-        self.life = Life.of(numbers.get("session") or {})
-        self.is_numbered = "ids" not in numbers or is_numbered(numbers)
-        self.stale_below = int(numbers.get("stale_below") or 0)
-        self.learned = self.certain = True
+        return self.below == self.archived
 
 
 class Step(NamedTuple):
@@ -177,7 +171,7 @@ def everything(head: Head) -> Step:
 
 
 def head_numbers(path: str) -> Document:
-    """Return the expression for the numbers that `Head.learn` takes; `path` leads to the agent and begins with `$`."""
+    """Return the expression for the numbers that `Head.of` takes; `path` leads to the agent and begins with `$`."""
     messages = array_at(f"{path}.messages")
     return {
         "created_at": f"{path}.created_at",
@@ -343,23 +337,29 @@ def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) 
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
 
-def holding_message(place: Place, key: str, message_id: int, head: Head, created_at: Any = None) -> list[Document]:
+def holding_message(
+    place: Place, key: str, message_id: int, since: Any, is_regular: bool, created_at: Any = None
+) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
     The first covers the buckets where the id is the position of its message; the second, if ids can differ, all.
-    `created_at` is the message's, if it is known: 1.0.0 may have archived duplicate ids.
+
+    Args:
+        place: The session.
+        key: The agent's key.
+        message_id: The message.
+        since: The agent's `created_at`, for a session that is not migrated.
+        is_regular: Whether every id is known to be the position of its message.
+        created_at: The `created_at` of the message, if it is known: 1.0.0 may have archived duplicate ids.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
     return [
         {
-            "_id": {
-                "$gte": place.bucket_id(key, low, head.since),
-                "$lte": place.bucket_id(key, high, head.since),
-            },
+            "_id": {"$gte": place.bucket_id(key, low, since), "$lte": place.bucket_id(key, high, since)},
             "messages": {"$elemMatch": message},
         }
-        for low, high in ranges[: 1 if head.is_regular else 2]
+        for low, high in ranges[: 1 if is_regular else 2]
     ]
 
 

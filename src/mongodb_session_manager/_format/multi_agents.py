@@ -21,9 +21,9 @@ from typing import Any
 from bson import ObjectId
 
 from ..errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError, again
-from .changes import Update
 from .codec import decode, encode
 from .documents import Document, OddField, agent_id_of, agent_key, checked_id, now
+from .statements import Update
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
 

@@ -11,7 +11,7 @@ from strands.types.agent import LocalAgent
 from .._format.documents import Document
 
 
-class AgentConfig(NamedTuple):
+class CapturedConfig(NamedTuple):
     """What an agent runs with.
 
     Attributes:
@@ -23,11 +23,11 @@ class AgentConfig(NamedTuple):
     system_prompt: str | None
 
 
-def capture_config(agent: LocalAgent) -> AgentConfig:
+def capture_config(agent: LocalAgent) -> CapturedConfig:
     """Return the model id and the system prompt of an agent."""
     config = agent.model.get_config() if hasattr(agent.model, "get_config") else None
     model_id = config.get("model_id") if isinstance(config, Mapping) else None
-    return AgentConfig(None if model_id is None else str(model_id), agent.system_prompt)
+    return CapturedConfig(None if model_id is None else str(model_id), agent.system_prompt)
 
 
 def capture_metrics(agent: LocalAgent) -> Document | None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from strands.hooks import (
@@ -20,44 +17,22 @@ from strands.session import RepositorySessionManager
 from .._format.documents import checked_id
 from .._format.multi_agents import path_of
 from ..errors import DatabaseError, MongoDBSessionError
+from .flusher import Flusher
 from .unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
 
 
-_only_recording: ContextVar[bool] = ContextVar("mongodb_session_manager_only_recording", default=False)
-
-
-@contextmanager
-def recording_only() -> Iterator[None]:
-    """Have Strands' synchronous methods record and leave the sending to their caller."""
-    token = _only_recording.set(True)
-    try:
-        yield
-    finally:
-        _only_recording.reset(token)
-
-
-def is_recording_only() -> bool:
-    """Tell whether the caller of a synchronous method sends what it records."""
-    return _only_recording.get()
-
-
 class OrchestratorSessionManager(RepositorySessionManager):
     """What a session manager does for orchestrators; how it sends is the other half's."""
 
+    _flusher: Flusher
     _stopped_multi_agents: dict[str, MongoDBSessionError]
 
     @property
     @abstractmethod
     def _unit(self) -> UnitOfWork: ...
-
-    @abstractmethod
-    async def _send(self) -> None: ...
-
-    @abstractmethod
-    def _settle(self, *, multi_agent_id: str) -> None: ...
 
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
         # First: another callback that is slow or raises must not prevent storing a node's result.
@@ -88,18 +63,18 @@ class OrchestratorSessionManager(RepositorySessionManager):
 
     def sync_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, if it changed since it was stored last."""
-        _ = self._unit
+        work = self._unit
         super().sync_multi_agent(source, **kwargs)
-        self._settle(multi_agent_id=source.id)
+        self._flusher.recorded(source, work, work.multi_agents.raise_refusal, source.id)
 
     async def _flush_multi_agent(self, multi_agent_id: str) -> None:
-        await self._send()
+        await self._flusher.flush(self._unit)
         self._unit.multi_agents.raise_refusal(multi_agent_id)
 
     async def _on_after_node_call(self, event: AfterNodeCallEvent) -> None:
         source = event.source
         try:
-            with recording_only():
+            with self._flusher.recording(source):
                 self.sync_multi_agent(source)
             await self._flush_multi_agent(source.id)
         except MongoDBSessionError as error:
@@ -110,7 +85,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
         source = event.source
         stopped = self._stopped_multi_agents.pop(source.id, None)
         if stopped is None:
-            with recording_only():
+            with self._flusher.recording(source):
                 self.sync_multi_agent(source)
         # Else Strands calls the orchestrator failed, with nothing left to do: what was recorded at the node that
         # could not be stored is what another process goes on from.

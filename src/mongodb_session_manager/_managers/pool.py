@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, TypedDict, cast
+from typing import Any, ClassVar, Self, TypedDict, Unpack, cast
 
 from .._io.connection import Connection
 from .._io.drivers import SyncClient
 from .._io.loop import Lock
+from .._io.options import ClientOptions
 from .._io.settings import Settings
 from ..errors import MongoDBSessionError
 
@@ -67,7 +68,7 @@ class MongoDBConnectionPool:
             return cast(Self, cls._instance)
 
     @classmethod
-    def initialize(cls, connection_string: str | None = None, **client_options: Any) -> SyncClient:
+    def initialize(cls, connection_string: str | None = None, **client_options: Unpack[ClientOptions]) -> SyncClient:
         """Return the process's client; the first call, and one with other arguments, makes it.
 
         If a global factory was initialized with the same arguments, its pool is used. An earlier pool with other

@@ -57,7 +57,7 @@ from ..errors import (
     StateTooLargeError,
     again,
 )
-from .capture import AgentConfig, count_tool_calls
+from .capture import CapturedConfig, count_tool_calls
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
@@ -101,7 +101,7 @@ class _Agent:
         data: Document = usable(
             dict, None if stored is None else stored.get("agent_data"), session_id, f"{path}.agent_data"
         )
-        self.config = AgentConfig(data.get("model"), decode(data.get("system_prompt")))
+        self.config = CapturedConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = config_set(stored or {})
         usage = None if stored is None else stored.get("usage")
         self.counts_usage = usage is None or (type(usage) is dict and usable_numbers(usage) == usage)
@@ -200,6 +200,11 @@ class UnitOfWork(SessionRepository):
     # What flushing needs.
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be recorded any more."""
+        return self._closed
+
+    @property
     def is_settled(self) -> bool:
         """Whether nothing is recorded that is not settled."""
         return not self._log and self.multi_agents.is_settled
@@ -235,6 +240,11 @@ class UnitOfWork(SessionRepository):
             if agent.too_large is not None and agent.too_large.pending:
                 agent.too_large = None
         self._log[:count] = [change for change in self._log[:count] if change.agent_id in pending]
+
+    def raise_refused(self, agent_id: str | None = None) -> None:
+        """Raise why changes of the agent, or of any agent or orchestrator, were refused."""
+        self.raise_refusal(agent_id)
+        self.raise_too_large(agent_id)
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
         """Raise why changes of the agent, or of anything, were refused."""
@@ -313,7 +323,7 @@ class UnitOfWork(SessionRepository):
 
     # What is recorded beside Strands' own calls.
 
-    def record_config(self, agent_id: str, config: AgentConfig) -> None:
+    def record_config(self, agent_id: str, config: CapturedConfig) -> None:
         """Record the model and system prompt an agent runs with, if they are not those that are stored."""
         agent = self._agents[agent_id]
         known, agent.config = agent.config, config

@@ -1,12 +1,4 @@
-"""Users' hooks around metadata and feedback, and how each kind of hook is called from each kind of manager.
-
-A hook is called as `hook(original_func, action, session_id, **kwargs)` and returns what the caller gets. A metadata
-hook sees the actions `"update"` (`metadata=`), `"delete"` (`keys=`) and `"get"`, a feedback hook `"add"`
-(`feedback=`). What it does not do with `original_func` does not happen.
-
-While a `def` hook runs, `original_func` waits and returns the result. In an `async def` hook, and in an awaitable that
-a `def` hook returned, `original_func` returns an awaitable.
-"""
+"""How each kind of hook is called from each kind of manager."""
 
 from __future__ import annotations
 
@@ -26,7 +18,28 @@ from .._io.loop import io_portal, portal_to
 from .._io.portal import Portal
 from ..errors import ConfigurationError
 
-Hook = Callable[..., Any]
+
+class Hook(Protocol):
+    """A function that is called around every use of a session's metadata or around every new feedback.
+
+    It returns what the caller gets, and the operation happens only if it calls `original_func`. It can be `def` or
+    `async def`, with either manager. In a `def` hook, `original_func` waits and returns the result. In an `async def`
+    hook, and in an awaitable that a `def` hook returns, `original_func` returns an awaitable.
+
+    | hook | action | keyword argument |
+    |---|---|---|
+    | metadata | `"update"` | `metadata`: the values to set, by key |
+    | metadata | `"delete"` | `keys`: the keys to remove |
+    | metadata | `"get"` | none |
+    | feedback | `"add"` | `feedback`: the feedback to append |
+    """
+
+    def __call__(
+        self, original_func: Callable[..., Any], action: str, session_id: str, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Perform the operation by calling `original_func` with the keyword argument."""
+
+
 Operation = Callable[..., Coroutine[Any, Any, Any]]
 
 

@@ -30,8 +30,8 @@ from .._format.large_values import compute, least_size
 from .._format.layout import LIVE, UNFINISHED
 from .._format.odd_fields import usable
 from .._format.sizes import MAX_DOCUMENT_BYTES
-from .._io.collection import SessionCollection
 from ..errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
+from .base import RepositoryMethods
 from .metadata import checked_metadata, decode_values, encoded, name_of
 
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
@@ -307,8 +307,8 @@ def _refuse_operators(value: object, name: str) -> None:
                 pass
 
 
-class SessionFinding(SessionCollection):
-    """The part of the repository that looks for sessions."""
+class ListingMethods(RepositoryMethods):
+    """The methods that find sessions."""
 
     async def list_sessions(
         self,
@@ -341,9 +341,9 @@ class SessionFinding(SessionCollection):
         criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
         order, limit = checked_order(order), checked_limit(limit)
         position = None if cursor is None else Position.of(cursor, order)
-        query = page_query(criteria, order, position, self._metadata_fields)
+        query = page_query(criteria, order, position, self._store.metadata_fields)
         async with self._connection.operation():
-            self._ensure_indexes()
+            self._store.ensure_indexes()
             found = await self._page(query, limit + 1)
         sessions = await compute(_summaries_from, found[:limit])
         if len(found) <= limit:
@@ -375,9 +375,9 @@ class SessionFinding(SessionCollection):
         options = {} if meant else {"hint": "_id_"}
         unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted separately, so that an index answers each query
         async with self._connection.operation():
-            self._ensure_indexes()
-            count = await self._send(lambda collection: collection.count_documents(meant, **options))
-            return count - await self._send(lambda collection: collection.count_documents(unfinished))
+            self._store.ensure_indexes()
+            count = await self._store.collection.send(lambda collection: collection.count_documents(meant, **options))
+            return count - await self._store.collection.send(lambda collection: collection.count_documents(unfinished))
 
     async def session_exists(self, session_id: str) -> bool:
         """Return whether a session with that id exists.
@@ -385,19 +385,13 @@ class SessionFinding(SessionCollection):
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
         """
-        return await self._find(session_id, {"_id": 1}) is not None
+        return await self._store.sessions.find(session_id, {"_id": 1}) is not None
 
     async def _page(self, query: Query, length: int) -> list[Document]:
-        async def ask(hint: list[tuple[str, int]] | None) -> list[Document]:
-            return await self._send(
-                lambda collection: collection.find(
-                    query.filter, _SUMMARY, sort=query.sort, limit=length, hint=hint
-                ).to_list()
-            )
-
+        find, options = self._store.collection.find, {"sort": query.sort, "limit": length}
         try:
-            return await ask(query.hint)
+            return await find(query.filter, _SUMMARY, hint=query.hint, **options)
         except DatabaseError as error:
             if query.hint is None or error.code != _BAD_VALUE:
                 raise
-        return await ask(None)  # the index is not there, or not yet
+        return await find(query.filter, _SUMMARY, **options)  # the index is not there, or not yet

@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 
 from pymongo import ReturnDocument
 
-from .._format.changes import Update
 from .._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
 from .._format.documents import (
     USAGE,
@@ -31,11 +30,13 @@ from .._format.documents import (
 from .._format.large_values import compute
 from .._format.odd_fields import tell_odd, usable, usable_agents
 from .._format.sizes import of_agent, refuse_unstorable
-from .._io.asked_fields import asked_for
+from .._format.statements import Update
+from .._io.asked_fields import StoredFields, asked_for
 from .._io.connection import Connection
 from .._io.drivers import AsyncCollection
-from .._store.archive import SessionArchive
+from .._store.expiry import matched
 from ..errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
+from .base import RepositoryMethods
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
 _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
@@ -43,7 +44,7 @@ _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 _MOST_AHEAD = timedelta(minutes=1)  # a later date comes from a wrong clock, not from much feedback
 
 
-class AgentConfigDict(TypedDict):
+class AgentConfig(TypedDict):
     """How an agent is configured."""
 
     agent_id: str
@@ -187,8 +188,8 @@ def _unique_moment(connection: Connection) -> datetime:
     return moment
 
 
-class SessionAnnotations(SessionArchive):
-    """The half of the repository that is not the conversation."""
+class MetadataMethods(RepositoryMethods):
+    """The methods for metadata, feedback, and the configuration and usage of agents."""
 
     async def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set the given keys of a session's metadata and keep the others.
@@ -212,7 +213,7 @@ class SessionAnnotations(SessionArchive):
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
         """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""
-        document = await self._find(session_id, {"metadata": 1})
+        document = await self._store.sessions.find(session_id, {"metadata": 1})
         if document is None:
             return {}
         metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
@@ -227,7 +228,7 @@ class SessionAnnotations(SessionArchive):
         """
         wanted = checked_keys(keys)
         while not await self._change_intact(session_id, wanted, _unset(wanted)):
-            stored = (await self._found(session_id, {"metadata": 1})).get("metadata")
+            stored = (await self._store.sessions.get(session_id, {"metadata": 1})).get("metadata")
             wanted = [key for key in wanted if not _leads_into_marked(stored, key)]
 
     async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
@@ -254,7 +255,9 @@ class SessionAnnotations(SessionArchive):
                 entry = await compute(_encoded_feedback, session_id, {**fields, "created_at": moment})
             # `$addToSet` adds it at most once, even if the command is sent again.
             update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
-            await self._store_part(session_id, "feedback", entry, lambda: self._change(session_id, update))
+            statement = Update({"_id": session_id}, update, None)
+            if not await self._store.room.store_part(statement, "feedback", entry, matched):
+                raise SessionNotFoundError(f"session {session_id!r} does not exist")
 
     async def get_application_name(self, session_id: str) -> str | None:
         """Return the name that the session was created with, `None` if it has none.
@@ -262,7 +265,7 @@ class SessionAnnotations(SessionArchive):
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        name = (await self._found(session_id, {"application_name": 1})).get("application_name")
+        name = (await self._store.sessions.get(session_id, {"application_name": 1})).get("application_name")
         return name if isinstance(name, str) else None
 
     async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
@@ -271,24 +274,26 @@ class SessionAnnotations(SessionArchive):
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        document = await self._found(session_id, {"feedbacks": 1})
+        document = await self._store.sessions.get(session_id, {"feedbacks": 1})
         feedbacks: list[Any] = usable(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
             tell_odd(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
         return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
-    async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfigDict | None:
+    async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
         """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
         key = agent_key(agent_id)
-        document = await self._found(session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG})
+        document = await self._store.sessions.get(
+            session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG}
+        )
         stored = usable_agents(session_id, document).get(key)
         return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
-    async def list_agents(self, session_id: str) -> list[AgentConfigDict]:
+    async def list_agents(self, session_id: str) -> list[AgentConfig]:
         """Return the configuration of every agent of a session.
 
         Raises:
@@ -330,8 +335,8 @@ class SessionAnnotations(SessionArchive):
                 "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
             }
             change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
-            if not await self._store_part(session_id, part, sets, lambda: self._update(change)):
-                await self._found(session_id, {"created_at": 1})
+            if not await self._store.room.store_part(change, part, sets, matched):
+                await self._store.sessions.get(session_id, {"created_at": 1})
                 raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
 
     async def get_message_count(self, session_id: str, agent_id: str) -> int:
@@ -343,7 +348,7 @@ class SessionAnnotations(SessionArchive):
         """
         path = f"$agents.{agent_key(agent_id)}"
         count = {"$add": [number_at(f"{path}.archived"), {"$size": array_at(f"{path}.messages")}]}
-        messages: int = (await self._stored_agent(session_id, agent_id, {"messages": count}))["messages"]
+        messages: int = (await self._store.sessions.get_agent(session_id, agent_id, {"messages": count}))["messages"]
         return messages
 
     async def get_usage(self, session_id: str) -> UsageReport:
@@ -364,7 +369,7 @@ class SessionAnnotations(SessionArchive):
         entries = entries_at("$agents")
         pair = {"k": "$$this.k", "v": {field: f"$$this.v.{field}"}}
         projection = {"agents": {"$arrayToObject": {"$map": {"input": entries, "in": pair}}}}
-        agents: dict[str, Document] = (await self._found(session_id, projection))["agents"]
+        agents: dict[str, Document] = (await self._store.sessions.get(session_id, projection))["agents"]
         return agents
 
     async def _change_intact(self, session_id: str, keys: Iterable[str], update: Document) -> bool:
@@ -373,49 +378,41 @@ class SessionAnnotations(SessionArchive):
         intact = {f"metadata.{path}.{MARKER}": {"$exists": False} for path in sorted(within)}
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            condition = {"_id": session_id, **intact}
             update = {**update, "$set": {**update.get("$set", {}), "updated_at": self._connection.now()}}
-            change = partial(self._change_metadata, session_id, condition, update)
-            if await self._store_part(session_id, "metadata", update["$set"], change):
-                return True
-            await self._found(session_id, {"created_at": 1})
-            return False
+            statement = Update({"_id": session_id, **intact}, update, None)
+            asked = asked_for()
+            command: Any = partial(_update_and_return, asked) if asked else matched
+            changed = await self._store.room.store_part(statement, "metadata", update["$set"], command)
+            if changed and asked:
+                await self._answer(session_id, asked, changed)
+            if not changed:
+                await self._store.sessions.get(session_id, {"created_at": 1})
+            return bool(changed)
 
-    async def _change_metadata(self, session_id: str, condition: Document, update: Document) -> bool:
-        """Send an update of metadata, which tells fields of the outcome to whoever asked; return whether it matched."""
-        if not (asked := asked_for()):
-            return await self._update(Update(condition, update, None))
-        projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
-
-        async def change(collection: AsyncCollection, update: Update) -> Document | None:
-            return await collection.find_one_and_update(
-                update.filter, update.update, projection=projection, return_document=ReturnDocument.AFTER
-            )
-
-        document = await self._update_with(Update(condition, update, None), change)
-        if document is None:
-            return False
+    async def _answer(self, session_id: str, asked: Iterable[StoredFields], document: Document) -> None:
+        """Give the fields that hooks asked for to the hooks."""
         metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
             wanted = {name: metadata[name] for name in fields.names if name in metadata}
             fields.values = await compute(decode_values, wanted)
-            fields.remove = partial(self.portal.run, remove)
-        return True
+            fields.remove = partial(self._connection.portal.run, remove)
 
     async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
-        """Remove a field of a session's metadata, unless its value is another one by now."""
+        """Remove a field of a session's metadata, unless its value has changed."""
         path = f"metadata.{name}"
-        condition = {"_id": session_id, path: value}
         async with self._connection.operation():
-            moment = self._connection.now()
-            await self._update(Update(condition, {"$unset": {path: ""}, "$set": {"updated_at": moment}}, None))
+            update = {"$unset": {path: ""}, "$set": {"updated_at": self._connection.now()}}
+            await self._store.expiry.update(Update({"_id": session_id, path: value}, update, None), matched)
 
-    async def _change(self, session_id: str, update: Document) -> None:
-        checked_id(session_id, "session_id")
-        async with self._connection.operation():
-            if not await self._update(Update({"_id": session_id}, update, None)):
-                raise SessionNotFoundError(f"session {session_id!r} does not exist")
+
+async def _update_and_return(
+    asked: Iterable[StoredFields], collection: AsyncCollection, update: Update
+) -> Document | None:
+    projection = {f"metadata.{name}": 1 for fields in asked for name in fields.names}
+    return await collection.find_one_and_update(
+        update.filter, update.update, projection=projection, return_document=ReturnDocument.AFTER
+    )
 
 
 def _encoded_metadata(session_id: str, metadata: object) -> Document:
@@ -463,7 +460,7 @@ def _leads_into_marked(stored: Any, key: str) -> bool:
     return False
 
 
-def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfigDict:
+def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfig:
     data: Document = usable(dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data")
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
     return {

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
 
-from .._format.changes import Update
 from .._format.codec import decode
 from .._format.documents import Document, OddField, checked_id
 from .._format.large_values import compute
@@ -22,18 +21,18 @@ from .._format.multi_agents import (
     reconcile_write,
 )
 from .._format.sizes import of_multi_agent
-from .._store.archive import SessionArchive
+from .._format.statements import Update
+from .._store.expiry import matched
+from .._store.sessions import ROUNDS
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
+from .base import RepositoryMethods
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
 
-_ROUNDS = 8
-"""How often a write may find the orchestrator changed under its hands before it gives up."""
 
-
-class MultiAgentStates(SessionArchive):
-    """What a repository does with `multi_agents` of a session document."""
+class MultiAgentMethods(RepositoryMethods):
+    """The methods for the states of graphs and swarms."""
 
     async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store a graph or swarm; one that exists already is left as it is.
@@ -47,8 +46,8 @@ class MultiAgentStates(SessionArchive):
         write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
             update = compile_write(session_id, replace(write, moment=self._connection.now()))
-            if not await self._store_multi_agent(session_id, multi_agent.id, update, write.state):
-                await self._found(session_id, {"_id": 1})
+            if not await self._store_state(multi_agent.id, update, write.state):
+                await self._store.sessions.get(session_id, {"_id": 1})
 
     async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
         """Return the state of a graph or swarm, `None` if the session holds none of that id.
@@ -56,7 +55,7 @@ class MultiAgentStates(SessionArchive):
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
+        stored = await self._find_state(session_id, multi_agent_id, "state")
         return None if stored is None else await compute(decode, stored.get("state"))
 
     async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
@@ -72,8 +71,8 @@ class MultiAgentStates(SessionArchive):
         state = await compute(encode_state, multi_agent.serialize_state())
         async with self._connection.operation():
             update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
-            if not await self._store_multi_agent(session_id, multi_agent.id, update, state):
-                stored = await self._stored_multi_agent(session_id, multi_agent.id, "writer")
+            if not await self._store_state(multi_agent.id, update, state):
+                stored = await self._find_state(session_id, multi_agent.id, "writer")
                 if stored is None:
                     raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
 
@@ -98,20 +97,21 @@ class MultiAgentStates(SessionArchive):
         checked_id(session_id, "session_id")
         rest: MultiAgentWrite | None = write
         async with self._connection.operation():
-            for _ in range(_ROUNDS):
+            for _ in range(ROUNDS):
                 if rest is None:
                     return None
                 try:
                     rest = replace(rest, moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
-                    if await self._store_multi_agent(session_id, rest.multi_agent_id, update, rest.state):
+                    if await self._store_state(rest.multi_agent_id, update, rest.state):
                         return None
                     if (
                         incarnation is not None
-                        and (await self._found(session_id, {"incarnation": 1})).get("incarnation") != incarnation
+                        and (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation")
+                        != incarnation
                     ):
                         raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
-                    stored = await self._stored_multi_agent(session_id, write.multi_agent_id, "revision", "writer")
+                    stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
                 try:
@@ -120,13 +120,12 @@ class MultiAgentStates(SessionArchive):
                     return error
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
 
-    async def _store_multi_agent(self, session_id: str, multi_agent_id: str, update: Update, state: Any) -> bool:
-        part = of_multi_agent(multi_agent_id)
-        return await self._store_part(session_id, part, state, lambda: self._update(update))
+    async def _store_state(self, multi_agent_id: str, update: Update, state: Any) -> bool:
+        return bool(await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, matched))
 
-    async def _stored_multi_agent(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
+    async def _find_state(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
         path = path_of(multi_agent_id)
-        found: Any = await self._found(session_id, {f"{path}.{field}": 1 for field in fields})
+        found: Any = await self._store.sessions.get(session_id, {f"{path}.{field}": 1 for field in fields})
         for name in path.split("."):
             found = found.get(name) if isinstance(found, dict) else None
             if found is None:

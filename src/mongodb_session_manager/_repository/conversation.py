@@ -1,0 +1,298 @@
+"""The methods for sessions, agents and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bson import ObjectId
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from .._format.attachment_refs import replacement, set_aside
+from .._format.changes import AppendMessage, Change, CreateAgent, Identity, ReplaceMessage, UpdateAgent
+from .._format.documents import (
+    Document,
+    OddField,
+    agent_from,
+    agent_key,
+    agent_state,
+    array_at,
+    checked_count,
+    checked_id,
+    checked_message_id,
+    is_message_id,
+    message_body,
+    message_from,
+    new_agent,
+    now,
+    number_at,
+    session_from,
+    stored_message,
+    to_date,
+)
+from .._format.large_values import compute
+from .._format.layout import OF_V1, Place
+from .._format.odd_fields import messages_from, usable
+from .._format.retention import LIFE, Life
+from .._store.migration import is_of_v1
+from .._store.opening import Opening
+from .._store.sessions import read_consistently
+from ..errors import InvalidArgumentError, MongoDBSessionError
+from .base import RepositoryMethods
+
+_ALL = 2**31 - 1
+
+
+class ConversationMethods(RepositoryMethods):
+    """The methods for sessions, agents and messages."""
+
+    # The operations of a session manager, in one command each.
+
+    async def open_session(self, session_id: str) -> Document:
+        """Return what restoring a session needs, from one command that creates the session if it is new.
+
+        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
+        messages that the agents' conversation managers have removed; `first` is the position of an agent's first
+        message in it. Archived messages that restoring needs come with a second command, and attachments of messages
+        with one more. One more command numbers the messages of an agent that a version before 1.0 has written to, and
+        moves fields that 1.0.0 has stored elsewhere.
+
+        Raises:
+            AttachmentError: An attachment is missing or damaged.
+        """
+        return await Opening(self._store).open(checked_id(session_id, "session_id"))
+
+    async def apply(
+        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
+    ) -> dict[str, MongoDBSessionError]:
+        """Store recorded changes exactly once; in one command, unless another writer interferes.
+
+        Args:
+            session_id: The session.
+            changes: The recorded changes, oldest first.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
+
+        Returns:
+            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
+            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
+            are stored. With `StateTooLargeError` the agent's messages are stored too, unless the error is `pending`.
+
+        Raises:
+            MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
+        """
+        return await self._store.writer.apply(checked_id(session_id, "session_id"), changes, incarnation)
+
+    async def _apply_one(self, session_id: str, change: Change) -> None:
+        for error in (await self.apply(session_id, (change,))).values():
+            raise error
+
+    # The methods of Strands' `SessionRepository`.
+
+    async def create_session(self, session: Session, **kwargs: Any) -> Session:
+        """Create a session.
+
+        Raises:
+            SessionExistsError: There is one of that id.
+        """
+        session_id, moment = checked_id(session.session_id, "session_id"), to_date(session.created_at)
+        await Opening(self._store).create(session_id, moment)
+        return session
+
+    async def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
+        """Return a session, `None` if there is none of that id."""
+        fields = dict.fromkeys(("session_type", "created_at", "updated_at", *OF_V1), 1)
+        document = await self._store.sessions.find(session_id, {**LIFE, **fields})
+        if document is None:
+            return None
+        if not is_of_v1(document):
+            self._store.expiry.learn(session_id, document)
+        return session_from(document)
+
+    async def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+        """Delete a session: its document, its archived messages and its attachments.
+
+        The first command removes the content of the document. If the call is interrupted after that, the session does
+        not exist any more. A call with the same id, or a process that opens its first session in the collection a
+        minute later or more, removes the rest. A manager that has the session open gets `SessionNotFoundError` from its
+        next write.
+
+        Args:
+            session_id: The session.
+            **kwargs: Accepted because Strands' own repositories do; unused.
+
+        Returns:
+            Whether the session existed. `False` also for a session that has expired, and for an id that is being
+            imported or forked; that copy continues.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+        """
+        return await self._store.deletion.delete(checked_id(session_id, "session_id"))
+
+    async def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Create an agent without messages; one that exists already is left as it is.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
+        """
+        document = await compute(new_agent, session_agent)
+        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
+
+    async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
+        """Return an agent, `None` if the session holds none of that id.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        key = agent_key(agent_id)
+        names = ("agent_data", "created_at", "updated_at")
+        document = await self._store.sessions.get(session_id, {f"agents.{key}.{name}": 1 for name in names})
+        agents: Document = usable(dict, document.get("agents"), session_id, "agents")
+        stored = agents.get(key)
+        if not isinstance(stored, dict | None):
+            raise OddField(f"agents.{key}", stored, dict).error(session_id)
+        return None if stored is None else await compute(agent_from, agent_id, stored)
+
+    async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Store an agent's state; its creation date and configuration stay.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
+        """
+        state = await compute(agent_state, session_agent)
+        async with self._connection.operation():
+            change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
+            await self._apply_one(session_id, change)
+
+    async def create_message(
+        self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
+    ) -> None:
+        """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
+
+        Raises:
+            InvalidArgumentError: The message's id is not an int >= 0 and < 2**31.
+            SessionConflictError: The message's id does not follow that of the agent's last message.
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
+            StateTooLargeError: Other parts than messages fill the session's document.
+        """
+        message_id = checked_message_id(session_message.message_id)
+        if not is_message_id(message_id):  # the next opening would renumber the message
+            raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
+        message = await compute(stored_message, session_message, message_id)
+        await self._apply_one(
+            session_id, AppendMessage(agent_id, set_aside(message, self._store.max_inline), by_id=True)
+        )
+
+    async def read_message(
+        self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
+    ) -> SessionMessage | None:
+        """Return a message, `None` if the agent holds none of that id.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
+        """
+        checked_id(session_id, "session_id")
+        wanted, archive = checked_message_id(message_id), self._store.archive
+
+        async def read() -> Document | None:
+            message = await archive.find_message(session_id, agent_id, wanted)
+            if message is None:
+                return None
+            messages = [message]
+            place = await archive.place_of(session_id, message)
+            await self._store.attachments.restore(place, {agent_id: messages})
+            return messages[0]
+
+        async with self._connection.operation():
+            message = await read_consistently(session_id, read)
+        if message is None:
+            return None
+        found = await compute(message_from, message, message_id)
+        if found is None:
+            raise OddField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(session_id)
+        return found
+
+    async def update_message(
+        self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
+    ) -> None:
+        """Replace the content of a stored message; with `redact_message`, nothing of the original is kept.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+            MessageNotFoundError: The agent holds no message of that id.
+            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
+        """
+        checked_id(session_id, "session_id")
+        checked_id(agent_id, "agent_id")
+        message_id = checked_message_id(session_message.message_id)
+        fields = replacement(
+            {**(await compute(message_body, session_message)), "updated_at": now()}, self._store.max_inline
+        )
+        given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True))
+
+    async def list_messages(
+        self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
+    ) -> list[SessionMessage]:
+        """Return messages of an agent, oldest first; elements of `messages` that are no messages are left out.
+
+        Args:
+            session_id: The session.
+            agent_id: The agent.
+            limit: At most so many; `None` for all.
+            offset: Leave out so many of the oldest.
+            **kwargs: Accepted because Strands may pass more one day; unused.
+
+        Raises:
+            InvalidArgumentError: `limit` or `offset` is not an int >= 0.
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session holds no such agent.
+            AttachmentError: An attachment is missing or damaged.
+        """
+        offset = min(checked_count(offset, "offset"), _ALL)
+        limit = None if limit is None else min(checked_count(limit, "limit"), _ALL)
+        path = f"$agents.{agent_key(agent_id)}"
+        position = number_at(f"{path}.archived")
+        begin = {"$max": [0, {"$subtract": [offset, position]}]}
+        count = {
+            "$min": [
+                _ALL,
+                {"$subtract": [{"$subtract": [offset + (_ALL if limit is None else limit), position]}, begin]},
+            ]
+        }
+        sliced = {"$slice": [array_at(f"{path}.messages"), begin, {"$max": [1, count]}]}
+        created_at = f"{path}.created_at"
+        wanted = {
+            "created_at": created_at,
+            "archived": position,
+            "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
+            "incarnation": "$incarnation",
+        }
+        key, archive = agent_key(agent_id), self._store.archive
+
+        async def read() -> list[Document]:
+            stored = await self._store.sessions.get_agent(session_id, agent_id, wanted)
+            archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
+            place = Place(session_id, Life.of(stored).incarnation)
+            older = {key: (stored.get("created_at"), offset, archived)} if offset < archived else {}
+            messages = [*((await archive.read(place, older))[key] if older else ()), *stored["messages"]]
+            await self._store.attachments.restore(place, {agent_id: messages})
+            return messages
+
+        async with self._connection.operation():
+            messages = await read_consistently(session_id, read)
+        return await compute(_messages_of, messages, offset, session_id, agent_id)
+
+
+def _messages_of(stored: Sequence[Any], first: int, session_id: str, agent_id: str) -> list[SessionMessage]:
+    found = messages_from(stored, first, session_id, agent_id, restoring=False)
+    return [message for message, _ in found if message is not None]
