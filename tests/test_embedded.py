@@ -209,23 +209,16 @@ def test_a_killed_member_comes_back_with_its_data() -> None:
             server.kill(-1)
 
 
-def test_three_members_keep_their_data_on_other_ports(tmp_path: Path) -> None:
-    port = free_ports(4)
-    for count, first in enumerate([port, port + 1], start=1):  # two ports change their member
-        with EmbeddedMongoDB(members=3, data_directory=tmp_path / "data", port=first) as server:
-            assert server.ports == [first, first + 1, first + 2]
-            with connected(server.connection_string) as client:
-                things = client.db.get_collection("things", write_concern=WriteConcern("majority"))
-                things.insert_one({"_id": count})
-                assert things.count_documents({}) == count
-
-
-def test_three_members_outlive_their_primary() -> None:
-    with EmbeddedMongoDB(members=3) as server, connected(server.connection_string) as client:
-        assert len(set(server.ports)) == 3
+def test_three_members_outlive_their_primary_and_keep_their_data_on_other_ports(tmp_path: Path) -> None:
+    port, directory = free_ports(4), tmp_path / "data"
+    with (
+        EmbeddedMongoDB(members=3, data_directory=directory, port=port) as server,
+        connected(server.connection_string) as client,
+    ):
+        assert server.ports == [port, port + 1, port + 2]
         hosts = ",".join(f"127.0.0.1:{port}" for port in server.ports)
         assert server.connection_string == f"mongodb://{hosts}/?replicaSet=rs0"
-        things = client.db.get_collection("things")
+        things = client.db.get_collection("things", write_concern=WriteConcern("majority"))
         things.insert_one({"_id": 1})
         killed = server.primary()
         server.kill(killed)
@@ -241,6 +234,12 @@ def test_three_members_outlive_their_primary() -> None:
             )
         pids = [server.pid(member) for member in range(3)]
     assert not any(runs(pid) for pid in pids)
+    # Two ports change their member.
+    with EmbeddedMongoDB(members=3, data_directory=directory, port=port + 1) as server:
+        assert server.ports == [port + 1, port + 2, port + 3]
+        with connected(server.connection_string) as client:
+            assert client.db.get_collection("things").count_documents({}) == 2
+            client.db.get_collection("things", write_concern=WriteConcern("majority")).insert_one({"_id": 3})
 
 
 def test_an_explicit_binary_comes_before_the_environment_before_the_path(

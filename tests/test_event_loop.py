@@ -84,7 +84,7 @@ def remote(proxy: Proxy, database: str, ticks: Ticks) -> Iterator[MongoDBSession
     """A factory behind the proxy, its client connected and its indexes built."""
     with MongoDBSessionManagerFactory(proxy.uri, database, event_listeners=[ticks]) as factory:
         factory.create_session_manager("warm-up").close()
-        eventually(lambda: "createIndexes" in dict(ticks.during))
+        eventually(lambda: not factory._connection._tasks)
         ticks.during.clear()
         yield factory
 

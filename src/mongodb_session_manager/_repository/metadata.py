@@ -307,9 +307,8 @@ async def _update_and_return(
 
 
 def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfig:
-    data: Document = usable_field(
-        dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data"
-    )
+    path = f"agents.{agent_key(agent_id)}.agent_data"
+    data: Document = usable_field(dict, stored.get("agent_data"), session_id, path)
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
     return {
         "agent_id": agent_id,
