@@ -16,8 +16,8 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
 from fix_progress import Progress
+from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog, eventually
 
 
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 HERE = Path(__file__).parent
 FAST = """
-agent_config attachments_references changes codec commands documents feedback ids legacy metadata model
+agent_config attachments_references changes codec commands documents feedback ids legacy metadata
 odd_values options portable rollback scripted_model strict_api surface turns unit_of_work wrong_arguments
 """
 """The modules, without `test_`, of which all tests are marked `fast`: pure, or with one server and no other process."""
@@ -117,7 +117,7 @@ def kept_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded(kept_in_memory: None) -> Iterator[str]:
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1}) as server:
+    with Server(server_parameters={"enableTestCommands": 1}) as server:
         yield server.connection_string
 
 
@@ -130,14 +130,14 @@ def server(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def standalone(kept_in_memory: None) -> Iterator[str]:
     """The connection string of a server without a replica set, where the driver retries nothing."""
-    with EmbeddedMongoDB(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
+    with Server(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
         yield server.connection_string
 
 
 @pytest.fixture(scope="session")
 def expiring(kept_in_memory: None) -> Iterator[str]:
     """The connection string of a server that looks for what has expired every second."""
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
+    with Server(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
         yield server.connection_string
 
 

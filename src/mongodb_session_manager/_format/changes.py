@@ -24,7 +24,7 @@ from .retention import UNDATED, Dates
 from .sizes import AGENT_FIELDS, stored_size
 
 _PART_BYTES = 15 * 1024 * 1024
-"""A statement may hold 16 MiB; the rest is for what is not a message."""
+"""The most bytes of messages in one statement. MongoDB allows 16 MiB; the rest is for other fields."""
 
 
 class Identity(NamedTuple):
@@ -52,7 +52,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CreateAgent:
-    """The agent is there, empty; one that exists already is left alone."""
+    """An agent without messages is created; an existing agent stays unchanged."""
 
     agent_id: str
     document: Document
@@ -60,13 +60,13 @@ class CreateAgent:
 
 @dataclass(frozen=True, slots=True)
 class AppendMessage:
-    """A message follows the others.
+    """A message is appended.
 
     Attributes:
         agent_id: The agent.
         message: The message.
-        usage: What it adds to the running totals of its agent. The statement that appends increments them, so they
-            count each message exactly once.
+        usage: Its part of the running totals of the agent. The statement that appends increments them, so each message
+            counts exactly once.
         by_id: Whether the caller has chosen the id. It must be greater than every stored id, and can be any id if no
             message is stored.
         size: The size of the message in bytes, without its attachments; `None` if it was not measured.
@@ -81,7 +81,7 @@ class AppendMessage:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceMessage:
-    """A message has another content: merged, updated or redacted.
+    """The content of a message is replaced: merged, updated or redacted.
 
     Attributes:
         agent_id: The agent.
@@ -102,7 +102,7 @@ class ReplaceMessage:
 
 @dataclass(frozen=True, slots=True)
 class UpdateAgent:
-    """Fields of `agent_data` have new values.
+    """Fields of `agent_data` get new values.
 
     `expected` is the `next_message_id` that the writer knows; `None` overwrites whatever is there.
     """
@@ -115,7 +115,7 @@ class UpdateAgent:
 
 @dataclass(frozen=True, slots=True)
 class ObserveConfig:
-    """The agent runs with this model or system prompt; what a user has set stays."""
+    """The agent runs with this model or system prompt; values that a user has set stay."""
 
     agent_id: str
     expected: int
@@ -124,7 +124,7 @@ class ObserveConfig:
 
 @dataclass(frozen=True, slots=True)
 class AddGuardrailEvent:
-    """A guardrail stepped in; `event` is an entry of the session's `guardrail_events`."""
+    """A guardrail has intervened; `event` is an entry of the session's `guardrail_events`."""
 
     agent_id: str
     event: Document
@@ -132,7 +132,7 @@ class AddGuardrailEvent:
 
 @dataclass(frozen=True, slots=True)
 class SetMessageFields:
-    """Fields beside a message's content have new values, like its metrics."""
+    """Fields of a message other than its content, such as its metrics, get new values."""
 
     agent_id: str
     message_id: int
@@ -154,7 +154,7 @@ class MessageWrite:
         recorded: A new message as it was first recorded, `None` for a stored one. If a statement whose acknowledgement
             was lost has stored the message, this identifies it.
         amended: The later changes of a new message, which that statement possibly did not contain.
-        usage: What a new message adds to the running totals of its agent.
+        usage: The part of a new message in the running totals of its agent.
         known_as: The identity of a stored message, if it is known.
         size: The size of a new message in bytes.
     """
@@ -184,7 +184,7 @@ class MessageWrite:
 
 @dataclass
 class AgentWrite:
-    """All recorded changes of one agent, gathered.
+    """All recorded changes of one agent.
 
     Attributes:
         agent_id: The agent.
@@ -217,7 +217,7 @@ class AgentWrite:
     incarnation: ObjectId | None = None
 
     def add(self, change: Change) -> None:
-        """Add the change that happened next."""
+        """Add the next change."""
         match change:
             case CreateAgent(document=document):
                 self.created = document
@@ -254,7 +254,7 @@ class AgentWrite:
 
     @property
     def appended(self) -> list[Mapping[str, Any]]:
-        """The new messages, as they are to be stored."""
+        """The new messages in the form to be stored."""
         return [message.fields for message in self.messages.values() if message.recorded is not None]
 
     @property
@@ -274,16 +274,16 @@ class AgentWrite:
         return {n: identity for n, identity in known.items() if identity is not None}
 
     def contents(self) -> list[Mapping[str, Any]]:
-        """Return the messages, and fields of messages, that are to be stored."""
+        """Return the messages, and fields of messages, to store."""
         return [message.fields for message in self.messages.values()]
 
     def earlier_contents(self) -> list[Mapping[str, Any]]:
-        """Return what may have been stored by a statement whose acknowledgement was lost."""
+        """Return the fields that a statement whose acknowledgement was lost can have stored."""
         new = [message for message in self.messages.values() if message.recorded is not None]
         return [fields for message in new for fields in (message.recorded or {}, message.amended)]
 
     def exchange(self, new: Callable[[Mapping[str, Any]], Any]) -> None:
-        """Put `new(...)` in the place of each message and of the fields of each."""
+        """Replace the fields of each message by `new(fields)`."""
         for message in self.messages.values():
             message.fields, message.amended = new(message.fields), new(message.amended)
             if message.recorded is not None:
@@ -291,7 +291,7 @@ class AgentWrite:
 
     @property
     def increments(self) -> dict[str, int]:
-        """What the new messages add to the agent's running totals."""
+        """The increments of the agent's running totals for the new messages."""
         totals: dict[str, int] = {}
         for message in self.messages.values():
             for name, amount in message.usage.items():
@@ -307,7 +307,7 @@ class AgentWrite:
 
     @property
     def has_more_than_states(self) -> bool:
-        """Whether the write stores anything else."""
+        """Whether the write stores more than the `states`."""
         return bool(self.created or self.messages or self.events)
 
     def without_states(self, names: Iterable[str]) -> AgentWrite:
@@ -321,7 +321,7 @@ class AgentWrite:
         return replace(self, created=created, data=kept(self.data), config=kept(self.config))
 
     def states_alone(self) -> AgentWrite:
-        """Return the write that stores the `states` after everything else of this write is stored."""
+        """Return the write that stores the `states` after the rest of this write."""
         created = self.created["agent_data"] if self.created is not None else {}
         expected = self.expected
         if appended := self.appended:
@@ -349,12 +349,12 @@ class AgentWrite:
 
     @property
     def expected_id(self) -> int | None:
-        """The `next_message_id` this write is for; `None` where only messages already stored change."""
+        """The `next_message_id` that this write must match; `None` if it only changes stored messages."""
         return next((n for n, message in self.messages.items() if message.recorded is not None), self.expected)
 
 
 def split_fields(fields: Mapping[str, Any]) -> tuple[Document, Document]:
-    """Return the fields of a message to set, and those to remove: `attachments`, if none are left."""
+    """Return the fields of a message to set, and those to remove: an empty list of `attachments`."""
     unsets = {"attachments": ""} if fields.get("attachments") == [] else {}
     return {name: value for name, value in fields.items() if name not in unsets}, unsets
 
@@ -378,7 +378,7 @@ def size_of_change(change: Change) -> int:
 
 
 def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
-    """Split changes, in order, into parts whose messages fit into one statement together; nearly always one."""
+    """Split changes, in order, into parts whose messages fit into one statement; usually one part."""
     part: list[Change] = []
     size = 0
     for change in changes:

@@ -8,8 +8,9 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
+from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
-from .._repository.metadata import AgentConfig, UsageReport, checked_feedback, checked_keys, checked_metadata
+from .._repository.metadata import AgentConfig, UsageReport
 from ..errors import SessionClosedError
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, async_tool

@@ -8,9 +8,10 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
+from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._io.twins import copy_docstrings
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
-from .._repository.metadata import AgentConfig, UsageReport, checked_feedback, checked_keys, checked_metadata
+from .._repository.metadata import AgentConfig, UsageReport
 from .async_manager import AsyncMongoDBSessionManager
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, blocking_tool

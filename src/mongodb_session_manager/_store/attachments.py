@@ -1,4 +1,6 @@
-"""Large attachments of messages, in the GridFS bucket `<collection>_attachments`; any GridFS client reads it.
+"""`Attachments`: large attachments of messages, in the GridFS bucket `<collection>_attachments`.
+
+Any GridFS client can read the bucket.
 
 An attachment belongs to one message. The `_id` of its file is `{incarnation, sha256, token}`, the `_id` of a chunk
 `{file, n}`. So storing a chunk twice changes nothing, and one range of `_id` holds all files of a session. The entry in
@@ -61,7 +63,7 @@ class Attachments:
     # Storing.
 
     async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
-        """Store the attachments of writes, and put references into the writes.
+        """Store the attachments of writes, and replace them by references in the writes.
 
         Args:
             place: The session.

@@ -1,4 +1,4 @@
-"""Migrating the sessions of 1.0.0, whose parts have other ids.
+"""`Migration`: gives the parts of sessions of 1.0.0 their new ids, and agents of earlier versions their new form.
 
 A migration adds a new incarnation to the list `migrating` of the session document. It copies the buckets and files of
 the session to the ids of that incarnation, on the server. One update then sets `incarnation`, if the agents are
