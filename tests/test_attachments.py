@@ -20,6 +20,7 @@ from pymongo import AsyncMongoClient
 from strands import tool
 from strands.types.session import Session, SessionAgent, SessionType
 
+import interpreter
 import scripted_model
 from fix_attachments import (
     CHUNKS,
@@ -38,7 +39,6 @@ from fix_attachments import (
     ids,
     image,
     of,
-    process,
     redacted,
     restored,
     said,
@@ -179,9 +179,8 @@ def test_sixty_megabytes(
                 await agent(manager, "long", "short").invoke_async(prompt)
 
         asyncio.run(turn())
-    ended = process(FRESH, server, database)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split("\n")[:-1] == [f"{len(data)} {sha256(data)}" for data in blobs]
+    shown, _ = interpreter.run(FRESH, server, database)
+    assert shown.split("\n")[:-1] == [f"{len(data)} {sha256(data)}" for data in blobs]
     with factory.create_session_manager("s") as again:
         live = agent(again, "and on")
         assert conversation(live)[0] == ("user", prompt)
@@ -376,8 +375,8 @@ live(t.asking(t.document(t.LARGER)))
 def test_a_process_killed_in_the_middle_of_an_upload(
     factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver, inserts: int
 ) -> None:
-    ended = process(KILLED, server, database, str(inserts))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with interpreter.start(KILLED, server, database, inserts) as process:
+        assert process.wait() == -signal.SIGKILL
     assert len(ids(driver, database, CHUNKS)) == min(inserts, 3)
     assert len(ids(driver, database)) == (inserts == 4)
     assert restored(factory) == []
