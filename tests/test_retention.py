@@ -200,12 +200,11 @@ def test_everybody_who_blocks_takes_a_ttl(server: str, database: str, stored: St
 def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
     with (
-        MongoDBSessionRepository(expiring, database, session_ttl=TTL, **SMALL) as repository,
+        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=6), **SMALL) as repository,
         MongoDBSessionRepository(expiring, database, **SMALL) as lasting,
     ):
         fill(lasting, "lasting")
         fill(repository)
-        age(stored, TTL * 2)
         eventually(lambda: not stored.count_documents({"_id": ID}))
         eventually(lambda: not traces(expiring_driver, database))
         # A session without a time to live stays, with all of it.
@@ -218,11 +217,10 @@ def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_d
 @pytest.mark.own_database
 def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
-    options: Any = {"session_ttl": TTL, **SMALL}
+    options: Any = {"session_ttl": timedelta(seconds=4), **SMALL}
     with MongoDBSessionManager(ID, expiring, database, **options) as manager:
         live = agent(manager, "hello", "again")
         live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE}}}])
-        age(stored, TTL * 2)
         eventually(lambda: not stored.count_documents({"_id": ID}))
         with pytest.raises(MongoDBSessionError, match="does not exist"):
             live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE[1:]}}}])
