@@ -62,7 +62,7 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
     split = []
     for path in paths:
         if not isinstance(path, str):
-            raise InvalidArgumentError(f"{name} holds a key that is not a str but {type(path).__name__}")
+            raise InvalidArgumentError(f"every key of {name} must be a str, not {type(path).__name__}")
         parts = path.split(".")
         if "\0" in path or any(not part or part.startswith("$") for part in parts):
             raise InvalidArgumentError(
@@ -79,7 +79,7 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
     split.sort()
     for shorter, longer in itertools.pairwise(split):
         if longer[: len(shorter)] == shorter:
-            raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
+            raise InvalidArgumentError(f"{name} holds both {'.'.join(shorter)!r} and {'.'.join(longer)!r}")
 
 
 def name_of(key: str) -> str:

@@ -173,9 +173,9 @@ class Position:
         except (binascii.Error, ValueError, TypeError, OverflowError, RecursionError):
             genuine = False
         if not genuine:
-            raise InvalidArgumentError("cursor is not one that list_sessions has returned")
+            raise InvalidArgumentError("cursor must be the next_cursor of a page of list_sessions")
         if position.order != order:
-            raise InvalidArgumentError(f"cursor belongs to another order than {order!r}")
+            raise InvalidArgumentError(f"cursor belongs to a list in another order than {order!r}")
         return position
 
 
@@ -269,7 +269,7 @@ def _checked_date(value: object, name: str) -> datetime:
     try:
         return to_date(value)
     except InvalidArgumentError:  # the first or last day of the calendar, in another zone
-        raise_alone(InvalidArgumentError(f"{name} has no equal in UTC"))
+        raise_alone(InvalidArgumentError(f"{name} must be a moment that UTC can express"))
 
 
 def _valid(text: str, name: str) -> str:
