@@ -35,7 +35,7 @@ class Bench:
     @contextlib.contextmanager
     def networks(self, round_trips: Sequence[float]) -> Iterator[list[str]]:
         """Yield a connection string for each round trip (seconds); for 0, without a proxy."""
-        port = self.server.ports[0]
+        port = self.server.port
         with proxies(port, [seconds for seconds in round_trips if seconds]) as ports:
             waiting = iter(ports)
             yield [_uri(next(waiting) if seconds else port) for seconds in round_trips]

@@ -8,10 +8,10 @@ expect:  A chat at http://127.0.0.1:8000. Tell it your name, reload the page or 
 The page is `chat.html`, in the same directory as this file. The data stays in the directory `chat-data`. To use your
 own server, set the environment variable MONGODB_URI.
 
-An answer belongs to the server, not to the request that asked for it. If you close the tab, the answer is still
-completed; if the connection is lost, the page continues where it stopped. A message is accepted once it is stored. If
-the database is unreachable, the page says so within seconds and keeps your text. The example has no users: everyone who
-knows a session id can read the session. Put your own authentication in front of the routes.
+A running answer does not depend on the request that started it. If you close the tab, the answer is still completed;
+if the connection is lost, the page continues where it stopped. A message is accepted once it is stored. If the database
+is unreachable, the page says so within seconds and keeps your text. The example has no users: everyone who knows a
+session id can read the session. Put your own authentication in front of the routes.
 """
 
 from __future__ import annotations

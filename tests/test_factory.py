@@ -38,8 +38,9 @@ from mongodb_session_manager import (
     get_global_factory,
     initialize_global_factory,
 )
-from mongodb_session_manager._io import collection as _commands
-from mongodb_session_manager._io.collection import _forget_indexes, see_again, unseen
+from mongodb_session_manager._io import indexes
+from mongodb_session_manager._io.collection import Collection
+from mongodb_session_manager._io.indexes import _forget, see_again, unseen
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
@@ -809,7 +810,7 @@ def test_a_refused_index_is_built_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = stored.create_index("updated_at", expireAfterSeconds=3600)
-    monkeypatch.setattr(_commands, "_RETRY_REFUSED", 0.5)
+    monkeypatch.setattr(indexes, "_RETRY_REFUSED", 0.5)
     cold.create_session_manager("s")
     eventually(lambda: refusals(caplog, database))
     cold.create_session_manager("s")  # too early
@@ -956,14 +957,15 @@ def test_threads_see_to_indexes_at_the_same_time() -> None:
     def see(thread: int) -> None:
         for number in range(300):
             connection: Any = SimpleNamespace(identity=(thread, number), when_client_is_collected=_ignore)
+            collection = Collection(connection, "d", "c")
             try:
-                assert unseen(connection, "d", "c", [("a",), ("b",)]) == [("a",), ("b",)]
-                assert unseen(connection, "d", "c", [("a",), ("c",)]) == [("c",)]
-                see_again(connection, "d", "c", [("a",)])
-                assert unseen(connection, "d", "c", [("a",), ("c",)]) == [("a",)]
+                assert unseen(collection, [("a",), ("b",)]) == [("a",), ("b",)]
+                assert unseen(collection, [("a",), ("c",)]) == [("c",)]
+                see_again(collection, [("a",)])
+                assert unseen(collection, [("a",), ("c",)]) == [("a",)]
             finally:
                 if number % 2:
-                    _forget_indexes(connection.identity)
+                    _forget(connection.identity)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -973,7 +975,7 @@ def test_threads_see_to_indexes_at_the_same_time() -> None:
     finally:
         sys.setswitchinterval(interval)
         for identity in itertools.product(range(4), range(300)):
-            _forget_indexes(identity)
+            _forget(identity)
 
 
 def _ignore(function: object) -> None: ...

@@ -32,7 +32,7 @@ from strands.types.exceptions import ContextWindowOverflowException
 
 import scripted_model
 from mongodb_session_manager import DatabaseError, InvalidArgumentError, MongoDBSessionManagerFactory
-from mongodb_session_manager._copying.copying import export_format as portable
+from mongodb_session_manager._copying import export_format as portable
 from mongodb_session_manager._copying.export_format import MAX_ELEMENTS, MAX_LINE, Reader, _record, line_of
 from mongodb_session_manager._copying.imports import _batches, _batches_async
 from orchestrators import handoff, node, pipeline, team

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bson import Decimal128, ObjectId
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pymongo.collection import Collection
 from pymongo.errors import ConnectionFailure
@@ -97,8 +97,8 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(
-    params=[(False, False), (False, True), (True, False), (True, True)],
-    ids=["manager", "manager awaited", "async manager", "async manager awaited"],
+    params=[(False, False), (True, True)],
+    ids=["manager", "async manager awaited"],
 )
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
     return Session(factory, runner, *request.param).open()
@@ -429,7 +429,6 @@ def test_no_key_leads_out_of_metadata(
 
     before = outside()
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(REQUESTS)
     def attack(requests: list[dict[str, Any]]) -> None:
         for result in call_directly(session.manager, requests, allowed_keys=allowed_keys):

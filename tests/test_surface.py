@@ -452,9 +452,9 @@ def layers_below(name: str) -> set[str]:
 
 
 def test_the_walk_sees_imports() -> None:
-    assert own_imports("_format.documents") == {"_format.codec", "errors"}
-    assert own_imports("_format.codec") == {"errors"}  # by its absolute name
-    assert "pymongo.ReturnDocument" in imports("_repository.async_repository")
+    assert own_imports("_format.documents") == {"_format.codec", "_format.dates", "_format.ids"}
+    assert own_imports("_format.decoder") == {"_format.marked", "errors"}
+    assert "pymongo.ReturnDocument" in imports("_store.opening")
 
 
 def test_every_module_has_its_place() -> None:
@@ -509,7 +509,7 @@ def test_one_package_knows_clients() -> None:
     assert {layer(module) for name in clients for module in imported_by(name)} == {"_io", "embedded"}
 
 
-NOT_PURE = {"_format.large_values", "_format.odd_fields"}  # one has a thread, one a logger
+NOT_PURE = {"_format.malformed"}  # it has a logger
 PURE = [
     "errors",
     *(name for name in modules() if name.startswith("_format.") and name not in NOT_PURE),
@@ -523,10 +523,13 @@ def test_pure_modules_do_no_io(module: str) -> None:
     assert roots & {"asyncio", "anyio", "motor", "pymongo", "threading", "concurrent", "socket", "logging"} == set()
 
 
-def test_two_pure_modules_know_more_of_bson_than_ids() -> None:
+def test_the_codec_and_the_export_format_know_more_of_bson_than_ids() -> None:
     used = {module: {name for name in imports(module) if name.split(".")[0] in {"bson", "pymongo"}} for module in PURE}
     assert [module for module, names in used.items() if not names <= {"bson", "bson.ObjectId", "bson.MaxKey"}] == [
-        "_format.codec",
+        "_format.decoder",
+        "_format.encoder",
+        "_format.marked",
+        "_format.sizes",
         "_copying.export_format",
     ]
 
@@ -557,3 +560,9 @@ def test_importing_the_package_imports_what_it_needs_and_no_more() -> None:
 def aws_modules() -> set[str]:
     """The modules of the package that import the AWS client."""
     return {f"{package.__name__}.{module}" for module in imported_by("aioboto3") | imported_by("aiobotocore")}
+
+
+def test_no_test_module_imports_another() -> None:
+    modules = {path: path.read_text() for path in Path(__file__).parent.rglob("*.py")}
+    importing = r"(?m)^\s*(?:from|import) (?:tests\.)?test_"
+    assert [path.name for path, text in modules.items() if re.search(importing, text)] == []

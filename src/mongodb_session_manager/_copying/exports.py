@@ -9,20 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
-from .._format.documents import (
-    Document,
-    OddField,
-    agent_id_of,
-    agent_key,
-    checked_id,
-    following_id,
-    now,
-    odd_fields,
-)
+from .._format.dates import now
+from .._format.documents import Document
+from .._format.ids import agent_id_of, agent_key, checked_id, following_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
-from .._store.archive import SessionArchive
-from .._store.attachments import Attachments
+from .._format.malformed import MalformedField, malformed_fields, usable_agents
+from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
 from .export_format import Writer
 from .import_checks import AGENT_LEFT_BEHIND, LEFT_BEHIND
@@ -39,30 +31,27 @@ class Export:
 
     Every `pull` sends commands of its own and leaves no cursor open, so stopping early leaks no cursor, and a slow
     reader does not run into the cursor timeout.
+
+    Args:
+        store: The sessions.
+        session_id: The session.
     """
 
-    def __init__(self, lines: AsyncGenerator[list[str], None]) -> None:
-        self._lines = lines
+    def __init__(self, store: SessionStore, session_id: str) -> None:
+        self._store = store
+        self._connection = store.connection
+        self._pending = self._lines(session_id)
 
     async def pull(self) -> list[str]:
         """Return the next lines, none after the last."""
-        return await anext(self._lines, [])
-
-
-class SessionExports(SessionArchive):
-    """The base class of the repository that exports sessions."""
-
-    _attachments: Attachments
-
-    def _export(self, session_id: str) -> Export:
-        return Export(self._lines(session_id))
+        return await anext(self._pending, [])
 
     async def _lines(self, session_id: str) -> AsyncGenerator[list[str], None]:
         """Yield lines. The heads are read before the buckets below them, so a move cannot hide a message."""
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            document = await self._found(session_id, {})
-        for odd in odd_fields(document):
+            document = await self._store.sessions.get(session_id, {})
+        for odd in malformed_fields(document):
             if odd.value is not None:
                 raise odd.error(session_id)
         writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
@@ -100,10 +89,10 @@ class SessionExports(SessionArchive):
         """
         while True:
             try:
-                return await self._bucket_at(source.place, key, since, begin, end)
+                return await self._store.archive.read_bucket(source.place, key, since, begin, end)
             except DatabaseError as error:
                 missing = error
-            if not await self._is_elsewhere(source) and not await self._copy_late_buckets(source.place):
+            if not await self._is_elsewhere(source) and not await self._store.migration.move_late_buckets(source.place):
                 raise missing
 
     async def _is_elsewhere(self, source: _Source) -> bool:
@@ -113,7 +102,7 @@ class SessionExports(SessionArchive):
             SessionNotFoundError: The session does not exist any more.
         """
         session_id, before = source.place
-        document = await self._found(session_id, {"incarnation": 1, "created_at": 1})
+        document = await self._store.sessions.get(session_id, {"incarnation": 1, "created_at": 1})
         now_at = document.get("incarnation")
         if now_at == before:
             return False
@@ -130,7 +119,7 @@ class SessionExports(SessionArchive):
         for stored in messages:
             if type(stored) is not dict:
                 path = f"agents.{agent_key(agent_id)}.messages.{sequence.position}"
-                raise OddField(path, stored, dict).error(session_id)
+                raise MalformedField(path, stored, dict).error(session_id)
             message_id = sequence.next(stored.get("message_id"))
             message = {**stored, "message_id": message_id}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
@@ -139,10 +128,10 @@ class SessionExports(SessionArchive):
             for _ in range(_ROUNDS if references_of(message) else 0):
                 missing = None
                 for reference in references_of(message):
-                    if reference not in writer.recent:
+                    if not writer.knows(reference):
                         async for lines in self._attachment_lines(source.place, reference, writer):
                             yield lines
-                        if reference not in writer.recent:
+                        if not writer.knows(reference):
                             missing = reference
                             break
                 if missing is None:
@@ -161,7 +150,7 @@ class SessionExports(SessionArchive):
     async def _message_now(self, session_id: str, agent_id: str, stored: Document) -> Document | None:
         async with self._connection.operation():
             message_id, created_at = stored.get("message_id"), stored.get("created_at")
-            return await self._stored_message(session_id, agent_id, message_id, created_at)
+            return await self._store.archive.find_message(session_id, agent_id, message_id, created_at)
 
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
@@ -170,7 +159,7 @@ class SessionExports(SessionArchive):
         length, n, digest = 0, 0, hashlib.sha256()
         while length < reference.length:
             async with self._connection.operation():
-                data = await self._attachments.chunk(place, reference, n)
+                data = await self._store.attachments.chunk(place, reference, n)
             if not data:
                 return
             yield await asyncio.to_thread(_pieces_of, writer, reference, length, data, digest)

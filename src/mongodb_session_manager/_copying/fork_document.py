@@ -8,22 +8,12 @@ from datetime import datetime
 from typing import Any
 
 from .._format.buckets import head_numbers
-from .._format.changes import REMOVED
 from .._format.codec import decode, encode
-from .._format.documents import (
-    MESSAGE_USAGE,
-    ODD_AGENTS,
-    USAGE,
-    Document,
-    agent_id_of,
-    array_at,
-    checked_id,
-    checked_message_id,
-    entries_at,
-    odd_at,
-    usable_numbers,
-)
+from .._format.documents import MESSAGE_USAGE, USAGE, Document, usable_numbers
+from .._format.expressions import MALFORMED_AGENTS, array_at, entries_at, malformed_at
+from .._format.ids import agent_id_of, checked_id, checked_message_id
 from .._format.layout import live_at
+from .._format.statements import REMOVED
 from ..errors import AgentNotFoundError, InvalidArgumentError
 
 AtMessage = int | Mapping[str, int] | None
@@ -88,8 +78,8 @@ def facts(ends: int | dict[str, int] | None) -> Document:
         "attachments": {"$map": {"input": messages, "in": "$$this.attachments"}},
         "state": f"{agent}.agent_data.conversation_manager_state",
         "usage": f"{agent}.usage",
-        "odd_messages": odd_at(f"{agent}.messages", "array"),
-        "agent_data": odd_at(f"{agent}.agent_data", "object"),
+        "malformed_messages": malformed_at(f"{agent}.messages", "array"),
+        "agent_data": malformed_at(f"{agent}.agent_data", "object"),
         "cut_usage": {"$let": {"vars": {"later": later}, "in": usage_of("$$later")}},
     }
     entries = entries_at("$agents")
@@ -97,7 +87,7 @@ def facts(ends: int | dict[str, int] | None) -> Document:
         "incarnation": 1,
         "time_to_live": 1,
         "copy_of": 1,
-        "odd_agents": ODD_AGENTS,
+        "malformed_agents": MALFORMED_AGENTS,
         "heads": {"$map": {"input": entries, "as": "agent", "in": fields}},
     }
 

@@ -12,28 +12,29 @@ snapshot.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from bson import ObjectId
 
 from .._format.attachment_refs import Reference, references_of
 from .._format.buckets import Head, holding_message, holding_positions
-from .._format.documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
+from .._format.documents import USAGE, Document
+from .._format.ids import agent_id_of, agent_key, checked_id, is_numbered
 from .._format.layout import CHUNKS, Place
+from .._format.malformed import unusable_agents
 from .._format.retention import Life
-from .._io.drivers import AsyncCollection, run_pipeline
-from .._store.attachments import CHUNK_BYTES, Attachments
-from .._store.writes import SessionWrites
+from .._store.attachments import CHUNK_BYTES
+from .._store.store import SessionStore
 from ..errors import (
     AttachmentError,
     DatabaseError,
     MessageNotFoundError,
+    MessageTooLargeError,
     MongoDBSessionError,
     SessionNotFoundError,
 )
 from .fork_document import Branch, checked_ends, ends_of, facts, fork_of, snapshot_of, usage_of
-from .staging import SessionStaging, Staging
+from .staging import Staging
 from .write_back import is_left_out
 
 _ROUNDS = 16
@@ -73,14 +74,24 @@ class _Referrer(NamedTuple):
     references: list[Reference]
 
 
-class SessionForks(SessionStaging, SessionWrites):
-    """The base class of the repository that forks sessions."""
+class Forker:
+    """Forks sessions.
 
-    _attachments: Attachments
+    Args:
+        store: The sessions.
+    """
 
-    async def _fork(self, session_id: str, new_id: str, at_message: object) -> None:
+    def __init__(self, store: SessionStore) -> None:
+        self._store = store
+        self._connection = store.connection
+        self._sessions = store.collection
+        self._archive = store.archive.collection
+        self._chunks = store.collection.part(CHUNKS)
+
+    async def fork(self, session_id: str, new_id: str, at_message: object) -> None:
+        """Fork a session, as `AsyncMongoDBSessionRepository.fork_session` describes."""
         checked_id(session_id, "session_id")
-        staging, ends = Staging(self, checked_id(new_id, "new_id")), checked_ends(at_message)
+        staging, ends = Staging(self._store, checked_id(new_id, "new_id")), checked_ends(at_message)
         async with self._connection.operation():
             try:
                 await self._make_current(session_id)
@@ -97,12 +108,12 @@ class SessionForks(SessionStaging, SessionWrites):
             SessionNotFoundError: The session does not exist.
         """
         for _ in range(_ROUNDS):
-            document = await self._found(session_id, facts(None))
+            document = await self._store.sessions.get(session_id, facts(None))
             agents = _heads(session_id, document)
             if not isinstance(document.get("incarnation"), ObjectId):
-                await self._migrate(session_id)
+                await self._store.migration.migrate(session_id)
             elif unnumbered := [key for key, head in agents.items() if not is_numbered(head)]:
-                await self._adopt(session_id, agents, unnumbered)
+                await self._store.migration.migrate_agents(session_id, agents, unnumbered)
             else:
                 return
         raise _changed_too_often(session_id)
@@ -137,9 +148,15 @@ class SessionForks(SessionStaging, SessionWrites):
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        moment, sessions = self._connection.now(), self._collection_name
-        pipeline = snapshot_of(session_id, staging.own, staging.lease(), number, moment, sessions)
-        await self._with_room(session_id, lambda: self._send(partial(_run, pipeline)))
+        moment, name = self._connection.now(), self._sessions.name
+        pipeline = snapshot_of(session_id, staging.own, staging.lease(), number, moment, name)
+        while True:
+            try:
+                await self._sessions.aggregate(pipeline)
+                break
+            except MessageTooLargeError as error:
+                if not await self._store.mover.make_room(session_id, error):
+                    raise
         by_key = {agent_key(agent_id): n for agent_id, n in ends.items()} if isinstance(ends, dict) else ends
         document = await staging.read(facts(by_key))
         origin = document.get("copy_of") or {}
@@ -162,10 +179,10 @@ class SessionForks(SessionStaging, SessionWrites):
         replaced: list[Reference] = []
         async for held in self._with_attachments(staging.place, branches):
             replaced += await self._copy_attachments(source, staging, held)
-        await self._attachments.remove_unnamed(staging.place, replaced)
-        expiry = await staging.date(self._session_ttl or Life.of(document).time_to_live)
+        await self._store.attachments.remove_unnamed(staging.place, replaced)
+        expiry = await staging.date(self._store.expiry.session_ttl or Life.of(document).time_to_live)
         stages = fork_of(source.session_id, self._connection.now(), branches, expiry)
-        await staging.go_live(lambda sessions: sessions.update_one(staging.own, stages))
+        await staging.go_live(stages)
 
     # Where the fork ends.
 
@@ -186,16 +203,15 @@ class SessionForks(SessionStaging, SessionWrites):
         return Branch(head, position + 1, last + 1, summed)
 
     async def _archived_position(self, source: Place, head: Document, message_id: int) -> int | None:
-        known = Head()
-        known.learn(head)
+        since, is_regular = head.get("created_at"), Head.of(head).is_regular
         at = {"at": {"$indexOfArray": ["$messages.message_id", message_id]}}
         while True:
-            for condition in holding_message(source, head["key"], message_id, known):
-                bucket = await self._find_bucket(condition, at)
+            for condition in holding_message(source, head["key"], message_id, since, is_regular):
+                bucket = await self._archive.find_one(condition, at)
                 if bucket is not None:
                     position = int(bucket["_id"]["first"]) + int(bucket["at"])
                     return position if position < int(head["archived"]) else None
-            if not await self._copy_late_buckets(source):
+            if not await self._store.migration.move_late_buckets(source):
                 return None
 
     async def _archived_usage(self, source: Place, head: Document, begin: int) -> Document:
@@ -212,7 +228,7 @@ class SessionForks(SessionStaging, SessionWrites):
             {"$replaceWith": usage},
             {"$group": {"_id": None, **{name: {"$sum": f"${name}"} for name in (*USAGE, "count")}}},
         ]
-        totals = await self._send(partial(_run, pipeline), self._archive_name)
+        totals = await self._archive.aggregate(pipeline)
         if not totals or totals[0]["count"] < archived - begin:
             raise _missing_parts(source, head, _missing_message(source.session_id))
         return totals[0]
@@ -236,22 +252,20 @@ class SessionForks(SessionStaging, SessionWrites):
             "last": {"$subtract": [kept, 1]},
             "messages": {"$slice": ["$messages", {"$subtract": [kept, "$_id.first"]}]},
         }
-        into = {"into": self._archive_name, "on": "_id", "whenMatched": "replace", "whenNotMatched": "insert"}
+        into = {"into": self._archive.name, "on": "_id", "whenMatched": "replace", "whenNotMatched": "insert"}
         condition = holding_positions(source, key, None, 0, end)
         pipeline = [{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}]
         while True:
-            await self._send(partial(_run, pipeline), self._archive_name)
+            await self._archive.aggregate(pipeline)
             if await self._copied(place, key, end) == end:
                 return
-            if not await self._copy_late_buckets(source):
+            if not await self._store.migration.move_late_buckets(source):
                 raise _missing_parts(source, branch.agent, _missing_message(source.session_id))
 
     async def _copied(self, place: Place, key: str, end: int) -> int:
         """Return the position up to which the buckets of a fork hold all messages."""
         condition = holding_positions(place, key, None, 0, end)
-        buckets = await self._send(
-            lambda archive: archive.find(condition, {"last": 1}, sort=[("_id", 1)]).to_list(), self._archive_name
-        )
+        buckets = await self._archive.find(condition, {"last": 1}, sort=[("_id", 1)])
         position = 0
         for bucket in buckets:
             if bucket["_id"]["first"] <= position:
@@ -284,10 +298,7 @@ class SessionForks(SessionStaging, SessionWrites):
     async def _buckets_with_attachments(self, place: Place, after: Document) -> list[Document]:
         condition = {"_id": {**place.buckets(), **after}, "messages.attachments.0": {"$exists": True}}
         fields = {"attachments": {"$map": {"input": "$messages", "in": "$$this.attachments"}}}
-        return await self._send(
-            lambda archive: archive.find(condition, fields, sort=[("_id", 1)], limit=_AT_ONCE).to_list(),
-            self._archive_name,
-        )
+        return await self._archive.find(condition, fields, sort=[("_id", 1)], limit=_AT_ONCE)
 
     async def _copy_attachments(self, source: Place, staging: Staging, held: Sequence[_Referrer]) -> list[Reference]:
         """Copy the attachments of messages of a fork; update messages that were replaced in the session meanwhile.
@@ -315,7 +326,7 @@ class SessionForks(SessionStaging, SessionWrites):
     async def _copy_files(self, source: Place, place: Place, references: set[Reference]) -> set[Reference]:
         """Copy attachments on the server; return those that are missing, or were removed during the copy."""
         wanted = sorted(references)
-        missing = set(await self._attachments.copy(source, wanted, place))
+        missing = set(await self._store.attachments.copy(source, wanted, place))
         for begin in range(0, len(wanted), _AT_ONCE):
             batch = wanted[begin : begin + _AT_ONCE]
             ranges = [{"_id": place.chunks_of(reference)} for reference in batch]
@@ -324,7 +335,7 @@ class SessionForks(SessionStaging, SessionWrites):
                 {"$project": {"_id": 1}},
                 {"$group": {"_id": "$_id.file", "count": {"$sum": 1}}},
             ]
-            found = await self._send(partial(_run, count), f"{self._collection_name}{CHUNKS}")
+            found = await self._chunks.aggregate(count)
             counts = {(file["_id"]["sha256"], file["_id"]["token"]): file["count"] for file in found}
             for reference in batch:
                 if counts.get((reference.sha256, reference.token), 0) * CHUNK_BYTES < reference.length:
@@ -347,14 +358,14 @@ class SessionForks(SessionStaging, SessionWrites):
             document = await staging.read({f"agents.{key}.messages": {"$slice": [n, 1]}})
             stored = document["agents"][key]["messages"][0]
         else:
-            bucket = await self._find_bucket({"_id": held.bucket}, {"messages": {"$slice": [n, 1]}})
+            bucket = await self._archive.find_one({"_id": held.bucket}, {"messages": {"$slice": [n, 1]}})
             if bucket is None:
                 raise staging.lost()
             stored = bucket["messages"][0]
-        current = await self._stored_message(
+        current = await self._store.archive.find_message(
             session_id, held.agent_id, stored.get("message_id"), stored.get("created_at")
         )
-        if (await self._found(session_id, {"incarnation": 1})).get("incarnation") != source.incarnation:
+        if (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation") != source.incarnation:
             raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
         new = references_of(current)
         if current is None or new == references:
@@ -363,12 +374,8 @@ class SessionForks(SessionStaging, SessionWrites):
         if held.bucket is None:
             await staging.update(change)
         else:
-            await self._send(lambda archive: archive.update_one({"_id": held.bucket}, change), self._archive_name)
+            await self._archive.update_one({"_id": held.bucket}, change)
         return new
-
-
-async def _run(pipeline: Sequence[Document], collection: AsyncCollection) -> list[Document]:
-    return await run_pipeline(collection, pipeline)
 
 
 def _heads(session_id: str, document: Document) -> dict[str, Document]:

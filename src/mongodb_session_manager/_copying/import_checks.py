@@ -21,7 +21,8 @@ from strands.agent.conversation_manager import (
 from strands.agent.state import AgentState
 
 from .._format.attachment_refs import attached, references_of
-from .._format.codec import MARKER, decode_own, encode, stored_size
+from .._format.codec import MARKER, decode_own, encode
+from .._format.dates import to_date
 from .._format.documents import (
     MESSAGE_USAGE,
     STATE_FIELDS,
@@ -29,10 +30,10 @@ from .._format.documents import (
     agent_from,
     is_restorable,
     message_from,
-    odd_fields,
-    to_date,
     usable_internal_state,
 )
+from .._format.malformed import malformed_fields
+from .._format.sizes import stored_size
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 
 LEFT_BEHIND = frozenset(
@@ -85,7 +86,7 @@ def checked_session(fields: Document) -> Document:
     """
     fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
     _check_names(fields, "the session")
-    for odd in odd_fields({name: value for name, value in fields.items() if value is not None}):
+    for odd in malformed_fields({name: value for name, value in fields.items() if value is not None}):
         raise InvalidArgumentError(f"{odd.path!r} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
     _check_kinds(fields, "", {"application_name": str, "session_type": str})
     _check_dates(fields, "")

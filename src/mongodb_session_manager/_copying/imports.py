@@ -15,14 +15,15 @@ from typing import Any
 
 from .._format.attachment_refs import Reference
 from .._format.buckets import BUCKET_MESSAGES, Head, Step, bucket_of, everything, taken
-from .._format.codec import stored_size
-from .._format.documents import Document, agent_key, checked_id, config_set, removed_messages
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.documents import Document, config_set, removed_messages
+from .._format.ids import agent_key
+from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from .._io.portal import Portal
-from .._store.attachments import CHUNK_BYTES, Attachments
+from .._store.attachments import CHUNK_BYTES
+from .._store.store import SessionStore
 from ..errors import InvalidArgumentError
 from .export_format import MAX_LINE, AgentRead, MessageRead, PieceRead, Read, Reader, SessionRead
-from .staging import SessionStaging, Staging
+from .staging import Staging
 
 _LINES = 256
 _BYTES = 1024 * 1024
@@ -72,12 +73,12 @@ class Import:
     """A running import; calls are serialized.
 
     Args:
-        sessions: The repository that stores the session.
+        store: The store of the session.
         session_id: The id of the new session; `None` for the id it was exported with.
     """
 
-    def __init__(self, sessions: SessionImports, session_id: str | None) -> None:
-        self._sessions = sessions
+    def __init__(self, store: SessionStore, session_id: str | None) -> None:
+        self._store = store
         self._session_id = session_id
         self._reader = Reader()
         self._staging: Staging | None = None
@@ -91,7 +92,7 @@ class Import:
 
     async def store(self, lines: Iterable[object]) -> None:
         """Read lines, and store the archived messages and the attachments."""
-        async with self._turn, self._sessions._connection.operation():
+        async with self._turn, self._store.connection.operation():
             self._check()
             for found in await asyncio.to_thread(self._read, lines):
                 await self._take(found)
@@ -103,7 +104,7 @@ class Import:
             InvalidArgumentError: The last line of the export is missing.
             SessionConflictError: Another process has removed the copy, because its lease was over.
         """
-        async with self._turn, self._sessions._connection.operation():
+        async with self._turn, self._store.connection.operation():
             self._check()
             self._reader.check_end()
             staging = self._begun
@@ -111,18 +112,18 @@ class Import:
             await self._make_room()
             for part in await asyncio.to_thread(_parts_of, self._content()):
                 await staging.fill(part)
-            expiry = await staging.date(self._sessions._session_ttl)
+            expiry = await staging.date(self._store.expiry.session_ttl)
             live = {
                 "$unset": dict.fromkeys(("state", "state_by", "state_until"), ""),
                 **({"$set": expiry} if expiry else {}),
             }
-            await staging.go_live(lambda sessions: sessions.update_one(staging.own, live))
+            await staging.go_live(live)
             self._is_over = True
             return staging.session_id
 
     async def abandon(self) -> None:
         """Remove the copy, unless the session is live."""
-        async with self._turn, self._sessions._connection.operation():
+        async with self._turn, self._store.connection.operation():
             if not self._is_over and self._staging is not None:
                 await self._staging.abandon()
             self._is_over = True
@@ -157,8 +158,8 @@ class Import:
 
     async def _begin(self, found: SessionRead) -> None:
         session_id = found.session_id if self._session_id is None else self._session_id
-        self._staging = Staging(self._sessions, session_id)
-        origin = {"session_id": found.session_id, "at": self._sessions._connection.now()}
+        self._staging = Staging(self._store, session_id)
+        origin = {"session_id": found.session_id, "at": self._store.connection.now()}
         self._document = {**found.fields, "copy_of": origin}
         await self._staging.begin()
 
@@ -167,7 +168,7 @@ class Import:
         agent.messages.append(message)
         agent.sizes.append(found.size)
         agent.next_id = message["message_id"] + 1
-        limits = self._sessions._limits
+        limits = self._store.mover.limits
         while limits.exceeded(agent.head):
             await self._archive(agent, limits.step(agent.head))
 
@@ -175,7 +176,9 @@ class Import:
         count = min(taken(agent.sizes, step), BUCKET_MESSAGES)
         first, messages = agent.archived, agent.messages[:count]
         bucket = bucket_of(self._begun.place, agent.key, first, messages)
-        await self._sessions._put_bucket(bucket)
+        condition = {"_id": bucket["_id"]}
+        archive = self._store.archive.collection
+        await archive.send(lambda buckets: buckets.replace_one(condition, bucket, upsert=True))
         agent.archived += count
         del agent.messages[:count], agent.sizes[:count]
 
@@ -195,7 +198,7 @@ class Import:
             total += agent.size
 
     async def _piece(self, piece: PieceRead) -> None:
-        attachments, place, reference = self._sessions._attachments, self._begun.place, piece.reference
+        attachments, place, reference = self._store.attachments, self._begun.place, piece.reference
         if piece.at == 0:
             await self._drop_unfinished()
             self._unfinished, self._chunks = reference, 0
@@ -211,7 +214,7 @@ class Import:
 
     async def _drop_unfinished(self) -> None:
         if self._unfinished is not None:
-            await self._sessions._attachments.drop_chunks(self._begun.place, self._unfinished)
+            await self._store.attachments.drop_chunks(self._begun.place, self._unfinished)
         self._unfinished = None
         self._chunk.clear()
 
@@ -261,19 +264,6 @@ def _can_be_divided(value: Any) -> bool:
     if type(value) is dict:
         return all(key and "." not in key and not key.startswith("$") for key in value)
     return type(value) is list
-
-
-class SessionImports(SessionStaging):
-    """The base class of the repository that imports sessions."""
-
-    _attachments: Attachments
-
-    def _import(self, session_id: str | None) -> Import:
-        return Import(self, None if session_id is None else checked_id(session_id, "session_id"))
-
-    async def _put_bucket(self, bucket: Document) -> None:
-        condition = {"_id": bucket["_id"]}
-        await self._send(lambda archive: archive.replace_one(condition, bucket, upsert=True), self._archive_name)
 
 
 async def feed(portal: Portal, session: Import, stream: object) -> str:

@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
 
 from bson import ObjectId
-from pymongo.results import UpdateResult
 
 from .._format.documents import Document
 from .._format.layout import LIVE, Place
 from .._format.retention import next_date
 from .._io.driver_errors import DuplicateKeyError
-from .._io.drivers import AsyncCollection
-from .._store.archive import SessionArchive
 from .._store.deletion import LEASE
+from .._store.store import SessionStore
 from ..errors import (
     DatabaseError,
     MongoDBSessionError,
@@ -48,16 +45,17 @@ class Staging:
     """The copy of one import or fork, until it is live.
 
     Args:
-        sessions: The repository that stores the copy.
+        store: The store of the copy.
         session_id: The id of the new session.
 
     Attributes:
         place: The ids of the archive and the attachments of the new session.
     """
 
-    def __init__(self, sessions: SessionStaging, session_id: str) -> None:
+    def __init__(self, store: SessionStore, session_id: str) -> None:
         self.place = Place(session_id, ObjectId())
-        self._sessions = sessions
+        self._store = store
+        self._sessions = store.collection
         self._has_begun = False
         self._heartbeat: asyncio.Task[None] | None = None
 
@@ -73,7 +71,7 @@ class Staging:
 
     def lease(self) -> datetime:
         """Return the end of a lease that begins now."""
-        return self._sessions._connection.now() + LEASE
+        return self._store.connection.now() + LEASE
 
     # Begin, and end.
 
@@ -83,12 +81,11 @@ class Staging:
         Raises:
             SessionExistsError: There is a session of that id, or another copy into it is under way.
         """
-        sessions = self._sessions
         document = {**self.own, "session_id": self.session_id, "state_until": self.lease()}
         for _ in range(_ROUNDS):
             try:
                 self._has_begun = True
-                await sessions._send(lambda collection: collection.insert_one(document))
+                await self._sessions.insert_one(document)
                 break
             except DuplicateKeyError:  # it can be this document, from an attempt whose acknowledgement was lost
                 if await self._find(self.own) is not None:
@@ -96,9 +93,9 @@ class Staging:
             self._has_begun = False
             try:
                 for left in [place for place in _not_removed if place.session_id == self.session_id]:
-                    await sessions._end(self.session_id, _own(left))
+                    await self._store.deletion.delete_matching(self.session_id, _own(left))
                     _not_removed.discard(left)
-                await sessions._finish_other(self.session_id)
+                await self._store.deletion.free_id(self.session_id)
             except SessionConflictError:
                 raise_alone(SessionExistsError(f"session {self.session_id!r} is being imported or forked already"))
         else:
@@ -115,8 +112,7 @@ class Staging:
 
     async def update(self, update: Document | list[Document]) -> bool:
         """Update the document of the copy; return whether it existed."""
-        result = await self._sessions._send(lambda collection: collection.update_one(self.own, update))
-        return bool(result.matched_count)
+        return await self._sessions.update_one(self.own, update)
 
     async def fill(self, fields: Document) -> None:
         """Store fields of the session, by path.
@@ -139,8 +135,7 @@ class Staging:
         return found
 
     async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:
-        fields = projection or {"_id": 1}
-        return await self._sessions._send(lambda collection: collection.find_one(condition, fields))
+        return await self._sessions.find_one(condition, projection or {"_id": 1})
 
     async def date(self, seconds: int | None) -> Document:
         """Set `expires_at` of all parts; return the fields `time_to_live` and `expires_at` for the session.
@@ -153,28 +148,27 @@ class Staging:
         """
         if seconds is None:
             return {}
-        self._sessions._ensure_expiry()
-        clock, more = self._sessions._connection.now, timedelta()
+        self._store.expiry.ensure_indexes()
+        clock, more = self._store.connection.now, timedelta()
         while True:
             begin = clock()
             until = next_date(begin, seconds) + more
-            await self._sessions._date_parts(self.place, until)
+            await self._store.expiry.date_parts(self.place, until)
             end = clock()
             if end + timedelta(seconds=seconds) <= until:
                 return {"time_to_live": seconds, "expires_at": until}
             more = 2 * (end - begin)
 
-    async def go_live(self, command: Callable[[AsyncCollection], Awaitable[UpdateResult]]) -> None:
-        """Send the update that makes the session live; its filter is `own`.
+    async def go_live(self, update: Document | list[Document]) -> None:
+        """Send the update that makes the session live.
 
         Raises:
             SessionConflictError: Another process has removed the copy, because its lease was over.
         """
-        result = await self._sessions._send(command)
-        if not result.matched_count and not await self._is_live():  # else an acknowledgement was lost
+        if not await self.update(update) and not await self._is_live():  # else an acknowledgement was lost
             raise self.lost()
         self._stop()
-        self._sessions._ensure_indexes()
+        self._store.ensure_indexes()
 
     async def _is_live(self) -> bool:
         live = {"_id": self.session_id, "incarnation": self.place.incarnation, **LIVE}
@@ -182,14 +176,14 @@ class Staging:
 
     async def clear(self) -> None:
         """Remove the archive and the attachments of the copy."""
-        await self._sessions._remove_parts(self.place)
+        await self._store.deletion.remove_parts(self.place)
 
     async def abandon(self) -> None:
         """Remove the copy unless it is live; log a failure."""
         if not self._stop():
             return
         try:
-            if await self._sessions._end(self.session_id, self.own):
+            if await self._store.deletion.delete_matching(self.session_id, self.own):
                 return
             # Another process has removed it, or it is live, and the acknowledgement was lost.
             if not await self._is_live():
@@ -216,7 +210,3 @@ class Staging:
 
 def _own(place: Place) -> Document:
     return {"_id": place.session_id, "incarnation": place.incarnation, "state": "copying"}
-
-
-class SessionStaging(SessionArchive):
-    """The base class of the repository that stages copies."""

@@ -17,25 +17,16 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.attachment_refs import attached, references_of
-from .._format.changes import REMOVED, Update, with_removed
-from .._format.codec import stored_size
-from .._format.documents import (
-    MESSAGE_USAGE,
-    Document,
-    OddField,
-    agent_id_of,
-    agent_key,
-    array_at,
-    checked_id,
-    is_of_old,
-    stored_id,
-)
+from .._format.documents import MESSAGE_USAGE, Document, needs_upgrade
+from .._format.expressions import array_at
+from .._format.ids import agent_id_of, agent_key, checked_id, stored_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.malformed import MalformedField, usable_agents
+from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
+from .._format.statements import REMOVED, Update, with_removed
 from .._io.drivers import AsyncCollection
-from .._store.attachments import Attachments
-from .._store.writes import ROUNDS, SessionWrites
+from .._store.sessions import ROUNDS
+from .._store.store import SessionStore
 from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone
 
 _ALL = 2**31 - 1
@@ -98,32 +89,19 @@ class _Agent:
         return bucket["messages"][self.count - first : self.archived - first] if first <= self.count else []
 
 
-class SessionWriteBack(SessionWrites):
-    """The part of the repository that undoes what versions before 1.0 cannot read."""
+class WriteBack:
+    """Writes sessions back.
 
-    _attachments: Attachments
+    Args:
+        store: The sessions.
+    """
+
+    def __init__(self, store: SessionStore) -> None:
+        self._store = store
+        self._connection = store.connection
 
     async def write_back(self, session_id: str) -> None:
-        """Write the archived messages and the attachments of a session back into its document.
-
-        Versions 0.5 to 0.9 then restore the whole session. Call it when no process of this version writes to the
-        session any more: the next append that exceeds the limits moves old messages to the archive again, and the next
-        large attachment goes to GridFS.
-
-        The session is written back as a whole or not at all. Messages that are appended, replaced or redacted
-        meanwhile are kept. If the call is interrupted, another call removes left-over buckets and attachments. A
-        session that is written back already stays as it is.
-
-        Args:
-            session_id: The session.
-
-        Raises:
-            InvalidArgumentError: `session_id` is not a valid id.
-            SessionNotFoundError: The session does not exist.
-            StateTooLargeError: The document would exceed 16 MiB; the session stays as it is.
-            AttachmentError: An attachment is missing or damaged; the session stays as it is.
-            DatabaseError: An archived message is missing, or other writers changed the session again and again.
-        """
+        """Write a session back, as `AsyncMongoDBSessionRepository.write_back` describes."""
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             for _ in range(ROUNDS):
@@ -137,10 +115,10 @@ class SessionWriteBack(SessionWrites):
 
     async def _of_today(self, session_id: str) -> Document | None:
         """Return a session whose agents have the current form, `None` if another writer changed it meanwhile."""
-        await self._life(session_id)  # migrates it, if necessary
-        document = await self._found(session_id, {})
+        await self._store.expiry.life(session_id)  # migrates it, if necessary
+        document = await self._store.sessions.get(session_id, {})
         if not isinstance(document.get("incarnation"), ObjectId):  # 1.0.0 has created it again
-            self._lives.pop(session_id, None)
+            self._store.expiry.forget(session_id)
             return None
         agents = {
             agent.key: {
@@ -151,10 +129,10 @@ class SessionWriteBack(SessionWrites):
             }
             for agent in _agents_of(session_id, document)
         }
-        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not is_left_out(key, agent, agents)]
+        of_old = [key for key, agent in agents.items() if needs_upgrade(agent) and not is_left_out(key, agent, agents)]
         if not of_old:
             return document
-        await self._adopt(session_id, agents, of_old)
+        await self._store.migration.migrate_agents(session_id, agents, of_old)
         return None
 
     async def _write_back_once(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> bool:
@@ -165,8 +143,8 @@ class SessionWriteBack(SessionWrites):
             # Another call may have written the session back, and removed what was missing here.
             place = Place(session_id, document["incarnation"])
             condition = {"_id": session_id, "incarnation": place.incarnation, **_unchanged(agents)}
-            if await self._send(lambda sessions: sessions.find_one(condition, {"_id": 1})) is not None and (
-                not await self._copy_late_buckets(place)
+            if await self._store.collection.find_one(condition, {"_id": 1}) is not None and (
+                not await self._store.migration.move_late_buckets(place)
             ):
                 raise
             return False
@@ -178,7 +156,7 @@ class SessionWriteBack(SessionWrites):
             raise refused
         try:
             archived = [agent for agent in agents if not agent.is_whole]
-            return await self._update(_put_back(session_id, document["incarnation"], archived))
+            return await self._store.sessions.update(_put_back(session_id, document["incarnation"], archived))
         except MessageTooLargeError:  # it has grown meanwhile
             raise_alone(refused)
 
@@ -209,7 +187,7 @@ class SessionWriteBack(SessionWrites):
                 if size <= MAX_DOCUMENT_BYTES:
                     its.older += messages
 
-        await self._send(read, self._archive_name)
+        await self._store.archive.collection.send(read)
         for agent in agents:
             if agent.count < agent.archived:
                 raise DatabaseError(f"session {session_id!r}: message {agent.count} is missing in its archive")
@@ -224,7 +202,7 @@ class SessionWriteBack(SessionWrites):
 
     async def _gather_attachments(self, place: Place, agent: _Agent) -> None:
         messages = [*agent.older, *agent.head]
-        await self._attachments.restore(place, {agent_id_of(agent.key): messages})
+        await self._store.attachments.restore(place, {agent_id_of(agent.key): messages})
         messages = list(map(_in_document, messages))
         older, head = messages[: agent.count], messages[agent.count :]
         agent.older = older
@@ -234,13 +212,12 @@ class SessionWriteBack(SessionWrites):
         """Remove the buckets and attachments that no reader uses any more."""
         session_id = place.session_id
         for agent in agents:
-            if (head := self._heads.get((session_id, agent.key))) is not None:
-                head.learned = head.certain = False
+            self._store.mover.forget(session_id, agent.key)
             if below := (_number(agent.stored, "stale_below") if agent.is_whole else agent.below):
-                await self._remove_stale(place, agent.key, agent.since, below)
-        document = await self._find(session_id, {REMOVED: 1})
+                await self._store.mover.remove_stale(place, agent.key, agent.since, below)
+        document = await self._store.sessions.find(session_id, {REMOVED: 1})
         if document is not None and document.get(REMOVED):
-            await self._remove_removed(place, document[REMOVED])
+            await self._store.writer.remove_removed(place, document[REMOVED])
 
 
 def _number(fields: Mapping[str, Any], name: str) -> int:
@@ -258,7 +235,7 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> list[_Agent]:
     for key, stored in usable_agents(session_id, document).items():
         messages = stored.get("messages")
         if messages is not None and type(messages) is not list:
-            raise OddField(f"agents.{key}.messages", messages, list).error(session_id)
+            raise MalformedField(f"agents.{key}.messages", messages, list).error(session_id)
         if key and "." not in key:
             agents.append(_Agent(key, stored, messages or []))
     return agents

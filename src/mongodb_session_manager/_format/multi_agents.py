@@ -21,9 +21,12 @@ from typing import Any
 from bson import ObjectId
 
 from ..errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError, again
-from .changes import Update
 from .codec import decode, encode
-from .documents import Document, OddField, agent_id_of, agent_key, checked_id, now
+from .dates import now
+from .documents import Document
+from .ids import agent_id_of, agent_key, checked_id
+from .malformed import MalformedField
+from .statements import Update
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
 
@@ -148,13 +151,13 @@ class MultiAgents:
         self._session_id = session_id
         self._writer = uuid.uuid4().hex
         self._known: dict[str, _Known] = {}
-        self._odd = OddField("multi_agents", stored, dict) if not isinstance(stored, dict | None) else None
-        self._unusable: dict[str, OddField] = {}
+        self._odd = MalformedField("multi_agents", stored, dict) if not isinstance(stored, dict | None) else None
+        self._unusable: dict[str, MalformedField] = {}
         for key, value in stored.items() if type(stored) is dict else ():
             multi_agent_id = agent_id_of(key)
             revision = value.get("revision") if type(value) is dict else None
             if not isinstance(revision, int) or "state" not in value:
-                self._unusable[multi_agent_id] = OddField(f"multi_agents.{key}", value, dict)
+                self._unusable[multi_agent_id] = MalformedField(f"multi_agents.{key}", value, dict)
                 continue
             newest = MultiAgentWrite(multi_agent_id, value["state"], revision, revision, self._writer, now())
             self._known[multi_agent_id] = _Known(newest, revision)

@@ -8,8 +8,9 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
-from .._notifications.notify import DRAIN_TIMEOUT, in_the_name_of
-from .._repository.metadata import AgentConfig, UsageReport, checked_feedback, checked_keys, checked_metadata
+from .._format.metadata import checked_feedback, checked_keys, checked_metadata
+from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
+from .._repository.metadata import AgentConfig, UsageReport
 from ..errors import SessionClosedError
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, async_tool
@@ -216,7 +217,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         """Call an operation of the repository through the hook for the action."""
         self._check_open()
         portal, hook = self._connection.portal, self._hook_for(action)
-        with in_the_name_of(self._connection):
+        with attributed_to(self._connection):
             return await run_hooked(portal, hook, operation, action, self.session_id, **argument)
 
     async def _ask(

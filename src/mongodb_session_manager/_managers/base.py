@@ -26,10 +26,11 @@ from strands.types.agent import LocalAgent
 from strands.types.content import Message
 from strands.types.session import SessionMessage
 
-from .._format.documents import checked_id, now
-from .._format.large_values import compute
+from .._format.dates import now
+from .._format.ids import checked_id
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
+from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from ..errors import (
     AgentNotFoundError,

@@ -12,7 +12,7 @@ from .._io.connection import Connection
 from .._io.twins import copy_docstrings
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 from .._repository.listing import Order, SessionPage
-from .._storage.storage import MongoDBStorage
+from .._storage.storage import MongoDBStorage, SharedStorage
 from ..errors import ConfigurationError
 from .async_manager import AsyncMongoDBSessionManager
 from .options import Configuration, ManagerOptions, SessionOptions
@@ -121,7 +121,7 @@ class MongoDBSessionManagerFactory:
         """
         if collection_name == self._options.collection_name:
             raise ConfigurationError(f"collection_name {collection_name!r} is where the factory keeps its sessions")
-        return MongoDBStorage._over(self._connection, database_name or self._options.database_name, collection_name)
+        return SharedStorage(self._connection, database_name or self._options.database_name, collection_name)
 
     def list_sessions(
         self,
@@ -288,7 +288,8 @@ class MongoDBSessionManagerFactory:
         return await self._connection.portal.run(operation, *args, **kwargs)
 
     async def _check(self, seconds: float) -> None:
-        await self._connection.check(self._repository._database_name, self._repository._collection_name, seconds)
+        collection = self._repository._store.collection
+        await self._connection.check(collection.database, collection.name, seconds)
 
     async def _aclose(self, notification_timeout: float) -> None:
         try:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from .._io.connection import Connection
 from .._io.portal import running_loop
-from .._repository.async_repository import AsyncMongoDBSessionRepository
+from .._repository.async_repository import SharedRepository
 from .unit_of_work import UnitOfWork
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class Flusher:
     A flush raises what failed to be sent. Changes that were refused are raised by the unit of work.
     """
 
-    def __init__(self, session_id: str, connection: Connection, repository: AsyncMongoDBSessionRepository) -> None:
+    def __init__(self, session_id: str, connection: Connection, repository: SharedRepository) -> None:
         self._session_id = session_id
         self._connection = connection
         self._repository = repository

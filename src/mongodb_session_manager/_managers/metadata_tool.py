@@ -13,9 +13,9 @@ from strands import tool
 from strands.interrupt import InterruptException
 from strands.types.tools import AgentTool
 
+from .._format.metadata import checked_keys, checked_metadata
 from .._io.asked_fields import ACTED_ON
 from .._notifications.notification import describe
-from .._repository.metadata import checked_keys, checked_metadata
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from strands.hooks import (
 )
 from strands.session import RepositorySessionManager
 
-from .._format.documents import checked_id
+from .._format.ids import checked_id
 from .._format.multi_agents import path_of
 from ..errors import DatabaseError, MongoDBSessionError
 from .flusher import Flusher

@@ -14,7 +14,8 @@ from .._io.connection import Connection
 from .._io.drivers import Client
 from .._io.options import ClientOptions, ContentOptions
 from .._io.settings import Settings, unexpected_option
-from .._repository.async_repository import AsyncMongoDBSessionRepository
+from .._repository.async_repository import SharedRepository
+from .._store.store import SessionStore
 from ..errors import ConfigurationError
 from .user_hooks import Hook, checked_hook
 
@@ -141,21 +142,22 @@ class Configuration:
         shared = Configuration(self.options.replaced(overrides), self.connection, owns_connection=False)
         return {"client": cast(Client, shared)}
 
-    def repository(self) -> AsyncMongoDBSessionRepository:
+    def repository(self) -> SharedRepository:
         """Return a repository on the connection.
 
         Raises:
             ConfigurationError: An option is invalid.
         """
         options = self.options
-        return AsyncMongoDBSessionRepository._over(
+        store = SessionStore(
             self.connection,
             options.database_name,
             options.collection_name,
-            options.application_name,
-            options.metadata_fields,
+            application_name=options.application_name,
+            metadata_fields=options.metadata_fields,
             max_inline_attachment_bytes=options.max_inline_attachment_bytes,
             max_embedded_messages=options.max_embedded_messages,
             max_embedded_bytes=options.max_embedded_bytes,
             session_ttl=options.session_ttl,
         )
+        return SharedRepository(store)

@@ -15,14 +15,14 @@ from .._format.documents import (
     Document,
     StoredMessage,
     agent_from,
-    agent_key,
     config_set,
     message_usage,
     removed_messages,
     usable_internal_state,
     usable_numbers,
 )
-from .._format.odd_fields import messages_from, tell_odd, usable
+from .._format.ids import agent_key
+from .._format.malformed import log_malformed, messages_from, usable_field
 from ..errors import MongoDBSessionError, StateTooLargeError, again
 from .capture import CapturedConfig, count_tool_calls
 
@@ -66,18 +66,18 @@ class RecordedAgent:
         stored = stored or {"next_message_id": 0}
         path = f"agents.{agent_key(agent_id)}"
         self._load_messages(agent_id, stored, session_id)
-        data: Document = usable(dict, stored.get("agent_data"), session_id, f"{path}.agent_data")
+        data: Document = usable_field(dict, stored.get("agent_data"), session_id, f"{path}.agent_data")
         self.config = CapturedConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = config_set(stored)
         usage = stored.get("usage")
         self.counts_usage = usage is None or (type(usage) is dict and usable_numbers(usage) == usage)
         if not self.counts_usage:
-            tell_odd(session_id, f"{path}.usage", usage)
+            log_malformed(session_id, f"{path}.usage", usage)
         # The stored values of these fields are unusable. They are kept until the agent has another value.
-        self.odd_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
-        for name in self.odd_state:
+        self.malformed_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
+        for name in self.malformed_state:
             if data.get(name) is not None:
-                tell_odd(session_id, f"{path}.agent_data.{name}", data[name])
+                log_malformed(session_id, f"{path}.agent_data.{name}", data[name])
         self.defaults: Document = {}
         self.removed = removed_messages(stored)
         self.last_appended: int | None = None

@@ -6,7 +6,7 @@ from traceback import walk_tb
 
 from strands.types.exceptions import SessionException
 
-from .._format.documents import agent_key
+from .._format.ids import agent_key
 from ..errors import DatabaseError, MongoDBSessionError
 
 # Functions of Strands that restore one part of an agent.

@@ -8,9 +8,10 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
+from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._io.twins import copy_docstrings
-from .._notifications.notify import DRAIN_TIMEOUT, in_the_name_of
-from .._repository.metadata import AgentConfig, UsageReport, checked_feedback, checked_keys, checked_metadata
+from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
+from .._repository.metadata import AgentConfig, UsageReport
 from .async_manager import AsyncMongoDBSessionManager
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, blocking_tool
@@ -126,7 +127,7 @@ class MongoDBSessionManager(SessionManagerBase):
         """Call an operation of the repository through the hook for the action."""
         self._check_open()
         portal, hook = self._connection.portal, self._hook_for(action)
-        with in_the_name_of(self._connection):
+        with attributed_to(self._connection):
             return call_hooked(portal, hook, operation, action, self.session_id, **argument)
 
     def _ask(

@@ -24,19 +24,10 @@ from .._format.changes import (
     UpdateAgent,
 )
 from .._format.codec import encode
-from .._format.documents import (
-    Document,
-    agent_id_of,
-    agent_state,
-    checked_count,
-    checked_id,
-    message_body,
-    new_agent,
-    now,
-    session_from,
-    stored_message,
-    unusable_agents,
-)
+from .._format.dates import now
+from .._format.documents import Document, agent_state, message_body, new_agent, session_from, stored_message
+from .._format.ids import agent_id_of, checked_count, checked_id
+from .._format.malformed import unusable_agents
 from .._format.multi_agents import MultiAgents
 from ..errors import (
     AgentNotFoundError,
@@ -194,7 +185,7 @@ class UnitOfWork(SessionRepository):
         if stored is None or stored.loaded is None:
             return
         state = stored.loaded.conversation_manager_state
-        if state and "conversation_manager_state" not in stored.odd_state:
+        if state and "conversation_manager_state" not in stored.malformed_state:
             return
         if (manager := getattr(agent, "conversation_manager", None)) is not None:
             state = manager.get_state() if type(state.get("__name__")) is not str else state
@@ -203,9 +194,9 @@ class UnitOfWork(SessionRepository):
     def keep_odd(self, agent: LocalAgent) -> None:
         """Keep the unusable stored state of a restored agent until the agent's state changes."""
         stored = self._agents[agent.agent_id]
-        if stored.odd_state:
+        if stored.malformed_state:
             state = agent_state(SessionAgent.from_agent(agent))
-            stored.defaults = {name: state[name] for name in stored.odd_state}
+            stored.defaults = {name: state[name] for name in stored.malformed_state}
 
     # Changes that Strands does not record.
 
@@ -313,8 +304,8 @@ class UnitOfWork(SessionRepository):
             self._replace(agent_id, session_message.message_id, session_message)
             return
         session_message.message_id = agent.next_message_id
-        message = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
-        self._record(AppendMessage(agent_id, message, agent.count_usage(session_message.message)))
+        message, size = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
+        self._record(AppendMessage(agent_id, message, agent.count_usage(session_message.message), size=size))
         agent.append(session_message, message)
 
     def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
@@ -336,10 +327,10 @@ class UnitOfWork(SessionRepository):
         body = {**message_body(session_message), "updated_at": now()}
         is_newest = message_id == agent.next_message_id - 1
         is_plain = is_newest and agent.newest_is_plain and session_message.redact_message is None
-        fields = (set_aside if is_plain else replacement)(body, self._max_inline)
+        fields, size = (set_aside if is_plain else replacement)(body, self._max_inline)
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
-        self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id)))
+        self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
         if is_newest:
             agent.last = LastMessage.of(session_message.to_message())
 

@@ -1,4 +1,4 @@
-"""The half of the repository that stores the states of orchestrators, Strands' graphs and swarms."""
+"""The methods for the states of Strands' graphs and swarms."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
 
-from .._format.changes import Update
 from .._format.codec import decode
-from .._format.documents import Document, OddField, checked_id
-from .._format.large_values import compute
+from .._format.documents import Document
+from .._format.ids import checked_id
+from .._format.malformed import MalformedField
 from .._format.multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -22,65 +22,66 @@ from .._format.multi_agents import (
     reconcile_write,
 )
 from .._format.sizes import of_multi_agent
-from .._store.archive import SessionArchive
+from .._format.statements import Update
+from .._io.threads import compute
+from .._store.expiry import matched
+from .._store.sessions import ROUNDS
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
+from .base import RepositoryMethods
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
 
-_ROUNDS = 8
-"""How often a write may find the orchestrator changed under its hands before it gives up."""
 
-
-class MultiAgentStates(SessionArchive):
-    """What a repository does with `multi_agents` of a session document."""
+class MultiAgentMethods(RepositoryMethods):
+    """The methods for the states of graphs and swarms."""
 
     async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
-        """Store a graph or swarm; one that exists already is left as it is.
+        """Store a new graph or swarm; an existing one stays unchanged.
 
         Raises:
             SessionNotFoundError: The session does not exist.
             EncodingError: Its state cannot be stored.
-            StateTooLargeError: Its state is larger than the session's document has room for.
+            StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
         write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
             update = compile_write(session_id, replace(write, moment=self._connection.now()))
-            if not await self._store_multi_agent(session_id, multi_agent.id, update, write.state):
-                await self._found(session_id, {"_id": 1})
+            if not await self._store_state(multi_agent.id, update, write.state):
+                await self._store.sessions.get(session_id, {"_id": 1})
 
     async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
-        """Return the state of a graph or swarm, `None` if the session holds none of that id.
+        """Return the state of a graph or swarm, `None` if the session has no such graph or swarm.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        stored = await self._stored_multi_agent(session_id, multi_agent_id, "state")
+        stored = await self._find_state(session_id, multi_agent_id, "state")
         return None if stored is None else await compute(decode, stored.get("state"))
 
     async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
-        """Store the state of a graph or swarm, whatever is there.
+        """Replace the state of a graph or swarm.
 
         Raises:
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such graph or swarm.
+            AgentNotFoundError: The session has no such graph or swarm.
             EncodingError: Its state cannot be stored.
-            StateTooLargeError: Its state is larger than the session's document has room for.
+            StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
         state = await compute(encode_state, multi_agent.serialize_state())
         async with self._connection.operation():
             update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
-            if not await self._store_multi_agent(session_id, multi_agent.id, update, state):
-                stored = await self._stored_multi_agent(session_id, multi_agent.id, "writer")
+            if not await self._store_state(multi_agent.id, update, state):
+                stored = await self._find_state(session_id, multi_agent.id, "writer")
                 if stored is None:
                     raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
 
     async def apply_multi_agent(
         self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
-        """Store a recorded state exactly once; in one command, unless another writer interferes.
+        """Store a recorded state exactly once, in one command unless another writer interferes.
 
         Args:
             session_id: The session.
@@ -89,29 +90,30 @@ class MultiAgentStates(SessionArchive):
                 now.
 
         Returns:
-            Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
-            `StateTooLargeError`; `None` once it is stored.
+            `None` if the state is stored, else the error of a state that cannot be stored: `SessionConflictError`,
+            `SessionNotFoundError`, `AgentNotFoundError` or `StateTooLargeError`.
 
         Raises:
-            MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
+            MongoDBSessionError: It is unknown whether the state is stored. The same write can be applied again.
         """
         checked_id(session_id, "session_id")
         rest: MultiAgentWrite | None = write
         async with self._connection.operation():
-            for _ in range(_ROUNDS):
+            for _ in range(ROUNDS):
                 if rest is None:
                     return None
                 try:
                     rest = replace(rest, moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
-                    if await self._store_multi_agent(session_id, rest.multi_agent_id, update, rest.state):
+                    if await self._store_state(rest.multi_agent_id, update, rest.state):
                         return None
                     if (
                         incarnation is not None
-                        and (await self._found(session_id, {"incarnation": 1})).get("incarnation") != incarnation
+                        and (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation")
+                        != incarnation
                     ):
                         raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
-                    stored = await self._stored_multi_agent(session_id, write.multi_agent_id, "revision", "writer")
+                    stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
                 try:
@@ -120,18 +122,17 @@ class MultiAgentStates(SessionArchive):
                     return error
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
 
-    async def _store_multi_agent(self, session_id: str, multi_agent_id: str, update: Update, state: Any) -> bool:
-        part = of_multi_agent(multi_agent_id)
-        return await self._store_part(session_id, part, state, lambda: self._update(update))
+    async def _store_state(self, multi_agent_id: str, update: Update, state: Any) -> bool:
+        return bool(await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, matched))
 
-    async def _stored_multi_agent(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
+    async def _find_state(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
         path = path_of(multi_agent_id)
-        found: Any = await self._found(session_id, {f"{path}.{field}": 1 for field in fields})
+        found: Any = await self._store.sessions.get(session_id, {f"{path}.{field}": 1 for field in fields})
         for name in path.split("."):
             found = found.get(name) if isinstance(found, dict) else None
             if found is None:
                 return None
         if not isinstance(found, dict):
-            raise OddField(path, found, dict).error(session_id)
+            raise MalformedField(path, found, dict).error(session_id)
         stored: Document = found
         return stored

@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
 
 from bson import ObjectId
 from pymongo.errors import BulkWriteError
 
-from .._format.documents import Document, now
-from .._io.collection import ensure_indexes, send
-from .._io.connection import Connection
+from .._format.dates import now
+from .._format.documents import Document
+from .._io.collection import Collection
 from .._io.drivers import AsyncCollection
+from .._io.indexes import ensure_indexes
 from ..errors import DatabaseTimeoutError
-
-T = TypeVar("T")
 
 CHUNK = 255 * 1024
 """Bytes of a chunk: what GridFS clients use unless told otherwise."""
@@ -42,15 +40,15 @@ _SWEPT_AT_ONCE = 16
 class Bucket:
     """A GridFS bucket on a connection. Its methods are operations under way of the connection's."""
 
-    def __init__(self, connection: Connection, database: str, name: str) -> None:
-        self._connection = connection
-        self._database = database
-        self._name = name
+    def __init__(self, bucket: Collection) -> None:
+        self._connection = bucket.connection
+        self._files = bucket.part(".files")
+        self._chunks = bucket.part(".chunks")
 
     async def upload(self, key: str, data: bytes) -> ObjectId:
         """Write a file that has no name yet, and return its id."""
-        ensure_indexes(self._connection, self._database, f"{self._name}.files", [("filename", "uploadDate")])
-        ensure_indexes(self._connection, self._database, f"{self._name}.chunks", [("files_id", "n")])
+        ensure_indexes(self._files, [("filename", "uploadDate")])
+        ensure_indexes(self._chunks, [("files_id", "n")])
         file = ObjectId()
         document = {
             "_id": file,
@@ -59,13 +57,13 @@ class Bucket:
             "uploadDate": self._connection.now(),
             "metadata": {"key": key},
         }
-        await self._files(lambda files: files.replace_one({"_id": file}, document, upsert=True))
+        await self._files.send(lambda files: files.replace_one({"_id": file}, document, upsert=True))
         for first in range(0, len(data), CHUNK * BATCH):
             chunks = [
                 {"_id": ObjectId(), "files_id": file, "n": start // CHUNK, "data": data[start : start + CHUNK]}
                 for start in range(first, min(first + CHUNK * BATCH, len(data)), CHUNK)
             ]
-            await self._chunks(partial(_insert, chunks))
+            await self._chunks.send(partial(_insert, chunks))
         return file
 
     def check_time(self, file: ObjectId) -> None:
@@ -82,7 +80,7 @@ class Bucket:
         chunks: list[Document] = []
         length = 0
         while length < size:
-            found = await self._chunks(partial(_following, file, len(chunks)))
+            found = await self._chunks.send(partial(_following, file, len(chunks)))
             if not found:
                 return None
             chunks += found
@@ -93,16 +91,16 @@ class Bucket:
 
     async def name(self, file: ObjectId, key: str) -> None:
         """Say that a file is the value of its key."""
-        await self._files(lambda files: files.update_one({"_id": file}, {"$set": {"filename": key}}))
+        await self._files.update_one({"_id": file}, {"$set": {"filename": key}})
 
     async def doubt(self, file: ObjectId) -> None:
         """Say that a file is about to be its key's value no more."""
-        await self._files(lambda files: files.update_one({"_id": file}, {"$unset": {"filename": ""}}))
+        await self._files.update_one({"_id": file}, {"$unset": {"filename": ""}})
 
     async def delete(self, file: ObjectId) -> None:
         """Remove a file that no key's document points at."""
-        await self._chunks(lambda chunks: chunks.delete_many({"files_id": file}))
-        await self._files(lambda files: files.delete_one({"_id": file}))
+        await self._chunks.delete_many({"files_id": file})
+        await self._files.delete_one({"_id": file})
 
     async def sweep(self, current: Callable[[str], Awaitable[ObjectId | None]]) -> None:
         """Decide on files that have long been without a name, because their writer ended before it was done.
@@ -115,7 +113,7 @@ class Bucket:
             "uploadDate": {"$lt": self._connection.now() - DOUBT_TIME},
             "metadata.key": {"$type": "string"},  # not somebody else's
         }
-        for document in await self._files(
+        for document in await self._files.send(
             lambda files: files.find(abandoned, limit=_SWEPT_AT_ONCE).to_list(_SWEPT_AT_ONCE)
         ):
             file, key = document["_id"], document["metadata"]["key"]
@@ -123,12 +121,6 @@ class Bucket:
                 await self.name(file, key)
             else:
                 await self.delete(file)
-
-    async def _files(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
-        return await send(self._connection, self._database, f"{self._name}.files", command)
-
-    async def _chunks(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
-        return await send(self._connection, self._database, f"{self._name}.chunks", command)
 
 
 async def _following(file: ObjectId, first: int, collection: AsyncCollection) -> list[Document]:

@@ -18,10 +18,11 @@ from strands.storage import Storage
 from strands.storage import storage as strands_storage
 
 from .._format.documents import Document
-from .._io.collection import checked_name, given, send
+from .._io.collection import Collection
 from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
-from .._io.drivers import AsyncCollection, Client
+from .._io.drivers import Client
+from .._io.names import checked_name, given
 from .._io.settings import Settings
 from ..errors import DatabaseError, InvalidArgumentError, raise_alone
 from .gridfs import Bucket
@@ -78,28 +79,24 @@ class MongoDBStorage(Storage[str, str]):
         client: Client | None = None,
         **client_options: Any,
     ) -> None:
-        connection = Connection(Settings.checked(connection_string, client, client_options, _OPTIONS))
-        self._bind(connection, database_name, collection_name, owned=True)
-
-    @classmethod
-    def _over(cls, connection: Connection, database_name: str | None, collection_name: str | None) -> Self:
-        """Return a storage over a connection that somebody else closes."""
-        storage = cls.__new__(cls)
-        storage._bind(connection, database_name, collection_name, owned=False)
-        return storage
+        settings = Settings.checked(connection_string, client, client_options, _OPTIONS)
+        self._bind(Connection(settings), database_name, collection_name, owned=True)
 
     def _bind(
         self, connection: Connection, database_name: str | None, collection_name: str | None, *, owned: bool
     ) -> None:
         self._connection = connection
         self._owns_connection = owned
-        self._database_name = checked_name(connection.database_name(database_name), "database_name")
-        self._collection_name = checked_name(given(collection_name, "agent_storage"), "collection_name")
-        self._bucket = Bucket(connection, self._database_name, f"{self._collection_name}_blobs")
+        self._collection = Collection(
+            connection,
+            checked_name(connection.database_name(database_name), "database_name"),
+            checked_name(given(collection_name, "agent_storage"), "collection_name"),
+        )
+        self._bucket = Bucket(self._collection.part("_blobs"))
         self._prefix = ""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._database_name}.{self._collection_name}, {self._connection!r})"
+        return f"MongoDBStorage({self._collection!r}, {self._connection!r})"
 
     async def write(self, key: str, data: bytes) -> None:
         """Store bytes under a key, in the place of what is there.
@@ -196,8 +193,8 @@ class MongoDBStorage(Storage[str, str]):
                 self._bucket.check_time(file)
             condition = {"_id": key, "file": expected}
             try:
-                result = await self._send(
-                    lambda collection: collection.replace_one(condition, value, upsert=expected is None)
+                result = await self._collection.send(
+                    lambda values: values.replace_one(condition, value, upsert=expected is None)
                 )
             except DuplicateKeyError:
                 return False  # the value is in another file, or another writer has just created it
@@ -211,7 +208,7 @@ class MongoDBStorage(Storage[str, str]):
     async def _delete(self, key: str) -> None:
         async def remove(expected: ObjectId | None) -> bool:
             condition = {"_id": key, "file": expected}
-            return bool((await self._send(lambda collection: collection.delete_one(condition))).deleted_count)
+            return await self._collection.delete_one(condition)
 
         await self._exchange(key, remove, lambda stored: not stored)
 
@@ -230,7 +227,7 @@ class MongoDBStorage(Storage[str, str]):
         for _ in range(_ROUNDS):
             if await act(file):
                 break
-            stored = await self._send(lambda collection: collection.find_one({"_id": key}, {"file": 1})) or {}
+            stored = await self._collection.find_one({"_id": key}, {"file": 1}) or {}
             if done(stored):
                 break
             file = stored.get("file")
@@ -245,7 +242,7 @@ class MongoDBStorage(Storage[str, str]):
     async def _read(self, key: str) -> bytes | None:
         seen = None
         for _ in range(_ROUNDS):
-            document = await self._send(lambda collection: collection.find_one({"_id": key}))
+            document = await self._collection.find_one({"_id": key})
             if document is None:
                 return None
             file: ObjectId | None = document.get("file")
@@ -260,17 +257,19 @@ class MongoDBStorage(Storage[str, str]):
 
     async def _list(self, prefix: str) -> builtins.list[str]:
         bounds = {"_id": prefix_range(prefix)}
-        documents = await self._send(
-            lambda collection: collection.find(bounds, {"_id": 1}, sort=[("_id", 1)]).to_list()
-        )
+        documents = await self._collection.find(bounds, {"_id": 1}, sort=[("_id", 1)])
         return [document["_id"] for document in documents]
 
     async def _file_of(self, key: str) -> ObjectId | None:
-        document = await self._send(lambda collection: collection.find_one({"_id": key}, {"file": 1}))
+        document = await self._collection.find_one({"_id": key}, {"file": 1})
         return None if document is None else document.get("file")
 
-    async def _send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
-        return await send(self._connection, self._database_name, self._collection_name, command)
+
+class SharedStorage(MongoDBStorage):
+    """A storage on a connection that somebody else closes."""
+
+    def __init__(self, connection: Connection, database_name: str | None, collection_name: str | None) -> None:
+        self._bind(connection, database_name, collection_name, owned=False)
 
 
 def normalized_key(key: object) -> str:

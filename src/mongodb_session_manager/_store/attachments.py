@@ -1,4 +1,6 @@
-"""Large attachments of messages, in the GridFS bucket `<collection>_attachments`; any GridFS client reads it.
+"""`Attachments`: large attachments of messages, in the GridFS bucket `<collection>_attachments`.
+
+Any GridFS client can read the bucket.
 
 An attachment belongs to one message. The `_id` of its file is `{incarnation, sha256, token}`, the `_id` of a chunk
 `{file, n}`. So storing a chunk twice changes nothing, and one range of `_id` holds all files of a session. The entry in
@@ -12,27 +14,32 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from .._format.attachment_refs import Attachment, Reference, attached, detached, references_of
 from .._format.changes import AgentWrite
-from .._format.documents import Document, array_at, entries_at, message_id_of
+from .._format.documents import Document
+from .._format.expressions import array_at, entries_at
+from .._format.ids import message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
-from .._io.collection import ensure_indexes, send
-from .._io.connection import Connection
+from .._io.collection import Collection
 from .._io.driver_errors import DuplicateKeyError
-from .._io.drivers import AsyncCollection, run_pipeline
+from .._io.drivers import AsyncCollection
+from .._io.indexes import ensure_indexes
 from ..errors import AttachmentError
-
-T = TypeVar("T")
 
 CHUNK_BYTES = 2 * 1024 * 1024
 
 _AT_ONCE = 64
+
+_CHUNK: Document = {"n": "$n", "data": "$data"}
+_ENTRY: Document = {name: f"${name}" for name in ("length", "chunkSize", "uploadDate", "filename")}
+"""The fields of a chunk and of an entry that a copy takes unchanged."""
 
 _NAMED: Document = {
     "attachments": {"$map": {"input": entries_at("$agents"), "in": array_at("$$this.v.messages.attachments")}}
@@ -43,37 +50,37 @@ class Attachments:
     """The attachments of a collection of sessions.
 
     Args:
-        connection: The connection of the sessions.
-        database_name: Their database.
-        collection_name: Their collection.
+        sessions: The collection of the sessions.
     """
 
-    def __init__(self, connection: Connection, database_name: str, collection_name: str) -> None:
-        self._connection = connection
-        self._database_name = database_name
-        self._collection_name = collection_name
-
-    async def _send(self, suffix: str, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
-        return await send(self._connection, self._database_name, f"{self._collection_name}{suffix}", command)
+    def __init__(self, sessions: Collection) -> None:
+        self._connection = sessions.connection
+        self._sessions = sessions
+        self._archive = sessions.part(ARCHIVE)
+        self._files = sessions.part(FILES)
+        self._chunks = sessions.part(CHUNKS)
 
     # Storing.
 
-    async def store(self, place: Place, writes: Iterable[AgentWrite], dates: Dates) -> None:
-        """Store the attachments of writes, and put references into the writes.
+    async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
+        """Store the attachments of writes, and replace them by references in the writes.
 
         Args:
             place: The session.
             writes: The writes.
             dates: The dates of the files.
         """
-        writes = [write for write in writes if any(_attachments([*write.contents(), *write.earlier_contents()]))]
-        needed = {id(each.data): each for write in writes for each in _attachments(write.contents())}
-        known = needed | {id(each.data): each for write in writes for each in _attachments(write.earlier_contents())}
-        references = await asyncio.to_thread(_references_to, known) if known else {}
+        needed = {write.agent_id: list(_attachments(write.contents())) for write in writes}
+        earlier = {write.agent_id: list(_attachments(write.earlier_contents())) for write in writes}
+        writes = [write for write in writes if needed[write.agent_id] or earlier[write.agent_id]]
+        if not writes:
+            return
+        listed = itertools.chain(*needed.values(), *earlier.values())
+        references = await asyncio.to_thread(_references_to, {id(each.data): each for each in listed})
         for write in writes:
-            write.stored = [references[id(each.data)] for each in _attachments(write.contents())]
+            write.attached = [references[id(each.data)] for each in needed[write.agent_id]]
             write.dates = dates
-        for key, attachment in needed.items():
+        for key, attachment in {id(each.data): each for each in itertools.chain(*needed.values())}.items():
             await self._upload(place, references[key], attachment.data, dates.expires_at)
         texts = {key: str(reference) for key, reference in references.items()}
         for write in writes:
@@ -88,10 +95,9 @@ class Attachments:
         self, place: Place, reference: Reference, n: int, data: bytes, date: datetime | None = None
     ) -> None:
         """Store a chunk of a file that is not complete yet; all chunks except the last have `CHUNK_BYTES`."""
-        chunks_name = f"{self._collection_name}{CHUNKS}"
-        ensure_indexes(self._connection, self._database_name, chunks_name, [("files_id", "n")])
+        ensure_indexes(self._chunks, [("files_id", "n")])
         chunk = {"_id": place.chunk_id(reference, n), "files_id": place.file_id(reference), "n": n, "data": data}
-        await self._insert(CHUNKS, {**chunk, "session_id": place.session_id}, date)
+        await _insert(self._chunks, {**chunk, "session_id": place.session_id}, date)
 
     async def put_entry(self, place: Place, reference: Reference, date: datetime | None = None) -> None:
         """Store the entry that completes a file; its chunks must be stored."""
@@ -103,17 +109,7 @@ class Attachments:
             "filename": reference.sha256,
             "session_id": place.session_id,
         }
-        await self._insert(FILES, entry, date)
-
-    async def _insert(self, suffix: str, document: Document, date: datetime | None) -> None:
-        if date is not None:
-            document["expires_at"] = date
-        try:
-            await self._send(suffix, lambda collection: collection.insert_one(document))
-        except DuplicateKeyError:  # an earlier attempt stored it
-            if date is not None:
-                later = {"$max": {"expires_at": date}}
-                await self._send(suffix, lambda collection: collection.update_one({"_id": document["_id"]}, later))
+        await _insert(self._files, entry, date)
 
     # Reading.
 
@@ -131,12 +127,12 @@ class Attachments:
         if not wanted:
             return
         async with self._connection.operation():
-            parts = await self._send(CHUNKS, lambda chunks: _parts(chunks, place, wanted))
+            parts = await self._chunks.send(lambda chunks: _parts(chunks, place, wanted))
             blobs = await asyncio.to_thread(_joined, parts)
         if missing := [reference for reference in wanted if str(reference) not in blobs]:
             error = AttachmentError(
                 f"session {place.session_id!r}: {wanted[missing[0]]} holds an attachment of {missing[0].length} bytes "
-                f"that is missing or damaged in {f'{self._collection_name}_attachments'!r} "
+                f"that is missing or damaged in {self._files.name.removesuffix('.files')!r} "
                 f"(SHA-256 {missing[0].sha256})"
             )
             error.references = tuple(map(str, missing))
@@ -149,46 +145,39 @@ class Attachments:
     async def chunk(self, place: Place, reference: Reference, n: int) -> bytes | None:
         """Return the bytes of a chunk, `None` if it is not stored."""
         condition = {"_id": {"$in": [each.chunk_id(reference, n) for each in _places(place, reference)]}}
-        found = await self._send(CHUNKS, lambda chunks: chunks.find_one(condition, {"data": 1}))
+        found = await self._chunks.find_one(condition, {"data": 1})
         return None if found is None else found["data"]
 
     async def drop_chunks(self, place: Place, reference: Reference) -> None:
         """Remove the chunks of a file that was not completed."""
         file = place.file_id(reference)
-        if await self._send(FILES, lambda files: files.find_one({"_id": file}, {"_id": 1})) is None:
-            await self._send(CHUNKS, partial(_delete_many, {"_id": place.chunks_of(reference)}))
+        if await self._files.find_one({"_id": file}, {"_id": 1}) is None:
+            await self._chunks.delete_many({"_id": place.chunks_of(reference)})
 
     async def copy(self, source: Place, references: Sequence[Reference], target: Place) -> list[Reference]:
         """Copy files to another session, on the server; return the references whose files are missing."""
         missing = []
         for begin in range(0, len(references), _AT_ONCE):
             batch = references[begin : begin + _AT_ONCE]
-            ranges = [{"_id": each.chunks_of(one)} for one in batch for each in _places(source, one)]
-            files = [each.file_id(one) for one in batch for each in _places(source, one)]
-            await self._copy(CHUNKS, {"$or": ranges}, target)
-            await self._copy(FILES, {"_id": {"$in": files}}, target)
+            chunks, files = _filters(source, batch)
+            await self._copy_chunks(chunks, target)
+            await self._copy_files(files, target)
             copied = {"_id": {"$in": [target.file_id(reference) for reference in batch]}}
-            there = await self._send(FILES, partial(_ids, copied))
+            there = [entry["_id"] for entry in await self._files.find(copied, {"_id": 1})]
             missing += [reference for reference in batch if target.file_id(reference) not in there]
         return missing
 
     async def copy_from_v1(self, source: Place, target: Place) -> None:
         """Copy all files of a session from the ids of 1.0.0."""
-        await self._copy(CHUNKS, {"_id": source.chunks()}, target)
-        await self._copy(FILES, {"_id": source.files()}, target)
+        await self._copy_chunks({"_id": source.chunks()}, target)
+        await self._copy_files({"_id": source.files()}, target)
 
-    async def _copy(self, suffix: str, condition: Document, target: Place) -> None:
-        file = "$files_id" if suffix == CHUNKS else "$_id"
-        token = {"$ifNull": [f"{file}.token", {"$toString": f"{file}.generation"}]}
-        new = {"incarnation": target.incarnation, "sha256": f"{file}.sha256", "token": token}
-        session_id = {"$literal": target.session_id}
-        if suffix == CHUNKS:
-            copied = {"_id": {"file": new, "n": "$n"}, "files_id": new, "n": "$n", "data": "$data"}
-        else:
-            copied = {"_id": new, **{name: f"${name}" for name in ("length", "chunkSize", "uploadDate", "filename")}}
-        into = {"into": f"{self._collection_name}{suffix}", "whenMatched": "keepExisting", "whenNotMatched": "insert"}
-        pipeline = [{"$match": condition}, {"$replaceWith": {**copied, "session_id": session_id}}, {"$merge": into}]
-        await self._send(suffix, lambda collection: run_pipeline(collection, pipeline))
+    async def _copy_chunks(self, condition: Document, target: Place) -> None:
+        file = _copied_id("$files_id", target)
+        await _copy(self._chunks, condition, target, {"_id": {"file": file, "n": "$n"}, "files_id": file, **_CHUNK})
+
+    async def _copy_files(self, condition: Document, target: Place) -> None:
+        await _copy(self._files, condition, target, {"_id": _copied_id("$_id", target), **_ENTRY})
 
     # Removing.
 
@@ -196,16 +185,15 @@ class Attachments:
         """Remove files, except those that a message of the session refers to: in 1.0.0, messages shared files."""
         if not references:
             return
-        named = await self._send("", partial(_named_in_head, place))
+        named = await self._sessions.send(partial(_named_in_head, place))
         if gone := [reference for reference in references if reference not in named]:
-            named = await self._send(ARCHIVE, partial(_named_in_archive, place, gone))
+            named = await self._archive.send(partial(_named_in_archive, place, gone))
             gone = [reference for reference in gone if reference not in named]
         for begin in range(0, len(gone), _AT_ONCE):
             batch = gone[begin : begin + _AT_ONCE]
-            ranges = [{"_id": each.chunks_of(one)} for one in batch for each in _places(place, one)]
-            files = [each.file_id(one) for one in batch for each in _places(place, one)]
-            await self._send(CHUNKS, partial(_delete_many, {"$or": ranges}))
-            await self._send(FILES, partial(_delete_many, {"_id": {"$in": files}}))
+            chunks, files = _filters(place, batch)
+            await self._chunks.delete_many(chunks)
+            await self._files.delete_many(files)
 
 
 def parsed(listed: object) -> list[Reference]:
@@ -230,12 +218,33 @@ def _references_to(attachments: Mapping[int, Attachment]) -> dict[int, Reference
     }
 
 
-async def _delete_many(condition: Document, collection: AsyncCollection) -> None:
-    await collection.delete_many(condition)
+def _filters(place: Place, references: Iterable[Reference]) -> tuple[Document, Document]:
+    """Return the filters for the chunks and for the entries of files."""
+    stored = [(each, one) for one in references for each in _places(place, one)]
+    chunks = {"$or": [{"_id": each.chunks_of(one)} for each, one in stored]}
+    return chunks, {"_id": {"$in": [each.file_id(one) for each, one in stored]}}
 
 
-async def _ids(condition: Document, files: AsyncCollection) -> list[Document]:
-    return [entry["_id"] async for entry in files.find(condition, {"_id": 1})]
+async def _insert(collection: Collection, document: Document, date: datetime | None) -> None:
+    if date is not None:
+        document["expires_at"] = date
+    try:
+        await collection.insert_one(document)
+    except DuplicateKeyError:  # an earlier attempt stored it
+        if date is not None:
+            await collection.update_one({"_id": document["_id"]}, {"$max": {"expires_at": date}})
+
+
+def _copied_id(file: str, target: Place) -> Document:
+    """Return the expression for the `_id` of the copy of a file."""
+    token = {"$ifNull": [f"{file}.token", {"$toString": f"{file}.generation"}]}
+    return {"incarnation": target.incarnation, "sha256": f"{file}.sha256", "token": token}
+
+
+async def _copy(collection: Collection, condition: Document, target: Place, copied: Document) -> None:
+    document = {**copied, "session_id": {"$literal": target.session_id}}
+    into = {"into": collection.name, "whenMatched": "keepExisting", "whenNotMatched": "insert"}
+    await collection.aggregate([{"$match": condition}, {"$replaceWith": document}, {"$merge": into}])
 
 
 async def _named_in_head(place: Place, sessions: AsyncCollection) -> set[Reference]:

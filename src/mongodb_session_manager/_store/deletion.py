@@ -1,4 +1,4 @@
-"""Deleting sessions, and finishing the deletions and copies that another process has left.
+"""`Deletion`: deletes sessions, and finishes the deletions and abandoned copies of other processes.
 
 A session document that is not live has a `state`:
 
@@ -8,7 +8,8 @@ A session document that is not live has a `state`:
 
 A deletion replaces the document by these fields, removes the parts of the session, and then the document. The steps are
 idempotent, so any process can finish a deletion at any time. A copy whose lease is over is abandoned: any process can
-delete it. A call with the same id finishes what it finds; each process also searches for unfinished sessions once.
+delete it. A call with the same id finishes a deletion, or an abandoned copy, that it finds. Each process also searches
+for unfinished sessions once.
 """
 
 from __future__ import annotations
@@ -18,26 +19,25 @@ import logging
 import random
 import time
 import uuid
-from datetime import datetime, timedelta
-from functools import partial
-from typing import Any
+from datetime import timedelta
 
 from bson import ObjectId
 
-from .._format.documents import Document, checked_id
-from .._format.layout import UNFINISHED, Place, live_at
+from .._format.documents import Document
+from .._format.layout import UNFINISHED, Place, is_unfinished, live_at
 from .._format.retention import Life
-from .._io.collection import unseen
-from .._io.drivers import AsyncCollection, find_and_modify
+from .._io.drivers import find_and_modify
+from .._io.indexes import unseen
 from ..errors import MongoDBSessionError, SessionConflictError, SessionExistsError
-from .expiry import SessionRetention
+from .expiry import Expiry
+from .sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
 LEASE = timedelta(seconds=60)
 """How long a copy can go without renewing its lease before another process deletes it.
 
-The search for unfinished sessions leaves deletions alone that are younger than this.
+The search for unfinished sessions ignores deletions that began later than this.
 """
 
 _PAUSES = (0.05, 1.0)
@@ -51,41 +51,34 @@ _SEARCH = ("state", "state_until")
 """A key in the register of ensured indexes: the search for unfinished sessions runs once per process and collection."""
 
 
-class SessionDeletion(SessionRetention):
-    """The base class of the repository that deletes sessions."""
+class Deletion:
+    """Deletes sessions and their parts.
 
-    async def delete_session(self, session_id: str, **kwargs: Any) -> bool:
-        """Delete a session: its document, its archived messages and its attachments.
+    Args:
+        sessions: The session documents.
+        expiry: The dates of the sessions.
+    """
 
-        The first command removes the content of the document. If the call is interrupted after that, the session does
-        not exist any more. A call with the same id, or a process that opens its first session in the collection a
-        minute later or more, removes the rest. A manager that has the session open gets `SessionNotFoundError` from its
-        next write.
+    def __init__(self, sessions: Sessions, expiry: Expiry) -> None:
+        self._sessions = sessions
+        self._collection = sessions.collection
+        self._connection = sessions.connection
+        self._expiry = expiry
 
-        Args:
-            session_id: The session.
-            **kwargs: Accepted because Strands' own repositories do; unused.
-
-        Returns:
-            Whether the session existed. `False` also for a session that has expired, and for an id that is being
-            imported or forked; that copy continues.
-
-        Raises:
-            InvalidArgumentError: `session_id` is not a valid id.
-        """
-        checked_id(session_id, "session_id")
+    async def delete(self, session_id: str) -> bool:
+        """Delete a session and its parts; return whether it existed."""
         async with self._connection.operation():
-            if await self._end(session_id, live_at(self._connection.now())):
+            if await self.delete_matching(session_id, live_at(self._connection.now())):
                 return True
             await self._finish(session_id)
             if await self._find_state(session_id) is None:
-                await self._remove_parts(Place(session_id, None))
+                await self.remove_parts(Place(session_id, None))
         return False
 
-    async def _end(self, session_id: str, condition: Document) -> bool:
-        """Delete a session and all its parts if a condition matches its document; return whether it did."""
+    async def delete_matching(self, session_id: str, condition: Document) -> bool:
+        """Delete a session and its parts if a condition matches its document; return whether it did."""
         token = uuid.uuid4().hex
-        self._lives.pop(session_id, None)
+        self._expiry.forget(session_id)
         state = {
             "_id": "$_id",
             "session_id": {"$literal": session_id},
@@ -96,33 +89,29 @@ class SessionDeletion(SessionRetention):
             "state_until": self._connection.now() + LEASE,
         }
         query = {"_id": session_id, **condition}
-        marked = await self._send(lambda sessions: find_and_modify(sessions, query, [{"$replaceWith": state}], _STATE))
+        marked = await self._collection.send(
+            lambda sessions: find_and_modify(sessions, query, [{"$replaceWith": state}], _STATE)
+        )
         if marked is None:  # or an acknowledgement was lost
-            ours = {"_id": session_id, "state_by": token}
-            marked = await self._send(lambda sessions: sessions.find_one(ours, _STATE))
+            marked = await self._collection.find_one({"_id": session_id, "state_by": token}, _STATE)
         if marked is None:
             return False
         await self._finish_deletion(session_id, marked)
         return True
 
     async def _finish_deletion(self, session_id: str, marked: Document) -> None:
-        for incarnation in incarnations_of(marked):
-            await self._remove_parts(Place(session_id, incarnation))
-        await self._remove_parts(Place(session_id, None))
-        ours = {"_id": session_id, "state": "deleting", "state_by": marked["state_by"]}
-        await self._send(lambda sessions: sessions.delete_one(ours))
+        for incarnation in (*incarnations_of(marked), None):
+            await self.remove_parts(Place(session_id, incarnation))
+        await self._collection.delete_one({"_id": session_id, "state": "deleting", "state_by": marked["state_by"]})
 
-    async def _remove_parts(self, place: Place) -> None:
+    async def remove_parts(self, place: Place) -> None:
         """Remove the archive and the attachments of a session."""
         for suffix, condition in place.outside():
-            await self._remove_some(suffix, condition)
-
-    async def _remove_some(self, suffix: str, condition: Document) -> None:
-        await self._send(partial(_delete_many, condition), f"{self._collection_name}{suffix}")
+            await self._collection.part(suffix).delete_many(condition)
 
     async def _find_state(self, session_id: str) -> Document | None:
         """Return the state of the document with an id, live or not; `None` without a document."""
-        return await self._send(lambda sessions: sessions.find_one({"_id": session_id}, _STATE))
+        return await self._collection.find_one({"_id": session_id}, _STATE)
 
     async def _finish(self, session_id: str, found: Document | None = None) -> Document | None:
         """Finish a deletion; delete a copy whose lease is over, or an expired session.
@@ -133,22 +122,21 @@ class SessionDeletion(SessionRetention):
         found = found or await self._find_state(session_id)
         if found is None:
             return None
-        until = found.get("state_until")
-        if found.get("state") == "deleting":
+        if (unfinished := is_unfinished(found)) and found["state"] == "deleting":
             await self._finish_deletion(session_id, found)
             return None
         moment, names = self._connection.now(), ("incarnation", "state", "state_by", "state_until")
-        is_abandoned = found.get("state") == "copying" and isinstance(until, datetime) and until < moment
+        is_abandoned = unfinished and found["state_until"] < moment
         life = Life.of(found)
         has_expired = life.time_to_live is not None and life.expires_at is not None and life.expires_at <= moment
-        if not is_abandoned and not (has_expired and found.get("state") not in UNFINISHED):
+        if not is_abandoned and not (has_expired and not unfinished):
             return found
-        if not await self._end(session_id, {name: found.get(name) for name in (*names, "expires_at")}):
+        if not await self.delete_matching(session_id, {name: found.get(name) for name in (*names, "expires_at")}):
             return await self._find_state(session_id)
         logger.info("session_id=<%r> | removed an expired session or an abandoned copy", session_id)
         return None
 
-    async def _finish_other(self, session_id: str, seconds: float = 0.0) -> None:
+    async def free_id(self, session_id: str, seconds: float = 0.0) -> None:
         """Free an id for a new session: finish a deletion, or delete an abandoned copy or an expired session.
 
         Args:
@@ -161,7 +149,7 @@ class SessionDeletion(SessionRetention):
         """
         end, pause = time.monotonic() + seconds, _PAUSES[0]
         while (found := await self._finish(session_id)) is not None:
-            if found.get("state") not in UNFINISHED:
+            if not is_unfinished(found):
                 raise SessionExistsError(f"session {session_id!r} exists already")
             if time.monotonic() >= end:
                 raise SessionConflictError(
@@ -170,24 +158,17 @@ class SessionDeletion(SessionRetention):
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _PAUSES[1])
 
-    async def _finish_unfinished(self) -> int:
-        """Finish deletions and copies whose lease is over; return how many there were."""
-        over = {"state": {"$in": UNFINISHED}, "state_until": {"$lt": self._connection.now()}}
-        found = await self._send(lambda sessions: sessions.find(over, _STATE).to_list())
-        for document in found:
-            await self._finish(document["_id"], document)
-        return len(found)
+    def search_unfinished(self) -> None:
+        """Finish deletions and copies whose lease is over, in the background and once per process."""
+        if unseen(self._collection, [_SEARCH]):
+            self._connection.start(self._finish_unfinished())
 
-    def _ensure_indexes(self) -> None:
-        super()._ensure_indexes()
-        if unseen(self._connection, self._database_name, self._collection_name, [_SEARCH]):
-            self._connection.start(self._search_unfinished())
-
-    async def _search_unfinished(self) -> None:
-        """Finish unfinished deletions and copies, in the background; log a failure."""
+    async def _finish_unfinished(self) -> None:
         try:
             async with self._connection.operation():
-                await self._finish_unfinished()
+                over = {**UNFINISHED, "state_until": {"$lt": self._connection.now()}}
+                for document in await self._collection.find(over, _STATE):
+                    await self._finish(document["_id"], document)
         except MongoDBSessionError as error:
             logger.warning("error=<%s> | the search for unfinished deletions and copies failed", error)
 
@@ -197,7 +178,3 @@ def incarnations_of(document: Document) -> list[ObjectId]:
     migrating = document.get("migrating")
     found = [document.get("incarnation"), *(migrating if isinstance(migrating, list) else [])]
     return [each for each in dict.fromkeys(found) if isinstance(each, ObjectId)]
-
-
-async def _delete_many(condition: Document, collection: AsyncCollection) -> None:
-    await collection.delete_many(condition)

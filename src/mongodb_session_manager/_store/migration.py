@@ -1,4 +1,4 @@
-"""Migrating the sessions of 1.0.0, whose parts have other ids.
+"""`Migration`: gives the parts of sessions of 1.0.0 their new ids, and agents of earlier versions their new form.
 
 A migration adds a new incarnation to the list `migrating` of the session document. It copies the buckets and files of
 the session to the ids of that incarnation, on the server. One update then sets `incarnation`, if the agents are
@@ -16,24 +16,24 @@ that 1.0.0 has stored since, and moves them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from bson import ObjectId
 
-from .._format.changes import Update
-from .._format.documents import Document, array_at, entries_at, number_at
+from .._format.documents import Document, config_set, has_old_config_set
+from .._format.expressions import array_at, entries_at, number_at, stored_config_set, with_ids
+from .._format.ids import agent_key, numbered
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
-from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
-from .._io.drivers import AsyncCollection, run_pipeline
+from .._format.retention import LIFE, MAX_SECONDS, Life, next_date
+from .._format.statements import Update
 from ..errors import DatabaseError, SessionNotFoundError
 from .attachments import Attachments
-from .deletion import SessionDeletion, incarnations_of
+from .deletion import Deletion, incarnations_of
+from .expiry import Expiry
+from .mover import Mover
+from .sessions import ROUNDS, Sessions
 
 logger = logging.getLogger(__name__)
-
-_ROUNDS = 8
 
 _NUMBERS = ("archived", "revision", "archive_revision")
 
@@ -85,24 +85,41 @@ _OF_V1: Document = {
 }
 
 
-class SessionMigration(SessionDeletion):
-    """The base class of the repository that migrates sessions."""
+class Migration:
+    """Migrates sessions of 1.0.0, and agents that a version before 1.0 has written to.
 
-    _attachments: Attachments
+    Args:
+        sessions: The session documents.
+        expiry: The dates of the sessions.
+        deletion: Removes the former parts.
+        attachments: The attachments.
+        mover: Makes room in the session documents.
+    """
 
-    async def _migrate(self, session_id: str) -> Life:
+    def __init__(
+        self, sessions: Sessions, expiry: Expiry, deletion: Deletion, attachments: Attachments, mover: Mover
+    ) -> None:
+        self._sessions = sessions
+        self._connection = sessions.connection
+        self._archive = sessions.collection.part(ARCHIVE)
+        self._expiry = expiry
+        self._deletion = deletion
+        self._attachments = attachments
+        self._mover = mover
+
+    async def migrate(self, session_id: str) -> Life:
         """Migrate a session, or finish its migration.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        for _ in range(_ROUNDS):
-            document = await self._find(session_id, _OF_V1)
+        for _ in range(ROUNDS):
+            document = await self._sessions.find(session_id, _OF_V1)
             if document is None:
-                self._lives.pop(session_id, None)
+                self._expiry.forget(session_id)
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
             if not is_of_v1(document):
-                return self._learn(session_id, document)
+                return self._expiry.learn(session_id, document)
             if isinstance(document.get("incarnation"), ObjectId) and document.keys() & {"moved", "migrating"}:
                 await self._remove_moved(session_id, document)
             else:
@@ -116,17 +133,16 @@ class SessionMigration(SessionDeletion):
         if document["has_parts"]:
             noted = {"_id": session_id, "incarnation": known, **LIVE}
             note = {"$addToSet": {"migrating": new.incarnation}}
-            result = await self._send(lambda sessions: sessions.update_one(noted, note))
-            if not result.matched_count:
+            if not await self._sessions.collection.update_one(noted, note):
                 return
             if condition := _buckets_of(old, agents):
                 await self._copy_buckets(condition, new, "replace")
             await self._attachments.copy_from_v1(old, new)
         seconds = document.get("session_ttl")
         sets: Document = {"incarnation": new.incarnation}
-        if isinstance(seconds, int | float) and 1 <= seconds <= MOST_SECONDS:
+        if isinstance(seconds, int | float) and 1 <= seconds <= MAX_SECONDS:
             until = next_date(self._connection.now(), int(seconds))
-            await self._date_parts(new, until)
+            await self._expiry.date_parts(new, until)
             sets |= {"time_to_live": int(seconds), "expires_at": until}
         generation = document.get("attachments_generation")
         if document["has_parts"]:
@@ -142,14 +158,11 @@ class SessionMigration(SessionDeletion):
             condition |= {f"{path}.{name}": agent[name] or {"$not": {"$gt": 0}} for name in _NUMBERS}
             sets[f"{path}.revision"] = agent["revision"] + 1
         unset = dict.fromkeys(("session_ttl", "kept_until", "keep_until"), "")
-        matched = await self._update_with_room(session_id, Update(condition, {"$set": sets, "$unset": unset}, None))
+        matched = await self._mover.update_with_room(Update(condition, {"$set": sets, "$unset": unset}, None))
         if not matched and document["has_parts"] and known is None:
-            current = await self._find(session_id, {"incarnation": 1})
+            current = await self._sessions.find(session_id, {"incarnation": 1})
             if (current or {}).get("incarnation") != new.incarnation:  # else an acknowledgement was lost
-                await self._remove_parts(new)
-
-    async def _update_with_room(self, session_id: str, update: Update) -> bool:
-        raise NotImplementedError
+                await self._deletion.remove_parts(new)
 
     async def _copy_buckets(self, condition: Document, new: Place, when_matched: str) -> None:
         names = ("revision", "last", "messages")
@@ -158,43 +171,104 @@ class SessionMigration(SessionDeletion):
             "session_id": {"$literal": new.session_id},
             **{name: f"${name}" for name in names},
         }
-        into = {"into": f"{self._collection_name}{ARCHIVE}", "whenMatched": when_matched, "whenNotMatched": "insert"}
-        pipeline = [{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}]
-        await self._send(partial(_run, pipeline), f"{self._collection_name}{ARCHIVE}")
+        into = {"into": self._archive.name, "whenMatched": when_matched, "whenNotMatched": "insert"}
+        await self._archive.aggregate([{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}])
 
     async def _remove_moved(self, session_id: str, document: Document) -> None:
         """Remove the former parts, and those of unfinished migrations; then `moved` and `migrating`."""
         moved, migrating = document.get("moved"), document.get("migrating")
         for incarnation in incarnations_of(document):
             if incarnation != document["incarnation"]:
-                await self._remove_parts(Place(session_id, incarnation))
+                await self._deletion.remove_parts(Place(session_id, incarnation))
         generation = moved.get("generation") if isinstance(moved, dict) else None
         if isinstance(generation, int):  # else an application has stored it
             old = Place(session_id, None)
             generations = {"$not": {"$gt": generation}}
-            await self._remove_some(ARCHIVE, {"_id": old.buckets(), "generation": generations})
-            await self._remove_some(CHUNKS, {"_id": old.chunks(), "files_id.generation": generations})
-            await self._remove_some(FILES, {"_id": old.files(), "_id.generation": generations})
+            await self._archive.delete_many({"_id": old.buckets(), "generation": generations})
+            chunks, files = (self._sessions.collection.part(suffix) for suffix in (CHUNKS, FILES))
+            await chunks.delete_many({"_id": old.chunks(), "files_id.generation": generations})
+            await files.delete_many({"_id": old.files(), "_id.generation": generations})
         condition = {"_id": session_id, "moved": moved, "migrating": migrating}
-        await self._update(Update(condition, {"$unset": {"moved": "", "migrating": ""}}, None))
+        await self._sessions.update(Update(condition, {"$unset": {"moved": "", "migrating": ""}}, None))
 
-    async def _copy_late_buckets(self, place: Place) -> bool:
+    async def move_late_buckets(self, place: Place) -> bool:
         """Move buckets that 1.0.0 has stored since the migration of a session; return whether there were any."""
-        document = await self._find(place.session_id, _OF_V1)
+        document = await self._sessions.find(place.session_id, _OF_V1)
         if document is None or document.get("incarnation") != place.incarnation:
             return False
         if not (condition := _buckets_of(Place(place.session_id, None), document["agents"])):
             return False
         # A bucket of an earlier generation is left over from an interrupted move.
         condition["generation"] = {"$gte": document.get("attachments_generation") or 0}
-        name = f"{self._collection_name}{ARCHIVE}"
-        if await self._send(lambda archive: archive.find_one(condition, {"_id": 1}), name) is None:
+        if await self._archive.find_one(condition, {"_id": 1}) is None:
             return False
         await self._copy_buckets(condition, place, "keepExisting")
-        if (life := self._learn(place.session_id, document)).expires_at is not None:
-            await self._date_parts(place, life.expires_at)
-        await self._remove_some(ARCHIVE, condition)
+        if (life := self._expiry.learn(place.session_id, document)).expires_at is not None:
+            await self._expiry.date_parts(place, life.expires_at)
+        await self._archive.delete_many(condition)
         return True
+
+    async def migrate_agents(
+        self, session_id: str, agents: dict[str, Document], keys: Iterable[str], gained: Document | None = None
+    ) -> bool:
+        """Migrate agents to the current form in one command; return `False` if another writer changes them meanwhile.
+
+        Their messages get increasing ids, and each agent gets the `next_message_id` that follows: versions before 1.0
+        store none, and keep their own counter. Those versions did not encode agent ids either, so an agent without
+        `next_message_id` whose id holds `%` or `$` moves to its key.
+
+        Args:
+            session_id: The session.
+            agents: By key, the result of `head_numbers`; messages and numbers are updated in place.
+            keys: The agents to migrate.
+            gained: The field `incarnation` for a session that has none.
+        """
+        condition: Document = {"_id": session_id}
+        if gained:
+            condition["incarnation"] = {"$not": {"$type": "objectId"}}
+        sets: Document = dict(gained or {})
+        unsets: list[str] = []
+        moved = []
+        for old in keys:
+            agent, new = agents[old], old
+            ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
+            if following is None and (new := agent_key(old)) != old:
+                if new in agents:  # the original did not find the agent under its key and created another one
+                    logger.warning(
+                        "session_id=<%r>, agent=<%r> | left out: this agent has another key", session_id, old
+                    )
+                    del agents[old]
+                    continue
+                condition[f"agents.{new}"] = {"$exists": False}
+                moved.append(old)
+            path = f"agents.{old}"
+            condition[path] = {"$exists": True}
+            condition[f"{path}.next_message_id"] = following
+            condition[f"{path}.messages"] = {"$size": len(ids)} if ids else {"$in": [None, []]}
+            for name in ("archived", "revision"):
+                condition[f"{path}.{name}"] = agent[name] or {"$not": {"$gt": 0}}
+            sequence, agent["next_message_id"] = numbered(ids, archived, following)
+            new_fields: Document = {"next_message_id": agent["next_message_id"]}
+            if sequence != ids:
+                agent["ids"], agent["revision"] = sequence, agent["revision"] + 1
+                new_fields |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
+                loaded = agent.get("messages") or []
+                for message, message_id in zip(loaded, sequence[len(ids) - len(loaded) :], strict=True):
+                    if type(message) is dict:
+                        message["message_id"] = message_id
+            if has_old_config_set(agent):
+                agent["config_set"] = sorted(config_set(agent))
+                del agent["agent_data"]["config_set"]
+                new_fields["config_set"] = stored_config_set(f"${path}")
+                unsets.append(f"agents.{new}.agent_data.config_set")
+            sets[f"agents.{new}"] = {"$mergeObjects": [f"${path}", new_fields]}
+        unsets += [f"agents.{old}" for old in moved]
+        for old in moved:
+            agents[agent_key(old)] = agents.pop(old)
+        if not sets:
+            return True
+        stages: list[Document] = [{"$set": sets}, *([{"$unset": unsets}] if unsets else [])]
+        return await self._mover.update_with_room(Update(condition, stages, None))
 
 
 def _buckets_of(old: Place, agents: Sequence[Document]) -> Document:
@@ -205,7 +279,3 @@ def _buckets_of(old: Place, agents: Sequence[Document]) -> Document:
         if agent["archived"]
     ]
     return {"_id": old.buckets(), "$or": archived} if archived else {}
-
-
-async def _run(pipeline: list[Document], collection: AsyncCollection) -> Any:
-    return await run_pipeline(collection, pipeline)

@@ -1,46 +1,23 @@
-"""Storing recorded changes exactly once, in the document and in the archive."""
+"""`Writer`: stores recorded changes exactly once, in the document and in the archive."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, Self, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from bson import ObjectId
 
 from .._format.attachment_refs import references_of
-from .._format.changes import (
-    REMOVED,
-    AgentWrite,
-    Change,
-    Identity,
-    StoredView,
-    Update,
-    compile_update,
-    fold,
-    in_parts,
-    reconcile,
-    without_removed,
-)
-from .._format.documents import (
-    Document,
-    agent_key,
-    as_date,
-    checked_id,
-    config_set,
-    has_old_config_set,
-    is_message_id,
-    is_numbered,
-    numbered,
-    stored_config_set,
-    stored_id,
-    with_ids,
-)
+from .._format.changes import AgentWrite, Change, Identity, MessageWrite, fold, in_parts
+from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
+from .._format.documents import Document
+from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
+from .._format.malformed import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
+from .._format.statements import REMOVED, Update, compile_update, without_removed
 from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
     DatabaseError,
@@ -49,400 +26,419 @@ from ..errors import (
     SessionNotFoundError,
     StateTooLargeError,
 )
-from .archive import SessionArchive, WrittenBackError
-from .attachments import parsed
-
-logger = logging.getLogger(__name__)
-
-Changed: TypeAlias = MutableMapping[tuple[int, Any], Document]
-"""Fields of archived messages that change, by message id and `created_at`, which is `None` if it is not known."""
-
-ROUNDS = 8
-"""A write gives up after it has found the session changed this often."""
+from .archive import Archive
+from .attachments import Attachments, parsed
+from .expiry import Expiry, matched
+from .migration import Migration
+from .mover import Mover
+from .room import Room
+from .sessions import ROUNDS, Sessions
 
 
-class SessionWrites(SessionArchive):
-    """The base class of the repository that stores the changes of a unit of work."""
+class Writer:
+    """Stores the changes of units of work.
+
+    Args:
+        sessions: The session documents.
+        expiry: Sends the statements.
+        attachments: The attachments.
+        mover: The known heads.
+        migration: Numbers the messages of agents that a version before 1.0 has written to.
+        archive: The archived messages.
+        room: The errors for parts that do not fit.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        expiry: Expiry,
+        attachments: Attachments,
+        mover: Mover,
+        migration: Migration,
+        archive: Archive,
+        room: Room,
+    ) -> None:
+        self.sessions = sessions
+        self.expiry = expiry
+        self.attachments = attachments
+        self.mover = mover
+        self.migration = migration
+        self.archive = archive
+        self.room = room
 
     async def apply(
-        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
+        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None
     ) -> dict[str, MongoDBSessionError]:
-        """Store recorded changes exactly once; in one command, unless another writer interferes.
-
-        Args:
-            session_id: The session.
-            changes: The recorded changes, oldest first.
-            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
-                now.
-
-        Returns:
-            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
-            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
-            are stored. With `StateTooLargeError` the agent's messages are stored too, unless the error is `pending`.
-
-        Raises:
-            MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
-        """
-        checked_id(session_id, "session_id")
+        """Store recorded changes exactly once, as `AsyncMongoDBSessionRepository.apply` describes."""
         refused: dict[str, MongoDBSessionError] = {}
-        async with self._connection.operation():
+        async with self.sessions.connection.operation():
             for part in in_parts(changes):
-                if refused:
-                    part = [change for change in part if _are_messages_stored(refused.get(change.agent_id))]
-                refused |= await self._apply_part(session_id, part, incarnation)
+                left = [change for change in part if _are_messages_stored(refused.get(change.agent_id))]
+                for _ in range(ROUNDS):
+                    flush = await self._prepare(session_id, left, incarnation)
+                    if await flush.store() and not await self._is_created_again(flush, incarnation):
+                        break
+                    self.expiry.forget(session_id)
+                else:
+                    raise _changed_too_often(session_id)
+                refused |= flush.refused
         return refused
 
-    async def _apply_part(
-        self, session_id: str, changes: Sequence[Change], opened: ObjectId | None
-    ) -> dict[str, MongoDBSessionError]:
-        for _ in range(ROUNDS):
-            refused: dict[str, MongoDBSessionError] = {}
-            writes = fold(changes)
-            try:
-                life = await self._life(session_id)
-            except SessionNotFoundError as error:
-                return dict.fromkeys(writes, error)
-            place = Place(session_id, opened or life.incarnation)
-            for write in writes.values():
-                write.incarnation = place.incarnation
-                if write.moment is not None:
-                    write.moment = self._connection.now()
-            await self._attachments.store(place, writes.values(), self._dates(life))
-            stored = [reference for write in writes.values() for reference in write.stored]
-            try:
-                await self._write(place, writes, refused)
-            except _DatedTooEarlyError:
-                self._lives.pop(session_id, None)
-                continue
-            if stored and any(not _are_messages_stored(error) for error in refused.values()):
-                await self._attachments.remove_unnamed(place, stored)
-            gone = any(type(error) is SessionNotFoundError for error in refused.values())
-            if opened is None and gone and await self._find(session_id, {"_id": 1}) is not None:
-                self._lives.pop(session_id, None)
-                continue  # it was deleted and created again
-            return refused
-        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+    async def _prepare(self, session_id: str, changes: Sequence[Change], opened: ObjectId | None) -> Flush:
+        """Store the attachments of changes; return the flush that stores the changes."""
+        writes = fold(changes)
+        try:
+            life = await self.expiry.life(session_id)
+        except SessionNotFoundError as error:
+            return Flush(self, Place(session_id, opened), {}, dict.fromkeys(writes, error))
+        place = Place(session_id, opened or life.incarnation)
+        for write in writes.values():
+            write.incarnation = place.incarnation
+            if write.moment is not None:
+                write.moment = self.sessions.connection.now()
+        await self.attachments.store(place, list(writes.values()), self.expiry.dates(life))
+        return Flush(self, place, writes)
 
-    async def _write(
-        self, place: Place, writes: dict[str, AgentWrite], refused: dict[str, MongoDBSessionError]
-    ) -> None:
-        session_id = place.session_id
-        archived: dict[str, Changed] = {}
-        found_in: dict[str, InArchive] = {}
-        for _ in range(ROUNDS):
-            if not writes:
-                break
-            await self._let_move(session_id, writes.values())
-            too_large: MessageTooLargeError | None = None
-            try:
-                if await self._send_writes(place, writes.values()):
-                    for agent_id, write in writes.items():
-                        archived.setdefault(agent_id, {}).update(self._copies(session_id, write))
-                    self._written(session_id, writes.values())
-                    break
-            except MessageTooLargeError as error:
-                too_large = error
-            if too_large is not None:
-                for agent_id, write in writes.items():
-                    if len(writes) > 1:  # a write that is too large must not prevent those of other agents
-                        await self._write(place, {agent_id: write}, refused)
-                    else:
-                        await self._write_what_fits(place, write, refused, too_large)
-                break
-            writes = await self._remaining(place, writes, refused, archived, found_in)
-        else:
-            await self._raise_odd(session_id)
-            raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
-        for agent_id in archived:
-            if not _are_messages_stored(refused.get(agent_id)):
-                continue
-            for (message_id, created_at), fields in archived[agent_id].items():
-                await self._change_archived(place, agent_key(agent_id), message_id, fields, created_at)
-            if agent_id in found_in and not await self._note_change(session_id, agent_id, found_in[agent_id]):
-                # Written back meanwhile, from buckets that did not hold the change yet; or deleted.
-                await self._write(place, {agent_id: found_in[agent_id].write}, refused)
+    async def _is_created_again(self, flush: Flush, opened: ObjectId | None) -> bool:
+        """Remove the attachments of refused messages; return whether the session was deleted and created again."""
+        refused, session_id = flush.refused.values(), flush.place.session_id
+        if flush.attached and not all(map(_are_messages_stored, refused)):
+            await self.attachments.remove_unnamed(flush.place, flush.attached)
+        if opened is not None or not flush.attempted:
+            return False
+        is_gone = any(type(error) is SessionNotFoundError for error in refused)
+        return is_gone and await self.sessions.find(session_id, {"_id": 1}) is not None
 
-    async def _send_writes(self, place: Place, writes: Iterable[AgentWrite]) -> bool:
-        """Send the statement of writes; return whether it matched. Remove the attachments of replaced content."""
-        update = compile_update(place.session_id, writes)
-        if not any(write.replaces_content for write in writes):
-            return await self._update_with_room(place.session_id, update)
-        document = await self._with_room(place.session_id, lambda: self._update_with(update, _returning_removed))
-        if document is not None and document.get(REMOVED):
-            await self._remove_removed(place, document[REMOVED])
-        return document is not None
-
-    async def _remove_removed(self, place: Place, listed: list[Any]) -> None:
+    async def remove_removed(self, place: Place, listed: list[Any]) -> None:
         """Remove the files that a session's `removed_attachments` lists, unless a message refers to them."""
-        await self._attachments.remove_unnamed(place, parsed(listed))
-        await self._update(without_removed(place.session_id, place.incarnation, listed))
+        await self.attachments.remove_unnamed(place, parsed(listed))
+        await self.sessions.update(without_removed(place.session_id, place.incarnation, listed))
 
-    async def _note_change(self, session_id: str, agent_id: str, found_in: InArchive) -> bool:
-        """Increment `archive_revision`, which a write-back matches; return `False` if the write-back came first.
 
-        The old attachments are removed by then, so they leave the session's `removed_attachments`.
-        """
-        path = f"agents.{agent_key(agent_id)}"
-        condition = {
-            "_id": session_id,
-            f"{path}.created_at": found_in.since,
-            f"{path}.archived": {"$gte": found_in.archived},
-        }
-        update: Document = {"$inc": {f"{path}.archive_revision": 1}}
-        if outdated := found_in.write.outdated:
-            update["$pullAll"] = {REMOVED: outdated}
-        return await self._update(Update(condition, update, None))
+async def _matched_with_removed(collection: AsyncCollection, update: Update) -> Document | None:
+    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1})
 
-    async def _write_what_fits(
+
+@dataclass
+class _ArchivedChange:
+    """The changes of one agent's archived messages that follow a statement.
+
+    Attributes:
+        fields: The new fields by message id and `created_at`, which is `None` if it is not known.
+        since: The `created_at` of the agent whose archive holds the messages.
+        archived: The number of archived messages when they were found.
+        write: The changes as a write, in case a write-back precedes them; `None` if no bucket is known to hold a
+            message.
+    """
+
+    fields: dict[tuple[int, Any], Document] = field(default_factory=dict)
+    since: Any = None
+    archived: int = 0
+    write: AgentWrite | None = None
+
+    def add(self, message_id: int, created_at: Any, fields: Mapping[str, Any]) -> None:
+        """Add new fields of a message that a bucket can hold."""
+        self.fields.setdefault((message_id, created_at), {}).update(fields)
+
+
+class Flush:
+    """The storing of writes, until each is stored or refused.
+
+    Args:
+        writer: The writer.
+        place: The session.
+        writes: The writes by agent id.
+        refused: The errors of agents whose writes cannot be stored; storing adds to it.
+
+    Attributes:
+        attached: The references to the attachments that were stored for the writes.
+        attempted: Whether there were writes to store.
+    """
+
+    def __init__(
         self,
+        writer: Writer,
         place: Place,
-        write: AgentWrite,
-        refused: dict[str, MongoDBSessionError],
-        too_large: MessageTooLargeError,
+        writes: dict[str, AgentWrite],
+        refused: dict[str, MongoDBSessionError] | None = None,
     ) -> None:
-        """Store the messages of a write that is too large, then the fields of the agent's state that fit."""
-        session_id, agent_id, states = place.session_id, write.agent_id, write.states
-        if not states:
-            contents = write.contents()
-            refused[agent_id] = too_large
-            if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits, but other parts fill the document
-                full = await self._too_large(session_id, of_agent("a message", agent_id), contents, too_large)
-                full.pending = True
-                refused[agent_id] = full
-            return
-        if write.has_more_than_states:
-            await self._write(place, {agent_id: write.without_states(states)}, refused)
-            if agent_id not in refused:
-                await self._write(place, {agent_id: write.states_alone()}, refused)
-            return
-        largest = max(states, key=lambda name: size_of(states[name]))
-        rest = write.without_states([largest])
-        if rest.states:
-            await self._write(place, {agent_id: rest}, refused)
-        if _are_messages_stored(refused.get(agent_id)):
-            part = of_agent(largest, agent_id)
-            refused[agent_id] = await self._too_large(session_id, part, states[largest], too_large)
+        self.place = place
+        self.refused = {} if refused is None else refused
+        self.attached = [reference for write in writes.values() for reference in write.attached]
+        self.attempted = bool(writes)
+        self._writer = writer
+        self._writes = writes
+        self._in_archive: dict[str, _ArchivedChange] = {}
 
-    async def _remaining(
-        self,
-        place: Place,
-        writes: Mapping[str, AgentWrite],
-        refused: dict[str, MongoDBSessionError],
-        archived: dict[str, Changed],
-        found_in: dict[str, InArchive],
-    ) -> dict[str, AgentWrite]:
-        """Compare writes that matched nothing with the stored session; return those to send, note the refused ones.
+    async def store(self) -> bool:
+        """Store the writes.
 
-        Changes of archived messages are added to `archived`, and as a write of their own to `found_in`.
+        Returns:
+            `False` if the attachments would expire before the session, so that all changes must be written again.
         """
-        names = (
-            "created_at",
-            "next_message_id",
-            "archived",
-            "revision",
-            "messages.message_id",
-            "messages.message",
-            "messages.created_at",
-        )
-        session_id = place.session_id
-        fields = [f"agents.{agent_key(agent_id)}.{field}" for agent_id in writes for field in names]
-        document = await self._find(session_id, dict.fromkeys([*fields, *LIFE], 1))
-        if document is not None and document.get("incarnation") != place.incarnation:
-            document = None
-        agents = {} if document is None else usable_agents(session_id, document)
-        by_id = {agent_key(agent_id) for agent_id, write in writes.items() if write.by_id}
-        for agent in agents.values():
-            messages = agent["messages"] if type(agent.get("messages")) is list else []
-            agent["ids"] = list(map(stored_id, messages))
-            agent["messages"] = [message if type(message) is dict else {} for message in messages]
-            for name in ("archived", "revision"):
-                agent[name] = agent[name] if type(agent.get(name)) is int else 0
-        # A manager continues even if an old process has also written; the next opening renumbers the messages.
+        writer, session_id, mover, rounds = self._writer, self.place.session_id, self._writer.mover, 0
+        while self._writes:
+            if rounds == ROUNDS:
+                await writer.sessions.raise_odd(session_id)
+                raise _changed_too_often(session_id)
+            writes = list(self._writes.values())
+            await mover.slow_down(session_id, writes)
+            returns_removed = any(write.replaces_content for write in writes)
+            command: Any = _matched_with_removed if returns_removed else matched
+            try:
+                stored = await writer.expiry.update(compile_update(session_id, writes), command)
+            except MessageTooLargeError as error:
+                refusal = error
+            else:
+                if stored:
+                    if returns_removed and stored.get(REMOVED):
+                        await writer.remove_removed(self.place, stored[REMOVED])
+                    self._note_stored()
+                elif not await self._compare():
+                    return False
+                rounds += 1
+                continue
+            if not await mover.make_room(session_id, refusal):
+                self._writes = {}
+                if not await self._store_what_fits(writes, refusal):
+                    return False
+        return await self._change_archive()
+
+    async def _store_alone(self, write: AgentWrite) -> bool:
+        """Store a write by a flush of its own; return what `store` returns."""
+        return await Flush(self._writer, self.place, {write.agent_id: write}, self.refused).store()
+
+    def _note_stored(self) -> None:
+        """Update the known heads, and note the replaced messages whose old content a left-over bucket can hold.
+
+        No bucket holds the newest message, unless it alone exceeds the limits and made room for the next one. So only a
+        replacement of such a message, or of an older one, must check the archive.
+        """
+        session_id, mover = self.place.session_id, self._writer.mover
+        for agent_id, write in self._writes.items():
+            head, following = mover.head(session_id, agent_key(agent_id)), write.expected_id
+            if following is None and head is not None:
+                following = head.next_id
+            changes = self._in_archive.setdefault(agent_id, _ArchivedChange())
+            for message_id, fields in write.replaced.items():
+                is_newest = message_id + 1 == following
+                if "message" in fields and not (is_newest and head is not None and head.size <= mover.limits.size):
+                    identity = write.identities.get(message_id)
+                    changes.add(message_id, None if identity is None else identity.created_at, fields)
+        mover.written(session_id, self._writes.values())
+        self._writes = {}
+
+    # Comparing with the stored session.
+
+    async def _compare(self) -> bool:
+        """Compare writes that matched nothing with the stored session; keep those to send, and note the refused ones.
+
+        Returns:
+            `False` if the attachments would expire before the session.
+        """
+        session_id, writer = self.place.session_id, self._writer
+        document = await writer.sessions.find(session_id, _compared_fields(self._writes))
+        if document is None or document.get("incarnation") != self.place.incarnation:
+            gone = SessionNotFoundError(f"session {session_id!r} does not exist any more")
+            self.refused.update(dict.fromkeys(self._writes, gone))
+            self._writes = {}
+            return True
+        agents = _compared_agents(session_id, document)
+        if not await self._number(agents):
+            return True
+        for key, numbers in agents.items():
+            writer.mover.change(session_id, key, since=numbers.get("created_at"), next_id=numbers["next_message_id"])
+        writes, self._writes = self._writes, {}
+        for agent_id, write in writes.items():
+            agent = agents.get(agent_key(agent_id))
+            newer = {} if agent is None else known_messages(write, agent["messages"])
+            older = {} if agent is None else await self._find_archived(write, agent, newer)
+            if older is None:
+                self._writes[agent_id] = write
+                continue
+            try:
+                view = None if agent is None else StoredView(agent["next_message_id"], {**older, **newer})
+                rest = reconcile(write, view)
+            except MongoDBSessionError as error:
+                self.refused[agent_id] = error
+                continue
+            if rest is None:
+                continue
+            if rest.attached and writer.expiry.learn(session_id, document).outlives(rest.dates):
+                return False
+            if agent is not None:
+                rest = self._set_apart(rest, agent, older, newer)
+            if not rest.is_empty:
+                self._writes[agent_id] = rest
+        return True
+
+    async def _number(self, agents: dict[str, Document]) -> bool:
+        """Number the messages of the compared agents, if an old process has also written.
+
+        A manager continues then. The next opening renumbers the messages that it does not compare.
+
+        Returns:
+            `False` if another writer changed the agents meanwhile.
+        """
+        by_id = {agent_key(agent_id) for agent_id, write in self._writes.items() if write.by_id}
         unnumbered = [
             key
             for key, agent in agents.items()
             if not is_message_id(agent.get("next_message_id")) or (key in by_id and not is_numbered(agent))
         ]
-        if unnumbered:
-            meant = {agent_id: _positions(write, agents.get(agent_key(agent_id))) for agent_id, write in writes.items()}
-            if not await self._adopt(session_id, agents, unnumbered):
-                return dict(writes)
-            writes = {
-                agent_id: _moved(write, agents[agent_key(agent_id)]["ids"], meant[agent_id])
-                if agent_key(agent_id) in agents
-                else write
-                for agent_id, write in writes.items()
-            }
-        remaining: dict[str, AgentWrite] = {}
-        for key, agent in agents.items():
-            head = self._head(session_id, key)
-            head.since, head.next_id = agent.get("created_at"), agent["next_message_id"]
-        for agent_id, write in writes.items():
-            if document is None:
-                refused[agent_id] = SessionNotFoundError(f"session {session_id!r} does not exist any more")
-                continue
-            stored = agents.get(agent_key(agent_id))
-            newer = {} if stored is None else _known_messages(write, stored["messages"])
-            try:
-                older = {} if stored is None else await self._sought(place, agent_id, write, stored, newer)
-            except WrittenBackError:
-                remaining[agent_id] = write
-                continue
-            try:
-                view = None if stored is None else StoredView(stored["next_message_id"], {**older, **newer})
-                rest = reconcile(write, view)
-            except MongoDBSessionError as error:
-                refused[agent_id] = error
-                continue
-            if rest is not None:
-                if rest.stored and self._learn(session_id, document).outlives(rest.dates):
-                    raise _DatedTooEarlyError
-                changes = archived.setdefault(agent_id, {})
-                outdated = []
-                for message_id in rest.replaced.keys() & older.keys():
-                    which = (message_id, older[message_id].get("created_at"))
-                    changes.setdefault(which, {}).update(rest.replaced[message_id])
-                    if "message" in rest.replaced[message_id]:
-                        outdated += list(map(str, references_of(older[message_id])))
-                    if stored is not None:
-                        known = found_in.setdefault(agent_id, InArchive.of(write, stored))
-                        known.add(message_id, rest.replaced[message_id], _identity(write, message_id))
-                        known.write.outdated = sorted({*known.write.outdated, *outdated})
-                found = {n: newer[n] for n in rest.replaced if n not in older}
-                rest = replace(
-                    rest,
-                    replaced={int(found[n]["message_id"]): rest.replaced[n] for n in found},
-                    identities={int(message["message_id"]): Identity.of(message) for message in found.values()},
-                    outdated=[*rest.outdated, *outdated],
-                )
-                if not rest.is_empty:
-                    remaining[agent_id] = rest
-        return remaining
+        if not unnumbered:
+            return True
+        found = {
+            agent_id: positions(write, agents.get(agent_key(agent_id), {}).get("messages", ()))
+            for agent_id, write in self._writes.items()
+        }
+        if not await self._writer.migration.migrate_agents(self.place.session_id, agents, unnumbered):
+            return False
+        for agent_id, write in self._writes.items():
+            if (agent := agents.get(agent_key(agent_id))) is not None:
+                new_ids = {n: agent["ids"][position] for n, position in found[agent_id].items()}
+                self._writes[agent_id] = renumbered(write, new_ids)
+        return True
 
-    async def _sought(
-        self, place: Place, agent_id: str, write: AgentWrite, stored: Document, newer: Mapping[int, Document]
-    ) -> dict[int, Document]:
+    async def _find_archived(
+        self, write: AgentWrite, agent: Document, newer: Mapping[int, Document]
+    ) -> dict[int, Document] | None:
         """Return those messages of a write that are archived, by id.
 
-        Raises:
-            WrittenBackError: The session was written back, or deleted, meanwhile.
+        Returns:
+            `None` if the session was written back, or deleted, meanwhile.
         """
-        if not stored.get("archived"):
+        if not agent.get("archived"):
             return {}
-        ids = {*write.replaced, *write.recorded} - newer.keys()
+        archive, place, key, since = (
+            self._writer.archive,
+            self.place,
+            agent_key(write.agent_id),
+            agent.get("created_at"),
+        )
         found = {}
-        for message_id in ids:
-            if message_id < stored["next_message_id"]:
-                since = stored.get("created_at")
-                ours = _identity(write, message_id)
-                created_at = None if ours is None else ours.created_at
-                key = agent_key(agent_id)
-                message = await self._archived_message(place, key, message_id, since, created_at)
-                if message is None and created_at is not None and write.by_id:
-                    message = await self._archived_message(place, key, message_id, since)
-                if message is not None:
-                    found[message_id] = message
-                elif await self._is_back(place.session_id, key, since, stored["archived"]) or (
-                    await self._has_moved(place)
-                ):
-                    raise WrittenBackError
+        for message_id in write.messages.keys() - newer.keys():
+            if message_id >= agent["next_message_id"]:
+                continue
+            ours = write.messages[message_id].identity
+            created_at = None if ours is None else ours.created_at
+            message = await archive.find_archived(place, key, message_id, since, created_at)
+            if message is None and created_at is not None and write.by_id:
+                message = await archive.find_archived(place, key, message_id, since)
+            if message is not None:
+                found[message_id] = message
+            elif await archive.is_back(place.session_id, key, since, agent["archived"]) or (
+                await archive.has_moved(place)
+            ):
+                return None
         return found
 
-    async def _adopt(
-        self, session_id: str, agents: dict[str, Document], keys: Iterable[str], gained: Document | None = None
-    ) -> bool:
-        """Migrate agents to the current form in one command; return `False` if another writer changes them meanwhile.
+    def _set_apart(
+        self, rest: AgentWrite, agent: Document, older: Mapping[int, Document], newer: Mapping[int, Document]
+    ) -> AgentWrite:
+        """Note the changes of archived messages; return the rest of a write, with the stored ids of its messages."""
+        outdated: set[str] = set()
+        changes = self._in_archive.setdefault(rest.agent_id, _ArchivedChange())
+        messages: dict[int, MessageWrite] = {}
+        new_ids: dict[int, int] = {}
+        for message_id, message in rest.messages.items():
+            if message.recorded is not None:
+                messages[message_id] = message
+                continue
+            if (stored := newer.get(message_id)) is not None and message_id not in older:
+                messages[message_id] = replace(message, known_as=Identity.of(stored))
+                new_ids[message_id] = int(stored["message_id"])
+                continue
+            changes.add(message_id, older[message_id].get("created_at"), message.fields)
+            if "message" in message.fields:
+                outdated.update(map(str, references_of(older[message_id])))
+            if changes.write is None:
+                changes.since, changes.archived = agent.get("created_at"), int(agent["archived"])
+                changes.write = replace(
+                    AgentWrite(rest.agent_id, by_id=rest.by_id, incarnation=rest.incarnation),
+                    attached=rest.attached,
+                    dates=rest.dates,
+                )
+            changes.write.set_fields(message_id, message.fields, message.identity)
+            changes.write.outdated = sorted({*changes.write.outdated, *outdated})
+        left = replace(rest, messages=messages, outdated=[*rest.outdated, *sorted(outdated)])
+        return renumbered(left, new_ids)
 
-        Their messages get increasing ids, and each agent gets the `next_message_id` that follows: versions before 1.0
-        store none, and keep their own counter. Those versions did not encode agent ids either, so an agent without
-        `next_message_id` whose id holds `%` or `$` moves to its key.
+    # Changing archived messages.
 
-        Args:
-            session_id: The session.
-            agents: By key, the result of `head_numbers`; messages and numbers are updated in place.
-            keys: The agents to migrate.
-            gained: The field `incarnation` for a session that has none.
+    async def _change_archive(self) -> bool:
+        """Change archived messages after the statement; return what `store` returns."""
+        archive, changed = self._writer.archive, self._in_archive
+        for agent_id, changes in changed.items():
+            if not _are_messages_stored(self.refused.get(agent_id)):
+                continue
+            for (message_id, created_at), fields in changes.fields.items():
+                await archive.change(self.place, agent_key(agent_id), message_id, fields, created_at)
+            if (write := changes.write) is None or await self._count_change(changes, write):
+                continue
+            # Written back meanwhile, from buckets that did not hold the change yet; or deleted.
+            if not await self._store_alone(write):
+                return False
+        return True
+
+    async def _count_change(self, changes: _ArchivedChange, write: AgentWrite) -> bool:
+        """Increment `archive_revision`, which a write-back matches; return `False` if the write-back came first.
+
+        The old attachments are removed by then, so they leave the session's `removed_attachments`.
         """
-        condition: Document = {"_id": session_id}
-        if gained:
-            condition["incarnation"] = {"$not": {"$type": "objectId"}}
-        sets: Document = dict(gained or {})
-        unsets: list[str] = []
-        moved = []
-        for old in keys:
-            agent, new = agents[old], old
-            ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
-            if following is None and (new := agent_key(old)) != old:
-                if new in agents:  # the original did not find the agent under its key and created another one
-                    logger.warning(
-                        "session_id=<%r>, agent=<%r> | left out: this agent has another key", session_id, old
-                    )
-                    del agents[old]
-                    continue
-                condition[f"agents.{new}"] = {"$exists": False}
-                moved.append(old)
-            path = f"agents.{old}"
-            condition[path] = {"$exists": True}
-            condition[f"{path}.next_message_id"] = following
-            condition[f"{path}.messages"] = {"$size": len(ids)} if ids else {"$in": [None, []]}
-            for name in ("archived", "revision"):
-                condition[f"{path}.{name}"] = agent[name] or {"$not": {"$gt": 0}}
-            sequence, agent["next_message_id"] = numbered(ids, archived, following)
-            new_fields: Document = {"next_message_id": agent["next_message_id"]}
-            if sequence != ids:
-                agent["ids"], agent["revision"] = sequence, agent["revision"] + 1
-                new_fields |= {"messages": with_ids(f"${path}.messages", sequence), "revision": agent["revision"]}
-                loaded = agent.get("messages") or []
-                for message, message_id in zip(loaded, sequence[len(ids) - len(loaded) :], strict=True):
-                    if type(message) is dict:
-                        message["message_id"] = message_id
-            if has_old_config_set(agent):
-                agent["config_set"] = sorted(config_set(agent))
-                del agent["agent_data"]["config_set"]
-                new_fields["config_set"] = stored_config_set(f"${path}")
-                unsets.append(f"agents.{new}.agent_data.config_set")
-            sets[f"agents.{new}"] = {"$mergeObjects": [f"${path}", new_fields]}
-        unsets += [f"agents.{old}" for old in moved]
-        for old in moved:
-            agents[agent_key(old)] = agents.pop(old)
-        if not sets:
+        path = f"agents.{agent_key(write.agent_id)}"
+        condition = {
+            "_id": self.place.session_id,
+            f"{path}.created_at": changes.since,
+            f"{path}.archived": {"$gte": changes.archived},
+        }
+        update: Document = {"$inc": {f"{path}.archive_revision": 1}}
+        if write.outdated:
+            update["$pullAll"] = {REMOVED: write.outdated}
+        return await self._writer.sessions.update(Update(condition, update, None))
+
+    # Storing what fits.
+
+    async def _store_what_fits(self, writes: Sequence[AgentWrite], refusal: MessageTooLargeError) -> bool:
+        """Store writes that are too large together: those of each agent, without the parts that do not fit.
+
+        Returns:
+            What `store` returns.
+        """
+        if len(writes) == 1:
+            return await self._store_parts(writes[0], refusal)
+        for write in writes:  # a write that is too large must not prevent those of other agents
+            if not await self._store_alone(write):
+                return False
+        return True
+
+    async def _store_parts(self, write: AgentWrite, refusal: MessageTooLargeError) -> bool:
+        """Store the messages of a write that is too large, then the fields of the agent's state that fit."""
+        session_id, agent_id, states, room = self.place.session_id, write.agent_id, write.states, self._writer.room
+        if not states:
+            contents = write.contents()
+            self.refused[agent_id] = refusal
+            if size_of(contents) < MAX_DOCUMENT_BYTES:  # each message fits, but other parts fill the document
+                full = await room.too_large(session_id, of_agent("a message", agent_id), contents, refusal)
+                full.pending = True
+                self.refused[agent_id] = full
             return True
-        stages: list[Document] = [{"$set": sets}, *([{"$unset": unsets}] if unsets else [])]
-        return await self._update_with_room(session_id, Update(condition, stages, None))
+        if write.has_more_than_states:
+            if not await self._store_alone(write.without_states(states)):
+                return False
+            return agent_id in self.refused or await self._store_alone(write.states_alone())
+        largest = max(states, key=lambda name: size_of(states[name]))
+        rest = write.without_states([largest])
+        if rest.states and not await self._store_alone(rest):
+            return False
+        if _are_messages_stored(self.refused.get(agent_id)):
+            part = of_agent(largest, agent_id)
+            self.refused[agent_id] = await room.too_large(session_id, part, states[largest], refusal)
+        return True
 
 
-class _DatedTooEarlyError(Exception):
-    """The session expires later than the attachments that were stored for it."""
-
-
-async def _returning_removed(collection: AsyncCollection, update: Update) -> Document | None:
-    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1})
-
-
-class InArchive(NamedTuple):
-    """A write of archived messages, and the state of the archive in which they were found."""
-
-    since: Any
-    archived: int
-    write: AgentWrite
-
-    @classmethod
-    def of(cls, write: AgentWrite, stored: Mapping[str, Any]) -> Self:
-        """Return an empty write for the changes of archived messages."""
-        part = AgentWrite(
-            write.agent_id,
-            by_id=write.by_id,
-            stored=write.stored,
-            dates=write.dates,
-            incarnation=write.incarnation,
-        )
-        return cls(stored.get("created_at"), int(stored["archived"]), part)
-
-    def add(self, message_id: int, fields: Document, identity: Identity | None) -> None:
-        """Add the new fields of a message."""
-        self.write.replaced.setdefault(message_id, {}).update(fields)
-        if identity is not None:
-            self.write.identities[message_id] = identity
+def _changed_too_often(session_id: str) -> DatabaseError:
+    return DatabaseError(f"session {session_id!r} was changed again and again while it was written")
 
 
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
@@ -450,64 +446,21 @@ def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
     return refusal is None or (isinstance(refusal, StateTooLargeError) and not refusal.pending)
 
 
-def _identity(write: AgentWrite, message_id: int) -> Identity | None:
-    """Return the identity of a message that a write appends or replaces, `None` if it is not known."""
-    if message_id in write.recorded:
-        return Identity.of(write.recorded[message_id])
-    return write.identities.get(message_id)
+def _compared_fields(writes: Iterable[str]) -> Document:
+    """Return the projection of a session for `_compare`; `writes` are the ids of the agents."""
+    names = ("created_at", "next_message_id", "archived", "revision")
+    parts = ("messages.message_id", "messages.message", "messages.created_at")
+    fields = [f"agents.{agent_key(agent_id)}.{name}" for agent_id in writes for name in (*names, *parts)]
+    return {**dict.fromkeys(fields, 1), **LIFE}
 
 
-def _position(messages: Sequence[Document], message_id: int, ours: Identity | None, by_id: bool) -> int | None:
-    """Return the position of the message that an id refers to, `None` if there is none.
-
-    Among several messages with that id, the identity selects one. If none of them matches, the message may have been
-    renumbered, because an old process has also written. A writer that knows only the id refers to the first one.
-    """
-    alike = [n for n, message in enumerate(messages) if message.get("message_id") == message_id]
-    if ours is not None:
-        same = [
-            n
-            for n, message in enumerate(messages)
-            if is_message_id(message.get("message_id")) and _is_same(ours, Identity.of(message))
-        ]
-        for found in ([n for n in same if n in alike], [] if by_id else same):
-            if found:
-                return found[0]
-        if not by_id and ours.created_at is not None:
-            return None
-    return alike[0] if alike else None
-
-
-def _is_same(ours: Identity, theirs: Identity) -> bool:
-    # A redaction can have removed the tracking id.
-    known = ours.tracking_id is not None and theirs.tracking_id is not None
-    return as_date(ours.created_at) == as_date(theirs.created_at) and not (
-        known and ours.tracking_id != theirs.tracking_id
-    )
-
-
-def _positions(write: AgentWrite, stored: Mapping[str, Any] | None) -> dict[int, int]:
-    """Return by id the positions, in the head, of the messages that a write replaces."""
-    messages = (stored or {}).get("messages") or []
-    found = {n: _position(messages, n, write.identities.get(n), write.by_id) for n in write.replaced}
-    return {message_id: position for message_id, position in found.items() if position is not None}
-
-
-def _moved(write: AgentWrite, ids: Sequence[int], meant: Mapping[int, int]) -> AgentWrite:
-    """Return a write for messages at these positions, which have been renumbered."""
-    new = {message_id: ids[position] for message_id, position in meant.items()}
-    return replace(
-        write,
-        replaced={new.get(n, n): fields for n, fields in write.replaced.items()},
-        identities={new.get(n, n): identity for n, identity in write.identities.items()},
-    )
-
-
-def _known_messages(write: AgentWrite, messages: Sequence[Document]) -> dict[int, Document]:
-    """Return the messages of a head that a write refers to, by the ids in the write."""
-    found = {}
-    for message_id in (*write.replaced, *write.recorded):
-        position = _position(messages, message_id, _identity(write, message_id), write.by_id)
-        if position is not None:
-            found[message_id] = messages[position]
-    return found
+def _compared_agents(session_id: str, document: Document) -> dict[str, Document]:
+    """Return the agents of a session by key, without what cannot be compared."""
+    agents = usable_agents(session_id, document)
+    for agent in agents.values():
+        messages = agent["messages"] if type(agent.get("messages")) is list else []
+        agent["ids"] = list(map(stored_id, messages))
+        agent["messages"] = [message if type(message) is dict else {} for message in messages]
+        for name in ("archived", "revision"):
+            agent[name] = agent[name] if type(agent.get(name)) is int else 0
+    return agents

@@ -1,18 +1,27 @@
-"""Copying sessions: export, import and fork."""
+"""The methods that export, import, fork and write back sessions."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 
+from .._copying.exports import Export
+from .._copying.forks import Forker
+from .._copying.imports import Import, feed
+from .._copying.write_back import WriteBack
+from .._format.ids import checked_id
 from .._io.loop import portal_to
-from .exports import SessionExports
-from .forks import SessionForks
-from .imports import SessionImports, feed
+from .base import RepositoryMethods
 
 
-class SessionCopying(SessionExports, SessionImports, SessionForks):
-    """The base class of the repository that copies sessions."""
+class CopyingMethods(RepositoryMethods):
+    """The methods that copy sessions, and `write_back`."""
+
+    def _export(self, session_id: str) -> Export:
+        return Export(self._store, session_id)
+
+    def _import(self, session_id: str | None) -> Import:
+        return Import(self._store, None if session_id is None else checked_id(session_id, "session_id"))
 
     async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
@@ -85,4 +94,27 @@ class SessionCopying(SessionExports, SessionImports, SessionForks):
             MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing.
         """
-        await portal_to(asyncio.get_running_loop()).run(self._fork, session_id, new_id, at_message)
+        await portal_to(asyncio.get_running_loop()).run(Forker(self._store).fork, session_id, new_id, at_message)
+
+    async def write_back(self, session_id: str) -> None:
+        """Write the archived messages and the attachments of a session back into its document.
+
+        Versions 0.5 to 0.9 then restore the whole session. Call it when no process of this version writes to the
+        session any more: the next append that exceeds the limits moves old messages to the archive again, and the next
+        large attachment goes to GridFS.
+
+        The session is written back as a whole or not at all. Messages that are appended, replaced or redacted
+        meanwhile are kept. If the call is interrupted, another call removes left-over buckets and attachments. A
+        session that is written back already stays as it is.
+
+        Args:
+            session_id: The session.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+            SessionNotFoundError: The session does not exist.
+            StateTooLargeError: The document would exceed 16 MiB; the session stays as it is.
+            AttachmentError: An attachment is missing or damaged; the session stays as it is.
+            DatabaseError: An archived message is missing, or other writers changed the session again and again.
+        """
+        await WriteBack(self._store).write_back(session_id)

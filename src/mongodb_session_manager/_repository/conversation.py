@@ -1,0 +1,292 @@
+"""The methods for sessions, agents and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bson import ObjectId
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from .._format.attachment_refs import replacement, set_aside
+from .._format.changes import AppendMessage, Change, CreateAgent, Identity, ReplaceMessage, UpdateAgent
+from .._format.dates import now, to_date
+from .._format.documents import (
+    Document,
+    agent_from,
+    agent_state,
+    message_body,
+    message_from,
+    new_agent,
+    session_from,
+    stored_message,
+)
+from .._format.expressions import array_at, number_at
+from .._format.ids import agent_key, checked_count, checked_id, checked_message_id, is_message_id
+from .._format.layout import OF_V1, Place
+from .._format.malformed import MalformedField, messages_from, usable_field
+from .._format.retention import LIFE, Life
+from .._io.threads import compute
+from .._store.migration import is_of_v1
+from .._store.opening import Opening
+from .._store.sessions import read_consistently
+from ..errors import InvalidArgumentError, MongoDBSessionError
+from .base import RepositoryMethods
+
+_ALL = 2**31 - 1
+
+
+class ConversationMethods(RepositoryMethods):
+    """The methods for sessions, agents and messages."""
+
+    # The operations of a session manager, in one command each.
+
+    async def open_session(self, session_id: str) -> Document:
+        """Return the parts of a session that restoring needs; create the session if it is new.
+
+        The document has no metadata, feedback, guardrail events or metrics of messages, nor the messages that the
+        agents' conversation managers have removed; `first` is the position of an agent's first message in it.
+
+        It takes one command. A second one reads the archived messages that restoring needs, and a third one the
+        attachments. One more migrates agents that a version before 1.0 has written to, and fields of 1.0.0.
+
+        Raises:
+            AttachmentError: An attachment is missing or damaged.
+        """
+        return await Opening(self._store).open(checked_id(session_id, "session_id"))
+
+    async def apply(
+        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
+    ) -> dict[str, MongoDBSessionError]:
+        """Store recorded changes exactly once, in one command unless another writer interferes.
+
+        Args:
+            session_id: The session.
+            changes: The recorded changes, oldest first.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
+
+        Returns:
+            The errors of agents whose changes could not be stored, by agent id: `SessionConflictError`,
+            `AgentNotFoundError`, `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes
+            of all other agents are stored. With `StateTooLargeError` the agent's messages are stored too, unless the
+            error is `pending`.
+
+        Raises:
+            MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
+        """
+        return await self._store.writer.apply(checked_id(session_id, "session_id"), changes, incarnation)
+
+    async def _apply_one(self, session_id: str, change: Change) -> None:
+        for error in (await self.apply(session_id, (change,))).values():
+            raise error
+
+    # The methods of Strands' `SessionRepository`.
+
+    async def create_session(self, session: Session, **kwargs: Any) -> Session:
+        """Create a session.
+
+        Raises:
+            SessionExistsError: A session with that id exists.
+        """
+        session_id, moment = checked_id(session.session_id, "session_id"), to_date(session.created_at)
+        await Opening(self._store).create(session_id, moment)
+        return session
+
+    async def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
+        """Return a session, `None` if it does not exist."""
+        fields = dict.fromkeys(("session_type", "created_at", "updated_at", *OF_V1), 1)
+        document = await self._store.sessions.find(session_id, {**LIFE, **fields})
+        if document is None:
+            return None
+        if not is_of_v1(document):
+            self._store.expiry.learn(session_id, document)
+        return session_from(document)
+
+    async def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+        """Delete a session: its document, its archived messages and its attachments.
+
+        The first command removes the content of the document. If the call is interrupted after that, the session does
+        not exist any more. A call with the same id, or a process that opens its first session in the collection a
+        minute later or more, removes the rest. A manager that has the session open gets `SessionNotFoundError` from its
+        next write.
+
+        Args:
+            session_id: The session.
+            **kwargs: Unused; Strands' own repositories accept them, too.
+
+        Returns:
+            Whether the session existed. `False` also for a session that has expired, and for an id that is being
+            imported or forked; that copy continues.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+        """
+        return await self._store.deletion.delete(checked_id(session_id, "session_id"))
+
+    async def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Create an agent without messages; an existing agent stays unchanged.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            StateTooLargeError: The session document has no room for the state; the stored state stays.
+        """
+        document = await compute(new_agent, session_agent)
+        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
+
+    async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
+        """Return an agent, `None` if the session has no such agent.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        key = agent_key(agent_id)
+        names = ("agent_data", "created_at", "updated_at")
+        document = await self._store.sessions.get(session_id, {f"agents.{key}.{name}": 1 for name in names})
+        agents: Document = usable_field(dict, document.get("agents"), session_id, "agents")
+        stored = agents.get(key)
+        if not isinstance(stored, dict | None):
+            raise MalformedField(f"agents.{key}", stored, dict).error(session_id)
+        return None if stored is None else await compute(agent_from, agent_id, stored)
+
+    async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+        """Store an agent's state; its creation date and configuration stay.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session has no such agent.
+            StateTooLargeError: The session document has no room for the state; the stored state stays.
+        """
+        state = await compute(agent_state, session_agent)
+        async with self._connection.operation():
+            change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
+            await self._apply_one(session_id, change)
+
+    async def create_message(
+        self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
+    ) -> None:
+        """Append a message. Its `message_id` must follow that of the last message; the first message can have any id.
+
+        Raises:
+            InvalidArgumentError: The message's id is not an int >= 0 and < 2**31.
+            SessionConflictError: The message's id does not follow that of the agent's last message.
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session has no such agent.
+            MessageTooLargeError: The message, without its attachments, is larger than 15 MiB.
+            StateTooLargeError: Parts of the session other than messages fill its document.
+        """
+        message_id = checked_message_id(session_message.message_id)
+        if not is_message_id(message_id):  # the next opening would renumber the message
+            raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
+        message = await compute(stored_message, session_message, message_id)
+        message, size = set_aside(message, self._store.max_inline)
+        await self._apply_one(session_id, AppendMessage(agent_id, message, by_id=True, size=size))
+
+    async def read_message(
+        self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
+    ) -> SessionMessage | None:
+        """Return a message, `None` if the agent has no such message.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session has no such agent.
+            AttachmentError: An attachment is missing or damaged.
+        """
+        checked_id(session_id, "session_id")
+        wanted, archive = checked_message_id(message_id), self._store.archive
+
+        async def read() -> Document | None:
+            message = await archive.find_message(session_id, agent_id, wanted)
+            if message is None:
+                return None
+            messages = [message]
+            place = await archive.place_of(session_id, message)
+            await self._store.attachments.restore(place, {agent_id: messages})
+            return messages[0]
+
+        async with self._connection.operation():
+            message = await read_consistently(session_id, read)
+        if message is None:
+            return None
+        found = await compute(message_from, message, message_id)
+        if found is None:
+            raise MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(
+                session_id
+            )
+        return found
+
+    async def update_message(
+        self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
+    ) -> None:
+        """Replace the content of a stored message. With `redact_message`, the original content is removed.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session has no such agent.
+            MessageNotFoundError: The agent has no such message.
+            MessageTooLargeError: The message, without its attachments, is larger than 15 MiB.
+        """
+        checked_id(session_id, "session_id")
+        checked_id(agent_id, "agent_id")
+        message_id = checked_message_id(session_message.message_id)
+        body = {**(await compute(message_body, session_message)), "updated_at": now()}
+        fields, size = replacement(body, self._store.max_inline)
+        given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True, size=size))
+
+    async def list_messages(
+        self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
+    ) -> list[SessionMessage]:
+        """Return messages of an agent, oldest first, without elements of `messages` that are no messages.
+
+        Args:
+            session_id: The session.
+            agent_id: The agent.
+            limit: The most messages to return; `None` for all.
+            offset: The number of oldest messages to skip.
+            **kwargs: Unused; later versions of Strands can pass more.
+
+        Raises:
+            InvalidArgumentError: `limit` or `offset` is not an int >= 0.
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session has no such agent.
+            AttachmentError: An attachment is missing or damaged.
+        """
+        offset = min(checked_count(offset, "offset"), _ALL)
+        limit = None if limit is None else min(checked_count(limit, "limit"), _ALL)
+        path = f"$agents.{agent_key(agent_id)}"
+        position = number_at(f"{path}.archived")
+        begin = {"$max": [0, {"$subtract": [offset, position]}]}
+        count = {
+            "$min": [
+                _ALL,
+                {"$subtract": [{"$subtract": [offset + (_ALL if limit is None else limit), position]}, begin]},
+            ]
+        }
+        sliced = {"$slice": [array_at(f"{path}.messages"), begin, {"$max": [1, count]}]}
+        created_at = f"{path}.created_at"
+        wanted = {
+            "created_at": created_at,
+            "archived": position,
+            "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
+            "incarnation": "$incarnation",
+        }
+        key, archive = agent_key(agent_id), self._store.archive
+
+        async def read() -> list[Document]:
+            stored = await self._store.sessions.get_agent(session_id, agent_id, wanted)
+            archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
+            place = Place(session_id, Life.of(stored).incarnation)
+            older = {key: (stored.get("created_at"), offset, archived)} if offset < archived else {}
+            messages = [*((await archive.read(place, older))[key] if older else ()), *stored["messages"]]
+            await self._store.attachments.restore(place, {agent_id: messages})
+            return messages
+
+        async with self._connection.operation():
+            messages = await read_consistently(session_id, read)
+        return await compute(_messages_of, messages, offset, session_id, agent_id)
+
+
+def _messages_of(stored: Sequence[Any], first: int, session_id: str, agent_id: str) -> list[SessionMessage]:
+    found = messages_from(stored, first, session_id, agent_id, restoring=False)
+    return [message for message, _ in found if message is not None]

@@ -1,0 +1,218 @@
+"""`Opening`: creates sessions, and reads the parts of a session that restoring needs."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+from bson import ObjectId
+from pymongo import ReturnDocument
+
+from .._format.buckets import head_numbers
+from .._format.documents import Document, needs_upgrade, removed_messages
+from .._format.expressions import MALFORMED_AGENTS, entries_at, ids_left_out, malformed_at, restored, to_restore
+from .._format.ids import agent_id_of, stored_id
+from .._format.layout import OF_V1, Place, live_at
+from .._format.malformed import log_malformed
+from .._format.retention import LIFE
+from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection
+from ..errors import DatabaseError, MongoDBSessionError, SessionExistsError
+from .archive import present
+from .migration import HAS_PARTS, is_of_v1
+from .sessions import ROUNDS, ReadAgainError, read_consistently
+from .store import SessionStore
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 10.0
+"""The most seconds that opening waits for a session that is being imported or forked."""
+
+_RESTORE: Document = {
+    "session_id": 1,
+    "application_name": 1,
+    "session_type": 1,
+    "created_at": 1,
+    "updated_at": 1,
+    "multi_agents": 1,
+    **LIFE,
+    "removed_attachments": 1,
+    **dict.fromkeys(OF_V1, 1),
+    "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
+    "malformed_agents": MALFORMED_AGENTS,
+    # All agents. No restored agent needs the metrics of messages.
+    "agents": {
+        "$arrayToObject": {
+            "$map": {
+                "input": entries_at("$agents"),
+                "as": "agent",
+                "in": {
+                    "k": "$$agent.k",
+                    "v": {
+                        "agent_data": "$$agent.v.agent_data",
+                        "config_set": "$$agent.v.config_set",
+                        "updated_at": "$$agent.v.updated_at",
+                        "usage": "$$agent.v.usage",
+                        "malformed_messages": malformed_at("$$agent.v.messages", "array"),
+                        **head_numbers("$$agent.v"),
+                        "ids": ids_left_out("$$agent.v"),
+                        "messages": {
+                            "$map": {
+                                "input": to_restore("$$agent.v"),
+                                "as": "message",
+                                "in": restored("$$message"),
+                            }
+                        },
+                    },
+                },
+            }
+        }
+    },
+}
+
+
+class Opening:
+    """Opens and creates sessions.
+
+    Args:
+        store: The sessions.
+    """
+
+    def __init__(self, store: SessionStore) -> None:
+        self._store = store
+        self._connection = store.connection
+
+    async def open(self, session_id: str) -> Document:
+        """Open a session, as `AsyncMongoDBSessionRepository.open_session` describes."""
+        async with self._connection.operation():
+            return await read_consistently(session_id, lambda: self._open_once(session_id))
+
+    async def _open_once(self, session_id: str) -> Document:
+        store = self._store
+        document = await self._create_or_read(session_id)
+        # The result of the driver's own second attempt at an upsert has no computed fields.
+        if document.get("has_parts") or document.keys() & OF_V1:
+            await store.migration.migrate(session_id)
+            raise ReadAgainError
+        agents: dict[str, Document] = document["agents"]
+        for key in [key for key in agents if not key or "." in key]:
+            log_malformed(session_id, "agents", key)
+            del agents[key]
+        for agent in agents.values():
+            agent["ids"] += map(stored_id, agent["messages"])
+        of_old = [key for key, agent in agents.items() if needs_upgrade(agent)]
+        gained = {} if not is_of_v1(document) else {"incarnation": ObjectId()}
+        if not await store.migration.migrate_agents(session_id, agents, of_old, gained):
+            raise ReadAgainError
+        document |= gained
+        store.expiry.learn(session_id, document)
+        store.ensure_indexes()
+        place = Place(session_id, document["incarnation"])
+        await self._restore_archived(place, agents)
+        await store.attachments.restore(place, {agent_id_of(key): agent["messages"] for key, agent in agents.items()})
+        if removed := document.pop("removed_attachments", None):
+            self._connection.start(self._finish_removal(place, removed))
+        return document
+
+    async def _finish_removal(self, place: Place, listed: Any) -> None:
+        """Remove the attachments of replaced messages; log a failure."""
+        try:
+            async with self._connection.operation():
+                await self._store.writer.remove_removed(place, listed if isinstance(listed, list) else [])
+        except MongoDBSessionError as error:
+            logger.warning(
+                "session_id=<%r>, error=<%s> | attachments of replaced messages not removed, the next opening tries "
+                "again",
+                place.session_id,
+                error,
+            )
+
+    async def _restore_archived(self, place: Place, agents: dict[str, Document]) -> None:
+        """Put before the messages of each agent those archived ones that restoring it needs."""
+        wanted = {}
+        for key, agent in agents.items():
+            self._store.mover.learn(place.session_id, key, agent)
+            removed, archived = removed_messages(agent), agent["archived"]
+            agent["first"] = archived + agent["count"] - len(agent["messages"])
+            if removed > archived + agent["count"]:
+                removed = 0  # the stored count is wrong: restoring logs a warning and restores all messages
+            if removed < archived:
+                wanted[key] = (agent.get("created_at"), removed, archived)
+                agent["first"] = removed
+        if not wanted:
+            return
+        archive = self._store.archive
+        for key, buckets in (await archive.read_buckets(place, wanted)).items():
+            _, begin, end = wanted[key]
+            messages = present(buckets, begin, end)
+            if missing := end - begin - len(messages):
+                await archive.raise_if_moved(place, wanted)
+                logger.warning(
+                    "session_id=<%r>, agent=<%r>, missing=<%d> | restoring an agent without messages that are missing "
+                    "in the archive",
+                    place.session_id,
+                    key,
+                    missing,
+                )
+            agents[key]["messages"] = messages + agents[key]["messages"]
+
+    async def _create_or_read(self, session_id: str) -> Document:
+        """Return the live session with an id; create it if there is none.
+
+        Raises:
+            SessionConflictError: The session is being imported or forked.
+        """
+        for _ in range(ROUNDS):
+            fresh = self._store.new_session(session_id, self._connection.now())
+            condition = {"_id": fresh.pop("_id"), **live_at(fresh["created_at"])}
+            try:
+                document = await self._store.collection.send(
+                    lambda sessions: sessions.find_one_and_update(
+                        condition,  # noqa: B023
+                        {"$setOnInsert": fresh},  # noqa: B023
+                        projection=_RESTORE,
+                        upsert=True,
+                        return_document=ReturnDocument.AFTER,
+                    )
+                )
+            except DuplicateKeyError:  # it is not live, or another process created it at the same time
+                with suppress(SessionExistsError):
+                    await self._store.deletion.free_id(session_id, _PATIENCE)
+                continue
+            if document is not None:
+                return document
+        raise DatabaseError(f"session {session_id!r} could neither be read nor created")
+
+    async def create(self, session_id: str, moment: datetime) -> None:
+        """Create a session.
+
+        Raises:
+            SessionExistsError: There is a session with that id.
+        """
+        document: Document = {}
+        sent = 0
+
+        async def insert(sessions: AsyncCollection) -> None:
+            nonlocal sent
+            sent += 1
+            await sessions.insert_one(document)
+
+        store = self._store
+        async with self._connection.operation():
+            document = store.new_session(session_id, moment)
+            for _ in range(ROUNDS):
+                try:
+                    await store.collection.send(insert)
+                    break
+                except DuplicateKeyError:
+                    # It can be this session, stored by an attempt whose acknowledgement was lost.
+                    found = await store.sessions.find(session_id, {"incarnation": 1}) if sent > 1 else None
+                    if found is not None and found.get("incarnation") == document["incarnation"]:
+                        break
+                await store.deletion.free_id(session_id, _PATIENCE)
+            else:
+                raise DatabaseError(f"session {session_id!r} could not be created")
+            store.expiry.learn(session_id, document)
+            store.ensure_indexes()

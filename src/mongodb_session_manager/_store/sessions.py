@@ -1,0 +1,133 @@
+"""`Sessions`: reading and updating session documents."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from .._format.documents import Document
+from .._format.ids import agent_key, checked_id
+from .._format.layout import live_at
+from .._format.malformed import malformed_fields
+from .._format.statements import Update
+from .._io.collection import Collection
+from ..errors import (
+    AgentNotFoundError,
+    AttachmentError,
+    DatabaseError,
+    SessionNotFoundError,
+)
+
+T = TypeVar("T")
+
+ROUNDS = 8
+"""A read or a write gives up after it has found the session changed this often."""
+
+
+class ReadAgainError(Exception):
+    """Parts of a session were moved elsewhere after its document was read."""
+
+
+class Sessions:
+    """The documents of a collection of sessions. Only live sessions are found.
+
+    Args:
+        collection: The collection.
+    """
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+        self.connection = collection.connection
+
+    async def find(self, session_id: str, projection: Document) -> Document | None:
+        """Return fields of a session, `None` if it does not exist.
+
+        Raises:
+            InvalidArgumentError: `session_id` is not a valid id.
+        """
+        checked_id(session_id, "session_id")
+        async with self.connection.operation():
+            return await self.collection.find_one({"_id": session_id, **live_at(self.connection.now())}, projection)
+
+    async def get(self, session_id: str, projection: Document) -> Document:
+        """Return fields of a session.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        document = await self.find(session_id, projection)
+        if document is None:
+            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+        return document
+
+    async def get_agent(self, session_id: str, agent_id: str, fields: Document) -> Document:
+        """Return values of aggregation expressions by name, for an agent.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+            AgentNotFoundError: The session has no such agent.
+        """
+        is_there = {"$eq": [{"$type": f"$agents.{agent_key(agent_id)}"}, "object"]}
+        document = await self.get(session_id, {"_id": 0, "agent": {"$cond": [is_there, fields, None]}})
+        stored: Document | None = document["agent"]
+        if stored is None:
+            raise AgentNotFoundError(f"session {session_id!r} has no agent {agent_id!r}")
+        return stored
+
+    async def update(self, update: Update) -> bool:
+        """Send a statement that does not count as a use of the session; return whether it matched.
+
+        Statements that set `updated_at` are sent by `Expiry.update`.
+        """
+        return await self.collection.update_one({**update.filter, **live_at(self.connection.now())}, update.update)
+
+    async def clear_nulls(self, update: Update) -> bool:
+        """Remove each `null` that a refused statement writes into; return whether there was one.
+
+        Raises:
+            DatabaseError: The statement writes into a field that holds a value of another type.
+        """
+        stages = update.update if isinstance(update.update, list) else [update.update]
+        written = {path for stage in stages for fields in stage.values() for path in fields}
+        session_id = update.filter["_id"]
+        odd = [
+            field
+            for field in malformed_fields(await self.find(session_id, {}) or {})
+            if any(path == field.path or path.startswith(f"{field.path}.") for path in written)
+        ]
+        for field in odd:
+            if field.value is not None:
+                raise field.error(session_id)
+        if not odd:
+            return False
+        nulls = {field.path: "" for field in odd}
+        await self.collection.update_one({"_id": session_id, **dict.fromkeys(nulls)}, {"$unset": nulls})
+        return True
+
+    async def raise_odd(self, session_id: str) -> None:
+        """Raise the error for the first field of a session that cannot be written into, if there is one."""
+        for field in malformed_fields(await self.find(session_id, {}) or {}):
+            if field.value is not None:
+                raise field.error(session_id)
+
+
+async def read_consistently(session_id: str, read: Callable[[], Awaitable[T]]) -> T:
+    """Return the result of a read that several commands make; read again if the session changed between them.
+
+    A message whose attachments are missing can have been replaced since it was read.
+
+    Raises:
+        AttachmentError: The same attachments are missing when they are read again.
+        DatabaseError: The session was changed again and again.
+    """
+    missing: tuple[str, ...] = ()
+    for _ in range(ROUNDS):
+        try:
+            return await read()
+        except ReadAgainError:
+            continue
+        except AttachmentError as error:
+            if error.references == missing:
+                raise
+            missing = error.references
+    raise DatabaseError(f"session {session_id!r} was changed again and again while it was read")
