@@ -23,6 +23,7 @@ from mongodb_session_manager import (
 from proxy import Proxy, command
 from support import agent, eventually
 from test_attachments import (
+    CHUNKS,
     LARGE,
     Driver,
     asking,
@@ -253,7 +254,7 @@ def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
 ) -> None:
     ended = process(KILLED, server, database, at, str(message_id))
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert len(ids(driver, database)) == 3
+    assert len(ids(driver, database, CHUNKS)) == 3
     assert long.read_message("s", "agent", message_id).to_message() == redacted().to_message()
     with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
         repository.open_session("s")
