@@ -21,7 +21,6 @@ from strands import tool
 from strands.types.session import Session, SessionAgent, SessionType
 
 import interpreter
-import scripted_model
 from fix_attachments import (
     CHUNKS,
     FILES,
@@ -55,11 +54,12 @@ from mongodb_session_manager import (
     close_global_factory,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
+    demo,
     initialize_global_factory,
 )
 from mongodb_session_manager._store.attachments import CHUNK_BYTES
+from mongodb_session_manager.demo import Redaction
 from proxy import Proxy, command
-from scripted_model import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts
 
 MESSAGE_SAVED, OPEN = "update", "findAndModify"
@@ -68,7 +68,7 @@ MESSAGE_SAVED, OPEN = "update", "findAndModify"
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the scripted model from writing out attachments to count their words."""
-    monkeypatch.setattr(scripted_model, "_count_words", len)
+    monkeypatch.setattr(demo, "_count_words", len)
 
 
 # There and back.
@@ -352,7 +352,7 @@ import os, signal, sys
 from pymongo import monitoring
 from strands import Agent
 import fix_attachments as t
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from mongodb_session_manager import MongoDBSessionManager
 
 class KillAtInsert(monitoring.CommandListener):

@@ -14,7 +14,6 @@ from pymongo import monitoring
 from strands import tool
 from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
 
-import scripted_model
 from fix_archive import SMALL, Other, append, begin, expected, head, redacted, said, settled, told
 from fix_copying import KIB, MIB, all_of, content, every_failure, left_of, same_content, with_image
 from fix_legacy import conversation, old_agent, old_session
@@ -29,8 +28,9 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionExistsError,
     SessionNotFoundError,
+    demo,
 )
-from scripted_model import Redaction
+from mongodb_session_manager.demo import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -38,7 +38,7 @@ Stored = pymongo.collection.Collection[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted_model, "_count_words", len)
+    monkeypatch.setattr(demo, "_count_words", len)
 
 
 @pytest.fixture

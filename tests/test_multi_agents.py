@@ -32,9 +32,9 @@ from mongodb_session_manager import (
     SessionNotFoundError,
     StateTooLargeError,
 )
+from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import Async, Odd, Streaming, Sync, handoff, join, node, pipeline, sent, team
 from proxy import Proxy, command
-from scripted_model import ScriptedModel
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]

@@ -39,8 +39,8 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._storage import gridfs as _blobs
 from mongodb_session_manager._storage import storage as _storage
+from mongodb_session_manager.demo import ScriptedModel
 from proxy import Proxy, command
-from scripted_model import ScriptedModel
 from support import CommandLog, agent, fail_point, texts
 
 pytestmark = pytest.mark.anyio
