@@ -166,7 +166,7 @@ class Chat:
 
     async def _answer(self, session_id: str, prompt: str | None, turn: Turn) -> None:
         try:
-            async with await self._factory.create_session_manager_async(session_id) as session:
+            async with self._factory.create_session_manager_async(session_id) as session:
                 try:
                     await self._run(session, prompt, turn)
                 except Exception as error:
@@ -280,7 +280,7 @@ def create_app(connection_string: str) -> FastAPI:
     @app.get("/api/sessions/{session_id}")
     async def show_session(session_id: str, factory: Factory) -> dict[str, Any]:
         answering = chat.is_answering(session_id)
-        async with await existing(session_id, factory) as session:
+        async with existing(session_id, factory) as session:
             return {"answering": answering, **await conversation(session)}
 
     @app.post("/api/sessions/{session_id}/messages", status_code=202)
@@ -305,14 +305,14 @@ def create_app(connection_string: str) -> FastAPI:
 
     @app.post("/api/sessions/{session_id}/feedback", status_code=204)
     async def rate(session_id: str, rating: Rating, factory: Factory) -> None:
-        async with await existing(session_id, factory) as session:
+        async with existing(session_id, factory) as session:
             await session.add_feedback(rating.model_dump())
 
     @app.post("/api/sessions/{session_id}/fork", status_code=201)
     async def fork(session_id: str, fork: Fork, factory: Factory) -> dict[str, str]:
         new_id = uuid4().hex
         await factory.fork_session_async(session_id, new_id, at_message=fork.at_message)
-        async with await factory.create_session_manager_async(new_id) as session:
+        async with factory.create_session_manager_async(new_id) as session:
             title = (await session.get_metadata())["metadata"].get("title", "New chat")
             await session.update_metadata({"title": f"{title} (branch)", "branch_of": session_id})
         return {"session_id": new_id}
