@@ -147,7 +147,7 @@ def session_lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # In a thread, because making a client can read files.
-        async with anyio.to_thread.run_sync(partial(MongoDBSessionManagerFactory, *args, **kwargs)) as factory:
+        async with await anyio.to_thread.run_sync(partial(MongoDBSessionManagerFactory, *args, **kwargs)) as factory:
             if check:
                 await _check(factory)
             app.state.mongodb_session_factory = factory
