@@ -75,12 +75,12 @@ async def existing(session_id: str, factory: Factory) -> AsyncMongoDBSessionMana
 @app.post("/sessions/{session_id}/feedback", status_code=204)
 async def rate(session_id: str, feedback: Feedback, factory: Factory) -> None:
     """Store a rating in the session."""
-    async with existing(session_id, factory) as session:
+    async with await existing(session_id, factory) as session:
         await session.add_feedback(feedback.model_dump())
 
 
 @app.get("/sessions/{session_id}")
 async def show(session_id: str, factory: Factory) -> dict[str, Any]:
     """Return the session's usage and ratings."""
-    async with existing(session_id, factory) as session:
+    async with await existing(session_id, factory) as session:
         return {"usage": (await session.get_usage())["total"], "feedbacks": await session.get_feedbacks()}

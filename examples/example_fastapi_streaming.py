@@ -280,7 +280,7 @@ def create_app(connection_string: str) -> FastAPI:
     @app.get("/api/sessions/{session_id}")
     async def show_session(session_id: str, factory: Factory) -> dict[str, Any]:
         answering = chat.is_answering(session_id)
-        async with existing(session_id, factory) as session:
+        async with await existing(session_id, factory) as session:
             return {"answering": answering, **await conversation(session)}
 
     @app.post("/api/sessions/{session_id}/messages", status_code=202)
@@ -305,7 +305,7 @@ def create_app(connection_string: str) -> FastAPI:
 
     @app.post("/api/sessions/{session_id}/feedback", status_code=204)
     async def rate(session_id: str, rating: Rating, factory: Factory) -> None:
-        async with existing(session_id, factory) as session:
+        async with await existing(session_id, factory) as session:
             await session.add_feedback(rating.model_dump())
 
     @app.post("/api/sessions/{session_id}/fork", status_code=201)
