@@ -130,7 +130,7 @@ def test_up_to_the_bound_attachments_stay_in_the_document(
     live = agent(factory.create_session_manager("s", max_inline_attachment_bytes=20 * KIB), "a", "b")
     live(asking(image(SMALL), image(content(10 * KIB, 9))))
     assert restored(factory) == conversation(live)
-    assert CHUNKS not in driver[database].list_collection_names()
+    assert hashes(driver, database) == []
     live(asking(image(SMALL), image(content(10 * KIB + 1, 9))))
     assert restored(factory) == conversation(live)
     assert len(hashes(driver, database)) == 2
@@ -602,7 +602,8 @@ def test_a_redaction_without_attachments_sends_nothing_more(
     live(asking(image(LARGE)))
     commands.clear()
     live("harmless")
-    assert names(commands) == ["update", "findAndModify"]
+    # The redaction takes the answer along, if that is there before it is sent.
+    assert names(commands) in (["update", "findAndModify"], ["update", "findAndModify", "update"])
 
 
 @pytest.mark.parametrize("deletes", [1, 2])
