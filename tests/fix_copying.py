@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pymongo
-from fix_archive import SMALL, said
 from strands.types.session import SessionMessage
 
+from fix_archive import SMALL, said
 from mongodb_session_manager import MongoDBSessionError, MongoDBSessionRepository
 
 Stored = pymongo.collection.Collection[dict[str, Any]]

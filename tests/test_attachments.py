@@ -20,6 +20,7 @@ from pymongo import AsyncMongoClient
 from strands import tool
 from strands.types.session import Session, SessionAgent, SessionType
 
+import interpreter
 import scripted_model
 from fix_attachments import (
     CHUNKS,
@@ -38,7 +39,6 @@ from fix_attachments import (
     ids,
     image,
     of,
-    process,
     redacted,
     restored,
     said,
@@ -130,7 +130,7 @@ def test_up_to_the_bound_attachments_stay_in_the_document(
     live = agent(factory.create_session_manager("s", max_inline_attachment_bytes=20 * KIB), "a", "b")
     live(asking(image(SMALL), image(content(10 * KIB, 9))))
     assert restored(factory) == conversation(live)
-    assert CHUNKS not in driver[database].list_collection_names()
+    assert hashes(driver, database) == []
     live(asking(image(SMALL), image(content(10 * KIB + 1, 9))))
     assert restored(factory) == conversation(live)
     assert len(hashes(driver, database)) == 2
@@ -179,9 +179,8 @@ def test_sixty_megabytes(
                 await agent(manager, "long", "short").invoke_async(prompt)
 
         asyncio.run(turn())
-    ended = process(FRESH, server, database)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split("\n")[:-1] == [f"{len(data)} {sha256(data)}" for data in blobs]
+    shown, _ = interpreter.run(FRESH, server, database)
+    assert shown.split("\n")[:-1] == [f"{len(data)} {sha256(data)}" for data in blobs]
     with factory.create_session_manager("s") as again:
         live = agent(again, "and on")
         assert conversation(live)[0] == ("user", prompt)
@@ -376,8 +375,8 @@ live(t.asking(t.document(t.LARGER)))
 def test_a_process_killed_in_the_middle_of_an_upload(
     factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver, inserts: int
 ) -> None:
-    ended = process(KILLED, server, database, str(inserts))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with interpreter.start(KILLED, server, database, inserts) as process:
+        assert process.wait() == -signal.SIGKILL
     assert len(ids(driver, database, CHUNKS)) == min(inserts, 3)
     assert len(ids(driver, database)) == (inserts == 4)
     assert restored(factory) == []
@@ -603,7 +602,8 @@ def test_a_redaction_without_attachments_sends_nothing_more(
     live(asking(image(LARGE)))
     commands.clear()
     live("harmless")
-    assert names(commands) == ["update", "findAndModify"]
+    # The redaction takes the answer along, if that is there before it is sent.
+    assert names(commands) in (["update", "findAndModify"], ["update", "findAndModify", "update"])
 
 
 @pytest.mark.parametrize("deletes", [1, 2])
