@@ -75,11 +75,7 @@ class _Referrer(NamedTuple):
 
 
 class Forker:
-    """Forks sessions.
-
-    Args:
-        store: The sessions.
-    """
+    """Forks sessions."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store
