@@ -36,11 +36,7 @@ Sized = tuple[Any, int]
 
 
 class Forker:
-    """Forks sessions.
-
-    Args:
-        store: The sessions.
-    """
+    """Forks sessions."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store

@@ -88,11 +88,7 @@ class _Agent:
 
 
 class WriteBack:
-    """Writes sessions back.
-
-    Args:
-        store: The sessions.
-    """
+    """Writes sessions back."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store
@@ -193,7 +189,7 @@ class WriteBack:
                 await self._store.mover.remove_stale(place, agent.key, agent.since, below)
         document = await self._store.sessions.find(session_id, {REMOVED: 1})
         if document is not None and document.get(REMOVED):
-            await self._store.writer.remove_removed(place, document[REMOVED])
+            await self._store.attachments.remove_removed(place, document[REMOVED])
 
 
 def _refers(stored: Mapping[str, Any]) -> bool:

@@ -30,6 +30,7 @@ from .._io.threads import compute
 from .._store.migration import is_of_v1
 from .._store.opening import Opening
 from .._store.sessions import read_consistently
+from .._store.writes import Writer
 from ..errors import InvalidArgumentError, MongoDBSessionError
 from .base import RepositoryMethods
 
@@ -75,7 +76,7 @@ class ConversationMethods(RepositoryMethods):
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
         """
-        return await self._store.writer.apply(checked_id(session_id, "session_id"), changes, incarnation)
+        return await Writer(self._store).apply(checked_id(session_id, "session_id"), changes, incarnation)
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self.apply(session_id, (change,))).values():

@@ -21,14 +21,7 @@ from .sessions import ReadAgainError, Sessions
 
 
 class Archive:
-    """The archived messages of a collection of sessions.
-
-    Args:
-        sessions: The session documents.
-        migration: Finds buckets that 1.0.0 has stored.
-        attachments: The attachments.
-        mover: The known heads.
-    """
+    """The archived messages of a collection of sessions."""
 
     def __init__(self, sessions: Sessions, migration: Migration, attachments: Attachments, mover: Mover) -> None:
         self.collection = sessions.collection.part(ARCHIVE)

@@ -27,6 +27,7 @@ from .._format.expressions import array_at, entries_at
 from .._format.ids import message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
+from .._format.statements import without_removed
 from .._io.collection import Collection
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection
@@ -47,11 +48,7 @@ _NAMED: Document = {
 
 
 class Attachments:
-    """The attachments of a collection of sessions.
-
-    Args:
-        sessions: The collection of the sessions.
-    """
+    """The attachments of a collection of sessions."""
 
     def __init__(self, sessions: Collection) -> None:
         self._connection = sessions.connection
@@ -180,6 +177,12 @@ class Attachments:
         await _copy(self._files, condition, target, {"_id": _copied_id("$_id", target), **_ENTRY})
 
     # Removing.
+
+    async def remove_removed(self, place: Place, listed: list[Any]) -> None:
+        """Remove the files that a session's `removed_attachments` lists, unless a message refers to them."""
+        await self.remove_unnamed(place, parsed(listed))
+        update = without_removed(place.session_id, place.incarnation, listed)
+        await self._sessions.update_one(update.filter, update.update)
 
     async def remove_unnamed(self, place: Place, references: Sequence[Reference]) -> None:
         """Remove files, except those that a message of the session refers to: in 1.0.0, messages shared files."""

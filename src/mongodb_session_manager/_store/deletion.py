@@ -52,12 +52,7 @@ _SEARCH = ("state", "state_until")
 
 
 class Deletion:
-    """Deletes sessions and their parts.
-
-    Args:
-        sessions: The session documents.
-        expiry: The dates of the sessions.
-    """
+    """Deletes sessions and their parts."""
 
     def __init__(self, sessions: Sessions, expiry: Expiry) -> None:
         self._sessions = sessions

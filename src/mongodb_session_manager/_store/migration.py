@@ -86,15 +86,7 @@ _OF_V1: Document = {
 
 
 class Migration:
-    """Migrates sessions of 1.0.0, and agents that a version before 1.0 has written to.
-
-    Args:
-        sessions: The session documents.
-        expiry: The dates of the sessions.
-        deletion: Removes the former parts.
-        attachments: The attachments.
-        mover: Makes room in the session documents.
-    """
+    """Migrates sessions of 1.0.0, and agents that a version before 1.0 has written to."""
 
     def __init__(
         self, sessions: Sessions, expiry: Expiry, deletion: Deletion, attachments: Attachments, mover: Mover

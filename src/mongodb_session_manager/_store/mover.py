@@ -47,13 +47,7 @@ _KNOWN_HEADS = 4096
 
 
 class Mover:
-    """The heads of the agents, and one task for each head that is above its limits.
-
-    Args:
-        sessions: The session documents.
-        expiry: The dates of the sessions.
-        limits: The limits of the heads.
-    """
+    """The heads of the agents, and one task for each head that is above its limits."""
 
     def __init__(self, sessions: Sessions, expiry: Expiry, limits: Limits) -> None:
         self.limits = limits

@@ -74,11 +74,7 @@ _RESTORE: Document = {
 
 
 class Opening:
-    """Opens and creates sessions.
-
-    Args:
-        store: The sessions.
-    """
+    """Opens and creates sessions."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store
@@ -120,7 +116,7 @@ class Opening:
         """Remove the attachments of replaced messages; log a failure."""
         try:
             async with self._connection.operation():
-                await self._store.writer.remove_removed(place, listed if isinstance(listed, list) else [])
+                await self._store.attachments.remove_removed(place, listed if isinstance(listed, list) else [])
         except MongoDBSessionError as error:
             logger.warning(
                 "session_id=<%r>, error=<%s> | attachments of replaced messages not removed, the next opening tries "

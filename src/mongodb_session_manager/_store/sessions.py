@@ -29,11 +29,7 @@ class ReadAgainError(Exception):
 
 
 class Sessions:
-    """The documents of a collection of sessions. Only live sessions are found.
-
-    Args:
-        collection: The collection.
-    """
+    """The documents of a collection of sessions. Only live sessions are found."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection

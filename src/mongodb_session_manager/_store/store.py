@@ -22,7 +22,6 @@ from .migration import Migration
 from .mover import Mover
 from .room import Room
 from .sessions import Sessions
-from .writes import Writer
 
 
 class SessionStore:
@@ -69,9 +68,6 @@ class SessionStore:
         self.room = Room(self.sessions, self.expiry, self.mover)
         self.migration = Migration(self.sessions, self.expiry, self.deletion, self.attachments, self.mover)
         self.archive = Archive(self.sessions, self.migration, self.attachments, self.mover)
-        self.writer = Writer(
-            self.sessions, self.expiry, self.attachments, self.mover, self.migration, self.archive, self.room
-        )
         self._indexes = session_indexes(self.metadata_fields)
 
     def ensure_indexes(self) -> None:
