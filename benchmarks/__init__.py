@@ -1,1 +1,1 @@
-"""What the library costs, measured side by side with its alternatives; see `README.md` beside this file."""
+"""Benchmarks of the library and its alternatives; see `README.md` in this directory."""

@@ -31,15 +31,15 @@ MEASURES: Mapping[str, Callable[[Bench], Awaitable[Finding]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the measures that are asked for and tell what came out; return the exit status.
+    """Run the given measures and print the results; return the exit status.
 
-    The status is 0 whether or not the budgets are kept: numbers are for people to judge.
+    The status is 0 even if a budget is exceeded: people judge the numbers.
     """
     parser = _parser()
     options = parser.parse_args(argv)
     if unknown := set(options.measures) - set(MEASURES):
         parser.error(f"no such measure: {', '.join(sorted(unknown))}")
-    # Where nobody looks at a terminal, lines may be as long as the tables are wide.
+    # Output that is not a terminal gets lines as long as the tables are wide.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 190)
     if options.markdown is not None:
         print(markdown(Run.read(options.markdown)), end="")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         run.write(options.json)
     if options.plots is not None:
-        from ._plots import draw  # here, because drawing needs a library that measuring does not
+        from ._plots import draw  # needs matplotlib, which the measures do not
 
         for path in draw(run, options.plots):
             console.print(f"wrote {path}")
@@ -59,18 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure the library beside its alternatives, on embedded servers and without a network.",
+        description="Compare the library with its alternatives, on an embedded server and a simulated network.",
     )
-    parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"of {', '.join(MEASURES)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="only show that the measures work; the numbers are void")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write what was measured to this file")
-    parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="draw what was measured, as SVG")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="measure nothing; print such a file as Markdown")
+    parser.add_argument("measures", nargs="*", metavar="MEASURE", help=f"one of: {', '.join(MEASURES)} (default: all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="only check that the measures work; the numbers are meaningless"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
+    parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="write the plots to this directory, as SVG")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="PATH",
+        help="print a file that --json has written as Markdown, and measure nothing",
+    )
     return parser
 
 
 def _run(names: Sequence[str], quick: bool, console: Console) -> Run:
-    # The servers of all networks are on this machine, so the driver has nothing to say that a reader needs.
+    # Warnings of the driver would break the progress bars.
     logging.disable(logging.WARNING)
     findings: dict[str, Finding] = {}
     columns = TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

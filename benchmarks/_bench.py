@@ -1,4 +1,4 @@
-"""What every measure is given: a server, networks of several lengths in front of it, and the order of its rounds."""
+"""The environment of a measure: a server, simulated networks, and rounds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Bench:
-    """What a measure runs on.
+    """The environment of a measure.
 
     Attributes:
-        server: A replica set of one, with the journal on.
-        quick: Whether to do as little as shows that the measure works; the numbers mean nothing then.
-        begin: To be told how many steps a measure has.
-        step: To be called after each.
+        server: A replica set with one member and journaling.
+        quick: Whether to check only that the measure works; its numbers are meaningless then.
+        begin: Called with the number of steps of the measure.
+        step: Called after each step.
     """
 
     server: EmbeddedMongoDB
@@ -34,8 +34,8 @@ class Bench:
 
     @contextlib.contextmanager
     def networks(self, round_trips: Sequence[float]) -> Iterator[list[str]]:
-        """Yield, for each round trip in seconds, a connection string; for 0 one without a proxy."""
-        port = self.server.ports[0]
+        """Yield a connection string for each round trip (seconds); for 0, without a proxy."""
+        port = self.server.port
         with proxies(port, [seconds for seconds in round_trips if seconds]) as ports:
             waiting = iter(ports)
             yield [_uri(next(waiting) if seconds else port) for seconds in round_trips]
@@ -43,9 +43,9 @@ class Bench:
     async def rounds(
         self, keys: Sequence[Key], count: int, measure: Callable[[Key], Awaitable[T]]
     ) -> dict[Key, list[T]]:
-        """Measure everything in every round, so that the noise of the machine hits all alike.
+        """Measure every key in every round, so that noise of the machine affects all keys equally.
 
-        Each round begins with another of the keys, so that none always follows the same one.
+        Each round begins with another key, so that the order changes.
         """
         found: dict[Key, list[T]] = {key: [] for key in keys}
         for number in range(count):

@@ -1,4 +1,4 @@
-"""What is compared: the library in each of its forms, Strands' own managers on local files, and no manager at all."""
+"""The contenders: the library with each client, Strands' own managers on local files, and no manager."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ SNAPSHOT = "SnapshotSessionManager"
 
 DESCRIPTIONS = {
     NONE: "no session manager",
-    LIBRARY: "a factory with a client of its own (Motor, on the library's I/O thread), save_on=message",
+    LIBRARY: "a factory with its own client (Motor, on the library's I/O thread), save_on=message",
     PER_INVOCATION: "the same with save_on=invocation",
-    MOTOR: "a factory over the application's AsyncIOMotorClient, on the application's event loop",
-    PYMONGO: "a factory over the application's AsyncMongoClient, on the application's event loop",
+    MOTOR: "a factory with the application's AsyncIOMotorClient, on the application's event loop",
+    PYMONGO: "a factory with the application's AsyncMongoClient, on the application's event loop",
     FILE: "Strands' FileSessionManager on local files",
-    SNAPSHOT: "Strands' SnapshotSessionManager on local files, as it is by default: one snapshot per invocation",
+    SNAPSHOT: "Strands' SnapshotSessionManager on local files, with its default: one snapshot per invocation",
 }
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to keep sessions.
+    """One way to store sessions.
 
     Attributes:
         name: One of the names above.
-        open: Opens a session, as a request handler of an asynchronous web server would.
+        open: Opens a session in the way of an asynchronous web handler.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Contender:
 
     @asynccontextmanager
     async def session(self, session_id: str) -> AsyncIterator[SessionManager[Any] | None]:
-        """Open a session and close it at the end."""
+        """Open a session, and close it at the end."""
         manager = await self.open(session_id)
         try:
             yield manager
@@ -62,12 +62,12 @@ class Contender:
 
 @asynccontextmanager
 async def contender(name: str, uri: str, **options: Any) -> AsyncIterator[Contender]:
-    """Set up one of the contenders: its client is connected and its indexes are built.
+    """Set up a contender, connect its client and build its indexes.
 
     Args:
-        name: Which.
-        uri: Where MongoDB is; nothing to those that do not use it.
-        **options: For the library's factory, or for the client where the contender brings one.
+        name: The name of the contender.
+        uri: The connection string; not used by contenders without MongoDB.
+        **options: Options of the library's factory, or of the client if the contender has its own.
     """
     async with contextlib.AsyncExitStack() as stack:
         if name == NONE:

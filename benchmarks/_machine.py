@@ -1,4 +1,4 @@
-"""On what the numbers were measured."""
+"""The machine and the versions of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGES = ("mongodb-session-manager", "strands-agents", "motor", "pymongo")
 
 
 def describe(uri: str) -> dict[str, str | int | float]:
-    """Return the machine, the system and the versions of what takes part.
+    """Return the machine, the system and the versions of the packages and the server.
 
     Args:
         uri: The server's connection string.

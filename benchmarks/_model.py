@@ -1,4 +1,4 @@
-"""A model that streams like one behind HTTP, without a network."""
+"""A model without a network that streams like a model behind HTTP."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ T = TypeVar("T", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Pace:
-    """How a model answers.
+    """The speed of a model.
 
     Attributes:
-        tokens: Chunks of text in an answer.
-        seconds: Time before each chunk.
-        parsed: How often a chunk's JSON is parsed. A provider's client parses it once, but also reads HTTP, decodes
-            frames and validates: this stands for all of it.
+        tokens: Chunks of text per answer.
+        seconds: Delay before each chunk.
+        parsed: How often the JSON of a chunk is parsed. A provider's client parses it once, but also reads HTTP,
+            decodes frames and validates; the repetitions simulate this work.
     """
 
     tokens: int = 40
@@ -36,7 +36,7 @@ class Pace:
 
 
 INSTANT = Pace(tokens=5, seconds=0.0, parsed=0)
-"""An answer that takes no time, where the session manager alone is of interest."""
+"""A model without delay, to measure only the session manager."""
 
 _CHUNK = json.dumps(
     {
@@ -49,11 +49,11 @@ _CHUNK = json.dumps(
 
 
 class StreamingModel(Model):
-    """A model that streams an answer at a given pace; after a question with `tool` in it, it calls that tool first.
+    """A model that streams an answer at a given pace, and can call a tool before it answers.
 
     Args:
-        pace: How it answers.
-        tool: The name of a tool to call before it answers; it takes no arguments.
+        pace: The speed of the answer.
+        tool: The name of a tool without arguments that the model calls first.
     """
 
     def __init__(self, pace: Pace = INSTANT, tool: str | None = None) -> None:
@@ -76,7 +76,7 @@ class StreamingModel(Model):
         system_prompt: str | None = None,
         **kwargs: Any,
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Stream a call of the tool, if there is one and the user spoke last, else the answer."""
+        """Stream the tool call if there is a tool and no result yet, else the answer."""
         yield {"messageStart": {"role": "assistant"}}
         if self._tool is not None and not any("toolResult" in block for block in messages[-1]["content"]):
             await asyncio.sleep(self._pace.seconds)
@@ -105,7 +105,7 @@ class StreamingModel(Model):
     async def structured_output(
         self, output_model: type[T], prompt: Messages, system_prompt: str | None = None, **kwargs: Any
     ) -> AsyncGenerator[dict[str, T | Any], None]:
-        """Refuse: no measure asks for structured output.
+        """Not supported: no measure needs structured output.
 
         Raises:
             NotImplementedError: Always.
@@ -117,6 +117,6 @@ class StreamingModel(Model):
 def agent(
     manager: SessionManager[Any] | None, pace: Pace = INSTANT, *, calls: str | None = None, **options: Any
 ) -> Agent:
-    """Return an agent that prints nothing; `calls` is the tool that its model calls before it answers."""
+    """Return an agent that prints nothing; its model calls the tool `calls` before it answers."""
     model = StreamingModel(pace, calls)
     return Agent(model=model, agent_id="agent", session_manager=manager, callback_handler=None, **options)

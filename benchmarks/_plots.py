@@ -1,4 +1,4 @@
-"""A run as SVG."""
+"""Plots of a run, as SVG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._report import Run
 from ._results import Cell, Finding, Spread
 
 _STYLE: Any = {
-    "svg.hashsalt": "benchmarks",  # the same numbers give the same file
+    "svg.hashsalt": "benchmarks",  # equal numbers give an equal file
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.spines.top": False,
@@ -24,7 +24,7 @@ _STYLE: Any = {
 
 
 def draw(run: Run, directory: Path) -> Iterator[Path]:
-    """Draw every finding that has a picture into a directory; yield the files."""
+    """Plot every finding for which there is a plot into a directory; yield the files."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, finding in run.findings.items():
         if (picture := _PICTURES.get(name)) is not None:
@@ -82,9 +82,9 @@ def _streams(figure: Figure, finding: Finding) -> None:
 
 def _growth(figure: Figure, finding: Finding) -> None:
     columns = (
-        ("append, ms", "redact latest, ms", "redact first, ms"),
+        ("append, ms", "redact latest, ms", "redact oldest, ms"),
         ("reopen whole, ms", "reopen window, ms"),
-        ("held, KB", "held, short session, KB"),
+        ("memory, KB", "memory, short session, KB"),
     )
     for axes, names in zip(figure.subplots(1, 3), columns, strict=True):
         for name in names:

@@ -1,7 +1,7 @@
-"""A network between client and server: a process that forwards TCP connections and holds every byte for a while.
+"""A simulated network: a process that forwards TCP connections and delays every byte.
 
-It is a process of its own, so that its work does not compete with what is measured for the interpreter's lock. Bytes
-are held, never throttled: any amount may be on the way at once, as on a fast and distant network.
+The proxy is a separate process, so that it does not compete with the measured code for the interpreter's lock. It
+delays bytes, but does not limit the throughput, like a fast network over a long distance.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import cast
 
 @contextlib.contextmanager
 def proxies(port: int, round_trips: Sequence[float]) -> Iterator[list[int]]:
-    """Run one process that forwards to a local port; yield, for each round trip, the port to connect to.
+    """Run a process that forwards to a local port; yield the port to connect to for each round trip.
 
     Args:
         port: The local port of the server.
-        round_trips: Seconds that the proxy adds to a round trip, half on the way there and half on the way back.
+        round_trips: Seconds that the proxy adds to a round trip, half in each direction.
     """
     command = [sys.executable, "-I", __file__, str(port), *map(str, round_trips)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -34,11 +34,11 @@ def proxies(port: int, round_trips: Sequence[float]) -> Iterator[list[int]]:
                 raise RuntimeError("the proxy did not start")
             yield ports
         finally:
-            process.stdin.close()  # the sign to end
+            process.stdin.close()  # ends the process
 
 
 class _End(asyncio.Protocol):
-    """One end of a forwarded connection; what arrives here leaves at the other end, `delay` seconds later."""
+    """One end of a forwarded connection; forwards received bytes to the other end after `delay` seconds."""
 
     def __init__(self, delay: float) -> None:
         self.delay = delay
@@ -51,7 +51,7 @@ class _End(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._held.append(data)
-        # Timers of the same moment may fire in any order, so each forwards what has waited longest.
+        # Timers of the same time can fire in any order, so each one forwards the oldest bytes.
         asyncio.get_running_loop().call_later(self.delay, self._forward)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -62,7 +62,7 @@ class _End(asyncio.Protocol):
 
 
 class _ClientEnd(_End):
-    """The end that a client has connected to, which connects to the server."""
+    """The end to which a client has connected; it connects to the server."""
 
     def __init__(self, delay: float, port: int) -> None:
         super().__init__(delay)
@@ -88,7 +88,7 @@ class _ClientEnd(_End):
 async def _serve(port: int, round_trips: Sequence[float]) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    loop.add_reader(sys.stdin.fileno(), ended.set)  # readable at its end: the owner is gone or wants this one gone
+    loop.add_reader(sys.stdin.fileno(), ended.set)  # readable at its end, when the parent closes it or dies
     ports = []
     for round_trip in round_trips:
         delay = round_trip / 2
@@ -99,9 +99,9 @@ async def _serve(port: int, round_trips: Sequence[float]) -> None:
 
 
 def main() -> None:
-    """Forward until standard input ends."""
+    """Forward connections until standard input ends."""
     port, *round_trips = sys.argv[1:]
-    # select() takes microseconds; epoll and poll wait in whole milliseconds, too coarse for a round trip of one.
+    # select() waits in microseconds; epoll and poll wait in milliseconds, which is too coarse for short round trips.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(_serve(int(port), [float(word) for word in round_trips]))
 

@@ -1,4 +1,4 @@
-"""A run as JSON, as tables in a terminal, and as Markdown."""
+"""Output of a run as JSON, as terminal tables and as Markdown."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ._results import Finding, shown
 
 @dataclass(frozen=True)
 class Run:
-    """What was measured together.
+    """The results of one run.
 
     Attributes:
         date: The day, as `2026-11-22`.
-        quick: Whether it only shows that the measures work.
+        quick: Whether the run checked only that the measures work.
         machine: See `_machine.describe`.
-        findings: By the name of the measure.
+        findings: The results, by the name of the measure.
     """
 
     date: str
@@ -45,7 +45,7 @@ class Run:
 
 
 def print_tables(run: Run, console: Console) -> None:
-    """Show every finding, and the budgets last."""
+    """Print every finding, then the budgets."""
     for finding in run.findings.values():
         table = Table(title=finding.title, title_justify="left")
         for name in finding.rows[0]:
@@ -53,7 +53,7 @@ def print_tables(run: Run, console: Console) -> None:
         for row in finding.rows:
             table.add_row(*(shown(row.get(name)) for name in finding.rows[0]))
         console.print(table)
-    table = Table("what", "promised", "measured", "kept", title="Budgets", title_justify="left")
+    table = Table("budget", "limit", "measured", "met", title="Budgets", title_justify="left")
     for finding in run.findings.values():
         for budget in finding.budgets:
             kept = "[green]yes" if budget.kept else "[red]no"
@@ -64,11 +64,11 @@ def print_tables(run: Run, console: Console) -> None:
 
 def markdown(run: Run) -> str:
     """Return the run as Markdown: the machine, the budgets, then every table."""
-    lines = [f"Measured on {run.date}; where there is a range, the median of the rounds and (lowest–highest).", ""]
+    lines = [f"Measured on {run.date}. Numbers with a range are: median of the rounds (lowest–highest).", ""]
     lines += ["; ".join(f"{name}: {value}" for name, value in run.machine.items()) + ".", ""]
     budgets = [budget for finding in run.findings.values() for budget in finding.budgets]
     if budgets:
-        lines += ["| budget | promised | measured | kept |", "|---|---|---|---|"]
+        lines += ["| budget | limit | measured | met |", "|---|---|---|---|"]
         lines += [
             f"| {budget.what} | {budget.promised} | {shown(budget.measured)} | {'yes' if budget.kept else '**no**'} |"
             for budget in budgets

@@ -1,4 +1,4 @@
-"""What a measure finds out, and how it is summed up. Pure."""
+"""Results of a measure and their statistics. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one quantity, one per round."""
+    """Measurements of one quantity, one per round."""
 
     median: float
     low: float
@@ -18,13 +18,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Sum up measurements."""
+        """Return the spread of measurements."""
         found = sorted(values)
         return cls(statistics.median(found), found[0], found[-1])
 
     @classmethod
     def of_ratios(cls, values: Sequence[float], base: Sequence[float]) -> Spread:
-        """Sum up how measurements relate to those of the same rounds that they are compared with."""
+        """Return the spread of the ratios to the base measurements of the same rounds."""
         return cls.of(value / other for value, other in zip(values, base, strict=True))
 
     def __str__(self) -> str:
@@ -36,13 +36,13 @@ Cell = str | int | float | Spread | None
 
 @dataclass(frozen=True)
 class Budget:
-    """What was promised of a quantity, and what it came to.
+    """A limit of a quantity, and its measurement.
 
     Attributes:
         what: The quantity.
-        promised: The promise, in words.
-        measured: What it came to.
-        kept: Whether that is what was promised.
+        promised: The limit, as text.
+        measured: The measurement.
+        kept: Whether the measurement is within the limit.
     """
 
     what: str
@@ -52,24 +52,24 @@ class Budget:
 
     @classmethod
     def at_most(cls, what: str, limit: float, measured: Spread | float, unit: str = "") -> Budget:
-        """Compare a quantity, its median if there are several measurements, with an upper limit."""
+        """Compare a quantity with an upper limit; of several measurements, the median counts."""
         return cls(what, f"≤ {_short(limit)}{unit}", measured, _median(measured) <= limit)
 
     @classmethod
     def at_least(cls, what: str, limit: float, measured: Spread | float, unit: str = "") -> Budget:
-        """Compare a quantity, its median if there are several measurements, with a lower limit."""
+        """Compare a quantity with a lower limit; of several measurements, the median counts."""
         return cls(what, f"≥ {_short(limit)}{unit}", measured, _median(measured) >= limit)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one measure found.
+    """The results of one measure.
 
     Attributes:
-        title: What was measured, in words.
-        setting: How, by the name of each parameter.
-        rows: One case each; all have the same columns. A column's name ends with its unit.
-        budgets: The promises that this measure can judge.
+        title: The title of the table.
+        setting: The parameters, by name.
+        rows: One row per case, all with the same columns. The name of a column ends with its unit.
+        budgets: The budgets that this measure can check.
     """
 
     title: str
@@ -78,25 +78,25 @@ class Finding:
     budgets: list[Budget] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the finding in the types that JSON has."""
+        """Return the finding as JSON types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Finding:
-        """Return the finding that `as_json` has turned into `stored`."""
+        """Return the finding of the result of `as_json`."""
         rows = [{name: _cell(value) for name, value in row.items()} for row in stored["rows"]]
         budgets = [Budget(**{**budget, "measured": _cell(budget["measured"])}) for budget in stored["budgets"]]
         return cls(stored["title"], stored["setting"], rows, budgets)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the value that `percent` of the values do not exceed."""
+    """Return the percentile of the values: `percent` of them do not exceed it."""
     found = sorted(values)
     return found[min(len(found) - 1, int(len(found) * percent / 100))]
 
 
 def shown(cell: Cell) -> str:
-    """Return a cell as text, numbers with as many digits as mean something."""
+    """Return a cell as text, numbers with their significant digits."""
     if isinstance(cell, bool | str):
         return str(cell)
     if isinstance(cell, int | float):

@@ -1,4 +1,4 @@
-"""How many commands a turn sends to the server. Exact, so one round is enough."""
+"""Commands that a turn sends to the server. The number is exact, so one round is sufficient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._results import Budget, Cell, Finding
 
 
 class _Counter(monitoring.CommandListener):
-    """Counts the commands that reach collections."""
+    """Counts the commands to collections."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -44,14 +44,13 @@ def look() -> str:
 
 @dataclass(frozen=True)
 class _Case:
-    """A turn to count.
+    """A turn whose commands are counted.
 
     Attributes:
-        name: What the turn is.
-        original: Commands of the synchronous library with nested documents that this one follows, as its users
-            measured them; quoted, not measured here.
-        budget: The most that is promised, with `save_on="message"` and with `save_on="invocation"`.
-        resumed: Whether the session holds a turn already.
+        name: The description of the turn.
+        original: Commands of versions 0.5 to 0.9, as published by their users; not measured here.
+        budget: The upper limit, with `save_on="message"` and with `save_on="invocation"`.
+        resumed: Whether the session already holds a turn.
         tool: Whether the model calls a tool.
         live: Whether the agent has had a turn before.
     """
@@ -82,7 +81,7 @@ async def measure(bench: Bench) -> Finding:
     with bench.networks([0.0]) as (uri,):
         async with MongoDBSessionManagerFactory(uri, DATABASE, event_listeners=[counter]) as factory:
             async with await factory.create_session_manager_async(new_id()):
-                # The opening, and the search for unfinished sessions, once in a process.
+                # The opening, and the search for unfinished sessions, which runs once per process.
                 while counter.count < 2:  # noqa: ASYNC110 - counted in a thread of the driver
                     await asyncio.sleep(0.01)
             for case in _CASES:

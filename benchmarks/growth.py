@@ -1,4 +1,4 @@
-"""What a conversation costs as it grows: to append, open, redact and hold."""
+"""Cost of a growing conversation: append, open, redact, memory."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _BYTES = 4096
 _WINDOW = 40
 _SMALL = 10
 _LARGE = 1_000
-"""From here on one session is measured in all rounds, because growing a new one for each would take too long."""
+"""From this size on, all rounds measure one session, because growing one per round would take too long."""
 _BATCH = 40
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How far to go.
+    """The parameters of a run.
 
     Attributes:
-        sizes: Messages at which to measure.
-        rounds: How often.
-        sessions: How many sessions share the appends of a round, so that they stay near the size.
-        appends: Messages appended to each.
+        sizes: Numbers of messages at which to measure.
+        rounds: Number of rounds.
+        sessions: Sessions that share the appends of a round, so that each one stays near the size.
+        appends: Messages appended to each session.
     """
 
     sizes: tuple[int, ...]
@@ -54,7 +54,7 @@ class _Plan:
 
     @classmethod
     def chosen(cls, quick: bool) -> _Plan:
-        """Return how far to go."""
+        """Return the parameters."""
         if quick:
             return cls((_SMALL, 60), 1, 2, 2)
         return cls((_SMALL, 100, 1_000, 10_000), 8, 4, 8)
@@ -62,13 +62,13 @@ class _Plan:
 
 @dataclass
 class _Found:
-    """What was measured at one size, a value for each round; seconds or bytes."""
+    """Measurements at one size, one value per round; seconds or bytes."""
 
     appends: list[list[float]] = field(default_factory=list)
     small_appends: list[list[float]] = field(default_factory=list)
     reopen: list[float] = field(default_factory=list)
     windowed: list[float] = field(default_factory=list)
-    short: list[float] = field(default_factory=list)  # opening a session that is as long as the window
+    short: list[float] = field(default_factory=list)  # opening a session of as many messages as the window
     redact_latest: list[float] = field(default_factory=list)
     redact_first: list[float] = field(default_factory=list)
     held: int = 0
@@ -76,7 +76,7 @@ class _Found:
 
 
 async def measure(bench: Bench) -> Finding:
-    """Let one session grow and measure it at each size, beside sessions that stay small."""
+    """Measure a growing session at each size, and sessions that stay small in the same rounds."""
     plan = _Plan.chosen(bench.quick)
     bench.begin(len(plan.sizes) * (plan.rounds + 1))
     found: dict[int, _Found] = {}
@@ -98,13 +98,13 @@ async def measure(bench: Bench) -> Finding:
         "window": _WINDOW,
         "appends each round": plan.sessions * plan.appends,
         "rounds": plan.rounds,
-        "network": "none, so that the cost of the server and of the process shows",
+        "network": "none, to show the cost of the server and of the process",
     }
     return Finding("Growth of a conversation", setting, rows, _budgets(max(plan.sizes), found[max(plan.sizes)]))
 
 
 class _Session:
-    """A session whose agent's conversation grows without a model."""
+    """A session whose conversation grows without a model."""
 
     def __init__(self, factory: MongoDBSessionManagerFactory, session_id: str) -> None:
         self.session_id = session_id
@@ -120,7 +120,7 @@ class _Session:
         return self._manager, self._agent
 
     async def grown_to(self, size: int) -> None:
-        """Append messages until there are `size`, many in a command."""
+        """Append messages up to `size`, many per command."""
         manager, holder = await self._open()
         while self.size < size:
             for _ in range(min(_BATCH, size - self.size)):
@@ -130,7 +130,7 @@ class _Session:
         await self.window_begins_at(0)
 
     async def append(self) -> float:
-        """Append a message, in a command of its own; return how long that took."""
+        """Append a message with one command; return the seconds."""
         manager, holder = await self._open()
         message = _message(self.size)
         start = time.perf_counter()
@@ -140,7 +140,7 @@ class _Session:
         return time.perf_counter() - start
 
     async def redact_latest(self) -> float:
-        """Redact the latest message; return how long that took."""
+        """Redact the latest message; return the seconds."""
         manager, holder = await self._open()
         start = time.perf_counter()
         manager.redact_latest_message({"role": "user", "content": [{"text": "[redacted]"}]}, holder)
@@ -153,7 +153,7 @@ class _Session:
         await manager.close()
 
     async def window_begins_at(self, removed: int) -> None:
-        """Have the conversation manager restore only what follows the `removed` oldest messages."""
+        """Have the conversation manager leave out the `removed` oldest messages when it restores."""
         manager, holder = await self._open()
         holder.conversation_manager.removed_message_count = removed
         manager.sync_agent(holder)
@@ -175,7 +175,7 @@ async def _at_size(
         await small.close()
         found.small_appends.append(appends)
         if size < _LARGE:
-            # From one size to the next, so that what happens once in so many messages happens as often as it does.
+            # At several sizes in a row, so that periodic work, such as moves to the archive, has its true share.
             appends, grown = await _appends(plan, factory, size, plan.appends)
         else:
             appends, grown = [await large.append() for _ in range(plan.sessions * plan.appends)], large
@@ -199,7 +199,7 @@ async def _at_size(
 async def _appends(
     plan: _Plan, factory: MongoDBSessionManagerFactory, size: int, apart: int
 ) -> tuple[list[float], _Session]:
-    """Append to new sessions, the first grown to `size`, each other `apart` more; return the times and the last."""
+    """Append to new sessions of `size`, `size + apart`, ... messages; return the seconds and the last session."""
     appends: list[float] = []
     for number in range(plan.sessions):
         session = _Session(factory, new_id())
@@ -216,7 +216,7 @@ async def _reopened(factory: MongoDBSessionManagerFactory, session_id: str) -> A
 
 
 async def _opening(factory: MongoDBSessionManagerFactory, session_id: str) -> float:
-    """Return how long it takes to open a session and restore its agent."""
+    """Return the seconds to open a session and restore its agent."""
     start = time.perf_counter()
     manager, _ = await _reopened(factory, session_id)
     took = time.perf_counter() - start
@@ -225,7 +225,7 @@ async def _opening(factory: MongoDBSessionManagerFactory, session_id: str) -> fl
 
 
 async def _held(build: Callable[[], Awaitable[Any]]) -> int:
-    """Return how many bytes of Python objects what `build` returns keeps alive."""
+    """Return the bytes of Python objects that the result of `build` keeps alive."""
     gc.collect()
     tracemalloc.start()
     kept = await build()
@@ -237,7 +237,7 @@ async def _held(build: Callable[[], Awaitable[Any]]) -> int:
 
 
 def _redact_first(uri: str, session_id: str) -> float:
-    """Redact the oldest message, as an application would that was asked to forget it."""
+    """Redact the oldest message; return the seconds."""
     redacted: Message = {"role": "user", "content": [{"text": "[redacted]"}]}
     with MongoDBSessionRepository(uri, DATABASE) as repository:
         repository.ping()
@@ -262,18 +262,18 @@ def _row(size: int, found: _Found) -> dict[str, Cell]:
     return {
         "messages": size,
         "append, ms": _ms(statistics.median(each) for each in found.appends),
-        "append, mean × small": _mean_ratio(found),
-        "append, median × small": Spread.of_ratios(
+        "append, mean × at 10": _mean_ratio(found),
+        "append, median × at 10": Spread.of_ratios(
             [statistics.median(each) for each in found.appends],
             [statistics.median(each) for each in found.small_appends],
         ),
         "reopen whole, ms": _ms(found.reopen),
         "reopen window, ms": _ms(found.windowed),
-        "reopen window × short": Spread.of_ratios(found.windowed, found.short),
+        "reopen window × short session": Spread.of_ratios(found.windowed, found.short),
         "redact latest, ms": _ms(found.redact_latest),
-        "redact first, ms": _ms(found.redact_first),
-        "held, KB": round(found.held / 1024),
-        "held, short session, KB": round(found.held_short / 1024),
+        "redact oldest, ms": _ms(found.redact_first),
+        "memory, KB": round(found.held / 1024),
+        "memory, short session, KB": round(found.held_short / 1024),
     }
 
 
@@ -282,22 +282,22 @@ def _ms(seconds: Any) -> Spread:
 
 
 def _mean_ratio(found: _Found) -> Spread:
-    """Return the ratio of means, in which what now and then costs more, like moving old messages, has its share."""
+    """Return the ratio of means, which includes occasional costs, such as moves to the archive."""
     means = [[statistics.fmean(each) for each in appends] for appends in (found.appends, found.small_appends)]
     return Spread.of_ratios(*means)
 
 
 def _budgets(size: int, found: _Found) -> list[Budget]:
     return [
-        Budget.at_most(f"append at {size:,} messages of 4 KB against at 10, mean", 1.5, _mean_ratio(found), " ×"),
+        Budget.at_most(f"append at {size:,} messages of 4 KB relative to 10, mean", 1.5, _mean_ratio(found), " ×"),
         Budget.at_most(
-            f"reopening {size:,} messages behind a sliding window against a session of {_WINDOW}",
+            f"reopening {size:,} messages with a sliding window relative to a session of {_WINDOW}",
             2.0,
             Spread.of_ratios(found.windowed, found.short),
             " ×",
         ),
         Budget.at_most(
-            f"memory of an open session of {size:,} messages behind a sliding window against one of {_WINDOW}",
+            f"memory of an open session of {size:,} messages with a sliding window relative to one of {_WINDOW}",
             2.0,
             found.held / found.held_short,
             " ×",

@@ -1,4 +1,4 @@
-"""How long one user waits for a session and for a turn, whose model takes no time, over networks of several lengths."""
+"""Latency of opening a session and of a turn with a model without delay, at several round trips."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WRITE = "one write, PyMongo"
 _CONTENDERS = (_WRITE, NONE, LIBRARY, PER_INVOCATION, FILE, SNAPSHOT, _NONE_SYNC, _LIBRARY_SYNC)
 _DESCRIPTIONS = {
     **DESCRIPTIONS,
-    _WRITE: "an update of a small document by PyMongo's MongoClient, acknowledged by a majority: what nobody can beat",
+    _WRITE: "an update of a small document by PyMongo's MongoClient with w=majority, as the lower bound",
     _NONE_SYNC: 'the same with `agent("...")`, for which Strands starts a thread and an event loop each time',
     _LIBRARY_SYNC: 'MongoDBSessionManager from a factory, with `agent("...")`',
 }
@@ -34,11 +34,11 @@ _DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class _Sample:
-    """Seconds.
+    """Measurements in seconds.
 
     Attributes:
-        opening: Opening a session of some turns and building its agent.
-        turn: A turn, the median of several.
+        opening: Opening a session and restoring its agent.
+        turn: A turn, as the median of several.
     """
 
     opening: float
@@ -46,7 +46,7 @@ class _Sample:
 
 
 async def measure(bench: Bench) -> Finding:
-    """Measure each contender at each round trip, in rounds."""
+    """Measure each contender at each round trip."""
     round_trips = [0.0, 0.005] if bench.quick else [0.0, 0.001, 0.005, 0.02]
     turns, rounds = (2, 1) if bench.quick else (10, 7)
     keys = [(seconds, name) for seconds in round_trips for name in _CONTENDERS]

@@ -1,4 +1,4 @@
-"""What the way to the library's I/O thread costs, beside a call on the caller's own event loop."""
+"""Cost of a hand-over to the library's I/O thread, compared with a call on the caller's event loop."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ._bench import Bench
 from ._results import Cell, Finding, Spread
 
 _AWAIT = "await on the caller's loop"
-_OWN = "portal to the caller's loop"
-_THREAD = "portal to the I/O thread, awaited"
-_BLOCKING = "portal to the I/O thread, from a thread that blocks"
-_RAW = "ping, Motor's own"
-_BORROWED = "ping, factory over the application's Motor client"
-_OWNED = "ping, factory with a client of its own"
+_OWN = "hand-over to the caller's loop"
+_THREAD = "hand-over to the I/O thread, awaited"
+_BLOCKING = "hand-over to the I/O thread, blocking"
+_RAW = "ping, Motor client"
+_BORROWED = "ping, factory with the application's Motor client"
+_OWNED = "ping, factory with its own client"
 
 
 async def _nothing() -> None:
@@ -29,7 +29,7 @@ async def _nothing() -> None:
 
 
 async def measure(bench: Bench) -> Finding:
-    """Call a coroutine that does nothing, and one that asks the server, by each way."""
+    """Call an empty coroutine, and one that pings the server, in each way."""
     calls, pings, rounds = (50, 5, 1) if bench.quick else (2_000, 300, 9)
     here, thread = portal_to(asyncio.get_running_loop()), io_portal()
     with bench.networks([0.0]) as (uri,):
@@ -62,7 +62,7 @@ async def measure(bench: Bench) -> Finding:
         motor.close()
     rows: list[dict[str, Cell]] = [{"way": way, "each, µs": Spread.of(values)} for way, values in found.items()]
     setting = {"calls": calls, "pings": pings, "rounds": rounds, "network": "none", "both event loops": "idle"}
-    return Finding("The way to the I/O thread", setting, rows)
+    return Finding("Hand-over to the I/O thread", setting, rows)
 
 
 async def _repeat(call: Callable[[], Awaitable[object]], times: int) -> None:

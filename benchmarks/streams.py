@@ -1,4 +1,4 @@
-"""Many agents stream at once in one process, as in a web server: how many turns, and how long the event loop stalls."""
+"""Throughput and event-loop lag of many concurrent streams in one process, as in a web server."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ ROUND_TRIP = 0.005
 TICK = 0.005
 
 PACED = Pace(tokens=75, seconds=0.005, parsed=5)
-"""At this pace, 50 streams without a session manager make about 109 turns a second and idle half the time."""
+"""At this pace, 50 streams without a session manager reach about 109 turns per second and idle half of the time."""
 
 PRESSED = Pace(tokens=40, seconds=0.0, parsed=20)
-"""The model takes no time, so all that counts is what a turn costs the processor."""
+"""Without a delay of the model, only the processor time of a turn counts."""
 
 
 @dataclass(frozen=True)
 class _Case:
-    """How a set of contenders is measured."""
+    """A set of contenders and its parameters."""
 
     name: str
     contenders: tuple[str, ...]
@@ -58,7 +58,7 @@ FRESH_50 = "50 streams, a new agent for each request"
 CASES = (
     _Case(FRESH_50, _ALL, PACED, 50, 4, 7),
     _Case("50 streams, live agents", _DRIVERS, PACED, 50, 4, 5, live=True),
-    _Case("50 streams, a model that takes no time", _FEWER, PRESSED, 50, 4, 5),
+    _Case("50 streams, a model without delay", _FEWER, PRESSED, 50, 4, 5),
     _Case("200 streams, a new agent for each request", _FEWER, PACED, 200, 3, 5),
 )
 _QUICK = (_Case(FRESH_50, (NONE, LIBRARY), Pace(3, 0.001, 1), 3, 2, 2),)
@@ -74,7 +74,7 @@ class _Sample:
 
 
 async def measure(bench: Bench) -> Finding:
-    """Measure streams of each contender, in rounds."""
+    """Measure the streams of each contender."""
     cases = _QUICK if bench.quick else CASES
     bench.begin(sum(case.rounds * len(case.contenders) for case in cases))
     rows: list[dict[str, Cell]] = []
@@ -92,7 +92,7 @@ async def measure(bench: Bench) -> Finding:
                 ours = _ratio(found[LIBRARY], found[NONE])
                 lag = Spread.of(one.lag_p99 for one in found[LIBRARY])
                 budgets = [
-                    Budget.at_least("50 streams, 5 ms: turns/s against no session manager", 0.55, ours, " ×"),
+                    Budget.at_least("50 streams, 5 ms: turns/s relative to no session manager", 0.55, ours, " ×"),
                     Budget.at_most("50 streams, 5 ms: event-loop lag, p99", 120, lag, " ms"),
                 ]
     setting = {
@@ -153,7 +153,7 @@ async def _turn(streaming: Agent) -> None:
 
 @contextlib.asynccontextmanager
 async def _lag_meter() -> AsyncIterator[list[float]]:
-    """Yield a list that fills with how much later than asked the event loop comes back, in milliseconds."""
+    """Yield a list that fills with the event-loop lag in milliseconds."""
     lags: list[float] = []
 
     async def tick() -> None:

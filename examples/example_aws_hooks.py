@@ -1,15 +1,16 @@
-"""Feedback goes to Amazon SNS and changes of metadata to Amazon SQS, in the background.
+"""Feedback is published to Amazon SNS, and metadata changes are sent to Amazon SQS, in the background.
 
 install: pip install 'mongodb-session-manager[aws,embedded]' 'moto[server]'
-run:     python examples/example_aws_hooks.py
-expect:  an agent that notes a status, a bad rating of its answer, and both notifications as they arrived
+run:     python example_aws_hooks.py
+expect:  An agent changes a status, and its answer gets a bad rating. Both notifications are printed as they arrived.
 
-A moto server stands in for AWS; --topic-arn and --queue-url name a real topic and queue, to which your credentials may
-write. --model and MONGODB_URI take a real model and a real server; see offline.py.
+A moto server stands in for AWS. To use AWS with your credentials, pass --topic-arn and --queue-url. To use your own
+MongoDB server, set the environment variable MONGODB_URI.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from strands import Agent
 
@@ -25,17 +27,20 @@ from mongodb_session_manager import (
     create_feedback_sns_hook,
     create_metadata_sqs_hook,
 )
-from offline import make_model, mongodb, new_session_id, option_parser
+from mongodb_session_manager.demo import ScriptedModel, demo_server
 
-SCRIPT = [
-    {"tool": "manage_metadata", "input": {"action": "set", "metadata": {"status": "solved"}}},
-    "Your refund is on its way.",
-]
+# In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), OllamaModel(...)
+MODEL = ScriptedModel(
+    [
+        {"tool": "manage_metadata", "input": {"action": "set", "metadata": {"status": "solved"}}},
+        "Your refund is on its way.",
+    ]
+)
 
 
 @dataclass
 class Targets:
-    """Where notifications go, and what can be read of them there."""
+    """The topic and the queue, and queues to read the notifications from."""
 
     topic_arn: str
     queue_url: str
@@ -44,7 +49,7 @@ class Targets:
 
 @contextmanager
 def moto() -> Iterator[Targets]:
-    """Run a server that does what AWS does, with a topic, its subscriber and a queue."""
+    """Run a stand-in for AWS with a topic, a subscriber of the topic, and a queue."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -68,31 +73,29 @@ def moto() -> Iterator[Targets]:
         server.stop()
 
 
-def talk(targets: Targets, model_name: str) -> None:
-    """Have an agent note a status, and rate it; the calls return when MongoDB has it, the notifications follow."""
+def talk(targets: Targets, connection_string: str) -> None:
+    """Let an agent change the status, and rate its answer."""
+    feedback_hook = create_feedback_sns_hook(
+        targets.topic_arn, targets.topic_arn, "none", subject_prefix_bad="[{rating}] "
+    )
+    metadata_hook = create_metadata_sqs_hook(targets.queue_url, metadata_fields=["status"])
     with MongoDBSessionManagerFactory(
-        feedback_hook=create_feedback_sns_hook(
-            targets.topic_arn, targets.topic_arn, "none", subject_prefix_bad="[{rating}] "
-        ),
-        metadata_hook=create_metadata_sqs_hook(targets.queue_url, metadata_fields=["status"]),
+        connection_string, feedback_hook=feedback_hook, metadata_hook=metadata_hook
     ) as factory:
-        with factory.create_session_manager(new_session_id("aws")) as session:
-            session.update_metadata({"plan": "gold"})  # not among the metadata_fields: it stays here
+        with factory.create_session_manager(f"aws-{uuid4().hex[:8]}") as session:
+            session.update_metadata({"plan": "gold"})  # not one of the metadata_fields: no notification
             agent = Agent(
-                model=make_model(model_name, SCRIPT),
-                tools=[session.get_metadata_tool()],
-                session_manager=session,
-                callback_handler=None,
+                model=MODEL, tools=[session.get_metadata_tool()], session_manager=session, callback_handler=None
             )
             print("agent:", str(agent("I want a refund. Set the status in the metadata to solved.")).strip())
             session.add_feedback({"rating": "down", "comment": "Too slow."})
-        # Closing the session waited for its notifications, at most five seconds.
+        # Closing the session waited up to five seconds for its notifications.
         stats = factory.get_notification_stats()
         print(f"notifications: {stats['delivered']} delivered, {stats['failed']} failed")
 
 
 def show(targets: Targets) -> None:
-    """Print what arrived."""
+    """Print the notifications that arrived."""
     for name, queue in targets.inboxes.items():
         for message in queue.receive_messages(MaxNumberOfMessages=10):
             body = json.loads(message.body)
@@ -104,17 +107,16 @@ def show(targets: Targets) -> None:
 
 def main() -> None:
     """Run the example."""
-    parser = option_parser(__doc__)
-    parser.add_argument("--topic-arn", help="a real SNS topic")
-    parser.add_argument("--queue-url", help="a real SQS queue")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topic-arn", help="an SNS topic")
+    parser.add_argument("--queue-url", help="an SQS queue")
     options = parser.parse_args()
-    with mongodb():
-        if options.topic_arn and options.queue_url:
-            talk(Targets(options.topic_arn, options.queue_url), options.model)
-        else:
-            with moto() as targets:
-                talk(targets, options.model)
-                show(targets)
+    if options.topic_arn and options.queue_url:
+        talk(Targets(options.topic_arn, options.queue_url), demo_server())
+    else:
+        with moto() as targets:
+            talk(targets, demo_server())
+            show(targets)
 
 
 if __name__ == "__main__":

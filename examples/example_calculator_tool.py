@@ -1,22 +1,32 @@
-"""Tool calls and their results are part of the conversation: a new agent gets them back.
+"""A restored conversation includes tool calls and their results.
 
 install: pip install 'mongodb-session-manager[embedded]'
-run:     python examples/example_calculator_tool.py
-expect:  an agent that multiplies two numbers with a tool, and a second agent of the same session that restores the
-         question, the call, its result and the answer
+run:     python example_calculator_tool.py
+expect:  One agent multiplies two numbers with a tool. A second agent of the same session restores the question, the
+         tool call, its result and the answer.
 
---model and MONGODB_URI take a real model and a real server; see offline.py.
+To use your own server, set the environment variable MONGODB_URI.
 """
 
 from __future__ import annotations
 
 from typing import Literal
+from uuid import uuid4
 
 from strands import Agent, tool
 from strands.types.content import ContentBlock
 
 from mongodb_session_manager import MongoDBSessionManager
-from offline import make_model, mongodb, new_session_id, option_parser
+from mongodb_session_manager.demo import ScriptedModel, demo_server
+
+# In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), OllamaModel(...)
+MODEL = ScriptedModel(
+    [
+        {"tool": "calculator", "input": {"left": 12, "operation": "*", "right": 34}},
+        "12 times 34 is 408.",
+    ]
+)
+SESSION_ID = f"calculator-{uuid4().hex[:8]}"
 
 
 @tool
@@ -25,7 +35,7 @@ def calculator(left: float, operation: Literal["+", "-", "*", "/"], right: float
 
     Args:
         left: The first number.
-        operation: What to do with them.
+        operation: The operation.
         right: The second number.
     """
     match operation:
@@ -39,14 +49,8 @@ def calculator(left: float, operation: Literal["+", "-", "*", "/"], right: float
             return left / right
 
 
-SCRIPT = [
-    {"tool": "calculator", "input": {"left": 12, "operation": "*", "right": 34}},
-    "12 times 34 is 408.",
-]
-
-
 def describe(block: ContentBlock) -> str:
-    """Return one part of a message in a line."""
+    """Return a content block as one line of text."""
     if "toolUse" in block:
         return f"calls {block['toolUse']['name']} with {block['toolUse']['input']}"
     if "toolResult" in block:
@@ -55,20 +59,18 @@ def describe(block: ContentBlock) -> str:
 
 
 def main() -> None:
-    """Have one agent calculate, and another one remember it."""
-    options = option_parser(__doc__).parse_args()
-    model, session_id = make_model(options.model, SCRIPT), new_session_id("calculator")
-    with mongodb():
-        with MongoDBSessionManager(session_id) as session:
-            agent = Agent(model=model, tools=[calculator], session_manager=session, callback_handler=None)
-            print("answer:", str(agent("What is 12 times 34? Use the calculator.")).strip())
+    """Calculate with one agent, and restore the conversation with another."""
+    connection_string = demo_server()
+    with MongoDBSessionManager(SESSION_ID, connection_string) as session:
+        agent = Agent(model=MODEL, tools=[calculator], session_manager=session, callback_handler=None)
+        print("answer:", str(agent("What is 12 times 34? Use the calculator.")).strip())
 
-        with MongoDBSessionManager(session_id) as session:
-            agent = Agent(model=model, tools=[calculator], session_manager=session, callback_handler=None)
-            print(f"restored {len(agent.messages)} messages:")
-            for message in agent.messages:
-                for block in message["content"]:
-                    print(f"  {message['role']}: {describe(block)}")
+    with MongoDBSessionManager(SESSION_ID, connection_string) as session:
+        agent = Agent(model=MODEL, tools=[calculator], session_manager=session, callback_handler=None)
+        print(f"restored {len(agent.messages)} messages:")
+        for message in agent.messages:
+            for block in message["content"]:
+                print(f"  {message['role']}: {describe(block)}")
 
 
 if __name__ == "__main__":

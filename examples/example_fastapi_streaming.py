@@ -1,21 +1,22 @@
-"""A chat in the browser: answers stream, conversations outlive reloads, lost connections and restarts of the server.
+"""A chat in the browser: answers stream, and conversations survive reloads, lost connections and server restarts.
 
 install: pip install 'mongodb-session-manager[embedded,fastapi]' 'fastapi>=0.135' uvicorn
-run:     python examples/example_fastapi_streaming.py
-expect:  http://127.0.0.1:8000 shows a chat; tell it your name, reload or restart the server, ask for the name, branch
-         off from an answer, rate it, delete the session
+run:     python example_fastapi_streaming.py
+expect:  A chat at http://127.0.0.1:8000. Tell it your name, reload the page or restart the server, ask for your name,
+         branch off from an answer, rate it, delete the session.
 
-The page is `chat.html` beside this file. The model is scripted and the MongoDB server an embedded one that keeps its
-data in the directory `chat-data`. --model and MONGODB_URI take a real model and a real server; see offline.py.
+The page is `chat.html`, in the same directory as this file. The data stays in the directory `chat-data`. To use your
+own server, set the environment variable MONGODB_URI.
 
-An answer belongs to the server, not to the request that asked for it: who closes the tab finds it complete afterwards,
-and who loses the connection follows it from where it was. A message is accepted when it is stored. If the database
-cannot be reached, the page says so within seconds and keeps the text. There are no users here: everyone who knows a
-session id can read the session, so put your own authentication before the routes.
+A running answer does not depend on the request that started it. If you close the tab, the answer is still completed;
+if the connection is lost, the page continues where it stopped. A message is accepted once it is stored. If the database
+is unreachable, the page says so within seconds and keeps your text. The example has no users: everyone who knows a
+session id can read the session. Put your own authentication in front of the routes.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -43,44 +44,44 @@ from mongodb_session_manager import (
     MongoDBSessionError,
     MongoDBSessionManagerFactory,
 )
+from mongodb_session_manager.demo import ScriptedModel, demo_server
 from mongodb_session_manager.fastapi import Factory, add_session_support, health, session_lifespan
-from offline import make_model, mongodb, option_parser
 
 logger = logging.getLogger(__name__)
 
 AGENT_ID = "assistant"
-LINGER = 10.0  # seconds for which who comes late is told how an answer ended
-IMPATIENCE: dict[str, Any] = {"serverSelectionTimeoutMS": 2_000, "connectTimeoutMS": 2_000, "socketTimeoutMS": 4_000}
-SYSTEM_PROMPT = "Be brief. When the user tells you their name, keep it with manage_metadata under the key name."
+LINGER = 10.0  # seconds for which a late follower can still read how an answer ended
+TIMEOUTS: dict[str, Any] = {"serverSelectionTimeoutMS": 2_000, "connectTimeoutMS": 2_000, "socketTimeoutMS": 4_000}
+SYSTEM_PROMPT = "Be brief. When the user tells you their name, store it with manage_metadata under the key name."
 
 
-# What the browser sends.
+# Requests.
 
 
 class Prompt(BaseModel):
-    """A message, or `None` to answer the last one again."""
+    """A message, or `None` to answer the last message again."""
 
     text: Annotated[str, Field(min_length=1, max_length=100_000)] | None
 
 
 class Rating(BaseModel):
-    """What a person thinks of an answer."""
+    """A user's rating of an answer."""
 
     message_id: int
     rating: Annotated[str, Field(pattern="^(up|down)$")]
 
 
 class Fork(BaseModel):
-    """Where another conversation begins: after this message."""
+    """A new conversation that branches off after a message."""
 
     at_message: int
 
 
-# Answers under way.
+# Running answers.
 
 
 class Turn:
-    """An answer under way. Whoever follows it may leave and come back."""
+    """A running answer. Followers can disconnect and continue later."""
 
     def __init__(self) -> None:
         self.id = uuid4().hex
@@ -93,34 +94,34 @@ class Turn:
         self.refusal: MongoDBSessionError | None = None
 
     def fail(self, error: Exception) -> None:
-        """Refuse the message if it is not stored yet, else tell the followers that the answer failed."""
+        """Refuse the message if it is not stored yet, else report the failure to the followers."""
         if isinstance(error, EventLoopException):
             error = error.original_exception
         if isinstance(error, MongoDBSessionError) and not self.accepted.is_set():
             self.refusal = error
         elif isinstance(error, DatabaseUnavailableError | DatabaseTimeoutError):
-            self.tell("failed", "The answer could not be stored: the database cannot be reached.")
+            self.publish("failed", "The answer could not be stored: the database cannot be reached.")
         else:
-            self.tell("failed", f"The answer failed: {type(error).__name__}.")
+            self.publish("failed", f"The answer failed: {type(error).__name__}.")
         self.end()
 
     def end(self) -> None:
-        """Tell everyone who waits or follows that the turn has ended."""
+        """Report the end of the turn."""
         if not self.over:
-            self.tell("done", {})
+            self.publish("done", {})
         self.accepted.set()
 
-    def tell(self, event: str, data: Any) -> None:
-        """Let those who follow know."""
+    def publish(self, event: str, data: Any) -> None:
+        """Send an event to the followers."""
         self._events.append(ServerSentEvent(event=event, data=data, id=f"{self.id}/{len(self._events)}"))
         if event == "message":
-            self._shown = len(self._events)  # who comes only now, sees it in the conversation
+            self._shown = len(self._events)  # a new follower reads it from the stored conversation
         self.over = event == "done"
         self._news.set()
         self._news = anyio.Event()
 
     async def follow(self, last_seen: str | None) -> AsyncIterator[ServerSentEvent]:
-        """Yield what happened since the event of that id, then what happens, until the answer is over."""
+        """Yield the events after that event id, past and future ones, until the answer is over."""
         turn, _, number = (last_seen or "").partition("/")
         position = int(number) + 1 if turn == self.id else self._shown
         while True:
@@ -134,28 +135,27 @@ class Turn:
 
 
 class Chat:
-    """The answers that this process is writing, by session."""
+    """The running answers of this process, by session."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._factory: MongoDBSessionManagerFactory
         self._tasks: TaskGroup
         self.turns: dict[str, Turn] = {}
 
     @asynccontextmanager
     async def running(self, factory: MongoDBSessionManagerFactory) -> AsyncIterator[None]:
-        """Own the tasks that write answers. What is not finished at the end is cancelled; it can be asked for again."""
+        """Own the tasks that write answers. Unfinished answers are cancelled at the end, and can be requested again."""
         self._factory = factory
         async with anyio.create_task_group() as self._tasks:
             yield
             self._tasks.cancel_scope.cancel()
 
     def is_answering(self, session_id: str) -> bool:
-        """Tell whether an answer of a session is under way."""
+        """Return whether an answer of the session is running."""
         return session_id in self.turns and not self.turns[session_id].over
 
     async def begin(self, session_id: str, prompt: str | None) -> None:
-        """Store a message and begin to answer it."""
+        """Store a message and start to answer it."""
         if self.is_answering(session_id):
             raise HTTPException(409, "The last message is being answered.")
         self.turns[session_id] = turn = Turn()
@@ -171,7 +171,7 @@ class Chat:
                     await self._run(session, prompt, turn)
                 except Exception as error:
                     logger.exception("session_id=<%r> | the answer failed", session_id)
-                    turn.fail(error)  # now: closing the session tries once more to store, and waits for the database
+                    turn.fail(error)  # before the session closes, which retries to store and waits for the database
         except Exception as error:
             if not turn.over:
                 turn.fail(error)
@@ -186,7 +186,8 @@ class Chat:
         if prompt and "title" not in (await session.get_metadata())["metadata"]:
             await session.update_metadata({"title": prompt[:80]})
         turn.agent = Agent(
-            model=make_model(self._model, [answer] * 3, delay=0.03),
+            # In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), ...
+            model=ScriptedModel([answer] * 3, delay=0.03),
             agent_id=AGENT_ID,
             system_prompt=SYSTEM_PROMPT,
             tools=[session.get_metadata_tool(allowed_keys=["name"])],
@@ -196,26 +197,26 @@ class Chat:
         turn.agent.add_hook(lambda _: turn.accepted.set(), BeforeModelCallEvent)  # the message is stored by then
         async for event in turn.agent.stream_async(prompt):
             if "data" in event:
-                turn.tell("token", event["data"])
+                turn.publish("token", event["data"])
             elif "message" in event:
                 if shown := shown_of(event["message"]):
-                    turn.tell("message", shown)
-                turn.tell("session", await facts(session))
-        turn.tell("session", await facts(session))
+                    turn.publish("message", shown)
+                turn.publish("session", await facts(session))
+        turn.publish("session", await facts(session))
 
 
-# What the browser is shown.
+# Responses.
 
 
 def shown_of(message: Message) -> dict[str, Any] | None:
-    """Return what the page shows of a message, `None` if that is nothing, as of the results of tools."""
+    """Return a message as the page shows it, or `None` if the page hides it, like the result of a tool."""
     text = "".join(block.get("text", "") for block in message["content"])
     tools = [block["toolUse"]["name"] for block in message["content"] if "toolUse" in block]
     return {"role": message["role"], "text": text, "tools": tools} if text or tools else None
 
 
 async def facts(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
-    """Return what the page shows beside the conversation."""
+    """Return the metadata and the usage of a session, as the page shows them."""
     total = (await session.get_usage())["total"]
     return {
         "metadata": (await session.get_metadata())["metadata"],
@@ -224,7 +225,7 @@ async def facts(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
 
 
 async def conversation(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
-    """Return what the page shows of a session."""
+    """Return the messages, the metadata and the usage of a session, as the page shows them."""
     ratings = {entry.get("message_id"): entry.get("rating") for entry in await session.get_feedbacks()}
     try:
         stored = await session.list_messages(AGENT_ID)
@@ -239,13 +240,13 @@ async def conversation(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
     return {"messages": messages, "unanswered": unanswered, **await facts(session)}
 
 
-def create_app(connection_string: str, model: str) -> FastAPI:
-    """Return the application; `model` is what `--model` names."""
-    chat = Chat(model)
+def create_app(connection_string: str) -> FastAPI:
+    """Return the application."""
+    chat = Chat()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sessions = session_lifespan(connection_string, application_name="chat", **IMPATIENCE)
+        sessions = session_lifespan(connection_string, application_name="chat", **TIMEOUTS)
         async with sessions(app), chat.running(app.state.mongodb_session_factory):
             yield
 
@@ -328,7 +329,7 @@ def create_app(connection_string: str, model: str) -> FastAPI:
 
 
 def answer(messages: Messages) -> Any:
-    """Answer as a model would that keeps names with the session's metadata."""
+    """Answer like a model that stores the user's name in the session's metadata."""
     last = messages[-1]["content"]
     said = " ".join(block["text"] for block in last if "text" in block)
     words = said.replace(".", " ").replace(",", " ").split()
@@ -342,20 +343,18 @@ def answer(messages: Messages) -> Any:
             return {"tool": "manage_metadata", "input": {"action": "update", "metadata": {"name": name}}}
     if "story" in words:
         return "Once upon a time there was a message. " + "It was stored before anyone spoke again. " * 8 + "The end."
-    return None  # ScriptedModel's own answer, from the conversation
+    return None  # the default answer of ScriptedModel
 
 
 def main() -> None:
     """Serve the chat until Ctrl+C."""
-    parser = option_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets your phone in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--data-directory", default="chat-data", help="of the embedded server (default: %(default)s)")
     options = parser.parse_args()
-    with mongodb(options.data_directory) as uri:
-        app = create_app(uri, options.model)
-        print(f"http://{options.host}:{options.port}", flush=True)
-        uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=2)
+    app = create_app(demo_server("chat-data"))
+    print(f"http://{options.host}:{options.port}", flush=True)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=2)
 
 
 if __name__ == "__main__":

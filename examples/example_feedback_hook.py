@@ -1,27 +1,31 @@
-"""Thumbs up and down: feedback is stored with the session, through a hook that adds to it and raises an alarm.
+"""A feedback hook adds a field to every rating, and raises an alarm for bad ones.
 
 install: pip install 'mongodb-session-manager[embedded]'
-run:     python examples/example_feedback_hook.py
-expect:  an answer, two ratings of which the bad one raises an alarm, and both as they are stored
+run:     python example_feedback_hook.py
+expect:  An answer, two ratings, an alarm for the bad one, and both ratings as stored.
 
---model and MONGODB_URI take a real model and a real server; see offline.py.
+To use your own server, set the environment variable MONGODB_URI.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from strands import Agent
 
 from mongodb_session_manager import MongoDBSessionManager
-from offline import make_model, mongodb, new_session_id, option_parser
+from mongodb_session_manager.demo import ScriptedModel, demo_server
+
+# In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), OllamaModel(...)
+MODEL = ScriptedModel(["Next Monday."])
 
 
 def alarm(original_func: Callable[..., Any], action: str, session_id: str, feedback: dict[str, Any]) -> Any:
-    """Say where feedback came from, store it, and then tell somebody if it is bad; an `async def` hook works as well.
+    """Store feedback with its channel, and print an alarm if it is bad. An `async def` hook works as well.
 
-    A notification that needs the network must not hold up the caller: see `notify_later`.
+    The caller waits for the hook. To send a notification over the network, use `notify_later`, which does not wait.
     """
     result = original_func(feedback={**feedback, "channel": "web"})
     if feedback.get("rating") == "down":
@@ -30,10 +34,10 @@ def alarm(original_func: Callable[..., Any], action: str, session_id: str, feedb
 
 
 def main() -> None:
-    """Ask something and rate the answer, twice."""
-    options = option_parser(__doc__).parse_args()
-    with mongodb(), MongoDBSessionManager(new_session_id("rated"), feedback_hook=alarm) as session:
-        agent = Agent(model=make_model(options.model, ["Next Monday."]), session_manager=session, callback_handler=None)
+    """Ask a question and rate the answer twice."""
+    session_id = f"rated-{uuid4().hex[:8]}"
+    with MongoDBSessionManager(session_id, demo_server(), feedback_hook=alarm) as session:
+        agent = Agent(model=MODEL, session_manager=session, callback_handler=None)
         print("agent:", str(agent("When will my parcel arrive?")).strip())
 
         session.add_feedback({"rating": "up"})

@@ -1,10 +1,10 @@
-"""A hook around every use of metadata: it checks, changes, refuses and logs, whoever the caller is.
+"""A metadata hook checks, changes, refuses and logs every use of metadata, by the application and by the agent.
 
 install: pip install 'mongodb-session-manager[embedded]'
-run:     python examples/example_metadata_hook.py
-expect:  an update by the application and one by the agent pass through the hook; one that it refuses changes nothing
+run:     python example_metadata_hook.py
+expect:  The hook writes the keys of two updates in lower case. It refuses a third update, which changes nothing.
 
---model and MONGODB_URI take a real model and a real server; see offline.py.
+To use your own server, set the environment variable MONGODB_URI.
 """
 
 from __future__ import annotations
@@ -12,40 +12,42 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+from uuid import uuid4
 
 from strands import Agent
 
 from mongodb_session_manager import create_mongodb_session_manager_async
-from offline import make_model, mongodb, new_session_id, option_parser
+from mongodb_session_manager.demo import ScriptedModel, demo_server
 
-SCRIPT = [
-    {"tool": "manage_metadata", "input": {"action": "set", "metadata": {"Topic": "invoices"}}},
-    "This conversation is about invoices.",
-]
+# In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), OllamaModel(...)
+MODEL = ScriptedModel(
+    [
+        {"tool": "manage_metadata", "input": {"action": "set", "metadata": {"Topic": "invoices"}}},
+        "This conversation is about invoices.",
+    ]
+)
 
 
 async def audit(original_func: Callable[..., Awaitable[Any]], action: str, session_id: str, **kwargs: Any) -> Any:
-    """Write keys in lower case, refuse card numbers, and print what happens; a `def` hook works as well."""
+    """Write keys in lower case, refuse card numbers and log each action. A `def` hook works as well."""
     if action == "update":
         if "card_number" in kwargs["metadata"]:
             raise ValueError("card numbers are not stored")
         kwargs["metadata"] = {key.lower(): value for key, value in kwargs["metadata"].items()}
-    result = await original_func(**kwargs)  # without this call nothing would happen
+    result = await original_func(**kwargs)  # stores; without this call, nothing is stored
     print(f"hook: {action} {kwargs or ''}".rstrip())
     return result
 
 
-async def talk(model_name: str) -> None:
-    """Change metadata in three ways."""
-    async with await create_mongodb_session_manager_async(new_session_id("hook"), metadata_hook=audit) as session:
+async def talk(connection_string: str) -> None:
+    """Update metadata from the application, from the agent, and with a key that the hook refuses."""
+    session_id = f"hook-{uuid4().hex[:8]}"
+    async with await create_mongodb_session_manager_async(
+        session_id, connection_string, metadata_hook=audit
+    ) as session:
         await session.update_metadata({"Customer": "Ada"})
 
-        agent = Agent(
-            model=make_model(model_name, SCRIPT),
-            tools=[session.get_metadata_tool()],
-            session_manager=session,
-            callback_handler=None,
-        )
+        agent = Agent(model=MODEL, tools=[session.get_metadata_tool()], session_manager=session, callback_handler=None)
         answer = await agent.invoke_async("Note that the topic of this conversation is invoices.")
         print("agent:", str(answer).strip())
 
@@ -57,12 +59,5 @@ async def talk(model_name: str) -> None:
         print("stored:", (await session.get_metadata())["metadata"])
 
 
-def main() -> None:
-    """Run the example."""
-    options = option_parser(__doc__).parse_args()
-    with mongodb():
-        asyncio.run(talk(options.model))
-
-
 if __name__ == "__main__":
-    main()
+    asyncio.run(talk(demo_server()))

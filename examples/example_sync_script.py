@@ -1,45 +1,36 @@
-"""A plain script without asyncio: each run continues the conversation where the last run ended.
+"""A plain script without asyncio that continues where its last run ended.
 
 install: pip install 'mongodb-session-manager[embedded]'
-run:     python examples/example_sync_script.py "My name is Ada." "What is my name?"
-expect:  an answer per prompt, then the number of messages and tokens of the session; a second run restores the messages
-         of the first
+run:     python example_sync_script.py "My name is Ada." "What is my name?"
+expect:  An answer to each prompt, then the number of messages and tokens of the session. The next run restores the
+         messages of this one.
 
-The MongoDB server is an embedded one that keeps its data in the directory `script-data`; MONGODB_URI takes a real
-server. --session-id begins or continues another conversation. --model takes a real model; see offline.py.
+The data stays in the directory `script-data`. To use your own server, set the environment variable MONGODB_URI.
 """
 
 from __future__ import annotations
 
+import sys
+
 from strands import Agent
 
 from mongodb_session_manager import MongoDBSessionManager
-from offline import make_model, mongodb, option_parser
+from mongodb_session_manager.demo import ScriptedModel, demo_server
 
 
-def main() -> None:
-    """Answer the prompts of the command line."""
-    parser = option_parser(__doc__)
-    parser.add_argument("--session-id", default="script", help="the session (default: %(default)s)")
-    parser.add_argument("--data-directory", default="script-data", help="of the embedded server (default: %(default)s)")
-    parser.add_argument("prompts", nargs="*", default=["My name is Ada.", "What is my name?"], metavar="PROMPT")
-    options = parser.parse_args()
-    with (
-        mongodb(options.data_directory),
-        MongoDBSessionManager(options.session_id, application_name="script") as session,
-    ):
-        agent = Agent(
-            model=make_model(options.model), agent_id="assistant", session_manager=session, callback_handler=None
-        )
-        print(f"session {options.session_id}, restored {len(agent.messages)} messages")
-        for prompt in options.prompts:
+def talk(prompts: list[str]) -> None:
+    """Answer the prompts in the session `script`."""
+    with MongoDBSessionManager("script", demo_server("script-data"), application_name="script") as session:
+        # In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), ...
+        agent = Agent(model=ScriptedModel(), agent_id="assistant", session_manager=session, callback_handler=None)
+        print(f"restored {len(agent.messages)} messages")
+        for prompt in prompts:
             print("user: ", prompt)
             print("agent:", str(agent(prompt)).strip())
 
-        usage = session.get_usage()["total"]
         print("messages:", session.get_message_count("assistant"))
-        print("tokens:", usage["totalTokens"])
+        print("tokens:", session.get_usage()["total"]["totalTokens"])
 
 
 if __name__ == "__main__":
-    main()
+    talk(sys.argv[1:] or ["My name is Ada.", "What is my name?"])

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import pymongo
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 
+from fix_progress import Progress
+from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import CommandLog, eventually
 
 
@@ -26,6 +29,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full-conformance", action="store_true", help="resume each cut of a conversation in every way, not in one"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    full = config.getoption("full_adversity") or config.getoption("full_conformance")
+    settings.register_profile(
+        "here", max_examples=300 if full else 30, deadline=None, suppress_health_check=HealthCheck
+    )
+    settings.load_profile("here")
+
+
+HERE = Path(__file__).parent
+FAST = """
+agent_config attachments_references changes codec commands documents feedback ids legacy metadata
+odd_values options portable rollback scripted_model strict_api surface turns unit_of_work wrong_arguments
+"""
+"""The modules, without `test_`, of which all tests are marked `fast`: pure, or with one server and no other process."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing that `-m fast` would leave out: that took most of the time."""
+    name = collection_path.stem
+    left_out = collection_path.parent != HERE or (
+        name.startswith("test_") and name.removeprefix("test_") not in FAST.split()
+    )
+    return True if config.getoption("markexpr") == "fast" and HERE in collection_path.parents and left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is fast, and leave the cases that `support.sampled` leaves out to `--full-adversity`."""
+    for item in items:
+        if item.path.parent == HERE and item.path.stem.removeprefix("test_") in FAST.split():
+            item.add_marker("fast")
+    if not config.getoption("full_adversity"):
+        left_out = [item for item in items if item.get_closest_marker("full_adversity")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        session.config.pluginmanager.register(Progress(reporter))
 
 
 @pytest.fixture
@@ -43,6 +88,23 @@ def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockB
         yield detector
 
 
+@pytest.fixture
+def some(request: pytest.FixtureRequest) -> Callable[[Iterable[Any], int], list[Any]]:
+    """Choose so many of many cases, others in each run; `--full-adversity` has all of them."""
+    full = request.config.getoption("full_adversity")
+    return lambda cases, count: list(cases) if full else random.sample(list(cases), count)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def retries_come_fast() -> Iterator[None]:
+    """Have the driver look for a lost server at once, and the library send again sooner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
+        patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
+        patch.setattr("mongodb_session_manager._io.collection._PAUSES", (0.01, 0.02, 0.05))
+        yield
+
+
 @pytest.fixture(scope="session")
 def kept_in_memory() -> Iterator[None]:
     """Have servers keep their data in memory where there is room: most tests make a database with all its indexes."""
@@ -55,7 +117,7 @@ def kept_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded(kept_in_memory: None) -> Iterator[str]:
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1}) as server:
+    with Server(server_parameters={"enableTestCommands": 1}) as server:
         yield server.connection_string
 
 
@@ -68,14 +130,14 @@ def server(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def standalone(kept_in_memory: None) -> Iterator[str]:
     """The connection string of a server without a replica set, where the driver retries nothing."""
-    with EmbeddedMongoDB(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
+    with Server(standalone=True, server_parameters={"enableTestCommands": 1}) as server:
         yield server.connection_string
 
 
 @pytest.fixture(scope="session")
 def expiring(kept_in_memory: None) -> Iterator[str]:
     """The connection string of a server that looks for what has expired every second."""
-    with EmbeddedMongoDB(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
+    with Server(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
         yield server.connection_string
 
 
@@ -96,18 +158,43 @@ def drop_later(driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[Callable
         drop.result()
 
 
-@pytest.fixture
-def database(drop_later: Callable[[str], None]) -> Iterator[str]:
-    """The name of a database of the test's own."""
-    name = f"test_{uuid.uuid4().hex}"
+@pytest.fixture(scope="session")
+def shared_database(server: str, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
+    """The name of a database with all its indexes: to delete what is in it takes a hundredth of making another."""
+    name, log = f"test_{uuid.uuid4().hex}", CommandLog()
+    with MongoDBSessionManagerFactory(server, name, event_listeners=[log]) as factory:
+        factory.list_sessions()
+        log.wait_for_start()
     yield name
-    drop_later(name)
+    driver.drop_database(name)
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
+    """The name of a database with nothing in it but indexes; marked `own_database`: of one that nobody has used."""
+    if request.node.get_closest_marker("own_database"):
+        name, drop = f"test_{uuid.uuid4().hex}", request.getfixturevalue("drop_later")
+        yield name
+        drop(name)
+        return
+    name = request.getfixturevalue("shared_database")
+    collections = driver[name].list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
+    assert "agent_sessions" in collections, "a test that drops its database needs the marker own_database"
+    for collection in collections:
+        driver[name][collection].delete_many({})
+    yield name
 
 
 @pytest.fixture
 def stored(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> pymongo.collection.Collection[dict[str, Any]]:
     """The sessions of the test as they are stored."""
     return driver[database]["agent_sessions"]
+
+
+@pytest.fixture
+def large(driver: pymongo.MongoClient[dict[str, Any]]) -> None:
+    """Give the server room for documents of 16 MB; an embedded one has little."""
+    driver.admin.command({"setParameter": 1, "wiredTigerEngineRuntimeConfig": "cache_size=1G"})
 
 
 @pytest.fixture
@@ -120,11 +207,15 @@ def commands() -> CommandLog:
 def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted."""
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
-        factory.list_sessions()  # before there is a document: that takes the server a third of the time
-        commands.wait_for("createIndexes")
-        eventually(lambda: commands.names.count("find") == 2)  # the second one looks for what is unfinished
+        factory.list_sessions()  # before there is a document: indexes take the server a third of the time
+        eventually(lambda: not factory._connection._tasks)
         commands.clear()
         yield factory
-    # What is left over complains now. What is still in use is not looked at again: that took half of all the time.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_open() -> Iterator[None]:
+    """Have what is left over complain; what is still in use is not looked at again: that took half of all the time."""
+    yield
     gc.collect()
     gc.freeze()

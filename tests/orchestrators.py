@@ -107,3 +107,20 @@ class Streaming(Async):
 def sent(each: Agent) -> list[Any]:
     """Return what the model of a node was sent, call by call, without what is different in every run."""
     return [[{"role": message["role"], "content": message["content"]} for message in call] for call in each.model.calls]
+
+
+class Odd(MultiAgentBase):
+    """An orchestrator of somebody else's making."""
+
+    def __init__(self, state: Any, name: str = "odd") -> None:
+        super().__init__()
+        self.id, self.state = name, state
+
+    async def invoke_async(self, task: Any, invocation_state: Any = None, **kwargs: Any) -> MultiAgentResult:
+        raise NotImplementedError
+
+    def serialize_state(self) -> Any:
+        return self.state
+
+    def deserialize_state(self, payload: dict[str, Any]) -> None:
+        self.state = payload

@@ -18,29 +18,12 @@ import pytest
 from pymongo.errors import OperationFailure
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from fix_overtaking import overtake
-from mongodb_session_manager import (
-    AsyncMongoDBSessionManager,
-    AsyncMongoDBSessionRepository,
-    ConfigurationError,
-    MessageTooLargeError,
-    MongoDBSessionManager,
-    MongoDBSessionManagerFactory,
-    MongoDBSessionRepository,
-    SessionConflictError,
-    initialize_global_factory,
-)
-from mongodb_session_manager._format.buckets import MERGE_REFUSED, Head, Limits, cut, merge
-from mongodb_session_manager._format.changes import AppendMessage, ReplaceMessage
-from mongodb_session_manager._format.documents import stored_message
-from mongodb_session_manager._format.retention import UNDATED
-from proxy import Proxy, command
-from support import CommandLog, agent, eventually, fail_point, texts
-from test_archive import (
+from fix_archive import (
     MOMENT,
     SECRET,
     SMALL,
     Driver,
+    Other,
     Stored,
     append,
     archive_of,
@@ -54,6 +37,23 @@ from test_archive import (
     settled,
     told,
 )
+from fix_overtaking import overtake
+from mongodb_session_manager import (
+    AsyncMongoDBSessionManager,
+    AsyncMongoDBSessionRepository,
+    ConfigurationError,
+    MessageTooLargeError,
+    MongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionConflictError,
+    initialize_global_factory,
+)
+from mongodb_session_manager._format.buckets import MERGE_REFUSED
+from mongodb_session_manager._format.changes import AppendMessage, ReplaceMessage
+from mongodb_session_manager._format.documents import stored_message
+from proxy import Proxy, command
+from support import CommandLog, agent, eventually, fail_point, texts
 
 LOST = {
     "errorLabels": ["RetryableWriteError"],
@@ -61,34 +61,6 @@ LOST = {
 }
 REFUSED = {"errorCode": 8000}
 BROKEN = {"closeConnection": True}
-
-
-class Other:
-    """Another process that moves messages, one command at a time."""
-
-    def __init__(self, stored: Stored, limit: int = 8) -> None:
-        self.stored, self.limits = stored, Limits(limit, 2**20)
-        document = head(stored)
-        self.head = Head.of(
-            {
-                "created_at": document["created_at"],
-                "archived": document.get("archived", 0),
-                "revision": document.get("revision", 0),
-                "next_message_id": document["next_message_id"],
-                "count": len(document["messages"]),
-                "bytes": 0,
-                "removed": 0,
-                "session": stored.find_one({"_id": "s"}),
-            }
-        )
-        self.step = self.limits.step(self.head)
-
-    def merge(self) -> None:
-        self.stored.aggregate(merge("s", "agent", self.head, self.step, "agent_sessions_archive", UNDATED))
-
-    def cut(self) -> bool:
-        statement = cut("s", "agent", self.head, self.step, UNDATED)
-        return bool(self.stored.update_one(statement.filter, statement.update).matched_count)
 
 
 @pytest.fixture
@@ -249,6 +221,7 @@ def test_a_message_that_moves_while_it_is_replaced_is_replaced(
 # Commands that fail.
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("failing", ["aggregate", "findAndModify"])
 @pytest.mark.parametrize("failure", [REFUSED, BROKEN, LOST], ids=["refused", "broken", "lost"])
 @pytest.mark.parametrize("times", [1, 50])
@@ -283,6 +256,7 @@ def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
     assert SECRET not in caplog.text
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("lost", ["aggregate", "findAndModify"])
 @pytest.mark.parametrize("where", ["embedded", "standalone"])
 def test_a_move_whose_acknowledgement_is_lost_is_done_once(
@@ -308,6 +282,7 @@ def test_a_move_whose_acknowledgement_is_lost_is_done_once(
         client.drop_database(database)
 
 
+@pytest.mark.own_database
 def test_who_may_not_write_the_archive_keeps_everything_in_the_session(
     server: str, database: str, stored: Stored, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -321,6 +296,7 @@ def test_who_may_not_write_the_archive_keeps_everything_in_the_session(
     assert {record.levelno for record in caplog.records if "old messages" in record.message} == {logging.WARNING}
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("slow", ["aggregate", "findAndModify"])
 def test_a_writer_does_not_outrun_a_slow_archive(embedded: str, database: str, driver: Driver, slow: str) -> None:
     with (
@@ -502,12 +478,6 @@ def size(stored: Stored) -> int:
     return len(bson.encode(stored.find_one({"_id": "s"})))
 
 
-@pytest.fixture
-def large(driver: Driver) -> None:
-    """Give the server room for documents of 16 MB; an embedded one has little."""
-    driver.admin.command({"setParameter": 1, "wiredTigerEngineRuntimeConfig": "cache_size=1G"})
-
-
 def fifteen_megabytes() -> list[str]:
     return [f"{n} " + "x" * 4000 for n in range(3650)]
 
@@ -576,7 +546,7 @@ def test_many_agents_in_a_document_without_room(repository: MongoDBSessionReposi
     repository.create_message("s", "a3", said(21, "y" * 900_000))
     assert size(stored) < 16 * 1024 * 1024
     assert len(repository.list_messages("s", "a3")) == 22
-    for n in range(70):
+    for n in (0, 3, 4, 69):
         assert [text.split("x")[0] for text in everything(stored, f"a{n}")][:21] == [f"{n} {i} " for i in range(21)]
 
 

@@ -6,13 +6,10 @@ import asyncio
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import gridfs
@@ -20,10 +17,33 @@ import pymongo
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient
-from strands import Agent, tool
-from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
+from strands import tool
+from strands.types.session import Session, SessionAgent, SessionType
 
 import scripted_model
+from fix_attachments import (
+    CHUNKS,
+    FILES,
+    KIB,
+    LARGE,
+    LARGER,
+    MIB,
+    SMALL,
+    Driver,
+    asking,
+    content,
+    conversation,
+    document,
+    hashes,
+    ids,
+    image,
+    of,
+    process,
+    redacted,
+    restored,
+    said,
+    sha256,
+)
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     AttachmentError,
@@ -42,71 +62,13 @@ from proxy import Proxy, command
 from scripted_model import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts
 
-Driver = pymongo.MongoClient[dict[str, Any]]
-
-KIB, MIB = 1024, 1024 * 1024
 MESSAGE_SAVED, OPEN = "update", "findAndModify"
-FILES, CHUNKS = "agent_sessions_attachments.files", "agent_sessions_attachments.chunks"
-ROOT = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the scripted model from writing out attachments to count their words."""
     monkeypatch.setattr(scripted_model, "_count_words", len)
-
-
-def content(size: int, seed: int = 0) -> bytes:
-    """Bytes that differ from place to place, so that no two chunks are alike."""
-    return b"".join(hashlib.sha256(b"%d %d" % (seed, i)).digest() for i in range(size // 32 + 1))[:size]
-
-
-SMALL, LARGE, LARGER = content(10 * KIB, 1), content(300 * KIB, 2), content(5 * MIB, 3)
-
-
-def image(data: bytes) -> Any:
-    return {"image": {"format": "png", "source": {"bytes": data}}}
-
-
-def document(data: bytes) -> Any:
-    return {"document": {"format": "pdf", "name": "report", "source": {"bytes": data}}}
-
-
-def asking(*blocks: Any) -> list[Any]:
-    return [{"text": "what is this?"}, *blocks]
-
-
-def conversation(live: Agent) -> list[Any]:
-    """What an agent's messages say."""
-    return [(message["role"], message["content"]) for message in live.messages]
-
-
-def restored(factory: MongoDBSessionManagerFactory, session_id: str = "s") -> list[Any]:
-    """What a new manager restores."""
-    with factory.create_session_manager(session_id) as manager:
-        return conversation(agent(manager))
-
-
-def ids(driver: Driver, database: str, collection: str = FILES, session_id: str = "s") -> list[Any]:
-    """The ids of what a session has in GridFS."""
-    found = driver[database][collection].find({"session_id": session_id}, {"_id": 1}).sort("_id", 1)
-    return [document["_id"] for document in found]
-
-
-def hashes(driver: Driver, database: str, session_id: str = "s") -> list[str]:
-    """The content of the files that a session has in GridFS; each is complete, and there are no other chunks."""
-    files = ids(driver, database, FILES, session_id)
-    chunks = [chunk["file"] for chunk in ids(driver, database, CHUNKS, session_id)]
-    assert {str(file) for file in files} == {str(file) for file in chunks}
-    return sorted(file["sha256"] for file in files)
-
-
-def of(*blobs: bytes) -> list[str]:
-    return sorted(map(sha256, blobs))
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 # There and back.
@@ -174,6 +136,7 @@ def test_up_to_the_bound_attachments_stay_in_the_document(
     assert len(hashes(driver, database)) == 2
 
 
+@pytest.mark.own_database
 def test_any_gridfs_client_reads_them(factory: MongoDBSessionManagerFactory, driver: Driver, database: str) -> None:
     agent(factory.create_session_manager("s"), "a cat")(asking(document(LARGER), image(LARGE)))
     bucket = gridfs.GridFSBucket(driver[database], "agent_sessions_attachments")
@@ -198,23 +161,9 @@ with MongoDBSessionManager("s", sys.argv[1], sys.argv[2]) as manager:
 """
 
 
-def process(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT.parent / "examples"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
-SIXTY = pytest.mark.parametrize("sizes", [[15 * MIB] * 4, [60 * MIB]], ids=["four", "one"])
-
-
-@SIXTY
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("sync", [15 * MIB] * 4), ("async", [60 * MIB])], ids=["four, sync", "one, async"]
+)
 def test_sixty_megabytes(
     factory: MongoDBSessionManagerFactory, server: str, database: str, sizes: list[int], kind: str
 ) -> None:
@@ -277,10 +226,6 @@ def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]
         repository.create_session(Session("s", SessionType.AGENT))
         repository.create_agent("s", SessionAgent("agent", {}, {}))
         yield repository
-
-
-def said(*blocks: Any, message_id: int = 0) -> SessionMessage:
-    return SessionMessage({"role": "user", "content": [{"text": "see"}, *blocks]}, message_id)
 
 
 def test_the_repository_reads_them_back(repository: MongoDBSessionRepository, driver: Driver, database: str) -> None:
@@ -407,7 +352,7 @@ KILLED = """
 import os, signal, sys
 from pymongo import monitoring
 from strands import Agent
-import test_attachments as t
+import fix_attachments as t
 from scripted_model import ScriptedModel
 from mongodb_session_manager import MongoDBSessionManager
 
@@ -630,12 +575,6 @@ def test_a_redaction_leaves_what_another_message_refers_to(
         assert repository.read_message("s", "other", 0).message["content"] == [{"text": "see"}, image(LARGE)]
         repository.update_message("s", "other", redacted())
         assert hashes(driver, database) == []
-
-
-def redacted(message_id: int = 0) -> SessionMessage:
-    message = said(message_id=message_id)
-    message.redact_message = {"role": "user", "content": [{"text": "[gone]"}]}
-    return message
 
 
 def share(driver: Driver, database: str) -> None:

@@ -164,6 +164,7 @@ def test_a_replacement_that_is_too_large_leaves_what_is_stored(
     assert texts(stored.find_one({"_id": "s"})["agents"]["agent"]["messages"]) == ["one", "1", "two", "2"]
 
 
+@pytest.mark.own_database
 def test_the_repository_refuses_it(server: str, database: str, commands: CommandLog) -> None:
     message = SessionMessage({"role": "user", "content": [{"text": TOO_LONG}]}, 0)
     short = SessionMessage({"role": "user", "content": [{"text": "short"}]}, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pymongo.collection import Collection
 from strands.types.session import SessionAgent, SessionMessage
@@ -27,16 +27,14 @@ from mongodb_session_manager._format.changes import (
     CreateAgent,
     ReplaceMessage,
     SetMessageFields,
-    StoredView,
-    Update,
     UpdateAgent,
-    compile_update,
     fold,
-    reconcile,
 )
+from mongodb_session_manager._format.comparison import StoredView, reconcile
 from mongodb_session_manager._format.documents import agent_state, message_body, new_agent, new_session, stored_message
 from mongodb_session_manager._format.expressions import array_at
 from mongodb_session_manager._format.ids import agent_key
+from mongodb_session_manager._format.statements import Update, compile_update
 
 INCARNATION = ObjectId()
 T0 = datetime(2025, 1, 1, tzinfo=UTC)
@@ -639,15 +637,6 @@ def without_revisions(session: Any) -> Any:
     return session
 
 
-against_the_server = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-@against_the_server
 @given(cut_histories())
 def test_folded_changes_say_what_they_said_one_by_one(
     stored: Collection[dict[str, Any]], history: tuple[list[Change], list[list[Change]]]
@@ -659,7 +648,6 @@ def test_folded_changes_say_what_they_said_one_by_one(
     assert without_revisions(stored_after(stored, [changes] if changes else [])) == one_by_one
 
 
-@against_the_server
 @given(cut_histories())
 def test_changes_whose_acknowledgement_was_lost_are_stored_once(
     server: str,

@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,8 @@ import httpx
 import pymongo
 import pytest
 
-from mongodb_session_manager.embedded import EmbeddedMongoDB
+import interpreter
+from fix_servers import Server
 from support import eventually, texts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `dev` brings Playwright")
@@ -48,13 +47,7 @@ class Served:
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, EXAMPLE, "--port", str(self.port)],
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._process = interpreter.start(EXAMPLE, "--port", self.port, env=self._environment)
         eventually(self._answers)
 
     def _answers(self) -> bool:
@@ -285,20 +278,20 @@ SOON = 5_000  # milliseconds within which the page must say so
 
 
 @pytest.fixture(scope="module")
-def mortal(kept_in_memory: None) -> Iterator[EmbeddedMongoDB]:
-    with EmbeddedMongoDB() as server:
+def mortal(kept_in_memory: None) -> Iterator[Server]:
+    with Server() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def mortal_served(mortal: EmbeddedMongoDB) -> Iterator[Served]:
+def mortal_served(mortal: Server) -> Iterator[Served]:
     process = Served(mortal.connection_string, "chat")
     yield process
     process.end()
 
 
 @pytest.fixture
-def mortal_page(browser: Any, mortal: EmbeddedMongoDB, mortal_served: Served) -> Iterator[Any]:
+def mortal_page(browser: Any, mortal: Server, mortal_served: Served) -> Iterator[Any]:
     """The chat on a database of its own, with a conversation."""
     if httpx.get(f"{mortal_served.url}/health").status_code != 200:
         mortal.restart()
@@ -315,7 +308,7 @@ def mortal_page(browser: Any, mortal: EmbeddedMongoDB, mortal_served: Served) ->
     assert wrong == []
 
 
-def test_a_message_without_its_database_is_refused_in_words_and_kept(mortal_page: Any, mortal: EmbeddedMongoDB) -> None:
+def test_a_message_without_its_database_is_refused_in_words_and_kept(mortal_page: Any, mortal: Server) -> None:
     page, alert = mortal_page, mortal_page.get_by_role("alert")
     before = said(page)
     mortal.kill()
@@ -338,7 +331,7 @@ def test_a_message_without_its_database_is_refused_in_words_and_kept(mortal_page
     assert said(page) == [*before, "What is my name?", "Your name is Ada."]
 
 
-def test_a_new_chat_without_its_database_keeps_what_was_written(mortal_page: Any, mortal: EmbeddedMongoDB) -> None:
+def test_a_new_chat_without_its_database_keeps_what_was_written(mortal_page: Any, mortal: Server) -> None:
     page, alert = mortal_page, mortal_page.get_by_role("alert")
     mortal.kill()
     page.get_by_role("button", name="New chat", exact=True).click()
@@ -348,9 +341,7 @@ def test_a_new_chat_without_its_database_keeps_what_was_written(mortal_page: Any
     expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])  # what is known stays
 
 
-def test_a_reload_without_the_database_says_so_and_shows_no_empty_list(
-    mortal_page: Any, mortal: EmbeddedMongoDB
-) -> None:
+def test_a_reload_without_the_database_says_so_and_shows_no_empty_list(mortal_page: Any, mortal: Server) -> None:
     page, alert = mortal_page, mortal_page.get_by_role("alert")
     before = said(page)
     page.get_by_label("Message", exact=True).fill("half a thought")
@@ -369,9 +360,7 @@ def test_a_reload_without_the_database_says_so_and_shows_no_empty_list(
     expect(alert).to_be_hidden()
 
 
-def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(
-    mortal_page: Any, mortal: EmbeddedMongoDB
-) -> None:
+def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(mortal_page: Any, mortal: Server) -> None:
     page, alert = mortal_page, mortal_page.get_by_role("alert")
     say(page, "Tell me a story")
     expect(page.locator(".writing .said")).to_contain_text("Once upon")
@@ -394,7 +383,7 @@ def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(
 
 
 @pytest.mark.parametrize("action", ["open", "rate", "delete"])
-def test_whatever_is_done_without_the_database_says_so(mortal_page: Any, mortal: EmbeddedMongoDB, action: str) -> None:
+def test_whatever_is_done_without_the_database_says_so(mortal_page: Any, mortal: Server, action: str) -> None:
     page, alert = mortal_page, mortal_page.get_by_role("alert")
     mortal.kill()
     match action:

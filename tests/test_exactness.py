@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import multiprocessing.synchronize
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -304,7 +303,7 @@ async def test_a_hundred_sessions_at_once(factory: MongoDBSessionManagerFactory,
 
 # Many processes.
 
-PROCESSES = 20
+PROCESSES = 8
 
 
 def enter_with_own_agent(server: str, database: str, number: int, start: multiprocessing.synchronize.Barrier) -> None:
@@ -326,7 +325,7 @@ def enter_with_same_agent(server: str, database: str, number: int, start: multip
 
 
 def in_processes(target: Callable[..., None], server: str, database: str) -> None:
-    """Run `target` in twenty processes that begin at the same moment."""
+    """Run `target` in eight processes that begin at the same moment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["strands", "mongodb_session_manager", "support"])
     start = context.Barrier(PROCESSES)
@@ -343,14 +342,14 @@ def in_processes(target: Callable[..., None], server: str, database: str) -> Non
     assert codes == [0] * PROCESSES
 
 
-def test_twenty_processes_enter_a_new_session_at_once(server: str, database: str, stored: Stored) -> None:
+def test_eight_processes_enter_a_new_session_at_once(server: str, database: str, stored: Stored) -> None:
     in_processes(enter_with_own_agent, server, database)
     assert stored.count_documents({}) == 1
     for number in range(PROCESSES):
         assert conversation(stored, key=f"agent-{number}") == [f"question {number}", "answer"]
 
 
-def test_twenty_processes_open_the_same_agent_at_once(server: str, database: str, stored: Stored) -> None:
+def test_eight_processes_open_the_same_agent_at_once(server: str, database: str, stored: Stored) -> None:
     in_processes(enter_with_same_agent, server, database)
     (document,) = stored.find()
     assert document["application_name"] == "app"
@@ -424,12 +423,6 @@ def test_the_session_is_deleted_before_the_state_is_stored(
 # What gets lost on the way.
 
 
-@pytest.fixture(autouse=True)
-def looks_for_the_server_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the driver look for a lost server at once; by itself it waits half a second, here a hundred times."""
-    monkeypatch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
-
-
 @dataclass
 class Site:
     """A server behind a proxy, and a factory that reaches it through the proxy."""
@@ -444,15 +437,15 @@ class Site:
 @pytest.fixture(params=["server", "standalone"])
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     server = request.getfixturevalue(request.param)
-    database = f"test_{uuid.uuid4().hex}"
     with (
         pymongo.MongoClient(server, tz_aware=True) as driver,
         Proxy(server) as proxy,
-        MongoDBSessionManagerFactory(proxy.uri, database, serverMonitoringMode="poll") as factory,
+        MongoDBSessionManagerFactory(proxy.uri, "test_exactness", serverMonitoringMode="poll") as factory,
     ):
+        stored = driver["test_exactness"]["agent_sessions"]
+        stored.delete_many({})
         factory.create_session_manager("warm-up").close()
-        yield Site(request.param, server, proxy, factory, driver[database]["agent_sessions"])
-        driver.drop_database(database)
+        yield Site(request.param, server, proxy, factory, stored)
 
 
 Arm = Callable[[str], None]

@@ -1,4 +1,4 @@
-"""The examples, run as their first lines say."""
+"""The examples, copied out alone and run as their first lines say."""
 
 from __future__ import annotations
 
@@ -13,45 +13,96 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pymongo
 import pytest
-from strands.models import BedrockModel
 
-from offline import make_model, option_parser
+from documented import uri_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ("offline.py", "scripted_model.py"))
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+PYTHON = [sys.executable, "-W", "error"]
+COMMANDS = {"python": PYTHON, "uvicorn": [*PYTHON, "-m", "uvicorn"]}
+
+
+class Example:
+    """An example in a directory of its own. It uses the test's database, or starts a server as it does by default."""
+
+    def __init__(self, directory: Path, uri: str) -> None:
+        self._directory = directory
+        self._environment = {**os.environ, "MONGODB_URI": uri}
+        self.uri = uri
+
+    def without_server(self) -> Example:
+        del self._environment["MONGODB_URI"]
+        return self
+
+    def commands(self, name: str) -> list[list[str]]:
+        """Copy an example and return the commands of its `run:` line."""
+        shutil.copy(EXAMPLES / name, self._directory)
+        found = re.search("^run: +(.+)$", (EXAMPLES / name).read_text(), re.MULTILINE)
+        assert found is not None
+        commands = [shlex.split(command) for command in found[1].split("&&")]
+        return [[*COMMANDS[program], *arguments] for program, *arguments in commands]
+
+    def run(self, name: str) -> list[str]:
+        """Run an example and return the lines it printed, without the random part of session ids."""
+        printed = ""
+        for command in self.commands(name):
+            shown = subprocess.run(
+                command, cwd=self._directory, env=self._environment, capture_output=True, text=True, timeout=110
+            )
+            assert (shown.returncode, shown.stderr) == (0, "")
+            printed += shown.stdout
+        return re.sub(r"-[0-9a-f]{8}\b", "-#", printed).splitlines()
+
+    @contextmanager
+    def serving(self, name: str) -> Iterator[str]:
+        """Run an example that is a server on a free port, yield its address, and end it as Ctrl+C does."""
+        [command] = self.commands(name)
+        process = subprocess.Popen(
+            [*command, "--port", "0"],
+            cwd=self._directory,
+            env=self._environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        logged = ""
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                logged += line
+                if found := re.search(r"running on (http://[\d.:]+)", line):
+                    yield found[1]
+                    break
+        finally:
+            process.send_signal(signal.SIGINT)
+            logged += process.communicate(timeout=60)[1]
+        assert process.returncode in (0, -signal.SIGINT), logged
+        assert "Application shutdown complete." in logged
+        assert "Traceback" not in logged
 
 
 @pytest.fixture
-def environment(embedded: str, database: str) -> dict[str, str]:
-    """An environment in which examples use the test's own database."""
-    return {**os.environ, "MONGODB_URI": urlsplit(embedded)._replace(path=f"/{database}").geturl()}
-
-
-def run(name: str, environment: dict[str, str], *arguments: str) -> list[str]:
-    """Run an example and return the lines it printed, with the random part of session ids left out."""
-    shown = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / name, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stderr == ""
-    return re.sub(r"-[0-9a-f]{8}\b", "-#", shown.stdout).splitlines()
+def example(server: str, database: str, tmp_path: Path) -> Example:
+    return Example(tmp_path, uri_of(server, database))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_says_what_to_install_to_run_and_to_expect(name: str) -> None:
     source = (EXAMPLES / name).read_text()
     assert re.search(
-        rf"^install: pip install '.+\nrun:     python examples/{name}.*\nexpect:  \w", source, re.MULTILINE
+        rf"^install: pip install '.+\nrun:     (python {name}|uvicorn {name.removesuffix('.py')}:app).*\nexpect:  \w",
+        source,
+        re.MULTILINE,
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_says_where_another_model_goes(name: str) -> None:
+    assert re.search(r"# In place of ScriptedModel, a.* BedrockModel\(", (EXAMPLES / name).read_text())
 
 
 def test_the_table_of_examples_is_complete() -> None:
@@ -59,9 +110,20 @@ def test_the_table_of_examples_is_complete() -> None:
     assert sorted(named) == [(name, name) for name in NAMES]
 
 
-def test_calculator_tool_with_a_server_of_its_own() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "MONGODB_URI"}
-    assert run("example_calculator_tool.py", environment) == [
+def test_quickstart_with_a_server_of_its_own(example: Example) -> None:
+    lines = example.without_server().run("quickstart.py")
+    assert [re.sub(r"process \d+", "process #", line) for line in lines] == [
+        "process # restored 0 messages",
+        "  user:  Hello, my name is Ada.",
+        "  agent: Hello! I have been sent 1 message.",
+        "process # restored 2 messages",
+        "  user:  What is my name?",
+        "  agent: Your name is Ada.",
+    ]
+
+
+def test_calculator_tool_with_a_server_of_its_own(example: Example) -> None:
+    assert example.without_server().run("example_calculator_tool.py") == [
         "answer: 12 times 34 is 408.",
         "restored 4 messages:",
         "  user: What is 12 times 34? Use the calculator.",
@@ -71,20 +133,20 @@ def test_calculator_tool_with_a_server_of_its_own() -> None:
     ]
 
 
-def test_metadata_tool(environment: dict[str, str]) -> None:
-    assert run("example_metadata_tool.py", environment) == [
+def test_metadata_tool(example: Example) -> None:
+    assert example.run("example_metadata_tool.py") == [
         "user:  I am vegetarian.",
         "agent: I noted that you are vegetarian.",
         "user:  Set my plan to gold.",
         "agent: I cannot change your plan.",
-        "the tool said: Metadata updated: preferences.diet.",
-        "the tool said: Error: the key 'plan' is not one of preferences",
+        "tool:  Metadata updated: preferences.diet.",
+        "tool:  Error: the key 'plan' is not one of preferences",
         "stored: {'plan': 'silver', 'preferences': {'diet': 'vegetarian'}}",
     ]
 
 
-def test_metadata_hook(environment: dict[str, str]) -> None:
-    assert run("example_metadata_hook.py", environment) == [
+def test_metadata_hook(example: Example) -> None:
+    assert example.run("example_metadata_hook.py") == [
         "hook: update {'metadata': {'customer': 'Ada'}}",
         "hook: update {'metadata': {'topic': 'invoices'}}",
         "agent: This conversation is about invoices.",
@@ -94,8 +156,8 @@ def test_metadata_hook(environment: dict[str, str]) -> None:
     ]
 
 
-def test_feedback_hook(environment: dict[str, str]) -> None:
-    assert run("example_feedback_hook.py", environment) == [
+def test_feedback_hook(example: Example) -> None:
+    assert example.run("example_feedback_hook.py") == [
         "agent: Next Monday.",
         "alarm: bad feedback: It did not arrive.",
         "stored: up web ",
@@ -103,9 +165,8 @@ def test_feedback_hook(environment: dict[str, str]) -> None:
     ]
 
 
-def test_aws_hooks(environment: dict[str, str]) -> None:
-    lines = run("example_aws_hooks.py", environment)
-    assert lines == [
+def test_aws_hooks(example: Example) -> None:
+    assert example.run("example_aws_hooks.py") == [
         "agent: Your refund is on its way.",
         "notifications: 2 delivered, 0 failed",
         r"SNS: '[negative] on session aws-#', 'Session: aws-#\n\nToo slow.'",
@@ -113,20 +174,20 @@ def test_aws_hooks(environment: dict[str, str]) -> None:
     ]
 
 
-def test_multi_agent(environment: dict[str, str]) -> None:
-    assert run("example_multi_agent.py", environment) == [
+def test_multi_agent(example: Example) -> None:
+    assert example.run("example_multi_agent.py") == [
         "A first process:",
-        "  researcher begins",
-        "  writer begins",
+        "  researcher starts",
+        "  writer starts",
         "It ended with SIGKILL. A second process:",
-        "  writer begins",
-        "  editor begins",
+        "  writer starts",
+        "  editor starts",
         "  result: MongoDB stores documents.",
     ]
 
 
-def test_guardrail_audit(environment: dict[str, str]) -> None:
-    assert run("example_guardrail_audit.py", environment) == [
+def test_guardrail_audit(example: Example) -> None:
+    assert example.run("example_guardrail_audit.py") == [
         "user:  Good afternoon.",
         "agent: Good afternoon!",
         "user:  My card number is 4111 1111 1111 1111.",
@@ -141,73 +202,19 @@ def test_guardrail_audit(environment: dict[str, str]) -> None:
     ]
 
 
-def test_sync_script(environment: dict[str, str]) -> None:
-    assert run("example_sync_script.py", environment, "--session-id", "diary", "My name is Ada.") == [
-        "session diary, restored 0 messages",
+def test_sync_script(example: Example) -> None:
+    first, second = (example.run("example_sync_script.py") for _ in range(2))
+    assert first == [
+        "restored 0 messages",
         "user:  My name is Ada.",
         "agent: Hello! I have been sent 1 message.",
-        "messages: 2",
-        "tokens: 11",
-    ]
-    assert run("example_sync_script.py", environment, "--session-id", "diary", "What is my name?")[:3] == [
-        "session diary, restored 2 messages",
         "user:  What is my name?",
         "agent: Your name is Ada.",
+        "messages: 4",
+        "tokens: 30",
     ]
-
-
-def test_the_sync_script_continues_where_its_last_run_ended(tmp_path: Path) -> None:
-    copies = tmp_path / "copies"
-    copies.mkdir()
-    for name in ("example_sync_script.py", "offline.py", "scripted_model.py"):
-        shutil.copy(EXAMPLES / name, copies)
-    environment = {name: value for name, value in os.environ.items() if name != "MONGODB_URI"}
-
-    def lines() -> list[str]:
-        command = [
-            sys.executable,
-            "-W",
-            "error",
-            "copies/example_sync_script.py",
-            "What is my name?",
-            "My name is Ada.",
-        ]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110, check=True
-        ).stdout.splitlines()
-
-    first, second = lines(), lines()
-    assert first[0] == "session script, restored 0 messages"
-    assert first[2] == "agent: I do not know your name yet."
-    assert second[0] == "session script, restored 4 messages"
-    assert second[2] == "agent: Your name is Ada."
+    assert second[0] == "restored 4 messages"
     assert "messages: 8" in second
-
-
-@contextmanager
-def serving(name: str, environment: dict[str, str]) -> Iterator[str]:
-    """Run an example that is a server on a free port, yield its address, and end it as Ctrl+C does."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", EXAMPLES / name, "--port", "0"],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    said = ""
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            said += line
-            if found := re.search(r"running on (http://[\d.:]+)", line):
-                yield found[1]
-                break
-    finally:
-        process.send_signal(signal.SIGINT)
-        said += process.communicate(timeout=60)[1]
-    assert process.returncode in (0, -signal.SIGINT), said
-    assert "Application shutdown complete." in said
-    assert "Traceback" not in said
 
 
 def curl(line: str, address: str) -> httpx.Response:
@@ -218,9 +225,9 @@ def curl(line: str, address: str) -> httpx.Response:
     return httpx.request("GET" if body is None else "POST", url, json=body, timeout=60)
 
 
-def test_fastapi(environment: dict[str, str]) -> None:
+def test_fastapi(example: Example) -> None:
     lines = re.findall(r"^    (curl .*)$", (EXAMPLES / "example_fastapi.py").read_text(), re.MULTILINE)
-    with serving("example_fastapi.py", environment) as address:
+    with example.serving("example_fastapi.py") as address:
         answers = [curl(line, address) for line in lines]
         bad = curl("curl http://127.0.0.1:8000/sessions/a%00b", address)
         unknown = [
@@ -228,7 +235,7 @@ def test_fastapi(environment: dict[str, str]) -> None:
             curl("""curl http://127.0.0.1:8000/sessions/unknown/feedback --json '{"rating": "up"}'""", address),
             curl("curl http://127.0.0.1:8000/sessions/unknown", address),
         ]
-    with pymongo.MongoClient(environment["MONGODB_URI"]) as client:
+    with pymongo.MongoClient(example.uri) as client:
         assert client.get_default_database()["agent_sessions"].distinct("_id") == ["ada-1"]
     assert {(answer.status_code, answer.json()["detail"]) for answer in unknown} == {
         (404, "the session does not exist")
@@ -240,21 +247,3 @@ def test_fastapi(environment: dict[str, str]) -> None:
     assert [each["rating"] for each in answers[3].json()["feedbacks"]] == ["up"]
     assert answers[4].json() == {"status": "ok"}
     assert (bad.status_code, bad.json()) == (422, {"detail": "session_id must not hold a NUL character"})
-
-
-def test_a_real_model_by_one_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    model = make_model("bedrock:eu.amazon.nova-lite-v1:0", ["scripted"], guardrail_id="g")
-    assert isinstance(model, BedrockModel)
-    assert model.get_config()["model_id"] == "eu.amazon.nova-lite-v1:0"
-    assert model.get_config()["guardrail_id"] == "g"
-
-
-@pytest.mark.parametrize("name", ["hal:9000", "bedrock", "bedrock:"])
-def test_an_unknown_model_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        option_parser("").parse_args(["--model", name])
-    assert (
-        "argument --model: not PROVIDER:MODEL_ID with a provider of bedrock, openai, anthropic"
-        in capsys.readouterr().err
-    )

@@ -30,6 +30,7 @@ from mongodb_session_manager import (
     MongoDBSessionError,
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
+    PendingSession,
     SessionClosedError,
     close_global_factory,
     create_mongodb_session_manager,
@@ -268,6 +269,7 @@ def test_making_a_factory_sends_nothing(cold: MongoDBSessionManagerFactory, comm
     assert commands.names == []
 
 
+@pytest.mark.own_database
 def test_a_cold_factory_asked_by_many_at_once_opens_one_client(
     cold: MongoDBSessionManagerFactory, commands: CommandLog, stored: Documents
 ) -> None:
@@ -573,6 +575,55 @@ async def test_create_mongodb_session_manager_async(server: str, database: str, 
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("entrance", ["one call", "factory"])
+async def test_async_with_opens_and_closes_a_session(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Documents, entrance: str
+) -> None:
+    def pending() -> PendingSession:
+        if entrance == "factory":
+            return factory.create_session_manager_async("s")
+        return create_mongodb_session_manager_async("s", server, database)
+
+    async with pending() as manager:
+        await agent(manager, "hello").invoke_async("hi")
+    with pytest.raises(SessionClosedError):
+        await manager.get_metadata()
+    with pytest.raises(ZeroDivisionError):
+        async with pending() as manager:
+            _ = 1 / 0
+    with pytest.raises(SessionClosedError):
+        await manager.get_metadata()
+    assert conversation(stored) == ["hi", "hello"]
+
+
+@pytest.mark.anyio
+async def test_a_pending_session_is_a_coroutine(factory: MongoDBSessionManagerFactory) -> None:
+    def pending(session_id: str) -> PendingSession:
+        return factory.create_session_manager_async(session_id)
+
+    managers = [
+        *await asyncio.gather(pending("a"), pending("b")),
+        await asyncio.wait_for(pending("c"), 60),
+        await asyncio.create_task(pending("d")),
+        await asyncio.to_thread(asyncio.run, pending("e")),
+    ]
+    assert [manager.session_id for manager in managers] == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.anyio
+async def test_a_session_that_is_never_awaited_is_not_opened_and_warned_of(
+    factory: MongoDBSessionManagerFactory, server: str, database: str, commands: CommandLog
+) -> None:
+    with pytest.warns(RuntimeWarning, match=r"'create_session_manager_async' was never awaited"):
+        factory.create_session_manager_async("s")
+    with pytest.warns(RuntimeWarning, match=r"'create_mongodb_session_manager_async' was never awaited"):
+        create_mongodb_session_manager_async("s", server, database)
+    factory.create_session_manager_async("s").close()
+    assert not await factory.session_exists_async("s")
+    assert "findAndModify" not in commands.names
+
+
+@pytest.mark.anyio
 async def test_a_failed_open_may_be_tried_again_with_the_same_factory(server: str, database: str) -> None:
     async with MongoDBSessionManagerFactory(server, database, heartbeatFrequencyMS=500) as factory:
         with (
@@ -604,6 +655,7 @@ def test_the_indexes(server: str, database: str, stored: Documents) -> None:
     assert index_names(stored) == USUAL | metadata_indexes("priority", "customer.id")
 
 
+@pytest.mark.own_database
 def test_more_metadata_fields_than_indexes_may_be(server: str, database: str, stored: Documents) -> None:
     fields = [f"f{number}" for number in range(30)]
     with MongoDBSessionManagerFactory(server, database, metadata_fields=fields) as factory:
@@ -615,11 +667,13 @@ def test_more_metadata_fields_than_indexes_may_be(server: str, database: str, st
     assert names > {f"metadata.{field}_1_updated_at_1__id_1" for field in fields[:24]}
 
 
+@pytest.mark.own_database
 def test_the_indexes_without_closing(cold: MongoDBSessionManagerFactory, stored: Documents) -> None:
     cold.create_session_manager("s")
     eventually(lambda: index_names(stored) == USUAL)
 
 
+@pytest.mark.own_database
 def test_indexes_are_built_once_for_many_managers_and_factories(
     server: str, database: str, commands: CommandLog, stored: Documents
 ) -> None:
@@ -632,6 +686,7 @@ def test_indexes_are_built_once_for_many_managers_and_factories(
     assert index_names(stored) == USUAL
 
 
+@pytest.mark.own_database
 def test_a_new_metadata_field_gets_its_index_alone(
     factory: MongoDBSessionManagerFactory, commands: CommandLog, stored: Documents
 ) -> None:
@@ -641,6 +696,7 @@ def test_a_new_metadata_field_gets_its_index_alone(
     assert commands.names.count("createIndexes") == 1
 
 
+@pytest.mark.own_database
 def test_every_collection_gets_its_indexes(
     factory: MongoDBSessionManagerFactory, commands: CommandLog, driver: Any, database: str
 ) -> None:
@@ -650,6 +706,7 @@ def test_every_collection_gets_its_indexes(
     assert commands.names.count("createIndexes") == 1
 
 
+@pytest.mark.own_database
 @DRIVERS
 @pytest.mark.anyio
 async def test_indexes_over_a_borrowed_client(
@@ -677,6 +734,7 @@ def refusals(caplog: pytest.LogCaptureFixture, database: str) -> list[str]:
     ]
 
 
+@pytest.mark.own_database
 def test_a_refused_index_build_is_logged_and_harmless(
     server: str, database: str, stored: Documents, commands: CommandLog, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -694,6 +752,7 @@ def test_a_refused_index_build_is_logged_and_harmless(
         assert conversation(stored, session) == ["hi", "hello"]
 
 
+@pytest.mark.own_database
 def test_a_conflicting_index_is_harmless(
     cold: MongoDBSessionManagerFactory, database: str, stored: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -719,6 +778,7 @@ IN_THE_WAY: dict[str, tuple[Callable[[Documents], object], set[str]]] = {
 }
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize(("make", "missing"), IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_an_index_in_the_way_keeps_no_other_away(
     cold: MongoDBSessionManagerFactory,
@@ -740,6 +800,7 @@ def test_an_index_in_the_way_keeps_no_other_away(
     assert refusals(caplog, database) == [told]
 
 
+@pytest.mark.own_database
 def test_a_refused_index_is_built_later(
     cold: MongoDBSessionManagerFactory,
     commands: CommandLog,
@@ -768,6 +829,7 @@ def test_a_refused_index_is_built_later(
     assert commands.names == ["findAndModify"]
 
 
+@pytest.mark.own_database
 def test_a_collection_dropped_under_its_index_build_is_no_refusal(
     server: str, database: str, stored: Documents, commands: CommandLog, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -779,6 +841,7 @@ def test_a_collection_dropped_under_its_index_build_is_no_refusal(
     assert refusals(caplog, database) == []
 
 
+@pytest.mark.own_database
 def test_an_index_build_lost_with_its_connection_is_made_up_for(server: str, database: str, stored: Documents) -> None:
     with (
         MongoDBSessionManagerFactory(server, database, heartbeatFrequencyMS=500) as factory,

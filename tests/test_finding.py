@@ -14,7 +14,7 @@ from typing import Any
 
 import pymongo
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pymongo import monitoring
 from strands.types.session import Session, SessionType
@@ -205,7 +205,6 @@ def test_pages_hold_each_session_once_in_order(server: str, database: str, store
         },
     )
 
-    @settings(max_examples=120, deadline=None)
     @given(sessions, criteria, st.sampled_from(ORDERS), st.integers(1, 7), st.booleans())
     def run(known: list[Known], given: dict[str, Any], order: str, limit: int, indexed: bool) -> None:
         by_id = {each.session_id: each for each in known if each.session_id}
@@ -240,6 +239,7 @@ def test_pages_hold_each_session_once_in_order(server: str, database: str, store
             run()
 
 
+@pytest.mark.own_database
 def test_a_page_without_its_index(server: str, database: str, stored: Stored) -> None:
     """A user who may not build indexes gets a slow list, not none."""
     stored.insert_many(session(f"s{number}", updated_at=hours(number)) for number in range(5))

@@ -389,6 +389,7 @@ LOST = {
 }
 
 
+@pytest.mark.own_database
 @SAVE_ON
 @pytest.mark.parametrize("turns", [0, 1])
 def test_a_lost_acknowledgement_is_one_event(

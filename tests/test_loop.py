@@ -15,8 +15,9 @@ from contextvars import ContextVar
 
 import pytest
 
-from mongodb_session_manager import EventLoopError, _loop
-from mongodb_session_manager._io.loop import Portal, io_portal, portal_to
+from mongodb_session_manager import EventLoopError
+from mongodb_session_manager._io.loop import io_portal, portal_to
+from mongodb_session_manager._io.portal import Portal
 from support import eventually
 
 NAME = "mongodb-session-manager-io"
@@ -475,7 +476,7 @@ def test_tasks_and_callbacks_that_end_an_event_loop_do_not_end_the_io_loop(
 
 @pytest.mark.may_block
 def test_a_call_to_a_blocked_loop_is_an_error_and_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loop, "PATIENCE", 0.3)
+    monkeypatch.setattr("mongodb_session_manager._io.portal.START_TIMEOUT", 0.3)
     made: list[str] = []
 
     async def note(text: str) -> None:
@@ -499,8 +500,8 @@ def test_a_call_to_a_blocked_loop_is_an_error_and_never_made(monkeypatch: pytest
 
 
 def test_work_may_take_longer_than_its_beginning(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loop, "PATIENCE", 0.1)
-    monkeypatch.setattr(_loop, "_NO_PATIENCE", 0.1)
+    monkeypatch.setattr("mongodb_session_manager._io.portal.START_TIMEOUT", 0.1)
+    monkeypatch.setattr("mongodb_session_manager._io.portal._BLOCKED_START_TIMEOUT", 0.1)
 
     async def work() -> str:
         await asyncio.sleep(0.5)

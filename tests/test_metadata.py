@@ -409,6 +409,7 @@ def test_keys_of_the_codec_itself_stay_keys(session: Blocking, stored: Stored) -
 # Beside the conversation.
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("kind", [MongoDBSessionManager, AsyncMongoDBSessionManager, *KINDS[2:]], ids=str)
 def test_metadata_fields_get_an_index(server: str, database: str, stored: Stored, kind: Any) -> None:
     fields = ["customer", "city.name"]
@@ -429,6 +430,7 @@ def test_metadata_fields_get_an_index(server: str, database: str, stored: Stored
     }
 
 
+@pytest.mark.own_database
 def test_metadata_fields_of_one_manager_get_an_index(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
     factory.create_session_manager("s", metadata_fields=["customer"])
     eventually(lambda: "metadata.customer_1" in stored.index_information())

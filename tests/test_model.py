@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from hypothesis import HealthCheck, event, settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -213,10 +213,5 @@ class Session(RuleBasedStateMachine):
 def test_a_session_is_what_the_model_says(server: str, database: str) -> None:
     run_state_machine_as_test(
         lambda: Session(server, database),
-        settings=settings(
-            max_examples=15,
-            stateful_step_count=25,
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-        ),
+        settings=settings(max_examples=settings.default.max_examples // 6, stateful_step_count=25),
     )

@@ -34,7 +34,7 @@ from mongodb_session_manager import (
     SessionNotFoundError,
     StateTooLargeError,
 )
-from orchestrators import Async, Streaming, Sync, handoff, join, node, pipeline, sent, team
+from orchestrators import Async, Odd, Streaming, Sync, handoff, join, node, pipeline, sent, team
 from proxy import Proxy, command
 from scripted_model import ScriptedModel
 from support import CommandLog, agent, eventually, fail_point, texts
@@ -181,23 +181,6 @@ def test_the_stored_state_is_the_orchestrators(
     assert element["revision"] == 4
     assert element["created_at"] <= element["updated_at"] <= document["updated_at"]
     assert document["agents"] == {}
-
-
-class Odd(MultiAgentBase):
-    """An orchestrator of somebody else's making."""
-
-    def __init__(self, state: Any, name: str = "odd") -> None:
-        super().__init__()
-        self.id, self.state = name, state
-
-    async def invoke_async(self, task: Any, invocation_state: Any = None, **kwargs: Any) -> MultiAgentResult:
-        raise NotImplementedError
-
-    def serialize_state(self) -> Any:
-        return self.state
-
-    def deserialize_state(self, payload: dict[str, Any]) -> None:
-        self.state = payload
 
 
 ODD_STATE = {
@@ -679,7 +662,6 @@ def proxy(server: str) -> Iterator[Proxy]:
 def behind_proxy(
     proxy: Proxy, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MongoDBSessionManagerFactory]:
-    monkeypatch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
     with MongoDBSessionManagerFactory(
         proxy.uri, database, serverMonitoringMode="poll", serverSelectionTimeoutMS=1000
     ) as factory:

@@ -155,7 +155,6 @@ def test_one_spelling_of_a_hook_may_be_none(server: str, database: str, names: t
 # Unknown options.
 
 
-@ENTRANCES
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
@@ -168,7 +167,17 @@ def test_one_spelling_of_a_hook_may_be_none(server: str, database: str, names: t
         ("nonsense", None),
     ],
 )
-def test_an_unknown_option_names_ours_first(entrance: Any, name: str, meant: str | None) -> None:
+def test_an_unknown_option_names_ours_first(name: str, meant: str | None) -> None:
+    check_unknown(MongoDBSessionManagerFactory, name, meant)
+
+
+@ENTRANCES
+def test_an_unknown_option_is_refused_anywhere(entrance: Any) -> None:
+    check_unknown(entrance, "colection_name", "collection_name")
+    check_unknown(entrance, "nonsense", None)
+
+
+def check_unknown(entrance: Any, name: str, meant: str | None) -> None:
     with pytest.raises(ConfigurationError) as raised:
         entrance(NOWHERE, **{name: 3})
     message = str(raised.value)
@@ -215,7 +224,6 @@ def test_an_unknown_option_of_the_pool() -> None:
 # Values that cannot be.
 
 
-@OF_MANAGERS
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -252,7 +260,20 @@ def test_an_unknown_option_of_the_pool() -> None:
         ("uuidRepresentation", "none", "uuidRepresentation"),
     ],
 )
-def test_a_value_that_cannot_be_names_its_option(entrance: Any, name: str, value: Any, words: str) -> None:
+def test_a_value_that_cannot_be_names_its_option(name: str, value: Any, words: str) -> None:
+    check_refused(MongoDBSessionManagerFactory, name, value, words)
+
+
+@OF_MANAGERS
+def test_a_value_that_cannot_be_is_refused_anywhere(entrance: Any) -> None:
+    check_refused(entrance, "max_embedded_messages", 0, "got 0")
+    check_refused(entrance, "feedbackHook", 5, "feedback_hook")
+    check_refused(entrance, "database_name", "a b", "must not hold ' '")
+    check_refused(entrance, "application_name", b"support", "must be a str")
+    check_refused(entrance, "tls", "maybe", "tls cannot be 'maybe'")
+
+
+def check_refused(entrance: Any, name: str, value: Any, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words) as raised:
         entrance(NOWHERE, **{name: value})
     assert name.replace("Hook", "_hook") in str(raised.value)
@@ -266,6 +287,7 @@ def test_a_name_at_the_edge_is_taken(server: str, driver: pymongo.MongoClient[An
     driver.drop_database(name)
 
 
+@pytest.mark.own_database
 def test_the_longest_collection_name_has_room_for_all_that_belongs_to_it(
     server: str, database: str, stored: Any
 ) -> None:

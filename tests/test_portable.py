@@ -15,13 +15,13 @@ from bson import Int64, Regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fix_codec import through_bson, values
 from mongodb_session_manager import EncodingError, InvalidArgumentError
 from mongodb_session_manager._copying import export_format as portable
 from mongodb_session_manager._copying.export_format import PieceRead, Reader, Writer, line_of
 from mongodb_session_manager._format.attachment_refs import Reference
 from mongodb_session_manager._format.codec import CODEC_OPTIONS, encode
 from mongodb_session_manager._format.sizes import stored_size
-from test_codec import through_bson, values
 
 MOMENT = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DATA = b"0123456789" * 60_000

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pymongo
 import pytest
 
+import interpreter
+from interpreter import FORK_WARNING
 from mongodb_session_manager import MongoDBSessionError, MongoDBSessionManagerFactory, MongoDBSessionRepository
 from support import agent, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
-
-ROOT = Path(__file__).parent
 
 PRELUDE = """
 import asyncio, atexit, os, sys, threading, time
@@ -38,11 +35,8 @@ def redaction(text):
     return {"role": "assistant", "content": [{"text": text}]}
 """
 
-# Python 3.12 warns of any fork in a process with threads, of which this library keeps one.
-FORK_WARNING = ("-W", "ignore:This process:DeprecationWarning")
-
 # PyMongo's own warning to the owner of a client who did not close it.
-UNCLOSED = {"borrowed Motor": ("-W", "ignore::ResourceWarning")}
+UNCLOSED = {"borrowed Motor": ("ignore::ResourceWarning",)}
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -53,33 +47,15 @@ class Ended:
     stderr: str
 
 
-def run(script: str, uri: str, database: str, *options: str, timeout: float = 60) -> Ended:
-    """Run a script with warnings as errors to its end, which must be a normal one."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", *options, "-c", PRELUDE + script, uri, database],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT.parent / "src", ROOT.parent / "examples"))),
-        },
-    )
-    try:
-        output, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its forked children, too
-        output, stderr = process.communicate()
-        pytest.fail(f"the process did not end within {timeout} s\n{output}\n{stderr}")
-    assert process.returncode == 0, stderr
+def run(script: str, uri: str, database: str, *warnings: str, timeout: float = 60) -> Ended:
+    """Run a script with warnings as errors, except for the given ones, to its end, which must be a normal one."""
+    output, stderr = interpreter.run(PRELUDE + script, uri, database, warnings=warnings, timeout=timeout)
     return Ended(output.splitlines(), stderr)
 
 
-def run_silently(script: str, uri: str, database: str, *options: str) -> list[str]:
+def run_silently(script: str, uri: str, database: str, *warnings: str) -> list[str]:
     """Run a script that may not write to its standard error; return the lines of its output."""
-    ended = run(script, uri, database, *options)
+    ended = run(script, uri, database, *warnings)
     assert ended.stderr == ""
     return ended.output
 
@@ -163,6 +139,25 @@ asyncio.run(main())
 """
     assert run_silently(script, server, database, *UNCLOSED.get(kind, ())) == []
     assert conversation(stored, "s") == ["hi", "hello", "I am off", "bye"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_exit_of_an_interpreter_that_was_not_forked(server: str, database: str, stored: Documents, kind: str) -> None:
+    script = f"""
+def work():
+    manager = MongoDBSessionManager("s", uri, database)
+    agent(manager, "hello")("hi")
+
+async def work_async():
+    manager = await create_mongodb_session_manager_async("s", uri, database)
+    await agent(manager, "hello").invoke_async("hi")
+
+asyncio.run(work_async()) if "{kind}" == "async" else work()
+"""
+    command = interpreter.python("-c", PRELUDE + script, server, database)
+    ended = subprocess.run(command, env=interpreter.environment(), capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert conversation(stored, "s") == ["hi", "hello"]
 
 
 def test_exit_between_several_event_loops(server: str, database: str, stored: Documents) -> None:
@@ -494,7 +489,7 @@ def test_exit_with_unsent_changes_and_no_server(database: str) -> None:
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 
 with EmbeddedMongoDB(standalone=True) as server:
-    options = {"serverSelectionTimeoutMS": 10_000}
+    options = {"serverSelectionTimeoutMS": 3_000}
     managers = [MongoDBSessionManager(f"s{n}", server.connection_string, database, **options) for n in range(3)]
     agents = [agent(manager, "hello") for manager in managers]
     for each in agents:
@@ -594,7 +589,7 @@ mine("while")
 joined(pid)
 mine("after")
 """
-    assert run_silently(script, server, database, *FORK_WARNING) == []
+    assert run_silently(script, server, database, FORK_WARNING) == []
     assert conversation(stored, "parent") == ["before", "one", "while", "two", "after", "three"]
     assert conversation(stored, "child") == ["in the child", "hello", "and async", "again"]
     assert conversation(stored, "shared") == ["before", "from the parent", "and on", "from the child"]
@@ -613,7 +608,7 @@ for pid in pids:
     joined(pid)
 agent(factory.create_session_manager("parent"), "hello")("hi")
 """
-    assert run_silently(script, server, database, *FORK_WARNING) == []
+    assert run_silently(script, server, database, FORK_WARNING) == []
     for session in ("child 0", "child 1", "parent"):
         assert conversation(stored, session) == ["hi", "hello"]
 
@@ -644,7 +639,7 @@ joined(in_child(child, sys.exit))
 mine("after")
 factory.close()
 """
-    assert run_silently(script, server, database, *FORK_WARNING) == []
+    assert run_silently(script, server, database, FORK_WARNING) == []
     assert conversation(stored, "parent") == ["before", "one", "after", "two"]
     if used:
         assert conversation(stored, "child") == ["hi", "hello"]
@@ -661,7 +656,7 @@ joined(in_child(lambda: handed_over("in the child"), {leave}))
 other = MongoDBSessionManager("other", uri, database)
 agent(other, "hello")("in the parent")
 """
-    assert run_silently(script, server, database, *FORK_WARNING) == []
+    assert run_silently(script, server, database, FORK_WARNING) == []
     assert conversation(stored, "s") == ["before", "one", "in the child", "two"]
     assert conversation(stored, "other") == ["in the parent", "hello"]
 
@@ -683,7 +678,7 @@ turn("parent")
 joined(in_child(child, sys.exit))
 turn("parent again")
 """
-    assert run_silently(script, server, database, *FORK_WARNING) == []
+    assert run_silently(script, server, database, FORK_WARNING) == []
     for session in ("parent", "child", "grandchild", "child again", "parent again"):
         assert conversation(stored, session) == ["hi", "hello"]
 
@@ -706,7 +701,7 @@ async def main():
 
 asyncio.run(main())
 """
-    assert run_silently(script, server, database, *FORK_WARNING) == []
+    assert run_silently(script, server, database, FORK_WARNING) == []
     for session in ("before", "child", "after"):
         assert conversation(stored, session) == ["hi", "hello"]
 
@@ -744,7 +739,7 @@ if {bound == "application"}:
         time.sleep(0.01)
 loop.close()
 """
-    assert run_silently(script, server, database, *FORK_WARNING, *UNCLOSED["borrowed Motor"]) == []
+    assert run_silently(script, server, database, FORK_WARNING, *UNCLOSED["borrowed Motor"]) == []
 
 
 @posix
@@ -770,7 +765,7 @@ for process in children:
     process.join()
     assert process.exitcode == 0, process.exitcode
 """
-    assert run_silently(script, server, database, *FORK_WARNING) == []
+    assert run_silently(script, server, database, FORK_WARNING) == []
     for session in ("parent", "child 0", "child 1", "child 2", "child 3"):
         assert conversation(stored, session) == ["first", "one", "second", "two"]
 
@@ -806,7 +801,7 @@ for thread in threads:
     thread.join()
 say("told", *told)
 """
-    *children, told = run_silently(script, server, database, *FORK_WARNING)
+    *children, told = run_silently(script, server, database, FORK_WARNING)
     assert children == [f"child {number}" for number in range(4)]
     for number in range(4):
         assert conversation(stored, f"child {number}") == ["hi", "hello"]

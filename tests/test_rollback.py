@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
-from typing import Any
 
 import pytest
-from pymongo.collection import Collection
 from strands import tool
-from strands.types.session import SessionAgent, SessionMessage
+from strands.types.session import SessionAgent
 
+from fix_rollback import AGENT_FIELDS, Stored, as_1_0_0, picture, restored_by_the_original
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from support import CommandLog, agent, texts
-
-Stored = Collection[dict[str, Any]]
-
-AGENT_FIELDS = ("model", "system_prompt", "prompt_metadata")
-MESSAGE_FIELDS = ("event_loop_metrics", "guardrail_event", "latency_ms", "input_tokens", "output_tokens")
-"""What the original removes before it calls the constructors, which take no unknown field."""
-
-
-def restored_by_the_original(stored: Stored, agent_id: str = "agent") -> tuple[SessionAgent, list[SessionMessage]]:
-    document = stored.find_one({"_id": "s"})
-    assert document is not None
-    found = document["agents"][agent_id]
-    data = {name: value for name, value in found["agent_data"].items() if name not in AGENT_FIELDS}
-    messages = [
-        SessionMessage(**{name: value for name, value in message.items() if name not in MESSAGE_FIELDS})
-        for message in found["messages"]
-    ]
-    return SessionAgent(**data), messages
 
 
 @tool
@@ -41,10 +22,6 @@ def add(a: int, b: int) -> int:
 
 CALL_ADD = {"tool": "add", "input": {"a": 1, "b": 2}}
 GONE = {"role": "assistant", "content": [{"text": "[gone]"}]}
-
-
-def picture(size: int = 5000) -> list[dict[str, Any]]:
-    return [{"text": "look"}, {"image": {"format": "png", "source": {"bytes": b"x" * size}}}]
 
 
 def use_sync(factory: MongoDBSessionManagerFactory, save_on: str) -> None:
@@ -136,21 +113,6 @@ def test_the_original_restores_what_was_imported_and_forked(
 
 
 # Documents of 1.0.0, which kept some fields in other places.
-
-
-def as_1_0_0(stored: Stored, session_id: str = "s") -> None:
-    document = stored.find_one({"_id": session_id})
-    assert document is not None
-    found = document["agents"]["agent"]
-    if "config_set" in found:
-        found["agent_data"]["config_set"] = found.pop("config_set")
-    for message in found["messages"]:
-        metrics = message.get("event_loop_metrics", {})
-        if usage := metrics.pop("message_usage", None):
-            message["usage"] = usage
-        if not metrics:
-            message.pop("event_loop_metrics", None)
-    stored.replace_one({"_id": session_id}, document)
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from mongodb_session_manager import (
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
-    _clock,
 )
+from mongodb_session_manager._io import clock as _clock
 from proxy import Proxy
 from support import agent, eventually
 

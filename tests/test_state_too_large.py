@@ -22,8 +22,8 @@ from mongodb_session_manager import (
 from mongodb_session_manager._format.changes import AppendMessage, UpdateAgent
 from mongodb_session_manager._format.dates import now
 from mongodb_session_manager._format.documents import agent_state, stored_message
+from orchestrators import Odd
 from support import CommandLog, agent, fail_point, texts
-from test_multi_agents import Odd
 
 MIB = 1024 * 1024
 LARGE = "x" * (17 * MIB)

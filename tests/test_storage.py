@@ -16,7 +16,7 @@ from typing import Any
 import gridfs
 import pymongo
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, monitoring
@@ -36,10 +36,9 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     MongoDBStorage,
     SessionClosedError,
-    _blobs,
-    _loop,
-    _storage,
 )
+from mongodb_session_manager._storage import gridfs as _blobs
+from mongodb_session_manager._storage import storage as _storage
 from proxy import Proxy, command
 from scripted_model import ScriptedModel
 from support import CommandLog, agent, fail_point, texts
@@ -149,7 +148,6 @@ def view(storage: Any, prefix: str) -> Any:
 def test_it_does_what_strands_in_memory_storage_does(
     server: str, database: str, values: Database, small_files: None
 ) -> None:
-    @settings(max_examples=80, deadline=None)
     @given(OPERATIONS)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -171,7 +169,6 @@ def test_it_does_what_strands_in_memory_storage_does(
 
 
 def test_it_does_what_strands_file_storage_does(server: str, database: str, tmp_path: Path, small_files: None) -> None:
-    @settings(max_examples=30, deadline=None)
     @given(PLAIN)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -350,10 +347,12 @@ async def test_of_many_writers_one_wins_and_nothing_of_the_others_stays(
 CRASHES = """
 import asyncio, os, signal, sys
 from pymongo import monitoring
-from mongodb_session_manager import MongoDBStorage, _blobs, _storage
+from mongodb_session_manager import (MongoDBStorage)
+from mongodb_session_manager._storage import gridfs as _blobs
+from mongodb_session_manager._storage import storage as _storage
 
 _storage.INLINE_LIMIT, _blobs.CHUNK, _blobs.BATCH = 100, 64, 3
-uri, database = sys.argv[1:]
+(uri,) = sys.argv[1:]
 
 class Bomb(monitoring.CommandListener):
     left = -1
@@ -366,26 +365,26 @@ class Bomb(monitoring.CommandListener):
     started = succeeded = tick
     def failed(self, event): ...
 
-def act(operation, key, after):
+def act(database, operation, key, after):
     with MongoDBStorage(uri, database, event_listeners=[Bomb()]) as storage:
         asyncio.run(storage.delete(key) if operation == "delete" else storage.write(key, after))
 
 for line in sys.stdin:
-    operation, key, size, ticks = line.split()
+    database, operation, key, size, ticks = line.split()
     if not (child := os.fork()):
         Bomb.left = int(ticks)
-        act(operation, key, b"n" * int(size))
+        act(database, operation, key, b"n" * int(size))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print("died" if os.WIFSIGNALED(status) else f"ended {os.WEXITSTATUS(status)}", flush=True)
 """
 
 
-@pytest.fixture
-def crash(server: str, database: str) -> Iterator[Callable[[str, str, int, int], str]]:
+@pytest.fixture(scope="module")
+def crash(server: str) -> Iterator[Callable[..., str]]:
     """Run an operation in a process that kills itself at its nth sending or receiving; tell how it ended."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", CRASHES, server, database],
+        [sys.executable, "-W", "error", "-c", CRASHES, server],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -395,8 +394,8 @@ def crash(server: str, database: str) -> Iterator[Callable[[str, str, int, int],
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 
-    def run(operation: str, key: str, size: int, ticks: int) -> str:
-        stdin.write(f"{operation} {key} {size} {ticks}\n")
+    def run(database: str, operation: str, key: str, size: int, ticks: int) -> str:
+        stdin.write(f"{database} {operation} {key} {size} {ticks}\n")
         return stdout.readline().strip()
 
     with process:
@@ -408,7 +407,7 @@ def crash(server: str, database: str) -> Iterator[Callable[[str, str, int, int],
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize(("before", "after"), [(250, 300), (250, 5), (5, 250), (None, 250), (250, None)])
 async def test_a_writer_killed_between_any_two_commands(
-    crash: Callable[[str, str, int, int], str],
+    crash: Callable[..., str],
     server: str,
     database: str,
     values: Database,
@@ -425,7 +424,8 @@ async def test_a_writer_killed_between_any_two_commands(
                 await storage.delete("key")
             else:
                 await storage.write("key", old)
-            outcomes.append(crash("delete" if after is None else "write", "key", after or 0, len(outcomes) + 1))
+            operation = "delete" if after is None else "write"
+            outcomes.append(crash(database, operation, "key", after or 0, len(outcomes) + 1))
             seen.append(await storage.read("key"))
         assert outcomes[-1] == "ended 0"
         assert {*seen} == {old, new}
@@ -465,6 +465,7 @@ def command_on(name: str, collection: str) -> bytes:
     return command(name) + struct.pack("<i", len(collection) + 1) + collection.encode() + b"\0"
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("size", [5, 500])
 @pytest.mark.parametrize("after", [5, 500, None])
 @pytest.mark.parametrize("part", ["", "_blobs.files", "_blobs.chunks"])
@@ -586,7 +587,7 @@ async def test_over_a_borrowed_client(server: str, database: str, small_files: N
 async def test_a_blocked_loop_is_an_error_rather_than_a_deadlock(
     server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_loop, "PATIENCE", 0.3)
+    monkeypatch.setattr("mongodb_session_manager._io.portal.START_TIMEOUT", 0.3)
     client: AsyncMongoClient[Any] = AsyncMongoClient(server)
     storage = MongoDBStorage(database_name=database, client=client)
     await storage.write("a", b"1")

@@ -5,9 +5,11 @@ import __future__
 
 import ast
 import inspect
+import pydoc
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
@@ -16,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from strands.multiagent import MultiAgentBase
 from strands.session import RepositorySessionManager
 from strands.session.session_repository import SessionRepository
 from strands.storage import S3Storage, Storage
@@ -32,7 +35,9 @@ from mongodb_session_manager import (
     MongoDBStorage,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
+    embedded,
     errors,
+    fastapi,
     hooks,
 )
 
@@ -52,7 +57,7 @@ LAYERS = [
     "hooks",
     "__init__",
 ]
-ON_TOP = {"embedded": {"errors"}, "fastapi": {"errors", "_managers", "__init__"}}
+ON_TOP = {"embedded": {"errors"}, "demo": {"errors", "embedded"}, "fastapi": {"errors", "_managers", "__init__"}}
 
 
 # Public names.
@@ -74,8 +79,66 @@ def test_all_is_what_is_public() -> None:
 
 
 def test_every_public_name_is_there_and_documented() -> None:
-    undocumented = [name for name in package.__all__ if not inspect.getdoc(getattr(package, name))]
-    assert undocumented == []
+    public = {name: getattr(package, name) for name in package.__all__}
+    of_code = {name: value for name, value in public.items() if inspect.isclass(value) or inspect.isfunction(value)}
+    assert [name for name, value in of_code.items() if not inspect.getdoc(value)] == []
+
+
+def mentioned(hint: Any) -> Iterator[Any]:
+    """The types that an annotation is made of."""
+    yield hint
+    for part in typing.get_args(hint):
+        yield from mentioned(part)
+
+
+CALLED_BY_MANAGERS = {"apply", "apply_multi_agent"}
+
+# Imported for type checkers only.
+LATER = {"MultiAgentBase": MultiAgentBase, "Session": object, "Config": object}
+
+
+def annotations(owner: Any) -> Iterator[Any]:
+    """The types that a function takes and returns, or those of a class's attributes and public methods."""
+    for name, hint in typing.get_type_hints(owner, localns=LATER).items():
+        if not name.startswith("_"):
+            yield from mentioned(hint)
+    if inspect.isclass(owner):
+        called = {name: method for name, method in methods(owner).items() if name not in CALLED_BY_MANAGERS}
+        for method in [owner.__init__, *called.values()]:
+            if inspect.isfunction(method):
+                yield from annotations(method)
+
+
+PUBLIC = [package, hooks, embedded, fastapi]
+DOCUMENTED = [
+    value
+    for module in PUBLIC
+    for name in module.__all__
+    if inspect.isfunction(value := getattr(module, name)) or inspect.isclass(value)
+]
+
+
+@pytest.mark.parametrize("owner", DOCUMENTED, ids=lambda owner: owner.__qualname__)
+def test_every_type_that_is_taken_or_returned_is_public(owner: Any) -> None:
+    public = [getattr(module, name) for module in PUBLIC for name in module.__all__]
+    private = {
+        hint
+        for hint in annotations(owner)
+        if getattr(hint, "__module__", "").startswith(package.__name__) and hint not in public
+    }
+    assert private == set()
+
+
+def test_the_help_of_the_package_shows_no_private_module() -> None:
+    text = pydoc.plain(pydoc.render_doc(package))
+    contents = text.partition("PACKAGE CONTENTS\n")[2].partition("\n\n")[0].split("\n")
+    assert {line.strip() for line in contents if not line.strip().startswith("_")} == {
+        *("demo", "embedded (package)", "errors", "fastapi", "hooks (package)")
+    }
+    assert {line.strip() for line in contents if line.strip().startswith("_")} == {
+        f"{name} (package)" for name in LAYERS if name.startswith("_") and name != "__init__"
+    }
+    assert [name for name in package.__all__ if name not in text] == []
 
 
 ORIGINAL = """
@@ -258,7 +321,8 @@ def test_a_factory_takes_what_a_manager_takes_but_the_session() -> None:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+    is_pending = function.__annotations__.get("return") == "PendingSession"
+    return is_pending or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def accepts_as_much(ours: Callable[..., Any], theirs: Callable[..., Any]) -> bool:
@@ -428,7 +492,7 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 def test_one_module_knows_motor() -> None:
-    assert imported_by("motor") == {"_io.connection"}
+    assert imported_by("motor") == {"_io.drivers"}
 
 
 def test_one_module_knows_aws() -> None:
@@ -436,13 +500,13 @@ def test_one_module_knows_aws() -> None:
     assert imported_by("aiobotocore") | imported_by("botocore") | imported_by("boto3") == {"hooks._aws"}
 
 
-def test_one_module_knows_threads() -> None:
-    assert imported_by("threading") | imported_by("concurrent") | imported_by("_thread") == {"_io.loop"}
+def test_two_modules_know_threads() -> None:
+    assert imported_by("threading") | imported_by("concurrent") | imported_by("_thread") == {"_io.loop", "_io.portal"}
 
 
-def test_one_module_knows_clients() -> None:
+def test_one_package_knows_clients() -> None:
     clients = {"pymongo.MongoClient", "pymongo.AsyncMongoClient", "pymongo.asynchronous", "pymongo.synchronous"}
-    assert {module for name in clients for module in imported_by(name)} == {"_io.connection", "embedded._server"}
+    assert {layer(module) for name in clients for module in imported_by(name)} == {"_io", "embedded"}
 
 
 NOT_PURE = {"_format.malformed"}  # it has a logger
@@ -495,3 +559,9 @@ def test_importing_the_package_imports_what_it_needs_and_no_more() -> None:
 def aws_modules() -> set[str]:
     """The modules of the package that import the AWS client."""
     return {f"{package.__name__}.{module}" for module in imported_by("aioboto3") | imported_by("aiobotocore")}
+
+
+def test_no_test_module_imports_another() -> None:
+    modules = {path: path.read_text() for path in Path(__file__).parent.rglob("*.py")}
+    importing = r"(?m)^\s*(?:from|import) (?:tests\.)?test_"
+    assert [path.name for path, text in modules.items() if re.search(importing, text)] == []

@@ -28,7 +28,7 @@ from mongodb_session_manager._format.changes import (
     SetMessageFields,
     UpdateAgent,
 )
-from mongodb_session_manager._managers.capture import AgentConfig
+from mongodb_session_manager._managers.capture import CapturedConfig
 from mongodb_session_manager._managers.unit_of_work import UnitOfWork
 from support import agent, texts
 
@@ -177,9 +177,9 @@ def test_an_unknown_agent_is_an_error() -> None:
 def test_released_messages_are_not_read_as_no_messages() -> None:
     unit = opened(agent=stored_agent("one"), other=stored_agent("two"))
     unit.release("agent")
-    with pytest.raises(MongoDBSessionError, match="are with the restored agent"):
+    with pytest.raises(MongoDBSessionError, match="handed to the restored agent"):
         unit.list_messages("s", "agent")
-    with pytest.raises(MongoDBSessionError, match="are with the restored agent"):
+    with pytest.raises(MongoDBSessionError, match="handed to the restored agent"):
         unit.read_message("s", "agent", 0)
     assert len(unit.list_messages("s", "other")) == 1
 
@@ -396,10 +396,10 @@ def test_an_invocation_that_appended_nothing_has_no_metrics() -> None:
 
 def test_a_configuration_is_recorded_when_it_changes() -> None:
     unit = opened(agent=stored_agent("one", model="m", system_prompt="p"))
-    unit.record_config("agent", AgentConfig("m", "p"))
+    unit.record_config("agent", CapturedConfig("m", "p"))
     assert unit.pending() == ()
-    unit.record_config("agent", AgentConfig("m", "q"))
-    unit.record_config("agent", AgentConfig("m", "q"))
+    unit.record_config("agent", CapturedConfig("m", "q"))
+    unit.record_config("agent", CapturedConfig("m", "q"))
     (change,) = unit.pending()
     assert isinstance(change, ObserveConfig)
     assert (change.expected, change.fields) == (1, {"system_prompt": "q"})
@@ -437,7 +437,7 @@ def test_a_refusal_stays_for_the_agent_and_for_it_only() -> None:
         lambda: unit.create_message("s", "agent", message("one")),
         lambda: unit.update_message("s", "agent", message("one")),
         lambda: unit.update_agent("s", state()),
-        lambda: unit.record_config("agent", AgentConfig("m", None)),
+        lambda: unit.record_config("agent", CapturedConfig("m", None)),
         lambda: unit.raise_refusal("agent"),
         unit.raise_refusal,
     ):

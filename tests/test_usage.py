@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pymongo
 import pytest
 from pymongo.collection import Collection
-from strands import Agent, tool
+from strands import Agent
 from strands.bidi import BidiAgent
 from strands.bidi.types.events import BidiResponseStopEvent
 from strands.types.exceptions import EventLoopException
 
+from fix_usage import ADD, CALL, METADATA, add, metered
 from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
     MongoDBSessionManagerFactory,
@@ -24,31 +25,11 @@ from mongodb_session_manager import (
 )
 from scripted_bidi import ScriptedBidiModel, said
 from scripted_bidi import calls as call_of
-from scripted_model import ScriptedModel
 from support import CommandLog, Session, agent, fail_point, message_ids, texts
 
 Stored = Collection[dict[str, Any]]
 
 ROOT = Path(__file__).parents[1]
-
-
-class MeteredModel(ScriptedModel):
-    """A scripted model of which each call uses the same."""
-
-    async def stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        async for chunk in super().stream(*args, **kwargs):
-            yield {"metadata": METADATA} if "metadata" in chunk else chunk
-
-
-CALL = {
-    "inputTokens": 10,
-    "outputTokens": 5,
-    "totalTokens": 15,
-    "cacheReadInputTokens": 3,
-    "cacheWriteInputTokens": 2,
-    "latencyMs": 7,
-}
-METADATA = {"usage": {name: value for name, value in CALL.items() if name != "latencyMs"}, "metrics": {"latencyMs": 7}}
 
 
 def used(calls: int, invocations: int, tool_calls: int = 0) -> dict[str, int]:
@@ -58,21 +39,6 @@ def used(calls: int, invocations: int, tool_calls: int = 0) -> dict[str, int]:
 
 
 NOTHING = used(0, 0)
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-ADD = {"tool": "add", "input": {"a": 1, "b": 2}}
-
-
-def metered(manager: Any, *replies: Any, **options: Any) -> Agent:
-    live = agent(manager, tools=[add], **options)
-    live.model = MeteredModel(replies)
-    return live
 
 
 @pytest.fixture
@@ -314,7 +280,7 @@ async def test_twenty_managers_of_a_session_at_once(factory: MongoDBSessionManag
 PROCESS = """
 import sys
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from test_usage import ADD, metered
+from fix_usage import ADD, metered
 
 uri, database, number = sys.argv[1:]
 with MongoDBSessionManagerFactory(uri, database) as factory:
@@ -344,6 +310,7 @@ LOST = {
 }
 
 
+@pytest.mark.own_database
 @SAVE_ON
 @pytest.mark.parametrize("server_kind", ["embedded", "standalone"])
 def test_a_lost_acknowledgement_counts_once(

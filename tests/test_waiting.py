@@ -114,6 +114,7 @@ async def test_a_caller_that_waits_for_a_server_can_be_cancelled(proxy: Proxy, d
         assert await asyncio.wait_for(waiting[0], 6) is None
 
 
+@pytest.mark.own_database
 async def test_waiting_for_a_server_sends_nothing_more(proxy: Proxy, database: str, commands: CommandLog) -> None:
     async with MongoDBSessionManagerFactory(proxy.uri, database, event_listeners=[commands]) as factory:
         manager = await factory.create_session_manager_async("s")
@@ -131,6 +132,7 @@ async def test_waiting_for_a_server_sends_nothing_more(proxy: Proxy, database: s
 # With slow commands.
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("size", [None, 10, 4])
 async def test_a_health_check_waits_behind_no_other_command(server: str, database: str, size: int | None) -> None:
     log = CommandLog()
@@ -152,6 +154,7 @@ async def test_a_health_check_waits_behind_no_other_command(server: str, databas
             await asyncio.gather(*slow)
 
 
+@pytest.mark.own_database
 async def test_no_more_commands_are_under_way_than_the_pool_holds(server: str, database: str) -> None:
     log = CommandLog()
     client: Any = AsyncIOMotorClient(server, maxPoolSize=3, event_listeners=[log])
@@ -171,6 +174,7 @@ async def test_no_more_commands_are_under_way_than_the_pool_holds(server: str, d
     client.close()
 
 
+@pytest.mark.own_database
 async def test_who_leaves_the_queue_holds_nobody_up(server: str, database: str) -> None:
     log = CommandLog()
     options: dict[str, Any] = {"maxPoolSize": 1, "event_listeners": [log]}
@@ -190,6 +194,7 @@ async def test_who_leaves_the_queue_holds_nobody_up(server: str, database: str) 
             assert await asyncio.wait_for(repository.read_session("s"), 5) is not None
 
 
+@pytest.mark.own_database
 async def test_who_waits_too_long_in_the_queue_is_told_so_and_holds_nobody_up(server: str, database: str) -> None:
     log = CommandLog()
     options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 300, "event_listeners": [log]}

@@ -16,7 +16,28 @@ import pymongo
 import pytest
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from fix_archive import (
+    MOMENT,
+    SECRET,
+    SMALL,
+    Driver,
+    Other,
+    Stored,
+    append,
+    archive_of,
+    begin,
+    everything,
+    expected,
+    head,
+    in_database,
+    redacted,
+    said,
+    settled,
+    told,
+)
+from fix_attachments import CHUNKS, FILES
 from fix_overtaking import overtake
+from fix_rollback import as_1_0_0, picture, restored_by_the_original
 from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
     AttachmentError,
@@ -33,29 +54,6 @@ from mongodb_session_manager._format.changes import ReplaceMessage
 from mongodb_session_manager._format.layout import Place
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, texts
-from test_archive import (
-    MOMENT,
-    SECRET,
-    SMALL,
-    Driver,
-    Stored,
-    append,
-    archive_of,
-    begin,
-    everything,
-    expected,
-    head,
-    in_database,
-    redacted,
-    said,
-    settled,
-    told,
-)
-from test_archive_faults import Other, large
-from test_attachments import CHUNKS, FILES
-from test_rollback import as_1_0_0, picture, restored_by_the_original
-
-__all__ = ["large"]  # a fixture
 
 LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 100}
 WITH_PICTURES = (2, 17, 29)
@@ -352,6 +350,7 @@ def stopped_after(uri: str, appname: str, done: int) -> Iterator[None]:
             client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("goes_on", [False, True], ids=["called again", "used again"])
 def test_a_call_that_stops_anywhere_leaves_a_whole_session(embedded: str, database: str, goes_on: bool) -> None:
     with (
@@ -399,6 +398,7 @@ def go_on(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
     return wanted
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("where", ["server", "standalone"])
 @pytest.mark.parametrize("lost", ["find", "update", "delete"])
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -151,6 +151,7 @@ def test_a_created_session_whose_acknowledgement_is_lost_is_created(
             repository.create_session(Session("s", SessionType.AGENT, created.created_at))
 
 
+@pytest.mark.own_database
 def test_a_session_of_somebody_else_is_not_taken_for_ones_own(standalone: str, database: str) -> None:
     with MongoDBSessionRepository(standalone, database) as repository:
         session = Session("s", SessionType.AGENT, datetime.now(UTC).isoformat())

@@ -11,6 +11,8 @@ import importlib
 import importlib.metadata
 import typing
 
+from ._io.drivers import Client
+from ._io.options import ClientOptions, ContentOptions, RepositoryOptions
 from ._managers.async_manager import AsyncMongoDBSessionManager
 from ._managers.capture import GUARDRAIL_ACTION_BLOCKED, GUARDRAIL_STOP_REASONS
 from ._managers.factory import (
@@ -21,13 +23,16 @@ from ._managers.factory import (
     get_global_factory,
     initialize_global_factory,
 )
-from ._managers.pool import MongoDBConnectionPool
+from ._managers.options import ManagerOptions, SaveOn, SessionOptions
+from ._managers.pending import PendingSession
+from ._managers.pool import ConnectionStats, MongoDBConnectionPool
 from ._managers.sync_manager import MongoDBSessionManager
-from ._managers.user_hooks import chain_hooks
-from ._notifications.notification import NotificationEvent
-from ._notifications.notify import notify_later
+from ._managers.user_hooks import Hook, chain_hooks
+from ._notifications.notification import NotificationEvent, OnError
+from ._notifications.notify import NotificationStats, RetryOn, notify_later
 from ._repository.async_repository import AsyncMongoDBSessionRepository
-from ._repository.listing import SessionPage, SessionSummary
+from ._repository.listing import Order, SessionPage, SessionSummary
+from ._repository.metadata import AgentConfig, UsageReport
 from ._repository.sync_repository import MongoDBSessionRepository
 from ._storage.storage import MongoDBStorage
 from .errors import (
@@ -66,12 +71,17 @@ __all__ = [
     "GUARDRAIL_ACTION_BLOCKED",
     "GUARDRAIL_STOP_REASONS",
     "AccessDeniedError",
+    "AgentConfig",
     "AgentNotFoundError",
     "AsyncMongoDBSessionManager",
     "AsyncMongoDBSessionRepository",
     "AttachmentError",
+    "Client",
+    "ClientOptions",
     "ClientTypeError",
     "ConfigurationError",
+    "ConnectionStats",
+    "ContentOptions",
     "DatabaseError",
     "DatabaseTimeoutError",
     "DatabaseUnavailableError",
@@ -80,7 +90,9 @@ __all__ = [
     "EventLoopError",
     "FactoryNotInitializedError",
     "FeedbackSNSHook",
+    "Hook",
     "InvalidArgumentError",
+    "ManagerOptions",
     "MessageNotFoundError",
     "MessageTooLargeError",
     "MetadataSQSHook",
@@ -94,13 +106,22 @@ __all__ = [
     "MongoDBStorage",
     "NotificationError",
     "NotificationEvent",
+    "NotificationStats",
+    "OnError",
+    "Order",
+    "PendingSession",
+    "RepositoryOptions",
+    "RetryOn",
+    "SaveOn",
     "SessionClosedError",
     "SessionConflictError",
     "SessionExistsError",
     "SessionNotFoundError",
+    "SessionOptions",
     "SessionPage",
     "SessionSummary",
     "StateTooLargeError",
+    "UsageReport",
     "chain_hooks",
     "close_global_factory",
     "create_feedback_sns_hook",

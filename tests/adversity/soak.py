@@ -21,8 +21,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "examples"), 
 
 from life_walk import Walk  # noqa: E402
 
+from fix_servers import Cluster  # noqa: E402
 from killing import Child  # noqa: E402
-from mongodb_session_manager.embedded import EmbeddedMongoDB  # noqa: E402
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     print(f"seed {options.seed}", flush=True)
     end = time.monotonic() + options.minutes * 60
     with (
-        EmbeddedMongoDB(members=3, server_parameters={"enableTestCommands": 1}) as servers,
+        Cluster(server_parameters={"enableTestCommands": 1}) as servers,
         pymongo.MongoClient(servers.connection_string, tz_aware=True) as client,
     ):
         walk = Walk(
@@ -49,7 +49,7 @@ def main() -> None:
         soak(walk, servers, end)
 
 
-def soak(walk: Walk, servers: EmbeddedMongoDB, end: float) -> None:
+def soak(walk: Walk, servers: Cluster, end: float) -> None:
     failovers, told = 0, time.monotonic()
     while time.monotonic() < end:
         fails_over = walk.totals.rounds % 12 == 11

@@ -16,12 +16,12 @@ import pymongo
 import pytest
 from strands import Agent
 
+from fix_servers import Cluster
 from mongodb_session_manager import (
     DatabaseTimeoutError,
     DatabaseUnavailableError,
     MongoDBSessionManagerFactory,
 )
-from mongodb_session_manager.embedded import EmbeddedMongoDB
 from support import agent, eventually, message_ids, texts
 
 LOST = (DatabaseUnavailableError, DatabaseTimeoutError)
@@ -33,8 +33,8 @@ def rounds(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def replica_set() -> Iterator[EmbeddedMongoDB]:
-    with EmbeddedMongoDB(members=3, server_parameters={"enableTestCommands": 1}) as servers:
+def replica_set() -> Iterator[Cluster]:
+    with Cluster(server_parameters={"enableTestCommands": 1}) as servers:
         yield servers
 
 
@@ -131,7 +131,7 @@ class AsyncUser(User):
 
 
 @pytest.mark.timeout(900)
-def test_failover(replica_set: EmbeddedMongoDB, rounds: int) -> None:
+def test_failover(replica_set: Cluster, rounds: int) -> None:
     uri, stop = replica_set.connection_string, threading.Event()
     with (
         MongoDBSessionManagerFactory(uri, "failover") as patient,
@@ -176,10 +176,10 @@ def all_have_turns(users: list[User], living: list[Future[None]]) -> None:
     eventually(all_had, seconds=120)
 
 
-def fail_over(replica_set: EmbeddedMongoDB, users: list[User], living: list[Future[None]]) -> None:
+def fail_over(replica_set: Cluster, users: list[User], living: list[Future[None]]) -> None:
     """Kill the primary with writes that no other member has, have the others go on, and bring it back."""
     killed = replica_set.primary()
-    others = [port for member, port in enumerate(replica_set.ports) if member != killed]
+    others = [member.port for number, member in enumerate(replica_set.members) if number != killed]
     with replication_stopped(others):
         eventually(lambda: all(user.in_turn for user in users))  # nothing can be acknowledged now
         replica_set.kill(killed)
@@ -199,7 +199,7 @@ def replication_stopped(ports: list[int]) -> Iterator[None]:
                 yield
 
 
-def check(replica_set: EmbeddedMongoDB, users: list[User], hasty: MongoDBSessionManagerFactory) -> None:
+def check(replica_set: Cluster, users: list[User], hasty: MongoDBSessionManagerFactory) -> None:
     with pymongo.MongoClient(replica_set.connection_string) as client:
         documents = {document["_id"]: document for document in client["failover"]["agent_sessions"].find()}
     assert documents.keys() == {user.session_id for user in users}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Self
 
 import pymongo
 import pytest
 
+import interpreter
 from proxy import Proxy
 from support import eventually, message_ids, texts
 
@@ -68,30 +65,14 @@ class Life:
     """A process that has turns with every session from `begin` to its kill."""
 
     def __init__(self, uri: str, database: str, number: int, kind: str) -> None:
-        tests = Path(__file__).parents[1]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LIFE, uri, database, str(number), kind],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(
-                    [str(tests), str(tests.parent / "examples"), os.environ.get("PYTHONPATH", "")]
-                ),
-            },
-        )
+        self.process = interpreter.start(LIFE, uri, database, number, kind)
 
     def begin(self, sessions: list[str]) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(" ".join(sessions) + "\n")
         self.process.stdin.flush()
 
     def read(self, count: int) -> list[str]:
         """Return the next `count` lines it says."""
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
         lines = [self.process.stdout.readline() for _ in range(count)]
         assert all(lines), self.process.stderr.read()
         return lines
@@ -100,13 +81,10 @@ class Life:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=60)
+        self.process.__exit__()
 
     def kill(self) -> list[str]:
         """Kill it and return what it had said before."""
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
         self.process.send_signal(signal.SIGKILL)
         said, stderr = self.process.stdout.readlines(), self.process.stderr.read()
         assert self.process.wait(60) == -signal.SIGKILL, stderr

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import uuid
@@ -13,7 +12,8 @@ from moto.server import ThreadedMotoServer
 
 from arrivals import Queue, Topics
 from endpoint import Endpoint
-from mongodb_session_manager.hooks import _aws, _notify
+from mongodb_session_manager._notifications import notify
+from mongodb_session_manager.hooks import _aws
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTONLYNOTREAL0",
@@ -55,11 +55,11 @@ def endpoint(moto: str) -> Iterator[Endpoint]:
 def a_dispatcher_of_its_own() -> Iterator[None]:
     """End what a test left behind, so that no other test waits for it."""
     yield
-    if (dispatcher := _notify._dispatcher) is not None:
-        _notify._dispatcher = None
-        asyncio.run(dispatcher.portal.run(dispatcher.aclose, 0))
-        if (clients := _aws._clients) is not None:
-            asyncio.run(dispatcher.portal.run(clients.aclose_at_exit, 30))
+    if (dispatcher := notify._dispatcher) is not None:
+        notify._dispatcher = None
+        dispatcher.portal.call(dispatcher.aclose, 0)
+        for client in list(_aws._clients.values()):
+            dispatcher.portal.call(client.aclose)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Clients: one for all hooks that agree on where, open from the first use to the last user."""
+"""Clients: one for all hooks with the same options, open from the first call until the hooks are collected."""
 
 from __future__ import annotations
 
@@ -28,23 +28,27 @@ PACKAGE = Path(mongodb_session_manager.__file__).parent
 
 
 def open_clients() -> int:
-    shared = [] if _aws._clients is None else _aws._clients._shared.values()
-    return sum(each.opening is not None and each.opening.done() and not each.has_failed for each in shared)
+    return sum(client.is_open for client in _aws._clients.values())
 
 
-def test_hooks_share_a_client_and_the_last_user_closes_it(moto: str, queue: Queue, server: str, database: str) -> None:
+def test_hooks_share_a_client_and_the_last_one_collected_closes_it(
+    moto: str, queue: Queue, server: str, database: str
+) -> None:
     first = create_metadata_sqs_hook(queue.url, endpoint_url=moto)
     second = create_metadata_sqs_hook(queue.url, ["status"], endpoint_url=moto)
-    with MongoDBSessionManagerFactory(server, database, metadata_hook=first) as factory:
+    with MongoDBSessionManagerFactory(server, database) as factory:
         assert open_clients() == 0
-        with factory.create_session_manager("s") as manager:
+        with factory.create_session_manager("s", metadata_hook=first) as manager:
             manager.update_metadata({"n": 1})
         eventually(lambda: factory.get_notification_stats()["waiting"] == 0)
         assert open_clients() == 1
         with factory.create_session_manager("s", metadata_hook=second) as manager:
             manager.update_metadata({"status": 1})
         assert open_clients() == 1
-    assert open_clients() == 0
+    assert open_clients() == 1
+    del first, second, manager
+    gc.collect()
+    eventually(lambda: open_clients() == 0)
     assert len(queue.arrived()) == 2
 
 
@@ -66,9 +70,6 @@ def test_one_per_endpoint_session_and_region(factory: Any, moto: str, endpoint: 
         managers[-1].update_metadata({"n": number})
     eventually(lambda: factory.get_notification_stats()["waiting"] == 0)
     assert open_clients() == 5
-    for manager in managers:
-        manager.close()
-    assert open_clients() == 0
 
 
 def test_connections_are_reused(factory: Any, endpoint: Endpoint, queue: Queue) -> None:
@@ -107,24 +108,24 @@ def test_a_client_whose_opening_was_given_up_is_used_by_the_next(
         serving.start()
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{server.server_port}/credentials")
-        service = _aws.AwsService(
+        client = _aws.shared_client(
             "sqs", region_name=None, endpoint_url=moto, aws_session=aioboto3.Session(), config=None
         )
 
         tasks: list[asyncio.Task[Any] | None] = []
 
-        async def send(service: _aws.AwsService, text: str) -> None:
+        async def send(client: _aws.AwsClient, text: str) -> None:
             tasks.append(asyncio.current_task())
-            await service.call("send_message", QueueUrl=queue.url, MessageBody=text)
+            await client.call("send_message", QueueUrl=queue.url, MessageBody=text)
 
-        io_portal().submit(send, service, "cancelled")
+        io_portal().submit(send, client, "cancelled")
         eventually(lambda: handler.asked)
         io_portal().loop.call_soon_threadsafe(tasks[0].cancel)
         handler.may_answer.set()
-        io_portal().call(send, service, "sent")
+        io_portal().call(send, client, "sent")
         assert handler.asked == ["/credentials"]
         assert open_clients() == 1
-        del service
+        del client
         tasks.clear()
         gc.collect()
         eventually(lambda: open_clients() == 0)
@@ -151,23 +152,20 @@ def test_a_hook_within_another_keeps_its_client_until_it_is_collected(factory: A
 
 
 @pytest.mark.parametrize("steps", range(8))
-def test_a_client_is_closed_however_often_its_last_call_is_cancelled(endpoint: Endpoint, steps: int) -> None:
+def test_a_client_closes_however_often_a_call_is_cancelled(endpoint: Endpoint, steps: int) -> None:
     endpoint.hangs()
     where = {"region_name": "eu-west-1", "endpoint_url": endpoint.url, "aws_session": None, "config": None}
 
     async def cancel_twice() -> None:
-        service = _aws.AwsService("sqs", **where)
-        service.hold(endpoint)
-        await service.let_go(endpoint)  # so that the call is the client's only user
-        calling = asyncio.create_task(service.call("list_queues"))
+        client = _aws.shared_client("sqs", **where)
+        calling = asyncio.create_task(client.call("list_queues"))
         await asyncio.to_thread(eventually, lambda: endpoint.requests)
         calling.cancel()
         for _ in range(steps):
             await asyncio.sleep(0)
         calling.cancel()
         await asyncio.wait([calling])
-        assert _aws._clients is not None
-        await _aws._clients.aclose_at_exit(5)
+        await client.aclose()
 
     io_portal().call(cancel_twice)
     sessions = [each for each in gc.get_objects() if type(each) is aiohttp.ClientSession]

@@ -53,7 +53,6 @@ def gate() -> Gate:
 def small() -> Iterator[Dispatcher]:
     """A dispatcher with room for 100 notifications and 10,000 bytes."""
     dispatcher = Dispatcher(io_portal(), max_waiting=100, max_bytes=10_000)
-    dispatcher.start()
     yield dispatcher
     dispatcher.portal.call(dispatcher.aclose, 0)
 
@@ -271,7 +270,6 @@ def test_large_messages_are_bounded_by_their_bytes(small: Dispatcher, gate: Gate
 
 def test_ten_thousand_that_wait_take_little_memory(gate: Gate) -> None:
     dispatcher, source = Dispatcher(io_portal()), Source()
-    dispatcher.start()
     gc.collect()
     tracemalloc.start()
     try:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
 import pytest
 
+import interpreter
 from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
 
-UPDATES = 200
+UPDATES = 60
 
 SLOW = 60.0
 """Seconds that a busy machine may take for what is bounded by five otherwise."""
@@ -32,22 +31,9 @@ def script(body: str) -> str:
     return textwrap.dedent(opening) + textwrap.dedent(body)
 
 
-def start(body: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", script(body), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def run(body: str, *arguments: str) -> tuple[str, str]:
     """Run a script to its end; return what it wrote."""
-    process = start(body, *arguments)
-    shown, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    return shown, errors
+    return interpreter.run(script(body), *arguments, timeout=100)
 
 
 @pytest.mark.parametrize("kind", ["manager", "factory"])
@@ -133,13 +119,9 @@ def test_a_killed_process_loses_notifications_and_no_data(
         print("stored", flush=True)
         sys.stdin.read()
     """
-    process = start(body, server, database, queue.url, endpoint.url)
-    try:
-        assert process.stdout is not None
+    with interpreter.start(script(body), server, database, queue.url, endpoint.url) as process:
         assert process.stdout.readline() == "stored\n"
-    finally:
         process.kill()
-        process.communicate(timeout=30)
     metadata = stored.find_one({"_id": "s"})["metadata"]
     assert metadata == {"n": UPDATES - 1, **{f"key {number}": number for number in range(UPDATES)}}
 

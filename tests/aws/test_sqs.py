@@ -125,7 +125,7 @@ def test_the_region_is_that_of_the_queue() -> None:
 def test_a_hook_that_may_send_no_field_warns_when_it_is_made(caplog: pytest.LogCaptureFixture) -> None:
     create_metadata_sqs_hook("https://x/q", [])
     assert [record.getMessage() for record in caplog.records] == [
-        "metadata_fields=<[]> | no field may leave, so nothing is sent; None lets all fields leave"
+        "metadata_fields=<[]> | an empty list sends no notification; None sends all fields"
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from .._format.attachment_refs import Reference
 from .._format.documents import Document, config_set
 from .._format.ids import agent_key
-from .._io.loop import Portal
+from .._io.portal import Portal
 from .._store.attachments import CHUNK_BYTES
 from .._store.store import SessionStore
 from ..errors import InvalidArgumentError

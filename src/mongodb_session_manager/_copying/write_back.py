@@ -17,13 +17,13 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.attachment_refs import attached, references_of
-from .._format.changes import REMOVED, Update, with_removed
 from .._format.documents import MESSAGE_USAGE, Document
 from .._format.expressions import ALL, array_at
 from .._format.ids import agent_id_of, checked_id
 from .._format.layout import Place
 from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
-from .._io.connection import AsyncCollection
+from .._format.statements import REMOVED, Update, with_removed
+from .._io.drivers import AsyncCollection
 from .._store.sessions import ROUNDS
 from .._store.store import SessionStore
 from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone

@@ -86,8 +86,10 @@ def checked_inline_bytes(value: object) -> int:
     return value
 
 
-def set_aside(fields: T, max_inline: int) -> T:
-    """Return the fields of a message; `attachments` lists the bytes that will be stored in GridFS.
+def set_aside(fields: T, max_inline: int) -> tuple[T, int]:
+    """Return the fields of a message, and their size in bytes; `attachments` lists the bytes that go to GridFS.
+
+    The size does not include the attachments.
 
     Raises:
         MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
@@ -104,16 +106,17 @@ def set_aside(fields: T, max_inline: int) -> T:
             f"a message of {size} bytes, its attachments not counted, is larger than a message may be "
             f"({MAX_MESSAGE_BYTES} bytes); it was not stored"
         )
-    return fields
+    return fields, size
 
 
-def replacement(fields: Document, max_inline: int) -> Document:
+def replacement(fields: Document, max_inline: int) -> tuple[Document, int]:
     """Return the fields of a message that replace its content and all its attachments, as `set_aside` does.
 
     Raises:
         MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
     """
-    return {"attachments": [], **set_aside(fields, max_inline)}
+    fields, size = set_aside(fields, max_inline)
+    return {"attachments": [], **fields}, size
 
 
 def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:

@@ -36,21 +36,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from ..errors import ConfigurationError
-from .changes import (
-    REMOVED,
-    Identity,
-    Update,
-    attachments_of,
-    is_meant,
-    replaced_message,
-    split_fields,
-    with_removed,
-)
+from .changes import Identity, split_fields
 from .documents import Document
 from .expressions import ALL, array_at, entries_at, ids_of, is_object, number_at, size_at, stored_removed
 from .ids import is_numbered
 from .layout import LIVE, Place
 from .retention import LIFE, Dates, Life
+from .statements import REMOVED, Update, attachments_of, is_meant, replaced_message, with_removed
 
 MAX_EMBEDDED_MESSAGES = 128
 MAX_EMBEDDED_BYTES = 256 * 1024

@@ -21,12 +21,12 @@ from typing import Any
 from bson import ObjectId
 
 from ..errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError, again
-from .changes import Update
 from .codec import decode, encode
 from .dates import now
 from .documents import Document
 from .ids import agent_id_of, agent_key, checked_id
 from .malformed import MalformedField
+from .statements import Update
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
 

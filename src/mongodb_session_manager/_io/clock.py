@@ -1,4 +1,4 @@
-"""An estimate of the server's clock, for dates that processes on several machines compare."""
+"""An estimate of the server's clock, for dates that processes on different machines compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pymongo import monitoring
 from .._format.dates import to_milliseconds
 
 _SHORT_STEP = timedelta(seconds=1)
-"""`now` stands still, instead of going back, after a correction of the estimate that is shorter than this."""
+"""After a correction of the estimate that is shorter than this, `now` does not go back but repeats its last value."""
 
 _PRECISE = 1.0
 """A measurement with a longer round trip, in seconds, does not replace an earlier one."""
@@ -22,7 +22,7 @@ _PRECISE = 1.0
 _WALL_STEP = 1.0
 """The estimate is void if the local clock has moved by more seconds against the monotonic clock.
 
-The monotonic clock stands still while a machine sleeps.
+The monotonic clock does not advance while a machine sleeps.
 """
 
 _FRESH = 3600.0

@@ -14,8 +14,9 @@ from pymongo.errors import PyMongoError
 
 from .._format.documents import Document
 from ..errors import DatabaseError, MongoDBSessionError
-from .connection import AsyncCollection, Connection, run_pipeline
+from .connection import Connection
 from .driver_errors import UNSUPPORTED, driver_errors, may_be_sent_again, may_have_been_applied
+from .drivers import AsyncCollection, run_pipeline
 
 logger = logging.getLogger(__name__)
 

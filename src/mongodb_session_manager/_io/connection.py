@@ -1,42 +1,28 @@
-"""How MongoDB is reached: settings, one client and its life, driver errors as ours. The only module that imports Motor.
-
-Everything above sees collections whose methods are awaited, and does not know which driver they belong to.
-"""
+"""One client and its life: opened on its event loop, closed after the operations under way, left behind by a fork."""
 
 from __future__ import annotations
 
 import asyncio
-import difflib
-import inspect
 import logging
 import os
-import re
-import reprlib
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache, partial
-from typing import Any, Protocol, TypeAlias, TypedDict, cast
+from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
 import pymongo
-from motor.core import AgnosticBase
-from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo import AsyncMongoClient, ReadPreference, WriteConcern, common, monitoring
+from pymongo import AsyncMongoClient, MongoClient, ReadPreference, WriteConcern
 from pymongo import errors as driver
-from pymongo.client_options import ClientOptions
 from pymongo.read_concern import ReadConcern
-from pymongo.topology_description import TopologyDescription
-from pymongo.uri_parser import parse_uri
 
 from .._format.codec import CODEC_OPTIONS
 from ..errors import (
     AccessDeniedError,
-    ClientTypeError,
     ConfigurationError,
     DatabaseError,
     DatabaseUnavailableError,
@@ -47,19 +33,26 @@ from ..errors import (
 )
 from .clock import clock_of
 from .driver_errors import Account, driver_errors, may_be_sent_again
-from .gate import Gate, GatedLoop
-from .loop import ExitOrder, Lock, Portal, close_at_exit, io_portal, portal_to, running_loop
+from .drivers import (
+    AsyncClient,
+    AsyncCollection,
+    MotorClient,
+    SyncClient,
+    bound_loop,
+    close_client,
+    is_motor,
+    motor_over,
+    open_motor,
+    options_of,
+    topology_of,
+)
+from .gate import Gate, gate_of
+from .loop import ExitOrder, close_at_exit, io_portal, portal_to
+from .pool_stats import PoolCounter, PoolStats, pool_config
+from .portal import Portal, running_loop
+from .settings import DEFAULT_DATABASE, Settings
 
 logger = logging.getLogger(__name__)
-
-AsyncClient: TypeAlias = "AsyncIOMotorClient[Any] | AsyncMongoClient[Any]"
-SyncClient: TypeAlias = "pymongo.MongoClient[Any]"
-Client: TypeAlias = "AsyncClient | SyncClient"
-
-DEFAULT_DATABASE = "agent_sessions"
-
-SOCKET_TIMEOUT_MS = 30_000
-"""How long an owned client waits for an answer unless the user says otherwise; the driver would wait for ever."""
 
 _CHECK_GRACE = 0.5  # seconds
 
@@ -70,342 +63,26 @@ _UNKNOWN_COMMAND = 59
 
 _OPEN: AbstractAsyncContextManager[None] = nullcontext()
 
-_gates: weakref.WeakValueDictionary[tuple[int, int], Gate] = weakref.WeakValueDictionary()
-"""Gates by the ids of client and loop; a gate keeps its client alive, so no other client can have the same id."""
-
 _entered: ContextVar[bool] = ContextVar("mongodb_session_manager_entered", default=False)
-
-
-class AsyncCursor(Protocol):
-    """The part of a driver's cursor that is used."""
-
-    def __aiter__(self) -> AsyncIterator[dict[str, Any]]: ...
-    def to_list(self, length: int | None = ...) -> Awaitable[list[dict[str, Any]]]: ...
-
-
-class AsyncCollection(Protocol):
-    """The part of a driver's collection that is used; every call but `find` is awaited on the client's loop."""
-
-    def find(self, *args: Any, **kwargs: Any) -> AsyncCursor: ...
-    async def find_one(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None: ...
-    async def find_one_and_update(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None: ...
-    async def count_documents(self, *args: Any, **kwargs: Any) -> int: ...
-    async def insert_one(self, *args: Any, **kwargs: Any) -> Any: ...
-    async def insert_many(self, *args: Any, **kwargs: Any) -> Any: ...
-    async def replace_one(self, *args: Any, **kwargs: Any) -> Any: ...
-    async def update_one(self, *args: Any, **kwargs: Any) -> Any: ...
-    async def update_many(self, *args: Any, **kwargs: Any) -> Any: ...
-    async def delete_one(self, *args: Any, **kwargs: Any) -> Any: ...
-    async def delete_many(self, *args: Any, **kwargs: Any) -> Any: ...
-    async def create_indexes(self, *args: Any, **kwargs: Any) -> list[str]: ...
-    def aggregate(self, *args: Any, **kwargs: Any) -> Any: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def database(self) -> Any: ...
-    @property
-    def write_concern(self) -> WriteConcern: ...
-
-
-async def find_and_modify(
-    collection: AsyncCollection, query: Mapping[str, Any], update: Any, fields: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Send a findAndModify that the driver does not send again by itself; return the new document's `fields`.
-
-    For one that the driver may send again, the server keeps a copy of the whole document: a session of 15 MB would be
-    written twice.
-    """
-    command = {
-        "findAndModify": collection.name,
-        "query": query,
-        "update": update,
-        "fields": fields,
-        "new": True,
-        "writeConcern": collection.write_concern.document,
-    }
-    reply = await collection.database.command(command, codec_options=CODEC_OPTIONS)
-    if (error := reply.get("writeConcernError")) is not None:  # the driver raises it for its own methods only
-        error = {**error, "errorLabels": reply.get("errorLabels", [])}
-        is_late = (error.get("errInfo") or {}).get("wtimeout")
-        raise (driver.WTimeoutError if is_late else driver.WriteConcernError)(
-            error.get("errmsg", ""), error.get("code"), error
-        )
-    found: dict[str, Any] | None = reply["value"]
-    return found
-
-
-async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run an aggregation; one that stores its result returns nothing."""
-    cursor = collection.aggregate(pipeline)
-    if inspect.isawaitable(cursor):  # PyMongo's; Motor sends the command when its cursor is iterated
-        cursor = await cursor
-    return [document async for document in cursor]
-
-
-class PoolStats(TypedDict):
-    """A client's pool at this moment; `None` where the client is borrowed and its events were not recorded."""
-
-    pool_config: dict[str, Any]
-    connections_open: int | None
-    connections_in_use: int | None
-    wait_queue: int | None
-
-
-@dataclass
-class _PoolCounter(monitoring.ConnectionPoolListener):
-    """Counts a client's connections from the pool events of the driver."""
-
-    open: int = 0
-    in_use: int = 0
-    waiting: int = 0
-    _lock: Any = field(default_factory=Lock, repr=False)
-
-    def _count(self, *, open: int = 0, in_use: int = 0, waiting: int = 0) -> None:
-        with self._lock:
-            self.open += open
-            self.in_use += in_use
-            self.waiting += waiting
-
-    def connection_created(self, event: monitoring.ConnectionCreatedEvent) -> None:
-        self._count(open=1)
-
-    def connection_closed(self, event: monitoring.ConnectionClosedEvent) -> None:
-        self._count(open=-1)
-
-    def connection_check_out_started(self, event: monitoring.ConnectionCheckOutStartedEvent) -> None:
-        self._count(waiting=1)
-
-    def connection_check_out_failed(self, event: monitoring.ConnectionCheckOutFailedEvent) -> None:
-        self._count(waiting=-1)
-
-    def connection_checked_out(self, event: monitoring.ConnectionCheckedOutEvent) -> None:
-        self._count(waiting=-1, in_use=1)
-
-    def connection_checked_in(self, event: monitoring.ConnectionCheckedInEvent) -> None:
-        self._count(in_use=-1)
-
-    def pool_created(self, event: monitoring.PoolCreatedEvent) -> None: ...
-    def pool_ready(self, event: monitoring.PoolReadyEvent) -> None: ...
-    def pool_cleared(self, event: monitoring.PoolClearedEvent) -> None: ...
-    def pool_closed(self, event: monitoring.PoolClosedEvent) -> None: ...
-    def connection_ready(self, event: monitoring.ConnectionReadyEvent) -> None: ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Where MongoDB is: a connection string with client options, or a client that somebody else owns."""
-
-    connection_string: str | None = field(default=None, repr=False)
-    client: Client | None = field(default=None, repr=False)
-    client_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def checked(
-        cls,
-        connection_string: str | None,
-        client: Client | None,
-        client_options: Mapping[str, Any],
-        ours: Iterable[str] = (),
-    ) -> Settings:
-        """Return settings that can be used, the environment variable `MONGODB_URI` filled in.
-
-        Args:
-            connection_string: Where MongoDB is.
-            client: A client that the caller owns.
-            client_options: Options of the driver; an option that is `None` is not given.
-            ours: The caller's own options, for the error that names an unknown option.
-
-        Raises:
-            ConfigurationError: No connection or two connections are configured, or an option is unknown or invalid.
-            ClientTypeError: `client` is not a MongoDB client.
-        """
-        client_options = _checked_options(client_options, ours)
-        if client is not None:
-            _check_client(client)
-            if connection_string is not None or client_options:
-                raise ConfigurationError(
-                    "client cannot be combined with connection_string or client options: a borrowed client is "
-                    "configured by its owner"
-                )
-            return cls(client=client)
-        connection_string = connection_string or os.environ.get("MONGODB_URI")
-        if isinstance(connection_string, str):
-            connection_string = connection_string.strip()
-        if not connection_string:
-            raise ConfigurationError(
-                "no MongoDB connection configured: pass connection_string, set the environment variable MONGODB_URI, "
-                "or pass client (an AsyncIOMotorClient, AsyncMongoClient or MongoClient)"
-            )
-        if not isinstance(connection_string, str):
-            raise ConfigurationError(f"connection_string must be a str, not {type(connection_string).__name__}")
-        _check_uri(connection_string)
-        return cls(connection_string=connection_string, client_options=dict(client_options))
-
-    def reason(self, error: Exception) -> str:
-        """Return what may be shown of a driver's error, which may quote any part of a string that holds a password."""
-        address = (self.connection_string or "").partition("://")[2]
-        secrets = re.split(r"[:/@?&=]", address.rpartition("@")[0])
-        secrets += [str(value) for name, value in self.client_options.items() if name.lower() in _SECRETS]
-        return "" if any(secret and secret in str(error) for secret in secrets) else f": {error}"
-
-    def bounded_options(self) -> dict[str, Any]:
-        """Return the client options with a bound on the wait for an answer, if there is none."""
-        named = {name.lower() for name in self.client_options} | set(
-            re.findall(r"[?&](\w+)=", (self.connection_string or "").lower())
-        )
-        bound = {} if named & {"sockettimeoutms", "timeoutms"} else {"socketTimeoutMS": SOCKET_TIMEOUT_MS}
-        return {**bound, **self.client_options}
-
-
-def unexpected_option(name: str, expected: Iterable[str], of_driver: Iterable[str] = ()) -> ConfigurationError:
-    """Return the error for an unknown option; it suggests the expected options before the driver's."""
-    expected = list(expected)
-    close = difflib.get_close_matches(name, expected, 1) or difflib.get_close_matches(name, list(of_driver), 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    rest = " or an option of pymongo.MongoClient" if of_driver else ""
-    listed = ", ".join(expected)
-    return ConfigurationError(f"unexpected option {name!r}{hint} expected one of: {listed}{rest}")
-
-
-_SECRETS = {"password", "authmechanismproperties", "tlscertificatekeyfilepassword"}
-
-_FILES = {"tlscafile", "tlscertificatekeyfile", "tlscrlfile"}
-"""Options whose validation reads a file: opening the client validates them, off the caller's event loop."""
-
-
-@cache
-def _driver_options() -> dict[str, str]:
-    """Return the documented names of the driver's options, by their names in lower case."""
-    names = re.findall(r"`(\w+)`", pymongo.MongoClient.__init__.__doc__ or "")
-    return {name: name for name in common.VALIDATORS} | {
-        name.lower(): name for name in names if name.lower() in common.VALIDATORS
-    }
-
-
-def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str, Any]:
-    """Return the given options of the driver that are not `None`."""
-    for name in given:
-        if name.lower() not in _driver_options():
-            raise unexpected_option(name, ours, _driver_options().values())
-    options = {name: value for name, value in given.items() if value is not None}
-    refusal = ""
-    for name, value in options.items():
-        try:
-            if name.lower() not in _FILES:
-                common.validate(name, value)
-        except Exception as error:
-            refusal = f"{name} cannot be used"
-            if name.lower() not in _SECRETS:
-                shown = reprlib.repr(value)
-                refusal = f"{name} cannot be {shown}" + ("" if isinstance(error, LookupError) else f": {error}")
-        if refusal:  # outside of `except`: an error that can hold a password must not become its context
-            raise ConfigurationError(refusal)
-    return options
-
-
-def _unreadable(error: OSError, options: Mapping[str, Any]) -> str:
-    """Return the message for an unreadable file, with the option that names it."""
-    names = [name for name, value in options.items() if name.lower() in _FILES]
-    named = [name for name in names if error.filename is not None and options[name] == error.filename] or names
-    reason = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    return f"{' or '.join(named) or 'a file of TLS'} cannot be read ({reason})"
-
-
-def _check_client(client: object) -> None:
-    if isinstance(client, AsyncIOMotorClient | AsyncMongoClient | pymongo.MongoClient):
-        if not _options(client).write_concern.acknowledged:
-            raise ConfigurationError("client has write concern w=0: a session cannot rely on unacknowledged writes")
-        return
-    raise ClientTypeError(
-        f"client must be a motor.motor_asyncio.AsyncIOMotorClient, pymongo.AsyncMongoClient or pymongo.MongoClient, "
-        f"not a {type(client).__name__}; or pass connection_string and let the library open its own"
-    )
-
-
-_ESCAPE = "percent-encode the user name and the password (urllib.parse.quote_plus) if they hold any of : / ? # [ ] @ %"
-
-
-def _check_uri(connection_string: str) -> None:
-    if re.search(r"[\x00-\x1f\x7f]", connection_string):
-        raise ConfigurationError("connection_string holds a line break or another control character")
-    address = connection_string.partition("://")[2]
-    authority = re.split("[/?]", address, maxsplit=1)[0]
-    credentials = authority.rpartition("@")[0]
-    # The driver would parse a part of the password as a host or a port, and show it.
-    if "@" in credentials or credentials.count(":") > 1 or re.match(r"[^/?]*(/[^?]*|(/[^?]*)?\?[^=]*)@", address):
-        raise ConfigurationError(f"connection_string cannot be parsed: {_ESCAPE}")
-    if connection_string.startswith("mongodb+srv://"):
-        return  # parsing it would ask DNS; the driver does that when it connects
-    refusal = None
-    options: Mapping[str, Any] = {}
-    try:
-        options = parse_uri(connection_string)["options"]
-    except OSError as error:
-        found = dict(re.findall(r"[?&](\w+)=([^&]*)", connection_string))
-        refusal = f": {_unreadable(error, {name: unquote(value) for name, value in found.items()})}"
-    except (driver.PyMongoError, ValueError, TypeError, LookupError) as error:
-        refusal = Settings(connection_string).reason(error) or ("@" in address and f": {_ESCAPE}") or ""
-    if refusal is not None:  # raised here so that the driver's error, which may hold the password, is not its context
-        raise ConfigurationError(
-            f"connection_string is not mongodb://[user:password@]host[:port]/[database][?options]{refusal}"
-        )
-    if options.get("w") == 0:
-        raise ConfigurationError("connection_string has w=0: a session cannot rely on unacknowledged writes")
-
-
-def _wrapped(client: SyncClient, loop: asyncio.AbstractEventLoop) -> AsyncIOMotorClient[Any]:
-    """Return a Motor client for an event loop that uses the connections of a synchronous client."""
-    wrapper: AsyncIOMotorClient[Any] = AsyncIOMotorClient.__new__(AsyncIOMotorClient)
-    AgnosticBase.__init__(wrapper, client)
-    wrapper._io_loop = loop
-    return wrapper
-
-
-def _bound_loop(client: AsyncClient) -> asyncio.AbstractEventLoop | None:
-    """Return the loop a borrowed client has been used on; neither driver tells it in public."""
-    attribute = "_io_loop" if isinstance(client, AsyncIOMotorClient) else "_loop"
-    loop: asyncio.AbstractEventLoop | None = getattr(client, attribute, None)
-    return loop
-
-
-def _gate(client: pymongo.MongoClient[Any], loop: asyncio.AbstractEventLoop) -> Gate:
-    """Return the gate of a client and a loop, which all connections that borrow the client share."""
-    key = id(client), id(loop)
-    gate = _gates.get(key)
-    if gate is None:
-        _gates[key] = gate = Gate(client)
-    return gate
-
-
-def _options(client: Client) -> ClientOptions:
-    return cast(ClientOptions, client.options)
-
-
-async def _close_client(client: AsyncClient) -> None:
-    # Motor's close() says goodbye to the server on the calling thread, PyMongo's is awaited.
-    if isinstance(client, AsyncIOMotorClient):
-        await asyncio.get_running_loop().run_in_executor(None, client.close)
-    else:
-        await client.close()
+"""Whether the current task is in an operation. Not an argument, because operations nest through many layers."""
 
 
 class Connection:
     """One client, owned or borrowed, on one event loop.
 
-    An owned client is opened on first use and closed by `aclose`. A borrowed one is never closed; its own loop, if it
-    has one already, does its I/O; a synchronous client has no loop, so the library's loop does its I/O. In a forked
-    child an owned client is opened again.
+    An owned client is opened on first use and closed by `aclose`; a forked child opens it again. A borrowed client is
+    never closed. Its I/O runs on the loop on which it was used before, else on the library's loop.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         lent = settings.client
-        self._synchronous = lent if isinstance(lent, pymongo.MongoClient) else None
-        self._client: AsyncClient | None = None if isinstance(lent, pymongo.MongoClient) else lent
+        self._synchronous = lent if isinstance(lent, MongoClient) else None
+        self._client: AsyncClient | None = None if isinstance(lent, MongoClient) else lent
         self._loop: asyncio.AbstractEventLoop | None = None
         self._portal: Portal | None = None
         self._pid = os.getpid()
-        self._counter = _PoolCounter()
+        self._counter = PoolCounter()
         self._clock = clock_of(lent)
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._operations = 0
@@ -415,7 +92,7 @@ class Connection:
         self._tasks: set[asyncio.Task[None]] = set()
         self._abandoned: list[object] = []
         self._gate: Gate | None = None
-        self._threaded: AsyncIOMotorClient[Any] | None = None
+        self._threaded: MotorClient | None = None
 
     def __repr__(self) -> str:
         kind = "borrowed" if self.settings.client is not None else "owned"
@@ -435,7 +112,7 @@ class Connection:
         if self._client is None:
             return io_portal()
         if self._loop is None:
-            self._loop = _bound_loop(self._client) or running_loop()
+            self._loop = bound_loop(self._client) or running_loop()
         if self._loop is None:
             return io_portal()
         if self._portal is None:
@@ -444,11 +121,11 @@ class Connection:
 
     @property
     def identity(self) -> object:
-        """What tells the servers behind this connection from others, as far as this process can know."""
+        """An id of the servers behind this connection, the same for all connections with the same client or string."""
         return hash(self.settings.connection_string) if self.settings.client is None else id(self.settings.client)
 
     def when_client_is_collected(self, function: Callable[[object], None]) -> None:
-        """Call `function(identity)` when a borrowed client is gone and its identity may be used again."""
+        """Call `function(identity)` when a borrowed client is collected: another client can get the same identity."""
         if self.settings.client is not None:
             weakref.finalize(self.settings.client, function, self.identity).atexit = False
 
@@ -477,7 +154,7 @@ class Connection:
             raise ConfigurationError(
                 "a pymongo.AsyncMongoClient cannot be used synchronously: pass another client, or await this one"
             )
-        return client if isinstance(client, pymongo.MongoClient) else client.delegate
+        return client if isinstance(client, MongoClient) else client.delegate
 
     async def client(self) -> AsyncClient:
         """Return the client, opened on the running loop if this is its first use.
@@ -489,11 +166,11 @@ class Connection:
         if self._is_left_behind:
             self._leave_behind()
         if self._loop is None:
-            self._loop = loop if self._client is None else _bound_loop(self._client) or loop
+            self._loop = loop if self._client is None else bound_loop(self._client) or loop
         if self._loop is not loop:
             raise EventLoopError(
                 "this connection belongs to another event loop: open one repository per loop, or use the managers, "
-                "which may be called from any"
+                "which can be called from any loop"
             )
         if self._client is None:
             async with self._opening:
@@ -503,25 +180,19 @@ class Connection:
 
     async def _open_client(self, loop: asyncio.AbstractEventLoop) -> AsyncClient:
         if self._synchronous is not None:
-            return _wrapped(self._synchronous, loop)
+            return motor_over(self._synchronous, loop)
         options = self.settings.bounded_options()
         listeners = [*options.pop("event_listeners", ()), self._counter, self._clock]
-        make = partial(
-            AsyncIOMotorClient, self.settings.connection_string, io_loop=loop, event_listeners=listeners, **options
-        )
-        refusal = None
+        options |= {"event_listeners": listeners}
+        refusal: ConfigurationError | None = None
         try:
             # In a thread, because the driver looks at files to describe the machine to the server.
-            client: AsyncClient = await loop.run_in_executor(None, make)
-        except OSError as error:
-            refusal = f": {_unreadable(error, self.settings.client_options)}"
-        except (driver.PyMongoError, ValueError, TypeError, LookupError) as error:
-            refusal = self.settings.reason(error)
-            if files := [name for name in self.settings.client_options if name.lower() in _FILES]:
-                refusal += f"; check {' and '.join(files)}"
-        if refusal is not None:  # not within `except`, so that an error that may hold the password is not its context
-            raise ConfigurationError(f"the MongoDB client refused its configuration{refusal}")
-        if not _options(client).write_concern.acknowledged:
+            client = await loop.run_in_executor(None, open_motor, self.settings.connection_string, loop, options)
+        except (OSError, driver.PyMongoError, ValueError, TypeError, LookupError) as error:
+            refusal = self.settings.refused(error)
+        if refusal is not None:  # outside of `except`: the driver's error may hold the password
+            raise refusal
+        if not options_of(client).write_concern.acknowledged:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
         self._finalizer.atexit = False
@@ -531,14 +202,12 @@ class Connection:
     async def _commanded(self) -> AsyncClient:
         """Return the client for commands; a Motor client gets the thread pool of its gate."""
         client = await self.client()
-        if not isinstance(client, AsyncIOMotorClient):
+        if not is_motor(client):
             return client
         if self._threaded is None:
             loop = asyncio.get_running_loop()
-            self._gate = gate = _gate(client.delegate, loop)
-            self._threaded = threaded = AsyncIOMotorClient.__new__(AsyncIOMotorClient)
-            threaded.delegate = client.delegate
-            threaded._io_loop = GatedLoop(loop, gate.executor)
+            self._gate = gate_of(client.delegate, loop)
+            self._threaded = motor_over(client.delegate, loop, self._gate.executor)
         return self._threaded
 
     def admission(self) -> AbstractAsyncContextManager[None]:
@@ -561,7 +230,7 @@ class Connection:
         if self._finalizer is not None:
             self._finalizer.detach()
         self._client, self._loop, self._finalizer, self._gate, self._threaded = None, None, None, None, None
-        self._pid, self._counter, self._operations, self._tasks = os.getpid(), _PoolCounter(), 0, set()
+        self._pid, self._counter, self._operations, self._tasks = os.getpid(), PoolCounter(), 0, set()
         self._clock = clock_of(self.settings.client)
         self._idle, self._opening = asyncio.Event(), asyncio.Lock()
 
@@ -570,7 +239,7 @@ class Connection:
             raise EventLoopError("a borrowed client does not survive os.fork(): create one in the child")
 
     async def collection(self, database: str, name: str) -> AsyncCollection:
-        """Return a collection that decodes as `_codec` expects and whose writes survive a failover.
+        """Return a collection that decodes as the codec expects and whose writes survive a failover.
 
         Reads go to the primary. Writes wait for a majority unless the client's own settings say otherwise.
         """
@@ -588,7 +257,7 @@ class Connection:
 
     @asynccontextmanager
     async def operation(self, *, timed: bool = True) -> AsyncIterator[None]:
-        """Count as an operation, for which closing waits; an operation inside another one is a part of it.
+        """Run a block for which closing waits. Operations nest: closing lets the inner ones begin.
 
         Args:
             timed: Whether to read the server's clock first, if it is unknown.
@@ -665,7 +334,7 @@ class Connection:
                         raise
                     if error.code == _UNKNOWN_COMMAND:
                         self._clock.postpone()
-                    return  # the next command gets the same refusal, for example of a password, and reports it
+                    return  # the next command is refused for the same reason, for example the password, and reports it
             await asyncio.sleep(pause)
 
     async def _server(self, client: AsyncClient) -> None:
@@ -673,16 +342,16 @@ class Connection:
         if self._gate is not None:
             await self._gate.server()
         elif isinstance(client, AsyncMongoClient):
-            with pymongo.timeout(_options(client).timeout):
+            with pymongo.timeout(options_of(client).timeout):
                 _ = await client.is_primary
 
     def account(self, database: str | None = None) -> Account:
         """Return the client's user and servers, for errors about access to a database."""
         if self._client is None:
             return Account(database=database)
-        pool = _options(self._client).pool_options
+        pool = options_of(self._client).pool_options
         credentials = getattr(pool, "_credentials", None)  # the drivers have no public attribute
-        servers = cast(TopologyDescription, self._client.topology_description).server_descriptions()
+        servers = topology_of(self._client).server_descriptions()
         return Account(
             user=getattr(credentials, "username", None),
             source=getattr(credentials, "source", None),
@@ -731,24 +400,16 @@ class Connection:
     def pool_stats(self) -> PoolStats:
         """Return the pool's configuration and its connections, as counted by the driver's pool events."""
         client = self._client if self._pid == os.getpid() else None
-        pool = _options(client).pool_options if client is not None else None
         borrowed = self.settings.client is not None
         return {
-            "pool_config": {}
-            if pool is None
-            else {
-                "maxPoolSize": pool.max_pool_size,
-                "minPoolSize": pool.min_pool_size,
-                "maxIdleTimeMS": _milliseconds(pool.max_idle_time_seconds),
-                "waitQueueTimeoutMS": _milliseconds(pool.wait_queue_timeout),
-            },
+            "pool_config": {} if client is None else pool_config(options_of(client)),
             "connections_open": None if borrowed else self._counter.open,
             "connections_in_use": None if borrowed else self._counter.in_use,
             "wait_queue": None if borrowed else self._counter.waiting + (self._gate.waiting if self._gate else 0),
         }
 
     def close_blocking(self) -> None:
-        """Close from synchronous code; see `aclose`. Does nothing the second time, even when the interpreter ends."""
+        """Close from synchronous code; see `aclose`. A second call does nothing, even when the interpreter ends."""
         if not self._closing:
             self.portal.call(self.aclose)
 
@@ -758,7 +419,7 @@ class Connection:
             await self.portal.run(self.aclose)
 
     async def aclose(self) -> None:
-        """Wait for what is under way, then close an owned client. Idempotent. Runs on the loop of the client."""
+        """Wait for operations and tasks, then close an owned client. Idempotent. Call it on the client's loop."""
         self._closing = True
         if self._is_left_behind:
             self._leave_behind()
@@ -772,7 +433,7 @@ class Connection:
             self._client, self._threaded = None, None
             if self._finalizer is not None:
                 self._finalizer.detach()
-            await _close_client(client)
+            await close_client(client)
             if self._gate is not None:
                 self._gate.executor.shutdown(wait=False)
 
@@ -781,11 +442,7 @@ class Connection:
         await self.aclose()
 
 
-def _milliseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else round(seconds * 1000)
-
-
 def _close_collected(client: AsyncClient, loop: asyncio.AbstractEventLoop, pid: int) -> None:
     """End the sockets and threads of a client whose connection was collected without being closed."""
     if pid == os.getpid() and loop.is_running():
-        portal_to(loop).submit(_close_client, client)
+        portal_to(loop).submit(close_client, client)

@@ -1,4 +1,4 @@
-"""The driver's errors as ours, without anything that a document holds."""
+"""Translation of the driver's errors into the library's, without the content that they can quote."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ _TLS_MISMATCH = re.compile(
 
 
 class DuplicateKeyError(DatabaseError):
-    """A document with the same value in a unique index exists already; callers handle it for `_id`."""
+    """A document with the same value in a unique index exists already. Callers handle it for `_id`."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """The user, servers and database of a client, for errors: nothing in it is secret."""
+    """The user, servers and database of a client, for error messages; none of it is secret."""
 
     user: str | None = None
     source: str | None = None
@@ -99,7 +99,7 @@ _FEATURES = [
         r"(?:no such c[a-z]+: '|Provided apiStrict:true, but the command )([A-Za-z]{2,40})\b",
     )
 ]
-"""The server's texts that name the unknown feature. A text can quote documents: no other part of it is shown."""
+"""The server's messages that name the unknown feature. Nothing else of a message is shown: it can quote documents."""
 
 UNSUPPORTED = "the server does not support"
 
@@ -107,8 +107,8 @@ UNSUPPORTED = "the server does not support"
 def may_be_sent_again(error: Exception) -> bool:
     """Return whether the command that failed can be sent again at once; it may or may not have been applied.
 
-    An error that has waited as long as the user allows is final; on a replica set the driver has sent the command a
-    second time by then.
+    A timeout is final: it is as long as the user allows, and on a replica set the driver has sent the command twice
+    by then.
     """
     return (
         isinstance(error, driver.PyMongoError)
@@ -135,10 +135,10 @@ def is_refusal(error: MongoDBSessionError) -> bool:
 
 @dataclass
 class Attempts:
-    """What is known of a command that is sent several times.
+    """The outcome of a command that is sent several times.
 
     Attributes:
-        unknown: Whether one of them may have been carried out though it failed.
+        unknown: Whether a failed attempt may have been applied.
     """
 
     unknown: bool = False
@@ -146,10 +146,12 @@ class Attempts:
 
 @contextmanager
 def driver_errors(*, account: Callable[[], Account] = Account) -> Iterator[Attempts]:
-    """Raise the driver's errors as ours. Ours do not chain them, because they can quote user content.
+    """Translate the driver's errors. They are not chained, because they can quote user content.
 
-    The error says so if it is unknown whether the command was carried out, by this or an earlier attempt. `account`
-    returns the user for errors about access.
+    The message says when it is unknown whether the command was carried out, by this or an earlier attempt.
+
+    Args:
+        account: Returns the user and the servers, for errors about access.
 
     Raises:
         MongoDBSessionError: The subclass that fits, with the code and the operation of the driver's error.
@@ -168,14 +170,14 @@ def driver_errors(*, account: Callable[[], Account] = Account) -> Iterator[Attem
     except RuntimeError as error:
         if isinstance(error, MongoDBSessionError) or "after" not in str(error) or "shutdown" not in str(error):
             raise
-        raise_alone(EventLoopError("the interpreter is shutting down: nothing can be sent to MongoDB any more"))
+        raise_alone(EventLoopError("the interpreter is shutting down: no command can be sent to MongoDB"))
 
 
 def translate(
     error: driver.PyMongoError | BSONError | UnicodeEncodeError | OverflowError,
     account: Callable[[], Account] = Account,
 ) -> MongoDBSessionError:
-    """Return the error of this package that says the same, without anything that a document holds."""
+    """Return the library's error for a driver's error, without the content that it can quote."""
     match error:
         case driver.ServerSelectionTimeoutError() if _TLS_MISMATCH.search(_first_line(error)):
             return ConfigurationError(
@@ -194,7 +196,7 @@ def translate(
         case driver.ConnectionFailure():
             return DatabaseUnavailableError(f"the connection to MongoDB was lost: {_first_line(error)}")
         case driver.DocumentTooLarge():
-            return MessageTooLargeError("the write is larger than a MongoDB document may be (16 MiB)")
+            return MessageTooLargeError("the write is larger than a MongoDB document can be (16 MiB)")
         case driver.ConfigurationError() | driver.InvalidName():
             return ConfigurationError(f"the MongoDB client refused its configuration: {_first_line(error)}")
         case driver.InvalidOperation():
@@ -202,7 +204,7 @@ def translate(
         case driver.OperationFailure() if _code(error) in _TOO_LARGE:
             return MessageTooLargeError("the session's document would grow beyond 16 MiB")
         case driver.OperationFailure() if _code(error) == _NO_SUCH_PATH:
-            return InvalidArgumentError("a key with dots leads through a stored value that holds no keys")
+            return InvalidArgumentError("a key with dots leads through a stored value that is not a document")
         case driver.OperationFailure() if _is_denied(error):
             return account().refused(_code(error))
         case driver.DuplicateKeyError():
@@ -216,7 +218,7 @@ def translate(
         case driver.OperationFailure():
             return DatabaseError(f"MongoDB refused the command: {_shown_code(error)}")
         case InvalidBSON():
-            return DatabaseError("MongoDB's answer cannot be read: it holds a value that is no valid BSON")
+            return DatabaseError("the reply of MongoDB cannot be read: it holds invalid BSON")
         case BSONError() | UnicodeEncodeError() | OverflowError():
             return EncodingError("cannot store a value that BSON cannot hold")
         case _:
@@ -231,7 +233,7 @@ def _is_denied(error: driver.OperationFailure) -> bool:
 
 
 def refused_feature(error: driver.OperationFailure) -> str | None:
-    """Return the operator, stage or command that the server does not know, `None` if the error has another reason."""
+    """Return the operator, stage or command that the server does not support; `None` for any other error."""
     if error.code not in _UNKNOWN_FEATURE:
         return None
     text = str((error.details or {}).get("errmsg", ""))
@@ -244,7 +246,7 @@ def _first_line(error: driver.PyMongoError) -> str:
 
 
 def _refusal(error: Exception) -> Mapping[str, Any]:
-    """Return the part of the server's answer that holds the code."""
+    """Return the part of the server's reply that holds the code."""
     details: Any = error.details if isinstance(error, driver.OperationFailure | driver.NotPrimaryError) else None
     if not isinstance(details, Mapping):
         return {}

@@ -1,16 +1,16 @@
 """Admission of Motor's commands to threads.
 
-Motor runs every command in a thread of one executor for the whole process, 5 threads per core, and server selection is
-part of the command. Without a gate, slow commands would delay each other regardless of `maxPoolSize`. Without a server,
-every thread would wait for one, and the other callers would get no error.
+Motor runs every command of the process in one executor with 5 threads per core, and a command includes server
+selection. Without a gate, slow commands would delay each other regardless of `maxPoolSize`, and without a server every
+thread would wait for one while other callers get no error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import pymongo
@@ -26,13 +26,26 @@ _SPARE_FROM = 4
 """The smallest pool that reserves one connection for health checks."""
 
 _USUAL = 5 * (os.cpu_count() or 1)
-"""The limit of concurrent commands while none is slow: more threads compete for the interpreter and slow all down."""
+"""The limit of concurrent commands while none is slow: more threads would compete for the interpreter."""
 
 _SLOW = 0.02
 """Seconds until one more command is admitted, while commands wait: the admitted ones are slow."""
 
 _LOOK = 0.5
 """Seconds after which a waiting command checks again for a server."""
+
+
+_gates: weakref.WeakValueDictionary[tuple[int, int], Gate] = weakref.WeakValueDictionary()
+"""Gates by the ids of client and loop; a gate keeps its client alive, so no other client can have the same id."""
+
+
+def gate_of(client: pymongo.MongoClient[Any], loop: asyncio.AbstractEventLoop) -> Gate:
+    """Return the gate of a client and a loop, which all connections that borrow the client share."""
+    key = id(client), id(loop)
+    gate = _gates.get(key)
+    if gate is None:
+        _gates[key] = gate = Gate(client)
+    return gate
 
 
 class Gate:
@@ -164,18 +177,3 @@ class Gate:
         servers = self._client.topology_description.server_descriptions().values()
         errors = ", ".join(str(server.error) for server in servers if server.error is not None)
         return f"{errors or 'no server takes writes'}, Timeout: {self._patience}s"
-
-
-class GatedLoop:
-    """An event loop, for Motor, whose `run_in_executor` uses the threads of a gate."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, executor: ThreadPool) -> None:
-        self._loop = loop
-        self._executor = executor
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loop, name)
-
-    def run_in_executor(self, _: object, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
-        """Run a function in a thread of the gate."""
-        return self._loop.run_in_executor(self._executor, function, *args)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
-from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
-from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._format.ids import checked_id
-from .._io.connection import Client, Connection, Settings
-from .._notifications.notify import DRAIN_TIMEOUT, in_the_name_of
-from .._repository.metadata import AgentConfigDict, UsageReport, checked_feedback, checked_keys, checked_metadata
-from ..errors import InvalidArgumentError, SessionClosedError
-from .base import OPTIONS, ManagerOptions, SaveOn, SessionManagerBase, take_hooks
+from .._format.metadata import checked_feedback, checked_keys, checked_metadata
+from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
+from .._repository.metadata import AgentConfig, UsageReport
+from ..errors import SessionClosedError
+from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, async_tool
-from .user_hooks import Hook, Operation, run_hooked
+from .user_hooks import Operation, run_hooked
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,84 +23,28 @@ T = TypeVar("T")
 class AsyncMongoDBSessionManager(SessionManagerBase):
     """Keeps the agents of a session in MongoDB, without blocking an event loop.
 
-    Open it with `async with` or `await create_mongodb_session_manager_async(...)`; then `Agent(session_manager=...)`
-    restores from what was loaded and sends nothing. One manager may serve several agents of its session,
-    asynchronous ones and synchronous ones, on any thread and any event loop.
+    Open it with `async with`, or with `create_mongodb_session_manager_async(...)`. `Agent(session_manager=...)` then
+    restores from what was loaded and sends nothing. One manager can serve several agents of its session, asynchronous
+    and synchronous ones, on any thread and any event loop.
 
     Args:
-        session_id: The session; any non-empty text without NUL.
-        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
+        session_id: Any non-empty text without NUL.
+        connection_string: The connection string of MongoDB; `None` reads the environment variable `MONGODB_URI`.
+        database_name: `None` takes the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
-        application_name: Stored in the session if this manager creates it; never changed afterwards.
-        metadata_fields: Fields of `metadata` that get an index each.
-        metadata_hook: Called around every use of metadata, `def` or `async def`; `metadataHook` is the same.
-        feedback_hook: Called around every new feedback, `def` or `async def`; `feedbackHook` is the same.
-        save_on: `"message"` stores each message before the agent goes on, `"invocation"` all of a turn at its end.
-        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
-            in GridFS, in the bucket `<collection_name>_attachments`.
-        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
-        max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: The session expires, with archive and attachments, when nobody has written to it for this time. The
-            value belongs to the session; another one applies from the next write on. With `None`, an expiring session
-            keeps its value, and any other one does not expire.
-        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+        **options: `ManagerOptions` documents each.
 
     Raises:
-        ConfigurationError: An argument cannot be used.
-        InvalidArgumentError: `session_id` cannot be one.
+        ConfigurationError: An argument is invalid or an option is unknown.
+        InvalidArgumentError: `session_id` is not a valid id.
     """
 
-    def __init__(
-        self,
-        session_id: str,
-        connection_string: str | None = None,
-        database_name: str | None = None,
-        collection_name: str | None = "agent_sessions",
-        *,
-        client: Client | None = None,
-        application_name: str | None = None,
-        metadata_fields: Sequence[str] | None = None,
-        metadata_hook: Hook | None = None,
-        feedback_hook: Hook | None = None,
-        save_on: SaveOn | None = "message",
-        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
-        session_ttl: timedelta | None = None,
-        **client_options: Any,
-    ) -> None:
-        checked_id(session_id, "session_id")
-        options = ManagerOptions.checked(
-            database_name=database_name,
-            collection_name=collection_name,
-            application_name=application_name,
-            metadata_fields=metadata_fields,
-            metadata_hook=metadata_hook,
-            feedback_hook=feedback_hook,
-            save_on=save_on,
-            max_inline_attachment_bytes=max_inline_attachment_bytes,
-            max_embedded_messages=max_embedded_messages,
-            max_embedded_bytes=max_embedded_bytes,
-            session_ttl=session_ttl,
-            **take_hooks(client_options),
-        )
-        connection = Connection(Settings.checked(connection_string, client, client_options, OPTIONS))
-        self._prepare(session_id, connection, options, owned=True)
-
-    @classmethod
-    def _over(cls, connection: Connection, session_id: str, options: ManagerOptions) -> Self:
-        """Return a manager, not open yet, over a connection that somebody else closes."""
-        manager = cls.__new__(cls)
-        manager._prepare(session_id, connection, options, owned=False)
-        return manager
-
     async def open(self) -> Self:
-        """Read the session, or create it if it is new; once it is open, do nothing.
+        """Read the session, or create it if it is new; does nothing if it is open already.
 
         Raises:
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+            SessionClosedError: The manager is closed.
         """
         if self._closed:
             raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
@@ -125,19 +65,19 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         await self.close()
 
     async def flush(self) -> None:
-        """Return when everything recorded so far is stored.
+        """Wait until every recorded change is stored.
 
         Raises:
-            MongoDBSessionError: What failed. After a lost connection the next flush tries again.
+            MongoDBSessionError: A change could not be stored. After a lost connection the next flush tries again.
         """
         await self._flush()
 
     async def get_application_name(self) -> str | None:
-        """Return the name the session got at its creation."""
+        """Return the application name that was stored when the session was created."""
         return self._unit.application_name
 
     async def update_metadata(self, metadata: dict[str, Any]) -> Any:
-        """Set the given keys of the session's metadata and keep the others.
+        """Set keys of the session's metadata and keep the others.
 
         Args:
             metadata: Values by key; `a.b` sets `b` within `a`. Dates are stored as BSON dates: UTC, milliseconds.
@@ -149,12 +89,11 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             InvalidArgumentError: A key cannot be set.
             EncodingError: A value cannot be stored.
         """
-        checked_metadata(metadata)
-        return await self._metadata("update", self._repository.update_metadata, metadata=metadata)
+        return await self._hooked(self._repository.update_metadata, "update", metadata=checked_metadata(metadata))
 
     async def get_metadata(self) -> Any:
-        """Return `{"metadata": {...}}`, or `{}` if the session does not exist any more."""
-        return await self._metadata("get", self._repository.get_metadata)
+        """Return `{"metadata": {...}}`, or `{}` if the session no longer exists."""
+        return await self._hooked(self._repository.get_metadata, "get")
 
     async def delete_metadata(self, keys: list[str]) -> Any:
         """Remove keys from the session's metadata; unknown keys are no error.
@@ -165,14 +104,14 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         Raises:
             InvalidArgumentError: `keys` is not a list of keys.
         """
-        return await self._metadata("delete", self._repository.delete_metadata, keys=checked_keys(keys))
+        return await self._hooked(self._repository.delete_metadata, "delete", keys=checked_keys(keys))
 
     def get_metadata_tool(self, read_only: bool = False, allowed_keys: Sequence[str] | None = None) -> AgentTool:
-        """Return the tool `manage_metadata`, through which a model reads and writes the session's metadata.
+        """Return the tool `manage_metadata`, with which a model reads and writes the session's metadata.
 
         Args:
             read_only: Whether the model may only read.
-            allowed_keys: The keys it may see and change; `None` for all.
+            allowed_keys: The keys that the model may see and change; `None` allows all.
 
         Raises:
             InvalidArgumentError: `allowed_keys` is not a list of keys.
@@ -181,7 +120,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         return async_tool(policy, self.get_metadata, self.update_metadata, self.delete_metadata)
 
     async def add_feedback(self, feedback: dict[str, Any]) -> Any:
-        """Append feedback, with the present as `created_at`.
+        """Append feedback, stamped with the current time as `created_at`.
 
         Args:
             feedback: Any keys; `rating` (`"up"`, `"down"`) and `comment` are the usual ones.
@@ -193,15 +132,14 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             InvalidArgumentError: `feedback` is not a dict.
             EncodingError: A value cannot be stored.
         """
-        hook, operation = self._options.feedback_hook, self._repository.add_feedback
-        return await self._hooked(hook, operation, "add", feedback=checked_feedback(feedback))
+        return await self._hooked(self._repository.add_feedback, "add", feedback=checked_feedback(feedback))
 
     async def get_feedbacks(self) -> list[dict[str, Any]]:
         """Return the session's feedback, oldest first."""
         return await self._ask(self._repository.get_feedbacks)
 
-    async def get_agent_config(self, agent_id: str) -> AgentConfigDict | None:
-        """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent."""
+    async def get_agent_config(self, agent_id: str) -> AgentConfig | None:
+        """Return an agent's model, system prompt and prompt metadata; `None` if the session has no such agent."""
         return await self._ask(self._repository.get_agent_config, agent_id)
 
     async def update_agent_config(
@@ -211,81 +149,81 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         system_prompt: str | None = None,
         prompt_metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Set what is not `None` of an agent's configuration; it stays until it is set again, whatever the agent runs.
+        """Set an agent's configuration. `None` keeps a value.
+
+        Values set here stay until they are set again, even if the agent runs with another model or system prompt.
 
         Raises:
-            InvalidArgumentError: An argument is of the wrong type.
-            AgentNotFoundError: The session holds no such agent.
+            InvalidArgumentError: An argument has the wrong type.
+            AgentNotFoundError: The session has no such agent.
         """
-        await self._ask(self._repository.update_agent_config, agent_id, model, system_prompt, prompt_metadata)
-        self._keep_config(agent_id, model=model, system_prompt=system_prompt)
+        await self._ask(self._update_agent_config, agent_id, model, system_prompt, prompt_metadata)
 
     async def set_prompt_metadata(self, agent_id: str, prompt_metadata: dict[str, Any]) -> None:
-        """Set an agent's prompt metadata; it stays until it is set again.
+        """Set an agent's prompt metadata, which stays until it is set again.
 
         Raises:
             InvalidArgumentError: `prompt_metadata` is not a dict.
-            AgentNotFoundError: The session holds no such agent.
+            AgentNotFoundError: The session has no such agent.
         """
-        if not isinstance(prompt_metadata, dict):
-            raise InvalidArgumentError(f"prompt_metadata must be a dict, not {type(prompt_metadata).__name__}")
-        await self.update_agent_config(agent_id, prompt_metadata=prompt_metadata)
+        await self.update_agent_config(agent_id, prompt_metadata=checked_prompt_metadata(prompt_metadata))
 
-    async def list_agents(self) -> list[AgentConfigDict]:
+    async def list_agents(self) -> list[AgentConfig]:
         """Return the configuration of every agent of the session."""
         return await self._ask(self._repository.list_agents)
 
     async def get_message_count(self, agent_id: str) -> int:
-        """Return how many messages an agent has ever stored, counted by the server.
+        """Return the number of all messages that an agent has ever stored, counted by the server.
 
         Raises:
-            AgentNotFoundError: The session holds no such agent.
+            AgentNotFoundError: The session has no such agent.
         """
         return await self._ask(self._repository.get_message_count, agent_id)
 
     async def list_messages(self, agent_id: str, limit: int | None = None, offset: int = 0) -> list[SessionMessage]:
-        """Return messages of an agent with their ids and dates, oldest first, those it no longer holds too.
+        """Return messages of an agent with their ids and dates, oldest first.
+
+        Messages that the agent's conversation manager has removed are included.
 
         Args:
             agent_id: The agent.
-            limit: At most so many; `None` for all.
-            offset: Leave out so many of the oldest.
+            limit: The maximum number of messages; `None` returns all.
+            offset: The number of oldest messages to leave out.
 
         Raises:
-            AgentNotFoundError: The session holds no such agent.
+            AgentNotFoundError: The session has no such agent.
             AttachmentError: An attachment is missing or damaged.
         """
-        return await self._ask(self._stored_messages, agent_id, limit, offset)
+        return await self._ask(self._list_messages, agent_id, limit, offset)
 
     async def get_usage(self) -> UsageReport:
-        """Return the session's running totals, per agent and in all: tokens, latency, invocations and tool calls."""
+        """Return the session's totals of tokens, latency, invocations and tool calls, by agent and overall."""
         return await self._ask(self._repository.get_usage)
 
-    async def _metadata(self, action: str, operation: Operation, **argument: Any) -> Any:
-        return await self._hooked(self._options.metadata_hook, operation, action, **argument)
+    async def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
+        """Flush, deliver pending notifications, and close the connection if the manager owns it. Idempotent.
 
-    async def _hooked(self, hook: Hook | None, operation: Operation, action: str, **argument: Any) -> Any:
+        Args:
+            notification_timeout: Seconds to wait for the session's notifications. Those that are not delivered by then
+                are logged by name; their delivery goes on as long as the process runs.
+
+        Raises:
+            MongoDBSessionError: A change could not be stored, and no earlier call has raised why.
+        """
+        if self._closing is None or not self._closing.is_set():
+            await self._connection.portal.run(self._aclose, notification_timeout)
+
+    async def _hooked(self, operation: Operation, action: str, **argument: Any) -> Any:
+        """Call an operation of the repository through the hook for the action."""
         self._check_open()
-        with in_the_name_of(self._connection):
-            return await run_hooked(self._connection.portal, hook, operation, action, self.session_id, **argument)
+        portal, hook = self._connection.portal, self._hook_for(action)
+        with attributed_to(self._connection):
+            return await run_hooked(portal, hook, operation, action, self.session_id, **argument)
 
     async def _ask(
         self, operation: Callable[Concatenate[str, P], Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Return what the repository says of the session once everything recorded is stored."""
+        """Flush, then call an operation of the repository for this session."""
         self._check_open()
-        await self._send()
+        await self._flusher.flush(self._unit)
         return await self._connection.portal.run(operation, self.session_id, *args, **kwargs)
-
-    async def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
-        """Store what is recorded, deliver what hooks left behind, and close what the manager owns. Idempotent.
-
-        Args:
-            notification_timeout: Seconds to wait for the session's notifications. What is not delivered by then is
-                logged by its name, and tried on as long as the process runs.
-
-        Raises:
-            MongoDBSessionError: What could not be stored, and was not raised before.
-        """
-        if self._closing is None or not self._closing.is_set():
-            await self._connection.portal.run(self._aclose, notification_timeout)

@@ -1,7 +1,7 @@
-"""What both session managers share: Strands' logic over a unit of work, and when what it recorded is sent.
+"""The base of both session managers: Strands' session logic over a unit of work, and when recorded changes are flushed.
 
-A callback per event runs Strands' own methods, which record, and then awaits one flush on the loop that holds the
-client. Nothing of it does I/O on the caller's event loop.
+A callback per event runs Strands' own methods, which record changes, and then awaits one flush on the loop of the
+client. Nothing here does I/O on the caller's event loop.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
 from traceback import walk_tb
-from typing import Any, Literal, Self
+from typing import Any, Unpack
 
 from strands import Agent
 from strands.bidi.hooks.events import BidiAgentStopEvent
@@ -31,35 +28,30 @@ from strands.types.content import Message
 from strands.types.exceptions import SessionException
 from strands.types.session import SessionMessage
 
-from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
-from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.dates import now
 from .._format.ids import agent_key, checked_id
-from .._format.retention import checked_ttl
-from .._io.connection import Connection, unexpected_option
-from .._io.loop import ExitOrder, close_at_exit, running_loop
+from .._io.loop import ExitOrder, close_at_exit
+from .._io.portal import running_loop
 from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
-from .._repository.async_repository import SharedRepository
-from .._store.store import SessionStore
 from ..errors import (
     AgentNotFoundError,
-    ConfigurationError,
     DatabaseError,
     EncodingError,
     EventLoopError,
+    InvalidArgumentError,
     MessageTooLargeError,
     MongoDBSessionError,
     SessionClosedError,
 )
 from .capture import capture_config, capture_metrics, guardrail_event
-from .multi_agents import OrchestratorSessionManager, is_recording_only, recording_only
+from .flusher import Flusher
+from .multi_agents import OrchestratorSessionManager
+from .options import Configuration, ManagerOptions
 from .unit_of_work import UnitOfWork
-from .user_hooks import Hook, checked_hook, hold, let_go
+from .user_hooks import Hook, hold, let_go
 
 logger = logging.getLogger(__name__)
-
-SaveOn = Literal["message", "invocation"]
 
 _FIRST, _LAST = -math.inf, math.inf
 """Orders of callbacks: before and after those of all other hook providers."""
@@ -67,92 +59,8 @@ _FIRST, _LAST = -math.inf, math.inf
 _PATIENCE = 0.1
 """Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
 
-A user's hook, middleware or a client that reads slowly can delay that end.
+A user's hook, a middleware or a slow client can delay that end.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManagerOptions:
-    """What a manager is told beside the session and the connection; `MongoDBSessionManager` documents each."""
-
-    database_name: str | None = None
-    collection_name: str = "agent_sessions"
-    application_name: str | None = None
-    metadata_fields: Sequence[str] | None = None
-    metadata_hook: Hook | None = None
-    feedback_hook: Hook | None = None
-    save_on: SaveOn = "message"
-    max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
-    max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
-    max_embedded_bytes: int = MAX_EMBEDDED_BYTES
-    session_ttl: timedelta | None = None
-
-    @classmethod
-    def checked(cls, **given: Any) -> Self:
-        """Return options from arguments, `metadataHook` and `feedbackHook` among them.
-
-        Raises:
-            ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
-        """
-        return cls(**_given(given))
-
-    def overridden(self, given: Mapping[str, Any]) -> Self:
-        """Return these options with some replaced; an option that is `None` is not given.
-
-        Raises:
-            ConfigurationError: An argument is unknown, cannot be used, or is given in both spellings.
-        """
-        return replace(self, **_given(given))
-
-    def __post_init__(self) -> None:
-        checked_hook(self.metadata_hook, "metadata_hook")
-        checked_hook(self.feedback_hook, "feedback_hook")
-        if self.save_on not in ("message", "invocation"):
-            raise ConfigurationError(f"save_on must be 'message' or 'invocation', got {self.save_on!r}")
-        checked_inline_bytes(self.max_inline_attachment_bytes)
-        checked_ttl(self.session_ttl)
-
-    def repository(self, connection: Connection) -> SharedRepository:
-        """Return the repository these options describe."""
-        store = SessionStore(
-            connection,
-            self.database_name,
-            self.collection_name,
-            application_name=self.application_name,
-            metadata_fields=self.metadata_fields,
-            max_inline_attachment_bytes=self.max_inline_attachment_bytes,
-            max_embedded_messages=self.max_embedded_messages,
-            max_embedded_bytes=self.max_embedded_bytes,
-            session_ttl=self.session_ttl,
-        )
-        return SharedRepository(store)
-
-
-_SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}
-
-
-OPTIONS = ("connection_string", "client", *ManagerOptions.__dataclass_fields__)
-"""The options of managers and factories, without those of the driver."""
-
-
-def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are not `None` under the names of the fields of `ManagerOptions`."""
-    options: dict[str, Any] = {}
-    for name, value in arguments.items():
-        field = _SPELLINGS.get(name, name)
-        if field not in ManagerOptions.__dataclass_fields__ and (value is not None or field not in OPTIONS):
-            raise unexpected_option(name, ManagerOptions.__dataclass_fields__)
-        if value is None:
-            continue
-        if field in options:
-            raise ConfigurationError(f"{field} is given in both spellings")
-        options[field] = value
-    return options
-
-
-def take_hooks(client_options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the hooks in the original's spelling from client options and return them."""
-    return {name: client_options.pop(name) for name in _SPELLINGS if name in client_options}
 
 
 def _is_final(message: Message) -> bool:
@@ -161,10 +69,21 @@ def _is_final(message: Message) -> bool:
 
 
 def _follows_its_own_id(message: Message, agent: LocalAgent) -> bool:
-    """Return whether the message before an agent's last one has its tracking id: it did not take its place."""
+    """Return whether an agent's last two messages have the same tracking id: the last one did not replace the other."""
     if len(agent.messages) < 2 or agent.messages[-1] is not message:
         return False
     return agent.messages[-2].get("tracking_id") == message.get("tracking_id")
+
+
+def checked_prompt_metadata(prompt_metadata: object) -> dict[str, Any]:
+    """Return `prompt_metadata` if it is a dict.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    if not isinstance(prompt_metadata, dict):
+        raise InvalidArgumentError(f"prompt_metadata must be a dict, not {type(prompt_metadata).__name__}")
+    return prompt_metadata
 
 
 _RESTORED_IN = {
@@ -176,23 +95,29 @@ _RESTORED_IN = {
 
 
 def _restoring(error: Exception) -> tuple[str, str]:
-    """Return the field of an agent that cannot be restored, and the reason without the error's text: it can quote."""
+    """Return the field that cannot be restored, and the reason without the error's text, which can quote content."""
     names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
     field = next((field for name, field in _RESTORED_IN.items() if name in names), "messages")
     return field, f"{type(error).__name__} in {names[-1]}"
 
 
 class SessionManagerBase(OrchestratorSessionManager):
-    """What both managers share: all but how the caller waits."""
+    """Everything but how the caller waits."""
 
-    session_repository: UnitOfWork
-
-    def _prepare(self, session_id: str, connection: Connection, options: ManagerOptions, *, owned: bool) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        connection_string: str | None = None,
+        database_name: str | None = None,
+        collection_name: str | None = "agent_sessions",
+        **options: Unpack[ManagerOptions],
+    ) -> None:
         self.session_id = checked_id(session_id, "session_id")
-        self._connection = connection
-        self._owns_connection = owned
-        self._options = options
-        self._repository = options.repository(connection)
+        configuration = Configuration.of(connection_string, database_name, collection_name, options)
+        self._options = configuration.options
+        self._connection = configuration.connection
+        self._owns_connection = configuration.owns_connection
+        self._repository = configuration.repository()
         self._work: UnitOfWork | None = None
         self._closed = False
         self._closing: asyncio.Event | None = None
@@ -200,7 +125,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._late: dict[str, asyncio.TimerHandle] = {}
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
-        self._turn: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+        self._flusher = Flusher(self.session_id, self._connection, self._repository)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "new" if self._work is None else "open"
@@ -217,7 +142,7 @@ class SessionManagerBase(OrchestratorSessionManager):
 
     async def _open(self) -> None:
         """Load the session. Runs on the loop of the client."""
-        async with self._lock():
+        async with self._flusher.lock():
             if self._work is not None:
                 return
             document = await self._repository.open_session(self.session_id)
@@ -231,9 +156,9 @@ class SessionManagerBase(OrchestratorSessionManager):
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
-        """Register what keeps an agent or orchestrator stored."""
+        """Register the callbacks that store an agent or orchestrator."""
         registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
-        # Last, because there is no invocation and no AfterInvocationEvent if another callback raises.
+        # Last: if another callback raises, there is neither an invocation nor an AfterInvocationEvent.
         registry.add_callback(BeforeInvocationEvent, self._on_before_invocation, order=_LAST)
         registry.add_callback(MessageAddedEvent, self._on_message_added)
         registry.add_callback(MessageUpdatedEvent, self._on_message_updated)
@@ -244,11 +169,12 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._register_multi_agent_hooks(registry, each_node=self._options.save_on == "message")
 
     def initialize(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Restore an agent from what was loaded, or record it as new. Sends nothing.
+        """Restore an agent from the loaded session, or record it as new. Sends nothing.
 
         Raises:
-            SessionException: An agent of that id was initialised by this manager before.
-            InvalidArgumentError: The agent's id cannot be stored.
+            SessionException: This manager has initialized an agent with that id before.
+            InvalidArgumentError: The agent's id is not valid.
+            DatabaseError: The stored agent cannot be restored.
         """
         work = self._unit
         checked_id(agent.agent_id, "agent_id")
@@ -259,7 +185,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
         else:
-            work.start_invocation(agent.agent_id)  # no event tells when one starts
+            work.start_invocation(agent.agent_id)  # there is no event for the start of one
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
 
@@ -285,7 +211,7 @@ class SessionManagerBase(OrchestratorSessionManager):
 
         Raises:
             AgentNotFoundError: This manager has not initialized the agent.
-            EncodingError: The message holds a value that cannot be stored.
+            EncodingError: A value in the message cannot be stored.
             MessageTooLargeError: The message is too large.
             SessionConflictError: Another writer has stored a message of the agent.
         """
@@ -294,7 +220,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         if _follows_its_own_id(message, agent):
             self._unit.end_message(agent.agent_id)
         super().append_message(message, agent, **kwargs)
-        self._settle(agent.agent_id)
+        self._recorded(agent)
 
     def redact_latest_message(
         self,
@@ -305,36 +231,37 @@ class SessionManagerBase(OrchestratorSessionManager):
         guardrail_trace: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Store `redact_message` in the place of the agent's latest message, and that a guardrail stepped in.
+        """Replace the agent's latest message with `redact_message`, and store a guardrail event.
 
         Args:
-            redact_message: What takes the place of the message; nothing of the original stays stored.
+            redact_message: The replacement; nothing of the original message stays stored.
             agent: The agent.
-            action: What the guardrail did.
-            stop_reason: Why the model stopped; see `GUARDRAIL_STOP_REASONS`.
-            guardrail_trace: The trace of Amazon Bedrock; it is stored without what it quotes of the conversation.
-            **kwargs: Accepted because Strands may pass more one day.
+            action: The action of the guardrail.
+            stop_reason: The model's stop reason; see `GUARDRAIL_STOP_REASONS`.
+            guardrail_trace: The trace of Amazon Bedrock; text that it quotes from the conversation is not stored.
+            **kwargs: Accepted for later versions of Strands.
         """
         work = self._unit
         self._check_initialized(agent)
         event = guardrail_event(action, stop_reason, guardrail_trace, now())
-        with recording_only():
-            super().redact_latest_message(redact_message, agent, **kwargs)
-            work.record_guardrail(agent.agent_id, event)
-        self._settle(agent.agent_id)
+        super().redact_latest_message(redact_message, agent, **kwargs)
+        work.record_guardrail(agent.agent_id, event)
+        self._recorded(agent)
 
     def sync_agent(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Store the agent's state, if it changed since it was stored last.
+        """Store the agent's state, if it has changed.
 
-        An agent that was constructed without this manager, and that the session does not hold yet, is stored with its
-        messages.
+        An agent that was constructed without this manager and is new to the session is stored with its messages.
         """
         work = self._unit
         if not work.holds(checked_id(agent.agent_id, "agent_id")):
             self.initialize(agent)
         work.record_config(agent.agent_id, capture_config(agent))
         super().sync_agent(agent, **kwargs)
-        self._settle(agent.agent_id)
+        self._recorded(agent)
+
+    def _recorded(self, agent: LocalAgent) -> None:
+        self._flusher.recorded(agent, self._unit, self._unit.raise_refused, agent.agent_id)
 
     def _check_initialized(self, agent: LocalAgent) -> None:
         if not self._unit.is_initialized(agent.agent_id):
@@ -346,13 +273,13 @@ class SessionManagerBase(OrchestratorSessionManager):
     async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
         agent = event.agent
         try:
-            with recording_only():
+            with self._flusher.recording(agent):
                 self._append_added(event.message, agent)
                 self.sync_agent(agent)
             if self._is_due(event.message, agent):
                 await self._flush(agent.agent_id)
             elif _is_final(event.message):
-                self._late[agent.agent_id] = asyncio.get_running_loop().call_later(_PATIENCE, self._submit_late)
+                self._late[agent.agent_id] = asyncio.get_running_loop().call_later(_PATIENCE, self._start_late)
         except MongoDBSessionError as error:
             self._stopped[agent.agent_id] = error
             raise
@@ -376,7 +303,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         await self._flush(event.agent.agent_id)
 
     async def _on_stop(self, event: BidiAgentStopEvent) -> None:
-        with recording_only():
+        with self._flusher.recording(event.agent):
             self.sync_agent(event.agent)
         await self._flush(event.agent.agent_id)
 
@@ -386,18 +313,18 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._unit.start_invocation(event.agent.agent_id)
 
     async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
-        """Store the turn. A failure is raised after the other callbacks have run: they can release resources."""
+        """Store the turn. A failure is raised after the other callbacks: they can release resources."""
         agent = event.agent
         self._invoked.discard(agent.agent_id)
         if (late := self._late.pop(agent.agent_id, None)) is not None:
             late.cancel()
         try:
             try:
-                with recording_only():
+                with self._flusher.recording(agent):
                     self.sync_agent(agent)
                 self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
             finally:
-                await self._send()
+                await self._flusher.flush(self._unit)
         except MongoDBSessionError as error:
             self._stopped.setdefault(agent.agent_id, error)
 
@@ -405,116 +332,68 @@ class SessionManagerBase(OrchestratorSessionManager):
         agent = event.agent
         stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
-            # The changes may be stored by now, but the turn was stopped; Strands can have wrapped the reason.
+            # The changes can be stored by now, but the turn was stopped, and Strands can have wrapped the reason.
             raise stopped
-        with recording_only():
+        with self._flusher.recording(agent):
             self.sync_agent(agent)
         await self._flush(agent.agent_id)
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
-        """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
+        """Return whether a message is flushed now, and not with the end of the invocation."""
         if not isinstance(agent, Agent):
-            return True  # no event tells the end of its invocations
+            return True  # there is no event for the end of its invocations
         saves_messages = self._options.save_on == "message"
         if agent.agent_id not in self._invoked:
-            return _is_final(message) or saves_messages  # a tool that the application calls has no event for its end
+            return _is_final(message) or saves_messages  # there is no event for the end of a direct tool call
         return saves_messages and not _is_final(message)
-
-    # Flushing.
-
-    async def _store(self) -> None:
-        """Send what is recorded, in order, one command at a time. Runs on the loop of the client."""
-        async with self._connection.operation(), self._lock():
-            work = self._unit
-            if changes := work.pending():
-                refused = await self._repository.apply(self.session_id, changes, work.incarnation)
-                work.settle(len(changes), refused)
-                for agent_id, error in refused.items():
-                    logger.debug(
-                        "session_id=<%r>, agent_id=<%r>, error=<%s> | refused", self.session_id, agent_id, error
-                    )
-            for write in work.multi_agents.pending():
-                refusal = await self._repository.apply_multi_agent(self.session_id, write, work.incarnation)
-                work.multi_agents.settle(write, refusal)
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
         """Read messages for Strands' synchronous constructor of an agent, which waits for them."""
         if running_loop() is self._connection.portal.loop:
             raise EventLoopError(
-                f"the conversation manager of agent {agent_id!r} asks for {end - begin} older messages, which were not "
+                f"the conversation manager of agent {agent_id!r} needs {end - begin} older messages, which were not "
                 "loaded with the session and cannot be read on the event loop of the client: construct the agent in a "
                 "thread, as in `await asyncio.to_thread(Agent, ...)`"
             )
         read = self._repository.list_messages
         return self._connection.portal.call(read, self.session_id, agent_id, end - begin, begin)
 
-    async def _stored_messages(
-        self, session_id: str, agent_id: str, limit: int | None, offset: int
-    ) -> list[SessionMessage]:
-        return await self._repository.list_messages(session_id, agent_id, limit, offset)
-
-    def _lock(self) -> asyncio.Lock:
-        loop = asyncio.get_running_loop()
-        if self._turn is None or self._turn[0] is not loop:  # the first flush, or the first in a forked child
-            self._turn = (loop, asyncio.Lock())
-        return self._turn[1]
-
     async def _flush(self, agent_id: str | None = None) -> None:
-        """Await that everything recorded is stored; raise what failed."""
-        await self._send()
-        self._unit.raise_refusal(agent_id)
-        self._unit.raise_too_large(agent_id)
+        """Wait until every recorded change is stored; raise what failed, of one agent or of all."""
+        await self._flusher.flush(self._unit)
+        self._unit.raise_refused(agent_id)
 
-    async def _send(self) -> None:
-        if not self._unit.is_settled:
-            await self._connection.portal.run(self._store)
-
-    def _flush_blocking(self) -> None:
-        """Wait until everything recorded is stored; raise what failed."""
-        self._send_blocking()
-        self._unit.raise_refusal()
-        self._unit.raise_too_large()
-
-    def _send_blocking(self) -> None:
-        if not self._unit.is_settled:
-            self._connection.portal.call(self._store)
-
-    def _submit(self) -> None:
-        """Start a flush without waiting for it; the next flush raises its errors."""
-        if not self._closed and not self._unit.is_settled:
-            self._connection.portal.submit(self._store)
-
-    def _submit_late(self) -> None:
-        with suppress(EventLoopError):  # closing, or the next flush, says so
-            self._submit()
-
-    def _settle(self, agent_id: str | None = None, *, multi_agent_id: str | None = None) -> None:
-        """Store what is recorded: wait for it, but on a thread whose loop runs leave that to the next flush."""
-        if is_recording_only():
-            return
-        if running_loop() is None:
-            self._send_blocking()
-            if agent_id is not None:
-                self._unit.raise_refusal(agent_id)
-                self._unit.raise_too_large(agent_id)
-            if multi_agent_id is not None:
-                self._unit.multi_agents.raise_refusal(multi_agent_id)
-        else:
-            self._submit()
+    def _start_late(self) -> None:
+        with suppress(EventLoopError):  # closing, or the next flush, raises it
+            self._flusher.start(self._unit)
 
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
         _ = self._unit
 
-    def _keep_config(self, agent_id: str, **fields: Any) -> None:
-        self._unit.keep_config(agent_id, [name for name, value in fields.items() if value is not None])
+    def _hook_for(self, action: str) -> Hook | None:
+        return self._options.feedback_hook if action == "add" else self._options.metadata_hook
+
+    async def _list_messages(
+        self, session_id: str, agent_id: str, limit: int | None, offset: int
+    ) -> list[SessionMessage]:
+        return await self._repository.list_messages(session_id, agent_id, limit, offset)
+
+    async def _update_agent_config(
+        self,
+        session_id: str,
+        agent_id: str,
+        model: str | None,
+        system_prompt: str | None,
+        prompt_metadata: dict[str, Any] | None,
+    ) -> None:
+        await self._repository.update_agent_config(session_id, agent_id, model, system_prompt, prompt_metadata)
+        given = {"model": model, "system_prompt": system_prompt}
+        self._unit.keep_config(agent_id, [name for name, value in given.items() if value is not None])
 
     async def _aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
-        """Store what is recorded, deliver what hooks left behind, and close what the manager owns.
-
-        Runs on the loop of the client.
-        """
+        """Flush, deliver pending notifications, and close an owned connection. Runs on the loop of the client."""
         if self._closing is not None:
             await self._closing.wait()
             return
@@ -533,7 +412,7 @@ class SessionManagerBase(OrchestratorSessionManager):
                     self._closing.set()
 
     async def _aclose_at_exit(self, seconds: float) -> None:
-        """Store what is recorded when the interpreter ends; notifications and connections have their turn later."""
+        """Flush when the interpreter ends; notifications and connections are closed later."""
         if self._closing is None:
             self._closing = asyncio.Event()
             try:
@@ -546,5 +425,5 @@ class SessionManagerBase(OrchestratorSessionManager):
         if self._work is not None:
             self._work.close()
             if not self._work.is_settled:
-                await self._store()
+                await self._flusher.flush_here(self._work)
             self._work.raise_untold_refusal()

@@ -1,12 +1,9 @@
-"""The half of a session manager that keeps orchestrators stored: Strands' graphs and swarms."""
+"""The part of a session manager that stores orchestrators: Strands' graphs and swarms."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from strands.hooks import (
@@ -20,44 +17,22 @@ from strands.session import RepositorySessionManager
 from .._format.ids import checked_id
 from .._format.multi_agents import path_of
 from ..errors import DatabaseError, MongoDBSessionError
+from .flusher import Flusher
 from .unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
 
 
-_only_recording: ContextVar[bool] = ContextVar("mongodb_session_manager_only_recording", default=False)
-
-
-@contextmanager
-def recording_only() -> Iterator[None]:
-    """Have Strands' synchronous methods record and leave the sending to their caller."""
-    token = _only_recording.set(True)
-    try:
-        yield
-    finally:
-        _only_recording.reset(token)
-
-
-def is_recording_only() -> bool:
-    """Tell whether the caller of a synchronous method sends what it records."""
-    return _only_recording.get()
-
-
 class OrchestratorSessionManager(RepositorySessionManager):
-    """What a session manager does for orchestrators; how it sends is the other half's."""
+    """Restores and stores orchestrators."""
 
+    _flusher: Flusher
     _stopped_multi_agents: dict[str, MongoDBSessionError]
 
     @property
     @abstractmethod
     def _unit(self) -> UnitOfWork: ...
-
-    @abstractmethod
-    async def _send(self) -> None: ...
-
-    @abstractmethod
-    def _settle(self, *, multi_agent_id: str) -> None: ...
 
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
         # First: another callback that is slow or raises must not prevent storing a node's result.
@@ -67,18 +42,18 @@ class OrchestratorSessionManager(RepositorySessionManager):
         registry.add_callback(AfterMultiAgentInvocationEvent, self._on_after_multi_agent_invocation, order=-math.inf)
 
     def initialize_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
-        """Restore a graph or swarm from what was loaded, or record it as new. Sends nothing.
+        """Restore a graph or swarm from the loaded session, or record it as new. Sends nothing.
 
         Raises:
-            InvalidArgumentError: Its id cannot be stored.
-            DatabaseError: This graph or swarm cannot restore the stored state.
+            InvalidArgumentError: Its id is not valid.
+            DatabaseError: It cannot restore the stored state.
         """
         checked_id(source.id, "multi_agent_id")
         is_stored = self._unit.multi_agents.read(source.id) is not None
         try:
             super().initialize_multi_agent(source, **kwargs)
             return
-        except Exception as error:  # whatever a graph raises that restores itself
+        except Exception as error:  # a graph restores itself and can raise anything
             if isinstance(error, MongoDBSessionError) or not is_stored:
                 raise
             reason = type(error).__name__
@@ -87,19 +62,19 @@ class OrchestratorSessionManager(RepositorySessionManager):
         )
 
     def sync_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
-        """Store the state of a graph or swarm, if it changed since it was stored last."""
-        _ = self._unit
+        """Store the state of a graph or swarm, if it has changed."""
+        work = self._unit
         super().sync_multi_agent(source, **kwargs)
-        self._settle(multi_agent_id=source.id)
+        self._flusher.recorded(source, work, work.multi_agents.raise_refusal, source.id)
 
     async def _flush_multi_agent(self, multi_agent_id: str) -> None:
-        await self._send()
+        await self._flusher.flush(self._unit)
         self._unit.multi_agents.raise_refusal(multi_agent_id)
 
     async def _on_after_node_call(self, event: AfterNodeCallEvent) -> None:
         source = event.source
         try:
-            with recording_only():
+            with self._flusher.recording(source):
                 self.sync_multi_agent(source)
             await self._flush_multi_agent(source.id)
         except MongoDBSessionError as error:
@@ -110,10 +85,10 @@ class OrchestratorSessionManager(RepositorySessionManager):
         source = event.source
         stopped = self._stopped_multi_agents.pop(source.id, None)
         if stopped is None:
-            with recording_only():
+            with self._flusher.recording(source):
                 self.sync_multi_agent(source)
-        # Else Strands calls the orchestrator failed, with nothing left to do: what was recorded at the node that
-        # could not be stored is what another process goes on from.
+        # Otherwise Strands reports the orchestrator as failed, with no node left to run. The state recorded at the node
+        # that could not be stored is the one to resume from.
         await self._flush_multi_agent(source.id)
         if stopped is not None:
             raise stopped  # a swarm has only logged it

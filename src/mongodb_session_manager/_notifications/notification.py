@@ -1,4 +1,4 @@
-"""One notification: what it is, how hard it is tried, who counts it, and what is told when it is given up."""
+"""A notification: its message, its retry policy, its counters and its error handler."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NotificationEvent:
-    """What `on_error` is told of a notification that was given up.
+    """A notification that was given up, as `on_error` gets it.
 
     Attributes:
-        name: Its name, like `"sqs.metadata_update"`.
-        session_id: The session it tells of.
-        submitted_at: When it was handed in, UTC.
-        tries: How often its delivery was tried.
-        message: What would have been sent, if its sender told.
+        name: The event name, like `"sqs.metadata_update"`.
+        session_id: The session of the notification.
+        submitted_at: The time of submission, UTC.
+        tries: The number of tries.
+        message: The payload, or `None` if its sender did not pass it.
     """
 
     name: str
@@ -37,19 +37,19 @@ OnError = Callable[[NotificationEvent, BaseException], object]
 
 
 def describe(error: BaseException) -> str:
-    """Return what may be logged of any error: its type, because its text may quote a message or a credential."""
+    """Return what can be logged of an error: its type, because its text can quote a message or a credential."""
     return str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How hard a delivery is tried.
+    """The retry policy of a notification.
 
     Attributes:
-        max_tries: How often at most.
+        max_tries: The most tries.
         time_limit: Seconds for one try.
-        is_worth_retrying: Whether an error may go away by itself.
-        describe: What is logged of an error.
+        is_worth_retrying: Returns whether an error can be transient.
+        describe: Returns the text to log for an error.
     """
 
     max_tries: int = 8
@@ -60,7 +60,7 @@ class Policy:
 
 @dataclass(eq=False)
 class Source:
-    """Whose notifications are counted together: those of one connection, or those of nobody in particular."""
+    """The counters of the notifications of one connection."""
 
     submitted: int = 0
     delivered: int = 0
@@ -71,7 +71,7 @@ class Source:
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Notification:
-    """One message on its way."""
+    """A message to deliver."""
 
     name: str
     session_id: str
@@ -86,12 +86,12 @@ class Notification:
 
     @property
     def size(self) -> int:
-        """How much it counts against `MAX_WAITING_BYTES`."""
+        """The length of the message."""
         return 0 if self.message is None else len(self.message)
 
     @property
     def event(self) -> NotificationEvent:
-        """What is told of it."""
+        """The argument for `on_error`."""
         submitted_at = datetime.fromtimestamp(self.submitted_at, UTC)
         return NotificationEvent(self.name, self.session_id, submitted_at, self.tries, self.message)
 
@@ -103,7 +103,7 @@ def names_of(notifications: Iterable[Notification]) -> str:
 
 
 def give_up(notification: Notification, error: BaseException) -> None:
-    """Tell, once and everywhere, that a notification will not be delivered."""
+    """Log that a notification will not be delivered, and call its `on_error`."""
     logger.error(
         "event=<%r>, session_id=<%r>, tries=<%d>, error=<%s> | notification not delivered",
         notification.name,

@@ -1,4 +1,4 @@
-"""The process's dispatcher, and whose notifications are whose."""
+"""`notify_later`, the dispatcher of the process, and the statistics per factory."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .notification import Notification, OnError, Policy, Source, describe, give_
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT = 5.0
-"""Seconds that closing a manager or a factory waits for notifications, unless it is told otherwise."""
+"""Default seconds that closing a manager or a factory waits for its notifications."""
 
 RetryOn = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
 
 
 class NotificationStats(TypedDict):
-    """What became of the notifications of a factory's sessions in this process.
+    """Counts of the notifications of a factory's sessions in this process.
 
     `submitted` = `delivered` + `failed` + `waiting`.
 
     Attributes:
-        submitted: Handed in.
-        delivered: Delivered, or found that their receiver is gone.
+        submitted: Notifications submitted.
+        delivered: Delivered, or without a receiver because the WebSocket connection is gone.
         retried: Tries after the first.
-        failed: Given up; each was logged and handed to `on_error`.
-        waiting: Neither delivered nor given up yet.
-        oldest_wait: For how many seconds the oldest of these has been waiting.
+        failed: Given up; each was logged and passed to `on_error`.
+        waiting: Pending.
+        oldest_wait: The age of the oldest pending notification in seconds.
     """
 
     submitted: int
@@ -48,7 +48,10 @@ class NotificationStats(TypedDict):
 _lock = Lock()
 _dispatcher: Dispatcher | None = None
 _sources: weakref.WeakKeyDictionary[object, Source] = weakref.WeakKeyDictionary()
-_nobody = Source()
+_unattributed = Source()
+
+# A context variable, because a hook gets data and not the manager: `notify_later` has no other way to know whose hook
+# calls it, and one hook can serve several factories.
 _current: ContextVar[Source | None] = ContextVar("mongodb_session_manager_notification_source", default=None)
 
 
@@ -63,27 +66,27 @@ def notify_later(
     time_limit: float = 10.0,
     message: str | bytes | None = None,
 ) -> None:
-    """Have something delivered in the background, and return at once; for hooks, from any thread or event loop.
+    """Queue a delivery that runs in the background, and return at once. Call it in a hook, on any thread or event loop.
 
-    Deliveries run on the library's own event loop, those of one session one after the other in the order of this call.
-    A failed one is tried again, after pauses that double. One that is given up is logged by its name, counted
-    (`factory.get_notification_stats()`) and handed to `on_error`; so is one for which there is no room, when 10,000
-    notifications or 64 MiB of messages wait. Closing a manager or a factory, and the end of the interpreter, wait up
-    to 5 seconds for what is not delivered yet.
+    Deliveries run on the library's own event loop, in the order of submission per session. A failed delivery is retried
+    after pauses that double. A delivery that is given up is logged by its name, counted
+    (`factory.get_notification_stats()`) and passed to `on_error`. A delivery is given up at once if the queue is full:
+    10,000 notifications or 64 MiB of messages. Closing a manager or a factory, and the exit of the interpreter, wait up
+    to 5 seconds for pending deliveries.
 
     Args:
-        event_name: What it is called in logs.
-        session_id: The session it tells of.
+        event_name: The name of the event in logs.
+        session_id: The session of the event.
         deliver: Called without arguments for each try, and awaited. It must not block the event loop.
-        on_error: Called with a `NotificationEvent` and the exception, on the library's event loop or on this thread;
-            it must return at once.
-        retry_on: The exceptions after which a delivery is tried again, or a function that tells.
-        max_tries: How often it is tried at most.
+        on_error: Called with a `NotificationEvent` and the exception, on the library's event loop or on the calling
+            thread. It must return at once.
+        retry_on: The exceptions to retry after, or a function that returns whether to retry after an exception.
+        max_tries: The most tries.
         time_limit: Seconds for one try.
-        message: What is sent, for `on_error`; its length counts against the 64 MiB.
+        message: The payload, for `on_error`. Its length counts against the 64 MiB.
 
     Raises:
-        ConfigurationError: An argument cannot be used.
+        ConfigurationError: `deliver` or `on_error` is not a function.
     """
     if not callable(deliver) or not (on_error is None or callable(on_error)):
         raise ConfigurationError("deliver and on_error must be functions")
@@ -105,12 +108,12 @@ def submit(
     on_error: OnError | None,
     message: str | bytes | None,
 ) -> None:
-    """Hand a notification to the process's dispatcher, in the name of the manager whose hook this runs in."""
+    """Submit a notification to the dispatcher of the process, counted for the manager whose hook is running."""
     notification = Notification(
         name=event_name,
         session_id=session_id,
         deliver=deliver,
-        source=_current.get() or _nobody,
+        source=_current.get() or _unattributed,
         policy=policy,
         on_error=on_error,
         message=message,
@@ -120,7 +123,7 @@ def submit(
     except EventLoopError:
         notification.source.submitted += 1
         notification.source.failed += 1
-        give_up(notification, NotificationError("the process ends"))
+        give_up(notification, NotificationError("the process is exiting"))
     else:
         dispatcher.submit(notification)
 
@@ -131,14 +134,13 @@ def _started() -> Dispatcher:
     with _lock:
         if _dispatcher is None or _dispatcher.portal is not portal:
             _dispatcher = Dispatcher(portal)
-            _dispatcher.start()
             close_at_exit(_dispatcher.aclose, portal.loop, ExitOrder.NOTIFICATIONS)
         return _dispatcher
 
 
 @contextmanager
-def in_the_name_of(owner: object) -> Iterator[None]:
-    """Count what is submitted within as notifications of `owner`."""
+def attributed_to(owner: object) -> Iterator[None]:
+    """Count the notifications that are submitted in this block for `owner`."""
     token = _current.set(_source_of(owner))
     try:
         yield
@@ -152,7 +154,7 @@ def _source_of(owner: object) -> Source:
 
 
 def stats_of(owner: object) -> NotificationStats:
-    """Return what became of an owner's notifications."""
+    """Return the counts of an owner's notifications."""
     source = _source_of(owner)
     return {
         "submitted": source.submitted,
@@ -165,9 +167,9 @@ def stats_of(owner: object) -> NotificationStats:
 
 
 async def drain(owner: object, seconds: float, session_id: str | None = None) -> None:
-    """Wait until an owner's notifications are settled, of one session or of all; log what is not by then.
+    """Wait until an owner's notifications, of one session or of all, are settled; log those that are not in time.
 
-    It is not given up: the process goes on trying.
+    The process continues to deliver them.
     """
     dispatcher, source = _dispatcher, _source_of(owner)
     if dispatcher is None or not dispatcher.waiting(session_id, source):
@@ -183,10 +185,10 @@ async def drain(owner: object, seconds: float, session_id: str | None = None) ->
 
 
 def _forget_parent() -> None:
-    """Start afresh in a forked child: what waits in the parent is delivered by the parent."""
-    global _lock, _dispatcher, _sources, _nobody
+    """Reset the state in a forked child: the parent delivers its own pending notifications."""
+    global _lock, _dispatcher, _sources, _unattributed
     _lock, _dispatcher = Lock(), None
-    _sources, _nobody = weakref.WeakKeyDictionary(), Source()
+    _sources, _unattributed = weakref.WeakKeyDictionary(), Source()
 
 
 if hasattr(os, "register_at_fork"):

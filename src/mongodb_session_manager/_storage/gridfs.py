@@ -16,7 +16,7 @@ from pymongo.errors import BulkWriteError
 from .._format.dates import now
 from .._format.documents import Document
 from .._io.collection import Collection
-from .._io.connection import AsyncCollection
+from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes
 from ..errors import DatabaseTimeoutError
 

@@ -19,9 +19,11 @@ from strands.storage import storage as strands_storage
 
 from .._format.documents import Document
 from .._io.collection import Collection
-from .._io.connection import Client, Connection, Settings
+from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import Client
 from .._io.names import checked_name, given
+from .._io.settings import Settings
 from ..errors import DatabaseError, InvalidArgumentError, raise_alone
 from .gridfs import Bucket
 

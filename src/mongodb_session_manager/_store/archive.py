@@ -7,12 +7,12 @@ from typing import Any
 
 from .._format.attachment_refs import references_of
 from .._format.buckets import change_in_bucket, holding_message, holding_positions
-from .._format.changes import REMOVED
 from .._format.documents import Document
 from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import LIFE, Life
-from .._io.connection import AsyncCollection, find_and_modify
+from .._format.statements import REMOVED
+from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import DatabaseError, raise_alone
 from .attachments import Attachments, parsed
 from .migration import Migration

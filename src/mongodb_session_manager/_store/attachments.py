@@ -1,4 +1,6 @@
-"""Large attachments of messages, in the GridFS bucket `<collection>_attachments`; any GridFS client reads it.
+"""`Attachments`: large attachments of messages, in the GridFS bucket `<collection>_attachments`.
+
+Any GridFS client can read the bucket.
 
 An attachment belongs to one message. The `_id` of its file is `{incarnation, sha256, token}`, the `_id` of a chunk
 `{file, n}`. So storing a chunk twice changes nothing, and one range of `_id` holds all files of a session. The entry in
@@ -26,8 +28,8 @@ from .._format.ids import message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
 from .._io.collection import Collection
-from .._io.connection import AsyncCollection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes
 from ..errors import AttachmentError
 
@@ -61,7 +63,7 @@ class Attachments:
     # Storing.
 
     async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
-        """Store the attachments of writes, and put references into the writes.
+        """Store the attachments of writes, and replace them by references in the writes.
 
         Args:
             place: The session.
@@ -76,7 +78,7 @@ class Attachments:
         listed = itertools.chain(*needed.values(), *earlier.values())
         references = await asyncio.to_thread(_references_to, {id(each.data): each for each in listed})
         for write in writes:
-            write.stored = [references[id(each.data)] for each in needed[write.agent_id]]
+            write.attached = [references[id(each.data)] for each in needed[write.agent_id]]
             write.dates = dates
         for key, attachment in {id(each.data): each for each in itertools.chain(*needed.values())}.items():
             await self._upload(place, references[key], attachment.data, dates.expires_at)

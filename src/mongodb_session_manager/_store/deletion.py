@@ -1,4 +1,4 @@
-"""Deleting sessions, and finishing the deletions and copies that another process has left.
+"""`Deletion`: deletes sessions, and finishes the deletions and abandoned copies of other processes.
 
 A session document that is not live has a `state`:
 
@@ -8,7 +8,8 @@ A session document that is not live has a `state`:
 
 A deletion replaces the document by these fields, removes the parts of the session, and then the document. The steps are
 idempotent, so any process can finish a deletion at any time. A copy whose lease is over is abandoned: any process can
-delete it. A call with the same id finishes what it finds; each process also searches for unfinished sessions once.
+delete it. A call with the same id finishes a deletion, or an abandoned copy, that it finds. Each process also searches
+for unfinished sessions once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bson import ObjectId
 from .._format.documents import Document
 from .._format.layout import UNFINISHED, Place, is_unfinished, live_at
 from .._format.retention import Life
-from .._io.connection import find_and_modify
+from .._io.drivers import find_and_modify
 from .._io.indexes import unseen
 from ..errors import MongoDBSessionError, SessionConflictError, SessionExistsError
 from .expiry import Expiry
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 LEASE = timedelta(seconds=60)
 """How long a copy can go without renewing its lease before another process deletes it.
 
-The search for unfinished sessions leaves deletions alone that are younger than this.
+The search for unfinished sessions ignores deletions that began later than this.
 """
 
 _PAUSES = (0.05, 1.0)

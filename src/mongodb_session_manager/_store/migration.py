@@ -1,4 +1,4 @@
-"""Migrating the sessions of 1.0.0, whose parts have other ids.
+"""`Migration`: gives the parts of sessions of 1.0.0 their new ids, and agents of earlier versions their new form.
 
 A migration adds a new incarnation to the list `migrating` of the session document. It copies the buckets and files of
 the session to the ids of that incarnation, on the server. One update then sets `incarnation`, if the agents are
@@ -20,12 +20,12 @@ from collections.abc import Iterable, Sequence
 
 from bson import ObjectId
 
-from .._format.changes import Update
 from .._format.documents import Document, config_set, has_old_config_set
 from .._format.expressions import array_at, entries_at, number_at, stored_config_set, with_ids
 from .._format.ids import agent_key, numbered
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
 from .._format.retention import LIFE, MAX_SECONDS, Life, next_date
+from .._format.statements import Update
 from ..errors import DatabaseError, SessionNotFoundError
 from .attachments import Attachments
 from .deletion import Deletion, incarnations_of

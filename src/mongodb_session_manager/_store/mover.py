@@ -26,13 +26,14 @@ from .._format.buckets import (
     outrun,
     stale_buckets,
 )
-from .._format.changes import AgentWrite, Update
+from .._format.changes import AgentWrite
 from .._format.documents import Document, removed_messages
 from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import Life
-from .._io.connection import find_and_modify
+from .._format.statements import Update
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import find_and_modify
 from ..errors import DatabaseError, MessageTooLargeError, MongoDBSessionError
 from .expiry import Expiry
 from .sessions import Sessions

@@ -1,4 +1,4 @@
-"""`Opening`: creating a session, and reading what restoring it needs."""
+"""`Opening`: creates sessions, and reads the parts of a session that restoring needs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .._format.ids import agent_id_of, stored_id
 from .._format.layout import OF_V1, Place, live_at
 from .._format.malformed import log_malformed
 from .._format.retention import LIFE
-from .._io.connection import AsyncCollection
 from .._io.driver_errors import DuplicateKeyError
+from .._io.drivers import AsyncCollection
 from ..errors import DatabaseError, MongoDBSessionError, SessionExistsError
 from .archive import present
 from .migration import HAS_PARTS, is_of_v1
@@ -28,7 +28,7 @@ from .store import SessionStore
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0
-"""How many seconds opening waits for a session that is being imported or forked."""
+"""The most seconds that opening waits for a session that is being imported or forked."""
 
 _RESTORE: Document = {
     "session_id": 1,
@@ -42,7 +42,7 @@ _RESTORE: Document = {
     **dict.fromkeys(OF_V1, 1),
     "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
     "malformed_agents": MALFORMED_AGENTS,
-    # All agents, each message without its metrics, which no restored agent needs.
+    # All agents. No restored agent needs the metrics of messages.
     "agents": {
         "$arrayToObject": {
             "$map": {
@@ -85,7 +85,7 @@ class Opening:
         self._connection = store.connection
 
     async def open(self, session_id: str) -> Document:
-        """Return what restoring a session needs, as `AsyncMongoDBSessionRepository.open_session` describes."""
+        """Open a session, as `AsyncMongoDBSessionRepository.open_session` describes."""
         async with self._connection.operation():
             return await read_consistently(session_id, lambda: self._open_once(session_id))
 

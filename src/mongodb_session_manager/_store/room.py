@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from .._format.changes import Update
 from .._format.sizes import MAX_DOCUMENT_BYTES, PART_SIZES, size_of, too_large
-from .._io.connection import AsyncCollection
+from .._format.statements import Update
+from .._io.drivers import AsyncCollection
 from ..errors import MessageTooLargeError, StateTooLargeError
 from .expiry import Expiry
 from .mover import Mover

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from .._format.changes import Update
 from .._format.documents import Document
 from .._format.ids import agent_key, checked_id
 from .._format.layout import live_at
 from .._format.malformed import malformed_fields
+from .._format.statements import Update
 from .._io.collection import Collection
 from ..errors import (
     AgentNotFoundError,

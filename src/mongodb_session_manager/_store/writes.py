@@ -9,28 +9,16 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.attachment_refs import references_of
-from .._format.changes import (
-    REMOVED,
-    AgentWrite,
-    Change,
-    Identity,
-    MessageWrite,
-    StoredView,
-    Update,
-    compile_update,
-    fold,
-    in_parts,
-    reconcile,
-    without_removed,
-)
-from .._format.dates import as_date
+from .._format.changes import AgentWrite, Change, Identity, MessageWrite, fold, in_parts
+from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
 from .._format.documents import Document
 from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
 from .._format.malformed import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
-from .._io.connection import AsyncCollection, find_and_modify
+from .._format.statements import REMOVED, Update, compile_update, without_removed
+from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
     DatabaseError,
     MessageTooLargeError,
@@ -176,7 +164,7 @@ class Flush:
     ) -> None:
         self.place = place
         self.refused = {} if refused is None else refused
-        self.attached = [reference for write in writes.values() for reference in write.stored]
+        self.attached = [reference for write in writes.values() for reference in write.attached]
         self.attempted = bool(writes)
         self._writer = writer
         self._writes = writes
@@ -263,7 +251,7 @@ class Flush:
         writes, self._writes = self._writes, {}
         for agent_id, write in writes.items():
             agent = agents.get(agent_key(agent_id))
-            newer = {} if agent is None else _known_messages(write, agent["messages"])
+            newer = {} if agent is None else known_messages(write, agent["messages"])
             older = {} if agent is None else await self._find_archived(write, agent, newer)
             if older is None:
                 self._writes[agent_id] = write
@@ -276,7 +264,7 @@ class Flush:
                 continue
             if rest is None:
                 continue
-            if rest.stored and writer.expiry.learn(session_id, document).outlives(rest.dates):
+            if rest.attached and writer.expiry.learn(session_id, document).outlives(rest.dates):
                 return False
             if agent is not None:
                 rest = self._set_apart(rest, agent, older, newer)
@@ -300,16 +288,16 @@ class Flush:
         ]
         if not unnumbered:
             return True
-        positions = {
-            agent_id: _positions(write, agents.get(agent_key(agent_id), {}).get("messages", ()))
+        found = {
+            agent_id: positions(write, agents.get(agent_key(agent_id), {}).get("messages", ()))
             for agent_id, write in self._writes.items()
         }
         if not await self._writer.migration.migrate_agents(self.place.session_id, agents, unnumbered):
             return False
         for agent_id, write in self._writes.items():
             if (agent := agents.get(agent_key(agent_id))) is not None:
-                new_ids = {n: agent["ids"][position] for n, position in positions[agent_id].items()}
-                self._writes[agent_id] = _renumbered(write, new_ids)
+                new_ids = {n: agent["ids"][position] for n, position in found[agent_id].items()}
+                self._writes[agent_id] = renumbered(write, new_ids)
         return True
 
     async def _find_archived(
@@ -368,13 +356,13 @@ class Flush:
                 changes.since, changes.archived = agent.get("created_at"), int(agent["archived"])
                 changes.write = replace(
                     AgentWrite(rest.agent_id, by_id=rest.by_id, incarnation=rest.incarnation),
-                    stored=rest.stored,
+                    attached=rest.attached,
                     dates=rest.dates,
                 )
             changes.write.set_fields(message_id, message.fields, message.identity)
             changes.write.outdated = sorted({*changes.write.outdated, *outdated})
         left = replace(rest, messages=messages, outdated=[*rest.outdated, *sorted(outdated)])
-        return _renumbered(left, new_ids)
+        return renumbered(left, new_ids)
 
     # Changing archived messages.
 
@@ -476,56 +464,3 @@ def _compared_agents(session_id: str, document: Document) -> dict[str, Document]
         for name in ("archived", "revision"):
             agent[name] = agent[name] if type(agent.get(name)) is int else 0
     return agents
-
-
-def _position(messages: Sequence[Document], message_id: int, ours: Identity | None, by_id: bool) -> int | None:
-    """Return the position of the message that an id refers to, `None` if there is none.
-
-    Among several messages with that id, the identity selects one. If none of them matches, the message may have been
-    renumbered, because an old process has also written. A writer that knows only the id refers to the first one.
-    """
-    alike = [n for n, message in enumerate(messages) if message.get("message_id") == message_id]
-    if ours is not None:
-        same = [
-            n
-            for n, message in enumerate(messages)
-            if is_message_id(message.get("message_id")) and _is_same(ours, Identity.of(message))
-        ]
-        for found in ([n for n in same if n in alike], [] if by_id else same):
-            if found:
-                return found[0]
-        if not by_id and ours.created_at is not None:
-            return None
-    return alike[0] if alike else None
-
-
-def _is_same(ours: Identity, theirs: Identity) -> bool:
-    # A redaction can have removed the tracking id.
-    known = ours.tracking_id is not None and theirs.tracking_id is not None
-    return as_date(ours.created_at) == as_date(theirs.created_at) and not (
-        known and ours.tracking_id != theirs.tracking_id
-    )
-
-
-def _positions(write: AgentWrite, messages: Sequence[Document]) -> dict[int, int]:
-    """Return by id the positions, in the head, of the messages that a write refers to."""
-    found = {n: _position(messages, n, each.identity, write.by_id) for n, each in write.messages.items()}
-    return {message_id: position for message_id, position in found.items() if position is not None}
-
-
-def _renumbered(write: AgentWrite, new_ids: Mapping[int, int]) -> AgentWrite:
-    """Return a write with other ids of stored messages."""
-    messages = {n: each for n, each in write.messages.items() if each.recorded is not None}
-    for message_id, message in write.messages.items():
-        new_id = new_ids.get(message_id, message_id)
-        if message.recorded is None and new_id in messages:  # a new message that is stored already
-            messages[new_id] = replace(messages[new_id])
-            messages[new_id].amend(message.fields)
-        elif message.recorded is None:
-            messages[new_id] = message
-    return replace(write, messages=messages)
-
-
-def _known_messages(write: AgentWrite, messages: Sequence[Document]) -> dict[int, Document]:
-    """Return the messages of a head that a write refers to, by the ids in the write."""
-    return {message_id: messages[position] for message_id, position in _positions(write, messages).items()}

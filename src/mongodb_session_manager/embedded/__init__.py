@@ -1,4 +1,4 @@
-"""A real local mongod for development and tests, which ends with the process that started it.
+"""A local MongoDB server for development and tests, which ends with the process that started it.
 
     with EmbeddedMongoDB() as server:
         client = AsyncMongoClient(server.connection_string)
@@ -8,6 +8,8 @@ or, in a terminal, `python -m mongodb_session_manager.embedded`. Needs a mongod 
 
 from __future__ import annotations
 
-from ._server import EmbeddedMongoDB, find_mongod, main
+from ._binary import find_mongod
+from ._command_line import main
+from ._server import EmbeddedMongoDB
 
 __all__ = ["EmbeddedMongoDB", "find_mongod", "main"]

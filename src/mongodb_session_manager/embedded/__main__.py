@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ._server import main
+from ._command_line import main
 
 raise SystemExit(main())

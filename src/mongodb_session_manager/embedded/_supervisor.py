@@ -1,17 +1,16 @@
-"""Own the mongod processes of one `EmbeddedMongoDB`, and end them when its process ends, however it ends.
+"""The supervisor of an embedded server: it ends mongod when the process that started it ends, however that ends.
 
-Both sides of it, with the standard library only: `Supervisor` is the owner's, and run as a script this file is the
-process itself. The owner holds the only write end of that process' stdin, so end of file means that the owner is gone.
-Commands and answers are one JSON object per line:
+This file is both sides, with the standard library only: `Supervisor` is the owner's side, and run as a script the file
+is the supervisor process. The owner has the only write end of the supervisor's stdin, so end of file means that the
+owner has exited. Commands and answers are one JSON object per line:
 
-    {"do": "start", "member": 0, "argv": [...], "log": "..."}   -> {"pid": 123} or {"error": "..."}
-    {"do": "poll", "member": 0}                                 -> {"code": null}, an exit code, or -9 after SIGKILL
-    {"do": "kill", "member": 0}                                 -> {"code": -9}, once it is gone
-    {"do": "terminate", "member": 0}                            -> {"code": 0}, once it is gone
-    {"do": "quit"}                                              like end of file; no answer
+    {"do": "start", "argv": [...], "log": "..."}    -> {"pid": 123} or {"error": "..."}
+    {"do": "poll"}                                  -> {"code": null}, the exit code, or -9 after SIGKILL
+    {"do": "quit"}                                  like end of file; no answer
 
-The `number` of a command comes back in its answer. The first line, unasked, is `{"directory": ...}`: the temporary
-directory, made in the directory of the only argument and removed at the end, or null if that argument is empty.
+The `number` of a command is repeated in its answer. The first line is `{"directory": ...}` and answers no command: the
+temporary directory, created in the directory of the only argument and removed at the end, or null if that argument is
+empty.
 """
 
 from __future__ import annotations
@@ -27,26 +26,25 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable
 from typing import IO, Any, cast
 
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-REAP_INTERVAL = 0.25  # seconds until a mongod that died by itself is no longer a zombie
-ANSWER_TIMEOUT = 60.0  # seconds; the slowest command waits for a mongod to end
+REAP_INTERVAL = 0.25  # seconds until a mongod that exited is no longer a zombie
+ANSWER_TIMEOUT = 60.0  # seconds
 
 
 class SupervisorError(RuntimeError):
-    """The supervisor process cannot be run, or cannot be asked."""
+    """The supervisor process cannot be started or does not answer."""
 
 
 class Supervisor:
     """The owner's side: a supervisor process and the pipes to it.
 
     Args:
-        temporary_in: The directory to make a temporary one in, or an empty string.
+        temporary_in: The directory in which to create a temporary directory, or an empty string for none.
 
     Raises:
-        SupervisorError: The process cannot be run.
+        SupervisorError: The process cannot be started.
     """
 
     def __init__(self, temporary_in: str) -> None:
@@ -64,43 +62,43 @@ class Supervisor:
                 start_new_session=True,
             )
         except OSError as error:
-            raise SupervisorError(f"the supervisor process cannot be run: {error}") from error
+            raise SupervisorError(f"the supervisor process cannot be started: {error}") from error
         self._stdin = cast("IO[bytes]", self._process.stdin)
         self._stdout = cast("IO[bytes]", self._process.stdout)
         self._close = weakref.finalize(self, close_all, self._stdin, self._stdout)
         _started.add(self)
 
     def is_ours(self) -> bool:
-        """Tell whether this process is the owner, not one that it forked."""
+        """Return whether this process is the owner, and not a process that it forked."""
         return os.getpid() == self._owner
 
     def temporary_directory(self) -> str:
-        """Wait for the process' first line and return the temporary directory it made."""
+        """Wait for the first line of the process and return its temporary directory."""
         self._directory = self._answer()["directory"]
         return self._directory or ""
 
-    def ask(self, do: str, member: int, **arguments: object) -> dict[str, Any]:
-        """Send one command and wait for its answer.
+    def ask(self, do: str, **arguments: object) -> dict[str, Any]:
+        """Send a command and wait for its answer.
 
         Raises:
-            SupervisorError: The process is gone, does not answer, or is not ours.
+            SupervisorError: The process has exited, does not answer, or belongs to another process.
         """
         if not self.is_ours():
             raise SupervisorError(f"the server belongs to process {self._owner}, which forked this one")
         self._number += 1
-        command = {"number": self._number, "do": do, "member": member, **arguments}
+        command = {"number": self._number, "do": do, **arguments}
         with contextlib.suppress(BrokenPipeError):
             self._stdin.write(json.dumps(command).encode() + b"\n")
         while True:
             answer = self._answer()
-            if answer.get("number") == self._number:  # not the answer to a command whose caller was interrupted
+            if answer.get("number") == self._number:  # skip answers to commands whose caller was interrupted
                 return answer
 
     def end(self) -> None:
-        """Have everything ended and wait for it; by force if the process cannot do it."""
+        """End mongod and the supervisor and wait for both, by force if necessary."""
         if self._close.alive:
             with contextlib.suppress(BrokenPipeError):
-                self._stdin.write(b'{"do": "quit"}\n')  # heard even if a copy of the pipe's end exists somewhere
+                self._stdin.write(b'{"do": "quit"}\n')  # works even if another process has a copy of the write end
         self._close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(3 * GRACE)
@@ -110,23 +108,23 @@ class Supervisor:
             self._process.wait()
             deadline = time.monotonic() + GRACE
             while self._directory and os.path.exists(self._directory) and time.monotonic() < deadline:
-                shutil.rmtree(self._directory, ignore_errors=True)  # again while a dying mongod still writes
+                shutil.rmtree(self._directory, ignore_errors=True)  # repeated, because a dying mongod can still write
 
     def forget(self) -> None:
-        """Let go of the process in a forked child."""
+        """Close the pipes in a forked child."""
         self._close()
-        self._process.returncode = 0  # it is no child of this process
+        self._process.returncode = 0  # it is not a child of this process
 
     def _answer(self) -> dict[str, Any]:
         deadline = time.monotonic() + ANSWER_TIMEOUT
-        readable = select.poll()  # not select(), which takes no descriptor above 1023
+        readable = select.poll()  # not select(), which rejects descriptors above 1023
         readable.register(self._stdout, select.POLLIN)
         while b"\n" not in self._received:
             if not readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise SupervisorError("the supervisor process does not answer")
             received = os.read(self._stdout.fileno(), 65536)
             if not received:
-                raise SupervisorError("the supervisor process ended")
+                raise SupervisorError("the supervisor process has exited")
             self._received += received
         line, _, self._received = self._received.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
@@ -134,13 +132,13 @@ class Supervisor:
 
 
 def close_all(*pipes: IO[bytes]) -> None:
-    """Close the pipes, which ends the servers."""
+    """Close the pipes, which ends the server."""
     for pipe in pipes:
         pipe.close()
 
 
 def forget_all() -> None:
-    """Let go of every supervisor in a forked child, which would else keep the servers alive."""
+    """Close the pipes of every supervisor in a forked child, because they would keep the servers alive."""
     for supervisor in list(_started):
         supervisor.forget()
 
@@ -149,47 +147,46 @@ _started: weakref.WeakSet[Supervisor] = weakref.WeakSet()
 os.register_at_fork(after_in_child=forget_all)
 
 
-def end(children: Iterable[subprocess.Popen[bytes]], grace: float) -> None:
-    """End the children with SIGTERM, and with SIGKILL those that are left after `grace` seconds."""
-    left = [child for child in children if child.poll() is None]
-    deadline = time.monotonic() + grace
-    if grace > 0:
-        for child in left:
-            child.send_signal(signal.SIGTERM)
-            child.send_signal(signal.SIGCONT)  # a stopped process does not see SIGTERM
-    for child in left:
-        try:
-            child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+class Child:
+    """The supervisor's side: the mongod process."""
 
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
 
-def obey(command: dict[str, Any], children: dict[int, subprocess.Popen[bytes]]) -> dict[str, Any]:
-    """Carry out one command and return its answer."""
-    member = command["member"]
-    if command["do"] == "start":
+    def obey(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Execute a command and return its answer."""
+        if command["do"] == "poll":
+            return {"code": self.process and self.process.poll()}
         try:
             with open(os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
-                os.fchmod(log.fileno(), 0o600)  # an earlier version made it readable for everyone
-                children[member] = subprocess.Popen(
+                os.fchmod(log.fileno(), 0o600)  # earlier versions created a log that others can read
+                self.process = subprocess.Popen(
                     command["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
                 )
         except OSError as error:
             return {"error": str(error)}
-        return {"pid": children[member].pid}
-    if command["do"] in ("kill", "terminate"):
-        end([children[member]], 0.0 if command["do"] == "kill" else GRACE)
-    return {"code": children[member].poll()}
+        return {"pid": self.process.pid}
+
+    def end(self) -> None:
+        """End the process with SIGTERM, and after a grace period with SIGKILL."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGCONT)  # a stopped process does not handle SIGTERM
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
-def serve(children: dict[int, subprocess.Popen[bytes]]) -> None:
-    """Obey commands until the owner says quit or is gone."""
+def serve(child: Child) -> None:
+    """Execute commands until the owner sends `quit` or exits."""
     buffer = b""
     while True:
         readable, _, _ = select.select([0], [], [], REAP_INTERVAL)
-        for child in children.values():
-            child.poll()
+        if child.process is not None:
+            child.process.poll()
         if not readable:
             continue
         received = os.read(0, 65536)
@@ -200,36 +197,35 @@ def serve(children: dict[int, subprocess.Popen[bytes]]) -> None:
             command = json.loads(line)
             if command["do"] == "quit":
                 return
-            say({"number": command["number"], **obey(command, children)})
+            say({"number": command["number"], **child.obey(command)})
 
 
 def say(answer: dict[str, Any]) -> None:
-    """Send one line to the owner."""
+    """Send a line to the owner."""
     os.write(1, json.dumps(answer).encode() + b"\n")
 
 
 def leave(*_: object) -> None:
-    """Turn a signal into an orderly end."""
+    """Exit in order when a signal arrives."""
     raise SystemExit(0)
 
 
 def main() -> None:
-    """Serve one owner, then end every mongod and remove the temporary directory."""
+    """Serve the owner, then end mongod and remove the temporary directory."""
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     for number in signals:
         signal.signal(number, leave)
-    children: dict[int, subprocess.Popen[bytes]] = {}
-    directory = None
+    child, directory = Child(), None
     try:
         if sys.argv[1]:
             directory = tempfile.mkdtemp(prefix="mongodb-session-manager-", dir=sys.argv[1])
         say({"directory": directory})
         with contextlib.suppress(BrokenPipeError):
-            serve(children)
+            serve(child)
     finally:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)
-        end(children.values(), GRACE)
+        child.end()
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
 

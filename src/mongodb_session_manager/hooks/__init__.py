@@ -1,7 +1,7 @@
-"""Hooks that notify AWS of a session's metadata and feedback, and background delivery for hooks of any kind.
+"""Hooks that send a session's metadata and feedback to AWS.
 
-`sns`, `sqs` and `websocket` need the extra `aws`; importing a name from them without it raises `MissingExtraError`. The
-names here are those of versions 0.5 to 0.9; new code imports from the root of the package.
+The modules `sns`, `sqs` and `websocket` need the extra `aws`; without it, importing a name raises `MissingExtraError`.
+The names here are those of versions 0.5 to 0.9; new code imports from the root of the package.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _has_extra() -> bool:
         return False
 
 
-if not _has_extra():  # `from mongodb_session_manager.hooks import *` imports what is installed
+if not _has_extra():  # so that `from mongodb_session_manager.hooks import *` works
     __all__ = []
 
 

@@ -1,20 +1,18 @@
-"""What the AWS hooks share: the operation first, then the notification, and whose clients are open how long."""
+"""The base class of the AWS hooks, and the checks of their arguments."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 from .._io.asked_fields import StoredFields, asking_for
 from .._notifications.notification import OnError
 from .._notifications.notify import submit
 from ..errors import ConfigurationError
-from ._aws import POLICY, AwsService
+from ._aws import POLICY, AwsClient, shared_client
 
 if TYPE_CHECKING:
     from ._aws import Config, Session
@@ -26,19 +24,19 @@ T = TypeVar("T")
 
 
 class AwsHook(ABC):
-    """A hook that does the operation and then notifies in the background.
+    """A hook that performs the operation and then notifies AWS in the background.
 
-    Nothing that happens to the notification reaches the caller.
+    A failure of the notification never reaches the caller.
     """
 
     actions: ClassVar[frozenset[str]]
-    """The actions it notifies of."""
+    """The actions that send a notification."""
 
     stored_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of the stored metadata it needs to know after a change."""
+    """The fields of the stored metadata that the notification needs."""
 
     waits_as_original_does: ClassVar[bool] = True
-    """The hook is synchronous or asynchronous, as its `original_func` is."""
+    """The hook is synchronous or asynchronous like its `original_func`."""
 
     def __init__(
         self,
@@ -49,15 +47,12 @@ class AwsHook(ABC):
         on_error: OnError | None,
     ) -> None:
         if on_error is not None and not callable(on_error):
-            raise ConfigurationError(f"on_error must be a function, not {type(on_error).__name__}")
+            raise ConfigurationError(f"on_error must be a function, got {type(on_error).__name__}")
         self._on_error = on_error
-        self._how = {"endpoint_url": endpoint_url, "aws_session": aws_session, "config": config}
-        self._services: dict[str | None, AwsService] = {}
+        self._options: dict[str, Any] = {"endpoint_url": endpoint_url, "aws_session": aws_session, "config": config}
 
-    def _service(self, name: str, region_name: str | None) -> AwsService:
-        if region_name not in self._services:
-            self._services[region_name] = AwsService(name, region_name=region_name, **self._how)
-        return self._services[region_name]
+    def _client(self, service: str, region_name: str | None) -> AwsClient:
+        return shared_client(service, region_name=region_name, **self._options)
 
     def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
         """Perform the operation, and notify if it succeeded.
@@ -71,54 +66,34 @@ class AwsHook(ABC):
         with asking_for(stored):
             result = original_func(*argument.values())
         if inspect.isawaitable(result):
-            return self._finished(result, action, session_id, argument, stored)
-        self._tell(action, session_id, argument, stored)
+            return self._awaited(result, action, session_id, argument, stored)
+        self._notify_safely(action, session_id, argument, stored)
         return result
 
-    async def _finished(
+    async def _awaited(
         self, result: Awaitable[Any], action: str, session_id: str, argument: dict[str, Any], stored: StoredFields
     ) -> Any:
         with asking_for(stored):
             outcome = await result
-        self._tell(action, session_id, argument, stored)
+        self._notify_safely(action, session_id, argument, stored)
         return outcome
 
-    def _tell(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
+    def _notify_safely(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
         try:
             self._notify(action, session_id, argument, stored)
-        except Exception as error:  # the operation succeeded, and that is what its caller is told
-            logger.error("session_id=<%r>, error=<%s> | no notification made", session_id, type(error).__name__)
+        except Exception as error:  # the operation succeeded, so the caller gets its result
+            logger.error("session_id=<%r>, error=<%s> | no notification created", session_id, type(error).__name__)
 
     @abstractmethod
     def _notify(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
-        """Submit what is to be told of an operation that succeeded."""
+        """Submit the notification of an operation that succeeded."""
 
     def _submit(self, name: str, session_id: str, deliver: Callable[[], Awaitable[object]], body: str) -> None:
         submit(name, session_id, deliver, policy=POLICY, on_error=self._on_error, message=body)
 
-    def hold(self, user: object) -> None:
-        """Take note of a manager or factory that uses the hook."""
-        for service in self._services.values():
-            service.hold(user)
-
-    async def let_go(self, user: object) -> None:
-        """Take note that one uses it no more; the last one's going closes the client, unless other hooks share it."""
-        for service in self._services.values():
-            await service.let_go(user)
-
-
-def calling(service: AwsService, operation: str, **parameters: Any) -> Callable[[], Awaitable[object]]:
-    """Return a delivery that calls an operation of a service."""
-    return partial(service.call, operation, **parameters)
-
-
-def identity() -> str:
-    """Return what tells an event from every other, through all tries of its delivery."""
-    return uuid.uuid4().hex
-
 
 def updated(action: str, argument: dict[str, Any]) -> dict[str, Any]:
-    """Return what a metadata operation changed: values by key, `None` for what was deleted."""
+    """Return the values that a metadata operation changed by key, `None` for a deleted key."""
     return dict(argument["metadata"]) if action == "update" else dict.fromkeys(argument["keys"])
 
 
@@ -126,30 +101,30 @@ def checked_fields(fields: Any) -> tuple[str, ...] | None:
     """Return `metadata_fields`.
 
     Raises:
-        ConfigurationError: It is not a list of field names.
+        ConfigurationError: The argument is not a list of field names.
     """
     if fields is None:
         return None
     if isinstance(fields, str) or not all(isinstance(field, str) for field in fields):
         raise ConfigurationError("metadata_fields must be a list of field names")
     if not fields:
-        logger.warning("metadata_fields=<[]> | no field may leave, so nothing is sent; None lets all fields leave")
+        logger.warning("metadata_fields=<[]> | an empty list sends no notification; None sends all fields")
     return tuple(fields)
 
 
 def checked_text(value: object, name: str) -> str:
-    """Return an argument that must be there.
+    """Return a required argument.
 
     Raises:
-        ConfigurationError: It is not a non-empty str.
+        ConfigurationError: The argument is not a non-empty str.
     """
     if not isinstance(value, str) or not value:
-        raise ConfigurationError(f"{name} must be a non-empty str")
+        raise ConfigurationError(f"{name} must be a non-empty str, got {type(value).__name__}")
     return value
 
 
 def with_parameters_of(made: Callable[P, T]) -> Callable[[Callable[..., T]], Callable[P, T]]:
-    """Give a function that passes everything on the signature of what it makes."""
+    """Give a function that passes on its arguments the signature of `made`."""
 
     def decorate(function: Callable[..., T]) -> Callable[P, T]:
         function.__signature__ = inspect.signature(made)  # type: ignore[attr-defined]

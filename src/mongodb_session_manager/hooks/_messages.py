@@ -1,4 +1,4 @@
-"""PURE: what a notification says. Templates, subjects, bodies that fit, and the JSON of what a document can hold."""
+"""The texts of notifications: templates, subjects, bodies within a size limit, and JSON. Pure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SNS_LIMIT = SQS_LIMIT = 256 * 1024
-"""Bytes of a message of SNS or SQS, its attributes among them."""
+"""The most bytes of a message of SNS or SQS, including its attributes."""
 
 WEBSOCKET_LIMIT = 128 * 1024
-"""Bytes of a message through API Gateway."""
+"""The most bytes of a WebSocket message of API Gateway."""
 
 _SUBJECT_LIMIT = 100
 _GROUP = re.compile(r"[A-Za-z0-9!-/:-@\[-`{-~]{1,128}")
@@ -38,20 +38,20 @@ def rating_of(feedback: Mapping[str, Any]) -> str:
 
 
 def timestamp() -> str:
-    """Return the present in ISO 8601, UTC."""
+    """Return the current time in ISO 8601, UTC."""
     return datetime.now(UTC).isoformat()
 
 
 class Template:
     """A prefix with placeholders.
 
-    A text with an unknown placeholder, a conversion (`!r`) or a stray brace is used literally, and one warning is
-    logged at once.
+    A text with an unknown placeholder, a conversion (`!r`) or an unmatched brace is used literally, and logged as a
+    warning.
 
     Args:
-        text: The template; `None` for none.
-        name: The argument it came as, for the warning.
-        placeholders: What it may use, in braces.
+        text: The template; `None` is the empty text.
+        name: The name of the argument, for the warning.
+        placeholders: The names of the placeholders.
     """
 
     def __init__(self, text: str | None, name: str, placeholders: Sequence[str]) -> None:
@@ -60,20 +60,20 @@ class Template:
         try:
             for _, field, form, conversion in Formatter().parse(self._text):
                 if field is not None and (field not in placeholders or conversion):
-                    raise ValueError(f"{field} is no placeholder")
+                    raise ValueError(f"unknown placeholder {field}")
                 format("", form or "")
         except ValueError:
             self._is_plain = True
             known = ", ".join(f"{{{placeholder}}}" for placeholder in placeholders)
-            logger.warning("template=<%r>, placeholders=<%r> | used as it is, it cannot be filled in", name, known)
+            logger.warning("template=<%r>, placeholders=<%r> | the template is invalid and used literally", name, known)
 
     def render(self, **values: str) -> str:
-        """Return the text with its placeholders filled in."""
+        """Return the text with its placeholders replaced."""
         return self._text if self._is_plain else self._text.format(**values)
 
 
 def subject(text: str) -> str:
-    """Return a subject SNS takes: one line of at most 100 characters of printable ASCII."""
+    """Return a valid SNS subject: one line of at most 100 printable ASCII characters."""
     decomposed = unicodedata.normalize("NFKD", _BREAK.sub(" ", text))
     ascii_only = "".join(
         character if " " <= character <= "~" else "?" if character.isalnum() else "" for character in decomposed
@@ -82,9 +82,9 @@ def subject(text: str) -> str:
 
 
 def feedback_body(prefix: str, session_id: str, comment: object, limit: int) -> str:
-    """Return what is published of a feedback, its comment cut to what fits into so many bytes."""
-    said = "" if comment is None else comment if isinstance(comment, str) else dumped(comment)
-    body = text(f"{prefix}Session: {session_id}\n\n{said}")
+    """Return the body for a feedback, truncated to `limit` bytes."""
+    shown = "" if comment is None else comment if isinstance(comment, str) else dumped(comment)
+    body = text(f"{prefix}Session: {session_id}\n\n{shown}")
     encoded = body.encode()
     return body if len(encoded) <= limit else encoded[: limit - len(_CUT)].decode(errors="ignore") + _CUT
 
@@ -92,9 +92,9 @@ def feedback_body(prefix: str, session_id: str, comment: object, limit: int) -> 
 def metadata_body(
     session_id: str, operation: str, metadata: Mapping[str, Any], limit: int, *, first: str = "session_id"
 ) -> str:
-    """Return the body for a metadata change: JSON in ASCII that begins with the field `first`.
+    """Return the body for a metadata change: ASCII JSON that begins with the field `first`.
 
-    What does not fit into `limit` bytes is cut to the list of its keys, as many as fit, and says `"truncated": true`.
+    If it exceeds `limit` bytes, `metadata` is the list of the keys that fit, and the field `truncated` is `true`.
     """
     head = {"session_id": session_id, "event": "metadata_update"}
     message: dict[str, Any] = {
@@ -119,10 +119,9 @@ def metadata_body(
 
 
 def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what of changed metadata may leave: of `fields` only, if given, and nothing of `hidden`.
+    """Return the changed metadata to send: without `hidden`, and if `fields` is given, only those, in their order.
 
-    Keys and fields may be paths with dots; of a changed `a`, the field `a.b` selects its part. The result has the
-    order of `fields`.
+    Keys and fields can be dotted paths: if `a` changed, the field `a.b` selects a part of it.
     """
     shown = {key: value for key, value in metadata.items() if not any(_is_within(key, name) for name in hidden)}
     if fields is None:
@@ -147,7 +146,7 @@ def _is_within(path: str, of: str) -> bool:
 
 
 def _part(value: Any, path: Sequence[str]) -> Any:
-    """Return a part of a changed value; of one that was removed, nothing is left."""
+    """Return the part of a changed value at a path: `None` if the value was deleted."""
     for name in path:
         if value is None:
             return None
@@ -158,15 +157,15 @@ def _part(value: Any, path: Sequence[str]) -> Any:
 
 
 def dumped(value: Any) -> str:
-    """Return JSON in ASCII."""
+    """Return ASCII JSON."""
     return json.dumps(to_json(value))
 
 
 def to_json(value: Any) -> Any:
-    """Return a value as JSON can say it.
+    """Return a value that JSON can represent.
 
-    Dates become ISO 8601 (UTC, unless they know better), bytes base64, numbers that JSON does not know their names
-    (`"NaN"`, `"Infinity"`), and `ObjectId`, `Decimal128`, UUIDs and everything else what `str` makes of them.
+    Dates become ISO 8601 in UTC (naive dates are taken as UTC), bytes base64, numbers without a JSON form their names
+    (`"NaN"`, `"Infinity"`), and `ObjectId`, `Decimal128`, UUIDs and all other values their `str`.
     """
     match value:
         case None | bool() | str():
@@ -194,26 +193,26 @@ def _json_key(key: Any) -> str:
 
 
 def text(value: str) -> str:
-    """Return a text that SNS and SQS take: characters that XML has no place for are replaced."""
+    """Return a text that SNS and SQS accept, in which characters that XML forbids are replaced."""
     return _NOT_XML.sub("\ufffd", value)
 
 
 def attributes(**values: str) -> dict[str, dict[str, str]]:
-    """Return message attributes as SNS and SQS want them."""
+    """Return message attributes in the format of SNS and SQS."""
     return {name: {"DataType": "String", "StringValue": text(value)} for name, value in values.items()}
 
 
 def size_of(described: Mapping[str, Mapping[str, str]]) -> int:
-    """Return what message attributes take of the size of a message."""
+    """Return the size of message attributes in bytes."""
     return sum(
         len(part.encode()) for name, value in described.items() for part in (name, *value.values()) if part is not None
     )
 
 
 def fifo_parameters(destination: str, session_id: str, identity: str) -> dict[str, str]:
-    """Return what a FIFO topic or queue wants besides, nothing for another.
+    """Return the additional parameters for a FIFO topic or queue, none for a standard one.
 
-    A session is a message group; an id that cannot name one stands for itself as a digest.
+    The session is the message group; an id that is not a valid group id is replaced by its digest.
     """
     if not destination.endswith(".fifo"):
         return {}

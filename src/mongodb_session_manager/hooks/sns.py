@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import uuid
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._io.asked_fields import StoredFields
 from .._notifications.notification import OnError
-from ._base import AwsHook, calling, checked_text, identity, with_parameters_of
+from ._base import AwsHook, checked_text, with_parameters_of
 from ._messages import (
     SNS_LIMIT,
     Template,
@@ -20,38 +22,47 @@ from ._messages import (
 )
 
 if TYPE_CHECKING:
-    from ._aws import Config, Session
+    from ._aws import AwsClient, Config, Session
 
 _PLACEHOLDERS = ("session_id", "rating", "timestamp")
 _OFF = "none"
 
 
+class _Route(NamedTuple):
+    """The topic of a rating and the templates of its messages."""
+
+    topic: str
+    client: AwsClient | None
+    subject_prefix: Template
+    body_prefix: Template
+
+
 class FeedbackSNSHook(AwsHook):
     """A feedback hook that publishes each new feedback to the topic of its rating, in the background.
 
-    Subject `{prefix}on session {id}`, body `{prefix}Session: {id}`, a blank line and the comment, attributes
-    `session_id` and `rating` (`positive`, `negative`, `neutral`). Subjects are cut to 100 characters of ASCII, bodies
-    to 256 KiB. To a FIFO topic, the session is the message group.
+    The subject is `{prefix}on session {id}`, truncated to 100 ASCII characters. The body is `{prefix}Session: {id}`, a
+    blank line and the comment, truncated to 256 KiB. The attributes are `session_id` and `rating` (`positive`,
+    `negative` or `neutral`). In a FIFO topic, the session is the message group.
 
     Args:
-        topic_arn_good: For the rating `"up"`; `"none"` publishes nothing.
-        topic_arn_bad: For `"down"`.
-        topic_arn_neutral: For every other rating, and none.
-        subject_prefix_good: May use `{session_id}`, `{rating}` and `{timestamp}`, like each prefix.
-        subject_prefix_bad: The same for bad feedback.
-        subject_prefix_neutral: The same for neutral feedback.
-        body_prefix_good: The same for the body.
-        body_prefix_bad: The same for the body of bad feedback.
-        body_prefix_neutral: The same for the body of neutral feedback.
-        region_name: `None` takes the one named in the ARN.
-        endpoint_url: Where SNS is, if not where AWS has it.
-        aws_session: An `aioboto3.Session` to take credentials from; `None` takes the usual chain.
+        topic_arn_good: The topic for the rating `"up"`; `"none"` publishes nothing.
+        topic_arn_bad: The topic for the rating `"down"`.
+        topic_arn_neutral: The topic for any other rating, and for feedback without a rating.
+        subject_prefix_good: A template with the placeholders `{session_id}`, `{rating}` and `{timestamp}`.
+        subject_prefix_bad: The same for the rating `"down"`.
+        subject_prefix_neutral: The same for any other rating.
+        body_prefix_good: The same for the body and the rating `"up"`.
+        body_prefix_bad: The same for the body and the rating `"down"`.
+        body_prefix_neutral: The same for the body and any other rating.
+        region_name: The region; `None` uses the one in the ARN.
+        endpoint_url: The URL of the service; `None` uses the one of AWS.
+        aws_session: The `aioboto3.Session` with the credentials; `None` uses the default credential chain.
         config: A botocore `Config`.
         on_error: Called with a `NotificationEvent` and the exception for each notification that is given up, on the
-            library's event loop; it must return at once.
+            library's event loop. It must return at once.
 
     Raises:
-        ConfigurationError: An argument cannot be used.
+        ConfigurationError: An argument is invalid.
     """
 
     actions = frozenset({"add"})
@@ -76,12 +87,14 @@ class FeedbackSNSHook(AwsHook):
     ) -> None:
         super().__init__(endpoint_url=endpoint_url, aws_session=aws_session, config=config, on_error=on_error)
 
-        def route(kind: str, topic: str, subject_prefix: str | None, body_prefix: str | None) -> Any:
+        def route(kind: str, topic: str, subject_prefix: str | None, body_prefix: str | None) -> _Route:
             checked_text(topic, f"topic_arn_{kind}")
-            subject_template = Template(subject_prefix, f"subject_prefix_{kind}", _PLACEHOLDERS)
-            body_template = Template(body_prefix, f"body_prefix_{kind}", _PLACEHOLDERS)
-            service = None if topic == _OFF else self._service("sns", region_name or _region(topic))
-            return topic, service, subject_template, body_template
+            return _Route(
+                topic,
+                None if topic == _OFF else self._client("sns", region_name or _region(topic)),
+                Template(subject_prefix, f"subject_prefix_{kind}", _PLACEHOLDERS),
+                Template(body_prefix, f"body_prefix_{kind}", _PLACEHOLDERS),
+            )
 
         self._routes = {
             "positive": route("good", topic_arn_good, subject_prefix_good, body_prefix_good),
@@ -92,8 +105,8 @@ class FeedbackSNSHook(AwsHook):
     def _notify(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
         feedback = argument["feedback"]
         rating = rating_of(feedback)
-        topic, service, subject_prefix, body_prefix = self._routes[rating]
-        if service is None:
+        topic, client, subject_prefix, body_prefix = self._routes[rating]
+        if client is None:
             return
         values = {"session_id": session_id, "rating": rating, "timestamp": timestamp()}
         described = attributes(session_id=session_id, rating=rating)
@@ -101,14 +114,14 @@ class FeedbackSNSHook(AwsHook):
         room = SNS_LIMIT - size_of(described) - len(title)
         comment = str(feedback.get("comment", ""))
         body = feedback_body(body_prefix.render(**values), session_id, comment, room)
-        publish = calling(
-            service,
+        publish = partial(
+            client.call,
             "publish",
             TopicArn=topic,
             Subject=title,
             Message=body,
             MessageAttributes=described,
-            **fifo_parameters(topic, session_id, identity()),
+            **fifo_parameters(topic, session_id, uuid.uuid4().hex),
         )
         self._submit("sns.feedback", session_id, publish, body)
 
@@ -120,5 +133,5 @@ def _region(topic_arn: str) -> str | None:
 
 @with_parameters_of(FeedbackSNSHook)
 def create_feedback_sns_hook(*args: Any, **kwargs: Any) -> FeedbackSNSHook:
-    """Return a feedback hook that publishes to SNS; the arguments are those of `FeedbackSNSHook`."""
+    """Return a feedback hook that publishes to SNS; for the arguments see `FeedbackSNSHook`."""
     return FeedbackSNSHook(*args, **kwargs)

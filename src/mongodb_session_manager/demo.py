@@ -1,23 +1,31 @@
-"""A model that needs no network, for the examples and the tests.
+"""A model and a MongoDB server for trying the library: no account, no key, no network.
 
-Install: `pip install strands-agents`. The other examples import this module; on its own it runs nothing.
+    from strands import Agent
+    from mongodb_session_manager import MongoDBSessionManager
+    from mongodb_session_manager.demo import ScriptedModel, demo_server
 
-Without a script it answers from the conversation it is sent, so it shows what the agent remembers:
+    with MongoDBSessionManager("ada-1", demo_server("demo-data")) as session:
+        agent = Agent(model=ScriptedModel(), session_manager=session, callback_handler=None)
+        print(agent("Hello, my name is Ada."))
 
-    agent = Agent(model=ScriptedModel())
-    agent("My name is Ada.")  # Hello! I have been sent 1 message.
-    agent("What is my name?")  # Your name is Ada.
+The server needs the extra `embedded`, or `mongod` on `PATH`. In your application, pass your connection string in place
+of `demo_server(...)`, and one of Strands' models in place of `ScriptedModel()`:
 
-With a script it says what it is told to, one reply per call to the model, and then goes on as above:
+    strands.models.BedrockModel()
+    strands.models.openai.OpenAIModel(model_id="gpt-4o")
+    strands.models.anthropic.AnthropicModel(model_id="claude-sonnet-4-6", max_tokens=1024)
+    strands.models.ollama.OllamaModel("http://localhost:11434", model_id="llama3.1")
 
-    ScriptedModel(["Hello!", {"tool": "weather", "input": {"city": "Oslo"}}, "It rains in Oslo."])
+Importing `mongodb_session_manager` does not import this module.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import json
+import os
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
@@ -32,51 +40,104 @@ from strands.types.event_loop import StopReason, Usage
 from strands.types.streaming import StreamEvent
 from strands.types.tools import ToolSpec
 
+from .embedded import EmbeddedMongoDB, find_mongod
+from .errors import EmbeddedServerError, MissingExtraError, raise_alone
+
+__all__ = ["Redaction", "Reply", "ScriptedModel", "demo_server"]
+
 T = TypeVar("T", bound=BaseModel)
 
-# "my name is ada", "Call me Ada Lovelace": one word in any case, then words that start with a capital.
+_NO_MONGOD = (
+    "demo_server() found no mongod: pip install 'mongodb-session-manager[embedded]', put mongod on your PATH, or set"
+    " MONGODB_URI to the connection string of a server"
+)
+
+# Matches "my name is ada" and "Call me Ada Lovelace": one word in any case, then words that start with a capital.
 _TOLD_NAME = re.compile(
     r"\b(?i:my name is|i am called|i.m called|call me)\s+([^\W\d_][\w'-]*(?: [A-ZÀ-Þ][\w'-]*)*)",
 )
 _ASKED_NAME = re.compile(r"\b(?:what is|what.s|know|remember) my name\b", re.IGNORECASE)
 
 
+def demo_server(data_directory: str | os.PathLike[str] | None = None) -> str:
+    """Start a MongoDB server for a demo and return its connection string.
+
+    If the environment variable `MONGODB_URI` names a server, none is started. Otherwise an `EmbeddedMongoDB` starts,
+    which takes about a second, and ends with this process. `MONGODB_URI` is set to it: later calls, child processes and
+    managers without a connection string use the same server.
+
+    Args:
+        data_directory: The embedded server's data directory, created if it does not exist. The next process that names
+            it continues with its data; only one server can use it at a time. Default: a temporary directory, removed
+            when the process ends.
+
+    Raises:
+        MissingExtraError: There is no `mongod`, for example because the extra `embedded` is not installed.
+        EmbeddedServerError: The server did not start, for example because another one uses the data directory.
+    """
+    if uri := os.environ.get("MONGODB_URI"):
+        return uri
+    try:
+        binary = find_mongod()
+    except EmbeddedServerError:
+        if os.environ.get("MONGOD_BINARY"):
+            raise
+        raise_alone(MissingExtraError(_NO_MONGOD))
+    server = EmbeddedMongoDB(binary=binary, data_directory=data_directory)
+    server.start()
+    atexit.register(server.stop)
+    os.environ["MONGODB_URI"] = server.connection_string
+    return server.connection_string
+
+
 @dataclass(frozen=True)
 class Redaction:
-    """A reply of a guardrail: the user's message is replaced and the model declines.
+    """A guardrail intervenes: the user's message is replaced, and the assistant declines.
 
     Attributes:
-        text: What replaces the user's message.
-        answer: What the assistant says.
+        text: The replacement of the user's message.
+        answer: The text of the assistant's message.
     """
 
     text: str
     answer: str = "I cannot help with that."
 
 
-Reply = (
-    str  # a text answer
-    | dict[str, Any]  # a tool call: {"tool": name, "input": {...}, "text": said before the call, optional}
-    | list[dict[str, Any]]  # several tool calls in one message
-    | Redaction
-    | BaseException  # raised instead of answering
-    | Callable[[Messages], Any]  # called with the messages sent, returns one of the above, or None for the default
-)
+Reply = str | dict[str, Any] | list[dict[str, Any]] | Redaction | BaseException | Callable[[Messages], Any]
+"""One reply of a script.
+
+- `str`: a text.
+- `dict`: a tool call, `{"tool": name, "input": {...}}`. The optional key `"text"` holds text before the call.
+- `list` of such dicts: several tool calls in one message.
+- `Redaction`: a guardrail intervenes.
+- `BaseException`: raised in place of an answer.
+- function: called with the conversation; returns one of the above, or `None` for the default answer.
+"""
 
 
 class ScriptedModel(Model):
-    """A model that answers from a script, then from the conversation it is sent.
+    """A Strands model that answers from a script, and then from the conversation.
 
-    Agents may share one instance: each call takes the next reply, whichever agent makes it.
+    Each call of the model takes the next reply of the script:
+
+        ScriptedModel(["Hello!", {"tool": "weather", "input": {"city": "Oslo"}}, "It rains in Oslo."])
+
+    After the script, or without one, the answer shows what the agent remembers:
+
+        agent = Agent(model=ScriptedModel())
+        agent("My name is Ada.")  # Hello! I have been sent 1 message.
+        agent("What is my name?")  # Your name is Ada.
+
+    It streams word by word and reports usage, a token for each word. Several agents can share one instance.
 
     Args:
-        replies: What to answer, in order; see `Reply`.
+        replies: The script, in order; see `Reply`.
         delay: Seconds to wait before each streamed chunk.
-        model_id: The name under which the model appears in traces and metrics.
+        model_id: The model's name in configurations, traces and metrics.
 
     Attributes:
-        replies: The replies not yet given; append to it to script more.
-        calls: The messages sent with each call, oldest call first.
+        replies: The rest of the script; append to it to extend the script.
+        calls: The conversation sent with each call, oldest call first.
     """
 
     def __init__(self, replies: Iterable[Reply] = (), *, delay: float = 0.0, model_id: str = "scripted") -> None:
@@ -100,11 +161,11 @@ class ScriptedModel(Model):
         system_prompt: str | None = None,
         **kwargs: Any,
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Answer with the next reply, text word by word.
+        """Stream the next reply, text word by word.
 
         Raises:
-            BaseException: The scripted one, if the next reply is an exception.
-            TypeError: The next reply is none of the forms of `Reply`.
+            BaseException: The next reply is this exception.
+            TypeError: The next reply is not a `Reply`.
         """
         reply = self._next_reply(messages)
         if reply is None:
@@ -127,16 +188,16 @@ class ScriptedModel(Model):
         reply = self._next_reply(prompt)
         if not isinstance(reply, dict):
             raise ValueError(
-                f"ScriptedModel cannot make up a {output_model.__name__}: "
-                "script a dict of its fields as the next reply, ScriptedModel(replies=[{...}])"
+                f"ScriptedModel has no {output_model.__name__} to return: "
+                "script a dict of its fields as the next reply, ScriptedModel([{...}])"
             )
         yield {"output": output_model.model_validate(reply)}
 
     def _next_reply(self, messages: Messages) -> Any:
-        """Record the call and take the next reply, None after the last one."""
+        """Record the call and take the next reply; None after the last one."""
         self.calls.append(copy.deepcopy(messages))
         try:
-            reply = self.replies.popleft()  # atomic, hence no test for emptiness before it
+            reply = self.replies.popleft()  # not after a test for emptiness: another thread can take the last one
         except IndexError:
             return None
         if callable(reply):
@@ -147,7 +208,7 @@ class ScriptedModel(Model):
 
 
 def _answer_from(messages: Messages) -> str:
-    """Answer from the conversation: the user's name if asked for, else how long the conversation is."""
+    """Return the user's name if the last message asks for it, else the length of the conversation."""
     said = [_text(message) for message in messages if message["role"] == "user"]
     if said and _ASKED_NAME.search(said[-1]):
         names = [name for text in said for name in _TOLD_NAME.findall(text)]
@@ -156,14 +217,14 @@ def _answer_from(messages: Messages) -> str:
 
 
 def _assistant_content(reply: Any) -> tuple[list[ContentBlock], StopReason]:
-    """Turn a reply into the content of an assistant message and the reason it ends."""
+    """Return the assistant's message for a reply, and its stop reason."""
     if isinstance(reply, Redaction):
         return [{"text": reply.answer}], "guardrail_intervened"
     if isinstance(reply, str):
         return [{"text": reply}], "end_turn"
     calls = reply if isinstance(reply, list) else [reply]
     if not calls or not all(isinstance(call, dict) and "tool" in call for call in calls):
-        raise TypeError(f"not a reply: {reply!r}")
+        raise TypeError(f"not a reply: {reply!r}; expected one of the forms of mongodb_session_manager.demo.Reply")
     content: list[ContentBlock] = []
     for call in calls:
         if call.get("text"):
@@ -176,7 +237,7 @@ def _assistant_content(reply: Any) -> tuple[list[ContentBlock], StopReason]:
 def _chunks(
     content: list[ContentBlock], stop_reason: StopReason, redacted: str | None, sent: int
 ) -> Iterator[StreamEvent]:
-    """Yield the chunks of a message in the order in which Strands' Bedrock provider does."""
+    """Yield a message's chunks in the order of Strands' Bedrock provider."""
     yield {"messageStart": {"role": "assistant"}}
     for block in content:
         if "toolUse" in block:
@@ -201,5 +262,5 @@ def _text(message: Message) -> str:
 
 
 def _count_words(content: list[ContentBlock]) -> int:
-    """Count words, our tokens; a tool call or result counts as its JSON form."""
+    """Count the words, of tool calls and results in their JSON form."""
     return sum(len((block.get("text") or json.dumps(block, default=str)).split()) for block in content)

@@ -1,0 +1,174 @@
+"""The two drivers, Motor and PyMongo, behind one interface. The only module that imports Motor.
+
+Everything above sees collections whose methods are awaited, whichever driver they belong to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeGuard, cast
+
+from motor.core import AgnosticBase
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import AsyncMongoClient, MongoClient, WriteConcern
+from pymongo import errors as driver
+from pymongo.client_options import ClientOptions
+from pymongo.topology_description import TopologyDescription
+
+from .._format.codec import CODEC_OPTIONS
+from ..errors import ClientTypeError, ConfigurationError
+from .loop import ThreadPool
+
+MotorClient: TypeAlias = AsyncIOMotorClient[Any]
+AsyncClient: TypeAlias = AsyncIOMotorClient[Any] | AsyncMongoClient[Any]
+SyncClient: TypeAlias = MongoClient[Any]
+Client: TypeAlias = AsyncClient | SyncClient
+
+
+class AsyncCursor(Protocol):
+    """The part of a driver's cursor that is used."""
+
+    def __aiter__(self) -> AsyncIterator[dict[str, Any]]: ...
+    def to_list(self, length: int | None = ...) -> Awaitable[list[dict[str, Any]]]: ...
+
+
+class AsyncCollection(Protocol):
+    """The part of a driver's collection that is used; every call but `find` is awaited on the client's loop."""
+
+    def find(self, *args: Any, **kwargs: Any) -> AsyncCursor: ...
+    async def find_one(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None: ...
+    async def find_one_and_update(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None: ...
+    async def count_documents(self, *args: Any, **kwargs: Any) -> int: ...
+    async def insert_one(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def insert_many(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def replace_one(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def update_one(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def update_many(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def delete_one(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def delete_many(self, *args: Any, **kwargs: Any) -> Any: ...
+    async def create_indexes(self, *args: Any, **kwargs: Any) -> list[str]: ...
+    def aggregate(self, *args: Any, **kwargs: Any) -> Any: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def database(self) -> Any: ...
+    @property
+    def write_concern(self) -> WriteConcern: ...
+
+
+async def find_and_modify(
+    collection: AsyncCollection, query: Mapping[str, Any], update: Any, fields: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Send a findAndModify that the driver does not send again by itself; return the new document's `fields`.
+
+    For one that the driver may send again, the server keeps a copy of the whole document: a session of 15 MB would be
+    written twice.
+    """
+    command = {
+        "findAndModify": collection.name,
+        "query": query,
+        "update": update,
+        "fields": fields,
+        "new": True,
+        "writeConcern": collection.write_concern.document,
+    }
+    reply = await collection.database.command(command, codec_options=CODEC_OPTIONS)
+    if (error := reply.get("writeConcernError")) is not None:  # the driver raises it for its own methods only
+        error = {**error, "errorLabels": reply.get("errorLabels", [])}
+        is_late = (error.get("errInfo") or {}).get("wtimeout")
+        raise (driver.WTimeoutError if is_late else driver.WriteConcernError)(
+            error.get("errmsg", ""), error.get("code"), error
+        )
+    found: dict[str, Any] | None = reply["value"]
+    return found
+
+
+async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Run an aggregation; one that stores its result returns nothing."""
+    cursor = collection.aggregate(pipeline)
+    if inspect.isawaitable(cursor):  # PyMongo's; Motor sends the command when its cursor is iterated
+        cursor = await cursor
+    return [document async for document in cursor]
+
+
+def check_client(client: object) -> None:
+    """Refuse what is no client, and a client whose writes are not acknowledged.
+
+    Raises:
+        ClientTypeError: It is not a MongoDB client.
+        ConfigurationError: Its write concern is w=0.
+    """
+    if isinstance(client, AsyncIOMotorClient | AsyncMongoClient | MongoClient):
+        if not options_of(client).write_concern.acknowledged:
+            raise ConfigurationError("client has write concern w=0: a session cannot rely on unacknowledged writes")
+        return
+    raise ClientTypeError(
+        f"client must be a motor.motor_asyncio.AsyncIOMotorClient, pymongo.AsyncMongoClient or pymongo.MongoClient, "
+        f"not a {type(client).__name__}; or pass connection_string and let the library open its own"
+    )
+
+
+def is_motor(client: Client) -> TypeGuard[MotorClient]:
+    """Return whether a client is Motor's."""
+    return isinstance(client, AsyncIOMotorClient)
+
+
+def open_motor(
+    connection_string: str | None, loop: asyncio.AbstractEventLoop, options: Mapping[str, Any]
+) -> MotorClient:
+    """Return a new Motor client; it connects in the background."""
+    return AsyncIOMotorClient(connection_string, io_loop=loop, **options)
+
+
+def motor_over(client: SyncClient, loop: asyncio.AbstractEventLoop, executor: ThreadPool | None = None) -> MotorClient:
+    """Return a Motor client for an event loop that uses the connections of a synchronous client.
+
+    Args:
+        client: The synchronous client.
+        loop: The event loop.
+        executor: Runs the commands; `None` is Motor's own, which all clients of the process share.
+    """
+    wrapper: MotorClient = AsyncIOMotorClient.__new__(AsyncIOMotorClient)  # its constructor opens a pool of its own
+    AgnosticBase.__init__(wrapper, client)
+    wrapper._io_loop = loop if executor is None else _LoopWithExecutor(loop, executor)
+    return wrapper
+
+
+class _LoopWithExecutor:
+    """An event loop, for Motor, that runs functions in an executor of ours."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, executor: ThreadPool) -> None:
+        self._loop = loop
+        self._executor = executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def run_in_executor(self, _: object, function: Any, *args: Any) -> asyncio.Future[Any]:
+        return self._loop.run_in_executor(self._executor, function, *args)
+
+
+def bound_loop(client: AsyncClient) -> asyncio.AbstractEventLoop | None:
+    """Return the loop that a borrowed client was used on; neither driver has a public attribute for it."""
+    loop: asyncio.AbstractEventLoop | None = getattr(client, "_io_loop" if is_motor(client) else "_loop", None)
+    return loop
+
+
+def options_of(client: Client) -> ClientOptions:
+    """Return the options of a client."""
+    return cast(ClientOptions, client.options)
+
+
+def topology_of(client: Client) -> TopologyDescription:
+    """Return the servers that a client knows."""
+    return cast(TopologyDescription, client.topology_description)
+
+
+async def close_client(client: AsyncClient) -> None:
+    """Close a client; Motor's sends its last command on the calling thread, so it is closed in another one."""
+    if isinstance(client, AsyncIOMotorClient):
+        await asyncio.get_running_loop().run_in_executor(None, client.close)
+    else:
+        await client.close()

@@ -1,0 +1,163 @@
+"""The options of managers and factories: their types, their defaults, and the connection they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from typing import Any, Literal, Self, cast
+
+from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
+from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
+from .._format.retention import checked_ttl
+from .._io.connection import Connection
+from .._io.drivers import Client
+from .._io.options import ClientOptions, ContentOptions
+from .._io.settings import Settings, unexpected_option
+from .._repository.async_repository import SharedRepository
+from .._store.store import SessionStore
+from ..errors import ConfigurationError
+from .user_hooks import Hook, checked_hook
+
+SaveOn = Literal["message", "invocation"]
+"""`"message"` stores each message before the agent goes on, `"invocation"` all messages of a turn at its end."""
+
+
+class SessionOptions(ContentOptions, total=False):
+    """The options of a session: those of `ContentOptions`, the hooks, and when messages are stored.
+
+    Attributes:
+        metadata_hook: Called around every use of metadata, `def` or `async def`.
+        metadataHook: Another spelling of `metadata_hook`.
+        feedback_hook: Called around every new feedback, `def` or `async def`.
+        feedbackHook: Another spelling of `feedback_hook`.
+        save_on: `"message"`, the default, stores each message before the agent goes on, `"invocation"` all messages of
+            a turn at its end.
+    """
+
+    metadata_hook: Hook | None
+    metadataHook: Hook | None
+    feedback_hook: Hook | None
+    feedbackHook: Hook | None
+    save_on: SaveOn | None
+
+
+class ManagerOptions(SessionOptions, ClientOptions, total=False):
+    """The options of managers and factories: those of `SessionOptions`, of PyMongo's client, and the client itself.
+
+    Attributes:
+        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
+            It takes the place of the connection string and of the client options.
+    """
+
+    client: Client | None
+
+
+_SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The values of `SessionOptions`, with the names of database and collection."""
+
+    database_name: str | None = None
+    collection_name: str = "agent_sessions"
+    application_name: str | None = None
+    metadata_fields: Sequence[str] | None = None
+    metadata_hook: Hook | None = None
+    feedback_hook: Hook | None = None
+    save_on: SaveOn = "message"
+    max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
+    max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
+    max_embedded_bytes: int = MAX_EMBEDDED_BYTES
+    session_ttl: timedelta | None = None
+
+    def __post_init__(self) -> None:
+        checked_hook(self.metadata_hook, "metadata_hook")
+        checked_hook(self.feedback_hook, "feedback_hook")
+        if self.save_on not in ("message", "invocation"):
+            raise ConfigurationError(f"save_on must be 'message' or 'invocation', got {self.save_on!r}")
+        checked_inline_bytes(self.max_inline_attachment_bytes)
+        checked_ttl(self.session_ttl)
+
+    def replaced(self, given: Mapping[str, Any]) -> Self:
+        """Return these options with some replaced; an option that is `None` is not given.
+
+        Raises:
+            ConfigurationError: An option is unknown, invalid, or given in both spellings.
+        """
+        known = [option.name for option in fields(self)]
+        options: dict[str, Any] = {}
+        for name, value in given.items():
+            option = _SPELLINGS.get(name, name)
+            if option not in known and (value is not None or option not in OPTIONS):
+                raise unexpected_option(name, known)
+            if value is None:
+                continue
+            if option in options:
+                raise ConfigurationError(f"{option} is given in both spellings")
+            options[option] = value
+        return replace(self, **options)
+
+
+OPTIONS = ("connection_string", "client", *Options.__dataclass_fields__)
+"""The options of managers and factories, without those of the driver."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a manager or factory works with."""
+
+    options: Options
+    connection: Connection
+    owns_connection: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        connection_string: str | None,
+        database_name: str | None,
+        collection_name: str | None,
+        given: ManagerOptions,
+    ) -> Configuration:
+        """Return the configuration that the arguments of a constructor describe; nothing is connected yet.
+
+        Raises:
+            ConfigurationError: An argument is unknown or invalid.
+        """
+        of_client: dict[str, Any] = dict(given)
+        client = of_client.pop("client", None)
+        if isinstance(client, Configuration):  # from `shared`
+            return client
+        ours = {name: of_client.pop(name) for name in tuple(of_client) if name in OPTIONS or name in _SPELLINGS}
+        options = Options().replaced({"database_name": database_name, "collection_name": collection_name, **ours})
+        return cls(options, Connection(Settings.checked(connection_string, client, of_client, OPTIONS)))
+
+    def shared(self, overrides: Mapping[str, Any]) -> ManagerOptions:
+        """Return the options of a manager that uses this connection and does not close it.
+
+        Raises:
+            ConfigurationError: An override is unknown or invalid.
+        """
+        shared = Configuration(self.options.replaced(overrides), self.connection, owns_connection=False)
+        return {"client": cast(Client, shared)}
+
+    def repository(self) -> SharedRepository:
+        """Return a repository on the connection.
+
+        Raises:
+            ConfigurationError: An option is invalid.
+        """
+        options = self.options
+        store = SessionStore(
+            self.connection,
+            options.database_name,
+            options.collection_name,
+            application_name=options.application_name,
+            metadata_fields=options.metadata_fields,
+            max_inline_attachment_bytes=options.max_inline_attachment_bytes,
+            max_embedded_messages=options.max_embedded_messages,
+            max_embedded_bytes=options.max_embedded_bytes,
+            session_ttl=options.session_ttl,
+        )
+        return SharedRepository(store)

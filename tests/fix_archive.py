@@ -1,0 +1,123 @@
+"""What tests of long sessions share: short limits, messages that say their number, what is stored where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pymongo
+from pymongo.collection import Collection
+from strands.types.session import Session, SessionAgent, SessionMessage
+
+from mongodb_session_manager import (
+    MongoDBSessionRepository,
+)
+from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
+from mongodb_session_manager._format.ids import agent_key
+from mongodb_session_manager._format.retention import UNDATED
+from support import eventually, texts
+
+Stored = Collection[dict[str, Any]]
+
+
+Driver = pymongo.MongoClient[dict[str, Any]]
+
+
+MOMENT = "2026-11-22T12:00:00+00:00"
+
+
+SECRET = "my card is 4111-1111"
+
+
+SMALL = {"max_embedded_messages": 8}
+
+
+def said(message_id: int, text: str | None = None, role: str | None = None) -> SessionMessage:
+    role = role or ("user", "assistant")[message_id % 2]
+    body: Any = {
+        "role": role,
+        "content": [{"text": f"text {message_id}" if text is None else text}],
+        "tracking_id": f"t{message_id}",
+    }
+    return SessionMessage(body, message_id, None, MOMENT, MOMENT)
+
+
+def redacted(message_id: int, text: str = "[redacted]") -> SessionMessage:
+    message = said(message_id, SECRET)
+    message.redact_message = {"role": "user", "content": [{"text": text}]}
+    return message
+
+
+def told(messages: list[SessionMessage]) -> list[str]:
+    return texts([message.to_message() for message in messages])
+
+
+def expected(count: int, begin: int = 0) -> list[str]:
+    return [f"text {n}" for n in range(begin, count)]
+
+
+def head(stored: Stored, agent_id: str = "agent") -> dict[str, Any]:
+    found: dict[str, Any] = stored.find_one({"_id": "s"})["agents"][agent_key(agent_id)]
+    return found
+
+
+def archive_of(stored: Stored) -> Stored:
+    return stored.database["agent_sessions_archive"]
+
+
+def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
+    """Read what is stored, without the library: the valid buckets in order, then the head."""
+    document = head(stored, agent_id)
+    incarnation = stored.find_one({"_id": "s"})["incarnation"]
+    condition = {"_id.incarnation": incarnation, "_id.agent": agent_key(agent_id)}
+    buckets = sorted(archive_of(stored).find(condition), key=lambda bucket: bucket["_id"]["first"])
+    valid = [bucket for bucket in buckets if bucket["_id"]["first"] < document.get("archived", 0)]
+    return texts([message for part in [*valid, document] for message in part["messages"]])
+
+
+def settled(stored: Stored, limit: int = 8, agent_id: str = "agent") -> None:
+    """Wait until the head is within its limit."""
+    eventually(lambda: len(head(stored, agent_id)["messages"]) <= limit)
+
+
+def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bool:
+    names = driver[database].list_collection_names()
+    assert "agent_sessions" in names
+    return any(text.encode() in batch for name in names for batch in driver[database][name].find_raw_batches())
+
+
+def begin(repository: MongoDBSessionRepository, agent_id: str = "agent") -> None:
+    repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+    repository.create_agent("s", SessionAgent(agent_id, {}, {}, {}, MOMENT, MOMENT))
+
+
+def append(repository: MongoDBSessionRepository, *message_ids: int, agent_id: str = "agent") -> None:
+    for message_id in message_ids:
+        repository.create_message("s", agent_id, said(message_id))
+
+
+class Other:
+    """Another process that moves messages, one command at a time."""
+
+    def __init__(self, stored: Stored, limit: int = 8) -> None:
+        self.stored, self.limits = stored, Limits(limit, 2**20)
+        document = head(stored)
+        self.head = Head.of(
+            {
+                "created_at": document["created_at"],
+                "archived": document.get("archived", 0),
+                "revision": document.get("revision", 0),
+                "next_message_id": document["next_message_id"],
+                "count": len(document["messages"]),
+                "bytes": 0,
+                "removed": 0,
+                "session": stored.find_one({"_id": "s"}),
+            }
+        )
+        self.step = self.limits.step(self.head)
+
+    def merge(self) -> None:
+        self.stored.aggregate(merge("s", "agent", self.head, self.step, "agent_sessions_archive", UNDATED))
+
+    def cut(self) -> bool:
+        statement = cut("s", "agent", self.head, self.step, UNDATED)
+        return bool(self.stored.update_one(statement.filter, statement.update).matched_count)
