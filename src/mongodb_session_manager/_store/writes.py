@@ -44,7 +44,7 @@ class Writer:
         refused: dict[str, MongoDBSessionError] = {}
         async with self._store.sessions.connection.operation():
             for part in in_parts(changes):
-                left = [change for change in part if _are_messages_stored(refused.get(change.agent_id))]
+                left = [change for change in part if not refused or _are_messages_stored(refused.get(change.agent_id))]
                 for _ in range(ROUNDS):
                     flush = await self._prepare(session_id, left, incarnation)
                     if await flush.store() and not await self._is_created_again(flush, incarnation):
