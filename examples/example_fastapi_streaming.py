@@ -166,7 +166,7 @@ class Chat:
 
     async def _answer(self, session_id: str, prompt: str | None, turn: Turn) -> None:
         try:
-            async with await self._factory.create_session_manager_async(session_id) as session:
+            async with self._factory.create_session_manager_async(session_id) as session:
                 try:
                     await self._run(session, prompt, turn)
                 except Exception as error:
@@ -312,7 +312,7 @@ def create_app(connection_string: str) -> FastAPI:
     async def fork(session_id: str, fork: Fork, factory: Factory) -> dict[str, str]:
         new_id = uuid4().hex
         await factory.fork_session_async(session_id, new_id, at_message=fork.at_message)
-        async with await factory.create_session_manager_async(new_id) as session:
+        async with factory.create_session_manager_async(new_id) as session:
             title = (await session.get_metadata())["metadata"].get("title", "New chat")
             await session.update_metadata({"title": f"{title} (branch)", "branch_of": session_id})
         return {"session_id": new_id}

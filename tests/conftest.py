@@ -41,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 HERE = Path(__file__).parent
 FAST = """
-agent_config attachments_references changes codec commands documents feedback ids legacy metadata
-odd_values options portable rollback scripted_model strict_api surface turns unit_of_work wrong_arguments
+agent_config attachments_references changes codec commands demo documents feedback ids legacy metadata
+odd_values options portable rollback strict_api surface turns unit_of_work wrong_arguments
 """
 """The modules, without `test_`, of which all tests are marked `fast`: pure, or with one server and no other process."""
 

@@ -19,7 +19,7 @@ from strands import Agent
 from strands.session import SessionManager
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 
 
 class CommandLog(monitoring.CommandListener):

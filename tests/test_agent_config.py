@@ -23,7 +23,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent
 
 Stored = Collection[dict[str, Any]]

@@ -24,7 +24,6 @@ from pymongo import monitoring
 from strands import tool
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-import scripted_model
 from fix_archive import MOMENT, SMALL, append, begin, expected, redacted, said, settled, told
 from fix_codec import values
 from fix_copying import KIB, MIB, all_of, content, copying, every_failure, left_of, same_content, with_image
@@ -40,9 +39,10 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionExistsError,
     SessionNotFoundError,
+    demo,
 )
+from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
-from scripted_model import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -50,7 +50,7 @@ Stored = pymongo.collection.Collection[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted_model, "_count_words", len)
+    monkeypatch.setattr(demo, "_count_words", len)
 
 
 class Cursors(CommandLog):

@@ -40,7 +40,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._format.multi_agents import MultiAgents, first_write
 from mongodb_session_manager._io.driver_errors import driver_errors
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from support import agent, assert_no_driver_error, chained, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]

@@ -20,8 +20,8 @@ from strands.types.exceptions import ContextWindowOverflowException, EventLoopEx
 from strands.types.tools import ToolContext
 
 from mongodb_session_manager import AsyncMongoDBSessionManager, MongoDBSessionError, MongoDBSessionManagerFactory
+from mongodb_session_manager.demo import Redaction, ScriptedModel
 from proxy import Proxy
-from scripted_model import Redaction, ScriptedModel
 from support import CommandLog, agent, eventually, message_ids, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]

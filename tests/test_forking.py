@@ -14,7 +14,6 @@ from pymongo import monitoring
 from strands import tool
 from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
 
-import scripted_model
 from fix_archive import SMALL, Other, append, begin, expected, head, redacted, said, settled, told
 from fix_copying import KIB, MIB, all_of, content, every_failure, left_of, same_content, with_image
 from fix_legacy import conversation, old_agent, old_session
@@ -29,8 +28,9 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionExistsError,
     SessionNotFoundError,
+    demo,
 )
-from scripted_model import Redaction
+from mongodb_session_manager.demo import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -38,7 +38,7 @@ Stored = pymongo.collection.Collection[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted_model, "_count_words", len)
+    monkeypatch.setattr(demo, "_count_words", len)
 
 
 @pytest.fixture
@@ -391,18 +391,24 @@ async def test_forks_asynchronously(small: MongoDBSessionManagerFactory, server:
             assert told(await repository.list_messages(session_id, "agent")) == ["q0"]
 
 
-def test_what_a_fork_costs(long: MongoDBSessionRepository, commands: CommandLog) -> None:
+def test_what_a_fork_costs(long: MongoDBSessionRepository, stored: Stored, commands: CommandLog) -> None:
     long.open_session("short")
+    archive = stored.database["agent_sessions_archive"]
+
+    def buckets(session_id: str) -> int:
+        return archive.count_documents({"session_id": session_id})
+
     commands.clear()
     long.fork_session("short", "t")
-    begin, archive, end = ["find", "insert", "aggregate", "find"], ["aggregate", "find", "find"], ["update"]
+    begin, end = ["find", "insert"], ["update", "update"]
     assert commands.names == [*begin, *end]
     commands.clear()
     long.fork_session("s", "u")
-    assert commands.names == [*begin, *archive, *end]
+    assert commands.names == [*begin, *["find"] * buckets("s"), *["update"] * buckets("u"), *end]
     commands.clear()
     long.fork_session("s", "v", 3)
-    assert commands.names == [*begin, "find", "aggregate", *archive, *end]
+    assert buckets("v") == 0
+    assert commands.names == [*begin, *["find"] * buckets("s"), *end]
 
 
 # Faults, and others who write.
@@ -507,7 +513,7 @@ def test_a_session_whose_attachments_are_missing_is_not_forked(
 
 def test_a_session_whose_archive_has_a_hole_is_not_forked(long: MongoDBSessionRepository, stored: Stored) -> None:
     stored.database["agent_sessions_archive"].delete_one({"_id.first": {"$gt": 0}})
-    with pytest.raises(DatabaseError, match="a message is missing in its archive, so it was not forked"):
+    with pytest.raises(DatabaseError, match=r"message \d+ is missing in its archive"):
         long.fork_session("s", "t")
     assert left_of(stored, "t") == []
 
@@ -519,13 +525,13 @@ def test_an_exported_fork_comes_back(long: MongoDBSessionRepository) -> None:
 
 
 class Meanwhile(monitoring.CommandListener):
-    """Does something in the moment in which the document of the fork is made, the first time."""
+    """Does something just before the document of the session is read."""
 
     def __init__(self, act: Callable[[], object]) -> None:
         self.act: Callable[[], object] | None = act
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
-        if event.command.get("aggregate") == "agent_sessions" and self.act is not None:
+        if event.command.get("find") == "agent_sessions" and self.act is not None:
             act, self.act = self.act, None
             act()
 

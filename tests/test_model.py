@@ -28,7 +28,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionConflictError,
 )
-from scripted_model import Redaction
+from mongodb_session_manager.demo import Redaction
 from support import agent, fail_point
 
 LIMITS = {"max_embedded_messages": 4, "max_embedded_bytes": 4096}

@@ -275,7 +275,7 @@ def odd_server(
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_session_with_an_odd_field_is_used(odd_server: Server, some: Some, path: str) -> None:
-    for value in some(ODD, 4):
+    for value in some(ODD, 2):
         document = usual()
         put(document, path, value)
         document.setdefault("colour", uuid.uuid4().hex)

@@ -17,6 +17,7 @@ from strands.types.session import Session, SessionAgent, SessionType
 
 import interpreter
 from fix_attachments import (
+    CHUNKS,
     LARGE,
     Driver,
     asking,
@@ -260,7 +261,7 @@ def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
     message_id: int,
 ) -> None:
     redact_and_be_killed(server, database, at, message_id)
-    assert len(ids(driver, database)) == 3
+    assert len(ids(driver, database, CHUNKS)) == 3
     assert long.read_message("s", "agent", message_id).to_message() == redacted().to_message()
     with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
         repository.open_session("s")

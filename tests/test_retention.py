@@ -201,7 +201,7 @@ def test_everybody_who_blocks_takes_a_ttl(server: str, database: str, stored: St
 def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
     with (
-        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=2), **SMALL) as repository,
+        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=6), **SMALL) as repository,
         MongoDBSessionRepository(expiring, database, **SMALL) as lasting,
     ):
         fill(lasting, "lasting")
@@ -218,7 +218,7 @@ def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_d
 @pytest.mark.own_database
 def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
-    options: Any = {"session_ttl": timedelta(seconds=1), **SMALL}
+    options: Any = {"session_ttl": timedelta(seconds=4), **SMALL}
     with MongoDBSessionManager(ID, expiring, database, **options) as manager:
         live = agent(manager, "hello", "again")
         live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE}}}])
@@ -234,10 +234,11 @@ def test_two_values_of_session_ttl_in_one_collection(expiring: str, expiring_dri
     stored = expiring_driver[database]["agent_sessions"]
     with (
         MongoDBSessionRepository(expiring, database, session_ttl=timedelta(days=1), **SMALL) as long,
-        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=1), **SMALL) as short,
+        MongoDBSessionRepository(expiring, database, session_ttl=TTL, **SMALL) as short,
     ):
-        fill(long)
         fill(short, "short")
+        age(stored, TTL * 2)
+        fill(long)
         eventually(lambda: not stored.count_documents({"_id": "short"}))
         assert texts([m.to_message() for m in long.list_messages(ID, "agent")]) == [f"text {n}" for n in range(12)]
         short.update_metadata(ID, {"a": 1})  # moves no date back

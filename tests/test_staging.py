@@ -183,7 +183,7 @@ def test_a_fork_that_takes_its_time_to_live_to_date_its_parts_is_alive(
     ttl, slow = timedelta(seconds=2), Listener()
 
     def wait(event: monitoring.CommandStartedEvent) -> None:
-        if event.command_name == "update" and event.command["update"] == "agent_sessions_archive":
+        if event.command.get("update") == "agent_sessions_archive" and event.command["updates"][0].get("multi"):
             slow.before = lambda event: None
             time.sleep(1.5 * ttl.total_seconds())
 
@@ -279,24 +279,28 @@ def test_forks_and_deletions_of_one_id_leave_a_session_or_nothing(
     assert is_whole(full)
 
 
-@pytest.mark.parametrize("how", ["before its snapshot", "before it is live", "after it is live"])
+@pytest.mark.parametrize("how", ["before its archive", "before it is live", "after it is live"])
 def test_a_fork_that_stalls_leaves_a_later_one_alone(
     full: MongoDBSessionRepository, server: str, database: str, stored: Stored, how: str
 ) -> None:
     stalled, go_on, slow = threading.Event(), threading.Event(), Listener()
+    live: list[int] = []
 
-    def stall(event: Any) -> None:
-        is_it = (
-            event.command.get("aggregate") == "agent_sessions" if "snapshot" in how else event.command_name == "update"
-        )
-        if is_it and not stalled.is_set():
+    def is_it(event: monitoring.CommandStartedEvent) -> bool:
+        if "archive" in how:
+            return event.command.get("update") == "agent_sessions_archive"
+        return event.command.get("update") == "agent_sessions" and "$unset" in event.command["updates"][0]["u"]
+
+    def stall() -> None:
+        if not stalled.is_set():
             stalled.set()
             go_on.wait(60)
 
     if "before" in how:
-        slow.before = stall
+        slow.before = lambda event: stall() if is_it(event) else None
     else:
-        slow.after = stall
+        slow.before = lambda event: live.append(event.request_id) if is_it(event) else None
+        slow.after = lambda event: stall() if event.request_id in live else None
     with (
         MongoDBSessionRepository(server, database, event_listeners=[slow], **SMALL) as other,
         ThreadPoolExecutor(1) as threads,

@@ -39,8 +39,8 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._storage import gridfs as _blobs
 from mongodb_session_manager._storage import storage as _storage
+from mongodb_session_manager.demo import ScriptedModel
 from proxy import Proxy, command
-from scripted_model import ScriptedModel
 from support import CommandLog, agent, fail_point, texts
 
 pytestmark = pytest.mark.anyio
@@ -432,7 +432,7 @@ async def test_a_writer_killed_between_any_two_commands(
         assert seen == sorted(seen, key=lambda value: value == new)  # first the old one, then the new one
         assert len(outcomes) > 6
         # What the dead left behind goes when it is old enough that nobody can be at work on it.
-        monkeypatch.setattr(_blobs, "DOUBT_TIME", -_blobs.DOUBT_TIME)
+        monkeypatch.setattr(_blobs, "ABANDONED_AFTER", -_blobs.ABANDONED_AFTER)
         for number in range(9):
             await storage.write(f"more {number % 2}", bytes(200))
         assert await storage.read("key") == new
@@ -444,7 +444,7 @@ async def test_a_file_whose_switch_never_came_gets_its_name_back(
 ) -> None:
     await storage.write("key", bytes(200))
     values["agent_storage_blobs.files"].update_many({}, {"$unset": {"filename": ""}})
-    monkeypatch.setattr(_blobs, "DOUBT_TIME", -_blobs.DOUBT_TIME)
+    monkeypatch.setattr(_blobs, "ABANDONED_AFTER", -_blobs.ABANDONED_AFTER)
     await storage.write("other", bytes(200))
     assert await storage.read("key") == bytes(200)
     assert nothing_but(values, "key", "other")

@@ -529,7 +529,6 @@ def test_the_codec_and_the_export_format_know_more_of_bson_than_ids() -> None:
         "_format.decoder",
         "_format.encoder",
         "_format.marked",
-        "_format.sizes",
         "_copying.export_format",
     ]
 

@@ -32,7 +32,7 @@ from strands.types.agent import AgentInput
 from strands.types.exceptions import EventLoopException
 
 from . import AsyncMongoDBSessionManager, MongoDBSessionManagerFactory, get_global_factory
-from ._managers.factory import factory_of_application
+from ._managers.global_factory import factory_of_application
 from .errors import (
     AgentNotFoundError,
     ConfigurationError,

@@ -1,4 +1,4 @@
-"""Exporting a session, piece by piece, as the lines of its portable form."""
+"""Exporting a session as lines of the export format, a few at a time."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Export:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             document = await self._store.sessions.get(session_id, {})
-        for odd in malformed_fields(document):
-            if odd.value is not None:
-                raise odd.error(session_id)
+        for field in malformed_fields(document):
+            if field.value is not None:
+                raise field.error(session_id)
         writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
         agents: dict[str, Document] = usable_agents(session_id, document)
         document.pop("agents", None)
@@ -96,7 +96,7 @@ class Export:
                 raise missing
 
     async def _is_elsewhere(self, source: _Source) -> bool:
-        """Update the place of the session's parts; return whether the session was migrated since it was read.
+        """Return whether the session was migrated since it was read; update its place.
 
         Raises:
             SessionNotFoundError: The session does not exist any more.
@@ -155,7 +155,7 @@ class Export:
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
     ) -> AsyncGenerator[list[str], None]:
-        """Yield the pieces of an attachment; they end early if it is missing or was removed."""
+        """Yield the lines of an attachment; the last ones are missing if the attachment is removed meanwhile."""
         length, n, digest = 0, 0, hashlib.sha256()
         while length < reference.length:
             async with self._connection.operation():

@@ -1,7 +1,7 @@
 """The references of a message to bytes in GridFS, and the limits of its size. Pure.
 
-A message whose bytes together exceed a limit is recorded with its `attachments`, a list of `Attachment`. When it is
-stored, the bytes are in GridFS, and its element of `messages` holds
+If the bytes of a message together exceed a limit, it is recorded with `attachments`, a list of `Attachment`. When the
+message is stored, the bytes are in GridFS, and its element of `messages` has
 
     message, redact_message   {"__msm__": "attachment", "v": <reference>} in the place of the bytes
     attachments               [<reference>]
@@ -29,7 +29,7 @@ from .sizes import stored_size
 T = TypeVar("T", bound=Mapping[str, Any])
 
 MAX_INLINE_ATTACHMENT_BYTES = 256 * 1024
-"""Images, documents and videos of one message stay in the document if they have at most this many bytes together."""
+"""Images, documents and videos of one message are stored in the document if their total size is at most this."""
 
 MAX_MESSAGE_BYTES = 15 * 1024 * 1024
 """The most bytes of BSON of one message, without its attachments.

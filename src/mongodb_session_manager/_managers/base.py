@@ -10,7 +10,6 @@ import asyncio
 import logging
 import math
 from contextlib import suppress
-from traceback import walk_tb
 from typing import Any, Unpack
 
 from strands import Agent
@@ -25,18 +24,16 @@ from strands.hooks import (
 )
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
-from strands.types.exceptions import SessionException
 from strands.types.session import SessionMessage
 
 from .._format.dates import now
-from .._format.ids import agent_key, checked_id
+from .._format.ids import checked_id
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
 from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from ..errors import (
     AgentNotFoundError,
-    DatabaseError,
     EncodingError,
     EventLoopError,
     InvalidArgumentError,
@@ -48,6 +45,7 @@ from .capture import capture_config, capture_metrics, guardrail_event
 from .flusher import Flusher
 from .multi_agents import OrchestratorSessionManager
 from .options import Configuration, ManagerOptions
+from .restoring import RESTORE_ERRORS, restore_error
 from .unit_of_work import UnitOfWork
 from .user_hooks import Hook, hold, let_go
 
@@ -84,21 +82,6 @@ def checked_prompt_metadata(prompt_metadata: object) -> dict[str, Any]:
     if not isinstance(prompt_metadata, dict):
         raise InvalidArgumentError(f"prompt_metadata must be a dict, not {type(prompt_metadata).__name__}")
     return prompt_metadata
-
-
-_RESTORED_IN = {
-    "_validate_json_serializable": "agent_data.state",
-    "initialize_internal_state": "agent_data._internal_state",
-    "restore_from_session": "agent_data.conversation_manager_state",
-}
-"""Functions of Strands that restore one part of an agent."""
-
-
-def _restoring(error: Exception) -> tuple[str, str]:
-    """Return the field that cannot be restored, and the reason without the error's text, which can quote content."""
-    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
-    field = next((field for name, field in _RESTORED_IN.items() if name in names), "messages")
-    return field, f"{type(error).__name__} in {names[-1]}"
 
 
 class SessionManagerBase(OrchestratorSessionManager):
@@ -195,16 +178,11 @@ class SessionManagerBase(OrchestratorSessionManager):
         try:
             super().initialize(agent, **kwargs)
             return
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SessionException) as error:
-            if isinstance(error, MongoDBSessionError) or not is_stored:
+        except RESTORE_ERRORS as error:
+            failure = restore_error(self.session_id, agent.agent_id, error) if is_stored else None
+            if failure is None:
                 raise
-            field, reason = _restoring(error)
-            if isinstance(error, SessionException) and field == "messages":
-                raise  # the agent was initialized before
-        raise DatabaseError(
-            f"session {self.session_id!r}: the field 'agents.{agent_key(agent.agent_id)}.{field}' cannot be restored "
-            f"({reason})"
-        )
+        raise failure
 
     def append_message(self, message: Message, agent: LocalAgent, **kwargs: Any) -> None:
         """Append a message to the agent's stored conversation.

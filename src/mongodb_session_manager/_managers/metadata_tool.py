@@ -7,7 +7,7 @@ import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from strands import tool
 from strands.interrupt import InterruptException
@@ -208,52 +208,45 @@ def _plain(value: Any) -> Any:
             return str(value)
 
 
-def blocking_tool(
-    policy: MetadataPolicy,
-    get: Callable[[], Any],
-    update: Callable[[dict[str, Any]], Any],
-    delete: Callable[[list[str]], Any],
-) -> AgentTool:
+class Operations(NamedTuple):
+    """The methods of a manager that use metadata."""
+
+    get: Callable[[], Any]
+    update: Callable[[dict[str, Any]], Any]
+    delete: Callable[[list[str]], Any]
+
+    def perform(self, request: _Request) -> Any:
+        """Return the result of the method for a request, an awaitable one for an asynchronous manager."""
+        if request.action == "update":
+            return self.update(request.metadata)
+        if request.action == "delete":
+            return self.delete(request.keys or [])
+        return self.get()
+
+
+def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
     """Return the tool over a synchronous manager's methods; Strands runs it in a thread."""
 
     @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
-            return _answer(request, _perform(request, get, update, delete), policy)
+            return _answer(request, operations.perform(request), policy)
         except Exception as error:
             return _failure(error)
 
     return manage_metadata
 
 
-def async_tool(
-    policy: MetadataPolicy,
-    get: Callable[[], Any],
-    update: Callable[[dict[str, Any]], Any],
-    delete: Callable[[list[str]], Any],
-) -> AgentTool:
+def async_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
     """Return the tool over an asynchronous manager's methods; Strands awaits it."""
 
     @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     async def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
-            return _answer(request, await _perform(request, get, update, delete), policy)
+            return _answer(request, await operations.perform(request), policy)
         except Exception as error:
             return _failure(error)
 
     return manage_metadata
-
-
-def _perform(
-    request: _Request,
-    get: Callable[[], Any],
-    update: Callable[[dict[str, Any]], Any],
-    delete: Callable[[list[str]], Any],
-) -> Any:
-    if request.action == "update":
-        return update(request.metadata)
-    if request.action == "delete":
-        return delete(request.keys or [])
-    return get()

@@ -195,8 +195,8 @@ class Attachments:
         for begin in range(0, len(gone), _AT_ONCE):
             batch = gone[begin : begin + _AT_ONCE]
             chunks, files = _filters(place, batch)
+            await self._files.delete_many(files)  # first, see `layout.OUTSIDE`
             await self._chunks.delete_many(chunks)
-            await self._files.delete_many(files)
 
 
 def parsed(listed: object) -> list[Reference]:

@@ -178,8 +178,8 @@ class Migration:
             generations = {"$not": {"$gt": generation}}
             await self._archive.delete_many({"_id": old.buckets(), "generation": generations})
             chunks, files = (self._sessions.collection.part(suffix) for suffix in (CHUNKS, FILES))
-            await chunks.delete_many({"_id": old.chunks(), "files_id.generation": generations})
             await files.delete_many({"_id": old.files(), "_id.generation": generations})
+            await chunks.delete_many({"_id": old.chunks(), "files_id.generation": generations})
         condition = {"_id": session_id, "moved": moved, "migrating": migrating}
         await self._sessions.update(Update(condition, {"$unset": {"moved": "", "migrating": ""}}, None))
 
