@@ -195,7 +195,7 @@ def test_an_agent_that_is_not_there(session: Blocking, stored: Stored) -> None:
         lambda: session.get_message_count("unknown"),
         lambda: session.list_messages("unknown"),
     ):
-        with pytest.raises(AgentNotFoundError, match="session 's' holds no agent 'unknown'"):
+        with pytest.raises(AgentNotFoundError, match="session 's' has no agent 'unknown'"):
             call()
     assert stored.find_one({"_id": "s"}) == before
 
