@@ -499,7 +499,7 @@ def test_messages_for_an_agent_that_somebody_else_created_and_used_are_a_conflic
 
 def test_a_message_to_be_replaced_that_is_missing() -> None:
     change = ReplaceMessage("agent", 5, {"message": said("new"), "updated_at": T1})
-    with pytest.raises(MessageNotFoundError, match="'agent' holds no message 5"):
+    with pytest.raises(MessageNotFoundError, match="'agent' has no message 5"):
         reconcile(write(change), view(5, element(4, "a")))
 
 

@@ -255,7 +255,7 @@ def test_several_agents_are_cut_by_name(
         InvalidArgumentError, match="has several agents: give at_message as a dict, agent id to message id"
     ):
         repository.fork_session("s", "t", 1)
-    with pytest.raises(AgentNotFoundError, match="holds no agent 'four'"):
+    with pytest.raises(AgentNotFoundError, match="has no agent 'four'"):
         repository.fork_session("s", "t", {"four": 1})
     assert not repository.session_exists("t")
     repository.fork_session("s", "t", {"a.b": 1, "$two": 2})
@@ -267,7 +267,7 @@ def test_several_agents_are_cut_by_name(
 
 @pytest.mark.parametrize("last", [30, 31, 2**40])
 def test_a_message_that_is_not_there(long: MongoDBSessionRepository, stored: Stored, last: int) -> None:
-    with pytest.raises(MessageNotFoundError, match=f"agent 'agent' holds no message {last}"):
+    with pytest.raises(MessageNotFoundError, match=f"agent 'agent' has no message {last}"):
         long.fork_session("s", "t", last)
     assert left_of(stored, "t") == []
 

@@ -352,7 +352,7 @@ def test_a_redaction_is_recorded_without_the_original() -> None:
 @pytest.mark.parametrize("message_id", [-1, 1, 7])
 def test_a_message_that_is_not_there_cannot_be_replaced(message_id: int) -> None:
     unit = opened(agent=stored_agent("one"))
-    with pytest.raises(MessageNotFoundError, match=f"'agent' holds no message {message_id}"):
+    with pytest.raises(MessageNotFoundError, match=f"'agent' has no message {message_id}"):
         unit.update_message("s", "agent", message("x", message_id))
     assert unit.pending() == ()
 

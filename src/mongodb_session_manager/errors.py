@@ -111,11 +111,11 @@ class SessionNotFoundError(MongoDBSessionError, LookupError):
 
 
 class AgentNotFoundError(MongoDBSessionError, LookupError):
-    """The session holds no agent of that id."""
+    """The session has no agent of that id."""
 
 
 class MessageNotFoundError(MongoDBSessionError, LookupError):
-    """The agent holds no message of that id."""
+    """The agent has no message of that id."""
 
 
 class SessionExistsError(MongoDBSessionError, ValueError):

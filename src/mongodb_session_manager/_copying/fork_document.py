@@ -40,12 +40,12 @@ def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: It
                 f"session {session_id!r} has several agents: give at_message as a dict, agent id to message id"
             )
         if not known:
-            raise AgentNotFoundError(f"session {session_id!r} holds no agent")
+            raise AgentNotFoundError(f"session {session_id!r} has no agent")
         return {known[0]: at_message}
     ends = at_message or {}
     for agent_id in ends:
         if agent_id not in known:
-            raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
+            raise AgentNotFoundError(f"session {session_id!r} has no agent {agent_id!r}")
     return ends
 
 

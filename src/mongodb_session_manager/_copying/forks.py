@@ -185,7 +185,7 @@ def _sized(messages: Iterable[Any]) -> list[Sized]:
 
 
 def _no_message(agent_id: str, message_id: int) -> MessageNotFoundError:
-    return MessageNotFoundError(f"agent {agent_id!r} holds no message {message_id}")
+    return MessageNotFoundError(f"agent {agent_id!r} has no message {message_id}")
 
 
 def _changed_too_often(session_id: str) -> DatabaseError:

@@ -177,9 +177,11 @@ class MessageWrite:
             self.fields = {**self.fields, **fields}
             return
         sets, unsets = split_fields(fields)
+        if "message" not in fields:
+            former = {name: self.fields[name] for name in sets if name in self.fields}
+            self.size += stored_size(sets) - stored_size(former)
         self.fields = {name: value for name, value in self.fields.items() if name not in unsets} | sets
         self.amended = {**self.amended, **fields}
-        self.size += stored_size(sets)
 
 
 @dataclass
@@ -229,6 +231,7 @@ class AgentWrite:
                 self._touch(message["updated_at"])
             case ReplaceMessage(message_id=message_id, fields=fields, identity=identity, by_id=by_id):
                 self.set_fields(message_id, fields, identity)
+                self.messages[message_id].size = size_of_change(change)
                 self.by_id |= by_id
                 self._touch(fields["updated_at"])
             case SetMessageFields(message_id=message_id, fields=fields, identity=identity):
@@ -260,7 +263,7 @@ class AgentWrite:
     @property
     def appended_size(self) -> int:
         """The size of the new messages in bytes, at least."""
-        return sum(message.size for message in self.messages.values())
+        return sum(message.size for message in self.messages.values() if message.recorded is not None)
 
     @property
     def replaced(self) -> dict[int, Mapping[str, Any]]:

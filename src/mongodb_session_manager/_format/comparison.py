@@ -42,9 +42,9 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
     if stored is None:
         if write.created is not None:
             return write
-        raise AgentNotFoundError(f"the session holds no agent {write.agent_id!r}")
+        raise AgentNotFoundError(f"the session has no agent {write.agent_id!r}")
     if missing := [message_id for message_id in write.replaced if message_id not in stored.messages]:
-        raise MessageNotFoundError(f"agent {write.agent_id!r} holds no message {missing[0]}")
+        raise MessageNotFoundError(f"agent {write.agent_id!r} has no message {missing[0]}")
 
     new = [message for message in write.messages.values() if message.recorded is not None]
     written = list(itertools.takewhile(lambda message: _is_stored(message, stored), new))

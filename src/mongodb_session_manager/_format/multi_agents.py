@@ -110,7 +110,7 @@ def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) ->
     if stored is None:
         if write.expected is None:
             return write
-        raise AgentNotFoundError(f"the session holds no multi-agent {write.multi_agent_id!r} any more")
+        raise AgentNotFoundError(f"the session has no multi-agent {write.multi_agent_id!r} any more")
     revision = stored["revision"]
     # A writer never stores a revision twice. At revision 0 it does not matter which writer created the orchestrator.
     is_ours = stored["writer"] == write.writer or (write.expected is None and revision == 0)
@@ -186,7 +186,7 @@ class MultiAgents:
         """
         known = self._known.get(multi_agent_id)
         if known is None:
-            raise AgentNotFoundError(f"the session holds no multi-agent {multi_agent_id!r}")
+            raise AgentNotFoundError(f"the session has no multi-agent {multi_agent_id!r}")
         if known.refusal is not None and not isinstance(known.refusal, StateTooLargeError):
             self.raise_refusal(multi_agent_id)
         encoded, newest = encode_state(state), known.newest

@@ -242,7 +242,7 @@ class UnitOfWork(SessionRepository):
         """Record new content of the message with that tracking id."""
         message_id = self._agent(agent_id).message_ids.get(tracking_id)
         if message_id is None:
-            raise MessageNotFoundError(f"agent {agent_id!r} holds no message with tracking id {tracking_id!r}")
+            raise MessageNotFoundError(f"agent {agent_id!r} has no message with tracking id {tracking_id!r}")
         self.update_message(self.session_id, agent_id, SessionMessage.from_message(message, message_id))
 
     # Strands' repository.
@@ -317,7 +317,7 @@ class UnitOfWork(SessionRepository):
         """Record new content of a message."""
         agent = self._agent(agent_id)
         if not 0 <= session_message.message_id < agent.next_message_id:
-            raise MessageNotFoundError(f"agent {agent_id!r} holds no message {session_message.message_id}")
+            raise MessageNotFoundError(f"agent {agent_id!r} has no message {session_message.message_id}")
         self._replace(agent_id, session_message.message_id, session_message)
         if session_message.redact_message is not None:
             agent.last_redacted = session_message.message_id
@@ -407,7 +407,7 @@ class UnitOfWork(SessionRepository):
     def _agent(self, agent_id: str) -> RecordedAgent:
         agent = self._agents.get(agent_id)
         if agent is None:
-            raise AgentNotFoundError(f"session {self.session_id!r} holds no agent {agent_id!r}")
+            raise AgentNotFoundError(f"session {self.session_id!r} has no agent {agent_id!r}")
         return agent
 
     def _check_open(self) -> None:

@@ -228,7 +228,7 @@ class MetadataMethods(RepositoryMethods):
             change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
             if not await self._store.room.store_part(change, part, sets, matched):
                 await self._store.sessions.get(session_id, {"created_at": 1})
-                raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
+                raise AgentNotFoundError(f"session {session_id!r} has no agent {agent_id!r}")
 
     async def get_message_count(self, session_id: str, agent_id: str) -> int:
         """Return the number of all messages that an agent has stored, counted by the server.

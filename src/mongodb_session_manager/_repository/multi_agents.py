@@ -76,7 +76,7 @@ class MultiAgentMethods(RepositoryMethods):
             if not await self._store_state(multi_agent.id, update, state):
                 stored = await self._find_state(session_id, multi_agent.id, "writer")
                 if stored is None:
-                    raise AgentNotFoundError(f"session {session_id!r} holds no multi-agent {multi_agent.id!r}")
+                    raise AgentNotFoundError(f"session {session_id!r} has no multi-agent {multi_agent.id!r}")
 
     async def apply_multi_agent(
         self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None

@@ -100,7 +100,7 @@ class Sessions:
         await self.collection.update_one({"_id": session_id, **dict.fromkeys(nulls)}, {"$unset": nulls})
         return True
 
-    async def raise_odd(self, session_id: str) -> None:
+    async def raise_malformed(self, session_id: str) -> None:
         """Raise the error for the first field of a session that cannot be written into, if there is one."""
         for field in malformed_fields(await self.find(session_id, {}) or {}):
             if field.value is not None:

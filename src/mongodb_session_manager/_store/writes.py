@@ -47,8 +47,10 @@ class Writer:
                 left = [change for change in part if not refused or _are_messages_stored(refused.get(change.agent_id))]
                 for _ in range(ROUNDS):
                     flush = await self._prepare(session_id, left, incarnation)
-                    if await flush.store() and not await self._is_created_again(flush, incarnation):
-                        break
+                    if await flush.store():
+                        await self._remove_refused(flush)
+                        if incarnation is not None or not await self._is_created_again(flush):
+                            break
                     self._store.expiry.forget(session_id)
                 else:
                     raise _changed_too_often(session_id)
@@ -70,15 +72,17 @@ class Writer:
         await self._store.attachments.store(place, list(writes.values()), self._store.expiry.dates(life))
         return Flush(self._store, place, writes)
 
-    async def _is_created_again(self, flush: Flush, opened: ObjectId | None) -> bool:
-        """Remove the attachments of refused messages; return whether the session was deleted and created again."""
-        refused, session_id = flush.refused.values(), flush.place.session_id
-        if flush.attached and not all(map(_are_messages_stored, refused)):
+    async def _remove_refused(self, flush: Flush) -> None:
+        """Remove the attachments of refused messages."""
+        if flush.attached and not all(map(_are_messages_stored, flush.refused.values())):
             await self._store.attachments.remove_unnamed(flush.place, flush.attached)
-        if opened is not None or not flush.attempted:
+
+    async def _is_created_again(self, flush: Flush) -> bool:
+        """Return whether the session was deleted before the flush, and created again since."""
+        is_gone = any(type(error) is SessionNotFoundError for error in flush.refused.values())
+        if not flush.attempted or not is_gone:
             return False
-        is_gone = any(type(error) is SessionNotFoundError for error in refused)
-        return is_gone and await self._store.sessions.find(session_id, {"_id": 1}) is not None
+        return await self._store.sessions.find(flush.place.session_id, {"_id": 1}) is not None
 
 
 async def _matched_with_removed(collection: AsyncCollection, update: Update) -> Document | None:
@@ -145,7 +149,7 @@ class Flush:
         store, session_id, mover, rounds = self._store, self.place.session_id, self._store.mover, 0
         while self._writes:
             if rounds == ROUNDS:
-                await store.sessions.raise_odd(session_id)
+                await store.sessions.raise_malformed(session_id)
                 raise _changed_too_often(session_id)
             writes = list(self._writes.values())
             await mover.slow_down(session_id, writes)
