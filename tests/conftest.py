@@ -84,7 +84,7 @@ def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockB
     if request.node.get_closest_marker("may_block"):
         yield None
         return
-    with blockbuster_ctx("mongodb_session_manager") as detector:
+    with blockbuster_ctx("mongodb_session_manager", excluded_modules=["mongodb_session_manager.demo"]) as detector:
         yield detector
 
 

@@ -141,6 +141,7 @@ follow_imports = skip
 """
 
 
+@pytest.mark.timeout(600)
 def test_a_users_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, config = tmp_path / "program.py", tmp_path / "mypy.ini"
     program.write_text(PROGRAM)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 
 from strands.types.session import SessionMessage
 
+from .._format.bounded import Bounded
 from .._format.changes import Identity
 from .._format.codec import decode
 from .._format.documents import (
@@ -97,13 +98,11 @@ class RecordedAgent:
         self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
         known = [(message, document) for message, document in found if message is not None]
         self.next_message_id: int = stored["next_message_id"]
-        self.message_ids = {
-            tracking_id: message.message_id
-            for message, _ in known
-            if (tracking_id := message.message.get("tracking_id")) is not None
-        }
-        self.identities = {message.message_id: Identity.of(document) for message, document in known}
-        self._remembered = max(_REMEMBERED, len(found))
+        remembered = max(_REMEMBERED, len(found))
+        self.message_ids: Bounded[str, int] = Bounded(remembered)
+        self.identities: Bounded[int, Identity] = Bounded(remembered)
+        for message, document in known:
+            self._remember(message.message_id, message.message.get("tracking_id"), document)
         last = self.messages[-1] if self.messages else None
         self.last = None if last is None else LastMessage.of(last.message)
         # Whether the newest message is known to have no attachments. Only the newest is replaced often: it grows.
@@ -116,16 +115,13 @@ class RecordedAgent:
         self.last = LastMessage.of(session_message.message)
         self.last_usage = message.get("event_loop_metrics") or {}
         self.newest_is_plain = not message.get("attachments")
-        self._remember(self.identities, message_id, Identity.of(message))
+        self._remember(message_id, self.last.tracking_id, message)
         self.next_message_id += 1
-        if self.last.tracking_id is not None:
-            self._remember(self.message_ids, self.last.tracking_id, message_id)
 
-    def _remember(self, known: dict[Any, Any], key: object, value: object) -> None:
-        known.pop(key, None)  # so that it becomes the newest
-        known[key] = value
-        if len(known) > self._remembered:
-            del known[next(iter(known))]
+    def _remember(self, message_id: int, tracking_id: str | None, document: Mapping[str, Any]) -> None:
+        self.identities[message_id] = Identity.of(document)
+        if tracking_id is not None:
+            self.message_ids[tracking_id] = message_id
 
     def count_usage(self, message: Mapping[str, Any]) -> dict[str, int]:
         """Return the usage that a message adds to the agent's totals.
