@@ -246,7 +246,7 @@ def test_an_error_says_what_the_server_said(server: str, database: str) -> None:
             "findAndModify": ("find_one_and_update", lambda: repository.open_session("t")),
             "find": ("find_one", lambda: repository.read_session("s")),
             "update": ("update_one", lambda: repository.update_metadata("s", {"a": 1})),
-            "aggregate": ("aggregate", lambda: repository.fork_session("s", "f")),
+            "aggregate": ("count_documents", repository.count_sessions),
         }
         for command, (operation, call) in calls.items():
             with fail_point(server, failCommands=[command], errorCode=17), pytest.raises(DatabaseError) as raised:

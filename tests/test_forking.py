@@ -506,7 +506,7 @@ def test_a_session_whose_attachments_are_missing_is_not_forked(
     begin(repository)
     repository.create_message("s", "agent", with_image(0, content(3 * MIB)))
     stored.database["agent_sessions_attachments.files"].delete_many({})
-    with pytest.raises(AttachmentError, match="attachments that are missing, so it was not forked"):
+    with pytest.raises(AttachmentError, match="was not forked: it has attachments that are missing"):
         repository.fork_session("s", "t")
     assert left_of(stored, "t") == []
 

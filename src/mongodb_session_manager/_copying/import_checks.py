@@ -192,6 +192,11 @@ def _check_numbers(values: Any, name: str) -> None:
         require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
 
 
+def _check_count(value: Any, most: int, name: str) -> None:
+    is_int = isinstance(value, int) and type(value) is not bool
+    require(is_int and 0 <= value <= most, f"{name} must be an int >= 0")
+
+
 def _decoded(stored: Any, name: str) -> Any:
     """Return a decoded value."""
     try:
@@ -240,23 +245,12 @@ def _check_state(fields: Document) -> None:
 
 
 def _check_manager(state: Document) -> None:
-    removed = state.get("removed_message_count", 0)
-    require(
-        type(removed) is int and 0 <= removed < 2**31,
-        "agent_data.conversation_manager_state.removed_message_count must be an int >= 0",
-    )
-    name = state.get("__name__", "")
-    require(type(name) is str, "agent_data.conversation_manager_state.__name__ must be a str")
-    calls = state.get("model_call_count", 0)
-    require(
-        type(calls) is int and 0 <= calls <= MAX_NUMBER,
-        "agent_data.conversation_manager_state.model_call_count must be an int >= 0",
-    )
-    summary = state.get("summary_message")
-    require(
-        summary is None or _is_message(summary),
-        "agent_data.conversation_manager_state.summary_message must be a message",
-    )
+    path = "agent_data.conversation_manager_state"
+    _check_count(state.get("removed_message_count", 0), 2**31 - 1, f"{path}.removed_message_count")
+    _check_count(state.get("model_call_count", 0), MAX_NUMBER, f"{path}.model_call_count")
+    name, summary = state.get("__name__", ""), state.get("summary_message")
+    require(type(name) is str, f"{path}.__name__ must be a str")
+    require(summary is None or _is_message(summary), f"{path}.summary_message must be a message")
     for kind in _MANAGERS:
         if name == kind.__name__ and "removed_message_count" in state:
             kind().restore_from_session(state)
@@ -298,11 +292,7 @@ def _check_interrupts(state: Any, path: str) -> None:
 
 
 def _check_multi_agent(stored: Document) -> None:
-    revision = stored.get("revision")
-    require(
-        type(revision) is not bool and isinstance(revision, int) and 0 <= revision <= MAX_NUMBER,
-        "multi_agents: revision must be an int >= 0",
-    )
+    _check_count(stored.get("revision"), MAX_NUMBER, "multi_agents: revision")
     require(type(stored.get("writer")) is str, "multi_agents: writer must be a str")
     _check_names(stored, "multi_agents")
     _check_dates(stored, "multi_agents: ")
