@@ -8,10 +8,10 @@ expect:  A chat at http://127.0.0.1:8000. Tell it your name, reload the page or 
 The page is `chat.html`, in the same directory as this file. The data stays in the directory `chat-data`. To use your
 own server, set the environment variable MONGODB_URI.
 
-An answer belongs to the server, not to the request that asked for it. If you close the tab, the answer is still
-completed; if the connection is lost, the page continues where it stopped. A message is accepted once it is stored. If
-the database is unreachable, the page says so within seconds and keeps your text. The example has no users: everyone who
-knows a session id can read the session. Put your own authentication in front of the routes.
+A running answer does not depend on the request that started it. If you close the tab, the answer is still completed;
+if the connection is lost, the page continues where it stopped. A message is accepted once it is stored. If the database
+is unreachable, the page says so within seconds and keeps your text. The example has no users: everyone who knows a
+session id can read the session. Put your own authentication in front of the routes.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Chat:
 
     async def _answer(self, session_id: str, prompt: str | None, turn: Turn) -> None:
         try:
-            async with await self._factory.create_session_manager_async(session_id) as session:
+            async with self._factory.create_session_manager_async(session_id) as session:
                 try:
                     await self._run(session, prompt, turn)
                 except Exception as error:
@@ -312,7 +312,7 @@ def create_app(connection_string: str) -> FastAPI:
     async def fork(session_id: str, fork: Fork, factory: Factory) -> dict[str, str]:
         new_id = uuid4().hex
         await factory.fork_session_async(session_id, new_id, at_message=fork.at_message)
-        async with await factory.create_session_manager_async(new_id) as session:
+        async with factory.create_session_manager_async(new_id) as session:
             title = (await session.get_metadata())["metadata"].get("title", "New chat")
             await session.update_metadata({"title": f"{title} (branch)", "branch_of": session_id})
         return {"session_id": new_id}

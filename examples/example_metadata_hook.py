@@ -42,9 +42,7 @@ async def audit(original_func: Callable[..., Awaitable[Any]], action: str, sessi
 async def talk(connection_string: str) -> None:
     """Update metadata from the application, from the agent, and with a key that the hook refuses."""
     session_id = f"hook-{uuid4().hex[:8]}"
-    async with await create_mongodb_session_manager_async(
-        session_id, connection_string, metadata_hook=audit
-    ) as session:
+    async with create_mongodb_session_manager_async(session_id, connection_string, metadata_hook=audit) as session:
         await session.update_metadata({"Customer": "Ada"})
 
         agent = Agent(model=MODEL, tools=[session.get_metadata_tool()], session_manager=session, callback_handler=None)

@@ -34,7 +34,7 @@ MODEL = ScriptedModel(
 async def talk(connection_string: str) -> None:
     """Let the agent store one key and try to store another."""
     session_id = f"notes-{uuid4().hex[:8]}"
-    async with await create_mongodb_session_manager_async(session_id, connection_string) as session:
+    async with create_mongodb_session_manager_async(session_id, connection_string) as session:
         await session.update_metadata({"plan": "silver"})  # set by the application
         agent = Agent(
             model=MODEL,

@@ -1,9 +1,9 @@
-"""A graph of agents is killed at work, and another process completes it without repeating finished nodes.
+"""A process is killed while its graph of agents runs, and another process completes the graph.
 
 install: pip install 'mongodb-session-manager[embedded]'
 run:     python example_multi_agent.py
-expect:  In a first process, the researcher finishes and the process is killed when the writer starts. In a second
-         process, the writer starts again, and the editor follows.
+expect:  In a first process, the researcher finishes, and the process is killed when the writer starts. In a second
+         process, the writer starts again, and the editor follows. The researcher does not run again.
 
 To use your own server, set the environment variable MONGODB_URI.
 """

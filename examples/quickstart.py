@@ -21,7 +21,7 @@ from mongodb_session_manager.demo import ScriptedModel, demo_server
 
 async def talk(connection_string: str) -> None:
     """Open the session, restore the conversation and add a turn to it."""
-    async with await create_mongodb_session_manager_async("ada-1", connection_string) as session:
+    async with create_mongodb_session_manager_async("ada-1", connection_string) as session:
         # In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), ...
         agent = Agent(model=ScriptedModel(), session_manager=session, callback_handler=None)
         print(f"process {os.getpid()} restored {len(agent.messages)} messages")

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 HERE = Path(__file__).parent
 FAST = """
-agent_config attachments_references changes codec commands documents feedback ids legacy metadata model
-odd_values options portable rollback scripted_model strict_api surface turns unit_of_work wrong_arguments
+agent_config attachments_references changes codec commands demo documents feedback ids legacy metadata
+odd_values options portable rollback strict_api surface turns unit_of_work wrong_arguments
 """
 """The modules, without `test_`, of which all tests are marked `fast`: pure, or with one server and no other process."""
 
@@ -55,10 +56,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("markexpr") == "fast" and HERE in collection_path.parents and left_out else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is fast, and leave the cases that `support.sampled` leaves out to `--full-adversity`."""
     for item in items:
         if item.path.parent == HERE and item.path.stem.removeprefix("test_") in FAST.split():
             item.add_marker("fast")
+    if not config.getoption("full_adversity"):
+        left_out = [item for item in items if item.get_closest_marker("full_adversity")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(trylast=True)
@@ -80,6 +86,13 @@ def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockB
         return
     with blockbuster_ctx("mongodb_session_manager") as detector:
         yield detector
+
+
+@pytest.fixture
+def some(request: pytest.FixtureRequest) -> Callable[[Iterable[Any], int], list[Any]]:
+    """Choose so many of many cases, others in each run; `--full-adversity` has all of them."""
+    full = request.config.getoption("full_adversity")
+    return lambda cases, count: list(cases) if full else random.sample(list(cases), count)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -165,7 +178,7 @@ def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[st
         drop(name)
         return
     name = request.getfixturevalue("shared_database")
-    collections = driver[name].list_collection_names()
+    collections = driver[name].list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
     assert "agent_sessions" in collections, "a test that drops its database needs the marker own_database"
     for collection in collections:
         driver[name][collection].delete_many({})
@@ -179,21 +192,23 @@ def stored(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> pymong
 
 
 @pytest.fixture
+def large(driver: pymongo.MongoClient[dict[str, Any]]) -> None:
+    """Give the server room for documents of 16 MB; an embedded one has little."""
+    driver.admin.command({"setParameter": 1, "wiredTigerEngineRuntimeConfig": "cache_size=1G"})
+
+
+@pytest.fixture
 def commands() -> CommandLog:
     """The commands that the clients it is passed to have sent."""
     return CommandLog()
 
 
 @pytest.fixture
-def factory(
-    request: pytest.FixtureRequest, server: str, database: str, commands: CommandLog
-) -> Iterator[MongoDBSessionManagerFactory]:
+def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted."""
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
         factory.list_sessions()  # before there is a document: indexes take the server a third of the time
-        if request.node.get_closest_marker("own_database"):
-            commands.wait_for("createIndexes")
-            eventually(lambda: commands.names.count("find") == 2)  # the second one looks for what is unfinished
+        eventually(lambda: not factory._connection._tasks)
         commands.clear()
         yield factory
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from mongodb_session_manager import close_global_factory
-from scripted_model import Redaction, ScriptedModel
+from mongodb_session_manager.demo import Redaction, ScriptedModel
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"

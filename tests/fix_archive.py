@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pymongo
-import pytest
 from pymongo.collection import Collection
 from strands.types.session import Session, SessionAgent, SessionMessage
 
@@ -13,7 +12,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
 )
 from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
-from mongodb_session_manager._format.documents import agent_key
+from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.retention import UNDATED
 from support import eventually, texts
 
@@ -122,9 +121,3 @@ class Other:
     def cut(self) -> bool:
         statement = cut("s", "agent", self.head, self.step, UNDATED)
         return bool(self.stored.update_one(statement.filter, statement.update).matched_count)
-
-
-@pytest.fixture
-def large(driver: Driver) -> None:
-    """Give the server room for documents of 16 MB; an embedded one has little."""
-    driver.admin.command({"setParameter": 1, "wiredTigerEngineRuntimeConfig": "cache_size=1G"})

@@ -9,8 +9,8 @@ import bson
 from bson import Binary, Code, Decimal128, MinKey, ObjectId, Regex, Timestamp
 from hypothesis import strategies as st
 
-from mongodb_session_manager._format import codec as _codec
 from mongodb_session_manager._format.codec import CODEC_OPTIONS, MARKER
+from mongodb_session_manager._format.decoder import _COLLECTIONS, _SCALARS
 
 
 def through_bson(stored: Any) -> Any:
@@ -76,7 +76,7 @@ hashables = st.recursive(
 look_alikes = st.one_of(
     st.builds(
         lambda tag, value: {MARKER: tag, "v": value},
-        st.sampled_from([*_codec._FROM_TEXT, *_codec._COLLECTIONS, "bson", "binary", "bytearray", "unknown", 3, ["x"]]),
+        st.sampled_from([*(tag for tag, _ in _SCALARS), *_COLLECTIONS, "bson", "unknown", 3, ["x"]]),
         st.one_of(any_text, st.just([]), st.just([[1, 2]]), st.just([[[], 1], [1, 1]]), st.binary(max_size=6)),
     ),
     st.builds(

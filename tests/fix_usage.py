@@ -7,7 +7,7 @@ from typing import Any
 
 from strands import Agent, tool
 
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from support import agent
 
 CALL = {

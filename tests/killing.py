@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,8 +129,8 @@ def start(
     os._exit(0)
 
 
-def kill_points(count: int, full: bool, most: int = 6) -> Iterator[tuple[int, bool]]:
-    """Return where to kill an operation of `count` commands: everywhere, or at a few points that are spread over it."""
+def kill_points(count: int, full: bool, most: int = 4) -> list[tuple[int, bool]]:
+    """Return where to kill an operation of `count` commands: everywhere, or at a few points, the last among them."""
     every = [(number, after) for number in range(1, count + 1) for after in (False, True)]
     step = 1 if full else max(1, -(-len(every) // most))
-    yield from every[:: step | 1]  # an odd step meets both kinds
+    return every[:: -(step | 1)][::-1]  # an odd step meets both kinds

@@ -11,7 +11,7 @@ from strands.multiagent import GraphBuilder, Swarm
 from strands.multiagent.base import MultiAgentBase, MultiAgentResult
 from strands.session import SessionManager
 
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 
 Build = Callable[[SessionManager | None], MultiAgentBase]
 

@@ -139,7 +139,7 @@ class Proxy:
 
     def refuse(self) -> None:
         """Cut all connections and refuse new ones, like a server that is down."""
-        self._do(self._go_away)
+        self._run(self._go_away())
 
     def accept(self) -> None:
         """Be reachable again."""
@@ -211,7 +211,7 @@ class Proxy:
             await self._listen()
             ready.set()
             await self._stop.wait()
-            self._go_away()
+            await self._go_away()
             while self._handlers:
                 await asyncio.wait(self._handlers)
 
@@ -219,10 +219,14 @@ class Proxy:
         if self._listener is None:
             self._listener = await asyncio.start_server(self._accept, sock=_bound(self.port))
 
-    def _go_away(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
+    async def _go_away(self) -> None:
+        if (listener := self._listener) is not None:
             self._listener = None
+            for each in listener.sockets:
+                self._loop.remove_reader(each)
+            for _ in range(2):  # until what was accepted has its handler: asyncio forgets to close it otherwise
+                await asyncio.sleep(0)
+            listener.close()
         self._cut_all()
 
     def _cut_all(self) -> None:
@@ -299,7 +303,7 @@ class Proxy:
         writer.write(message[: rule.kept])
         await writer.drain()
         if rule.then_refuse:
-            self._loop.call_soon(self._go_away)
+            self._dying = asyncio.ensure_future(self._go_away())
         raise _CutError
 
     async def _forward(self, message: bytes, delay: float, writer: asyncio.StreamWriter) -> None:

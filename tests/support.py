@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
 from typing import Any
 
 import pymongo
+import pytest
 from bson.errors import BSONError
 from pymongo import monitoring
 from pymongo.errors import PyMongoError
@@ -18,7 +19,7 @@ from strands import Agent
 from strands.session import SessionManager
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 
 
 class CommandLog(monitoring.CommandListener):
@@ -52,6 +53,18 @@ def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.01)
+
+
+def sampled(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Return the cases of a parametrized test, of which all but the chosen ones only run with `--full-adversity`."""
+    known = list(cases)
+    assert all(case in known for case in chosen)
+    return [
+        case
+        if case in chosen
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full_adversity)
+        for case in known
+    ]
 
 
 def agent(manager: SessionManager | None, *replies: Any, agent_id: str = "agent", **options: Any) -> Agent:

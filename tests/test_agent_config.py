@@ -23,7 +23,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent
 
 Stored = Collection[dict[str, Any]]
@@ -195,7 +195,7 @@ def test_an_agent_that_is_not_there(session: Blocking, stored: Stored) -> None:
         lambda: session.get_message_count("unknown"),
         lambda: session.list_messages("unknown"),
     ):
-        with pytest.raises(AgentNotFoundError, match="session 's' holds no agent 'unknown'"):
+        with pytest.raises(AgentNotFoundError, match="session 's' has no agent 'unknown'"):
             call()
     assert stored.find_one({"_id": "s"}) == before
 

@@ -44,7 +44,8 @@ from mongodb_session_manager import (
     SessionConflictError,
 )
 from mongodb_session_manager._format.changes import AddGuardrailEvent, AppendMessage, SetMessageFields
-from mongodb_session_manager._format.documents import agent_key, stored_message
+from mongodb_session_manager._format.documents import stored_message
+from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._managers.unit_of_work import UnitOfWork
 from support import CommandLog, agent, eventually, texts
 

@@ -306,7 +306,7 @@ def test_a_writer_does_not_outrun_a_slow_archive(embedded: str, database: str, d
         stored = client[database]["agent_sessions"]
         begin(repository)
         with fail_point(
-            embedded, failCommands=[slow], appName=database, blockConnection=True, blockTimeMS=100, times=1000
+            embedded, failCommands=[slow], appName=database, blockConnection=True, blockTimeMS=300, times=1000
         ):
             for message_id in range(50):
                 append(repository, message_id)

@@ -20,7 +20,7 @@ from pymongo import AsyncMongoClient
 from strands import tool
 from strands.types.session import Session, SessionAgent, SessionType
 
-import scripted_model
+import interpreter
 from fix_attachments import (
     CHUNKS,
     FILES,
@@ -38,7 +38,6 @@ from fix_attachments import (
     ids,
     image,
     of,
-    process,
     redacted,
     restored,
     said,
@@ -55,11 +54,12 @@ from mongodb_session_manager import (
     close_global_factory,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
+    demo,
     initialize_global_factory,
 )
 from mongodb_session_manager._store.attachments import CHUNK_BYTES
+from mongodb_session_manager.demo import Redaction
 from proxy import Proxy, command
-from scripted_model import Redaction
 from support import CommandLog, agent, eventually, fail_point, texts
 
 MESSAGE_SAVED, OPEN = "update", "findAndModify"
@@ -68,7 +68,7 @@ MESSAGE_SAVED, OPEN = "update", "findAndModify"
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the scripted model from writing out attachments to count their words."""
-    monkeypatch.setattr(scripted_model, "_count_words", len)
+    monkeypatch.setattr(demo, "_count_words", len)
 
 
 # There and back.
@@ -130,7 +130,7 @@ def test_up_to_the_bound_attachments_stay_in_the_document(
     live = agent(factory.create_session_manager("s", max_inline_attachment_bytes=20 * KIB), "a", "b")
     live(asking(image(SMALL), image(content(10 * KIB, 9))))
     assert restored(factory) == conversation(live)
-    assert CHUNKS not in driver[database].list_collection_names()
+    assert hashes(driver, database) == []
     live(asking(image(SMALL), image(content(10 * KIB + 1, 9))))
     assert restored(factory) == conversation(live)
     assert len(hashes(driver, database)) == 2
@@ -179,9 +179,8 @@ def test_sixty_megabytes(
                 await agent(manager, "long", "short").invoke_async(prompt)
 
         asyncio.run(turn())
-    ended = process(FRESH, server, database)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split("\n")[:-1] == [f"{len(data)} {sha256(data)}" for data in blobs]
+    shown, _ = interpreter.run(FRESH, server, database)
+    assert shown.split("\n")[:-1] == [f"{len(data)} {sha256(data)}" for data in blobs]
     with factory.create_session_manager("s") as again:
         live = agent(again, "and on")
         assert conversation(live)[0] == ("user", prompt)
@@ -353,7 +352,7 @@ import os, signal, sys
 from pymongo import monitoring
 from strands import Agent
 import fix_attachments as t
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from mongodb_session_manager import MongoDBSessionManager
 
 class KillAtInsert(monitoring.CommandListener):
@@ -376,8 +375,8 @@ live(t.asking(t.document(t.LARGER)))
 def test_a_process_killed_in_the_middle_of_an_upload(
     factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver, inserts: int
 ) -> None:
-    ended = process(KILLED, server, database, str(inserts))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with interpreter.start(KILLED, server, database, inserts) as process:
+        assert process.wait() == -signal.SIGKILL
     assert len(ids(driver, database, CHUNKS)) == min(inserts, 3)
     assert len(ids(driver, database)) == (inserts == 4)
     assert restored(factory) == []
@@ -603,7 +602,8 @@ def test_a_redaction_without_attachments_sends_nothing_more(
     live(asking(image(LARGE)))
     commands.clear()
     live("harmless")
-    assert names(commands) == ["update", "findAndModify"]
+    # The redaction takes the answer along, if that is there before it is sent.
+    assert names(commands) in (["update", "findAndModify"], ["update", "findAndModify", "update"])
 
 
 @pytest.mark.parametrize("deletes", [1, 2])

@@ -76,7 +76,7 @@ values = st.recursive(
 def test_what_is_kept_outside_comes_back_equal(content: list[Any], redacted: Any, bound: int) -> None:
     said = message(*({"json": value} for value in content))
     redacted = None if redacted is None else message({"json": redacted})
-    stored = through_storage(set_aside(fields_of(said, redacted), bound))
+    stored = through_storage(set_aside(fields_of(said, redacted), bound)[0])
     restored = message_from(stored, 0)
     assert restored.message == said or redacted is not None
     assert restored.redact_message == redacted
@@ -86,7 +86,7 @@ def test_what_is_kept_outside_comes_back_equal(content: list[Any], redacted: Any
 @pytest.mark.parametrize("lookalike", LOOKALIKES)
 def test_what_looks_like_a_reference_is_data(lookalike: Any) -> None:
     said = message({"image": {"source": {"bytes": IMAGE}}}, {"text": "see"}, {"json": lookalike})
-    stored = through_storage(set_aside(fields_of(said), 0))
+    stored = through_storage(set_aside(fields_of(said), 0)[0])
     assert "attachments" in stored
     assert message_from(stored, 0).message == said
 
@@ -96,7 +96,7 @@ def test_deep_within_a_message() -> None:
     for _ in range(150):  # deeper than a document may be
         nested = [nested]
     said = message({"toolResult": {"toolUseId": "t", "content": [{"json": nested}]}})
-    stored = through_storage(set_aside(fields_of(said), 0))
+    stored = through_storage(set_aside(fields_of(said), 0)[0])
     assert len(stored["attachments"]) == 1
     assert message_from(stored, 0).message == said
 
@@ -104,8 +104,8 @@ def test_deep_within_a_message() -> None:
 def test_up_to_the_bound_nothing_is_kept_outside() -> None:
     said = message({"image": {"source": {"bytes": b"a" * 600}}}, {"image": {"source": {"bytes": b"b" * 400}}})
     fields = fields_of(said)
-    assert set_aside(fields, 1000) is fields
-    assert [len(data) for _, data in set_aside(fields, 999)["attachments"]] == [400, 600]
+    assert set_aside(fields, 1000)[0] is fields
+    assert [len(data) for _, data in set_aside(fields, 999)[0]["attachments"]] == [400, 600]
 
 
 def text_of(size: int) -> dict[str, Any]:
@@ -118,24 +118,24 @@ def text_of(size: int) -> dict[str, Any]:
 
 def test_the_largest_message() -> None:
     fields = text_of(MAX_MESSAGE_BYTES)
-    assert set_aside(fields, 0) is fields
+    assert set_aside(fields, 0)[0] is fields
 
 
 def test_one_byte_more() -> None:
     with pytest.raises(MessageTooLargeError, match=r"15728641 bytes.* \(15728640 bytes\)"):
-        set_aside(text_of(MAX_MESSAGE_BYTES + 1), 0)
+        set_aside(text_of(MAX_MESSAGE_BYTES + 1), 0)[0]
 
 
 def test_attachments_do_not_count() -> None:
     fields = fields_of(message({"document": {"source": {"bytes": b"a" * (MAX_MESSAGE_BYTES + 1)}}}))
-    assert "attachments" in set_aside(fields, MAX_MESSAGE_BYTES)
+    assert "attachments" in set_aside(fields, MAX_MESSAGE_BYTES)[0]
 
 
 def test_text_counts_beside_attachments() -> None:
     fields = text_of(MAX_MESSAGE_BYTES - 10)
     fields["message"]["content"].append({"image": {"source": {"bytes": IMAGE}}})
     with pytest.raises(MessageTooLargeError):
-        set_aside(fields, 0)
+        set_aside(fields, 0)[0]
 
 
 def test_references_are_text() -> None:
@@ -158,5 +158,5 @@ def test_references_of_an_earlier_version_have_a_number() -> None:
 
 def test_each_recorded_message_has_attachments_of_its_own() -> None:
     said = message({"image": {"source": {"bytes": IMAGE}}})
-    tokens = [set_aside(fields_of(said), 0)["attachments"][0].token for _ in range(2)]
+    tokens = [set_aside(fields_of(said), 0)[0]["attachments"][0].token for _ in range(2)]
     assert len(set(tokens)) == 2

@@ -31,15 +31,9 @@ from mongodb_session_manager._format.changes import (
     fold,
 )
 from mongodb_session_manager._format.comparison import StoredView, reconcile
-from mongodb_session_manager._format.documents import (
-    agent_key,
-    agent_state,
-    array_at,
-    message_body,
-    new_agent,
-    new_session,
-    stored_message,
-)
+from mongodb_session_manager._format.documents import agent_state, message_body, new_agent, new_session, stored_message
+from mongodb_session_manager._format.expressions import array_at
+from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.statements import Update, compile_update
 
 INCARNATION = ObjectId()

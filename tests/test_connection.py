@@ -921,13 +921,13 @@ def test_an_opening_unconfirmed_is_a_timeout(server: str, database: str, stored:
 @pytest.mark.own_database
 def test_waiting_too_long_for_a_free_connection(server: str, database: str) -> None:
     log = CommandLog()
-    options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 300, "event_listeners": [log]}
+    options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 1000, "event_listeners": [log]}
     with MongoDBSessionRepository(server, database, **options) as repository:
         repository.open_session("s")
         log.wait_for("createIndexes")
         eventually(lambda: repository.read_session("s"))
         log.clear()
-        with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=2000):
+        with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=3000):
             held = threading.Thread(target=repository.read_session, args=("s",))
             held.start()
             log.wait_for("find")

@@ -19,6 +19,7 @@ WITH_AWS = {
     "migrating/from-strands.md",
     "user-guide/aws.md",
 }  # run by tests/aws, beside a server that does what AWS does
+SHOWS_INDEXES = {"user-guide/operations.md"}
 NOT_RUN = {"user-guide/operations.md": 1}
 
 ALL = sorted(path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md"))
@@ -33,7 +34,10 @@ def others_may_block(blocking_calls_are_errors: BlockBuster) -> None:
         blocking_calls_are_errors.functions[call].can_block_in("pymongo/pool_options.py", "_metadata_env")
 
 
-@pytest.mark.parametrize("page", PROGRAMS)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.own_database) if page in SHOWS_INDEXES else page for page in PROGRAMS],
+)
 def test_every_block_of_a_page_runs(
     page: str,
     server: str,

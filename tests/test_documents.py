@@ -15,23 +15,18 @@ from strands.types.session import Session, SessionAgent, SessionMessage, Session
 
 from mongodb_session_manager import InvalidArgumentError
 from mongodb_session_manager._format.codec import CODEC_OPTIONS
+from mongodb_session_manager._format.dates import now, to_date, to_iso
 from mongodb_session_manager._format.documents import (
     agent_from,
-    agent_id_of,
-    agent_key,
     agent_state,
-    checked_id,
     message_body,
     message_from,
     new_agent,
     new_session,
-    now,
-    numbered,
     session_from,
     stored_message,
-    to_date,
-    to_iso,
 )
+from mongodb_session_manager._format.ids import agent_id_of, agent_key, checked_id, numbered
 
 MOMENT = datetime(2025, 3, 4, 5, 6, 7, 89000, tzinfo=UTC)
 ISO = "2025-03-04T05:06:07.089000+00:00"

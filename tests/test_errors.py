@@ -40,7 +40,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._format.multi_agents import MultiAgents, first_write
 from mongodb_session_manager._io.driver_errors import driver_errors
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from support import agent, assert_no_driver_error, chained, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
@@ -204,7 +204,7 @@ def test_a_damaged_export_is_in_no_traceback(server: str, database: str, line: A
 def test_what_raises_within_an_except_block_raises_alone() -> None:
     """Where another error is being handled, ours is raised with `raise_alone`, or that one cannot hold content."""
     harmless = {"ImportError", "OSError", "SupervisorError", "CancelledError", "TimeoutError", "MongoDBSessionError"}
-    harmless |= {name for name in dir(package) if name.endswith("Error")} | {"_RefusedError"}
+    harmless |= {name for name in dir(package) if name.endswith("Error")} | {"RefusedError"}
     harmless |= {"importlib", "metadata", "PackageNotFoundError"}
     raising = []
     for path, tree in SOURCES.items():
@@ -219,8 +219,8 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
                 if isinstance(node, ast.Raise) and node.exc is not None and caught - harmless
             ]
     caught_by_the_codec = {
-        "codec: raise RecursionError(str(error)) from error",
-        "codec: raise _RefusedError(f'a {_type_name(value)} that cannot be read ({type(error).__name__})') from None",
+        "marked: raise RecursionError(str(error)) from error",
+        "encoder: raise RefusedError(f'a {_type_name(value)} that cannot be read ({type(error).__name__})') from None",
     }
     assert set(raising) == caught_by_the_codec
 

@@ -20,8 +20,8 @@ from strands.types.exceptions import ContextWindowOverflowException, EventLoopEx
 from strands.types.tools import ToolContext
 
 from mongodb_session_manager import AsyncMongoDBSessionManager, MongoDBSessionError, MongoDBSessionManagerFactory
+from mongodb_session_manager.demo import Redaction, ScriptedModel
 from proxy import Proxy
-from scripted_model import Redaction, ScriptedModel
 from support import CommandLog, agent, eventually, message_ids, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -84,7 +84,7 @@ def remote(proxy: Proxy, database: str, ticks: Ticks) -> Iterator[MongoDBSession
     """A factory behind the proxy, its client connected and its indexes built."""
     with MongoDBSessionManagerFactory(proxy.uri, database, event_listeners=[ticks]) as factory:
         factory.create_session_manager("warm-up").close()
-        eventually(lambda: "createIndexes" in dict(ticks.during))
+        eventually(lambda: not factory._connection._tasks)
         ticks.during.clear()
         yield factory
 

@@ -24,6 +24,7 @@ from starlette.websockets import WebSocketDisconnect
 from strands import tool
 from strands.hooks import AfterInvocationEvent
 
+import interpreter
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     DatabaseError,
@@ -906,8 +907,10 @@ def start(uri: str, *lines: str, **options: Any) -> tuple[int, str]:
         f"app = FastAPI(lifespan=session_lifespan({uri!r}, **{options!r}))\n"
         "uvicorn.run(app, port=0)\n"
     )
-    run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60)
-    return run.returncode, run.stderr
+    process = interpreter.start(program)
+    _, errors = process.communicate()
+    assert process.returncode is not None
+    return process.returncode, errors
 
 
 def test_an_application_whose_database_is_away_does_not_start() -> None:

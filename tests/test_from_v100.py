@@ -6,9 +6,12 @@ import asyncio
 import base64
 import hashlib
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pymongo
@@ -17,7 +20,6 @@ from bson import ObjectId
 from pymongo.database import Database
 from strands.types.session import SessionMessage
 
-from fix_servers import Server
 from from_v100 import (
     EXPECTED,
     EXPIRING,
@@ -36,6 +38,8 @@ from support import agent, eventually, texts
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
+pytestmark = pytest.mark.own_database
+
 LIMITS: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_bytes": 100}
 ALL = sorted(EXPECTED)
 WITH_AGENTS = [session_id for session_id in ALL if EXPECTED[session_id]["messages"]]
@@ -47,6 +51,16 @@ PLACES_OF_1_0_0 = {"session_ttl", "kept_until", "keep_until", "migrating", "move
 def loaded(driver: Driver, database: str) -> Database[dict[str, Any]]:
     load(driver[database])
     return driver[database]
+
+
+@pytest.fixture(scope="module")
+def untouched(driver: Driver, server: str) -> Iterator[MongoDBSessionRepository]:
+    """A repository with all of it, for tests that only read."""
+    name = f"test_{uuid.uuid4().hex}"
+    load(driver[name])
+    with MongoDBSessionRepository(server, name, **LIMITS) as repository:
+        yield repository
+    driver.drop_database(name)
 
 
 @pytest.fixture
@@ -117,8 +131,8 @@ def is_moved(database: Database[dict[str, Any]], session_id: str) -> bool:
 
 
 @pytest.mark.parametrize("session_id", ALL)
-def test_a_session_is_read_as_1_0_0_read_it(repository: MongoDBSessionRepository, session_id: str) -> None:
-    wanted = EXPECTED[session_id]
+def test_a_session_is_read_as_1_0_0_read_it(untouched: MongoDBSessionRepository, session_id: str) -> None:
+    repository, wanted = untouched, EXPECTED[session_id]
     assert_whole(repository, session_id)
     assert repository.get_metadata(session_id) == wanted["metadata"]
     found = [{**each, "created_at": str(each["created_at"])} for each in repository.get_feedbacks(session_id)]
@@ -469,57 +483,49 @@ def test_a_session_that_expires_goes_on_to_do_so_with_all_of_it(
     assert "expires_at" not in loaded["agent_sessions"].find_one({"_id": "v100-archive"})
 
 
-@pytest.fixture
-def nearly_expired(expiring: str, database: str) -> Iterator[Database[dict[str, Any]]]:
-    """All of it on a server that looks every second for what has expired; one session has half an hour left."""
-    with pymongo.MongoClient(expiring, tz_aware=True) as client:
-        load(client[database], age=timedelta(hours=7, minutes=30))
-        yield client[database]
-        client.drop_database(database)
-
-
-@pytest.fixture(scope="module")
-def expiring(kept_in_memory: None) -> Iterator[str]:
-    with Server(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
-        yield server.connection_string
-
-
-def passes(database: Database[dict[str, Any]]) -> int:
-    status = database.client.admin.command("serverStatus")
-    return int(status["metrics"]["ttl"]["passes"])
-
-
-def let_it_expire(database: Database[dict[str, Any]]) -> None:
+def let_it_expire(client: Driver) -> None:
     """Wait until the server has looked twice for what has expired."""
-    before = passes(database)
-    eventually(lambda: passes(database) >= before + 2)
+
+    def passes() -> int:
+        return int(client.admin.command("serverStatus")["metrics"]["ttl"]["passes"])
+
+    before = passes()
+    eventually(lambda: passes() >= before + 2)
 
 
-@pytest.mark.parametrize("write", [*MOVING, *OTHERS])
-def test_no_part_of_a_session_that_is_written_to_expires_early(
-    nearly_expired: Database[dict[str, Any]], expiring: str, write: Callable[..., None]
-) -> None:
-    with MongoDBSessionRepository(expiring, nearly_expired.name, **LIMITS) as repository:
-        let_it_expire(nearly_expired)
-        assert_whole(repository, EXPIRING)
-        write(repository, EXPIRING, expiring, nearly_expired.name)
-        eventually(lambda: is_moved(nearly_expired, EXPIRING))
-        let_it_expire(nearly_expired)
-        assert_whole(repository, EXPIRING, added=write is by_an_append)
-        found = nearly_expired["agent_sessions"].find_one({"_id": EXPIRING})
-        if write is by_opening:  # which reads
-            assert found["expires_at"] >= datetime.now(UTC) + timedelta(minutes=25)
-        else:
-            assert found["expires_at"] >= datetime.now(UTC) + timedelta(hours=7, minutes=55)
-        # And when its time has come, all of it goes.
-        moment = datetime.now(UTC) - timedelta(seconds=1)
-        for suffix in ("", *OUTSIDE):
-            nearly_expired[f"agent_sessions{suffix}"].update_many(
-                {"session_id": EXPIRING}, {"$set": {"expires_at": moment}}
-            )
-        eventually(lambda: traces(nearly_expired, EXPIRING) == set())
-        for session_id in ("v100-archive", "v100-attachments"):
-            assert_whole(repository, session_id)
+def test_no_part_of_a_session_that_is_written_to_expires_early(expiring: str) -> None:
+    """On a server that looks every second for what has expired; the session has half an hour left."""
+    writes = {write: f"test_{uuid.uuid4().hex}" for write in (*MOVING, *OTHERS)}
+    with pymongo.MongoClient[dict[str, Any]](expiring, tz_aware=True) as client, ExitStack() as stack:
+        for name in writes.values():
+            stack.callback(client.drop_database, name)
+            load(client[name], age=timedelta(hours=7, minutes=30))
+        open_one = partial(MongoDBSessionRepository, expiring, **LIMITS)
+        repositories = {write: stack.enter_context(open_one(name)) for write, name in writes.items()}
+        let_it_expire(client)
+        for write, repository in repositories.items():
+            assert_whole(repository, EXPIRING)
+            write(repository, EXPIRING, expiring, writes[write])
+        for name in writes.values():
+            eventually(lambda name=name: is_moved(client[name], EXPIRING))
+        let_it_expire(client)
+        for write, repository in repositories.items():
+            database = client[writes[write]]
+            assert_whole(repository, EXPIRING, added=write is by_an_append)
+            found = database["agent_sessions"].find_one({"_id": EXPIRING})
+            # Opening reads.
+            left = timedelta(minutes=25) if write is by_opening else timedelta(hours=7, minutes=55)
+            assert found["expires_at"] >= datetime.now(UTC) + left, write
+            # And when its time has come, all of it goes.
+            moment = datetime.now(UTC) - timedelta(seconds=1)
+            for suffix in ("", *OUTSIDE):
+                database[f"agent_sessions{suffix}"].update_many(
+                    {"session_id": EXPIRING}, {"$set": {"expires_at": moment}}
+                )
+        for write, repository in repositories.items():
+            eventually(lambda write=write: traces(client[writes[write]], EXPIRING) == set())
+            for session_id in ("v100-archive", "v100-attachments"):
+                assert_whole(repository, session_id)
 
 
 # Several at once.

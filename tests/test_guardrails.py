@@ -15,7 +15,7 @@ from strands.types.exceptions import SessionException
 
 from mongodb_session_manager import GUARDRAIL_STOP_REASONS, MongoDBSessionManagerFactory
 from mongodb_session_manager._managers.capture import guardrail_event, summarize_policies
-from scripted_model import Redaction, ScriptedModel
+from mongodb_session_manager.demo import Redaction, ScriptedModel
 from support import CommandLog, Session, agent, fail_point, message_ids, texts
 
 Stored = Collection[dict[str, Any]]

@@ -30,13 +30,12 @@ from strands.agent.conversation_manager import (
 )
 from strands.types.exceptions import ContextWindowOverflowException
 
-import scripted_model
-from mongodb_session_manager import DatabaseError, InvalidArgumentError, MongoDBSessionManagerFactory
+from mongodb_session_manager import DatabaseError, InvalidArgumentError, MongoDBSessionManagerFactory, demo
 from mongodb_session_manager._copying import export_format as portable
 from mongodb_session_manager._copying.export_format import MAX_ELEMENTS, MAX_LINE, Reader, _record, line_of
 from mongodb_session_manager._copying.imports import _batches, _batches_async
+from mongodb_session_manager.demo import Redaction
 from orchestrators import handoff, node, pipeline, team
-from scripted_model import Redaction
 from support import agent, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -80,7 +79,7 @@ TOOLS = [weather, approve]
 
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scripted_model, "_count_words", len)
+    monkeypatch.setattr(demo, "_count_words", len)
 
 
 @pytest.fixture

@@ -94,6 +94,23 @@ def test_an_agent_is_restored(factory: MongoDBSessionManagerFactory, stored: Col
     assert first.state.get() == {"visits": 3, "a.b": ["$x"]}
 
 
+@pytest.mark.parametrize("value", ["deleting", "copying"])
+def test_a_state_that_an_application_has_stored_does_not_hide_the_session(
+    factory: MongoDBSessionManagerFactory, stored: Collection[Any], commands: CommandLog, use: Use, value: str
+) -> None:
+    stored.insert_one({**old_session(agent=old_agent("agent", *conversation())), "state": value})
+    (first,) = use(factory, "", "agent")
+    assert first.messages == restored_conversation()
+    assert commands.names == ["findAndModify", "update"]
+    use(factory, "and on", "agent", prompt="Go on")
+    assert factory.count_sessions() == 1
+    assert [each.session_id for each in factory.list_sessions().sessions] == ["s"]
+    factory.fork_session("s", "fork")
+    assert {each["_id"]: each["state"] for each in stored.find()} == {"s": value, "fork": value}
+    assert factory.delete_session("s")
+    assert [each.session_id for each in factory.list_sessions().sessions] == ["fork"]
+
+
 def test_the_first_open_numbers_the_messages_gives_an_incarnation_and_does_nothing_else(
     factory: MongoDBSessionManagerFactory, stored: Collection[Any], commands: CommandLog, use: Use
 ) -> None:

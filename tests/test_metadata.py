@@ -323,9 +323,9 @@ BAD_KEYS = {
     "$": r"metadata holds the key '\$'",
     "a\0b": r"metadata holds the key 'a\\x00b'",
     "a.\ud83d": "metadata holds a key with a lone surrogate",
-    5: "metadata holds a key that is not a str but int",
-    None: "metadata holds a key that is not a str but NoneType",
-    ("a",): "metadata holds a key that is not a str but tuple",
+    5: "every key of metadata must be a str, not int",
+    None: "every key of metadata must be a str, not NoneType",
+    ("a",): "every key of metadata must be a str, not tuple",
 }
 
 
@@ -341,8 +341,8 @@ def test_bad_keys_are_refused(session: Blocking, stored: Stored, commands: Comma
 
 def test_bad_metadata_is_refused(session: Blocking, commands: CommandLog) -> None:
     for metadata, message in (
-        ({"a": 1, "a.b": 2}, "metadata holds 'a' and, within it, 'a.b'"),
-        ({"a.b.c": 1, "a!": 0, "a": 2}, "metadata holds 'a' and, within it, 'a.b.c'"),
+        ({"a": 1, "a.b": 2}, "metadata holds both 'a' and 'a.b'"),
+        ({"a.b.c": 1, "a!": 0, "a": 2}, "metadata holds both 'a' and 'a.b.c'"),
         ([("a", 1)], "metadata must be a dict, not list"),
         ("a", "metadata must be a dict, not str"),
         (None, "metadata must be a dict, not NoneType"),
@@ -359,7 +359,7 @@ def test_bad_lists_of_keys_are_refused(session: Blocking, commands: CommandLog) 
         ({"topic": 1}, "keys must be a list of str, not dict"),
         (None, "keys must be a list of str, not NoneType"),
         (5, "keys must be a list of str, not int"),
-        (["a", "a.b"], "keys holds 'a' and, within it, 'a.b'"),
+        (["a", "a.b"], "keys holds both 'a' and 'a.b'"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             session.delete_metadata(keys)

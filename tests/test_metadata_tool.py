@@ -211,7 +211,7 @@ def test_errors_say_what_to_do(session: Session) -> None:
         "Error: metadata is not valid JSON",
         "Error: metadata holds the key '$x': a key must not be empty, hold NUL, or have a segment between dots that is "
         "empty or begins with $",
-        "Error: keys holds a key that is not a str but int",
+        "Error: every key of keys must be a str, not int",
     ]
 
 

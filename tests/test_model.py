@@ -28,7 +28,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionConflictError,
 )
-from scripted_model import Redaction
+from mongodb_session_manager.demo import Redaction
 from support import agent, fail_point
 
 LIMITS = {"max_embedded_messages": 4, "max_embedded_bytes": 4096}
@@ -213,5 +213,5 @@ class Session(RuleBasedStateMachine):
 def test_a_session_is_what_the_model_says(server: str, database: str) -> None:
     run_state_machine_as_test(
         lambda: Session(server, database),
-        settings=settings(stateful_step_count=25),
+        settings=settings(max_examples=settings.default.max_examples // 6, stateful_step_count=25),
     )

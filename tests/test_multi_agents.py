@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from strands.multiagent import Swarm
 from strands.multiagent.base import MultiAgentBase, MultiAgentResult, Status
 from strands.session import FileSessionManager
 
+import interpreter
 import mongodb_session_manager
 from mongodb_session_manager import (
     AccessDeniedError,
@@ -34,9 +32,9 @@ from mongodb_session_manager import (
     SessionNotFoundError,
     StateTooLargeError,
 )
+from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import Async, Odd, Streaming, Sync, handoff, join, node, pipeline, sent, team
 from proxy import Proxy, command
-from scripted_model import ScriptedModel
 from support import CommandLog, agent, eventually, fail_point, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -401,17 +399,7 @@ asyncio.run(main())
 
 def killed_at_work(server: str, database: str, *arguments: str, once: Callable[[], bool] = lambda: True) -> None:
     """Run an orchestrator in a process of its own, and kill it while its second node works."""
-    tests = Path(__file__).parent
-    source = Path(mongodb_session_manager.__file__).parent.parent
-    paths = [source, tests, tests.parent / "examples"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, server, database, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-    )
-    with process:
-        assert process.stdout is not None
+    with interpreter.start(PROGRAM, server, database, *arguments) as process:
         assert process.stdout.readline() == "at work\n"
         try:
             eventually(once)

@@ -20,7 +20,8 @@ from mongodb_session_manager import EncodingError, InvalidArgumentError
 from mongodb_session_manager._copying import export_format as portable
 from mongodb_session_manager._copying.export_format import PieceRead, Reader, Writer, line_of
 from mongodb_session_manager._format.attachment_refs import Reference
-from mongodb_session_manager._format.codec import CODEC_OPTIONS, encode, stored_size
+from mongodb_session_manager._format.codec import CODEC_OPTIONS, encode
+from mongodb_session_manager._format.sizes import stored_size
 
 MOMENT = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DATA = b"0123456789" * 60_000
@@ -396,10 +397,10 @@ def test_an_attachment_may_come_again_after_many_others() -> None:
     blobs = [str(n).encode() for n in range(portable.REMEMBERED + 1)]
     references = [Reference(hashlib.sha256(blob).hexdigest(), len(blob), 0) for blob in blobs]
     for n, (blob, reference) in enumerate(zip([*blobs, blobs[0]], [*references, references[0]], strict=True)):
-        assert reference not in writer.recent
+        assert not writer.knows(reference)
         lines += writer.pieces(reference, 0, blob)
         writer.whole(reference)
-        assert reference in writer.recent
+        assert writer.knows(reference)
         lines.append(writer.message(stored(n, attachments=[str(reference)])))
     assert len(read([*lines, writer.end()])) == 2 + 2 * (portable.REMEMBERED + 2)
     lines.append(writer.message(stored(n + 1, attachments=[str(references[1])])))

@@ -365,6 +365,7 @@ def test_threads_go_on_with_their_sessions_when_the_main_thread_has_ended(
 ) -> None:
     script = f"""
 from concurrent.futures import ProcessPoolExecutor
+agent(None)  # Strands sets up its tracing, which two threads at once would do twice
 factory = MongoDBSessionManagerFactory(uri, database)
 
 def sync_work(number):
@@ -776,6 +777,7 @@ def test_fork_while_threads_of_the_parent_are_writing(
     server: str, database: str, stored: Documents, leave: str
 ) -> None:
     script = f"""{FORK}
+agent(None)  # Strands sets up its tracing, which two threads at once would do twice
 factory = MongoDBSessionManagerFactory(uri, database)
 end = threading.Event()
 told = [0] * 4

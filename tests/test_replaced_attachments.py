@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import uuid
@@ -14,15 +15,9 @@ import pytest
 from pymongo import monitoring
 from strands.types.session import Session, SessionAgent, SessionType
 
-from mongodb_session_manager import (
-    MongoDBSessionManagerFactory,
-    MongoDBSessionRepository,
-    SessionConflictError,
-    SessionNotFoundError,
-)
-from proxy import Proxy, command
-from support import agent, eventually
-from test_attachments import (
+import interpreter
+from fix_attachments import (
+    CHUNKS,
     LARGE,
     Driver,
     asking,
@@ -31,11 +26,18 @@ from test_attachments import (
     ids,
     image,
     of,
-    process,
     redacted,
     restored,
     said,
 )
+from mongodb_session_manager import (
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionConflictError,
+    SessionNotFoundError,
+)
+from proxy import Proxy, command
+from support import agent, eventually, sampled
 
 OPTIONS: dict[str, Any] = {"max_inline_attachment_bytes": 1000, "max_embedded_messages": 4}
 ARCHIVED, IN_HEAD = 0, 6
@@ -98,7 +100,7 @@ class At(monitoring.CommandListener):
 
 @pytest.mark.may_block  # the listener waits for another repository
 @pytest.mark.parametrize("other", [1, IN_HEAD], ids=["archived", "in the head"])
-@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("number", sampled(range(1, 8), 1, 2, 4, 6))
 def test_an_archived_message_keeps_its_new_attachment_while_another_one_is_replaced(
     long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Any, number: int, other: int
 ) -> None:
@@ -130,7 +132,7 @@ def test_two_writers_of_attachments_again_and_again(
         repository.update_message("s", "agent", said(image(picture(seed)), message_id=message_id))
 
     with MongoDBSessionRepository(server, database, **OPTIONS) as second, ThreadPoolExecutor(2) as threads:
-        rounds = 300 if request.config.getoption("--full-adversity") else 60
+        rounds = 300 if request.config.getoption("--full-adversity") else 20
         for number in range(rounds):
             other = (1, IN_HEAD)[number % 2]
             seeds = {ARCHIVED: 1000 + number, other: 2000 + number}
@@ -150,18 +152,16 @@ def test_two_writers_of_attachments_again_and_again(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("read", ["open_session", "list_messages", "read_message"])
 def test_reading_while_messages_are_redacted_as_fast_as_possible(
-    long: MongoDBSessionRepository, server: str, database: str, read: str
+    request: pytest.FixtureRequest, long: MongoDBSessionRepository, server: str, database: str, read: str
 ) -> None:
-    stop = threading.Event()
+    stop, times = threading.Event(), {ARCHIVED: 0, 1: 0, IN_HEAD: 0}
 
-    def redact(message_id: int) -> int:
-        times = 0
+    def redact(message_id: int) -> None:
         with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
             while not stop.is_set():
-                times += 1
-                repository.update_message("s", "agent", said(image(picture(times)), message_id=message_id))
+                times[message_id] += 1
+                repository.update_message("s", "agent", said(image(picture(times[message_id])), message_id=message_id))
                 repository.update_message("s", "agent", redacted(message_id))
-        return times
 
     def reads(repository: MongoDBSessionRepository, number: int) -> object:
         if read == "open_session":
@@ -171,13 +171,15 @@ def test_reading_while_messages_are_redacted_as_fast_as_possible(
         return repository.read_message("s", "agent", (ARCHIVED, 1, IN_HEAD)[number % 3])
 
     with ThreadPoolExecutor(3) as threads:
-        redacting = [threads.submit(redact, message_id) for message_id in (ARCHIVED, 1, IN_HEAD)]
+        redacting = [threads.submit(redact, message_id) for message_id in times]
         try:
-            for number in range(100):
+            rounds = 300 if request.config.getoption("--full-adversity") else 30
+            for number in itertools.takewhile(lambda n: n < rounds or min(times.values()) < 5, itertools.count()):
                 assert reads(long, number)
         finally:
             stop.set()
-        assert sum(future.result() for future in redacting) > 10
+        for future in redacting:
+            future.result()
 
 
 # Refused.
@@ -224,8 +226,7 @@ def test_the_repository_leaves_no_attachment_of_a_refused_message(
 KILLED = """
 import os, signal, sys
 from pymongo import monitoring
-import test_attachments as t
-import test_replaced_attachments as r
+from fix_attachments import redacted
 from mongodb_session_manager import MongoDBSessionRepository
 
 class Kill(monitoring.CommandListener):
@@ -235,9 +236,17 @@ class Kill(monitoring.CommandListener):
     def succeeded(self, event): pass
     def failed(self, event): pass
 
-with MongoDBSessionRepository(sys.argv[1], sys.argv[2], event_listeners=[Kill()], **r.OPTIONS) as repository:
-    repository.update_message("s", "agent", t.redacted(int(sys.argv[4])))
+options = {"max_inline_attachment_bytes": 1000, "max_embedded_messages": 4}
+with MongoDBSessionRepository(sys.argv[1], sys.argv[2], event_listeners=[Kill()], **options) as repository:
+    repository.update_message("s", "agent", redacted(int(sys.argv[4])))
 """
+
+
+def redact_and_be_killed(server: str, database: str, at: str, message_id: int) -> None:
+    """Redact a message in a process that is killed before its first command `delete` of a collection."""
+    with interpreter.start(KILLED, server, database, at, message_id) as process:
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
 
 
 @pytest.mark.parametrize("at", [".chunks", ".files"])
@@ -251,9 +260,8 @@ def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
     at: str,
     message_id: int,
 ) -> None:
-    ended = process(KILLED, server, database, at, str(message_id))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert len(ids(driver, database)) == 3
+    redact_and_be_killed(server, database, at, message_id)
+    assert len(ids(driver, database, CHUNKS)) == 3
     assert long.read_message("s", "agent", message_id).to_message() == redacted().to_message()
     with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
         repository.open_session("s")
@@ -265,8 +273,7 @@ def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
 def test_a_redaction_that_is_repeated_removes_what_a_killed_process_had_to_remove(
     long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Any
 ) -> None:
-    ended = process(KILLED, server, database, ".files", str(ARCHIVED))
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    redact_and_be_killed(server, database, ".files", ARCHIVED)
     long.update_message("s", "agent", redacted(ARCHIVED))
     assert hashes(driver, database) == of(picture(1), picture(6))
     long.open_session("s")

@@ -20,7 +20,8 @@ from mongodb_session_manager import (
     StateTooLargeError,
 )
 from mongodb_session_manager._format.changes import AppendMessage, UpdateAgent
-from mongodb_session_manager._format.documents import agent_state, now, stored_message
+from mongodb_session_manager._format.dates import now
+from mongodb_session_manager._format.documents import agent_state, stored_message
 from orchestrators import Odd
 from support import CommandLog, agent, fail_point, texts
 

@@ -37,10 +37,10 @@ from mongodb_session_manager import (
     MongoDBStorage,
     SessionClosedError,
 )
-from mongodb_session_manager._storage.storage import gridfs as _blobs
-from mongodb_session_manager._storage.storage import storage as _storage
+from mongodb_session_manager._storage import gridfs as _blobs
+from mongodb_session_manager._storage import storage as _storage
+from mongodb_session_manager.demo import ScriptedModel
 from proxy import Proxy, command
-from scripted_model import ScriptedModel
 from support import CommandLog, agent, fail_point, texts
 
 pytestmark = pytest.mark.anyio
@@ -348,11 +348,11 @@ CRASHES = """
 import asyncio, os, signal, sys
 from pymongo import monitoring
 from mongodb_session_manager import (MongoDBStorage)
-from mongodb_session_manager._storage.storage import gridfs as _blobs
-from mongodb_session_manager._storage.storage import storage as _storage
+from mongodb_session_manager._storage import gridfs as _blobs
+from mongodb_session_manager._storage import storage as _storage
 
 _storage.INLINE_LIMIT, _blobs.CHUNK, _blobs.BATCH = 100, 64, 3
-uri, database = sys.argv[1:]
+(uri,) = sys.argv[1:]
 
 class Bomb(monitoring.CommandListener):
     left = -1
@@ -365,26 +365,26 @@ class Bomb(monitoring.CommandListener):
     started = succeeded = tick
     def failed(self, event): ...
 
-def act(operation, key, after):
+def act(database, operation, key, after):
     with MongoDBStorage(uri, database, event_listeners=[Bomb()]) as storage:
         asyncio.run(storage.delete(key) if operation == "delete" else storage.write(key, after))
 
 for line in sys.stdin:
-    operation, key, size, ticks = line.split()
+    database, operation, key, size, ticks = line.split()
     if not (child := os.fork()):
         Bomb.left = int(ticks)
-        act(operation, key, b"n" * int(size))
+        act(database, operation, key, b"n" * int(size))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print("died" if os.WIFSIGNALED(status) else f"ended {os.WEXITSTATUS(status)}", flush=True)
 """
 
 
-@pytest.fixture
-def crash(server: str, database: str) -> Iterator[Callable[[str, str, int, int], str]]:
+@pytest.fixture(scope="module")
+def crash(server: str) -> Iterator[Callable[..., str]]:
     """Run an operation in a process that kills itself at its nth sending or receiving; tell how it ended."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", CRASHES, server, database],
+        [sys.executable, "-W", "error", "-c", CRASHES, server],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -394,8 +394,8 @@ def crash(server: str, database: str) -> Iterator[Callable[[str, str, int, int],
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 
-    def run(operation: str, key: str, size: int, ticks: int) -> str:
-        stdin.write(f"{operation} {key} {size} {ticks}\n")
+    def run(database: str, operation: str, key: str, size: int, ticks: int) -> str:
+        stdin.write(f"{database} {operation} {key} {size} {ticks}\n")
         return stdout.readline().strip()
 
     with process:
@@ -407,7 +407,7 @@ def crash(server: str, database: str) -> Iterator[Callable[[str, str, int, int],
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize(("before", "after"), [(250, 300), (250, 5), (5, 250), (None, 250), (250, None)])
 async def test_a_writer_killed_between_any_two_commands(
-    crash: Callable[[str, str, int, int], str],
+    crash: Callable[..., str],
     server: str,
     database: str,
     values: Database,
@@ -424,14 +424,15 @@ async def test_a_writer_killed_between_any_two_commands(
                 await storage.delete("key")
             else:
                 await storage.write("key", old)
-            outcomes.append(crash("delete" if after is None else "write", "key", after or 0, len(outcomes) + 1))
+            operation = "delete" if after is None else "write"
+            outcomes.append(crash(database, operation, "key", after or 0, len(outcomes) + 1))
             seen.append(await storage.read("key"))
         assert outcomes[-1] == "ended 0"
         assert {*seen} == {old, new}
         assert seen == sorted(seen, key=lambda value: value == new)  # first the old one, then the new one
         assert len(outcomes) > 6
         # What the dead left behind goes when it is old enough that nobody can be at work on it.
-        monkeypatch.setattr(_blobs, "DOUBT_TIME", -_blobs.DOUBT_TIME)
+        monkeypatch.setattr(_blobs, "ABANDONED_AFTER", -_blobs.ABANDONED_AFTER)
         for number in range(9):
             await storage.write(f"more {number % 2}", bytes(200))
         assert await storage.read("key") == new
@@ -443,7 +444,7 @@ async def test_a_file_whose_switch_never_came_gets_its_name_back(
 ) -> None:
     await storage.write("key", bytes(200))
     values["agent_storage_blobs.files"].update_many({}, {"$unset": {"filename": ""}})
-    monkeypatch.setattr(_blobs, "DOUBT_TIME", -_blobs.DOUBT_TIME)
+    monkeypatch.setattr(_blobs, "ABANDONED_AFTER", -_blobs.ABANDONED_AFTER)
     await storage.write("other", bytes(200))
     assert await storage.read("key") == bytes(200)
     assert nothing_but(values, "key", "other")

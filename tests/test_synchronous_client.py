@@ -17,6 +17,7 @@ import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient
 
+import interpreter
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     AsyncMongoDBSessionRepository,
@@ -208,7 +209,6 @@ def test_after_a_fork_the_child_is_told_to_make_its_own(server: str, database: s
 
 EXIT = """
 import sys, pymongo
-sys.path += ["tests", "examples"]
 from mongodb_session_manager import MongoDBSessionManager
 from support import agent
 client = pymongo.MongoClient(sys.argv[1])
@@ -218,10 +218,7 @@ agent(manager, "hello")("hi")
 
 
 def test_a_program_that_closes_nothing_ends_cleanly(server: str, database: str, stored: Documents) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", EXIT, server, database], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (run.returncode, run.stderr) == (0, "")
+    assert interpreter.run(EXIT, server, database, warnings=("ignore::ResourceWarning",)) == ("", "")
     assert conversation(stored) == ["hi", "hello"]
 
 

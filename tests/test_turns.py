@@ -35,7 +35,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     SessionConflictError,
 )
-from scripted_model import ScriptedModel
+from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent, eventually, fail_point, texts
 
 pytestmark = pytest.mark.anyio

@@ -177,9 +177,9 @@ def test_an_unknown_agent_is_an_error() -> None:
 def test_released_messages_are_not_read_as_no_messages() -> None:
     unit = opened(agent=stored_agent("one"), other=stored_agent("two"))
     unit.release("agent")
-    with pytest.raises(MongoDBSessionError, match="are with the restored agent"):
+    with pytest.raises(MongoDBSessionError, match="handed to the restored agent"):
         unit.list_messages("s", "agent")
-    with pytest.raises(MongoDBSessionError, match="are with the restored agent"):
+    with pytest.raises(MongoDBSessionError, match="handed to the restored agent"):
         unit.read_message("s", "agent", 0)
     assert len(unit.list_messages("s", "other")) == 1
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from strands.bidi import BidiAgent
 from strands.bidi.types.events import BidiResponseStopEvent
 from strands.types.exceptions import EventLoopException
 
+import interpreter
 from fix_usage import ADD, CALL, METADATA, add, metered
 from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
@@ -280,6 +279,7 @@ async def test_twenty_managers_of_a_session_at_once(factory: MongoDBSessionManag
 PROCESS = """
 import sys
 from mongodb_session_manager import MongoDBSessionManagerFactory
+import interpreter
 from fix_usage import ADD, metered
 
 uri, database, number = sys.argv[1:]
@@ -292,12 +292,10 @@ with MongoDBSessionManagerFactory(uri, database) as factory:
 
 
 def test_several_processes_at_once(factory: MongoDBSessionManagerFactory, server: str, database: str) -> None:
-    path = ":".join([str(ROOT / "tests"), str(ROOT / "examples"), str(ROOT / "src")])
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, server, database, str(number)], env={"PYTHONPATH": path})
-        for number in range(3)
-    ]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    processes = [interpreter.start(PROCESS, server, database, number) for number in range(3)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
     report = factory.create_session_manager("s").get_usage()
     assert report["agents"] == {f"agent{number}": used(3, 2, 1) for number in range(3)}
     assert report["total"] == used(9, 6, 3)

@@ -30,7 +30,6 @@ from fix_archive import (
     expected,
     head,
     in_database,
-    large,
     redacted,
     said,
     settled,
@@ -55,8 +54,6 @@ from mongodb_session_manager._format.changes import ReplaceMessage
 from mongodb_session_manager._format.layout import Place
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, texts
-
-__all__ = ["large"]  # a fixture
 
 LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 100}
 WITH_PICTURES = (2, 17, 29)

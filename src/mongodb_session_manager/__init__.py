@@ -17,12 +17,10 @@ from ._managers.async_manager import AsyncMongoDBSessionManager
 from ._managers.capture import GUARDRAIL_ACTION_BLOCKED, GUARDRAIL_STOP_REASONS
 from ._managers.factory import (
     MongoDBSessionManagerFactory,
-    close_global_factory,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
-    get_global_factory,
-    initialize_global_factory,
 )
+from ._managers.global_factory import close_global_factory, get_global_factory, initialize_global_factory
 from ._managers.options import ManagerOptions, SaveOn, SessionOptions
 from ._managers.pending import PendingSession
 from ._managers.pool import ConnectionStats, MongoDBConnectionPool

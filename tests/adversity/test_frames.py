@@ -49,7 +49,7 @@ HEADER = [0, 1, 3, 4, 8, 12, 15, 16, 17, 20, 21, 25, -1, -2, -5]
 
 @pytest.mark.parametrize("way", ["request", "reply"])
 @pytest.mark.parametrize("name", OPERATIONS)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(kept=st.sampled_from(HEADER) | st.integers(-400, 400))
 def test_a_connection_cut_within_a_message(line: Line, name: str, way: str, kept: int) -> None:
     session_id = f"s-{uuid.uuid4().hex}"
@@ -71,7 +71,7 @@ def test_a_connection_cut_within_a_message(line: Line, name: str, way: str, kept
 
 
 @pytest.mark.parametrize("way", ["request", "reply"])
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(kept=st.sampled_from(HEADER) | st.integers(-3000, 3000))
 def test_a_connection_cut_within_the_opening_of_a_session(line: Line, way: str, kept: int) -> None:
     session_id = f"s-{uuid.uuid4().hex}"

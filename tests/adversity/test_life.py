@@ -341,7 +341,7 @@ def test_a_process_is_killed_between_any_two_commands(
     whole = interrupted(operation, context, "uninterrupted", None, False)
     assert whole.commands
     check(operation, context, "uninterrupted", whole)
-    points = list(kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity")))
+    points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"))
     prepare([f"killed-{n}-{after}" for n, after in points])
     killed = 0
     for n, after in points:

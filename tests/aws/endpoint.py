@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -128,3 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+
+def posted(endpoint: Endpoint) -> list[tuple[str, Any]]:
+    """Return the connection and the message of every post."""
+    return [(path.rpartition("/")[2], json.loads(body)) for path, body in endpoint.requests]
+
+
+def told(endpoint: Endpoint) -> list[tuple[str, str, Any]]:
+    return [(connection, message["operation"], message["metadata"]) for connection, message in posted(endpoint)]

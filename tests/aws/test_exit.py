@@ -13,7 +13,7 @@ from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
 
-UPDATES = 200
+UPDATES = 60
 
 SLOW = 60.0
 """Seconds that a busy machine may take for what is bounded by five otherwise."""

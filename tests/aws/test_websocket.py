@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
 from pymongo import AsyncMongoClient
 
-from endpoint import Endpoint
+from endpoint import Endpoint, posted, told
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     ConfigurationError,
@@ -19,15 +18,6 @@ from mongodb_session_manager import (
 from support import CommandLog, eventually
 
 GONE = (410, "GoneException", "")
-
-
-def posted(endpoint: Endpoint) -> list[tuple[str, Any]]:
-    """Return the connection and the message of every post."""
-    return [(path.rpartition("/")[2], json.loads(body)) for path, body in endpoint.requests]
-
-
-def told(endpoint: Endpoint) -> list[tuple[str, str, Any]]:
-    return [(connection, message["operation"], message["metadata"]) for connection, message in posted(endpoint)]
 
 
 def test_the_stored_connection_costs_no_command(factory: Any, commands: CommandLog, endpoint: Endpoint) -> None:

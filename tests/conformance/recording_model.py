@@ -123,3 +123,17 @@ def _deltas(block: dict[str, Any]) -> Iterator[Any]:
 
 def overflow() -> ContextWindowOverflowException:
     return ContextWindowOverflowException("the input is too long")
+
+
+def comparable(value: Any) -> Any:
+    """Leave out what no model is sent, and the ids that Strands makes up for tools that the application calls."""
+    if isinstance(value, dict):
+        hidden = ("tracking_id", "metadata") if "role" in value else ()
+        return {
+            key: comparable(item) for key, item in value.items() if key not in hidden and not _is_made_up(key, item)
+        }
+    return [comparable(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_made_up(key: str, value: Any) -> bool:
+    return key == "toolUseId" and value.startswith("tooluse_")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from strands.hooks import MessageAddedEvent
 
 from conversations import CONVERSATIONS, TOOLS, Conversation, Turn
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from recording_model import RecordingModel, overflow
+from recording_model import RecordingModel, comparable, overflow
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -39,12 +40,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.may_block]
 
 
 class Kind:
-    """Opens managers and calls agents, from a running event loop.
-
-    Every cut is resumed by one kind, and by all of them with `--full-conformance`.
-    """
-
-    share = 0
+    """Opens managers and calls agents, from a running event loop."""
 
     def __init__(self, factory: MongoDBSessionManagerFactory) -> None:
         self._factory = factory
@@ -67,8 +63,6 @@ class Kind:
 
 
 class Streamed(Kind):
-    share = 1
-
     async def call(self, agent: Agent, prompt: Any, options: dict[str, Any]) -> Any:
         async for event in agent.stream_async(prompt, **options):
             last = event
@@ -77,8 +71,6 @@ class Streamed(Kind):
 
 class Sync(Kind):
     """The synchronous manager on threads without an event loop."""
-
-    share = 2
 
     async def open(self, session_id: str) -> Any:
         return await asyncio.to_thread(self._factory.create_session_manager, session_id)
@@ -109,7 +101,10 @@ def stored(module_factory: tuple[MongoDBSessionManagerFactory, Stored]) -> Store
     return module_factory[1]
 
 
-@pytest.fixture(params=[Sync, Kind, Streamed], ids=["sync", "async", "streamed"])
+KINDS = {"sync": Sync, "async": Kind, "streamed": Streamed}
+
+
+@pytest.fixture
 def kind(request: pytest.FixtureRequest, module_factory: tuple[MongoDBSessionManagerFactory, Stored]) -> Kind:
     made: Kind = request.param(module_factory[0])
     return made
@@ -298,10 +293,29 @@ async def resumed(kind: Kind, conversation: Conversation, management: str, refer
     return play
 
 
-@pytest.mark.parametrize("management", MANAGEMENTS)
-@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda conversation: conversation.name)
+def sampled_cases() -> Iterator[tuple[str, Conversation, str, slice]]:
+    """Yield each conversation with three managements and each kind; it is cut everywhere, with one of the three."""
+    for number, conversation in enumerate(CONVERSATIONS):
+        for share, step in enumerate((0, 1, 3)):
+            management = list(MANAGEMENTS)[(number + step) % len(MANAGEMENTS)]
+            yield list(KINDS)[(number + share) % len(KINDS)], conversation, management, slice(share, None, 3)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Sample kinds, conversations, managements and cuts; `--full-conformance`: all with all."""
+    if "management" not in metafunc.fixturenames:
+        return
+    full = metafunc.config.getoption("--full-conformance")
+    every = itertools.product(KINDS, CONVERSATIONS, MANAGEMENTS, [slice(None)])
+    cases = [
+        pytest.param(KINDS[kind], conversation, management, cuts, id=f"{conversation.name}-{management}-{kind}")
+        for kind, conversation, management, cuts in (every if full else sampled_cases())
+    ]
+    metafunc.parametrize(("kind", "conversation", "management", "resumed_cuts"), cases, indirect=["kind"])
+
+
 async def test_a_conversation_cut_at_every_message(
-    request: pytest.FixtureRequest, kind: Kind, stored: Stored, conversation: Conversation, management: str
+    kind: Kind, stored: Stored, conversation: Conversation, management: str, resumed_cuts: slice
 ) -> None:
     alone, reference = await played_alone(kind, conversation, management), Reference(kind, conversation, management)
     await reference.copy_all(f"{conversation.name}, {management}, {uuid.uuid4().hex}", stored)
@@ -311,8 +325,7 @@ async def test_a_conversation_cut_at_every_message(
     first = 0 if conversation is CONVERSATIONS[0] else len(BEFORE[0]) - 1
     cuts = [cut for cut in reference.cuts if cut.turn > first or (cut.turn == first and cut.is_over) or not first]
     assert len(cuts) > len(conversation.turns)
-    if not request.config.getoption("--full-conformance"):
-        cuts = cuts[kind.share :: 3]
+    cuts = cuts[resumed_cuts]
     stored.insert_many(cut.document for cut in cuts)
 
     async def go_on(cut: Cut) -> None:
@@ -338,17 +351,3 @@ async def played_alone(kind: Kind, conversation: Conversation, management: str) 
         await play.play()
         _alone[key] = play
     return _alone[key]
-
-
-def comparable(value: Any) -> Any:
-    """Leave out what no model is sent, and the ids that Strands makes up for tools that the application calls."""
-    if isinstance(value, dict):
-        hidden = ("tracking_id", "metadata") if "role" in value else ()
-        return {
-            key: comparable(item) for key, item in value.items() if key not in hidden and not _is_made_up(key, item)
-        }
-    return [comparable(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_made_up(key: str, value: Any) -> bool:
-    return key == "toolUseId" and value.startswith("tooluse_")

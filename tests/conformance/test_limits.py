@@ -17,8 +17,7 @@ from strands.session import FileSessionManager
 
 from conversations import use
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from recording_model import RecordingModel, overflow
-from test_conformance import comparable
+from recording_model import RecordingModel, comparable, overflow
 
 Managers = Callable[[], Any] | None
 

@@ -1,19 +1,19 @@
-"""The portable form of a session: JSON lines, which hold the values as MongoDB Extended JSON (canonical). Pure.
+"""The export format of a session: JSON lines with values in canonical MongoDB Extended JSON. Pure.
 
     {"format": "mongodb-session-manager", "version": 1, "session_id": ..., "exported_at": ...}
     {"session": {...}}                  the fields of the document, except its agents
     {"agent": <id>, "fields": {...}}    an agent without its messages, which follow, oldest first
     {"attachment": <reference>, "at": <offset>, "data": <base64>}
-    {"message": {...}}                  as it is stored, its attachments as references
+    {"message": {...}}                  the stored message, its attachments as references
     {"end": {"agents": ..., "messages": ..., "attachments": ..., "sha256": ...}}
 
-The pieces of an attachment come before the first message that refers to it. The next message with the same bytes
-refers to that attachment, whatever the token of its own reference, unless `REMEMBERED` others came since. An attachment
-ends with the piece that completes the length in its reference. An attachment without its last piece must be ignored:
-its message was redacted during the export. The last line counts the agents, the messages and the complete attachments;
-`sha256` is the digest of all lines before it, each with one line feed. It is optional, so that lines can be edited.
+The pieces of an attachment precede the first message that refers to it. Another message with the same bytes refers to
+that attachment, whatever the token of its own reference, unless `REMEMBERED` others came since. An attachment ends with
+the piece that completes the length in its reference. An attachment without its last piece must be ignored: its message
+was redacted during the export. The last line counts the agents, the messages and the complete attachments; `sha256` is
+the digest of all lines before it, each with one line feed. It is optional, so that lines can be edited.
 
-Extended JSON gives keys that begin with `$` a meaning, so a dict with such a key is written as
+In Extended JSON, keys that begin with `$` have a meaning, so a dict with such a key is written as
 `{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes, or hold more than
 `MAX_ELEMENTS`, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no line ending
 can damage them.
@@ -37,9 +37,12 @@ from bson.binary import UuidRepresentation
 from bson.errors import BSONError
 
 from .._format.attachment_refs import Reference, attached, references_of
-from .._format.codec import CODEC_OPTIONS, MARKER, stored_size
-from .._format.documents import Document, checked_id, following_id, to_iso
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.bounded import Bounded
+from .._format.codec import CODEC_OPTIONS, MARKER
+from .._format.dates import to_iso
+from .._format.documents import Document
+from .._format.ids import checked_id, following_id
+from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from ..errors import InvalidArgumentError, raise_alone
 from .import_checks import checked_agent, checked_message, checked_session, require
 
@@ -65,7 +68,7 @@ PIECE_BYTES = 512 * 1024
 """The most bytes of an attachment in an exported line."""
 
 REMEMBERED = 1024
-"""How many attachments reader and writer remember, so that the same bytes are exported once."""
+"""How many recent attachments reader and writer remember, so that the same bytes are exported once."""
 
 _MAX_LEVELS = 120
 """The most levels of a line; the server accepts 180, and a message in a bucket has 4 levels above it."""
@@ -79,24 +82,9 @@ _REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionE
 """The errors that damaged Extended JSON can raise."""
 
 
-class Recent:
-    """The most recent attachments, by SHA-256; writer and reader evict the same ones."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Reference] = {}
-
-    def add(self, reference: Reference) -> None:
-        self._known[reference.sha256] = reference
-        if len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
-
-    def find(self, reference: Reference) -> Reference | None:
-        """Return the reference under which the same bytes were written, if they are remembered."""
-        found = self._known.get(reference.sha256)
-        return None if found is None or found.length != reference.length else found
-
-    def __contains__(self, reference: Reference) -> bool:
-        return self.find(reference) is not None
+def _recent() -> Bounded[str, Reference]:
+    """Return an empty register of recent attachments, by SHA-256; writer and reader drop the same ones."""
+    return Bounded(REMEMBERED)
 
 
 # Writing.
@@ -120,43 +108,47 @@ def line_of(record: Document) -> str:
 
 
 class Writer:
-    """Encodes the lines of one session, and counts them."""
+    """Writes the lines of one session."""
 
     def __init__(self) -> None:
-        self.recent = Recent()
+        self._recent = _recent()
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
         self._digest = hashlib.sha256()
 
-    def _noted(self, line: str) -> str:
+    def knows(self, reference: Reference) -> bool:
+        """Return whether an attachment with the same bytes was written recently."""
+        return reference.sha256 in self._recent
+
+    def _digested(self, line: str) -> str:
         self._digest.update(line.encode())
         return line
 
     def head(self, session_id: str, fields: Document, moment: datetime) -> list[str]:
         """Return the first two lines."""
         header = {"format": FORMAT, "version": VERSION, "session_id": session_id, "exported_at": to_iso(moment)}
-        return [self._noted(f"{json.dumps(header)}\n"), self._noted(line_of({"session": fields}))]
+        return [self._digested(f"{json.dumps(header)}\n"), self._digested(line_of({"session": fields}))]
 
     def agent(self, agent_id: str, fields: Document) -> str:
-        """Return the line before an agent's messages."""
+        """Return the line of an agent, which precedes its messages."""
         self._counts["agents"] += 1
-        return self._noted(line_of({"agent": agent_id, "fields": fields}))
+        return self._digested(line_of({"agent": agent_id, "fields": fields}))
 
     def message(self, message: Mapping[str, Any]) -> str:
         """Return the line of a message, which follows the lines of its attachments."""
         self._counts["messages"] += 1
-        return self._noted(line_of({"message": dict(message)}))
+        return self._digested(line_of({"message": dict(message)}))
 
     def pieces(self, reference: Reference, at: int, data: bytes) -> Iterator[str]:
-        """Return the lines of bytes of an attachment that begin at the offset `at`."""
+        """Return the lines of a part of an attachment, which begins at the offset `at`."""
         for start in range(0, len(data), PIECE_BYTES):
             encoded = base64.b64encode(data[start : start + PIECE_BYTES]).decode()
             line = json.dumps({"attachment": str(reference), "at": at + start, "data": encoded})
-            yield self._noted(f"{line}\n")
+            yield self._digested(f"{line}\n")
 
     def whole(self, reference: Reference) -> None:
         """Count an attachment whose last piece was written."""
         self._counts["attachments"] += 1
-        self.recent.add(reference)
+        self._recent[reference.sha256] = reference
 
     def end(self) -> str:
         """Return the last line."""
@@ -207,14 +199,14 @@ Read: TypeAlias = SessionRead | AgentRead | MessageRead | PieceRead
 
 
 class Reader:
-    """Reads lines from an untrusted source; its results can be stored, opened, listed, restored and exported."""
+    """Reads lines from an untrusted source; the results can be stored, opened, listed, restored and exported."""
 
     def __init__(self) -> None:
         self.is_complete = False
         self._number = 0
         self._digest = hashlib.sha256()
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
-        self._recent = Recent()
+        self._recent = _recent()
         self._header: str | None = None
         self._has_session = False
         self._agents: set[str] = set()
@@ -223,10 +215,10 @@ class Reader:
         self._attachment: tuple[Reference, int, Any] | None = None
 
     def read(self, line: object) -> Read | None:
-        """Return the content of a line, `None` if it has nothing to store.
+        """Return the content of a line, `None` if there is nothing to store.
 
         Raises:
-            InvalidArgumentError: It is not a line of an exported session, or not allowed in this place.
+            InvalidArgumentError: The line is not one of an exported session, or not allowed in this place.
         """
         self._number += 1
         try:
@@ -234,7 +226,7 @@ class Reader:
             if not data:
                 return None
             record = _record(data)
-            found = self._understood(record)
+            found = self._content(record)
         except InvalidArgumentError as error:
             raise_alone(InvalidArgumentError(f"line {self._number} cannot be imported: {error}"))
         if "end" not in record:
@@ -243,7 +235,7 @@ class Reader:
         return found
 
     def check_end(self) -> None:
-        """Refuse a stream that ends before it is complete.
+        """Refuse an incomplete stream.
 
         Raises:
             InvalidArgumentError: The last line is missing.
@@ -252,7 +244,7 @@ class Reader:
             where = f"after line {self._number}" if self._number else "before its first line"
             raise InvalidArgumentError(f"the export is truncated: it ends {where}, without the last line")
 
-    def _understood(self, record: Document) -> Read | None:
+    def _content(self, record: Document) -> Read | None:
         if self._header is None:
             self._header = _checked_header(record)
             return None
@@ -275,7 +267,7 @@ class Reader:
         raise InvalidArgumentError("unknown record type")
 
     def _fitting(self, fields: Document) -> Document:
-        """Return fields of the session document; refuse them if it has no room."""
+        """Return fields of the session document; refuse them if the document would be too large."""
         self._room -= stored_size(fields)
         require(self._room >= 0, f"the fields of the session and its agents exceed {MAX_DOCUMENT_BYTES} bytes")
         return fields
@@ -291,8 +283,10 @@ class Reader:
         require(bool(self._agents), "it is a message without an agent")
         renamed: dict[str, Any] = {}
         for reference in references_of(message):
-            known = self._recent.find(reference)
-            require(known is not None, "it refers to an attachment that is missing")
+            known = self._recent.get(reference.sha256)
+            require(
+                known is not None and known.length == reference.length, "it refers to an attachment that is missing"
+            )
             if known != reference:
                 renamed[str(reference)] = {MARKER: "attachment", "v": str(known)}
         if renamed:
@@ -323,7 +317,7 @@ class Reader:
         if whole := length == reference.length:
             require(digest.hexdigest() == reference.sha256, "its attachment does not match its SHA-256")
             self._attachment = None
-            self._recent.add(reference)
+            self._recent[reference.sha256] = reference
             self._counts["attachments"] += 1
         return PieceRead(reference, at, data, whole)
 
@@ -347,7 +341,7 @@ def _stripped(line: object) -> bytes:
 
 
 def _record(data: bytes) -> Document:
-    """Return the object of a line, as it reads after it was stored as BSON."""
+    """Return the object of a line, as it is after a round trip through BSON."""
     require(_has_few_elements(data), f"it holds more than {MAX_ELEMENTS} values")
     try:
         text = data.decode()
@@ -363,7 +357,7 @@ def _record(data: bytes) -> Document:
         _check_levels(record, _MAX_LEVELS)
         stored = bson.encode(record, codec_options=CODEC_OPTIONS)
         require(len(stored) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
-        return bson.decode(stored, CODEC_OPTIONS)  # the checks see the values that will be read
+        return bson.decode(stored, CODEC_OPTIONS)  # the checks see the values as they will be read
     except InvalidArgumentError:
         raise
     except _REFUSALS:
@@ -371,10 +365,10 @@ def _record(data: bytes) -> Document:
 
 
 def _has_few_elements(data: bytes) -> bool:
-    """Return whether a line has at most `MAX_ELEMENTS`; parsing one takes about 64 bytes and 100 ns."""
+    """Return whether a line has at most `MAX_ELEMENTS`; parsing an element takes about 64 bytes and 100 ns."""
     if _elements(data) <= MAX_ELEMENTS:
         return True
-    # Some of them can be inside strings; without escapes, each quote begins or ends a string.
+    # Elements inside strings do not count; without escapes, each quote begins or ends a string.
     data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     count = is_within = 0
     for begin in range(0, len(data), _SLICE):
@@ -416,12 +410,8 @@ def _check_levels(value: Any, left: int) -> None:
 def _checked_header(record: Document) -> str:
     require(record.get("format") == FORMAT, "it is not the first line of an exported session")
     version = record.get("version")
-    require(
-        type(version) is int and version == VERSION,
-        f"unsupported export version {version!r} (expected {VERSION})"
-        if type(version) is int
-        else f"the export version must be {VERSION}",
-    )
+    require(type(version) is int, f"the export version must be {VERSION}")
+    require(version == VERSION, f"unsupported export version {version!r} (expected {VERSION})")
     return _plain_id(record.get("session_id"), "session_id")
 
 

@@ -1,4 +1,4 @@
-"""Exporting a session, piece by piece, as the lines of its portable form."""
+"""Exporting a session as lines of the export format, a few at a time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
-from .._format.documents import (
-    Document,
-    OddField,
-    agent_id_of,
-    agent_key,
-    checked_id,
-    following_id,
-    now,
-    odd_fields,
-)
+from .._format.dates import now
+from .._format.documents import Document
+from .._format.ids import agent_id_of, agent_key, checked_id, following_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
+from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
 from .export_format import Writer
@@ -58,9 +51,9 @@ class Export:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             document = await self._store.sessions.get(session_id, {})
-        for odd in odd_fields(document):
-            if odd.value is not None:
-                raise odd.error(session_id)
+        for field in malformed_fields(document):
+            if field.value is not None:
+                raise field.error(session_id)
         writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
         agents: dict[str, Document] = usable_agents(session_id, document)
         document.pop("agents", None)
@@ -103,7 +96,7 @@ class Export:
                 raise missing
 
     async def _is_elsewhere(self, source: _Source) -> bool:
-        """Update the place of the session's parts; return whether the session was migrated since it was read.
+        """Return whether the session was migrated since it was read; update its place.
 
         Raises:
             SessionNotFoundError: The session does not exist any more.
@@ -126,7 +119,7 @@ class Export:
         for stored in messages:
             if type(stored) is not dict:
                 path = f"agents.{agent_key(agent_id)}.messages.{sequence.position}"
-                raise OddField(path, stored, dict).error(session_id)
+                raise MalformedField(path, stored, dict).error(session_id)
             message_id = sequence.next(stored.get("message_id"))
             message = {**stored, "message_id": message_id}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
@@ -135,10 +128,10 @@ class Export:
             for _ in range(_ROUNDS if references_of(message) else 0):
                 missing = None
                 for reference in references_of(message):
-                    if reference not in writer.recent:
+                    if not writer.knows(reference):
                         async for lines in self._attachment_lines(source.place, reference, writer):
                             yield lines
-                        if reference not in writer.recent:
+                        if not writer.knows(reference):
                             missing = reference
                             break
                 if missing is None:
@@ -162,7 +155,7 @@ class Export:
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
     ) -> AsyncGenerator[list[str], None]:
-        """Yield the pieces of an attachment; they end early if it is missing or was removed."""
+        """Yield the lines of an attachment; the last ones are missing if the attachment is removed meanwhile."""
         length, n, digest = 0, 0, hashlib.sha256()
         while length < reference.length:
             async with self._connection.operation():

@@ -1,401 +1,191 @@
-"""Copying a session, or its beginning, on the server.
+"""Copying a session, or its beginning, within a collection.
 
-One aggregation copies the session document into the staged one: a snapshot. Later changes of the session do not disturb
-the fork. It continues with its own document, which no other process changes: it copies the buckets below the heads, and
-the attachments that the messages refer to. The update that makes the fork live also cuts it.
-
-Two kinds of parts can be missing when the fork copies them. A message whose attachments were removed was replaced: the
-fork takes the new content. Archived messages are missing if the session was written back: the fork takes another
-snapshot.
+A fork has the messages of the moment at which the session document was read: its heads are in the document, and the
+buckets below them are read one after the other. The messages pass through this process. Their attachments are copied on
+the server. If the attachments of a message are gone, the message was replaced: the fork gets the new message. If the
+archived messages are gone, the session was written back: the fork begins again.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
-
-from bson import ObjectId
+import asyncio
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing, suppress
+from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
-from .._format.buckets import Head, holding_message, holding_positions
-from .._format.documents import USAGE, Document, agent_id_of, agent_key, checked_id, is_numbered, unusable_agents
-from .._format.layout import CHUNKS, Place
+from .._format.documents import Document
+from .._format.ids import agent_id_of, checked_id, stored_id
+from .._format.malformed import malformed_fields
 from .._format.retention import Life
-from .._store.attachments import CHUNK_BYTES
+from .._format.sizes import stored_size
+from .._store.sessions import ROUNDS, ReadAgainError
 from .._store.store import SessionStore
-from ..errors import (
-    AttachmentError,
-    DatabaseError,
-    MessageNotFoundError,
-    MessageTooLargeError,
-    MongoDBSessionError,
-    SessionNotFoundError,
-)
-from .fork_document import Branch, checked_ends, ends_of, facts, fork_of, snapshot_of, usage_of
+from ..errors import AttachmentError, DatabaseError, MessageNotFoundError, SessionNotFoundError
+from .builder import SessionBuilder
+from .fork_document import agent_fields, checked_ends, cut_fields, ends_of, session_fields, usage_of
+from .source import Source, archived_messages, read_source
 from .staging import Staging
-from .write_back import is_left_out
 
-_ROUNDS = 16
-"""A fork gives up after this many rounds: the session was written back, or a message replaced."""
+_BATCH_MESSAGES = 1024
+_BATCH_BYTES = 2 * 1024 * 1024
+"""Messages are copied in batches of this number or of this size; the attachments of a batch are copied together."""
 
-_AT_ONCE = 64
-"""The number of buckets, or of files, that one command reads."""
-
-
-class _MissingPartsError(Exception):
-    """Archived messages that the snapshot counts are missing.
-
-    Attributes:
-        snapshot: Identifies the state of the agent in the snapshot; a write-back changes it.
-        error: The error to raise if the next snapshot has the same state.
-    """
-
-    def __init__(self, snapshot: tuple[Any, ...], error: MongoDBSessionError) -> None:
-        super().__init__()
-        self.snapshot = snapshot
-        self.error = error
-
-
-class _Referrer(NamedTuple):
-    """A message of a fork that has attachments, and its location.
-
-    Attributes:
-        agent_id: The id of its agent.
-        bucket: The `_id` of its bucket, `None` for a message of the head.
-        path: The path of the message in its document.
-        references: The references to its attachments.
-    """
-
-    agent_id: str
-    bucket: Document | None
-    path: str
-    references: list[Reference]
+Sized = tuple[Any, int]
+"""A message and its size in bytes."""
 
 
 class Forker:
-    """Forks sessions.
-
-    Args:
-        store: The sessions.
-    """
+    """Forks sessions."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store
-        self._connection = store.connection
-        self._sessions = store.collection
-        self._archive = store.archive.collection
-        self._chunks = store.collection.part(CHUNKS)
 
     async def fork(self, session_id: str, new_id: str, at_message: object) -> None:
         """Fork a session, as `AsyncMongoDBSessionRepository.fork_session` describes."""
         checked_id(session_id, "session_id")
         staging, ends = Staging(self._store, checked_id(new_id, "new_id")), checked_ends(at_message)
-        async with self._connection.operation():
+        async with self._store.connection.operation():
             try:
-                await self._make_current(session_id)
-                await staging.begin()
-                await self._fork_in_rounds(session_id, staging, ends)
+                for number in range(ROUNDS):
+                    source = await self._read(session_id)
+                    await (staging.clear() if number else staging.begin())
+                    with suppress(ReadAgainError):
+                        await _Fork(self._store, source, staging).copy(ends)
+                        return
+                raise _changed_too_often(session_id)
             except BaseException:
                 await staging.abandon()
                 raise
 
-    async def _make_current(self, session_id: str) -> None:
-        """Migrate a session of an earlier version to the current form, as opening it does.
+    async def _read(self, session_id: str) -> Source:
+        source = await read_source(self._store, session_id)
+        for field in malformed_fields(source.document):
+            if field.value is not None and (field.path == "agents" or field.path.startswith("agents.")):
+                raise field.error(session_id)
+        return source
+
+
+class _Fork:
+    """One attempt to copy a session.
+
+    Args:
+        store: The sessions.
+        source: The session.
+        staging: The fork.
+    """
+
+    def __init__(self, store: SessionStore, source: Source, staging: Staging) -> None:
+        self._store = store
+        self._source = source
+        self._staging = staging
+        self._session_id = source.place.session_id
+        self._replaced: list[Reference] = []
+
+    async def copy(self, at_message: int | dict[str, int] | None) -> None:
+        """Copy the session up to the given messages.
 
         Raises:
-            SessionNotFoundError: The session does not exist.
+            ReadAgainError: The archived messages were moved elsewhere after the session was read.
         """
-        for _ in range(_ROUNDS):
-            document = await self._store.sessions.get(session_id, facts(None))
-            agents = _heads(session_id, document)
-            if not isinstance(document.get("incarnation"), ObjectId):
-                await self._store.migration.migrate(session_id)
-            elif unnumbered := [key for key, head in agents.items() if not is_numbered(head)]:
-                await self._store.migration.migrate_agents(session_id, agents, unnumbered)
-            else:
-                return
-        raise _changed_too_often(session_id)
+        document, agents = self._source.document, self._source.agents
+        ends = ends_of(self._session_id, at_message, map(agent_id_of, agents))
+        fields = session_fields(document, ends, self._store.connection.now())
+        others = {key: agent for key, agent in (document.get("agents") or {}).items() if key not in agents}
+        builder = SessionBuilder(self._store, self._staging, {**fields, "agents": others})
+        for key in agents:
+            await self._copy_agent(builder, key, ends.get(agent_id_of(key)))
+        await builder.fill()
+        await self._store.attachments.remove_unnamed(self._staging.place, self._replaced)
+        seconds = self._store.expiry.session_ttl or Life.of(document).time_to_live
+        # A `state` of the session is a field of the application.
+        sets = {**await self._staging.date(seconds), **{k: document[k] for k in ("state",) if k in document}}
+        await self._staging.go_live(sets)
 
-    async def _fork_in_rounds(self, session_id: str, staging: Staging, ends: int | dict[str, int] | None) -> None:
-        before: tuple[Any, ...] | None = None
-        error = None
-        for number in range(_ROUNDS):
-            if number:
-                await staging.clear()
-            source, document = await self._snapshot(session_id, staging, ends, number)
-            if source is None:
-                await self._make_current(session_id)
-                continue
-            try:
-                await self._fork_once(source, staging, ends, document)
-                return
-            except _MissingPartsError as gone:
-                if gone.snapshot == before:
-                    error = gone.error
-                    break
-                before = gone.snapshot
-        raise error or _changed_too_often(session_id)
-
-    async def _snapshot(
-        self, session_id: str, staging: Staging, ends: int | dict[str, int] | None, number: int
-    ) -> tuple[Place | None, Document]:
-        """Copy the session document; return the place of the session, and the `facts` of the copy.
-
-        The place is `None` if an earlier version has written to the session meanwhile.
-
-        Raises:
-            SessionNotFoundError: The session does not exist.
-        """
-        moment, name = self._connection.now(), self._sessions.name
-        pipeline = snapshot_of(session_id, staging.own, staging.lease(), number, moment, name)
-        while True:
-            try:
-                await self._sessions.aggregate(pipeline)
-                break
-            except MessageTooLargeError as error:
-                if not await self._store.mover.make_room(session_id, error):
-                    raise
-        by_key = {agent_key(agent_id): n for agent_id, n in ends.items()} if isinstance(ends, dict) else ends
-        document = await staging.read(facts(by_key))
-        origin = document.get("copy_of") or {}
-        if origin.get("round") != number:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist")
-        incarnation = origin.get("incarnation")
-        is_current = isinstance(incarnation, ObjectId) and all(map(is_numbered, _heads(session_id, document).values()))
-        return (Place(session_id, incarnation) if is_current else None), document
-
-    async def _fork_once(
-        self, source: Place, staging: Staging, ends: int | dict[str, int] | None, document: Document
-    ) -> None:
-        agents = {agent_id_of(key): head for key, head in _heads(source.session_id, document).items()}
-        lasts = ends_of(source.session_id, ends, agents)
-        branches = [
-            await self._branch(source, agent_id, head, lasts.get(agent_id)) for agent_id, head in agents.items()
-        ]
-        for branch in branches:
-            await self._copy_archive(source, staging.place, branch)
-        replaced: list[Reference] = []
-        async for held in self._with_attachments(staging.place, branches):
-            replaced += await self._copy_attachments(source, staging, held)
-        await self._store.attachments.remove_unnamed(staging.place, replaced)
-        expiry = await staging.date(self._store.expiry.session_ttl or Life.of(document).time_to_live)
-        stages = fork_of(source.session_id, self._connection.now(), branches, expiry)
-        await staging.go_live(stages)
-
-    # Where the fork ends.
-
-    async def _branch(self, source: Place, agent_id: str, head: Document, last: int | None) -> Branch:
+    async def _copy_agent(self, builder: SessionBuilder, key: str, last: int | None) -> None:
+        stored, agent_id = self._source.agents[key], agent_id_of(key)
+        if last is not None and not 0 <= last < stored["next_message_id"]:
+            raise _no_message(agent_id, last)
+        agent = builder.add_agent(key, agent_fields(stored))
+        is_complete, count, usage = False, 0, usage_of(())
+        async with aclosing(self._batches(key)) as batches:
+            async for batch in batches:
+                count += len(batch)
+                kept = 0 if is_complete else len(batch)
+                if last is not None and not is_complete:
+                    kept = _position_after(last, [message for message, _ in batch])
+                    is_complete = kept > 0
+                    kept = kept or len(batch)
+                await self._add(builder, agent_id, batch[:kept])
+                if kept < len(batch):
+                    later = await asyncio.to_thread(usage_of, [message for message, _ in batch[kept:]])
+                    usage = {name: amount + later[name] for name, amount in usage.items()}
         if last is None:
-            return Branch(head, None, int(head["next_message_id"]), {})
-        archived = int(head["archived"])
-        if last in head["ids"]:
-            return Branch(head, archived + head["ids"].index(last) + 1, last + 1, head["cut_usage"])
-        missing = MessageNotFoundError(f"agent {agent_id!r} holds no message {last}")
-        if not archived or not 0 <= last < int(head["next_message_id"]):
-            raise missing
-        position = await self._archived_position(source, head, last)
-        if position is None:
-            raise _missing_parts(source, head, missing)
-        older = await self._archived_usage(source, head, position + 1)
-        summed = {name: amount + older.get(name, 0) for name, amount in head["cut_usage"].items()}
-        return Branch(head, position + 1, last + 1, summed)
+            agent.next_id = stored["next_message_id"]
+        elif not is_complete:
+            raise _no_message(agent_id, last)
+        else:
+            agent.fields = cut_fields(agent.fields, agent.count, count, usage)
 
-    async def _archived_position(self, source: Place, head: Document, message_id: int) -> int | None:
-        since, is_regular = head.get("created_at"), Head.of(head).is_regular
-        at = {"at": {"$indexOfArray": ["$messages.message_id", message_id]}}
-        while True:
-            for condition in holding_message(source, head["key"], message_id, since, is_regular):
-                bucket = await self._archive.find_one(condition, at)
-                if bucket is not None:
-                    position = int(bucket["_id"]["first"]) + int(bucket["at"])
-                    return position if position < int(head["archived"]) else None
-            if not await self._store.migration.move_late_buckets(source):
-                return None
+    async def _batches(self, key: str) -> AsyncGenerator[list[Sized], None]:
+        """Yield all messages of an agent, oldest first."""
+        batch: list[Sized] = []
+        async with aclosing(archived_messages(self._store, self._source, key)) as buckets:
+            async for messages in buckets:
+                batch += await asyncio.to_thread(_sized, messages)
+                if len(batch) >= _BATCH_MESSAGES or sum(size for _, size in batch) >= _BATCH_BYTES:
+                    yield batch
+                    batch = []
+        yield batch + await asyncio.to_thread(_sized, self._source.agents[key].get("messages") or [])
 
-    async def _archived_usage(self, source: Place, head: Document, begin: int) -> Document:
-        """Return the usage of the archived messages from a position on."""
-        archived = int(head["archived"])
-        if begin >= archived:
-            return {}
-        condition = holding_positions(source, head["key"], None, begin, archived)
-        skipped = {"$max": [0, {"$subtract": [begin, "$_id.first"]}]}
-        later = {"$slice": ["$messages", skipped, {"$size": "$messages"}]}
-        usage = {"$let": {"vars": {"later": later}, "in": {**usage_of("$$later"), "count": {"$size": "$$later"}}}}
-        pipeline = [
-            {"$match": condition},
-            {"$replaceWith": usage},
-            {"$group": {"_id": None, **{name: {"$sum": f"${name}"} for name in (*USAGE, "count")}}},
-        ]
-        totals = await self._archive.aggregate(pipeline)
-        if not totals or totals[0]["count"] < archived - begin:
-            raise _missing_parts(source, head, _missing_message(source.session_id))
-        return totals[0]
+    async def _add(self, builder: SessionBuilder, agent_id: str, batch: list[Sized]) -> None:
+        missing = await self._copy_files({each for message, _ in batch for each in references_of(message)})
+        for message, size in batch:
+            if not missing.isdisjoint(references_of(message)):
+                message = await self._current(agent_id, message, missing)
+                size = stored_size(message)
+            await builder.add_message(message, size)
 
-    # Copying the archive and the attachments.
+    async def _copy_files(self, references: set[Reference]) -> set[Reference]:
+        """Copy attachments; return those that are missing."""
+        return set(await self._store.attachments.copy(self._source.place, sorted(references), self._staging.place))
 
-    async def _copy_archive(self, source: Place, place: Place, branch: Branch) -> None:
-        """Copy the buckets below the head of the fork.
-
-        Raises:
-            _MissingPartsError: A message is missing.
-        """
-        key, end = branch.agent["key"], branch.archived
-        if not end:
-            return
-        kept = {"$min": [{"$add": ["$last", 1]}, end]}
-        bucket = {
-            "_id": {"incarnation": place.incarnation, "agent": {"$literal": key}, "first": "$_id.first"},
-            "session_id": {"$literal": place.session_id},
-            "revision": "$revision",
-            "last": {"$subtract": [kept, 1]},
-            "messages": {"$slice": ["$messages", {"$subtract": [kept, "$_id.first"]}]},
-        }
-        into = {"into": self._archive.name, "on": "_id", "whenMatched": "replace", "whenNotMatched": "insert"}
-        condition = holding_positions(source, key, None, 0, end)
-        pipeline = [{"$match": condition}, {"$replaceWith": bucket}, {"$merge": into}]
-        while True:
-            await self._archive.aggregate(pipeline)
-            if await self._copied(place, key, end) == end:
-                return
-            if not await self._store.migration.move_late_buckets(source):
-                raise _missing_parts(source, branch.agent, _missing_message(source.session_id))
-
-    async def _copied(self, place: Place, key: str, end: int) -> int:
-        """Return the position up to which the buckets of a fork hold all messages."""
-        condition = holding_positions(place, key, None, 0, end)
-        buckets = await self._archive.find(condition, {"last": 1}, sort=[("_id", 1)])
-        position = 0
-        for bucket in buckets:
-            if bucket["_id"]["first"] <= position:
-                position = max(position, int(bucket["last"]) + 1)
-        return position
-
-    async def _with_attachments(self, place: Place, branches: Sequence[Branch]) -> AsyncIterator[list[_Referrer]]:
-        """Yield the messages of a fork that have attachments, a few at a time."""
-        held = []
-        for branch in branches:
-            path = f"agents.{branch.agent['key']}.messages"
-            for n, listed in enumerate(branch.agent["attachments"][: branch.kept]):
-                if references := references_of({"attachments": listed}):
-                    held.append(_Referrer(branch.agent_id, None, f"{path}.{n}", references))
-        for begin in range(0, len(held), _AT_ONCE):
-            yield held[begin : begin + _AT_ONCE]
-        if not any(branch.archived for branch in branches):
-            return
-        after: Document = {}
-        while found := await self._buckets_with_attachments(place, after):
-            after = {"$gt": found[-1]["_id"]}
-            for bucket in found:
-                agent_id = agent_id_of(bucket["_id"]["agent"])
-                yield [
-                    _Referrer(agent_id, bucket["_id"], f"messages.{n}", references)
-                    for n, listed in enumerate(bucket["attachments"])
-                    if (references := references_of({"attachments": listed}))
-                ]
-
-    async def _buckets_with_attachments(self, place: Place, after: Document) -> list[Document]:
-        condition = {"_id": {**place.buckets(), **after}, "messages.attachments.0": {"$exists": True}}
-        fields = {"attachments": {"$map": {"input": "$messages", "in": "$$this.attachments"}}}
-        return await self._archive.find(condition, fields, sort=[("_id", 1)], limit=_AT_ONCE)
-
-    async def _copy_attachments(self, source: Place, staging: Staging, held: Sequence[_Referrer]) -> list[Reference]:
-        """Copy the attachments of messages of a fork; update messages that were replaced in the session meanwhile.
-
-        Returns:
-            The former references of the updated messages.
-
-        Raises:
-            AttachmentError: An attachment is missing.
-        """
-        replaced: list[Reference] = []
-        missing = await self._copy_files(source, staging.place, {each for one in held for each in one.references})
-        for one in held:
-            references = one.references
-            for _ in range(_ROUNDS):
-                if missing.isdisjoint(references):
-                    break
-                replaced += references
-                references = await self._update_replaced(source, staging, one, references)
-                missing = missing | await self._copy_files(source, staging.place, set(references))
-            else:
-                raise _changed_too_often(source.session_id)
-        return replaced
-
-    async def _copy_files(self, source: Place, place: Place, references: set[Reference]) -> set[Reference]:
-        """Copy attachments on the server; return those that are missing, or were removed during the copy."""
-        wanted = sorted(references)
-        missing = set(await self._store.attachments.copy(source, wanted, place))
-        for begin in range(0, len(wanted), _AT_ONCE):
-            batch = wanted[begin : begin + _AT_ONCE]
-            ranges = [{"_id": place.chunks_of(reference)} for reference in batch]
-            count: list[Document] = [
-                {"$match": {"$or": ranges}},
-                {"$project": {"_id": 1}},
-                {"$group": {"_id": "$_id.file", "count": {"$sum": 1}}},
-            ]
-            found = await self._chunks.aggregate(count)
-            counts = {(file["_id"]["sha256"], file["_id"]["token"]): file["count"] for file in found}
-            for reference in batch:
-                if counts.get((reference.sha256, reference.token), 0) * CHUNK_BYTES < reference.length:
-                    missing.add(reference)
-        return missing
-
-    async def _update_replaced(
-        self, source: Place, staging: Staging, held: _Referrer, references: Sequence[Reference]
-    ) -> list[Reference]:
-        """Replace a message of a fork by its new content in the session; return the new references.
+    async def _current(self, agent_id: str, message: Document, missing: set[Reference]) -> Document:
+        """Return the message that has replaced one whose attachments are missing; copy its attachments.
 
         Raises:
             SessionNotFoundError: The session does not exist any more.
-            SessionConflictError: Another process has removed the fork, because its lease was over.
             AttachmentError: The message was not replaced, but an attachment is missing.
         """
-        session_id, key = source.session_id, agent_key(held.agent_id)
-        n = int(held.path.rpartition(".")[2])
-        if held.bucket is None:
-            document = await staging.read({f"agents.{key}.messages": {"$slice": [n, 1]}})
-            stored = document["agents"][key]["messages"][0]
-        else:
-            bucket = await self._archive.find_one({"_id": held.bucket}, {"messages": {"$slice": [n, 1]}})
-            if bucket is None:
-                raise staging.lost()
-            stored = bucket["messages"][0]
-        current = await self._store.archive.find_message(
-            session_id, held.agent_id, stored.get("message_id"), stored.get("created_at")
-        )
-        if (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation") != source.incarnation:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
-        new = references_of(current)
-        if current is None or new == references:
-            raise AttachmentError(f"session {session_id!r} holds attachments that are missing, so it was not forked")
-        change = {"$set": {held.path: current}}
-        if held.bucket is None:
-            await staging.update(change)
-        else:
-            await self._archive.update_one({"_id": held.bucket}, change)
-        return new
+        session_id = self._session_id
+        for _ in range(ROUNDS):
+            references = references_of(message)
+            if missing.isdisjoint(references):
+                return message
+            self._replaced += references
+            identity = message.get("message_id"), message.get("created_at")
+            current = await self._store.archive.find_message(session_id, agent_id, *identity)
+            session = await self._store.sessions.get(session_id, {"incarnation": 1})
+            if session.get("incarnation") != self._source.place.incarnation:
+                raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+            if current is None or references_of(current) == references:
+                raise AttachmentError(f"session {session_id!r} was not forked: it has attachments that are missing")
+            message, missing = current, await self._copy_files(set(references_of(current)))
+        raise _changed_too_often(session_id)
 
 
-def _heads(session_id: str, document: Document) -> dict[str, Document]:
-    """Return the agents of a session, by key, from a document that was read with `facts`.
-
-    Raises:
-        DatabaseError: A field of an agent has a type that cannot be used.
-    """
-    agents = {head["key"]: head for head in document["heads"] if head["key"] and "." not in head["key"]}
-    for key in [key for key, head in agents.items() if is_left_out(key, head, agents)]:
-        del agents[key]
-    for odd in unusable_agents({**document, "agents": agents}).values():
-        raise odd.error(session_id)
-    return agents
+def _position_after(last: int, messages: Iterable[Any]) -> int:
+    """Return the position after the message with an id, 0 without it."""
+    ids = list(map(stored_id, messages))
+    return ids.index(last) + 1 if last in ids else 0
 
 
-def _missing_parts(source: Place, head: Document, error: MongoDBSessionError) -> _MissingPartsError:
-    return _MissingPartsError((source, head["key"], head["archived"], head["revision"]), error)
+def _sized(messages: Iterable[Any]) -> list[Sized]:
+    return [(message, stored_size(message if type(message) is dict else {"": message})) for message in messages]
 
 
-def _missing_message(session_id: str) -> DatabaseError:
-    return DatabaseError(f"session {session_id!r}: a message is missing in its archive, so it was not forked")
+def _no_message(agent_id: str, message_id: int) -> MessageNotFoundError:
+    return MessageNotFoundError(f"agent {agent_id!r} holds no message {message_id}")
 
 
 def _changed_too_often(session_id: str) -> DatabaseError:

@@ -6,7 +6,6 @@ session can use it unchanged. Unknown fields are accepted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import datetime
 from types import NoneType
@@ -21,53 +20,37 @@ from strands.agent.conversation_manager import (
 from strands.agent.state import AgentState
 
 from .._format.attachment_refs import attached, references_of
-from .._format.codec import MARKER, decode_own, encode, stored_size
+from .._format.codec import MARKER, decode_own, encode
+from .._format.dates import to_date
 from .._format.documents import (
+    MAX_NUMBER,
+    MESSAGE_DEPTH,
     MESSAGE_USAGE,
+    STATE_DEPTH,
     STATE_FIELDS,
     Document,
     agent_from,
+    is_number,
     is_restorable,
     message_from,
-    odd_fields,
-    to_date,
     usable_internal_state,
 )
+from .._format.malformed import malformed_fields
+from .._format.sizes import stored_size
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 
 LEFT_BEHIND = frozenset(
-    {
-        "_id",
-        "session_id",
-        "agents",
-        "attachments_generation",
-        "copy_of",
-        "session_ttl",
-        "kept_until",
-        "keep_until",
-        "incarnation",
-        "state",
-        "state_by",
-        "state_until",
-        "time_to_live",
-        "expires_at",
-        "removed_attachments",
-        "migrating",
-        "moved",
-    }
+    {"_id", "session_id", "agents", "copy_of", "incarnation", "removed_attachments"}
+    | {"state", "state_by", "state_until", "time_to_live", "expires_at", "migrating", "moved"}
+    | {"attachments_generation", "session_ttl", "kept_until", "keep_until"}  # of 1.0.0
 )
-"""Fields of a session document that are not copied: the copy has its own values, or none."""
+"""Fields of a session document that are not copied; a copy has values of its own, or none."""
 
 AGENT_LEFT_BEHIND = frozenset(
     {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"}
 )
-"""Fields of an agent's sub-document that are not copied: the copy has its own values."""
+"""Fields of an agent's sub-document that are not copied; a copy has values of its own."""
 
-MOST = 2**62
-"""The largest number that is incremented later: MongoDB refuses an increment beyond 2**63 - 1."""
-
-_STATE_DEPTH = 5  # document, agents, key, agent_data, field
-_MESSAGE_DEPTH = 6  # document, agents, key, messages, element, message
 _MANAGERS = (NullConversationManager, SlidingWindowConversationManager, SummarizingConversationManager)
 
 
@@ -85,8 +68,8 @@ def checked_session(fields: Document) -> Document:
     """
     fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
     _check_names(fields, "the session")
-    for odd in odd_fields({name: value for name, value in fields.items() if value is not None}):
-        raise InvalidArgumentError(f"{odd.path!r} must be a {odd.kind.__name__}, not {type(odd.value).__name__}")
+    for field in malformed_fields({name: value for name, value in fields.items() if value is not None}):
+        raise InvalidArgumentError(f"{field.path!r} must be a {field.kind.__name__}, not {type(field.value).__name__}")
     _check_kinds(fields, "", {"application_name": str, "session_type": str})
     _check_dates(fields, "")
     metadata = fields.get("metadata") or {}
@@ -133,7 +116,7 @@ def checked_agent(fields: Document) -> Document:
     for name in STATE_FIELDS:
         decoded = _decoded(data.get(name), f"agent_data.{name}")
         require(type(decoded) in (dict, NoneType), f"agent_data.{name} must be an object")
-        _check_encodes(decoded, _STATE_DEPTH, f"agent_data.{name}")
+        _check_encodes(decoded, STATE_DEPTH, f"agent_data.{name}")
     _check_state(fields)
     return fields
 
@@ -166,13 +149,13 @@ def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
 
 
 def _check_body(body: Any, name: str) -> None:
-    """Check the content of a message as restoring an agent does."""
+    """Refuse the content of a message that Strands cannot restore."""
     found = message_from({"message": body}, 0)
-    require(found is not None, f"{name} must have a role and a list of content")
-    assert found is not None
+    if found is None:
+        raise InvalidArgumentError(f"{name} must have a role and a list of content")
     require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
     require(_has_texts(found.message), f"{name} holds a text that is not a str")
-    _check_encodes(found.message, _MESSAGE_DEPTH, name)
+    _check_encodes(found.message, MESSAGE_DEPTH, name)
 
 
 def _check_names(fields: Mapping[str, Any], what: str) -> None:
@@ -203,10 +186,7 @@ def _check_numbers(values: Any, name: str) -> None:
     require(type(values) in (dict, NoneType), f"{name} must be an object")
     for key, number in (values or {}).items():
         require(
-            isinstance(number, int | float)
-            and type(number) is not bool
-            and math.isfinite(number)
-            and abs(number) <= MOST,
+            is_number(number),
             f"{name} must hold numbers from -2**62 to 2**62 only",
         )
         require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
@@ -221,7 +201,7 @@ def _decoded(stored: Any, name: str) -> Any:
 
 
 def _check_encodes(value: Any, depth: int, name: str) -> None:
-    """Check that a decoded value can be stored again, as the next turn does."""
+    """Refuse a decoded value that the next turn could not store again."""
     try:
         encode(value, depth=depth, name=name)
     except EncodingError as error:
@@ -239,16 +219,16 @@ def _has_texts(message: Mapping[str, Any]) -> bool:
 
 
 def _check_state(fields: Document) -> None:
-    """Check the state of an agent by restoring it as Strands does."""
+    """Refuse the state of an agent that Strands cannot restore."""
     agent = agent_from("agent", fields)
     internal = _decoded((fields.get("agent_data") or {}).get("_internal_state"), "")
     require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")
     if "interrupt_state" in (internal or {}):
         _check_interrupts(internal["interrupt_state"], "agent_data._internal_state.interrupt_state")
-    stand_in = Agent.__new__(Agent)
+    bare = Agent.__new__(Agent)  # `initialize_internal_state` accepts an `Agent` only; a constructed one needs a model
     for name, restore in (
         ("state", lambda: AgentState(agent.state)),
-        ("_internal_state", lambda: agent.initialize_internal_state(stand_in)),
+        ("_internal_state", lambda: agent.initialize_internal_state(bare)),
         ("conversation_manager_state", lambda: _check_manager(agent.conversation_manager_state)),
     ):
         try:
@@ -269,7 +249,7 @@ def _check_manager(state: Document) -> None:
     require(type(name) is str, "agent_data.conversation_manager_state.__name__ must be a str")
     calls = state.get("model_call_count", 0)
     require(
-        type(calls) is int and 0 <= calls <= MOST,
+        type(calls) is int and 0 <= calls <= MAX_NUMBER,
         "agent_data.conversation_manager_state.model_call_count must be an int >= 0",
     )
     summary = state.get("summary_message")
@@ -283,7 +263,7 @@ def _check_manager(state: Document) -> None:
 
 
 def _check_interrupts(state: Any, path: str) -> None:
-    """Check the fields of interrupts that Strands reads only after it has restored the agent."""
+    """Refuse malformed interrupts, which Strands would read only after it has restored the agent."""
     require(type(state) is dict and type(state.get("activated")) is bool, f"{path}.activated must be a bool")
     context, interrupts = state.get("context"), state.get("interrupts")
     require(type(context) is dict, f"{path}.context must be an object")
@@ -320,7 +300,7 @@ def _check_interrupts(state: Any, path: str) -> None:
 def _check_multi_agent(stored: Document) -> None:
     revision = stored.get("revision")
     require(
-        type(revision) is not bool and isinstance(revision, int) and 0 <= revision <= MOST,
+        type(revision) is not bool and isinstance(revision, int) and 0 <= revision <= MAX_NUMBER,
         "multi_agents: revision must be an int >= 0",
     )
     require(type(stored.get("writer")) is str, "multi_agents: writer must be a str")
@@ -345,7 +325,7 @@ def _check_multi_agent(stored: Document) -> None:
 
 
 def _check_results(part: Any) -> None:
-    """Check the results of an orchestrator's nodes, which Strands reads only when the orchestrator continues."""
+    """Refuse malformed results of nodes, which Strands would read only when the orchestrator continues."""
     require(type(part) is dict, "multi_agents: a result must be an object")
     for name in ("accumulated_usage", "accumulated_metrics"):
         _check_numbers(part.get(name), f"multi_agents: {name}")

@@ -1,7 +1,6 @@
-"""Importing a session from the lines of its portable form, which come from an untrusted source.
+"""Importing a session from lines of the export format, which come from an untrusted source.
 
-Messages are added to the head of their agent, as in a conversation: beyond the limits, old messages move into a bucket.
-The copy is staged, see `_staging`.
+The copy is staged, see `staging`, and built as it is read, see `builder`.
 """
 
 from __future__ import annotations
@@ -9,19 +8,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 from .._format.attachment_refs import Reference
-from .._format.buckets import BUCKET_MESSAGES, Head, Step, bucket_of, everything, taken
-from .._format.codec import stored_size
-from .._format.documents import Document, agent_key, config_set, removed_messages
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.documents import Document, config_set
+from .._format.ids import agent_key
 from .._io.portal import Portal
 from .._store.attachments import CHUNK_BYTES
 from .._store.store import SessionStore
 from ..errors import InvalidArgumentError
+from .builder import SessionBuilder
 from .export_format import MAX_LINE, AgentRead, MessageRead, PieceRead, Read, Reader, SessionRead
 from .staging import Staging
 
@@ -31,42 +27,6 @@ _BYTES = 1024 * 1024
 
 _READ = 64 * 1024
 """The most bytes or characters that are read from a file at a time."""
-
-_ELEMENT = 12
-"""The most bytes that an element of an array takes in addition to its value."""
-
-_PART = 1024 * 1024
-"""Bytes of a session document that one update stores.
-
-A server with a small cache refuses to write a large document at once.
-"""
-
-_RESERVE = 16 * 1024
-"""Bytes of the session document that an import leaves free for later additions."""
-
-
-@dataclass
-class _Agent:
-    """An agent that is being imported."""
-
-    key: str
-    fields: Document
-    removed: int
-    archived: int = 0
-    next_id: int = 0
-    messages: list[Document] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """The size of the messages in the head, as elements of an array."""
-        return sum(self.sizes) + _ELEMENT * len(self.sizes)
-
-    @property
-    def head(self) -> Head:
-        end = self.archived + len(self.messages)
-        size = sum(self.sizes)
-        return Head(archived=self.archived, below=self.archived, next_id=end, size=size, removed=self.removed)
 
 
 class Import:
@@ -81,9 +41,7 @@ class Import:
         self._store = store
         self._session_id = session_id
         self._reader = Reader()
-        self._staging: Staging | None = None
-        self._document: Document = {}
-        self._agents: list[_Agent] = []
+        self._builder: SessionBuilder | None = None
         self._unfinished: Reference | None = None
         self._chunk = bytearray()
         self._chunks = 0
@@ -107,31 +65,24 @@ class Import:
         async with self._turn, self._store.connection.operation():
             self._check()
             self._reader.check_end()
-            staging = self._begun
             await self._drop_unfinished()
-            await self._make_room()
-            for part in await asyncio.to_thread(_parts_of, self._content()):
-                await staging.fill(part)
-            expiry = await staging.date(self._store.expiry.session_ttl)
-            live = {
-                "$unset": dict.fromkeys(("state", "state_by", "state_until"), ""),
-                **({"$set": expiry} if expiry else {}),
-            }
-            await staging.go_live(live)
+            await self._begun.fill()
+            staging = self._begun.staging
+            await staging.go_live(await staging.date(self._store.expiry.session_ttl))
             self._is_over = True
             return staging.session_id
 
     async def abandon(self) -> None:
         """Remove the copy, unless the session is live."""
         async with self._turn, self._store.connection.operation():
-            if not self._is_over and self._staging is not None:
-                await self._staging.abandon()
+            if not self._is_over and self._builder is not None:
+                await self._builder.staging.abandon()
             self._is_over = True
 
     @property
-    def _begun(self) -> Staging:
-        assert self._staging is not None  # the reader accepts no line before that of the session
-        return self._staging
+    def _begun(self) -> SessionBuilder:
+        assert self._builder is not None  # the reader accepts no line before that of the session
+        return self._builder
 
     def _check(self) -> None:
         if self._is_over:
@@ -145,60 +96,21 @@ class Import:
             case SessionRead():
                 await self._begin(found)
             case AgentRead():
-                data = {k: v for k, v in (found.fields.get("agent_data") or {}).items() if v is not None}
-                data.pop("config_set", None)
-                fields = {**found.fields, "agent_data": data}
-                if names := config_set(found.fields):
-                    fields["config_set"] = sorted(names)
-                self._agents.append(_Agent(agent_key(found.agent_id), fields, removed_messages(fields)))
+                self._begun.add_agent(agent_key(found.agent_id), _agent_fields(found.fields))
             case MessageRead():
-                await self._message(found)
+                await self._begun.add_message(found.message, found.size)
             case PieceRead():
                 await self._piece(found)
 
     async def _begin(self, found: SessionRead) -> None:
         session_id = found.session_id if self._session_id is None else self._session_id
-        self._staging = Staging(self._store, session_id)
+        staging = Staging(self._store, session_id)
         origin = {"session_id": found.session_id, "at": self._store.connection.now()}
-        self._document = {**found.fields, "copy_of": origin}
-        await self._staging.begin()
-
-    async def _message(self, found: MessageRead) -> None:
-        agent, message = self._agents[-1], found.message
-        agent.messages.append(message)
-        agent.sizes.append(found.size)
-        agent.next_id = message["message_id"] + 1
-        limits = self._store.mover.limits
-        while limits.exceeded(agent.head):
-            await self._archive(agent, limits.step(agent.head))
-
-    async def _archive(self, agent: _Agent, step: Step) -> None:
-        count = min(taken(agent.sizes, step), BUCKET_MESSAGES)
-        first, messages = agent.archived, agent.messages[:count]
-        bucket = bucket_of(self._begun.place, agent.key, first, messages)
-        condition = {"_id": bucket["_id"]}
-        archive = self._store.archive.collection
-        await archive.send(lambda buckets: buckets.replace_one(condition, bucket, upsert=True))
-        agent.archived += count
-        del agent.messages[:count], agent.sizes[:count]
-
-    async def _make_room(self) -> None:
-        """Archive more messages than the limits require if the heads do not fit into one document."""
-        frame = self._content()
-        frame["agents"] = {key: {**agent, "archived": 0, "messages": []} for key, agent in frame["agents"].items()}
-        room = MAX_DOCUMENT_BYTES - _RESERVE - await asyncio.to_thread(stored_size, frame)
-        if room < 0:
-            del self._document["copy_of"]
-        sizes = [agent.size for agent in self._agents]
-        total = sum(sizes)
-        for size, agent in sorted(zip(sizes, self._agents, strict=True), key=itemgetter(0), reverse=True):
-            total -= size
-            while agent.messages and total + agent.size > room:
-                await self._archive(agent, everything(agent.head))
-            total += agent.size
+        self._builder = SessionBuilder(self._store, staging, {**found.fields, "copy_of": origin})
+        await staging.begin()
 
     async def _piece(self, piece: PieceRead) -> None:
-        attachments, place, reference = self._store.attachments, self._begun.place, piece.reference
+        attachments, place, reference = self._store.attachments, self._begun.staging.place, piece.reference
         if piece.at == 0:
             await self._drop_unfinished()
             self._unfinished, self._chunks = reference, 0
@@ -214,56 +126,17 @@ class Import:
 
     async def _drop_unfinished(self) -> None:
         if self._unfinished is not None:
-            await self._store.attachments.drop_chunks(self._begun.place, self._unfinished)
+            await self._store.attachments.drop_chunks(self._begun.staging.place, self._unfinished)
         self._unfinished = None
         self._chunk.clear()
 
-    def _content(self) -> Document:
-        agents = {}
-        for agent in self._agents:
-            archived = {"archived": agent.archived} if agent.archived else {}
-            agents[agent.key] = {
-                **agent.fields,
-                "next_message_id": agent.next_id,
-                **archived,
-                "messages": agent.messages,
-            }
-        return {**self._document, "agents": agents}
 
-
-def _parts_of(content: Document) -> list[Document]:
-    """Return the fields of a document by path, in parts that can be stored one after the other."""
-    parts: list[Document] = [{}]
-    size = 0
-    for path, value, length in _fields_of("", content):
-        if parts[-1] and size + length > _PART:
-            parts.append({})
-            size = 0
-        parts[-1][path] = value
-        size += length or _PART  # the content of an empty value follows, and cannot be in the same update
-    return parts
-
-
-def _fields_of(path: str, value: Any) -> Iterator[tuple[str, Any, int]]:
-    """Yield values with paths and sizes in bytes.
-
-    A large value is divided: it is yielded as an empty one of size 0, and its content follows.
-    """
-    size = stored_size({"": value})
-    if path and (size <= _PART or not _can_be_divided(value)):
-        yield path, value, size
-        return
-    if path:
-        yield path, type(value)(), 0
-    items: Iterable[tuple[Any, Any]] = value.items() if type(value) is dict else enumerate(value)
-    for key, item in items:
-        yield from _fields_of(f"{path}.{key}" if path else key, item)
-
-
-def _can_be_divided(value: Any) -> bool:
-    if type(value) is dict:
-        return all(key and "." not in key and not key.startswith("$") for key in value)
-    return type(value) is list
+def _agent_fields(fields: Document) -> Document:
+    """Return the fields of an agent's sub-document in their current form."""
+    data = {name: value for name, value in (fields.get("agent_data") or {}).items() if value is not None}
+    data.pop("config_set", None)
+    names = config_set(fields)
+    return {**fields, "agent_data": data, **({"config_set": sorted(names)} if names else {})}
 
 
 async def feed(portal: Portal, session: Import, stream: object) -> str:
@@ -298,10 +171,10 @@ async def _in_threads(batches: Iterator[list[Any]]) -> AsyncIterator[list[Any]]:
 
 
 class _Lines:
-    """Makes batches of lines from the parts of a stream, which can be chunks or lines.
+    """Collects the parts of a stream, which are lines or chunks, into batches of lines.
 
-    A line ends with a line feed. It also ends between a part that ends with an object and a part that begins with one,
-    because the lines of a list can have no line feeds.
+    A line ends with a line feed. It also ends between a part that ends with an object and a part that begins with one:
+    the items of a list of lines can have no line feeds.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
 """Staging: an import or a fork fills a session that stays invisible until it is complete.
 
-The copy begins with its session document, which has a new `incarnation` and the state "copying", see `_deletion`. No
-other copy into the same id can begin while it is there. The archive and the attachments of the incarnation follow. One
-update then makes the session live, and matches only the state that the copy itself has stored. So a copy is either live
-or has a document in the state "copying". The copy removes that document, and its parts, when it fails; any process can
-remove them when the lease is over.
+A copy begins with its session document, which has a new `incarnation` and the state "copying", see `_store.deletion`.
+While the document exists, no other copy into the same id can begin. The archive and the attachments of the incarnation
+follow. One update then makes the session live, and matches only the state that the copy itself has stored. So a copy is
+either live or has a document in the state "copying". A copy that fails removes that document and its parts; after the
+end of the lease, any process can remove them.
 
 The parts of a copy have no dates until immediately before it becomes live.
 """
@@ -38,7 +38,7 @@ _ROUNDS = 16
 """A copy gives up after a session of the same id was created and deleted this often."""
 
 _not_removed: set[Place] = set()
-"""The copies of this process that could not be removed: another try removes them before their leases are over."""
+"""The copies of this process that could not be removed; a new copy into the same id removes them at once."""
 
 
 class Staging:
@@ -123,25 +123,14 @@ class Staging:
         if not await self.update({"$set": fields}):
             raise self.lost()
 
-    async def read(self, projection: Document) -> Document:
-        """Return the document of the copy.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy, because its lease was over.
-        """
-        found = await self._find(self.own, projection)
-        if found is None:
-            raise self.lost()
-        return found
-
     async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:
         return await self._sessions.find_one(condition, projection or {"_id": 1})
 
     async def date(self, seconds: int | None) -> Document:
-        """Set `expires_at` of all parts; return the fields `time_to_live` and `expires_at` for the session.
+        """Set `expires_at` of all parts; return the fields `time_to_live` and `expires_at` of the session.
 
-        The session has at least its time to live ahead when this returns. If dating the parts has taken longer than the
-        margin of `next_date`, they are dated again.
+        When this returns, the session expires no earlier than after its time to live. If setting the dates takes longer
+        than the margin of `next_date`, they are set again.
 
         Args:
             seconds: The time to live of the session, `None` if it does not expire.
@@ -159,12 +148,15 @@ class Staging:
                 return {"time_to_live": seconds, "expires_at": until}
             more = 2 * (end - begin)
 
-    async def go_live(self, update: Document | list[Document]) -> None:
-        """Send the update that makes the session live.
+    async def go_live(self, fields: Document) -> None:
+        """Make the session live, and set fields of its document.
 
         Raises:
             SessionConflictError: Another process has removed the copy, because its lease was over.
         """
+        update: Document = {"$unset": dict.fromkeys({"state", "state_by", "state_until"} - fields.keys(), "")}
+        if fields:
+            update["$set"] = fields
         if not await self.update(update) and not await self._is_live():  # else an acknowledgement was lost
             raise self.lost()
         self._stop()

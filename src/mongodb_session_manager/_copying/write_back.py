@@ -1,9 +1,9 @@
-"""Writing the archive and the attachments of a session back into its document, where versions before 1.0 find them.
+"""Writing the archive and the attachments of a session back into its document, for versions before 1.0.
 
 One update puts the messages of all agents back into the document. It matches the `archived`, `revision` and
 `archive_revision` of each agent that were read. Appends do not change these, so they continue meanwhile, except for an
 appended message that itself needs a change. The buckets and attachments are removed afterwards. Until then no reader
-uses them, because `archived` is 0 and no message refers to an attachment; `_buckets` explains why no later move uses a
+uses them, because `archived` is 0 and no message refers to an attachment; `buckets` explains why no later move uses a
 left-over bucket.
 """
 
@@ -17,31 +17,20 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.attachment_refs import attached, references_of
-from .._format.codec import stored_size
-from .._format.documents import (
-    MESSAGE_USAGE,
-    Document,
-    OddField,
-    agent_id_of,
-    agent_key,
-    array_at,
-    checked_id,
-    is_of_old,
-    stored_id,
-)
+from .._format.documents import MESSAGE_USAGE, Document
+from .._format.expressions import ALL, array_at
+from .._format.ids import agent_id_of, checked_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from .._format.statements import REMOVED, Update, with_removed
 from .._io.drivers import AsyncCollection
 from .._store.sessions import ROUNDS
 from .._store.store import SessionStore
 from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone
-
-_ALL = 2**31 - 1
+from .source import number, read_source
 
 _STUCK_CHANGES = 1024
-"""How many changes of a bucket, stuck on their way, do not give it a revision that later buckets have."""
+"""A bucket stays below the revision of later buckets if at most this number of delayed statements change it."""
 
 _OF_ARCHIVE = ("archived", "archive_revision")
 
@@ -71,7 +60,7 @@ class _Agent:
 
     @property
     def archived(self) -> int:
-        return _number(self.stored, "archived")
+        return number(self.stored, "archived")
 
     @property
     def since(self) -> Any:
@@ -79,31 +68,27 @@ class _Agent:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the session document holds every message in a form that the original takes."""
+        """Whether every message is in the session document, in the form of versions before 1.0."""
         return not self.archived and not any(map(_is_to_change, self.head))
 
     @property
     def below(self) -> int:
-        """The revision that the head gets: higher than any that a bucket has or gets."""
+        """The new revision of the head: higher than any present or later revision of a bucket."""
         return self.revision + 1 + _STUCK_CHANGES
 
     def begin(self) -> None:
-        """Forget what was read of the buckets."""
-        self.older, self.count, self.revision = [], 0, _number(self.stored, "revision")
+        """Reset the fields that are read from the buckets."""
+        self.older, self.count, self.revision = [], 0, number(self.stored, "revision")
 
     def following(self, bucket: Mapping[str, Any]) -> list[Any]:
         """Return those messages of a bucket that follow the messages read before."""
         first = int(bucket["_id"]["first"])
-        self.revision = max(self.revision, _number(bucket, "revision"))
+        self.revision = max(self.revision, number(bucket, "revision"))
         return bucket["messages"][self.count - first : self.archived - first] if first <= self.count else []
 
 
 class WriteBack:
-    """Writes sessions back.
-
-    Args:
-        store: The sessions.
-    """
+    """Writes sessions back."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store
@@ -114,35 +99,13 @@ class WriteBack:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             for _ in range(ROUNDS):
-                if (document := await self._of_today(session_id)) is None:
-                    continue
-                agents, place = _agents_of(session_id, document), Place(session_id, document["incarnation"])
+                await self._store.expiry.life(session_id)  # continues an interrupted migration
+                place, document, found = await read_source(self._store, session_id)
+                agents = [_Agent(key, stored, stored.get("messages") or []) for key, stored in found.items()]
                 if all(agent.is_whole for agent in agents) or await self._write_back_once(session_id, document, agents):
                     await self._remove_left_over(place, agents)
                     return
         raise DatabaseError(f"session {session_id!r} was changed again and again while it was written back")
-
-    async def _of_today(self, session_id: str) -> Document | None:
-        """Return a session whose agents have the current form, `None` if another writer changed it meanwhile."""
-        await self._store.expiry.life(session_id)  # migrates it, if necessary
-        document = await self._store.sessions.get(session_id, {})
-        if not isinstance(document.get("incarnation"), ObjectId):  # 1.0.0 has created it again
-            self._store.expiry.forget(session_id)
-            return None
-        agents = {
-            agent.key: {
-                **agent.stored,
-                "archived": agent.archived,
-                "revision": _number(agent.stored, "revision"),
-                "ids": list(map(stored_id, agent.head)),
-            }
-            for agent in _agents_of(session_id, document)
-        }
-        of_old = [key for key, agent in agents.items() if is_of_old(agent) and not is_left_out(key, agent, agents)]
-        if not of_old:
-            return document
-        await self._store.migration.migrate_agents(session_id, agents, of_old)
-        return None
 
     async def _write_back_once(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> bool:
         """Put the messages of all agents into the session document; return `False` if they changed meanwhile."""
@@ -170,9 +133,9 @@ class WriteBack:
             raise_alone(refused)
 
     async def _gather(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> int:
-        """Bring all messages into the form to be stored; return how large the document gets.
+        """Read all messages and convert them; return the size of the new document in bytes.
 
-        No more messages than fit into a document are kept, and no attachment is read if they do not fit.
+        At most the messages that fit into a document are kept in memory. If they do not fit, no attachment is read.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.
@@ -222,37 +185,11 @@ class WriteBack:
         session_id = place.session_id
         for agent in agents:
             self._store.mover.forget(session_id, agent.key)
-            if below := (_number(agent.stored, "stale_below") if agent.is_whole else agent.below):
+            if below := (number(agent.stored, "stale_below") if agent.is_whole else agent.below):
                 await self._store.mover.remove_stale(place, agent.key, agent.since, below)
         document = await self._store.sessions.find(session_id, {REMOVED: 1})
         if document is not None and document.get(REMOVED):
-            await self._store.writer.remove_removed(place, document[REMOVED])
-
-
-def _number(fields: Mapping[str, Any], name: str) -> int:
-    value = fields.get(name)
-    return int(value) if isinstance(value, int) else 0
-
-
-def _agents_of(session_id: str, document: Mapping[str, Any]) -> list[_Agent]:
-    """Return the agents of a session.
-
-    Raises:
-        DatabaseError: The field `messages` of an agent holds no array.
-    """
-    agents = []
-    for key, stored in usable_agents(session_id, document).items():
-        messages = stored.get("messages")
-        if messages is not None and type(messages) is not list:
-            raise OddField(f"agents.{key}.messages", messages, list).error(session_id)
-        if key and "." not in key:
-            agents.append(_Agent(key, stored, messages or []))
-    return agents
-
-
-def is_left_out(key: str, agent: Mapping[str, Any], agents: Mapping[str, Any]) -> bool:
-    """Return whether opening leaves out an agent of an earlier version because another one has its key."""
-    return agent.get("next_message_id") is None and agent_key(key) != key and agent_key(key) in agents
+            await self._store.attachments.remove_removed(place, document[REMOVED])
 
 
 def _refers(stored: Mapping[str, Any]) -> bool:
@@ -271,7 +208,7 @@ def _is_to_change(stored: Any) -> bool:
 
 
 def _in_document(stored: Any) -> Any:
-    """Return a message with its attachments in place, in a form that the original takes."""
+    """Return a message that holds its attachments in the form of versions before 1.0."""
     if not _is_to_change(stored):
         return stored
     gone = [name for name, is_gone in (("attachments", _refers), ("usage", _has_old_usage)) if is_gone(stored)]
@@ -325,7 +262,7 @@ def _unchanged(agents: Iterable[_Agent]) -> Document:
         condition[path] = {"$exists": True}
         condition[f"{path}.created_at"] = agent.since
         for name in ("revision", *_OF_ARCHIVE):
-            condition[f"{path}.{name}"] = _number(agent.stored, name) or {"$not": {"$gt": 0}}
+            condition[f"{path}.{name}"] = number(agent.stored, name) or {"$not": {"$gt": 0}}
         if agent.head:
             condition[f"{path}.messages.{len(agent.head) - 1}"] = {"$exists": True}
     return condition
@@ -342,7 +279,7 @@ def _put_back(session_id: str, incarnation: ObjectId, agents: Sequence[_Agent]) 
         condition |= {f"{path}.messages.{n}.updated_at": agent.head[n].get("updated_at") for n in agent.changed}
         sets[f"{path}.messages"] = {"$concatArrays": _parts(agent)}
         sets[f"{path}.revision"] = sets[f"{path}.stale_below"] = agent.below
-        new.append({"$slice": [array_at(f"${path}.messages"), len(agent.head), _ALL]})
+        new.append({"$slice": [array_at(f"${path}.messages"), len(agent.head), ALL]})
     is_there = [{"$ne": [{"$type": f"$$this.{name}"}, "missing"]} for name in ("attachments", "usage")]
     to_change = {"$filter": {"input": {"$concatArrays": new}, "cond": {"$or": is_there}}}
     condition["$expr"] = {"$eq": [{"$size": to_change}, 0]}
@@ -362,5 +299,5 @@ def _parts(agent: _Agent) -> list[Any]:
             parts.append({"$slice": [stored, position, n - position]})
         parts.append({"$literal": [agent.changed[n]]})
         position = n + 1
-    parts.append({"$slice": [stored, position, _ALL]})
+    parts.append({"$slice": [stored, position, ALL]})
     return parts

@@ -1,7 +1,7 @@
 """The references of a message to bytes in GridFS, and the limits of its size. Pure.
 
-A message whose bytes together exceed a limit is recorded with its `attachments`, a list of `Attachment`. When it is
-stored, the bytes are in GridFS, and its element of `messages` holds
+If the bytes of a message together exceed a limit, it is recorded with `attachments`, a list of `Attachment`. When the
+message is stored, the bytes are in GridFS, and its element of `messages` has
 
     message, redact_message   {"__msm__": "attachment", "v": <reference>} in the place of the bytes
     attachments               [<reference>]
@@ -22,13 +22,14 @@ from typing import Any, NamedTuple, Self, TypeVar, cast
 from bson import ObjectId
 
 from ..errors import ConfigurationError, MessageTooLargeError
-from .codec import MARKER, stored_size
+from .codec import MARKER
 from .documents import Document
+from .sizes import stored_size
 
 T = TypeVar("T", bound=Mapping[str, Any])
 
 MAX_INLINE_ATTACHMENT_BYTES = 256 * 1024
-"""Images, documents and videos of one message stay in the document if they have at most this many bytes together."""
+"""Images, documents and videos of one message are stored in the document if their total size is at most this."""
 
 MAX_MESSAGE_BYTES = 15 * 1024 * 1024
 """The most bytes of BSON of one message, without its attachments.
@@ -85,8 +86,10 @@ def checked_inline_bytes(value: object) -> int:
     return value
 
 
-def set_aside(fields: T, max_inline: int) -> T:
-    """Return the fields of a message; `attachments` lists the bytes that will be stored in GridFS.
+def set_aside(fields: T, max_inline: int) -> tuple[T, int]:
+    """Return the fields of a message, and their size in bytes; `attachments` lists the bytes that go to GridFS.
+
+    The size does not include the attachments.
 
     Raises:
         MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
@@ -103,16 +106,17 @@ def set_aside(fields: T, max_inline: int) -> T:
             f"a message of {size} bytes, its attachments not counted, is larger than a message may be "
             f"({MAX_MESSAGE_BYTES} bytes); it was not stored"
         )
-    return fields
+    return fields, size
 
 
-def replacement(fields: Document, max_inline: int) -> Document:
+def replacement(fields: Document, max_inline: int) -> tuple[Document, int]:
     """Return the fields of a message that replace its content and all its attachments, as `set_aside` does.
 
     Raises:
         MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
     """
-    return {"attachments": [], **set_aside(fields, max_inline)}
+    fields, size = set_aside(fields, max_inline)
+    return {"attachments": [], **fields}, size
 
 
 def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:

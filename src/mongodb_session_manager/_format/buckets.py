@@ -1,15 +1,15 @@
-"""The layout of the messages of a long conversation: heads, buckets, and the statements that move messages. Pure.
+"""The messages of a long conversation: heads, buckets, and the statements that move messages. Pure.
 
 The session document keeps an agent's newest messages, its head. Older ones are in `<collection>_archive`:
 
-    _id          {incarnation, agent: <agent key>, first: <position>}, see `_layout`
+    _id          {incarnation, agent: <agent key>, first: <position>}, see `layout`
     session_id   the session
     revision     that of the head when the bucket was made; it grows with every change of a message in the bucket
     last         the position of the last message
-    messages     as they were in the session document
+    messages     the elements of `messages` of the session document
     removed_attachments
                  references of replaced messages, until the files are removed
-    expires_at   if the session expires, see `_retention`
+    expires_at   if the session expires, see `retention`
 
 A position counts the messages of an agent from 0. Versions before 1.0 can have stored ids that have gaps, or do not
 increase; positions always locate a message. In the agent's sub-document, `archived` is the position of the head's first
@@ -23,9 +23,10 @@ bucket that begins at `archived` or later is left over from an unfinished move: 
 replaces it. `merge` refuses to replace a bucket of a higher revision, or a different one of the same revision, so that
 a delayed statement cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
 
-A write-back is the only statement that lowers `archived`, to 0; see `_write_back`. It leaves the agent's buckets behind
-and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No message moves
-while the field is there. Removing the buckets of a lower revision, and then the field, ends the write-back.
+A write-back is the only statement that lowers `archived`, to 0; see `_copying.write_back`. It leaves the agent's
+buckets behind and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No
+message moves while the field is there. Removing the buckets of a lower revision, and then the field, ends the
+write-back.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from typing import Any, NamedTuple, Self
 
 from ..errors import ConfigurationError
 from .changes import Identity, split_fields
-from .documents import Document, array_at, entries_at, ids_of, is_numbered, number_at, size_at, stored_removed
+from .documents import Document
+from .expressions import ALL, array_at, entries_at, ids_of, is_object, number_at, size_at, stored_removed
+from .ids import is_numbered
 from .layout import LIVE, Place
 from .retention import LIFE, Dates, Life
 from .statements import REMOVED, Update, attachments_of, is_meant, replaced_message, with_removed
@@ -45,11 +48,10 @@ MAX_EMBEDDED_MESSAGES = 128
 MAX_EMBEDDED_BYTES = 256 * 1024
 
 BUCKET_MESSAGES = 1024
-"""The most messages of a bucket. So the bucket that holds a position begins less than this number below it."""
+"""The most messages of a bucket: the bucket that holds a position begins less than this number below it."""
 
 _BUCKET_BYTES = 2 * 1024 * 1024
 _MOST_EMBEDDED_BYTES = 8 * 1024 * 1024
-_ALL = 2**31 - 1
 _TAKEN = "__taken__"
 
 
@@ -122,7 +124,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most messages, and the most bytes of them, that an agent has in the session document."""
+    """The most messages of an agent in the session document, and their most bytes."""
 
     messages: int
     size: int
@@ -165,7 +167,7 @@ class Limits:
 
 
 def everything(head: Head) -> Step:
-    """Return the move that leaves only the newest message, or none where that is the only one."""
+    """Return the move that leaves only the newest message; a single message is moved, too."""
     older = max(1, head.count - 1)
     return Step(older, 0, min(older, BUCKET_MESSAGES))
 
@@ -188,9 +190,9 @@ def head_numbers(path: str) -> Document:
 
 
 def numbers_of(key: str) -> Document:
-    """Return the projection of the `head` of an agent; `null` if there is no such agent."""
+    """Return the projection for the `head` of an agent; `null` without the agent."""
     path = f"$agents.{key}"
-    return {"_id": 0, "head": {"$cond": [{"$eq": [{"$type": path}, "object"]}, head_numbers(path), None]}}
+    return {"_id": 0, "head": {"$cond": [is_object(path), head_numbers(path), None]}}
 
 
 NUMBERS_OF_ALL: Document = {
@@ -203,11 +205,11 @@ NUMBERS_OF_ALL: Document = {
         }
     },
 }
-"""The projection of the `heads` of all agents, each with its `key`."""
+"""The projection for the `heads` of all agents, each with its `key`."""
 
 
 def _unchanged(session_id: str, key: str, head: Head) -> Document:
-    """Return the filter that matches while the messages of `head` are unchanged; further ones may follow them."""
+    """Return the filter that matches while the messages of `head` are unchanged; others can follow them."""
     numbers = {"archived": head.archived, "revision": head.revision}
     return {
         "_id": session_id,
@@ -253,7 +255,7 @@ def _taken(messages: str, step: Step) -> Document:
 
 
 def taken(sizes: Sequence[int], step: Step) -> int:
-    """Return how many of messages of these sizes a step takes, as `merge` does."""
+    """Return how many messages of these sizes a step takes, computed as in `merge`."""
     count = size = 0
     for added in sizes[: step.most]:
         if not (count < step.messages or size < step.size) or (count and size + added > _BUCKET_BYTES):
@@ -274,7 +276,7 @@ def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) 
 
 
 def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates: Dates) -> list[Document]:
-    """Return the aggregation that copies the oldest messages of a head into the bucket of `archive` they belong in.
+    """Return the aggregation that copies the oldest messages of a head into their bucket in `archive`.
 
     `dates` is the expiry of the bucket.
     """
@@ -290,7 +292,7 @@ def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates
         bucket["expires_at"] = {"$literal": dates.expires_at}
     newer = {"$gt": ["$$new.revision", "$revision"]}
     alike = {"$and": [{"$eq": ["$$new.revision", "$revision"]}, {"$eq": ["$$new.last", "$last"]}]}
-    # Aggregations have no operator that fails; but a change of _id is an error (ImmutableField).
+    # Aggregations have no operator that raises an error, but a change of _id does (ImmutableField).
     replace_or_fail = {"$replaceWith": {"$cond": [{"$or": [newer, alike]}, "$$new", {"_id": None}]}}
     return [
         {"$match": _unchanged(session_id, key, head)},
@@ -309,7 +311,7 @@ def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Upda
     path = f"agents.{key}"
     condition = {**_unchanged(session_id, key, head), **dates.may_be_added}
     sets = {
-        f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", _ALL]},
+        f"{path}.messages": {"$slice": [f"${path}.messages", f"${_TAKEN}", ALL]},
         f"{path}.archived": {"$add": [f"${_TAKEN}", head.archived]},
     }
     stages: list[Document] = [{"$set": {_TAKEN: _taken(f"${path}.messages", step)}}, {"$set": sets}, {"$unset": _TAKEN}]
@@ -324,7 +326,7 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
 
 def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
     """Return the filter for the buckets that a write-back has left behind; it never matches a later bucket."""
-    first, last = (place.bucket_id(key, position, since) for position in (0, _ALL))
+    first, last = (place.bucket_id(key, position, since) for position in (0, ALL))
     return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
 
 
@@ -353,7 +355,7 @@ def holding_message(
         created_at: The `created_at` of the message, if it is known: 1.0.0 may have archived duplicate ids.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
-    ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, _ALL))
+    ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, ALL))
     return [
         {
             "_id": {"$gte": place.bucket_id(key, low, since), "$lte": place.bucket_id(key, high, since)},

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple, Self, TypeAlias
 from bson import ObjectId
 
 from .attachment_refs import Reference
-from .codec import stored_size
-from .documents import Document, StoredMessage, checked_id
+from .documents import Document, StoredMessage
+from .ids import checked_id
 from .retention import UNDATED, Dates
-from .sizes import AGENT_FIELDS
+from .sizes import AGENT_FIELDS, stored_size
 
 _PART_BYTES = 15 * 1024 * 1024
-"""A statement may hold 16 MiB; the rest is for what is not a message."""
+"""The most bytes of messages in one statement. MongoDB allows 16 MiB; the rest is for other fields."""
 
 
 class Identity(NamedTuple):
@@ -52,7 +52,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CreateAgent:
-    """The agent is there, empty; one that exists already is left alone."""
+    """An agent without messages is created; an existing agent stays unchanged."""
 
     agent_id: str
     document: Document
@@ -60,25 +60,36 @@ class CreateAgent:
 
 @dataclass(frozen=True, slots=True)
 class AppendMessage:
-    """A message follows the others.
+    """A message is appended.
 
-    `usage` is what it adds to the running totals of its agent. They are incremented by the statement that appends, so
-    exactly as often. With `by_id` the caller has chosen the id: it must be greater than every stored id, and can be any
-    id if no message is stored.
+    Attributes:
+        agent_id: The agent.
+        message: The message.
+        usage: Its part of the running totals of the agent. The statement that appends increments them, so each message
+            counts exactly once.
+        by_id: Whether the caller has chosen the id. It must be greater than every stored id, and can be any id if no
+            message is stored.
+        size: The size of the message in bytes, without its attachments; `None` if it was not measured.
     """
 
     agent_id: str
     message: StoredMessage
     usage: Mapping[str, int] = field(default_factory=dict)
     by_id: bool = False
+    size: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ReplaceMessage:
-    """A message has another content: merged, updated or redacted.
+    """The content of a message is replaced: merged, updated or redacted.
 
-    `identity` is that of the message, if it is known. With `by_id`, the writer has not loaded the message: if several
-    messages have its id, `identity` selects one of them.
+    Attributes:
+        agent_id: The agent.
+        message_id: The message.
+        fields: The new fields.
+        identity: The identity of the message, if it is known.
+        by_id: Whether the writer has not loaded the message. If several messages have its id, `identity` selects one.
+        size: The size of the fields in bytes, without attachments; `None` if it was not measured.
     """
 
     agent_id: str
@@ -86,11 +97,12 @@ class ReplaceMessage:
     fields: Document
     identity: Identity | None = field(default=None, compare=False, repr=False)
     by_id: bool = False
+    size: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateAgent:
-    """Fields of `agent_data` have new values.
+    """Fields of `agent_data` get new values.
 
     `expected` is the `next_message_id` that the writer knows; `None` overwrites whatever is there.
     """
@@ -103,7 +115,7 @@ class UpdateAgent:
 
 @dataclass(frozen=True, slots=True)
 class ObserveConfig:
-    """The agent runs with this model or system prompt; what a user has set stays."""
+    """The agent runs with this model or system prompt; values that a user has set stay."""
 
     agent_id: str
     expected: int
@@ -112,7 +124,7 @@ class ObserveConfig:
 
 @dataclass(frozen=True, slots=True)
 class AddGuardrailEvent:
-    """A guardrail stepped in; `event` is an entry of the session's `guardrail_events`."""
+    """A guardrail has intervened; `event` is an entry of the session's `guardrail_events`."""
 
     agent_id: str
     event: Document
@@ -120,7 +132,7 @@ class AddGuardrailEvent:
 
 @dataclass(frozen=True, slots=True)
 class SetMessageFields:
-    """Fields beside a message's content have new values, like its metrics."""
+    """Fields of a message other than its content, such as its metrics, get new values."""
 
     agent_id: str
     message_id: int
@@ -142,8 +154,9 @@ class MessageWrite:
         recorded: A new message as it was first recorded, `None` for a stored one. If a statement whose acknowledgement
             was lost has stored the message, this identifies it.
         amended: The later changes of a new message, which that statement possibly did not contain.
-        usage: What a new message adds to the running totals of its agent.
+        usage: The part of a new message in the running totals of its agent.
         known_as: The identity of a stored message, if it is known.
+        size: The size of a new message in bytes.
     """
 
     fields: Mapping[str, Any]
@@ -151,6 +164,7 @@ class MessageWrite:
     amended: Mapping[str, Any] = field(default_factory=dict)
     usage: Mapping[str, int] = field(default_factory=dict)
     known_as: Identity | None = None
+    size: int = 0
 
     @property
     def identity(self) -> Identity | None:
@@ -165,11 +179,12 @@ class MessageWrite:
         sets, unsets = split_fields(fields)
         self.fields = {name: value for name, value in self.fields.items() if name not in unsets} | sets
         self.amended = {**self.amended, **fields}
+        self.size += stored_size(sets)
 
 
 @dataclass
 class AgentWrite:
-    """All recorded changes of one agent, gathered.
+    """All recorded changes of one agent.
 
     Attributes:
         agent_id: The agent.
@@ -202,14 +217,15 @@ class AgentWrite:
     incarnation: ObjectId | None = None
 
     def add(self, change: Change) -> None:
-        """Add the change that happened next."""
+        """Add the next change."""
         match change:
             case CreateAgent(document=document):
                 self.created = document
                 self._touch(document["updated_at"])
             case AppendMessage(message=message, usage=usage, by_id=by_id):
                 self.by_id |= by_id
-                self.messages[message["message_id"]] = MessageWrite(message, message, usage=usage)
+                size = size_of_change(change)
+                self.messages[message["message_id"]] = MessageWrite(message, message, usage=usage, size=size)
                 self._touch(message["updated_at"])
             case ReplaceMessage(message_id=message_id, fields=fields, identity=identity, by_id=by_id):
                 self.set_fields(message_id, fields, identity)
@@ -238,13 +254,13 @@ class AgentWrite:
 
     @property
     def appended(self) -> list[Mapping[str, Any]]:
-        """The new messages, as they are to be stored."""
+        """The new messages in the form to be stored."""
         return [message.fields for message in self.messages.values() if message.recorded is not None]
 
     @property
     def appended_size(self) -> int:
-        """The size of the new messages in bytes of BSON."""
-        return sum(map(stored_size, self.appended))
+        """The size of the new messages in bytes, at least."""
+        return sum(message.size for message in self.messages.values())
 
     @property
     def replaced(self) -> dict[int, Mapping[str, Any]]:
@@ -258,16 +274,16 @@ class AgentWrite:
         return {n: identity for n, identity in known.items() if identity is not None}
 
     def contents(self) -> list[Mapping[str, Any]]:
-        """Return the messages, and fields of messages, that are to be stored."""
+        """Return the messages, and fields of messages, to store."""
         return [message.fields for message in self.messages.values()]
 
     def earlier_contents(self) -> list[Mapping[str, Any]]:
-        """Return what may have been stored by a statement whose acknowledgement was lost."""
+        """Return the fields that a statement whose acknowledgement was lost can have stored."""
         new = [message for message in self.messages.values() if message.recorded is not None]
         return [fields for message in new for fields in (message.recorded or {}, message.amended)]
 
     def exchange(self, new: Callable[[Mapping[str, Any]], Any]) -> None:
-        """Put `new(...)` in the place of each message and of the fields of each."""
+        """Replace the fields of each message by `new(fields)`."""
         for message in self.messages.values():
             message.fields, message.amended = new(message.fields), new(message.amended)
             if message.recorded is not None:
@@ -275,7 +291,7 @@ class AgentWrite:
 
     @property
     def increments(self) -> dict[str, int]:
-        """What the new messages add to the agent's running totals."""
+        """The increments of the agent's running totals for the new messages."""
         totals: dict[str, int] = {}
         for message in self.messages.values():
             for name, amount in message.usage.items():
@@ -291,7 +307,7 @@ class AgentWrite:
 
     @property
     def has_more_than_states(self) -> bool:
-        """Whether the write stores anything else."""
+        """Whether the write stores more than the `states`."""
         return bool(self.created or self.messages or self.events)
 
     def without_states(self, names: Iterable[str]) -> AgentWrite:
@@ -305,7 +321,7 @@ class AgentWrite:
         return replace(self, created=created, data=kept(self.data), config=kept(self.config))
 
     def states_alone(self) -> AgentWrite:
-        """Return the write that stores the `states` after everything else of this write is stored."""
+        """Return the write that stores the `states` after the rest of this write."""
         created = self.created["agent_data"] if self.created is not None else {}
         expected = self.expected
         if appended := self.appended:
@@ -333,12 +349,12 @@ class AgentWrite:
 
     @property
     def expected_id(self) -> int | None:
-        """The `next_message_id` this write is for; `None` where only messages already stored change."""
+        """The `next_message_id` that this write must match; `None` if it only changes stored messages."""
         return next((n for n, message in self.messages.items() if message.recorded is not None), self.expected)
 
 
 def split_fields(fields: Mapping[str, Any]) -> tuple[Document, Document]:
-    """Return the fields of a message to set, and those to remove: `attachments`, if none are left."""
+    """Return the fields of a message to set, and those to remove: an empty list of `attachments`."""
     unsets = {"attachments": ""} if fields.get("attachments") == [] else {}
     return {name: value for name, value in fields.items() if name not in unsets}, unsets
 
@@ -352,18 +368,21 @@ def fold(changes: Iterable[Change]) -> dict[str, AgentWrite]:
     return writes
 
 
+def size_of_change(change: Change) -> int:
+    """Return the size of the message of a change in bytes; 0 for a change without content."""
+    match change:
+        case AppendMessage(message=content) | ReplaceMessage(fields=content):
+            return stored_size(content) if change.size is None else change.size
+        case _:
+            return 0
+
+
 def in_parts(changes: Iterable[Change]) -> Iterator[list[Change]]:
-    """Split changes, in order, into parts whose messages fit into one statement together; nearly always one."""
+    """Split changes, in order, into parts whose messages fit into one statement; usually one part."""
     part: list[Change] = []
     size = 0
     for change in changes:
-        match change:
-            case AppendMessage(message=content):
-                added = stored_size(content)
-            case ReplaceMessage(fields=fields):
-                added = stored_size(fields)
-            case _:
-                added = 0
+        added = size_of_change(change)
         if size and added and size + added > _PART_BYTES:
             yield part
             part, size = [], 0

@@ -9,16 +9,18 @@ from typing import Any
 
 from ..errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 from .changes import AgentWrite, Identity, MessageWrite
-from .documents import Document, as_date, is_message_id
+from .dates import as_date
+from .documents import Document
+from .ids import is_message_id
 
 
 @dataclass(frozen=True, slots=True)
 class StoredView:
-    """What has to be known of a stored agent to judge a write that matched nothing.
+    """The facts of a stored agent that a write is compared with.
 
     Attributes:
-        next_message_id: As stored.
-        messages: By message id, those of `message`, `created_at` that tell a message from another.
+        next_message_id: The stored `next_message_id`.
+        messages: `message` and `created_at` of the messages that the write refers to, by id.
     """
 
     next_message_id: int
@@ -26,16 +28,16 @@ class StoredView:
 
 
 def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None:
-    """Return what of `write` is still to be sent, `None` if all of it is stored already.
+    """Return the part of a write that is not stored yet, `None` if all of it is stored.
 
     Args:
         write: A write whose statement matched nothing.
-        stored: The agent as it is stored, `None` if there is none.
+        stored: The stored agent, `None` if there is none.
 
     Raises:
-        SessionConflictError: Somebody else wrote; nothing of the write is stored.
-        AgentNotFoundError: There is no such agent, and the write would not create it.
-        MessageNotFoundError: A message to be replaced is not there.
+        SessionConflictError: Another writer has written; nothing of the write is stored.
+        AgentNotFoundError: The agent does not exist, and the write does not create it.
+        MessageNotFoundError: A message to replace does not exist.
     """
     if stored is None:
         if write.created is not None:
@@ -55,8 +57,8 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
     left = {message.fields["message_id"]: message for message in new[len(written) :]}
     rest = replace(write, created=None, messages=replaced | left)
     if written and not left:
-        # All messages are stored, by a statement whose acknowledgement was lost. What else it said was stored with
-        # them; saying it again is harmless as long as nobody has written since.
+        # All messages are stored, by a statement whose acknowledgement was lost, and with them the rest of the write.
+        # Sending the rest again is harmless unless another writer has written since.
         rest.expected = written[-1].fields["message_id"] + 1
         if stored.next_message_id != rest.expected:
             rest = replace(rest, data={}, config={}, expected=None)

@@ -1,7 +1,7 @@
-"""Where the parts of a session are stored outside its document. Pure.
+"""The ids of the parts of a session that are stored outside its document. Pure.
 
-<collection>_archive               buckets of old messages, see `_buckets`
-<collection>_attachments.files     large attachments, see `_attachments`
+<collection>_archive               buckets of old messages, see `buckets`
+<collection>_attachments.files     large attachments, see `_store.attachments`
 <collection>_attachments.chunks
 
 The `_id` of each of these documents begins with the session's `incarnation`, an ObjectId that is set when the session
@@ -9,11 +9,12 @@ is created. A session that is deleted and created again shares nothing with its 
 are in one range of the `_id` index. Each document also holds `session_id`.
 
 1.0.0 began these ids with the session id. `Place.incarnation` is `None` for a session that is not migrated yet, see
-`_migration`.
+`_store.migration`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -26,22 +27,30 @@ ARCHIVE = "_archive"
 FILES = "_attachments.files"
 CHUNKS = "_attachments.chunks"
 
-OUTSIDE = (ARCHIVE, CHUNKS, FILES)
+OUTSIDE = (ARCHIVE, FILES, CHUNKS)
 """The suffixes of the collections that hold parts, in the order in which a deletion removes the parts.
 
-Chunks are removed before files: an interrupted deletion then leaves no chunks without a file.
+Files are removed before their chunks, and copied after them: so a file that was copied has all its chunks.
 """
 
-UNFINISHED = ("copying", "deleting")
-"""The values of `state` of a session that is not live."""
+UNFINISHED: Document = {"state": {"$in": ["copying", "deleting"]}, "state_until": {"$type": "date"}}
+"""The filter for sessions that are being copied or deleted.
 
-LIVE: Document = {"state": {"$nin": UNFINISHED}}
-"""The filter for live sessions. A document can hold a `state` that an application has stored: that session is live."""
+A document can hold a `state` that an application has stored. Such a document has no `state_until`, and is live.
+"""
+
+LIVE: Document = {"$nor": [UNFINISHED]}
+"""The filter for live sessions."""
 
 
 def live_at(moment: datetime) -> Document:
     """Return the filter for live sessions that have not expired; the server removes an expired one a little later."""
-    return {**LIVE, "$nor": [{"time_to_live": {"$exists": True}, "expires_at": {"$lte": moment}}]}
+    return {"$nor": [UNFINISHED, {"time_to_live": {"$exists": True}, "expires_at": {"$lte": moment}}]}
+
+
+def is_unfinished(document: Mapping[str, Any]) -> bool:
+    """Return whether a session is being copied or deleted, as `UNFINISHED` matches it."""
+    return document.get("state") in ("copying", "deleting") and isinstance(document.get("state_until"), datetime)
 
 
 OF_V1 = frozenset({"session_ttl", "migrating", "moved"})

@@ -1,13 +1,13 @@
-"""What is known of a session's orchestrators, Strands' graphs and swarms, and the statements that store them. Pure.
+"""The orchestrators of a session, Strands' graphs and swarms, and the statements that store them. Pure.
 
-multi_agents.<key>       the orchestrator's id, encoded like those of agents
-    state                what its `serialize_state` returned
-    revision             how often its state has changed since it was created
-    writer               who stored this revision
+multi_agents.<key>       the key is the orchestrator's id, encoded as the id of an agent
+    state                the result of its `serialize_state`
+    revision             the number of changes of its state
+    writer               the token of the open session that stored this revision
     created_at, updated_at
 
-An orchestrator has no messages to count, so a write matches the revision it follows. `writer` is another one for each
-open session, so it tells a write whose acknowledgement was lost from one of somebody else.
+An orchestrator has no messages to count, so a write matches the revision that it follows. Each open session has its own
+`writer`, which distinguishes a write whose acknowledgement was lost from another writer's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from bson import ObjectId
 
 from ..errors import AgentNotFoundError, MongoDBSessionError, SessionConflictError, StateTooLargeError, again
 from .codec import decode, encode
-from .documents import Document, OddField, agent_id_of, agent_key, checked_id, now
+from .dates import now
+from .documents import Document
+from .ids import agent_id_of, agent_key, checked_id
+from .malformed import MalformedField
 from .statements import Update
 
 _STATE_DEPTH = 4  # document, multi_agents, key, state
@@ -30,15 +33,15 @@ _STATE_DEPTH = 4  # document, multi_agents, key, state
 
 @dataclass(frozen=True, slots=True)
 class MultiAgentWrite:
-    """An orchestrator has a new state.
+    """The new state of an orchestrator.
 
     Attributes:
-        multi_agent_id: The orchestrator.
-        state: Its state, encoded.
-        revision: The revision this makes.
-        expected: The revision that is stored as far as the writer knows; `None` if it knows of none.
-        writer: Who writes.
-        moment: When the state was recorded.
+        multi_agent_id: The id of the orchestrator.
+        state: Its encoded state.
+        revision: The new revision.
+        expected: The stored revision, as far as the writer knows; `None` to create the orchestrator.
+        writer: The token of the writer.
+        moment: The time at which the state was recorded.
     """
 
     multi_agent_id: str
@@ -55,7 +58,7 @@ def path_of(multi_agent_id: str) -> str:
 
 
 def encode_state(state: Any) -> Any:
-    """Return the state of an orchestrator as it is stored."""
+    """Return the encoded state of an orchestrator."""
     return encode(state, depth=_STATE_DEPTH, name="state")
 
 
@@ -94,22 +97,22 @@ def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: 
 
 
 def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) -> MultiAgentWrite | None:
-    """Return what of a write that matched nothing is still to be sent, `None` if it is stored already.
+    """Return the write to send after a write matched nothing, `None` if the write is stored already.
 
     Args:
         write: The write.
-        stored: `revision` and `writer` as they are stored, `None` if there is no such orchestrator.
+        stored: The stored `revision` and `writer`, `None` without the orchestrator.
 
     Raises:
-        SessionConflictError: Somebody else wrote; nothing of the write is stored.
-        AgentNotFoundError: There is no such orchestrator any more.
+        SessionConflictError: Another writer has stored a state; the write is not stored.
+        AgentNotFoundError: The orchestrator does not exist any more.
     """
     if stored is None:
         if write.expected is None:
             return write
         raise AgentNotFoundError(f"the session holds no multi-agent {write.multi_agent_id!r} any more")
     revision = stored["revision"]
-    # A writer never stores a revision twice. Nothing has happened at revision 0, whoever created the orchestrator.
+    # A writer never stores a revision twice. At revision 0 it does not matter which writer created the orchestrator.
     is_ours = stored["writer"] == write.writer or (write.expected is None and revision == 0)
     if not is_ours and revision != write.expected:
         raise SessionConflictError(
@@ -121,7 +124,7 @@ def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) ->
 
 
 class _Known:
-    """What is known of one orchestrator."""
+    """The newest state of one orchestrator, and the stored revision."""
 
     def __init__(self, newest: MultiAgentWrite, stored: int | None) -> None:
         self.newest = newest
@@ -135,9 +138,9 @@ class _Known:
 
 
 class MultiAgents:
-    """The orchestrators of one open session: the newest state of each, and which revision of it is stored.
+    """The orchestrators of one open session.
 
-    A state replaces the one before it, so only the newest is kept and sent, whatever became of those in between.
+    A state replaces the previous one, so only the newest is kept and sent.
 
     Args:
         stored: `multi_agents` of the session document.
@@ -148,25 +151,25 @@ class MultiAgents:
         self._session_id = session_id
         self._writer = uuid.uuid4().hex
         self._known: dict[str, _Known] = {}
-        self._odd = OddField("multi_agents", stored, dict) if not isinstance(stored, dict | None) else None
-        self._unusable: dict[str, OddField] = {}
+        self._malformed = MalformedField("multi_agents", stored, dict) if not isinstance(stored, dict | None) else None
+        self._unusable: dict[str, MalformedField] = {}
         for key, value in stored.items() if type(stored) is dict else ():
             multi_agent_id = agent_id_of(key)
             revision = value.get("revision") if type(value) is dict else None
             if not isinstance(revision, int) or "state" not in value:
-                self._unusable[multi_agent_id] = OddField(f"multi_agents.{key}", value, dict)
+                self._unusable[multi_agent_id] = MalformedField(f"multi_agents.{key}", value, dict)
                 continue
             newest = MultiAgentWrite(multi_agent_id, value["state"], revision, revision, self._writer, now())
             self._known[multi_agent_id] = _Known(newest, revision)
 
     def read(self, multi_agent_id: str) -> dict[str, Any] | None:
-        """Return the newest state of an orchestrator, `None` if there is none of that id.
+        """Return the newest state of an orchestrator, `None` without the orchestrator.
 
         Raises:
-            DatabaseError: The stored value can neither be restored nor written to.
+            DatabaseError: The stored value is malformed.
         """
-        if (odd := self._unusable.get(multi_agent_id, self._odd)) is not None:
-            raise odd.error(self._session_id)
+        if (field := self._unusable.get(multi_agent_id, self._malformed)) is not None:
+            raise field.error(self._session_id)
         known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
         return None if known is None else decode(known.newest.state)
 
@@ -175,10 +178,10 @@ class MultiAgents:
         self._known[multi_agent_id] = _Known(first_write(multi_agent_id, state, self._writer), None)
 
     def update(self, multi_agent_id: str, state: Any) -> None:
-        """Record the state of an orchestrator if it has changed, or if there was no room for it.
+        """Record the state of an orchestrator, unless it is unchanged and stored.
 
         Raises:
-            AgentNotFoundError: There is none of that id.
+            AgentNotFoundError: The orchestrator does not exist.
             MongoDBSessionError: An earlier state was refused for another reason than its size.
         """
         known = self._known.get(multi_agent_id)
@@ -197,7 +200,7 @@ class MultiAgents:
         return all(known.is_settled for known in tuple(self._known.values()))
 
     def pending(self) -> list[MultiAgentWrite]:
-        """Return the newest states that are not stored; one flush at a time may ask."""
+        """Return the newest states that are not stored; at most one flush can call this at a time."""
         return [
             replace(known.newest, expected=known.stored)
             for known in tuple(self._known.values())
@@ -205,7 +208,7 @@ class MultiAgents:
         ]
 
     def settle(self, write: MultiAgentWrite, refusal: MongoDBSessionError | None) -> None:
-        """Take note that a write is stored, or why it never will be."""
+        """Record that a write is stored, or the error with which it was refused."""
         known = self._known[write.multi_agent_id]
         if refusal is None:
             known.stored = write.revision
@@ -213,7 +216,10 @@ class MultiAgents:
             known.refusal, known.refusal_told = refusal, False
 
     def raise_refusal(self, multi_agent_id: str | None = None, *, untold: bool = False) -> None:
-        """Raise why the state of the orchestrator, or of any, was refused; with `untold`, if nobody was told yet."""
+        """Raise the error with which the state of an orchestrator, or of any one, was refused.
+
+        With `untold`, an error that was raised before is not raised again.
+        """
         for candidate, known in tuple(self._known.items()):
             if (
                 multi_agent_id in (None, candidate)

@@ -1,6 +1,6 @@
 """`Life`: the incarnation and the expiry of a session, as this process last read them; `Dates` of its parts. Pure.
 
-`_retention` explains the dates.
+`_store.expiry` explains the dates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bson import ObjectId
 from ..errors import ConfigurationError
 from .documents import Document
 
-MOST_SECONDS = 2**31 - 1
+MAX_SECONDS = 2**31 - 1
 
 _STEPS = 8
 """The date of a session moves at most this often within its time to live."""
@@ -25,15 +25,15 @@ def checked_ttl(value: object) -> int | None:
     """Return the seconds of a `session_ttl`, rounded up to a whole number.
 
     Raises:
-        ConfigurationError: It is not a positive `timedelta`, or too long.
+        ConfigurationError: The value is not a `timedelta` of a valid length.
     """
     if value is None:
         return None
     if not isinstance(value, timedelta):
         raise ConfigurationError(f"session_ttl must be a datetime.timedelta, got {value!r}")
     seconds = -(value // timedelta(seconds=-1))
-    if value < timedelta(seconds=1) or seconds > MOST_SECONDS:
-        raise ConfigurationError(f"session_ttl must be from 1 to {MOST_SECONDS} seconds, got {value!r}")
+    if value < timedelta(seconds=1) or seconds > MAX_SECONDS:
+        raise ConfigurationError(f"session_ttl must be from 1 to {MAX_SECONDS} seconds, got {value!r}")
     return seconds
 
 
@@ -43,7 +43,7 @@ def next_date(moment: datetime, seconds: int) -> datetime:
 
 
 NO_TIME_TO_LIVE: Document = {"$not": {"$type": "int", "$gt": 0, "$not": {"$type": "array"}}}
-"""The condition of a `time_to_live` that is not there; an application can have stored another value."""
+"""The condition for a missing `time_to_live`; an application can have stored another value."""
 
 
 class Dates(NamedTuple):
@@ -87,7 +87,7 @@ class Life:
         incarnation, ttl, date = (document.get(name) for name in ("incarnation", "time_to_live", "expires_at"))
         return cls(
             incarnation if isinstance(incarnation, ObjectId) else None,
-            ttl if type(ttl) is int and 0 < ttl <= MOST_SECONDS else None,
+            ttl if type(ttl) is int and 0 < ttl <= MAX_SECONDS else None,
             date if isinstance(date, datetime) else None,
         )
 

@@ -1,27 +1,95 @@
-"""The sizes of the parts of a session's document, and the error for a part that does not fit. Pure.
-
-The sizes are queried only after the server refused a statement because the document would be too large.
-"""
+"""Sizes in bytes of BSON: of values, and of the parts of a session document; the error for too large a part. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
+
+import bson
 
 from ..errors import StateTooLargeError
-from .codec import stored_size
-from .documents import STATE_FIELDS, Document, agent_id_of, entries_at
-from .large_values import least_size
+from .codec import CODEC_OPTIONS, MAX_NESTING
+from .documents import STATE_FIELDS, Document
+from .expressions import entries_at
+from .ids import agent_id_of
 
-MAX_DOCUMENT_BYTES = 16 * 1024 * 1024
+MAX_DOCUMENT_BYTES: Final = 16 * 1024 * 1024
 
-_SHOWN = 3
+LARGE: Final = 64 * 1024
+"""A larger value is encoded in a thread; encoding a dense value of this size takes some milliseconds."""
 
-_SESSION_PARTS = {"metadata": "metadata", "feedback": "feedbacks", "guardrail events": "guardrail_events"}
-"""The name of a part in errors, and its field."""
+_ELEMENT = 2  # bytes of an element without its name: its type and the end of the name
+_CONTAINER = 5  # bytes of a document or array without elements: its length and its end
+_NUMBER = 4
 
 AGENT_FIELDS = (*STATE_FIELDS, "system_prompt", "model", "prompt_metadata")
 """The fields of `agent_data` that can be large."""
+
+
+def stored_size(document: Mapping[str, Any]) -> int:
+    """Return the size of an encoded dict."""
+    return len(bson.encode(document, codec_options=CODEC_OPTIONS))
+
+
+def size_of(value: Any) -> int:
+    """Return the size of an encoded value, computed as in `PART_SIZES`."""
+    return stored_size({"v": value})
+
+
+def least_size(value: object, limit: int) -> int:
+    """Return a lower bound of the size of a value that is not encoded; counting stops beyond `limit`.
+
+    Nothing is copied. The length of a list counts before its elements, so that a huge list is not walked through.
+    """
+    size = 0
+    level = [value]
+    for _ in range(MAX_NESTING + 2):  # a value that contains itself has no end
+        below: list[Any] = []
+        for found in level:
+            kind = type(found)
+            if kind is int or kind is float:
+                size += _NUMBER
+            elif kind is str or kind is bytes:
+                size += len(found)  # type: ignore[arg-type]
+            elif isinstance(found, dict):
+                size += _CONTAINER + _ELEMENT * dict.__len__(found)
+                size += sum(len(key) for key in dict.keys(found) if type(key) is str)
+                if size > limit:
+                    return size
+                below += dict.values(found)
+            elif isinstance(found, list | tuple | set | frozenset):
+                size += _CONTAINER + _ELEMENT * len(found) + _digits(len(found))
+                if size > limit:
+                    return size
+                below += found
+            elif hasattr(kind, "__dataclass_fields__"):  # Strands' agents and messages
+                below.append(getattr(found, "__dict__", None))
+            if size > limit:
+                return size
+        if not below:
+            break
+        level = below
+    return size
+
+
+def _digits(count: int) -> int:
+    """Return how many digits the numbers below `count` have together: they name the elements of an array."""
+    digits, first = 0, 1
+    while first < count:
+        digits += count - first
+        first *= 10
+    return digits + bool(count)
+
+
+def is_large(value: object) -> bool:
+    """Return whether a value is larger than `LARGE`."""
+    return least_size(value, LARGE) > LARGE
+
+
+# The parts of a session document; queried only after the server refused a statement because of its size.
+
+_SESSION_PARTS = {"metadata": "metadata", "feedback": "feedbacks", "guardrail events": "guardrail_events"}
+"""The name of a part in errors, and its field."""
 
 
 def _bson_size(path: str) -> Document:
@@ -45,7 +113,7 @@ PART_SIZES: Document = {
     ),
     "multi_agents": _sizes_of_each("$multi_agents", {"state": _bson_size("$$each.v.state")}),
 }
-"""The projection that brings the sizes of the parts of a session's document."""
+"""The projection for the sizes of the parts of a session document."""
 
 
 def of_agent(field: str, agent_id: str) -> str:
@@ -58,16 +126,11 @@ def of_multi_agent(multi_agent_id: str) -> str:
     return f"state of multi-agent {multi_agent_id!r}"
 
 
-def size_of(value: Any) -> int:
-    """Return the size in bytes of an encoded value, computed as the server computes it."""
-    return stored_size({"v": value})
-
-
 def refuse_unstorable(session_id: str, part: str, value: Any) -> None:
     """Refuse a value, before it is encoded, if no document can hold it.
 
     Raises:
-        StateTooLargeError: It takes more than `MAX_DOCUMENT_BYTES`.
+        StateTooLargeError: It is larger than `MAX_DOCUMENT_BYTES`.
     """
     size = least_size(value, MAX_DOCUMENT_BYTES)
     if size > MAX_DOCUMENT_BYTES:
@@ -89,7 +152,7 @@ def too_large(session_id: str, part: str, size: int, sizes: Mapping[str, Any]) -
     refused = f"session {session_id!r}: {part} was not stored: it takes {size} bytes, "
     if not sizes:
         return StateTooLargeError(f"{refused}but a MongoDB document can hold at most {MAX_DOCUMENT_BYTES}")
-    largest = sorted(_named(sizes), key=lambda named: named[1], reverse=True)[:_SHOWN]
+    largest = sorted(_named(sizes), key=lambda named: named[1], reverse=True)[:3]
     shown = ", ".join(f"{name} ({stored} bytes)" for name, stored in largest)
     return StateTooLargeError(
         f"{refused}and with it the session's document would exceed {MAX_DOCUMENT_BYTES} bytes; its largest parts are: "

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from bson import ObjectId
 
 from .changes import AgentWrite, Identity, split_fields
-from .documents import Document, agent_key, array_at, stored_config_set
+from .documents import Document
+from .expressions import array_at, stored_config_set
+from .ids import agent_key
 
 
 class Update(NamedTuple):
@@ -22,7 +24,7 @@ class Update(NamedTuple):
 
 @dataclass
 class _Parts:
-    """A statement in the making: what it does, before it is said in one of MongoDB's two languages."""
+    """The parts of a statement, before they are expressed as update operators or as an aggregation pipeline."""
 
     sets: Document = field(default_factory=dict)
     unless_set: dict[str, tuple[Document, Any]] = field(default_factory=dict)
@@ -35,7 +37,7 @@ class _Parts:
 
 
 def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
-    """Return the one statement that makes all the writes true, or matches nothing."""
+    """Return the one statement that stores all the writes, or matches nothing."""
     condition: Document = {"_id": session_id}
     parts = _Parts()
     moments = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from pymongo import monitoring
 
-from .._format.documents import to_milliseconds
+from .._format.dates import to_milliseconds
 
 _SHORT_STEP = timedelta(seconds=1)
 """After a correction of the estimate that is shorter than this, `now` does not go back but repeats its last value."""

@@ -27,13 +27,7 @@ _PAUSES = (0.05, 0.2, 0.8)
 
 
 class Collection:
-    """A collection on a connection.
-
-    Args:
-        connection: The connection.
-        database: The name of the database.
-        name: The name of the collection.
-    """
+    """A collection on a connection."""
 
     def __init__(self, connection: Connection, database: str, name: str) -> None:
         self.connection = connection

@@ -21,10 +21,10 @@ from .._format.codec import CODEC_OPTIONS
 from ..errors import ClientTypeError, ConfigurationError
 from .loop import ThreadPool
 
-MotorClient: TypeAlias = "AsyncIOMotorClient[Any]"
-AsyncClient: TypeAlias = "AsyncIOMotorClient[Any] | AsyncMongoClient[Any]"
-SyncClient: TypeAlias = "MongoClient[Any]"
-Client: TypeAlias = "AsyncClient | SyncClient"
+MotorClient: TypeAlias = AsyncIOMotorClient[Any]
+AsyncClient: TypeAlias = AsyncIOMotorClient[Any] | AsyncMongoClient[Any]
+SyncClient: TypeAlias = MongoClient[Any]
+Client: TypeAlias = AsyncClient | SyncClient
 
 
 class AsyncCursor(Protocol):

@@ -115,15 +115,16 @@ class ContentOptions(TypedDict, total=False):
 
     Attributes:
         application_name: Stored in sessions that are created; it never changes afterwards.
-        metadata_fields: Fields of `metadata` that get an index each.
-        max_inline_attachment_bytes: If the images, documents and videos of a message together hold more bytes, they
-            are kept in GridFS, in the bucket `<collection_name>_attachments`.
-        max_embedded_messages: How many messages of an agent the session's document holds at most; older ones are
-            archived.
-        max_embedded_bytes: How many bytes of messages of an agent the session's document holds at most.
-        session_ttl: A session expires, with archive and attachments, when it was not written to for this time. Each
-            session has its own value; another value applies from the next write on. With `None`, an expiring session
-            keeps its value and any other session does not expire.
+        metadata_fields: The fields of `metadata` to index, with one index each.
+        max_inline_attachment_bytes: Images, documents and videos of a message that together are larger are stored in
+            GridFS, in the bucket `<collection_name>_attachments`. Default 256 KiB.
+        max_embedded_messages: The maximum number of messages of an agent in the session's document; older ones are
+            archived. Default 128.
+        max_embedded_bytes: The maximum number of bytes of an agent's messages in the session's document. Default
+            256 KiB.
+        session_ttl: A session expires, with archive and attachments, if it is not written to for this time. Each
+            session has its own value; another value applies from the next write. With `None`, an expiring session
+            keeps its value, and any other session does not expire.
     """
 
     application_name: str | None

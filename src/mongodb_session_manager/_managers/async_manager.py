@@ -8,11 +8,12 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
+from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
-from .._repository.metadata import AgentConfig, UsageReport, checked_feedback, checked_keys, checked_metadata
+from .._repository.metadata import AgentConfig, UsageReport
 from ..errors import SessionClosedError
 from .base import SessionManagerBase, checked_prompt_metadata
-from .metadata_tool import MetadataPolicy, async_tool
+from .metadata_tool import MetadataPolicy, Operations, async_tool
 from .user_hooks import Operation, run_hooked
 
 P = ParamSpec("P")
@@ -115,8 +116,8 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         Raises:
             InvalidArgumentError: `allowed_keys` is not a list of keys.
         """
-        policy = MetadataPolicy.checked(read_only, allowed_keys)
-        return async_tool(policy, self.get_metadata, self.update_metadata, self.delete_metadata)
+        operations = Operations(self.get_metadata, self.update_metadata, self.delete_metadata)
+        return async_tool(MetadataPolicy.checked(read_only, allowed_keys), operations)
 
     async def add_feedback(self, feedback: dict[str, Any]) -> Any:
         """Append feedback, stamped with the current time as `created_at`.

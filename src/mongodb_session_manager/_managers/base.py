@@ -1,7 +1,7 @@
-"""What both session managers share: Strands' logic over a unit of work, and when what it recorded is sent.
+"""The base of both session managers: Strands' session logic over a unit of work, and when recorded changes are flushed.
 
-A callback per event runs Strands' own methods, which record, and then awaits one flush on the loop that holds the
-client. Nothing of it does I/O on the caller's event loop.
+A callback per event runs Strands' own methods, which record changes, and then awaits one flush on the loop of the
+client. Nothing here does I/O on the caller's event loop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import logging
 import math
 from contextlib import suppress
-from traceback import walk_tb
 from typing import Any, Unpack
 
 from strands import Agent
@@ -25,17 +24,16 @@ from strands.hooks import (
 )
 from strands.types.agent import LocalAgent
 from strands.types.content import Message
-from strands.types.exceptions import SessionException
 from strands.types.session import SessionMessage
 
-from .._format.documents import agent_key, checked_id, now
-from .._format.large_values import compute
+from .._format.dates import now
+from .._format.ids import checked_id
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
+from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from ..errors import (
     AgentNotFoundError,
-    DatabaseError,
     EncodingError,
     EventLoopError,
     InvalidArgumentError,
@@ -47,6 +45,7 @@ from .capture import capture_config, capture_metrics, guardrail_event
 from .flusher import Flusher
 from .multi_agents import OrchestratorSessionManager
 from .options import Configuration, ManagerOptions
+from .restoring import RESTORE_ERRORS, restore_error
 from .unit_of_work import UnitOfWork
 from .user_hooks import Hook, hold, let_go
 
@@ -58,7 +57,7 @@ _FIRST, _LAST = -math.inf, math.inf
 _PATIENCE = 0.1
 """Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
 
-A user's hook, middleware or a client that reads slowly can delay that end.
+A user's hook, a middleware or a slow client can delay that end.
 """
 
 
@@ -68,7 +67,7 @@ def _is_final(message: Message) -> bool:
 
 
 def _follows_its_own_id(message: Message, agent: LocalAgent) -> bool:
-    """Return whether the message before an agent's last one has its tracking id: it did not take its place."""
+    """Return whether an agent's last two messages have the same tracking id: the last one did not replace the other."""
     if len(agent.messages) < 2 or agent.messages[-1] is not message:
         return False
     return agent.messages[-2].get("tracking_id") == message.get("tracking_id")
@@ -85,25 +84,8 @@ def checked_prompt_metadata(prompt_metadata: object) -> dict[str, Any]:
     return prompt_metadata
 
 
-_RESTORED_IN = {
-    "_validate_json_serializable": "agent_data.state",
-    "initialize_internal_state": "agent_data._internal_state",
-    "restore_from_session": "agent_data.conversation_manager_state",
-}
-"""Functions of Strands that restore one part of an agent."""
-
-
-def _restoring(error: Exception) -> tuple[str, str]:
-    """Return the field of an agent that cannot be restored, and the reason without the error's text: it can quote."""
-    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
-    field = next((field for name, field in _RESTORED_IN.items() if name in names), "messages")
-    return field, f"{type(error).__name__} in {names[-1]}"
-
-
 class SessionManagerBase(OrchestratorSessionManager):
-    """What both managers share: all but how the caller waits."""
-
-    session_repository: UnitOfWork
+    """Everything but how the caller waits."""
 
     def __init__(
         self,
@@ -157,9 +139,9 @@ class SessionManagerBase(OrchestratorSessionManager):
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
-        """Register what keeps an agent or orchestrator stored."""
+        """Register the callbacks that store an agent or orchestrator."""
         registry.add_callback(AgentInitializedEvent, lambda event: self.initialize(event.agent))
-        # Last, because there is no invocation and no AfterInvocationEvent if another callback raises.
+        # Last: if another callback raises, there is neither an invocation nor an AfterInvocationEvent.
         registry.add_callback(BeforeInvocationEvent, self._on_before_invocation, order=_LAST)
         registry.add_callback(MessageAddedEvent, self._on_message_added)
         registry.add_callback(MessageUpdatedEvent, self._on_message_updated)
@@ -170,11 +152,12 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._register_multi_agent_hooks(registry, each_node=self._options.save_on == "message")
 
     def initialize(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Restore an agent from what was loaded, or record it as new. Sends nothing.
+        """Restore an agent from the loaded session, or record it as new. Sends nothing.
 
         Raises:
-            SessionException: An agent of that id was initialised by this manager before.
-            InvalidArgumentError: The agent's id cannot be stored.
+            SessionException: This manager has initialized an agent with that id before.
+            InvalidArgumentError: The agent's id is not valid.
+            DatabaseError: The stored agent cannot be restored.
         """
         work = self._unit
         checked_id(agent.agent_id, "agent_id")
@@ -185,7 +168,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
         else:
-            work.start_invocation(agent.agent_id)  # no event tells when one starts
+            work.start_invocation(agent.agent_id)  # there is no event for the start of one
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
 
@@ -195,23 +178,18 @@ class SessionManagerBase(OrchestratorSessionManager):
         try:
             super().initialize(agent, **kwargs)
             return
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SessionException) as error:
-            if isinstance(error, MongoDBSessionError) or not is_stored:
+        except RESTORE_ERRORS as error:
+            failure = restore_error(self.session_id, agent.agent_id, error) if is_stored else None
+            if failure is None:
                 raise
-            field, reason = _restoring(error)
-            if isinstance(error, SessionException) and field == "messages":
-                raise  # the agent was initialized before
-        raise DatabaseError(
-            f"session {self.session_id!r}: the field 'agents.{agent_key(agent.agent_id)}.{field}' cannot be restored "
-            f"({reason})"
-        )
+        raise failure
 
     def append_message(self, message: Message, agent: LocalAgent, **kwargs: Any) -> None:
         """Append a message to the agent's stored conversation.
 
         Raises:
             AgentNotFoundError: This manager has not initialized the agent.
-            EncodingError: The message holds a value that cannot be stored.
+            EncodingError: A value in the message cannot be stored.
             MessageTooLargeError: The message is too large.
             SessionConflictError: Another writer has stored a message of the agent.
         """
@@ -231,15 +209,15 @@ class SessionManagerBase(OrchestratorSessionManager):
         guardrail_trace: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Store `redact_message` in the place of the agent's latest message, and that a guardrail stepped in.
+        """Replace the agent's latest message with `redact_message`, and store a guardrail event.
 
         Args:
-            redact_message: What takes the place of the message; nothing of the original stays stored.
+            redact_message: The replacement; nothing of the original message stays stored.
             agent: The agent.
-            action: What the guardrail did.
-            stop_reason: Why the model stopped; see `GUARDRAIL_STOP_REASONS`.
-            guardrail_trace: The trace of Amazon Bedrock; it is stored without what it quotes of the conversation.
-            **kwargs: Accepted because Strands may pass more one day.
+            action: The action of the guardrail.
+            stop_reason: The model's stop reason; see `GUARDRAIL_STOP_REASONS`.
+            guardrail_trace: The trace of Amazon Bedrock; text that it quotes from the conversation is not stored.
+            **kwargs: Accepted for later versions of Strands.
         """
         work = self._unit
         self._check_initialized(agent)
@@ -249,10 +227,9 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._recorded(agent)
 
     def sync_agent(self, agent: LocalAgent, **kwargs: Any) -> None:
-        """Store the agent's state, if it changed since it was stored last.
+        """Store the agent's state, if it has changed.
 
-        An agent that was constructed without this manager, and that the session does not hold yet, is stored with its
-        messages.
+        An agent that was constructed without this manager and is new to the session is stored with its messages.
         """
         work = self._unit
         if not work.holds(checked_id(agent.agent_id, "agent_id")):
@@ -314,7 +291,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._unit.start_invocation(event.agent.agent_id)
 
     async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
-        """Store the turn. A failure is raised after the other callbacks have run: they can release resources."""
+        """Store the turn. A failure is raised after the other callbacks: they can release resources."""
         agent = event.agent
         self._invoked.discard(agent.agent_id)
         if (late := self._late.pop(agent.agent_id, None)) is not None:
@@ -333,26 +310,26 @@ class SessionManagerBase(OrchestratorSessionManager):
         agent = event.agent
         stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
-            # The changes may be stored by now, but the turn was stopped; Strands can have wrapped the reason.
+            # The changes can be stored by now, but the turn was stopped, and Strands can have wrapped the reason.
             raise stopped
         with self._flusher.recording(agent):
             self.sync_agent(agent)
         await self._flush(agent.agent_id)
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
-        """Tell whether a message is sent at once, or with the end of the invocation that follows immediately."""
+        """Return whether a message is flushed now, and not with the end of the invocation."""
         if not isinstance(agent, Agent):
-            return True  # no event tells the end of its invocations
+            return True  # there is no event for the end of its invocations
         saves_messages = self._options.save_on == "message"
         if agent.agent_id not in self._invoked:
-            return _is_final(message) or saves_messages  # a tool that the application calls has no event for its end
+            return _is_final(message) or saves_messages  # there is no event for the end of a direct tool call
         return saves_messages and not _is_final(message)
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
         """Read messages for Strands' synchronous constructor of an agent, which waits for them."""
         if running_loop() is self._connection.portal.loop:
             raise EventLoopError(
-                f"the conversation manager of agent {agent_id!r} asks for {end - begin} older messages, which were not "
+                f"the conversation manager of agent {agent_id!r} needs {end - begin} older messages, which were not "
                 "loaded with the session and cannot be read on the event loop of the client: construct the agent in a "
                 "thread, as in `await asyncio.to_thread(Agent, ...)`"
             )
@@ -394,10 +371,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._unit.keep_config(agent_id, [name for name, value in given.items() if value is not None])
 
     async def _aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
-        """Store what is recorded, deliver what hooks left behind, and close what the manager owns.
-
-        Runs on the loop of the client.
-        """
+        """Flush, deliver pending notifications, and close an owned connection. Runs on the loop of the client."""
         if self._closing is not None:
             await self._closing.wait()
             return
@@ -416,7 +390,7 @@ class SessionManagerBase(OrchestratorSessionManager):
                     self._closing.set()
 
     async def _aclose_at_exit(self, seconds: float) -> None:
-        """Store what is recorded when the interpreter ends; notifications and connections have their turn later."""
+        """Flush when the interpreter ends; notifications and connections are closed later."""
         if self._closing is None:
             self._closing = asyncio.Event()
             try:
@@ -428,5 +402,6 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._closed = True
         if self._work is not None:
             self._work.close()
-            await self._flusher.flush(self._work)
+            if not self._work.is_settled:
+                await self._flusher.flush_here(self._work)
             self._work.raise_untold_refusal()

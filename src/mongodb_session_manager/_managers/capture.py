@@ -1,4 +1,4 @@
-"""What is copied out of an agent beside its conversation: its metrics, its model and its system prompt. Pure."""
+"""Metrics, model and system prompt of an agent, and guardrail events. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .._format.documents import Document
 
 
 class CapturedConfig(NamedTuple):
-    """What an agent runs with.
+    """The configuration that an agent runs with.
 
     Attributes:
-        model: The model's id, `None` if the model does not tell.
+        model: The model's id; `None` if it is unknown.
         system_prompt: The system prompt as text.
     """
 
@@ -31,7 +31,7 @@ def capture_config(agent: LocalAgent) -> CapturedConfig:
 
 
 def capture_metrics(agent: LocalAgent) -> Document | None:
-    """Return the event-loop metrics an agent has gathered since it was built; `None` if its kind gathers none.
+    """Return the event-loop metrics of an agent since it was constructed; `None` if its kind has none.
 
     Durations of cycles and tools are seconds, latencies milliseconds.
     """
@@ -81,16 +81,16 @@ _POLICIES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _CUSTOM_WORD = "CUSTOM"
 _TELLING = frozenset({"action", "confidence", "detected", "filterStrength", "name", "score", "threshold", "type"})
-"""Fields of a guardrail trace that say what was found; any other may quote the conversation."""
+"""Fields of a guardrail trace that describe a finding; any other field can quote the conversation."""
 
 _FIELD = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 def summarize_policies(trace: Any) -> dict[str, list[str]]:
-    """Return which policies a guardrail trace of Amazon Bedrock reports as triggered, and by what.
+    """Return the policies that a guardrail trace of Amazon Bedrock reports as triggered, with the findings.
 
     Args:
-        trace: The trace or any part of it that holds assessments. Shapes:
+        trace: The trace, or a part of it that has assessments. Shapes:
             https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_GuardrailAssessment.html
 
     Returns:
@@ -124,9 +124,9 @@ def _collect_policies(part: Any, found: dict[str, list[str]]) -> None:
 
 
 def without_quotes(trace: Any) -> Any:
-    """Return a guardrail trace without what it may quote of the conversation, which a redaction must not leave behind.
+    """Return a guardrail trace without quotes from the conversation, which must not survive a redaction.
 
-    What is text stays only in the fields that say what was found.
+    Text is kept only in the fields that describe a finding.
     """
     if isinstance(trace, Mapping):
         return {
@@ -140,7 +140,7 @@ def without_quotes(trace: Any) -> Any:
 
 
 def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: Any) -> Document:
-    """Return what is stored of a guardrail that stepped in, with the message it redacted."""
+    """Return the guardrail event that is stored with a redacted message."""
     event: Document = {"action": action, "timestamp": moment}
     if stop_reason:
         event["stop_reason"] = stop_reason
@@ -152,5 +152,5 @@ def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: An
 
 
 def count_tool_calls(message: Mapping[str, Any]) -> int:
-    """Return how many tools a message calls."""
+    """Return the number of tool calls in a message."""
     return sum("toolUse" in block for block in message["content"])

@@ -1,25 +1,23 @@
-"""One client for many sessions: factory, process-wide factory, and one-call constructors."""
+"""One client for many sessions: the factory, and the one-call constructors."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, ParamSpec, Self, TypeVar, Unpack
 
 from .._copying.imports import feed, feed_blocking
 from .._io.connection import Connection
-from .._io.loop import Lock
 from .._io.twins import copy_docstrings
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 from .._repository.listing import Order, SessionPage
 from .._storage.storage import MongoDBStorage, SharedStorage
-from ..errors import ConfigurationError, FactoryNotInitializedError
+from ..errors import ConfigurationError
 from .async_manager import AsyncMongoDBSessionManager
 from .options import Configuration, ManagerOptions, SessionOptions
 from .pending import PendingSession
-from .pool import ConnectionStats, MongoDBConnectionPool, connection_stats
+from .pool import ConnectionStats, connection_stats
 from .sync_manager import MongoDBSessionManager
 from .user_hooks import hold, let_go
 
@@ -343,67 +341,3 @@ def create_mongodb_session_manager_async(
         return AsyncMongoDBSessionManager(session_id, connection_string, database_name, collection_name, **options)
 
     return PendingSession("create_mongodb_session_manager_async", make)
-
-
-_global_lock = Lock()
-_global_factory: MongoDBSessionManagerFactory | None = None
-_of_applications: list[MongoDBSessionManagerFactory] = []
-
-
-def initialize_global_factory(
-    connection_string: str | None = None,
-    database_name: str | None = None,
-    collection_name: str | None = "agent_sessions",
-    **options: Unpack[ManagerOptions],
-) -> MongoDBSessionManagerFactory:
-    """Create the process-wide factory, close an earlier one, and return it.
-
-    The arguments are those of `MongoDBSessionManagerFactory`. Its connections are those of `MongoDBConnectionPool`.
-    """
-    factory = MongoDBSessionManagerFactory(connection_string, database_name, collection_name, **options)
-    _exchange(factory)
-    return factory
-
-
-def get_global_factory() -> MongoDBSessionManagerFactory:
-    """Return the process-wide factory. Without one, return the factory of the only application of the process.
-
-    Raises:
-        FactoryNotInitializedError: There is no factory, or several applications have one each.
-    """
-    factories = _of_applications if _global_factory is None else [_global_factory]
-    if len(factories) > 1:
-        raise FactoryNotInitializedError(
-            f"{len(factories)} applications of this process have a factory each, and there is no global one: get the "
-            "application's with mongodb_session_manager.fastapi.Factory"
-        )
-    if not factories:
-        raise FactoryNotInitializedError("there is no global factory: call initialize_global_factory(...) first")
-    return factories[0]
-
-
-def close_global_factory() -> None:
-    """Close the process-wide factory, if there is one."""
-    _exchange(None)
-
-
-def _exchange(factory: MongoDBSessionManagerFactory | None) -> None:
-    global _global_factory
-    with _global_lock:
-        if factory is not None:
-            factory._share(MongoDBConnectionPool._replace(factory._connection, taking=True))
-        earlier, _global_factory = _global_factory, factory
-    if earlier is not None:
-        earlier.close()
-
-
-@contextmanager
-def factory_of_application(factory: MongoDBSessionManagerFactory) -> Iterator[None]:
-    """Register the factory of an application while the application runs."""
-    with _global_lock:
-        _of_applications.append(factory)
-    try:
-        yield
-    finally:
-        with _global_lock:
-            _of_applications.remove(factory)

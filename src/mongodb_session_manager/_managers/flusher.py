@@ -38,12 +38,12 @@ class Flusher:
     async def flush(self, work: UnitOfWork) -> None:
         """Wait until every recorded change is stored or refused."""
         if not work.is_settled:
-            await self._connection.portal.run(self._flush, work)
+            await self._connection.portal.run(self.flush_here, work)
 
     def flush_blocking(self, work: UnitOfWork) -> None:
         """Block the calling thread until every recorded change is stored or refused."""
         if not work.is_settled:
-            self._connection.portal.call(self._flush, work)
+            self._connection.portal.call(self.flush_here, work)
 
     def start(self, work: UnitOfWork) -> None:
         """Start a flush without waiting for it; the next flush raises its errors.
@@ -52,10 +52,10 @@ class Flusher:
             EventLoopError: The loop of the client is closed or stopped.
         """
         if not work.is_closed and not work.is_settled:
-            self._connection.portal.submit(self._flush, work)
+            self._connection.portal.submit(self.flush_here, work)
 
-    async def _flush(self, work: UnitOfWork) -> None:
-        """Send the recorded changes. Runs on the loop of the client."""
+    async def flush_here(self, work: UnitOfWork) -> None:
+        """Flush on the loop of the client, also while the interpreter ends."""
         async with self._connection.operation(), self.lock():
             if changes := work.pending():
                 refused = await self._repository.apply(self._session_id, changes, work.incarnation)

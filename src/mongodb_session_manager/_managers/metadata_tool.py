@@ -7,15 +7,15 @@ import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from strands import tool
 from strands.interrupt import InterruptException
 from strands.types.tools import AgentTool
 
+from .._format.metadata import checked_keys, checked_metadata
 from .._io.asked_fields import ACTED_ON
 from .._notifications.notification import describe
-from .._repository.metadata import checked_keys, checked_metadata
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ Args:
 
 @dataclass(frozen=True)
 class _Request:
-    """What a model asks for, checked."""
+    """A checked request of a model."""
 
     action: str
     metadata: dict[str, Any]
@@ -63,12 +63,12 @@ class _Request:
 
 @dataclass(frozen=True)
 class MetadataPolicy:
-    """What a model may do.
+    """The permissions of a model.
 
     Attributes:
-        read_only: Whether it may only read.
-        allowed_keys: The keys it may see and change, with everything within them; `None` for all, except that the
-            keys in `ACTED_ON` cannot be changed.
+        read_only: Whether the model may only read.
+        allowed_keys: The keys that the model may see and change, with everything within them; `None` allows all, but
+            the keys in `ACTED_ON` cannot be changed.
     """
 
     read_only: bool = False
@@ -85,19 +85,19 @@ class MetadataPolicy:
 
     @property
     def description(self) -> str:
-        """What the model is told."""
+        """The description of the tool."""
         return _READ_ONLY_DESCRIPTION if self.read_only else _DESCRIPTION
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What the model may send."""
+        """The schema of the tool's arguments."""
         return _READ_ONLY_SCHEMA if self.read_only else _SCHEMA
 
     def request(self, action: Any, metadata: Any, keys: Any) -> _Request:
-        """Check what a model sends.
+        """Return the request that a model sends.
 
         Raises:
-            InvalidArgumentError: It makes no sense, or is not allowed.
+            InvalidArgumentError: It is not valid or not allowed.
         """
         name = str(action).strip().lower()
         if name not in ("get", "set", "update", "delete"):
@@ -131,7 +131,7 @@ class MetadataPolicy:
                 raise InvalidArgumentError(f"the key {key!r} is not one of {', '.join(self.allowed_keys)}")
 
     def visible(self, metadata: dict[str, Any], keys: list[str] | None) -> dict[str, Any]:
-        """Return what of the metadata a model asked for and may see, by dotted key where it asked so."""
+        """Return the metadata that a model requested and may see, under the dotted keys of the request."""
         wanted = keys if keys is not None else self.allowed_keys
         if wanted is None:
             return metadata
@@ -155,12 +155,12 @@ def _is_within(key: str, allowed: str) -> bool:
 
 
 def _folded(name: str) -> str:
-    """Return a normalized name: without differences of case, surrounding spaces and Unicode forms."""
+    """Return a name without differences of case, surrounding spaces and Unicode forms."""
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
 def _from_json(value: Any, name: str) -> Any:
-    """Return an argument that a model may have sent as a JSON string."""
+    """Return an argument, which models also send as a JSON string."""
     if not isinstance(value, str):
         return value
     try:
@@ -182,7 +182,7 @@ def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:
 
 
 def _failure(error: Exception) -> str:
-    """Return the tool's answer for an error; it has the text of the error only if the model can correct the cause.
+    """Return the tool's answer for an error, with the text of the error only if the model can correct the cause.
 
     Raises:
         InterruptException: The error is Strands' request for human input.
@@ -196,7 +196,7 @@ def _failure(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON shows it best."""
+    """Return a value that JSON can show."""
     match value:
         case dict():
             return {str(key): _plain(item) for key, item in value.items()}
@@ -208,52 +208,45 @@ def _plain(value: Any) -> Any:
             return str(value)
 
 
-def blocking_tool(
-    policy: MetadataPolicy,
-    get: Callable[[], Any],
-    update: Callable[[dict[str, Any]], Any],
-    delete: Callable[[list[str]], Any],
-) -> AgentTool:
+class Operations(NamedTuple):
+    """The methods of a manager that use metadata."""
+
+    get: Callable[[], Any]
+    update: Callable[[dict[str, Any]], Any]
+    delete: Callable[[list[str]], Any]
+
+    def perform(self, request: _Request) -> Any:
+        """Return the result of the method for a request, an awaitable one for an asynchronous manager."""
+        if request.action == "update":
+            return self.update(request.metadata)
+        if request.action == "delete":
+            return self.delete(request.keys or [])
+        return self.get()
+
+
+def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
     """Return the tool over a synchronous manager's methods; Strands runs it in a thread."""
 
     @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
-            return _answer(request, _perform(request, get, update, delete), policy)
+            return _answer(request, operations.perform(request), policy)
         except Exception as error:
             return _failure(error)
 
     return manage_metadata
 
 
-def async_tool(
-    policy: MetadataPolicy,
-    get: Callable[[], Any],
-    update: Callable[[dict[str, Any]], Any],
-    delete: Callable[[list[str]], Any],
-) -> AgentTool:
+def async_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
     """Return the tool over an asynchronous manager's methods; Strands awaits it."""
 
     @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     async def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
-            return _answer(request, await _perform(request, get, update, delete), policy)
+            return _answer(request, await operations.perform(request), policy)
         except Exception as error:
             return _failure(error)
 
     return manage_metadata
-
-
-def _perform(
-    request: _Request,
-    get: Callable[[], Any],
-    update: Callable[[dict[str, Any]], Any],
-    delete: Callable[[list[str]], Any],
-) -> Any:
-    if request.action == "update":
-        return update(request.metadata)
-    if request.action == "delete":
-        return delete(request.keys or [])
-    return get()

@@ -1,4 +1,4 @@
-"""The half of a session manager that keeps orchestrators stored: Strands' graphs and swarms."""
+"""The part of a session manager that stores orchestrators: Strands' graphs and swarms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from strands.hooks import (
 )
 from strands.session import RepositorySessionManager
 
-from .._format.documents import checked_id
+from .._format.ids import checked_id
 from .._format.multi_agents import path_of
 from ..errors import DatabaseError, MongoDBSessionError
 from .flusher import Flusher
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class OrchestratorSessionManager(RepositorySessionManager):
-    """What a session manager does for orchestrators; how it sends is the other half's."""
+    """Restores and stores orchestrators."""
 
     _flusher: Flusher
     _stopped_multi_agents: dict[str, MongoDBSessionError]
@@ -42,18 +42,18 @@ class OrchestratorSessionManager(RepositorySessionManager):
         registry.add_callback(AfterMultiAgentInvocationEvent, self._on_after_multi_agent_invocation, order=-math.inf)
 
     def initialize_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
-        """Restore a graph or swarm from what was loaded, or record it as new. Sends nothing.
+        """Restore a graph or swarm from the loaded session, or record it as new. Sends nothing.
 
         Raises:
-            InvalidArgumentError: Its id cannot be stored.
-            DatabaseError: This graph or swarm cannot restore the stored state.
+            InvalidArgumentError: Its id is not valid.
+            DatabaseError: It cannot restore the stored state.
         """
         checked_id(source.id, "multi_agent_id")
         is_stored = self._unit.multi_agents.read(source.id) is not None
         try:
             super().initialize_multi_agent(source, **kwargs)
             return
-        except Exception as error:  # whatever a graph raises that restores itself
+        except Exception as error:  # a graph restores itself and can raise anything
             if isinstance(error, MongoDBSessionError) or not is_stored:
                 raise
             reason = type(error).__name__
@@ -62,7 +62,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
         )
 
     def sync_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
-        """Store the state of a graph or swarm, if it changed since it was stored last."""
+        """Store the state of a graph or swarm, if it has changed."""
         work = self._unit
         super().sync_multi_agent(source, **kwargs)
         self._flusher.recorded(source, work, work.multi_agents.raise_refusal, source.id)
@@ -87,8 +87,8 @@ class OrchestratorSessionManager(RepositorySessionManager):
         if stopped is None:
             with self._flusher.recording(source):
                 self.sync_multi_agent(source)
-        # Else Strands calls the orchestrator failed, with nothing left to do: what was recorded at the node that
-        # could not be stored is what another process goes on from.
+        # Otherwise Strands reports the orchestrator as failed, with no node left to run. The state recorded at the node
+        # that could not be stored is the one to resume from.
         await self._flush_multi_agent(source.id)
         if stopped is not None:
             raise stopped  # a swarm has only logged it

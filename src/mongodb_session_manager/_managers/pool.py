@@ -1,4 +1,4 @@
-"""The state of a connection, and the connection pool of the process."""
+"""The state of a connection, and the process-wide connection pool."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..errors import MongoDBSessionError
 
 
 class ConnectionStats(TypedDict):
-    """The state of a connection at this moment.
+    """The current state of a connection.
 
     Attributes:
-        status: `"connected"`, or `"disconnected"` if the server does not answer, or `"closed"`.
-        error: Why it is not connected.
+        status: `"connected"`; `"disconnected"` if the server does not answer; or `"closed"`.
+        error: The reason if it is not connected.
         server_version: Like `"7.0.14"`; `None` if the server refuses the command.
         pool_config: `maxPoolSize`, `minPoolSize`, `maxIdleTimeMS`, `waitQueueTimeoutMS` (milliseconds).
-        connections_open: Connections to the server; `None` for a borrowed client, whose pool only its owner sees.
-        connections_in_use: Those of them a command is using.
-        wait_queue: Commands that wait for a connection.
+        connections_open: The number of open connections; `None` for a borrowed client, whose pool only its owner sees.
+        connections_in_use: The number of connections that run a command.
+        wait_queue: The number of commands that wait for a connection.
     """
 
     status: str
@@ -35,8 +35,8 @@ class ConnectionStats(TypedDict):
 
 
 async def connection_stats(connection: Connection) -> ConnectionStats:
-    """Ask the server for its version and return it with the state of the pool."""
-    pool = connection.pool_stats()  # before the question, which may have to wait for a connection itself
+    """Return the state of the pool, with the version that the server answers."""
+    pool = connection.pool_stats()  # before the command, which can wait for a connection itself
     version, status, error = None, "connected", None
     try:
         version = await connection.server_version()
@@ -48,9 +48,9 @@ async def connection_stats(connection: Connection) -> ConnectionStats:
 
 
 class MongoDBConnectionPool:
-    """The connection pool of the process: that of the global factory, or one that `initialize` makes.
+    """The process-wide connection pool: that of the global factory, or one that `initialize` creates.
 
-    Its client is synchronous. It can be passed as `client=`, and used for the application's own commands.
+    Its client is synchronous. It can be passed as `client=` and used for the application's own commands.
     `initialize_global_factory` with the same connection string and options uses this pool; with others it replaces the
     pool.
     """
@@ -69,13 +69,13 @@ class MongoDBConnectionPool:
 
     @classmethod
     def initialize(cls, connection_string: str | None = None, **client_options: Unpack[ClientOptions]) -> SyncClient:
-        """Return the process's client; the first call, and one with other arguments, makes it.
+        """Return the process-wide client. The first call creates it, and so does a call with other arguments.
 
         If a global factory was initialized with the same arguments, its pool is used. An earlier pool with other
         arguments is closed, unless it belongs to a global factory.
 
         Raises:
-            ConfigurationError: An argument cannot be used.
+            ConfigurationError: An argument is invalid or an option is unknown.
         """
         wanted = Connection(Settings.checked(connection_string, None, client_options, ("connection_string",)))
         current = cls._replace(wanted, taking=False)
@@ -87,7 +87,7 @@ class MongoDBConnectionPool:
 
     @classmethod
     def get_client(cls) -> SyncClient | None:
-        """Return the process's client, `None` if there is no pool.
+        """Return the process-wide client; `None` if there is no pool.
 
         Raises:
             ConfigurationError: The global factory was given a `pymongo.AsyncMongoClient`.
@@ -97,7 +97,7 @@ class MongoDBConnectionPool:
 
     @classmethod
     def get_pool_stats(cls) -> ConnectionStats:
-        """Ask the server for its version and return it with the state of the pool.
+        """Return the state of the pool, with the version of the server, which is asked for it.
 
         `status` is `"connected"`, `"error"` with the reason as `error`, or `"not_initialized"`.
         """
@@ -119,7 +119,7 @@ class MongoDBConnectionPool:
 
     @classmethod
     def close(cls) -> None:
-        """Close the pool, if there is one; a global factory that uses it cannot be used any more."""
+        """Close the pool, if there is one. A global factory that uses it cannot be used afterwards."""
         with cls._lock:
             connection, cls._connection = cls._current(), None
         if connection is not None:

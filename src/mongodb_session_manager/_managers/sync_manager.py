@@ -8,12 +8,13 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
+from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._io.twins import copy_docstrings
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
-from .._repository.metadata import AgentConfig, UsageReport, checked_feedback, checked_keys, checked_metadata
+from .._repository.metadata import AgentConfig, UsageReport
 from .async_manager import AsyncMongoDBSessionManager
 from .base import SessionManagerBase, checked_prompt_metadata
-from .metadata_tool import MetadataPolicy, blocking_tool
+from .metadata_tool import MetadataPolicy, Operations, blocking_tool
 from .options import ManagerOptions
 from .user_hooks import Operation, call_hooked
 
@@ -82,8 +83,8 @@ class MongoDBSessionManager(SessionManagerBase):
         return self._hooked(self._repository.delete_metadata, "delete", keys=checked_keys(keys))
 
     def get_metadata_tool(self, read_only: bool = False, allowed_keys: Sequence[str] | None = None) -> AgentTool:
-        policy = MetadataPolicy.checked(read_only, allowed_keys)
-        return blocking_tool(policy, self.get_metadata, self.update_metadata, self.delete_metadata)
+        operations = Operations(self.get_metadata, self.update_metadata, self.delete_metadata)
+        return blocking_tool(MetadataPolicy.checked(read_only, allowed_keys), operations)
 
     def add_feedback(self, feedback: dict[str, Any]) -> Any:
         return self._hooked(self._repository.add_feedback, "add", feedback=checked_feedback(feedback))

@@ -44,7 +44,7 @@ Operation = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def checked_hook(hook: object, name: str) -> None:
-    """Refuse what cannot be called.
+    """Check that a hook can be called.
 
     Raises:
         ConfigurationError: `hook` is neither a function nor `None`.
@@ -54,7 +54,11 @@ def checked_hook(hook: object, name: str) -> None:
 
 
 _waits: ContextVar[bool | None] = ContextVar("mongodb_session_manager_original_waits", default=None)
-"""Whether `original_func` waits in the current hook; `None` outside of hooks, also in a thread that a hook started."""
+"""Whether `original_func` waits in the current hook; `None` outside of hooks and in a thread that a hook started.
+
+A context variable, and not an argument: a hook can pass `original_func` through functions of its own to another hook or
+to a chain, and what it is called from decides whether it waits.
+"""
 
 
 @contextmanager
@@ -135,12 +139,12 @@ def call_hooked(
     `def` hook returns.
 
     Args:
-        portal: The way to the I/O loop.
+        portal: The portal to the I/O loop.
         hook: The user's hook.
         operation: A method of the asynchronous repository.
-        action: What the hook is told happens.
+        action: The `action` of the hook.
         session_id: The first argument of the operation.
-        **argument: The other one.
+        **argument: The other argument.
     """
     if hook is None:
         return portal.call(operation, session_id, **argument)
@@ -161,12 +165,12 @@ async def run_hooked(
     awaitable that a `def` hook returns is awaited in the caller's task.
 
     Args:
-        portal: The way to the I/O loop.
+        portal: The portal to the I/O loop.
         hook: The user's hook.
         operation: A method of the asynchronous repository.
-        action: What the hook is told happens.
+        action: The `action` of the hook.
         session_id: The first argument of the operation.
-        **argument: The other one.
+        **argument: The other argument.
     """
     if hook is None:
         return await portal.run(operation, session_id, **argument)
@@ -187,14 +191,15 @@ async def _threaded(call: Callable[[], Any]) -> Any:
 
 
 _THREADS = 40
-"""The limit of concurrent `def` hooks of an event loop, for each depth of nesting."""
+"""The maximum number of concurrent `def` hooks of an event loop, for each depth of nesting."""
 
+# A context variable, because a hook that calls the manager again passes nothing on.
 _depth: ContextVar[int] = ContextVar("mongodb_session_manager_hook_depth", default=0)
 _limiters: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("mongodb_session_manager_hook_limiters")
 
 
 async def _in_thread(call: Callable[[], Any]) -> Any:
-    # Each depth has its own threads: hooks that call the manager again must not wait for the threads of outer hooks.
+    # Each depth has its own threads: a hook that calls the manager again must not wait for the threads of outer hooks.
     depth = _depth.get()
     limiters = _limiters.get({})
     _limiters.set(limiters)
@@ -208,38 +213,38 @@ async def _in_thread(call: Callable[[], Any]) -> Any:
 
 @runtime_checkable
 class HeldHook(Protocol):
-    """A hook that keeps something open for the managers and factories that use it, and closes it with the last."""
+    """A hook with a resource that is closed with the last manager or factory that uses the hook."""
 
     def hold(self, user: object) -> None:
-        """Take note of a user."""
+        """Add a user."""
 
     async def let_go(self, user: object) -> None:
-        """Take note that a user is gone."""
+        """Remove a user."""
 
 
 def hold(user: object, *hooks: object) -> None:
-    """Tell hooks that a manager or factory uses them."""
+    """Add a manager or factory to the users of hooks."""
     for hook in hooks:
         if isinstance(hook, HeldHook):
             hook.hold(user)
 
 
 async def let_go(user: object, *hooks: object) -> None:
-    """Tell hooks that a manager or factory uses them no more."""
+    """Remove a manager or factory from the users of hooks."""
     for hook in hooks:
         if isinstance(hook, HeldHook):
             await hook.let_go(user)
 
 
 def chain_hooks(*hooks: Hook | None) -> Hook:
-    """Return one hook that calls several, the first outermost: its `original_func` is the second, and so on.
+    """Return one hook that calls several: each one is the `original_func` of the hook before it.
 
-    `def` and `async def` hooks can be mixed; `None` is left out. A hook of either kind can call the chain with its
+    `def` and `async def` hooks can be mixed; `None` is left out. A hook can call the chain with its own
     `original_func`: in a `def` hook the call waits and returns the result, in an `async def` hook it returns an
     awaitable.
 
     Raises:
-        ConfigurationError: One of them is no function.
+        ConfigurationError: A hook is not a function.
     """
     for hook in hooks:
         checked_hook(hook, "a chained hook")
@@ -289,12 +294,12 @@ class _Chain:
 
         def following(*args: Any, **kwargs: Any) -> Any:
             awaited = self._run(place + 1, original, action, session_id, _argument(argument, args, kwargs))
-            # From any thread: a `def` hook may leave it to one of its own.
+            # From any thread: a `def` hook can call it in a thread of its own.
             return asyncio.run_coroutine_threadsafe(awaited, loop).result() if _original_waits(hook) else awaited
 
         return await _run(hook, partial(hook, following, action, session_id, **argument))
 
 
 def _argument(given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what the next hook is given: what this one passed to its `original_func`, by position or by name."""
+    """Return the arguments of the next hook: those that this one passed to its `original_func`."""
     return {**given, **dict(zip(given, args, strict=False)), **kwargs}

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
-from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
-from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._io.connection import Connection
-from .._io.drivers import Client
+from .._io.options import ContentOptions, RepositoryOptions
 from .._io.portal import Portal
 from .._io.settings import Settings
 from .._store.store import SessionStore
@@ -19,10 +15,7 @@ from .listing import ListingMethods
 from .metadata import MetadataMethods
 from .multi_agents import MultiAgentMethods
 
-_OPTIONS = (
-    *("connection_string", "database_name", "collection_name", "client", "application_name", "metadata_fields"),
-    *("max_inline_attachment_bytes", "max_embedded_messages", "max_embedded_bytes", "session_ttl"),
-)
+_OPTIONS = ("connection_string", "database_name", "collection_name", "client", *ContentOptions.__annotations__)
 
 
 class SharedRepository(ConversationMethods, MultiAgentMethods, MetadataMethods, ListingMethods, CopyingMethods):
@@ -58,27 +51,17 @@ class SharedRepository(ConversationMethods, MultiAgentMethods, MetadataMethods, 
 class AsyncMongoDBSessionRepository(SharedRepository):
     """Sessions in a MongoDB collection, one document each.
 
-    Every method is a coroutine on the event loop the repository was first used on. Methods named like those of
-    `strands.session.SessionRepository` do what Strands says of them.
+    Every method is a coroutine on the event loop on which the repository was first used. Methods with the names of
+    those of `strands.session.SessionRepository` do what Strands documents.
 
     Args:
-        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
+        connection_string: The server; `None` reads the environment variable `MONGODB_URI`.
+        database_name: `None` takes the database that the connection string names, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
-        application_name: Stored in sessions that this repository creates.
-        metadata_fields: Fields of `metadata` that get an index each.
-        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
-            in GridFS, in the bucket `<collection_name>_attachments`.
-        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
-        max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: Sessions expire, with archive and attachments, when nobody has written to them for this time. Each
-            session has its own value; another one applies from the next write on. With `None`, expiring sessions keep
-            their values, and all others do not expire.
-        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+        **options: `RepositoryOptions` documents each.
 
     Raises:
-        ConfigurationError: An argument cannot be used.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -86,27 +69,10 @@ class AsyncMongoDBSessionRepository(SharedRepository):
         connection_string: str | None = None,
         database_name: str | None = None,
         collection_name: str | None = "agent_sessions",
-        *,
-        client: Client | None = None,
-        application_name: str | None = None,
-        metadata_fields: Sequence[str] | None = None,
-        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
-        session_ttl: timedelta | None = None,
-        **client_options: Any,
+        **options: Unpack[RepositoryOptions],
     ) -> None:
-        settings = Settings.checked(connection_string, client, client_options, _OPTIONS)
-        super().__init__(
-            SessionStore(
-                Connection(settings),
-                database_name,
-                collection_name,
-                application_name=application_name,
-                metadata_fields=metadata_fields,
-                max_inline_attachment_bytes=max_inline_attachment_bytes,
-                max_embedded_messages=max_embedded_messages,
-                max_embedded_bytes=max_embedded_bytes,
-                session_ttl=session_ttl,
-            )
-        )
+        of_client: dict[str, Any] = dict(options)
+        client = of_client.pop("client", None)
+        of_content = {name: of_client.pop(name) for name in ContentOptions.__annotations__ if name in of_client}
+        connection = Connection(Settings.checked(connection_string, client, of_client, _OPTIONS))
+        super().__init__(SessionStore(connection, database_name, collection_name, **of_content))

@@ -6,11 +6,7 @@ from .._store.store import SessionStore
 
 
 class RepositoryMethods:
-    """A group of methods of the repository; they use the store, and no other group.
-
-    Args:
-        store: The sessions.
-    """
+    """A group of methods of the repository; they use the store, and no other group."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store

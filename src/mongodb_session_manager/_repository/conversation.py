@@ -10,33 +10,27 @@ from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._format.attachment_refs import replacement, set_aside
 from .._format.changes import AppendMessage, Change, CreateAgent, Identity, ReplaceMessage, UpdateAgent
+from .._format.dates import now, to_date
 from .._format.documents import (
     Document,
-    OddField,
     agent_from,
-    agent_key,
     agent_state,
-    array_at,
-    checked_count,
-    checked_id,
-    checked_message_id,
-    is_message_id,
     message_body,
     message_from,
     new_agent,
-    now,
-    number_at,
     session_from,
     stored_message,
-    to_date,
 )
-from .._format.large_values import compute
+from .._format.expressions import array_at, number_at
+from .._format.ids import agent_key, checked_count, checked_id, checked_message_id, is_message_id
 from .._format.layout import OF_V1, Place
-from .._format.odd_fields import messages_from, usable
+from .._format.malformed import MalformedField, messages_from, usable_field
 from .._format.retention import LIFE, Life
+from .._io.threads import compute
 from .._store.migration import is_of_v1
 from .._store.opening import Opening
 from .._store.sessions import read_consistently
+from .._store.writes import Writer
 from ..errors import InvalidArgumentError, MongoDBSessionError
 from .base import RepositoryMethods
 
@@ -49,13 +43,13 @@ class ConversationMethods(RepositoryMethods):
     # The operations of a session manager, in one command each.
 
     async def open_session(self, session_id: str) -> Document:
-        """Return what restoring a session needs, from one command that creates the session if it is new.
+        """Return the parts of a session that restoring needs; create the session if it is new.
 
-        The document holds everything but metadata, feedbacks, guardrail events, the metrics of messages, and the
-        messages that the agents' conversation managers have removed; `first` is the position of an agent's first
-        message in it. Archived messages that restoring needs come with a second command, and attachments of messages
-        with one more. One more command numbers the messages of an agent that a version before 1.0 has written to, and
-        moves fields that 1.0.0 has stored elsewhere.
+        The document has no metadata, feedback, guardrail events or metrics of messages, nor the messages that the
+        agents' conversation managers have removed; `first` is the position of an agent's first message in it.
+
+        It takes one command. A second one reads the archived messages that restoring needs, and a third one the
+        attachments. One more migrates agents that a version before 1.0 has written to, and fields of 1.0.0.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.
@@ -65,7 +59,7 @@ class ConversationMethods(RepositoryMethods):
     async def apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:
-        """Store recorded changes exactly once; in one command, unless another writer interferes.
+        """Store recorded changes exactly once, in one command unless another writer interferes.
 
         Args:
             session_id: The session.
@@ -74,14 +68,15 @@ class ConversationMethods(RepositoryMethods):
                 now.
 
         Returns:
-            By agent id, why that agent's changes could not be stored: `SessionConflictError`, `AgentNotFoundError`,
-            `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes of all other agents
-            are stored. With `StateTooLargeError` the agent's messages are stored too, unless the error is `pending`.
+            The errors of agents whose changes could not be stored, by agent id: `SessionConflictError`,
+            `AgentNotFoundError`, `MessageNotFoundError`, `SessionNotFoundError` or `MessageTooLargeError`. The changes
+            of all other agents are stored. With `StateTooLargeError` the agent's messages are stored too, unless the
+            error is `pending`.
 
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
         """
-        return await self._store.writer.apply(checked_id(session_id, "session_id"), changes, incarnation)
+        return await Writer(self._store).apply(checked_id(session_id, "session_id"), changes, incarnation)
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self.apply(session_id, (change,))).values():
@@ -93,14 +88,14 @@ class ConversationMethods(RepositoryMethods):
         """Create a session.
 
         Raises:
-            SessionExistsError: There is one of that id.
+            SessionExistsError: A session with that id exists.
         """
         session_id, moment = checked_id(session.session_id, "session_id"), to_date(session.created_at)
         await Opening(self._store).create(session_id, moment)
         return session
 
     async def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
-        """Return a session, `None` if there is none of that id."""
+        """Return a session, `None` if it does not exist."""
         fields = dict.fromkeys(("session_type", "created_at", "updated_at", *OF_V1), 1)
         document = await self._store.sessions.find(session_id, {**LIFE, **fields})
         if document is None:
@@ -119,7 +114,7 @@ class ConversationMethods(RepositoryMethods):
 
         Args:
             session_id: The session.
-            **kwargs: Accepted because Strands' own repositories do; unused.
+            **kwargs: Unused; Strands' own repositories accept them, too.
 
         Returns:
             Whether the session existed. `False` also for a session that has expired, and for an id that is being
@@ -131,17 +126,17 @@ class ConversationMethods(RepositoryMethods):
         return await self._store.deletion.delete(checked_id(session_id, "session_id"))
 
     async def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
-        """Create an agent without messages; one that exists already is left as it is.
+        """Create an agent without messages; an existing agent stays unchanged.
 
         Raises:
             SessionNotFoundError: The session does not exist.
-            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
+            StateTooLargeError: The session document has no room for the state; the stored state stays.
         """
         document = await compute(new_agent, session_agent)
         await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
 
     async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
-        """Return an agent, `None` if the session holds none of that id.
+        """Return an agent, `None` if the session has no such agent.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -149,10 +144,10 @@ class ConversationMethods(RepositoryMethods):
         key = agent_key(agent_id)
         names = ("agent_data", "created_at", "updated_at")
         document = await self._store.sessions.get(session_id, {f"agents.{key}.{name}": 1 for name in names})
-        agents: Document = usable(dict, document.get("agents"), session_id, "agents")
+        agents: Document = usable_field(dict, document.get("agents"), session_id, "agents")
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
-            raise OddField(f"agents.{key}", stored, dict).error(session_id)
+            raise MalformedField(f"agents.{key}", stored, dict).error(session_id)
         return None if stored is None else await compute(agent_from, agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
@@ -160,8 +155,8 @@ class ConversationMethods(RepositoryMethods):
 
         Raises:
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such agent.
-            StateTooLargeError: The session's document has no room for its state; the earlier one stays.
+            AgentNotFoundError: The session has no such agent.
+            StateTooLargeError: The session document has no room for the state; the stored state stays.
         """
         state = await compute(agent_state, session_agent)
         async with self._connection.operation():
@@ -171,32 +166,31 @@ class ConversationMethods(RepositoryMethods):
     async def create_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
     ) -> None:
-        """Append a message, whose `message_id` must follow the last one's; the first message can have any id.
+        """Append a message. Its `message_id` must follow that of the last message; the first message can have any id.
 
         Raises:
             InvalidArgumentError: The message's id is not an int >= 0 and < 2**31.
             SessionConflictError: The message's id does not follow that of the agent's last message.
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such agent.
-            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
-            StateTooLargeError: Other parts than messages fill the session's document.
+            AgentNotFoundError: The session has no such agent.
+            MessageTooLargeError: The message, without its attachments, is larger than 15 MiB.
+            StateTooLargeError: Parts of the session other than messages fill its document.
         """
         message_id = checked_message_id(session_message.message_id)
         if not is_message_id(message_id):  # the next opening would renumber the message
             raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
         message = await compute(stored_message, session_message, message_id)
-        await self._apply_one(
-            session_id, AppendMessage(agent_id, set_aside(message, self._store.max_inline), by_id=True)
-        )
+        message, size = set_aside(message, self._store.max_inline)
+        await self._apply_one(session_id, AppendMessage(agent_id, message, by_id=True, size=size))
 
     async def read_message(
         self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
     ) -> SessionMessage | None:
-        """Return a message, `None` if the agent holds none of that id.
+        """Return a message, `None` if the agent has no such message.
 
         Raises:
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such agent.
+            AgentNotFoundError: The session has no such agent.
             AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
@@ -217,45 +211,46 @@ class ConversationMethods(RepositoryMethods):
             return None
         found = await compute(message_from, message, message_id)
         if found is None:
-            raise OddField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(session_id)
+            raise MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(
+                session_id
+            )
         return found
 
     async def update_message(
         self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
     ) -> None:
-        """Replace the content of a stored message; with `redact_message`, nothing of the original is kept.
+        """Replace the content of a stored message. With `redact_message`, the original content is removed.
 
         Raises:
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such agent.
-            MessageNotFoundError: The agent holds no message of that id.
-            MessageTooLargeError: The message holds more, beside its attachments, than can be stored.
+            AgentNotFoundError: The session has no such agent.
+            MessageNotFoundError: The agent has no such message.
+            MessageTooLargeError: The message, without its attachments, is larger than 15 MiB.
         """
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        fields = replacement(
-            {**(await compute(message_body, session_message)), "updated_at": now()}, self._store.max_inline
-        )
+        body = {**(await compute(message_body, session_message)), "updated_at": now()}
+        fields, size = replacement(body, self._store.max_inline)
         given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
-        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True))
+        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True, size=size))
 
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages of an agent, oldest first; elements of `messages` that are no messages are left out.
+        """Return messages of an agent, oldest first, without elements of `messages` that are no messages.
 
         Args:
             session_id: The session.
             agent_id: The agent.
-            limit: At most so many; `None` for all.
-            offset: Leave out so many of the oldest.
-            **kwargs: Accepted because Strands may pass more one day; unused.
+            limit: The most messages to return; `None` for all.
+            offset: The number of oldest messages to skip.
+            **kwargs: Unused; later versions of Strands can pass more.
 
         Raises:
             InvalidArgumentError: `limit` or `offset` is not an int >= 0.
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such agent.
+            AgentNotFoundError: The session has no such agent.
             AttachmentError: An attachment is missing or damaged.
         """
         offset = min(checked_count(offset, "offset"), _ALL)

@@ -9,7 +9,7 @@ from .._copying.exports import Export
 from .._copying.forks import Forker
 from .._copying.imports import Import, feed
 from .._copying.write_back import WriteBack
-from .._format.documents import checked_id
+from .._format.ids import checked_id
 from .._io.loop import portal_to
 from .base import RepositoryMethods
 
@@ -69,9 +69,10 @@ class CopyingMethods(RepositoryMethods):
     ) -> None:
         """Create a session with the same content, or with its beginning, to try another continuation.
 
-        Messages and attachments are copied on the server. Messages keep their dates and ids; `created_at` of the fork
-        is the current time. The fork has the metadata of the session, the guardrail events and running totals of its
-        own messages, and no feedback, which was given for another continuation.
+        Attachments are copied on the server; messages pass through this process, a few megabytes at a time. They keep
+        their dates and ids; `created_at` of the fork is the current time. The fork has the metadata of the session, the
+        guardrail events and running totals of its own messages, and no feedback, which was given for another
+        continuation.
 
         A cut agent has its current state, without pending interrupts and without the state of its model. Its
         conversation manager shows as many messages as now, if the fork has that many; a summary that covers later

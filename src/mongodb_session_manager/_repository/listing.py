@@ -1,7 +1,7 @@
-"""Finding sessions: pages of summaries in the order of a date, counts, and whether one exists.
+"""The methods that list, count and find sessions.
 
-A page continues where the cursor of the page before says, by date and then by id, which is what the indexes hold. So
-it costs the same wherever it is, and a session that is there from the first page to the last is listed once.
+A page begins after the date and id in the cursor of the page before, and the indexes have the same order. So every
+page costs the same, and a session that exists from the first page to the last is listed once.
 """
 
 from __future__ import annotations
@@ -14,36 +14,28 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeAlias, get_args
 
-from .._format.documents import (
-    USAGE,
-    Document,
-    agent_id_of,
-    array_at,
-    checked_id,
-    date_from,
-    entries_at,
-    number_at,
-    to_date,
-    usable_numbers,
-)
-from .._format.large_values import compute, least_size
+from .._format.dates import date_from, to_date
+from .._format.documents import USAGE, Document, usable_numbers
+from .._format.expressions import array_at, entries_at, number_at
+from .._format.ids import agent_id_of, checked_id
 from .._format.layout import LIVE, UNFINISHED
-from .._format.odd_fields import usable
-from .._format.sizes import MAX_DOCUMENT_BYTES
+from .._format.malformed import usable_field
+from .._format.metadata import checked_metadata, decode_values, encoded, name_of
+from .._format.sizes import MAX_DOCUMENT_BYTES, least_size
+from .._io.threads import compute
 from ..errors import DatabaseError, EncodingError, InvalidArgumentError, raise_alone
 from .base import RepositoryMethods
-from .metadata import checked_metadata, decode_values, encoded, name_of
 
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
 
 MOST = 1000
-"""The most sessions of one page."""
+"""The most sessions of a page."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
 _LAST = datetime(9999, 12, 31, 23, 59, 59, 999000, tzinfo=UTC)
 _VALUE_DEPTH = 2  # document, metadata, value
-_BAD_VALUE = 2  # what the server says of a hint that names no index
+_BAD_VALUE = 2  # the error code for a hint that names no index
 
 _SUMMARY: Document = {
     "application_name": 1,
@@ -65,16 +57,16 @@ _SUMMARY: Document = {
 
 @dataclass(frozen=True, slots=True)
 class SessionSummary:
-    """What a list shows of a session.
+    """The entry of a session in a list.
 
     Attributes:
         session_id: The session.
-        application_name: The name it got at its creation.
-        created_at: When it was created, UTC.
-        updated_at: When it was last written to, UTC.
+        application_name: The name that it was created with.
+        created_at: The time of its creation, UTC.
+        updated_at: The time of its last write, UTC.
         agents: The ids of its agents.
-        message_counts: By agent id, all messages the agent has ever stored.
-        usage: The running totals of all its agents, under the names of `UsageReport`.
+        message_counts: The number of all messages that an agent has stored, by agent id.
+        usage: The running totals of all its agents, as in `UsageReport`.
         metadata: Its metadata.
     """
 
@@ -93,8 +85,8 @@ class SessionPage:
     """A page of a list of sessions.
 
     Attributes:
-        sessions: In the order asked for.
-        next_cursor: What to pass as `cursor` for the page that follows; `None` if this is the last one.
+        sessions: The sessions of the page, in the requested order.
+        next_cursor: The `cursor` of the next page; `None` for the last page.
     """
 
     sessions: tuple[SessionSummary, ...]
@@ -103,11 +95,11 @@ class SessionPage:
 
 @dataclass(frozen=True, slots=True)
 class Criteria:
-    """Which sessions are meant: values, never operators.
+    """The criteria of a list: values, never operators.
 
     Attributes:
-        equal: By path in the document, the value that must be there.
-        after: By name of a date, the moment it must lie after.
+        equal: The required values, by path in the document.
+        after: The moments that dates must be later than, by the name of the date.
     """
 
     equal: Mapping[str, Any]
@@ -120,7 +112,7 @@ class Criteria:
         """Return criteria from arguments.
 
         Raises:
-            InvalidArgumentError: One of them cannot be one.
+            InvalidArgumentError: An argument is invalid.
         """
         equal: dict[str, Any] = {}
         if application_name is not None:
@@ -143,7 +135,7 @@ class Criteria:
         return cls(equal, after)
 
     def filter(self) -> Document:
-        """Return the query for all sessions that are meant."""
+        """Return the filter for the sessions that meet the criteria."""
         return {
             **{path: {"$eq": value} for path, value in self.equal.items()},
             **{name: {"$gt": moment} for name, moment in self.after.items()},
@@ -152,24 +144,24 @@ class Criteria:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a page begins: after the session of this date and id, in this order."""
+    """The position before a page: the date and id of the last session of the page before."""
 
     order: Order
     date: datetime
     session_id: str
 
     def cursor(self) -> str:
-        """Return the position as text that needs no quoting in a URL."""
+        """Return the cursor for the position; it needs no quoting in a URL."""
         milliseconds = (self.date - _EPOCH) // timedelta(milliseconds=1)
         text = json.dumps([self.order, milliseconds, self.session_id], separators=(",", ":"))
         return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
 
     @classmethod
     def of(cls, cursor: object, order: Order) -> Position:
-        """Return the position that a cursor holds.
+        """Return the position of a cursor.
 
         Raises:
-            InvalidArgumentError: It is not one that `cursor` returned, or one of another order.
+            InvalidArgumentError: The cursor is invalid, or belongs to another order.
         """
         if not isinstance(cursor, str):
             raise InvalidArgumentError(f"cursor must be a str, not {type(cursor).__name__}")
@@ -181,20 +173,20 @@ class Position:
         except (binascii.Error, ValueError, TypeError, OverflowError, RecursionError):
             genuine = False
         if not genuine:
-            raise InvalidArgumentError("cursor is not one that list_sessions has returned")
+            raise InvalidArgumentError("cursor must be the next_cursor of a page of list_sessions")
         if position.order != order:
-            raise InvalidArgumentError(f"cursor belongs to another order than {order!r}")
+            raise InvalidArgumentError(f"cursor belongs to a list in another order than {order!r}")
         return position
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What `find` is to be asked for a page.
+    """The arguments of `find` for a page.
 
     Attributes:
         filter: The query.
         sort: The order.
-        hint: The index that answers it all, `None` if there is none or more than one may help.
+        hint: The index that answers the query, `None` if there is none, or several can help.
     """
 
     filter: Document
@@ -227,10 +219,10 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
 
 
 def checked_order(order: object) -> Order:
-    """Return `order` if it is one.
+    """Return a valid order.
 
     Raises:
-        InvalidArgumentError: It is not.
+        InvalidArgumentError: The order is unknown.
     """
     for known in get_args(Order):
         if order == known and isinstance(order, str):
@@ -239,10 +231,10 @@ def checked_order(order: object) -> Order:
 
 
 def checked_limit(limit: object) -> int:
-    """Return `limit` if it can be the length of a page.
+    """Return a valid limit.
 
     Raises:
-        InvalidArgumentError: It cannot.
+        InvalidArgumentError: The limit is invalid.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST:
         raise InvalidArgumentError(f"limit must be an int from 1 to {MOST}")
@@ -250,11 +242,11 @@ def checked_limit(limit: object) -> int:
 
 
 def summary_from(document: Mapping[str, Any]) -> SessionSummary:
-    """Return the summary of a session from what `_SUMMARY` leaves of its document."""
+    """Return the summary of a session that was read with the projection `_SUMMARY`."""
     session_id, name = document["_id"], document.get("application_name")
     agents = {agent_id_of(agent["key"]): agent for agent in document.get("agents") or []}
     totals = [usable_numbers(agent.get("usage")) for agent in agents.values()]
-    metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+    metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
     return SessionSummary(
         session_id=session_id,
         application_name=name if isinstance(name, str) else None,
@@ -277,7 +269,7 @@ def _checked_date(value: object, name: str) -> datetime:
     try:
         return to_date(value)
     except InvalidArgumentError:  # the first or last day of the calendar, in another zone
-        raise_alone(InvalidArgumentError(f"{name} has no equal in UTC"))
+        raise_alone(InvalidArgumentError(f"{name} must be a moment that UTC can express"))
 
 
 def _valid(text: str, name: str) -> str:
@@ -289,11 +281,11 @@ def _valid(text: str, name: str) -> str:
 
 
 def _refuse_operators(value: object, name: str) -> None:
-    """Refuse a value that holds what MongoDB could take for an operator, at any depth."""
+    """Refuse a value that contains an operator of MongoDB at any depth."""
     waiting, seen = [value], set()
     while waiting:
         found = waiting.pop()
-        if id(found) in seen:  # it holds itself, or the same value twice
+        if id(found) in seen:  # a cycle, or a value that occurs twice
             continue
         seen.add(id(found))
         match found:
@@ -322,21 +314,21 @@ class ListingMethods(RepositoryMethods):
     ) -> SessionPage:
         """Return a page of the sessions that meet every criterion, without loading a message.
 
-        A page reads no more than it returns, and one session to know if there are others, if at most one of
-        `application_name` and the `metadata_fields` is asked for, and of the dates only that of `order`. A session
-        that is written to between two pages ordered by `updated_at` moves in the list.
+        The server reads only the sessions of the page and the next one, if the criteria name at most one of
+        `application_name` and the `metadata_fields`, and no date other than that of `order`. A session that is written
+        to between two pages ordered by `updated_at` moves in the list.
 
         Args:
-            application_name: The name it got at its creation; `None` for any.
-            metadata: Values by key, `a.b` for `b` within `a`; where a list is stored, one of its elements will do.
-            created_after: Created later than this; without a zone it is UTC.
-            updated_after: Written to later than this; without a zone it is UTC.
-            order: By which date, `-` for the latest first; sessions of the same date by id.
-            limit: At most so many, up to 1000.
+            application_name: The name that the session was created with; `None` for any.
+            metadata: Values by key, `a.b` for `b` within `a`. A stored list matches if it contains the value.
+            created_after: The session was created later; a moment without a zone is UTC.
+            updated_after: The session was written to later; a moment without a zone is UTC.
+            order: The date to sort by, with `-` for the latest first. Sessions with the same date are sorted by id.
+            limit: The most sessions to return, at most 1000.
             cursor: The `next_cursor` of the page before; the other arguments must be the same.
 
         Raises:
-            InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
+            InvalidArgumentError: An argument is invalid, or contains an operator.
         """
         criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
         order, limit = checked_order(order), checked_limit(limit)
@@ -358,22 +350,22 @@ class ListingMethods(RepositoryMethods):
         created_after: datetime | None = None,
         updated_after: datetime | None = None,
     ) -> int:
-        """Return how many sessions meet every criterion.
+        """Return the number of sessions that meet every criterion.
 
         Args:
-            application_name: The name it got at its creation; `None` for any.
-            metadata: Values by key, `a.b` for `b` within `a`; where a list is stored, one of its elements will do.
-            created_after: Created later than this; without a zone it is UTC.
-            updated_after: Written to later than this; without a zone it is UTC.
+            application_name: The name that the session was created with; `None` for any.
+            metadata: Values by key, `a.b` for `b` within `a`. A stored list matches if it contains the value.
+            created_after: The session was created later; a moment without a zone is UTC.
+            updated_after: The session was written to later; a moment without a zone is UTC.
 
         Raises:
-            InvalidArgumentError: An argument cannot be used, or holds an operator in the place of a value.
+            InvalidArgumentError: An argument is invalid, or contains an operator.
         """
         criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
         meant = criteria.filter()
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
-        unfinished = {**meant, "state": {"$in": UNFINISHED}}  # counted separately, so that an index answers each query
+        unfinished = {**meant, **UNFINISHED}  # counted separately, so that an index answers each query
         async with self._connection.operation():
             self._store.ensure_indexes()
             count = await self._store.collection.send(lambda collection: collection.count_documents(meant, **options))
@@ -394,4 +386,4 @@ class ListingMethods(RepositoryMethods):
         except DatabaseError as error:
             if query.hint is None or error.code != _BAD_VALUE:
                 raise
-        return await find(query.filter, _SUMMARY, **options)  # the index is not there, or not yet
+        return await find(query.filter, _SUMMARY, **options)  # the index does not exist (yet)

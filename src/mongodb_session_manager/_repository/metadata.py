@@ -1,51 +1,49 @@
-"""What a session carries beside its conversation: metadata, feedback, the configuration and the usage of its agents.
+"""The methods for metadata, feedback, and the configuration and usage of agents.
 
-Each method is one command. None of them touches `next_message_id`, so none makes a conversation write conflict.
+Each method is one command. None of them changes `next_message_id`, so none conflicts with the conversation.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, TypedDict
 
 from pymongo import ReturnDocument
 
-from .._format.codec import MARKER, MAX_LEVELS, MAX_NESTING, decode, encode, subscript
-from .._format.documents import (
-    USAGE,
-    Document,
-    agent_id_of,
-    agent_key,
-    array_at,
-    checked_id,
-    entries_at,
-    number_at,
-    to_date,
-    usable_numbers,
+from .._format.codec import MARKER, decode
+from .._format.documents import USAGE, Document, usable_numbers
+from .._format.expressions import array_at, entries_at, number_at
+from .._format.ids import agent_id_of, agent_key, checked_id
+from .._format.malformed import log_malformed, usable_agents, usable_field
+from .._format.metadata import (
+    checked_feedback,
+    checked_keys,
+    decode_all,
+    decode_values,
+    encoded_config,
+    encoded_feedback,
+    encoded_metadata,
+    leads_into_marked,
+    unset_keys,
 )
-from .._format.large_values import compute
-from .._format.odd_fields import tell_odd, usable, usable_agents
-from .._format.sizes import of_agent, refuse_unstorable
+from .._format.sizes import of_agent
 from .._format.statements import Update
 from .._io.asked_fields import StoredFields, asked_for
 from .._io.connection import Connection
 from .._io.drivers import AsyncCollection
+from .._io.threads import compute
 from .._store.expiry import matched
-from ..errors import AgentNotFoundError, EncodingError, InvalidArgumentError, SessionNotFoundError, raise_alone
+from ..errors import AgentNotFoundError, InvalidArgumentError, SessionNotFoundError
 from .base import RepositoryMethods
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
-_RESERVED = frozenset({MARKER, "__bytes_encoded__"})
-_VALUE_DEPTH = 2  # document, metadata or agent_data, value
-_MOST_AHEAD = timedelta(minutes=1)  # a later date comes from a wrong clock, not from much feedback
+_MOST_AHEAD = timedelta(minutes=1)  # a later date comes from a wrong clock
 
 
 class AgentConfig(TypedDict):
-    """How an agent is configured."""
+    """The configuration of an agent."""
 
     agent_id: str
     model: str | None
@@ -54,125 +52,18 @@ class AgentConfig(TypedDict):
 
 
 class UsageReport(TypedDict):
-    """Running totals of a session.
+    """The running totals of a session.
 
-    Both hold `inputTokens`, `outputTokens`, `totalTokens`, `cacheReadInputTokens`, `cacheWriteInputTokens`,
+    Each value has `inputTokens`, `outputTokens`, `totalTokens`, `cacheReadInputTokens`, `cacheWriteInputTokens`,
     `latencyMs` (milliseconds), `invocations` and `toolCalls`.
 
     Attributes:
-        agents: By agent id.
-        total: Of all agents.
+        agents: The totals by agent id.
+        total: The totals of all agents.
     """
 
     agents: dict[str, dict[str, int]]
     total: dict[str, int]
-
-
-def checked_metadata(metadata: object, name: str = "metadata") -> dict[str, Any]:
-    """Return `metadata` if its keys can be set.
-
-    Raises:
-        InvalidArgumentError: It is not a dict, or a key cannot be one.
-    """
-    if not isinstance(metadata, dict):
-        raise InvalidArgumentError(f"{name} must be a dict, not {type(metadata).__name__}")
-    _checked_paths(metadata, name)
-    return metadata
-
-
-def checked_keys(keys: object, name: str = "keys") -> list[str]:
-    """Return `keys` if they can be deleted.
-
-    Raises:
-        InvalidArgumentError: It is not a list of keys.
-    """
-    if isinstance(keys, str | bytes | Mapping) or not isinstance(keys, Iterable):
-        raise InvalidArgumentError(f"{name} must be a list of str, not {type(keys).__name__}")
-    listed: list[Any] = list(keys)
-    with suppress(TypeError):  # an unhashable one is no str, which the next line says
-        listed = list(dict.fromkeys(listed))
-    _checked_paths(listed, name)
-    return listed
-
-
-def checked_feedback(feedback: object) -> dict[str, Any]:
-    """Return `feedback` if it is a dict.
-
-    Raises:
-        InvalidArgumentError: It is not.
-    """
-    if not isinstance(feedback, dict):
-        raise InvalidArgumentError(f"feedback must be a dict, not {type(feedback).__name__}")
-    return feedback
-
-
-def _checked_paths(paths: Iterable[object], name: str) -> None:
-    split = []
-    for path in paths:
-        if not isinstance(path, str):
-            raise InvalidArgumentError(f"{name} holds a key that is not a str but {type(path).__name__}")
-        parts = path.split(".")
-        if "\0" in path or any(not part or part.startswith("$") for part in parts):
-            raise InvalidArgumentError(
-                f"{name} holds the key {path!r}: a key must not be empty, hold NUL, or have a segment between dots "
-                "that is empty or begins with $"
-            )
-        if _RESERVED.intersection(parts):
-            raise InvalidArgumentError(f"{name} holds the key {path!r}, a segment of which marks encoded values")
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise_alone(InvalidArgumentError(f"{name} holds a key with a lone surrogate"))
-        split.append(parts)
-    split.sort()
-    for shorter, longer in itertools.pairwise(split):
-        if longer[: len(shorter)] == shorter:
-            raise InvalidArgumentError(f"{name} holds {'.'.join(shorter)!r} and, within it, {'.'.join(longer)!r}")
-
-
-def name_of(key: str) -> str:
-    """Return the name of a metadata value in errors: `metadata['a']['b']` for the key `a.b`."""
-    return "metadata" + "".join(map(subscript, key.split(".")))
-
-
-def encoded(value: Any, depth: int, name: str, *, arrays: bool = True) -> Any:
-    """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds.
-
-    Args:
-        value: The value.
-        depth: Levels from the root of the document to the value.
-        name: The name of the value in errors.
-        arrays: Whether tuples and sets become arrays, so that queries find their elements. They come back as lists.
-    """
-    try:
-        return encode(_queryable(value, arrays), depth=depth, name=name)
-    except RecursionError:
-        raise_alone(EncodingError("cannot store a value nested deeper than Python's stack allows here"))
-
-
-def _queryable(value: Any, arrays: bool) -> Any:
-    match value:
-        case datetime():
-            with suppress(InvalidArgumentError):  # the first or last day of the calendar, in another zone
-                return to_date(value)
-            return value
-        case dict():
-            return {key: _queryable(item, arrays) for key, item in value.items()}
-        case list():
-            return [_queryable(item, arrays) for item in value]
-        case tuple() if arrays:
-            return [_queryable(item, arrays) for item in value]
-        case set() | frozenset() if arrays:
-            return [_queryable(item, arrays) for item in sorted(value, key=_place)]
-        case _:
-            return value
-
-
-def _place(member: Any) -> tuple[str, Any]:
-    """Return the sort key of a member of a set, so that equal sets are stored as equal arrays."""
-    if isinstance(member, bool | int | float):
-        return "", member
-    return type(member).__name__, member if isinstance(member, str | bytes) else repr(member)
 
 
 _latest: dict[object, datetime] = {}
@@ -192,21 +83,21 @@ class MetadataMethods(RepositoryMethods):
     """The methods for metadata, feedback, and the configuration and usage of agents."""
 
     async def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
-        """Set the given keys of a session's metadata and keep the others.
+        """Set keys of a session's metadata and keep the others.
 
         Args:
             session_id: The session.
             metadata: Values by key; `a.b` sets `b` within `a`. Dates are stored as BSON dates: UTC, milliseconds.
 
         Raises:
-            InvalidArgumentError: A key cannot be set.
+            InvalidArgumentError: A key is invalid.
             EncodingError: A value cannot be stored.
-            StateTooLargeError: The session's document has no room for it.
+            StateTooLargeError: The session document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
-        sets = await compute(_encoded_metadata, checked_id(session_id, "session_id"), metadata)
+        sets = await compute(encoded_metadata, checked_id(session_id, "session_id"), metadata)
         while not await self._change_intact(session_id, metadata, {"$set": sets}):
-            if any("." in key for key in metadata):  # else it was deleted, and is there again
+            if any("." in key for key in metadata):  # else it was deleted and created again
                 raise InvalidArgumentError(
                     "metadata holds a key with dots that leads into a stored value that has no keys"
                 )
@@ -216,7 +107,7 @@ class MetadataMethods(RepositoryMethods):
         document = await self._store.sessions.find(session_id, {"metadata": 1})
         if document is None:
             return {}
-        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+        metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         return {"metadata": await compute(decode_values, metadata)}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
@@ -227,12 +118,12 @@ class MetadataMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist.
         """
         wanted = checked_keys(keys)
-        while not await self._change_intact(session_id, wanted, _unset(wanted)):
+        while not await self._change_intact(session_id, wanted, unset_keys(wanted)):
             stored = (await self._store.sessions.get(session_id, {"metadata": 1})).get("metadata")
-            wanted = [key for key in wanted if not _leads_into_marked(stored, key)]
+            wanted = [key for key in wanted if not leads_into_marked(stored, key)]
 
     async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
-        """Append feedback, with the present as `created_at`.
+        """Append feedback, stamped with the current time as `created_at`.
 
         Args:
             session_id: The session.
@@ -242,17 +133,17 @@ class MetadataMethods(RepositoryMethods):
         Raises:
             InvalidArgumentError: `feedback` is not a dict.
             EncodingError: A value cannot be stored.
-            StateTooLargeError: The session's document has no room for it.
+            StateTooLargeError: The session document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
         fields = {**checked_feedback(feedback), "created_at": self._connection.now()}
-        entry = await compute(_encoded_feedback, checked_id(session_id, "session_id"), fields)
+        entry = await compute(encoded_feedback, checked_id(session_id, "session_id"), fields)
         async with self._connection.operation():
             moment = _unique_moment(self._connection)
             if "created_at" in entry:
                 entry["created_at"] = moment
             else:  # the date is inside a marked form
-                entry = await compute(_encoded_feedback, session_id, {**fields, "created_at": moment})
+                entry = await compute(encoded_feedback, session_id, {**fields, "created_at": moment})
             # `$addToSet` adds it at most once, even if the command is sent again.
             update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
             statement = Update({"_id": session_id}, update, None)
@@ -260,7 +151,7 @@ class MetadataMethods(RepositoryMethods):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
 
     async def get_application_name(self, session_id: str) -> str | None:
-        """Return the name that the session was created with, `None` if it has none.
+        """Return the application name of a session, `None` if it has none.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -275,13 +166,13 @@ class MetadataMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist.
         """
         document = await self._store.sessions.get(session_id, {"feedbacks": 1})
-        feedbacks: list[Any] = usable(list, document.get("feedbacks"), session_id, "feedbacks")
+        feedbacks: list[Any] = usable_field(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
-            tell_odd(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
+            log_malformed(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
         return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
     async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
-        """Return an agent's model, system prompt and prompt metadata, `None` if the session holds no such agent.
+        """Return an agent's model, system prompt and prompt metadata, `None` if the session has no such agent.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -310,13 +201,13 @@ class MetadataMethods(RepositoryMethods):
         system_prompt: str | None = None,
         prompt_metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Set what is not `None` of an agent's configuration; it stays until it is set again, whatever the agent runs.
+        """Set the values of an agent's configuration that are not `None`. They stay until they are set again.
 
         Raises:
             InvalidArgumentError: An argument is of the wrong type.
-            StateTooLargeError: The session's document has no room for it.
+            StateTooLargeError: The session document has no room for it.
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such agent.
+            AgentNotFoundError: The session has no such agent.
         """
         for name, value in (("model", model), ("system_prompt", system_prompt)):
             if value is not None and not isinstance(value, str):
@@ -327,7 +218,7 @@ class MetadataMethods(RepositoryMethods):
         given = {name: value for name, value in fields.items() if value is not None}
         path = f"agents.{agent_key(agent_id)}"
         part = of_agent(" and ".join(given), agent_id)
-        config = await compute(_encoded_config, checked_id(session_id, "session_id"), part, given)
+        config = await compute(encoded_config, checked_id(session_id, "session_id"), part, given)
         sets = {f"{path}.agent_data.{name}": value for name, value in config.items()}
         async with self._connection.operation():
             update = {
@@ -340,11 +231,11 @@ class MetadataMethods(RepositoryMethods):
                 raise AgentNotFoundError(f"session {session_id!r} holds no agent {agent_id!r}")
 
     async def get_message_count(self, session_id: str, agent_id: str) -> int:
-        """Return how many messages an agent has ever stored, counted by the server.
+        """Return the number of all messages that an agent has stored, counted by the server.
 
         Raises:
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such agent.
+            AgentNotFoundError: The session has no such agent.
         """
         path = f"$agents.{agent_key(agent_id)}"
         count = {"$add": [number_at(f"{path}.archived"), {"$size": array_at(f"{path}.messages")}]}
@@ -391,7 +282,7 @@ class MetadataMethods(RepositoryMethods):
 
     async def _answer(self, session_id: str, asked: Iterable[StoredFields], document: Document) -> None:
         """Give the fields that hooks asked for to the hooks."""
-        metadata: Document = usable(dict, document.get("metadata"), session_id, "metadata")
+        metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
             wanted = {name: metadata[name] for name in fields.names if name in metadata}
@@ -415,53 +306,9 @@ async def _update_and_return(
     )
 
 
-def _encoded_metadata(session_id: str, metadata: object) -> Document:
-    """Return the encoded values of metadata, by path in the document."""
-    if isinstance(metadata, dict):
-        refuse_unstorable(session_id, "metadata", metadata)
-    return {
-        f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
-        for key, value in checked_metadata(metadata).items()
-    }
-
-
-def _encoded_feedback(session_id: str, feedback: Document) -> Document:
-    refuse_unstorable(session_id, "feedback", feedback)
-    entry: Document = encoded(feedback, 3, "feedback", arrays=False)
-    return entry
-
-
-def _encoded_config(session_id: str, part: str, config: Document) -> Document:
-    refuse_unstorable(session_id, part, config)
-    return {name: encoded(value, _VALUE_DEPTH + 2, name, arrays=False) for name, value in config.items()}
-
-
-def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return decoded values of metadata by their keys."""
-    return {key: decode(value, nesting=MAX_NESTING + MAX_LEVELS) for key, value in stored.items()}
-
-
-def decode_all(stored: Iterable[Any]) -> list[Any]:
-    """Return decoded values."""
-    return [decode(value) for value in stored]
-
-
-def _unset(keys: Iterable[str]) -> Document:
-    unset = {f"metadata.{key}": "" for key in keys}
-    return {"$unset": unset} if unset else {}
-
-
-def _leads_into_marked(stored: Any, key: str) -> bool:
-    """Tell whether a part of a dotted key is stored in a marked form, within which there are no keys of the user's."""
-    for part in key.split(".")[:-1]:
-        stored = stored.get(part) if isinstance(stored, dict) else None
-        if isinstance(stored, dict) and MARKER in stored:
-            return True
-    return False
-
-
 def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> AgentConfig:
-    data: Document = usable(dict, stored.get("agent_data"), session_id, f"agents.{agent_key(agent_id)}.agent_data")
+    path = f"agents.{agent_key(agent_id)}.agent_data"
+    data: Document = usable_field(dict, stored.get("agent_data"), session_id, path)
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
     return {
         "agent_id": agent_id,

@@ -1,4 +1,4 @@
-"""The half of the repository that stores the states of orchestrators, Strands' graphs and swarms."""
+"""The methods for the states of Strands' graphs and swarms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from bson import ObjectId
 
 from .._format.codec import decode
-from .._format.documents import Document, OddField, checked_id
-from .._format.large_values import compute
+from .._format.documents import Document
+from .._format.ids import checked_id
+from .._format.malformed import MalformedField
 from .._format.multi_agents import (
     MultiAgentWrite,
     compile_overwrite,
@@ -22,6 +23,7 @@ from .._format.multi_agents import (
 )
 from .._format.sizes import of_multi_agent
 from .._format.statements import Update
+from .._io.threads import compute
 from .._store.expiry import matched
 from .._store.sessions import ROUNDS
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
@@ -35,12 +37,12 @@ class MultiAgentMethods(RepositoryMethods):
     """The methods for the states of graphs and swarms."""
 
     async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
-        """Store a graph or swarm; one that exists already is left as it is.
+        """Store a new graph or swarm; an existing one stays unchanged.
 
         Raises:
             SessionNotFoundError: The session does not exist.
             EncodingError: Its state cannot be stored.
-            StateTooLargeError: Its state is larger than the session's document has room for.
+            StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
         write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
@@ -50,7 +52,7 @@ class MultiAgentMethods(RepositoryMethods):
                 await self._store.sessions.get(session_id, {"_id": 1})
 
     async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
-        """Return the state of a graph or swarm, `None` if the session holds none of that id.
+        """Return the state of a graph or swarm, `None` if the session has no such graph or swarm.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -59,13 +61,13 @@ class MultiAgentMethods(RepositoryMethods):
         return None if stored is None else await compute(decode, stored.get("state"))
 
     async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
-        """Store the state of a graph or swarm, whatever is there.
+        """Replace the state of a graph or swarm.
 
         Raises:
             SessionNotFoundError: The session does not exist.
-            AgentNotFoundError: The session holds no such graph or swarm.
+            AgentNotFoundError: The session has no such graph or swarm.
             EncodingError: Its state cannot be stored.
-            StateTooLargeError: Its state is larger than the session's document has room for.
+            StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
         state = await compute(encode_state, multi_agent.serialize_state())
@@ -79,7 +81,7 @@ class MultiAgentMethods(RepositoryMethods):
     async def apply_multi_agent(
         self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
-        """Store a recorded state exactly once; in one command, unless another writer interferes.
+        """Store a recorded state exactly once, in one command unless another writer interferes.
 
         Args:
             session_id: The session.
@@ -88,11 +90,11 @@ class MultiAgentMethods(RepositoryMethods):
                 now.
 
         Returns:
-            Why it can never be stored: `SessionConflictError`, `SessionNotFoundError`, `AgentNotFoundError` or
-            `StateTooLargeError`; `None` once it is stored.
+            `None` if the state is stored, else the error of a state that cannot be stored: `SessionConflictError`,
+            `SessionNotFoundError`, `AgentNotFoundError` or `StateTooLargeError`.
 
         Raises:
-            MongoDBSessionError: It is unknown whether the state is stored. The same write may be applied again.
+            MongoDBSessionError: It is unknown whether the state is stored. The same write can be applied again.
         """
         checked_id(session_id, "session_id")
         rest: MultiAgentWrite | None = write
@@ -131,6 +133,6 @@ class MultiAgentMethods(RepositoryMethods):
             if found is None:
                 return None
         if not isinstance(found, dict):
-            raise OddField(path, found, dict).error(session_id)
+            raise MalformedField(path, found, dict).error(session_id)
         stored: Document = found
         return stored

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Generator, Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from bson import ObjectId
 from pymongo.collection import Collection
@@ -13,13 +13,13 @@ from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._copying.imports import feed_blocking
-from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES
-from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.changes import Change
 from .._format.documents import Document
 from .._format.multi_agents import MultiAgentWrite
-from .._io.drivers import Client, SyncClient
+from .._io.drivers import SyncClient
+from .._io.options import RepositoryOptions
 from .._io.portal import Portal
+from .._io.twins import copy_docstrings
 from ..errors import MongoDBSessionError
 from .async_repository import AsyncMongoDBSessionRepository
 from .listing import Order, SessionPage
@@ -30,28 +30,18 @@ if TYPE_CHECKING:
 
 
 class MongoDBSessionRepository(SessionRepository):
-    """The synchronous twin of `AsyncMongoDBSessionRepository`: same arguments, same methods, same errors.
+    """The synchronous twin of `AsyncMongoDBSessionRepository`, with the same methods and errors.
 
-    Its methods may be called from any thread. They block it: on a thread that runs an event loop, use the twin.
+    Its methods can be called from any thread, and block it. On a thread that runs an event loop, use the twin.
 
     Args:
-        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
+        connection_string: The server; `None` reads the environment variable `MONGODB_URI`.
+        database_name: `None` takes the database that the connection string names, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
-        application_name: Stored in sessions that this repository creates.
-        metadata_fields: Fields of `metadata` that get an index each.
-        max_inline_attachment_bytes: Images, documents and videos of a message that together hold more bytes are kept
-            in GridFS, in the bucket `<collection_name>_attachments`.
-        max_embedded_messages: How many messages of an agent the session's document holds; older ones are archived.
-        max_embedded_bytes: How many bytes of them it holds.
-        session_ttl: Sessions expire, with archive and attachments, when nobody has written to them for this time. Each
-            session has its own value; another one applies from the next write on. With `None`, expiring sessions keep
-            their values, and all others do not expire.
-        **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
+        **options: `RepositoryOptions` documents each.
 
     Raises:
-        ConfigurationError: An argument cannot be used.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -59,29 +49,9 @@ class MongoDBSessionRepository(SessionRepository):
         connection_string: str | None = None,
         database_name: str | None = None,
         collection_name: str | None = "agent_sessions",
-        *,
-        client: Client | None = None,
-        application_name: str | None = None,
-        metadata_fields: Sequence[str] | None = None,
-        max_inline_attachment_bytes: int | None = MAX_INLINE_ATTACHMENT_BYTES,
-        max_embedded_messages: int | None = MAX_EMBEDDED_MESSAGES,
-        max_embedded_bytes: int | None = MAX_EMBEDDED_BYTES,
-        session_ttl: timedelta | None = None,
-        **client_options: Any,
+        **options: Unpack[RepositoryOptions],
     ) -> None:
-        self._async = AsyncMongoDBSessionRepository(
-            connection_string,
-            database_name,
-            collection_name,
-            client=client,
-            application_name=application_name,
-            metadata_fields=metadata_fields,
-            max_inline_attachment_bytes=max_inline_attachment_bytes,
-            max_embedded_messages=max_embedded_messages,
-            max_embedded_bytes=max_embedded_bytes,
-            session_ttl=session_ttl,
-            **client_options,
-        )
+        self._async = AsyncMongoDBSessionRepository(connection_string, database_name, collection_name, **options)
 
     @property
     def client(self) -> SyncClient:
@@ -257,6 +227,4 @@ class MongoDBSessionRepository(SessionRepository):
         self._portal.call(self._async.write_back, session_id)
 
 
-for _name, _method in vars(MongoDBSessionRepository).items():
-    if not _name.startswith("_") and not _method.__doc__:
-        _method.__doc__ = getattr(AsyncMongoDBSessionRepository, _name).__doc__
+copy_docstrings(MongoDBSessionRepository, AsyncMongoDBSessionRepository)

@@ -1,8 +1,7 @@
-"""Files of a GridFS bucket, each the value of one key for as long as the key's document points at it.
+"""Files of a GridFS bucket that hold large values: a file is the value of a key while the key's document refers to it.
 
-A file has a name, its key, while it is the key's value for certain. One that is being written or being replaced has
-none; if that never ends because the process does, `sweep` decides by what the key's document says. Standard GridFS
-clients read what has a name.
+The name of a file is its key. A file that is being written or replaced has no name. If its writer is killed, `sweep`
+names or removes the file, according to the key's document. Standard GridFS clients can read files with a name.
 """
 
 from __future__ import annotations
@@ -14,30 +13,31 @@ from functools import partial
 from bson import ObjectId
 from pymongo.errors import BulkWriteError
 
-from .._format.documents import Document, now
+from .._format.dates import now
+from .._format.documents import Document
 from .._io.collection import Collection
 from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes
 from ..errors import DatabaseTimeoutError
 
 CHUNK = 255 * 1024
-"""Bytes of a chunk: what GridFS clients use unless told otherwise."""
+"""Bytes of a chunk: the default of GridFS clients."""
 
 BATCH = 32
-"""Chunks sent or read by one command, about 8 MiB."""
+"""The chunks of one command, about 8 MiB."""
 
 WRITING_TIME = timedelta(hours=1)
-"""How long a file may take from its first command to being its key's value."""
+"""The longest time from the first command for a file to the last."""
 
-DOUBT_TIME = timedelta(days=1)
-"""Age at which nobody can be writing a file without a name any more, whatever the clocks of the machines say."""
+ABANDONED_AFTER = timedelta(days=1)
+"""The age from which a file without a name is abandoned; it allows for clocks that differ."""
 
 _DUPLICATE_KEY = 11000
 _SWEPT_AT_ONCE = 16
 
 
 class Bucket:
-    """A GridFS bucket on a connection. Its methods are operations under way of the connection's."""
+    """A GridFS bucket. Its methods must be called within an `operation()` of the connection."""
 
     def __init__(self, bucket: Collection) -> None:
         self._connection = bucket.connection
@@ -45,7 +45,7 @@ class Bucket:
         self._chunks = bucket.part(".chunks")
 
     async def upload(self, key: str, data: bytes) -> ObjectId:
-        """Write a file that has no name yet, and return its id."""
+        """Write a file without a name; return its id."""
         ensure_indexes(self._files, [("filename", "uploadDate")])
         ensure_indexes(self._chunks, [("files_id", "n")])
         file = ObjectId()
@@ -66,16 +66,16 @@ class Bucket:
         return file
 
     def check_time(self, file: ObjectId) -> None:
-        """Refuse to make a file the value of its key when a sweep may soon take it for abandoned.
+        """Refuse a file that a sweep could soon remove as abandoned.
 
         Raises:
-            DatabaseTimeoutError: It was begun too long ago.
+            DatabaseTimeoutError: The file was begun longer ago than `WRITING_TIME`.
         """
         if now() - file.generation_time > WRITING_TIME:
             raise DatabaseTimeoutError(f"writing the value took longer than {WRITING_TIME}")
 
     async def download(self, file: ObjectId, size: int) -> bytes | None:
-        """Return the content of a file, `None` if it is not there as a whole (any more)."""
+        """Return the content of a file, `None` if it is incomplete."""
         chunks: list[Document] = []
         length = 0
         while length < size:
@@ -89,28 +89,28 @@ class Bucket:
         return b"".join(chunk["data"] for chunk in chunks)
 
     async def name(self, file: ObjectId, key: str) -> None:
-        """Say that a file is the value of its key."""
+        """Name a file: it is the value of its key."""
         await self._files.update_one({"_id": file}, {"$set": {"filename": key}})
 
-    async def doubt(self, file: ObjectId) -> None:
-        """Say that a file is about to be its key's value no more."""
+    async def unname(self, file: ObjectId) -> None:
+        """Remove the name of a file that is being replaced."""
         await self._files.update_one({"_id": file}, {"$unset": {"filename": ""}})
 
     async def delete(self, file: ObjectId) -> None:
-        """Remove a file that no key's document points at."""
+        """Remove a file that no document refers to."""
         await self._chunks.delete_many({"files_id": file})
         await self._files.delete_one({"_id": file})
 
     async def sweep(self, current: Callable[[str], Awaitable[ObjectId | None]]) -> None:
-        """Decide on files that have long been without a name, because their writer ended before it was done.
+        """Name or remove abandoned files.
 
         Args:
-            current: Returns the file that a key's document points at.
+            current: Returns the id of the file that a key's document refers to.
         """
         abandoned = {
             "filename": None,
-            "uploadDate": {"$lt": self._connection.now() - DOUBT_TIME},
-            "metadata.key": {"$type": "string"},  # not somebody else's
+            "uploadDate": {"$lt": self._connection.now() - ABANDONED_AFTER},
+            "metadata.key": {"$type": "string"},  # other programs' files have no such key
         }
         for document in await self._files.send(
             lambda files: files.find(abandoned, limit=_SWEPT_AT_ONCE).to_list(_SWEPT_AT_ONCE)
@@ -133,4 +133,4 @@ async def _insert(chunks: list[Document], collection: AsyncCollection) -> None:
         refused = error.details.get("writeErrors", [])
         if error.details.get("writeConcernErrors") or any(each["code"] != _DUPLICATE_KEY for each in refused):
             raise
-        # They are there from the first time it was sent; the reply was lost.
+        # An earlier attempt, whose reply was lost, stored them.

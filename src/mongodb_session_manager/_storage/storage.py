@@ -1,8 +1,8 @@
-"""Strands' `Storage` in MongoDB: a document per key, the value of one that is too large for it in GridFS.
+"""Strands' `Storage` in MongoDB: one document per key; large values are in GridFS.
 
-<collection>              {_id: key, size, updated_at, data}    a value within one document
-                          {_id: key, size, updated_at, file}    `file` is the id of a file of the bucket
-<collection>_blobs        the bucket, as `_blobs` says
+<collection>              {_id: key, size, updated_at, data}    a value in its document
+                          {_id: key, size, updated_at, file}    `file` is the id of a file in the bucket
+<collection>_blobs        the GridFS bucket, see `gridfs`
 """
 
 from __future__ import annotations
@@ -31,43 +31,42 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 INLINE_LIMIT = 4 * 1024 * 1024
-"""Bytes up to which a value is stored in the document of its key.
+"""The most bytes of a value that is stored in the document of its key.
 
-A document may hold 16 MiB, but a server with a small cache (256 MiB) refuses now and then to replace one as large:
+A document can hold 16 MiB, but a server with a small cache (256 MiB) sometimes refuses to replace such a document:
 "transaction is too large and will not fit in the storage engine cache".
 """
 
 _ROUNDS = 8
-"""How often a value may be found changed by others while it is written before the write gives up."""
+"""A read or a write gives up after it has found the value changed this often."""
 
-# What tells Strands that a view has its prefix already, so that no subsystem adds its own; there is no public name.
+# Marks a view that has a prefix, so that Strands' subsystems do not add theirs; there is no public name.
 _NAMESPACED = getattr(strands_storage, "_NAMESPACED", None)
-
 
 _OPTIONS = ("connection_string", "database_name", "collection_name", "client")
 
 
 class MongoDBStorage(Storage[str, str]):
-    """Keeps bytes under string keys, for `SnapshotSessionManager(storage=...)` and `Agent(storage=...)`.
+    """Stores bytes under string keys, for `SnapshotSessionManager(storage=...)` and `Agent(storage=...)`.
 
-    Keys and errors are as Strands says of its own backends: `/` separates, runs of it count as one, those at either
-    end do not count; a backslash or a segment `..` is refused; what goes wrong is a `StorageError`, one of this
-    package. A value may have any size: beyond 4 MiB it goes to the GridFS bucket `<collection_name>_blobs`. Whoever
-    reads while a value is replaced gets the old one or the new one, whole, even if the writer dies half-way.
+    Keys and errors are those of Strands' own backends: `/` is the separator, repeated ones count as one, leading and
+    trailing ones are ignored; a backslash or a segment `..` is refused; every error is a `StorageError` and an error of
+    this package. A value can have any size: above 4 MiB it is stored in the GridFS bucket `<collection_name>_blobs`. A
+    reader gets the old or the new value, complete, even if the writer is killed while it replaces the value.
 
-    Its coroutines may be awaited on any event loop. With `client=`, they run on the loop of the client, which must not
-    be blocked meanwhile: `SnapshotSessionManager` blocks the loop on which an agent is constructed, so construct the
-    agent off that loop, or give a connection string.
+    The coroutines can be awaited on any event loop. With `client=`, they run on the client's loop, which must not be
+    blocked: `SnapshotSessionManager` blocks the loop on which an agent is constructed, so construct the agent on
+    another thread, or pass a connection string.
 
     Args:
-        connection_string: Where MongoDB is; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the one named in the connection string, else `"agent_sessions"`.
-        collection_name: The collection of the values; sessions are kept in another.
+        connection_string: The MongoDB connection string; `None` reads the environment variable `MONGODB_URI`.
+        database_name: The database; `None` for the one in the connection string, else `"agent_sessions"`.
+        collection_name: The collection of the values. Sessions must be in another one.
         client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
     Raises:
-        ConfigurationError: An argument cannot be used.
+        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -99,48 +98,48 @@ class MongoDBStorage(Storage[str, str]):
         return f"MongoDBStorage({self._collection!r}, {self._connection!r})"
 
     async def write(self, key: str, data: bytes) -> None:
-        """Store bytes under a key, in the place of what is there.
+        """Store bytes under a key; an existing value is replaced.
 
         Raises:
-            InvalidArgumentError: The key or the data cannot be stored.
-            MongoDBSessionError: It is unknown whether the value is stored; the key holds the old one or the new one.
+            InvalidArgumentError: The key or the data is invalid.
+            MongoDBSessionError: It is unknown whether the value is stored; the key has the old or the new value.
         """
         if not isinstance(data, bytes | bytearray | memoryview):
             raise InvalidArgumentError(f"data must be bytes, not {type(data).__name__}")
         await self._run(self._write, self._prefix + normalized_key(key), bytes(data))
 
     async def read(self, key: str) -> bytes | None:
-        """Return the bytes stored under a key, `None` if there are none.
+        """Return the value of a key, `None` if there is none.
 
         Raises:
-            InvalidArgumentError: The key cannot be one.
+            InvalidArgumentError: The key is invalid.
         """
         return await self._run(self._read, self._prefix + normalized_key(key))
 
     async def delete(self, key: str) -> None:
-        """Remove what is stored under a key; if there is nothing, do nothing.
+        """Remove the value of a key, if there is one.
 
         Raises:
-            InvalidArgumentError: The key cannot be one.
+            InvalidArgumentError: The key is invalid.
         """
         await self._run(self._delete, self._prefix + normalized_key(key))
 
     async def list(self, query: str = "") -> builtins.list[str]:
-        """Return the keys that begin with a prefix, sorted; all of them for `""`.
+        """Return the keys that begin with a prefix, sorted; all keys for `""`.
 
         Raises:
-            InvalidArgumentError: The prefix cannot be one.
+            InvalidArgumentError: The prefix is invalid.
         """
         keys = await self._run(self._list, self._prefix + normalized_prefix(query))
         return [key[len(self._prefix) :] for key in keys]
 
     def namespace(self, prefix: str) -> Self:
-        """Return a view of what is stored under a prefix, which its keys do not show.
+        """Return a view of the keys that begin with a prefix; in the view, keys have no prefix.
 
-        The view shares the connection; closing it closes nothing.
+        The view shares the connection; closing the view has no effect.
 
         Raises:
-            InvalidArgumentError: The prefix cannot be one.
+            InvalidArgumentError: The prefix is invalid.
         """
         normalized = normalized_prefix(prefix).rstrip("/")
         view = copy.copy(self)
@@ -150,12 +149,12 @@ class MongoDBStorage(Storage[str, str]):
         return view
 
     def close(self) -> None:
-        """Wait for what is under way and close the client, if it is the storage's own. Idempotent."""
+        """Wait for pending operations and close the client, unless the caller owns it. Idempotent."""
         if self._owns_connection:
             self._connection.close_blocking()
 
     async def close_async(self) -> None:
-        """Wait for what is under way and close the client, if it is the storage's own. Idempotent."""
+        """Wait for pending operations and close the client, unless the caller owns it. Idempotent."""
         if self._owns_connection:
             await self._connection.close_async()
 
@@ -215,14 +214,15 @@ class MongoDBStorage(Storage[str, str]):
     async def _exchange(
         self, key: str, act: Callable[[ObjectId | None], Awaitable[bool]], done: Callable[[Document], bool]
     ) -> None:
-        """Replace or remove a value and then the file it was in.
+        """Replace or remove a value, and then its old file.
 
         Args:
-            key: Where the value is.
-            act: Does it if the value is in the given file (`None`: in the document, or not there); returns whether.
-            done: Tells from what is stored that an earlier attempt did it, whose acknowledgement was lost.
+            key: The key.
+            act: Replaces or removes the value if it is in a given file (`None`: in the document, or missing); returns
+                whether it did.
+            done: Returns whether an earlier attempt, whose acknowledgement was lost, has stored this document.
         """
-        file: ObjectId | None = None  # most values are in none
+        file: ObjectId | None = None  # most values are in no file
         replaced: list[ObjectId] = []
         for _ in range(_ROUNDS):
             if await act(file):
@@ -232,7 +232,7 @@ class MongoDBStorage(Storage[str, str]):
                 break
             file = stored.get("file")
             if file is not None:
-                await self._bucket.doubt(file)
+                await self._bucket.unname(file)
                 replaced.append(file)
         else:
             raise DatabaseError("the value was changed again and again while it was written")
@@ -252,7 +252,7 @@ class MongoDBStorage(Storage[str, str]):
                 raise DatabaseError("the value's file in GridFS is not complete")
             if (data := await self._bucket.download(file, document["size"])) is not None:
                 return data
-            seen = file  # replaced while it was read, or else damaged
+            seen = file  # replaced while it was read, or damaged
         raise DatabaseError("the value was changed again and again while it was read")
 
     async def _list(self, prefix: str) -> builtins.list[str]:
@@ -273,10 +273,10 @@ class SharedStorage(MongoDBStorage):
 
 
 def normalized_key(key: object) -> str:
-    """Return a key as Strands' path-based backends store it.
+    """Return a key in the form of Strands' path-based backends.
 
     Raises:
-        InvalidArgumentError: It cannot be one.
+        InvalidArgumentError: The key is invalid.
     """
     normalized = _normalized(key, "key").strip("/")
     if not normalized:
@@ -285,10 +285,10 @@ def normalized_key(key: object) -> str:
 
 
 def normalized_prefix(prefix: object) -> str:
-    """Return a prefix of keys as Strands' path-based backends use it; a `/` at its end counts.
+    """Return a prefix in the form of Strands' path-based backends; a trailing `/` is significant.
 
     Raises:
-        InvalidArgumentError: It cannot be one.
+        InvalidArgumentError: The prefix is invalid.
     """
     return _normalized(prefix, "prefix").lstrip("/")
 
@@ -308,9 +308,9 @@ def _normalized(value: object, name: str) -> str:
 
 
 def prefix_range(prefix: str) -> Document:
-    """Return the bounds of the strings that begin with a prefix, in MongoDB's order, which is that of code points."""
+    """Return the range of the strings that begin with a prefix; MongoDB orders strings by code points."""
     stem = prefix.rstrip("\U0010ffff")
     if not stem:
-        return {"$gte": prefix}  # all strings, and nothing but strings
+        return {"$gte": prefix}  # matches strings only
     last = ord(stem[-1]) + 1
     return {"$gte": prefix, "$lt": stem[:-1] + chr(0xE000 if last == 0xD800 else last)}

@@ -7,7 +7,8 @@ from typing import Any
 
 from .._format.attachment_refs import references_of
 from .._format.buckets import change_in_bucket, holding_message, holding_positions
-from .._format.documents import Document, agent_key
+from .._format.documents import Document
+from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import LIFE, Life
 from .._format.statements import REMOVED
@@ -20,14 +21,7 @@ from .sessions import ReadAgainError, Sessions
 
 
 class Archive:
-    """The archived messages of a collection of sessions.
-
-    Args:
-        sessions: The session documents.
-        migration: Finds buckets that 1.0.0 has stored.
-        attachments: The attachments.
-        mover: The known heads.
-    """
+    """The archived messages of a collection of sessions."""
 
     def __init__(self, sessions: Sessions, migration: Migration, attachments: Attachments, mover: Mover) -> None:
         self.collection = sessions.collection.part(ARCHIVE)

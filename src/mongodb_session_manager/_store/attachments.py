@@ -1,4 +1,6 @@
-"""Large attachments of messages, in the GridFS bucket `<collection>_attachments`; any GridFS client reads it.
+"""`Attachments`: large attachments of messages, in the GridFS bucket `<collection>_attachments`.
+
+Any GridFS client can read the bucket.
 
 An attachment belongs to one message. The `_id` of its file is `{incarnation, sha256, token}`, the `_id` of a chunk
 `{file, n}`. So storing a chunk twice changes nothing, and one range of `_id` holds all files of a session. The entry in
@@ -20,9 +22,12 @@ from typing import Any
 
 from .._format.attachment_refs import Attachment, Reference, attached, detached, references_of
 from .._format.changes import AgentWrite
-from .._format.documents import Document, array_at, entries_at, message_id_of
+from .._format.documents import Document
+from .._format.expressions import array_at, entries_at
+from .._format.ids import message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
+from .._format.statements import without_removed
 from .._io.collection import Collection
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection
@@ -43,11 +48,7 @@ _NAMED: Document = {
 
 
 class Attachments:
-    """The attachments of a collection of sessions.
-
-    Args:
-        sessions: The collection of the sessions.
-    """
+    """The attachments of a collection of sessions."""
 
     def __init__(self, sessions: Collection) -> None:
         self._connection = sessions.connection
@@ -59,7 +60,7 @@ class Attachments:
     # Storing.
 
     async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
-        """Store the attachments of writes, and put references into the writes.
+        """Store the attachments of writes, and replace them by references in the writes.
 
         Args:
             place: The session.
@@ -177,6 +178,12 @@ class Attachments:
 
     # Removing.
 
+    async def remove_removed(self, place: Place, listed: list[Any]) -> None:
+        """Remove the files that a session's `removed_attachments` lists, unless a message refers to them."""
+        await self.remove_unnamed(place, parsed(listed))
+        update = without_removed(place.session_id, place.incarnation, listed)
+        await self._sessions.update_one(update.filter, update.update)
+
     async def remove_unnamed(self, place: Place, references: Sequence[Reference]) -> None:
         """Remove files, except those that a message of the session refers to: in 1.0.0, messages shared files."""
         if not references:
@@ -188,8 +195,8 @@ class Attachments:
         for begin in range(0, len(gone), _AT_ONCE):
             batch = gone[begin : begin + _AT_ONCE]
             chunks, files = _filters(place, batch)
+            await self._files.delete_many(files)  # first, see `layout.OUTSIDE`
             await self._chunks.delete_many(chunks)
-            await self._files.delete_many(files)
 
 
 def parsed(listed: object) -> list[Reference]:

@@ -1,4 +1,4 @@
-"""Deleting sessions, and finishing the deletions and copies that another process has left.
+"""`Deletion`: deletes sessions, and finishes the deletions and abandoned copies of other processes.
 
 A session document that is not live has a `state`:
 
@@ -8,7 +8,8 @@ A session document that is not live has a `state`:
 
 A deletion replaces the document by these fields, removes the parts of the session, and then the document. The steps are
 idempotent, so any process can finish a deletion at any time. A copy whose lease is over is abandoned: any process can
-delete it. A call with the same id finishes what it finds; each process also searches for unfinished sessions once.
+delete it. A call with the same id finishes a deletion, or an abandoned copy, that it finds. Each process also searches
+for unfinished sessions once.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import logging
 import random
 import time
 import uuid
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from bson import ObjectId
 
 from .._format.documents import Document
-from .._format.layout import UNFINISHED, Place, live_at
+from .._format.layout import UNFINISHED, Place, is_unfinished, live_at
 from .._format.retention import Life
 from .._io.drivers import find_and_modify
 from .._io.indexes import unseen
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 LEASE = timedelta(seconds=60)
 """How long a copy can go without renewing its lease before another process deletes it.
 
-The search for unfinished sessions leaves deletions alone that are younger than this.
+The search for unfinished sessions ignores deletions that began later than this.
 """
 
 _PAUSES = (0.05, 1.0)
@@ -51,12 +52,7 @@ _SEARCH = ("state", "state_until")
 
 
 class Deletion:
-    """Deletes sessions and their parts.
-
-    Args:
-        sessions: The session documents.
-        expiry: The dates of the sessions.
-    """
+    """Deletes sessions and their parts."""
 
     def __init__(self, sessions: Sessions, expiry: Expiry) -> None:
         self._sessions = sessions
@@ -121,15 +117,14 @@ class Deletion:
         found = found or await self._find_state(session_id)
         if found is None:
             return None
-        until = found.get("state_until")
-        if found.get("state") == "deleting":
+        if (unfinished := is_unfinished(found)) and found["state"] == "deleting":
             await self._finish_deletion(session_id, found)
             return None
         moment, names = self._connection.now(), ("incarnation", "state", "state_by", "state_until")
-        is_abandoned = found.get("state") == "copying" and isinstance(until, datetime) and until < moment
+        is_abandoned = unfinished and found["state_until"] < moment
         life = Life.of(found)
         has_expired = life.time_to_live is not None and life.expires_at is not None and life.expires_at <= moment
-        if not is_abandoned and not (has_expired and found.get("state") not in UNFINISHED):
+        if not is_abandoned and not (has_expired and not unfinished):
             return found
         if not await self.delete_matching(session_id, {name: found.get(name) for name in (*names, "expires_at")}):
             return await self._find_state(session_id)
@@ -149,7 +144,7 @@ class Deletion:
         """
         end, pause = time.monotonic() + seconds, _PAUSES[0]
         while (found := await self._finish(session_id)) is not None:
-            if found.get("state") not in UNFINISHED:
+            if not is_unfinished(found):
                 raise SessionExistsError(f"session {session_id!r} exists already")
             if time.monotonic() >= end:
                 raise SessionConflictError(
@@ -166,7 +161,7 @@ class Deletion:
     async def _finish_unfinished(self) -> None:
         try:
             async with self._connection.operation():
-                over = {"state": {"$in": UNFINISHED}, "state_until": {"$lt": self._connection.now()}}
+                over = {**UNFINISHED, "state_until": {"$lt": self._connection.now()}}
                 for document in await self._collection.find(over, _STATE):
                     await self._finish(document["_id"], document)
         except MongoDBSessionError as error:

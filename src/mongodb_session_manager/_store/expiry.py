@@ -1,13 +1,13 @@
-"""Sessions that expire: one date, `expires_at`, on the session's document and on each of its parts outside it.
+"""Expiring sessions: one date, `expires_at`, in the session document and in each part of the session outside it.
 
 A session whose `expires_at` has passed can no longer be read or written to, and opening its id creates a new one. The
-server removes its documents within about a minute. No statement moves a date back. After each write, the date of the
-session is at least its time to live ahead. It moves in steps of an eighth of that, so that most statements leave it
-unchanged. The parts of a session never expire before it:
+server removes its documents within about a minute. No statement moves a date back. After each write, the session
+has at least its whole time to live left. The date moves in steps of an eighth of that, so that most statements leave
+it unchanged. The parts of a session never expire before it:
 
 - The first date of a session is set on its document, and then on its parts. A part without a date never expires.
 - A later step sets the date of all parts first, and then the date of the session.
-- A new part gets a date that is a whole time to live later than the date that a step would set now. The statement that
+- A new part gets a date that is a whole time to live later than the date of a step at that moment. The statement that
   adds it to the session matches only if the time to live is unchanged and the session does not expire later.
 
 So a step that runs at the same time, and has dated the parts already, cannot leave the new part behind.
@@ -16,7 +16,7 @@ So a step that runs at the same time, and has dated the parts already, cannot le
 writes to the session. That write takes a step of the shorter value, and a second one of the new value. A part that was
 dated by the former value is either added before the first step, so that the second one dates it, or refused.
 
-All dates come from the server's clock, see `Connection.now`.
+All dates come from the server's clock: `Connection.now`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def matched(collection: AsyncCollection, update: Update) -> bool:
 
 
 class Expiry:
-    """The dates of sessions and of their parts: writers send their statements here, and `expires_at` moves with them.
+    """Sends the statements of writers, and moves `expires_at` of the session and its parts with them.
 
     Args:
         sessions: The session documents.

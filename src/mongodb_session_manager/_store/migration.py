@@ -1,4 +1,4 @@
-"""Migrating the sessions of 1.0.0, whose parts have other ids.
+"""`Migration`: gives the parts of sessions of 1.0.0 their new ids, and agents of earlier versions their new form.
 
 A migration adds a new incarnation to the list `migrating` of the session document. It copies the buckets and files of
 the session to the ids of that incarnation, on the server. One update then sets `incarnation`, if the agents are
@@ -20,20 +20,11 @@ from collections.abc import Iterable, Sequence
 
 from bson import ObjectId
 
-from .._format.documents import (
-    Document,
-    agent_key,
-    array_at,
-    config_set,
-    entries_at,
-    has_old_config_set,
-    number_at,
-    numbered,
-    stored_config_set,
-    with_ids,
-)
+from .._format.documents import Document, config_set, has_old_config_set
+from .._format.expressions import array_at, entries_at, number_at, stored_config_set, with_ids
+from .._format.ids import agent_key, numbered
 from .._format.layout import ARCHIVE, CHUNKS, FILES, LIVE, OF_V1, Place
-from .._format.retention import LIFE, MOST_SECONDS, Life, next_date
+from .._format.retention import LIFE, MAX_SECONDS, Life, next_date
 from .._format.statements import Update
 from ..errors import DatabaseError, SessionNotFoundError
 from .attachments import Attachments
@@ -95,15 +86,7 @@ _OF_V1: Document = {
 
 
 class Migration:
-    """Migrates sessions of 1.0.0, and agents that a version before 1.0 has written to.
-
-    Args:
-        sessions: The session documents.
-        expiry: The dates of the sessions.
-        deletion: Removes the former parts.
-        attachments: The attachments.
-        mover: Makes room in the session documents.
-    """
+    """Migrates sessions of 1.0.0, and agents that a version before 1.0 has written to."""
 
     def __init__(
         self, sessions: Sessions, expiry: Expiry, deletion: Deletion, attachments: Attachments, mover: Mover
@@ -149,7 +132,7 @@ class Migration:
             await self._attachments.copy_from_v1(old, new)
         seconds = document.get("session_ttl")
         sets: Document = {"incarnation": new.incarnation}
-        if isinstance(seconds, int | float) and 1 <= seconds <= MOST_SECONDS:
+        if isinstance(seconds, int | float) and 1 <= seconds <= MAX_SECONDS:
             until = next_date(self._connection.now(), int(seconds))
             await self._expiry.date_parts(new, until)
             sets |= {"time_to_live": int(seconds), "expires_at": until}
@@ -195,8 +178,8 @@ class Migration:
             generations = {"$not": {"$gt": generation}}
             await self._archive.delete_many({"_id": old.buckets(), "generation": generations})
             chunks, files = (self._sessions.collection.part(suffix) for suffix in (CHUNKS, FILES))
-            await chunks.delete_many({"_id": old.chunks(), "files_id.generation": generations})
             await files.delete_many({"_id": old.files(), "_id.generation": generations})
+            await chunks.delete_many({"_id": old.chunks(), "files_id.generation": generations})
         condition = {"_id": session_id, "moved": moved, "migrating": migrating}
         await self._sessions.update(Update(condition, {"$unset": {"moved": "", "migrating": ""}}, None))
 

@@ -27,7 +27,8 @@ from .._format.buckets import (
     stale_buckets,
 )
 from .._format.changes import AgentWrite
-from .._format.documents import Document, agent_key, removed_messages
+from .._format.documents import Document, removed_messages
+from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import Life
 from .._format.statements import Update
@@ -46,13 +47,7 @@ _KNOWN_HEADS = 4096
 
 
 class Mover:
-    """The heads of the agents, and one task for each head that is above its limits.
-
-    Args:
-        sessions: The session documents.
-        expiry: The dates of the sessions.
-        limits: The limits of the heads.
-    """
+    """The heads of the agents, and one task for each head that is above its limits."""
 
     def __init__(self, sessions: Sessions, expiry: Expiry, limits: Limits) -> None:
         self.limits = limits

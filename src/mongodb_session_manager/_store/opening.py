@@ -1,4 +1,4 @@
-"""`Opening`: creating a session, and reading what restoring it needs."""
+"""`Opening`: creates sessions, and reads the parts of a session that restoring needs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from bson import ObjectId
 from pymongo import ReturnDocument
 
 from .._format.buckets import head_numbers
-from .._format.documents import (
-    ODD_AGENTS,
-    Document,
-    agent_id_of,
-    entries_at,
-    ids_left_out,
-    is_of_old,
-    odd_at,
-    removed_messages,
-    restored,
-    stored_id,
-    to_restore,
-)
+from .._format.documents import Document, needs_upgrade, removed_messages
+from .._format.expressions import MALFORMED_AGENTS, entries_at, ids_left_out, malformed_at, restored, to_restore
+from .._format.ids import agent_id_of, stored_id
 from .._format.layout import OF_V1, Place, live_at
-from .._format.odd_fields import tell_odd
+from .._format.malformed import log_malformed
 from .._format.retention import LIFE
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection
@@ -38,7 +28,7 @@ from .store import SessionStore
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0
-"""How many seconds opening waits for a session that is being imported or forked."""
+"""The most seconds that opening waits for a session that is being imported or forked."""
 
 _RESTORE: Document = {
     "session_id": 1,
@@ -51,8 +41,8 @@ _RESTORE: Document = {
     "removed_attachments": 1,
     **dict.fromkeys(OF_V1, 1),
     "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
-    "odd_agents": ODD_AGENTS,
-    # All agents, each message without its metrics, which no restored agent needs.
+    "malformed_agents": MALFORMED_AGENTS,
+    # All agents. No restored agent needs the metrics of messages.
     "agents": {
         "$arrayToObject": {
             "$map": {
@@ -65,7 +55,7 @@ _RESTORE: Document = {
                         "config_set": "$$agent.v.config_set",
                         "updated_at": "$$agent.v.updated_at",
                         "usage": "$$agent.v.usage",
-                        "odd_messages": odd_at("$$agent.v.messages", "array"),
+                        "malformed_messages": malformed_at("$$agent.v.messages", "array"),
                         **head_numbers("$$agent.v"),
                         "ids": ids_left_out("$$agent.v"),
                         "messages": {
@@ -84,18 +74,14 @@ _RESTORE: Document = {
 
 
 class Opening:
-    """Opens and creates sessions.
-
-    Args:
-        store: The sessions.
-    """
+    """Opens and creates sessions."""
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store
         self._connection = store.connection
 
     async def open(self, session_id: str) -> Document:
-        """Return what restoring a session needs, as `AsyncMongoDBSessionRepository.open_session` describes."""
+        """Open a session, as `AsyncMongoDBSessionRepository.open_session` describes."""
         async with self._connection.operation():
             return await read_consistently(session_id, lambda: self._open_once(session_id))
 
@@ -108,11 +94,11 @@ class Opening:
             raise ReadAgainError
         agents: dict[str, Document] = document["agents"]
         for key in [key for key in agents if not key or "." in key]:
-            tell_odd(session_id, "agents", key)
+            log_malformed(session_id, "agents", key)
             del agents[key]
         for agent in agents.values():
             agent["ids"] += map(stored_id, agent["messages"])
-        of_old = [key for key, agent in agents.items() if is_of_old(agent)]
+        of_old = [key for key, agent in agents.items() if needs_upgrade(agent)]
         gained = {} if not is_of_v1(document) else {"incarnation": ObjectId()}
         if not await store.migration.migrate_agents(session_id, agents, of_old, gained):
             raise ReadAgainError
@@ -130,7 +116,7 @@ class Opening:
         """Remove the attachments of replaced messages; log a failure."""
         try:
             async with self._connection.operation():
-                await self._store.writer.remove_removed(place, listed if isinstance(listed, list) else [])
+                await self._store.attachments.remove_removed(place, listed if isinstance(listed, list) else [])
         except MongoDBSessionError as error:
             logger.warning(
                 "session_id=<%r>, error=<%s> | attachments of replaced messages not removed, the next opening tries "

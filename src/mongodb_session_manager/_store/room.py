@@ -17,13 +17,7 @@ T = TypeVar("T")
 
 
 class Room:
-    """Stores parts of sessions; moves messages into the archive if the session document has no room.
-
-    Args:
-        sessions: The session documents.
-        expiry: Sends the statements.
-        mover: Makes room.
-    """
+    """Stores parts of sessions; moves messages into the archive if the session document has no room."""
 
     def __init__(self, sessions: Sessions, expiry: Expiry, mover: Mover) -> None:
         self._sessions = sessions

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from .._format.documents import Document, agent_key, checked_id, odd_fields
+from .._format.documents import Document
+from .._format.ids import agent_key, checked_id
 from .._format.layout import live_at
+from .._format.malformed import malformed_fields
 from .._format.statements import Update
 from .._io.collection import Collection
 from ..errors import (
@@ -27,11 +29,7 @@ class ReadAgainError(Exception):
 
 
 class Sessions:
-    """The documents of a collection of sessions. Only live sessions are found.
-
-    Args:
-        collection: The collection.
-    """
+    """The documents of a collection of sessions. Only live sessions are found."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
@@ -90,7 +88,7 @@ class Sessions:
         session_id = update.filter["_id"]
         odd = [
             field
-            for field in odd_fields(await self.find(session_id, {}) or {})
+            for field in malformed_fields(await self.find(session_id, {}) or {})
             if any(path == field.path or path.startswith(f"{field.path}.") for path in written)
         ]
         for field in odd:
@@ -104,7 +102,7 @@ class Sessions:
 
     async def raise_odd(self, session_id: str) -> None:
         """Raise the error for the first field of a session that cannot be written into, if there is one."""
-        for field in odd_fields(await self.find(session_id, {}) or {}):
+        for field in malformed_fields(await self.find(session_id, {}) or {}):
             if field.value is not None:
                 raise field.error(session_id)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
+from typing import Unpack
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits
@@ -13,6 +13,7 @@ from .._io.collection import Collection
 from .._io.connection import Connection
 from .._io.indexes import ensure_indexes, session_indexes
 from .._io.names import checked_fields, checked_name, checked_text, given
+from .._io.options import ContentOptions
 from .archive import Archive
 from .attachments import Attachments
 from .deletion import Deletion
@@ -21,11 +22,16 @@ from .migration import Migration
 from .mover import Mover
 from .room import Room
 from .sessions import Sessions
-from .writes import Writer
 
 
 class SessionStore:
-    """The sessions of a collection. `MongoDBSessionRepository` describes the arguments.
+    """The sessions of a collection.
+
+    Args:
+        connection: The connection.
+        database_name: `None` takes the database that the connection names.
+        collection_name: `None` is `"agent_sessions"`.
+        **options: `ContentOptions` documents each.
 
     Raises:
         ConfigurationError: An argument is invalid.
@@ -36,13 +42,7 @@ class SessionStore:
         connection: Connection,
         database_name: str | None = None,
         collection_name: str | None = None,
-        *,
-        application_name: str | None = None,
-        metadata_fields: Sequence[str] | None = None,
-        max_inline_attachment_bytes: int | None = None,
-        max_embedded_messages: int | None = None,
-        max_embedded_bytes: int | None = None,
-        session_ttl: timedelta | None = None,
+        **options: Unpack[ContentOptions],
     ) -> None:
         self.connection = connection
         self.collection = Collection(
@@ -50,23 +50,24 @@ class SessionStore:
             checked_name(connection.database_name(database_name), "database_name"),
             checked_name(given(collection_name, "agent_sessions"), "collection_name"),
         )
-        self.application_name = None if application_name is None else checked_text(application_name, "application_name")
-        self.metadata_fields = checked_fields(metadata_fields)
-        self.max_inline = checked_inline_bytes(given(max_inline_attachment_bytes, MAX_INLINE_ATTACHMENT_BYTES))
+        name = options.get("application_name")
+        self.application_name = None if name is None else checked_text(name, "application_name")
+        self.metadata_fields = checked_fields(options.get("metadata_fields"))
+        max_inline = given(options.get("max_inline_attachment_bytes"), MAX_INLINE_ATTACHMENT_BYTES)
+        self.max_inline = checked_inline_bytes(max_inline)
         limits = Limits.checked(
-            given(max_embedded_messages, MAX_EMBEDDED_MESSAGES), given(max_embedded_bytes, MAX_EMBEDDED_BYTES)
+            given(options.get("max_embedded_messages"), MAX_EMBEDDED_MESSAGES),
+            given(options.get("max_embedded_bytes"), MAX_EMBEDDED_BYTES),
         )
+        ttl = checked_ttl(options.get("session_ttl"))
         self.sessions = Sessions(self.collection)
-        self.expiry = Expiry(self.sessions, checked_ttl(session_ttl), lambda name: self.migration.migrate(name))
+        self.expiry = Expiry(self.sessions, ttl, lambda session_id: self.migration.migrate(session_id))
         self.deletion = Deletion(self.sessions, self.expiry)
         self.attachments = Attachments(self.collection)
         self.mover = Mover(self.sessions, self.expiry, limits)
         self.room = Room(self.sessions, self.expiry, self.mover)
         self.migration = Migration(self.sessions, self.expiry, self.deletion, self.attachments, self.mover)
         self.archive = Archive(self.sessions, self.migration, self.attachments, self.mover)
-        self.writer = Writer(
-            self.sessions, self.expiry, self.attachments, self.mover, self.migration, self.archive, self.room
-        )
         self._indexes = session_indexes(self.metadata_fields)
 
     def ensure_indexes(self) -> None:

@@ -11,12 +11,13 @@ from bson import ObjectId
 from .._format.attachment_refs import references_of
 from .._format.changes import AgentWrite, Change, Identity, MessageWrite, fold, in_parts
 from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
-from .._format.documents import Document, agent_key, is_message_id, is_numbered, stored_id
+from .._format.documents import Document
+from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
-from .._format.odd_fields import usable_agents
+from .._format.malformed import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
-from .._format.statements import REMOVED, Update, compile_update, without_removed
+from .._format.statements import REMOVED, Update, compile_update
 from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
     DatabaseError,
@@ -25,59 +26,30 @@ from ..errors import (
     SessionNotFoundError,
     StateTooLargeError,
 )
-from .archive import Archive
-from .attachments import Attachments, parsed
-from .expiry import Expiry, matched
-from .migration import Migration
-from .mover import Mover
-from .room import Room
-from .sessions import ROUNDS, Sessions
+from .expiry import matched
+from .sessions import ROUNDS
+from .store import SessionStore
 
 
 class Writer:
-    """Stores the changes of units of work.
+    """Stores the changes of units of work."""
 
-    Args:
-        sessions: The session documents.
-        expiry: Sends the statements.
-        attachments: The attachments.
-        mover: The known heads.
-        migration: Numbers the messages of agents that a version before 1.0 has written to.
-        archive: The archived messages.
-        room: The errors for parts that do not fit.
-    """
-
-    def __init__(
-        self,
-        sessions: Sessions,
-        expiry: Expiry,
-        attachments: Attachments,
-        mover: Mover,
-        migration: Migration,
-        archive: Archive,
-        room: Room,
-    ) -> None:
-        self.sessions = sessions
-        self.expiry = expiry
-        self.attachments = attachments
-        self.mover = mover
-        self.migration = migration
-        self.archive = archive
-        self.room = room
+    def __init__(self, store: SessionStore) -> None:
+        self._store = store
 
     async def apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, as `AsyncMongoDBSessionRepository.apply` describes."""
         refused: dict[str, MongoDBSessionError] = {}
-        async with self.sessions.connection.operation():
+        async with self._store.sessions.connection.operation():
             for part in in_parts(changes):
-                left = [change for change in part if _are_messages_stored(refused.get(change.agent_id))]
+                left = [change for change in part if not refused or _are_messages_stored(refused.get(change.agent_id))]
                 for _ in range(ROUNDS):
                     flush = await self._prepare(session_id, left, incarnation)
                     if await flush.store() and not await self._is_created_again(flush, incarnation):
                         break
-                    self.expiry.forget(session_id)
+                    self._store.expiry.forget(session_id)
                 else:
                     raise _changed_too_often(session_id)
                 refused |= flush.refused
@@ -87,31 +59,26 @@ class Writer:
         """Store the attachments of changes; return the flush that stores the changes."""
         writes = fold(changes)
         try:
-            life = await self.expiry.life(session_id)
+            life = await self._store.expiry.life(session_id)
         except SessionNotFoundError as error:
-            return Flush(self, Place(session_id, opened), {}, dict.fromkeys(writes, error))
+            return Flush(self._store, Place(session_id, opened), {}, dict.fromkeys(writes, error))
         place = Place(session_id, opened or life.incarnation)
         for write in writes.values():
             write.incarnation = place.incarnation
             if write.moment is not None:
-                write.moment = self.sessions.connection.now()
-        await self.attachments.store(place, list(writes.values()), self.expiry.dates(life))
-        return Flush(self, place, writes)
+                write.moment = self._store.sessions.connection.now()
+        await self._store.attachments.store(place, list(writes.values()), self._store.expiry.dates(life))
+        return Flush(self._store, place, writes)
 
     async def _is_created_again(self, flush: Flush, opened: ObjectId | None) -> bool:
         """Remove the attachments of refused messages; return whether the session was deleted and created again."""
         refused, session_id = flush.refused.values(), flush.place.session_id
         if flush.attached and not all(map(_are_messages_stored, refused)):
-            await self.attachments.remove_unnamed(flush.place, flush.attached)
+            await self._store.attachments.remove_unnamed(flush.place, flush.attached)
         if opened is not None or not flush.attempted:
             return False
         is_gone = any(type(error) is SessionNotFoundError for error in refused)
-        return is_gone and await self.sessions.find(session_id, {"_id": 1}) is not None
-
-    async def remove_removed(self, place: Place, listed: list[Any]) -> None:
-        """Remove the files that a session's `removed_attachments` lists, unless a message refers to them."""
-        await self.attachments.remove_unnamed(place, parsed(listed))
-        await self.sessions.update(without_removed(place.session_id, place.incarnation, listed))
+        return is_gone and await self._store.sessions.find(session_id, {"_id": 1}) is not None
 
 
 async def _matched_with_removed(collection: AsyncCollection, update: Update) -> Document | None:
@@ -144,7 +111,7 @@ class Flush:
     """The storing of writes, until each is stored or refused.
 
     Args:
-        writer: The writer.
+        store: The sessions.
         place: The session.
         writes: The writes by agent id.
         refused: The errors of agents whose writes cannot be stored; storing adds to it.
@@ -156,7 +123,7 @@ class Flush:
 
     def __init__(
         self,
-        writer: Writer,
+        store: SessionStore,
         place: Place,
         writes: dict[str, AgentWrite],
         refused: dict[str, MongoDBSessionError] | None = None,
@@ -165,7 +132,7 @@ class Flush:
         self.refused = {} if refused is None else refused
         self.attached = [reference for write in writes.values() for reference in write.attached]
         self.attempted = bool(writes)
-        self._writer = writer
+        self._store = store
         self._writes = writes
         self._in_archive: dict[str, _ArchivedChange] = {}
 
@@ -175,23 +142,23 @@ class Flush:
         Returns:
             `False` if the attachments would expire before the session, so that all changes must be written again.
         """
-        writer, session_id, mover, rounds = self._writer, self.place.session_id, self._writer.mover, 0
+        store, session_id, mover, rounds = self._store, self.place.session_id, self._store.mover, 0
         while self._writes:
             if rounds == ROUNDS:
-                await writer.sessions.raise_odd(session_id)
+                await store.sessions.raise_odd(session_id)
                 raise _changed_too_often(session_id)
             writes = list(self._writes.values())
             await mover.slow_down(session_id, writes)
             returns_removed = any(write.replaces_content for write in writes)
             command: Any = _matched_with_removed if returns_removed else matched
             try:
-                stored = await writer.expiry.update(compile_update(session_id, writes), command)
+                stored = await store.expiry.update(compile_update(session_id, writes), command)
             except MessageTooLargeError as error:
                 refusal = error
             else:
                 if stored:
                     if returns_removed and stored.get(REMOVED):
-                        await writer.remove_removed(self.place, stored[REMOVED])
+                        await store.attachments.remove_removed(self.place, stored[REMOVED])
                     self._note_stored()
                 elif not await self._compare():
                     return False
@@ -205,7 +172,7 @@ class Flush:
 
     async def _store_alone(self, write: AgentWrite) -> bool:
         """Store a write by a flush of its own; return what `store` returns."""
-        return await Flush(self._writer, self.place, {write.agent_id: write}, self.refused).store()
+        return await Flush(self._store, self.place, {write.agent_id: write}, self.refused).store()
 
     def _note_stored(self) -> None:
         """Update the known heads, and note the replaced messages whose old content a left-over bucket can hold.
@@ -213,7 +180,7 @@ class Flush:
         No bucket holds the newest message, unless it alone exceeds the limits and made room for the next one. So only a
         replacement of such a message, or of an older one, must check the archive.
         """
-        session_id, mover = self.place.session_id, self._writer.mover
+        session_id, mover = self.place.session_id, self._store.mover
         for agent_id, write in self._writes.items():
             head, following = mover.head(session_id, agent_key(agent_id)), write.expected_id
             if following is None and head is not None:
@@ -235,8 +202,8 @@ class Flush:
         Returns:
             `False` if the attachments would expire before the session.
         """
-        session_id, writer = self.place.session_id, self._writer
-        document = await writer.sessions.find(session_id, _compared_fields(self._writes))
+        session_id, store = self.place.session_id, self._store
+        document = await store.sessions.find(session_id, _compared_fields(self._writes))
         if document is None or document.get("incarnation") != self.place.incarnation:
             gone = SessionNotFoundError(f"session {session_id!r} does not exist any more")
             self.refused.update(dict.fromkeys(self._writes, gone))
@@ -246,7 +213,7 @@ class Flush:
         if not await self._number(agents):
             return True
         for key, numbers in agents.items():
-            writer.mover.change(session_id, key, since=numbers.get("created_at"), next_id=numbers["next_message_id"])
+            store.mover.change(session_id, key, since=numbers.get("created_at"), next_id=numbers["next_message_id"])
         writes, self._writes = self._writes, {}
         for agent_id, write in writes.items():
             agent = agents.get(agent_key(agent_id))
@@ -263,7 +230,7 @@ class Flush:
                 continue
             if rest is None:
                 continue
-            if rest.attached and writer.expiry.learn(session_id, document).outlives(rest.dates):
+            if rest.attached and store.expiry.learn(session_id, document).outlives(rest.dates):
                 return False
             if agent is not None:
                 rest = self._set_apart(rest, agent, older, newer)
@@ -291,7 +258,7 @@ class Flush:
             agent_id: positions(write, agents.get(agent_key(agent_id), {}).get("messages", ()))
             for agent_id, write in self._writes.items()
         }
-        if not await self._writer.migration.migrate_agents(self.place.session_id, agents, unnumbered):
+        if not await self._store.migration.migrate_agents(self.place.session_id, agents, unnumbered):
             return False
         for agent_id, write in self._writes.items():
             if (agent := agents.get(agent_key(agent_id))) is not None:
@@ -310,7 +277,7 @@ class Flush:
         if not agent.get("archived"):
             return {}
         archive, place, key, since = (
-            self._writer.archive,
+            self._store.archive,
             self.place,
             agent_key(write.agent_id),
             agent.get("created_at"),
@@ -367,7 +334,7 @@ class Flush:
 
     async def _change_archive(self) -> bool:
         """Change archived messages after the statement; return what `store` returns."""
-        archive, changed = self._writer.archive, self._in_archive
+        archive, changed = self._store.archive, self._in_archive
         for agent_id, changes in changed.items():
             if not _are_messages_stored(self.refused.get(agent_id)):
                 continue
@@ -394,7 +361,7 @@ class Flush:
         update: Document = {"$inc": {f"{path}.archive_revision": 1}}
         if write.outdated:
             update["$pullAll"] = {REMOVED: write.outdated}
-        return await self._writer.sessions.update(Update(condition, update, None))
+        return await self._store.sessions.update(Update(condition, update, None))
 
     # Storing what fits.
 
@@ -413,7 +380,7 @@ class Flush:
 
     async def _store_parts(self, write: AgentWrite, refusal: MessageTooLargeError) -> bool:
         """Store the messages of a write that is too large, then the fields of the agent's state that fit."""
-        session_id, agent_id, states, room = self.place.session_id, write.agent_id, write.states, self._writer.room
+        session_id, agent_id, states, room = self.place.session_id, write.agent_id, write.states, self._store.room
         if not states:
             contents = write.contents()
             self.refused[agent_id] = refusal

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Scope
 
 from .. import MongoDBSessionManagerFactory, get_global_factory
-from .._managers.factory import factory_of_application
+from .._managers.global_factory import factory_of_application
 from .._managers.options import ManagerOptions
 from ..errors import MongoDBSessionError
 

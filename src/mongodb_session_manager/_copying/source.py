@@ -1,0 +1,98 @@
+"""`Source`: a session that is forked or written back, as its document was read, in the current form."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, NamedTuple
+
+from bson import ObjectId
+
+from .._format.documents import Document, needs_upgrade
+from .._format.ids import agent_key, stored_id
+from .._format.layout import Place
+from .._format.malformed import MalformedField, usable_agents
+from .._store.sessions import ROUNDS
+from .._store.store import SessionStore
+from ..errors import DatabaseError
+
+
+class Source(NamedTuple):
+    """A session.
+
+    Attributes:
+        place: The ids of its parts.
+        document: Its document.
+        agents: The sub-documents of its agents by key, without those that opening leaves out.
+    """
+
+    place: Place
+    document: Document
+    agents: dict[str, Document]
+
+
+async def read_source(store: SessionStore, session_id: str) -> Source:
+    """Return a session. A session of an earlier version is migrated to the current form, as opening it does.
+
+    Raises:
+        SessionNotFoundError: The session does not exist.
+        DatabaseError: The messages of an agent have a type that cannot be used, or other writers changed the session
+            again and again.
+    """
+    for _ in range(ROUNDS):
+        document = await store.sessions.get(session_id, {})
+        if not isinstance(document.get("incarnation"), ObjectId):
+            await store.migration.migrate(session_id)
+            continue
+        agents = _agents_of(session_id, document)
+        numbers = {
+            key: {
+                **agent,
+                "archived": number(agent, "archived"),
+                "revision": number(agent, "revision"),
+                "ids": list(map(stored_id, agent.get("messages") or [])),
+            }
+            for key, agent in agents.items()
+        }
+        if not (earlier := [key for key, agent in numbers.items() if needs_upgrade(agent)]):
+            return Source(Place(session_id, document["incarnation"]), document, agents)
+        await store.migration.migrate_agents(session_id, numbers, earlier)
+    raise DatabaseError(f"session {session_id!r} was changed again and again while it was read")
+
+
+def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Document]:
+    agents = {key: agent for key, agent in usable_agents(session_id, document).items() if key and "." not in key}
+    for key, agent in agents.items():
+        messages = agent.get("messages")
+        if messages is not None and type(messages) is not list:
+            raise MalformedField(f"agents.{key}.messages", messages, list).error(session_id)
+    return {
+        key: agent
+        for key, agent in agents.items()
+        # Opening leaves out an agent of an earlier version if another agent has its key.
+        if agent.get("next_message_id") is not None or agent_key(key) == key or agent_key(key) not in agents
+    }
+
+
+def number(fields: Mapping[str, Any], name: str) -> int:
+    """Return a stored whole number; another value is read as 0."""
+    value = fields.get(name)
+    return int(value) if isinstance(value, int) else 0
+
+
+async def archived_messages(store: SessionStore, source: Source, key: str) -> AsyncGenerator[list[Document], None]:
+    """Yield the archived messages of an agent, oldest first, a bucket at a time.
+
+    Raises:
+        DatabaseError: A message is missing.
+        ReadAgainError: The archived messages were moved elsewhere after the session was read.
+    """
+    agent = source.agents[key]
+    since, position, archived = agent.get("created_at"), 0, number(agent, "archived")
+    while position < archived:
+        try:
+            messages = await store.archive.read_bucket(source.place, key, since, position, archived)
+        except DatabaseError:
+            await store.archive.raise_if_moved(source.place, {key: (since, position, archived)})
+            raise
+        yield messages
+        position += len(messages)

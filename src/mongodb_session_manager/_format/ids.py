@@ -1,0 +1,116 @@
+"""The ids of sessions, agents and messages: checks of arguments, keys of agents, and stored message ids. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import InvalidArgumentError, raise_alone
+
+NO_MESSAGE: list[Any] = []
+"""Stands, in lists of stored ids, for an element of `messages` that is no message. It is kept and gets no id."""
+
+
+def checked_id(value: object, name: str) -> str:
+    """Return a valid session id or agent id.
+
+    Raises:
+        InvalidArgumentError: The value is not a non-empty `str` that MongoDB can hold.
+    """
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
+    if not value:
+        raise InvalidArgumentError(f"{name} must not be empty")
+    if "\0" in value:
+        raise InvalidArgumentError(f"{name} must not hold a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
+    return value
+
+
+def checked_message_id(value: object) -> int:
+    """Return a valid message id.
+
+    Raises:
+        InvalidArgumentError: The value is not an int >= 0 that MongoDB can hold.
+    """
+    return checked_count(value, "message_id")
+
+
+def checked_count(value: object, name: str) -> int:
+    """Return a valid number of messages.
+
+    Raises:
+        InvalidArgumentError: The value is not an int >= 0 that MongoDB can hold.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} must be an int >= 0, not {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise InvalidArgumentError(f"{name} must be an int >= 0 and < 2**63")
+    return int(value)
+
+
+def agent_key(agent_id: str) -> str:
+    """Return the key of an agent: its id, with `%`, `.` and `$` percent-encoded."""
+    return re.sub(r"[%.$]", lambda match: f"%{ord(match[0]):02X}", checked_id(agent_id, "agent_id"))
+
+
+def agent_id_of(key: str) -> str:
+    """Return the agent id of a key; the inverse of `agent_key`."""
+    return re.sub(r"%(25|2E|24)", lambda match: chr(int(match[1], 16)), key)
+
+
+def is_message_id(value: object) -> bool:
+    """Return whether a stored value is a message id; some versions before 1.0 stored whole floats."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    is_number = is_number or (isinstance(value, float) and value.is_integer())
+    return is_number and 0 <= value < 2**31  # type: ignore[operator]
+
+
+def message_id_of(stored: Any, position: int) -> int:
+    """Return the id of an element of `messages`, or its position if the stored id is unusable."""
+    message_id = stored.get("message_id") if type(stored) is dict else None
+    return int(message_id) if is_message_id(message_id) else position  # type: ignore[arg-type]
+
+
+def stored_id(message: object) -> Any:
+    """Return the id of an element of `messages` as it is stored, `None` for a message without one."""
+    return message.get("message_id") if isinstance(message, dict) else NO_MESSAGE
+
+
+def following_id(stored: Any, position: int, last: int) -> int:
+    """Return the id of the message at `position`, which follows the id `last`; `stored` is its stored id."""
+    return int(stored) if is_message_id(stored) and stored > last else max(position, last + 1)
+
+
+def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tuple[list[Any], int]:
+    """Return strictly increasing ids for the messages of a head, and the id that follows them.
+
+    Gaps are allowed. A message gets another id only if its id is invalid, or not greater than the id before it. That
+    happens if a version before 1.0, which keeps its own counter, has also written.
+
+    Args:
+        ids: The stored ids, `None` for a message without one.
+        archived: The number of messages below the head.
+        following: The stored `next_message_id`; every archived message has an id below it.
+    """
+    last = archived - 1
+    if archived and is_message_id(following) and not any(is_message_id(each) and each > last for each in ids):
+        last = max(last, following - 1)
+    sequence = []
+    for position, each in enumerate(ids, archived):
+        if each == NO_MESSAGE:
+            sequence.append(each)
+            continue
+        last = following_id(each, position, last)
+        sequence.append(last)
+    return sequence, last + 1
+
+
+def is_numbered(numbers: Mapping[str, Any]) -> bool:
+    """Return whether the ids of an agent's head need no change; `numbers` are the values of `head_numbers`."""
+    ids, following = numbers["ids"], numbers.get("next_message_id")
+    return type(following) is int and numbered(ids, int(numbers["archived"]), following) == (ids, following)

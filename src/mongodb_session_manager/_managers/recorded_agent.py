@@ -1,0 +1,177 @@
+"""One agent of a unit of work: its loaded state, the id of its next message, and why its changes were refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from strands.types.session import SessionMessage
+
+from .._format.changes import Identity
+from .._format.codec import decode
+from .._format.documents import (
+    STATE_FIELDS,
+    USAGE,
+    Document,
+    StoredMessage,
+    agent_from,
+    config_set,
+    message_usage,
+    removed_messages,
+    usable_internal_state,
+    usable_numbers,
+)
+from .._format.ids import agent_key
+from .._format.malformed import log_malformed, messages_from, usable_field
+from ..errors import MongoDBSessionError, StateTooLargeError, again
+from .capture import CapturedConfig, count_tool_calls
+
+_REMEMBERED = 1024
+"""The number of new messages whose ids are remembered, in addition to those of the loaded messages."""
+
+
+class LastMessage(NamedTuple):
+    """Distinguishes a longer version of an agent's last message from a new message."""
+
+    tracking_id: str | None
+    blocks: list[Any]
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Self:
+        """Return what identifies a message."""
+        return cls(message.get("tracking_id"), list(message.get("content") or ()))
+
+    def is_start_of(self, message: Mapping[str, Any]) -> bool:
+        """Return whether `message` is this one with further content blocks."""
+        blocks = message["content"]
+        return (
+            self.tracking_id is not None
+            and self.tracking_id == message.get("tracking_id")
+            and len(blocks) > len(self.blocks)
+            and blocks[: len(self.blocks)] == self.blocks
+        )
+
+
+class RecordedAgent:
+    """An agent, new or loaded. Loaded messages are kept until the agent is restored.
+
+    Args:
+        agent_id: The agent.
+        stored: Its part of the session document; `None` for a new agent.
+        session_id: The session, for log lines.
+    """
+
+    def __init__(self, agent_id: str, stored: Mapping[str, Any] | None, session_id: str = "") -> None:
+        self.loaded = None if stored is None else agent_from(agent_id, stored)
+        stored = stored or {"next_message_id": 0}
+        path = f"agents.{agent_key(agent_id)}"
+        self._load_messages(agent_id, stored, session_id)
+        data: Document = usable_field(dict, stored.get("agent_data"), session_id, f"{path}.agent_data")
+        self.config = CapturedConfig(data.get("model"), decode(data.get("system_prompt")))
+        self.set_by_user = config_set(stored)
+        usage = stored.get("usage")
+        self.counts_usage = usage is None or (type(usage) is dict and usable_numbers(usage) == usage)
+        if not self.counts_usage:
+            log_malformed(session_id, f"{path}.usage", usage)
+        # The stored values of these fields are unusable. They are kept until the agent has another value.
+        self.malformed_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
+        for name in self.malformed_state:
+            if data.get(name) is not None:
+                log_malformed(session_id, f"{path}.agent_data.{name}", data[name])
+        self.defaults: Document = {}
+        self.removed = removed_messages(stored)
+        self.last_appended: int | None = None
+        self.last_usage: Document = {}
+        self.counts_invocation = False
+        self.last_redacted: int | None = None
+        self.corrected_offset: int | None = None
+        self.refusal: MongoDBSessionError | None = None
+        self._refusal_told = False
+        self.too_large: StateTooLargeError | None = None
+        self._too_large_told = False
+
+    def _load_messages(self, agent_id: str, stored: Mapping[str, Any], session_id: str) -> None:
+        self.first: int = stored.get("first", 0)
+        found = list(messages_from(stored.get("messages") or [], self.first, session_id, agent_id, restoring=True))
+        # By position. `None` represents an element that is not a message: it is kept, but not restored.
+        self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
+        known = [(message, document) for message, document in found if message is not None]
+        self.next_message_id: int = stored["next_message_id"]
+        self.message_ids = {
+            tracking_id: message.message_id
+            for message, _ in known
+            if (tracking_id := message.message.get("tracking_id")) is not None
+        }
+        self.identities = {message.message_id: Identity.of(document) for message, document in known}
+        self._remembered = max(_REMEMBERED, len(found))
+        last = self.messages[-1] if self.messages else None
+        self.last = None if last is None else LastMessage.of(last.message)
+        # Whether the newest message is known to have no attachments. Only the newest is replaced often: it grows.
+        self.newest_is_plain = False
+
+    def append(self, session_message: SessionMessage, message: StoredMessage) -> None:
+        """Remember a message that was appended, as it was passed and as it is stored."""
+        message_id = session_message.message_id
+        self.last_appended = message_id
+        self.last = LastMessage.of(session_message.message)
+        self.last_usage = message.get("event_loop_metrics") or {}
+        self.newest_is_plain = not message.get("attachments")
+        self._remember(self.identities, message_id, Identity.of(message))
+        self.next_message_id += 1
+        if self.last.tracking_id is not None:
+            self._remember(self.message_ids, self.last.tracking_id, message_id)
+
+    def _remember(self, known: dict[Any, Any], key: object, value: object) -> None:
+        known.pop(key, None)  # so that it becomes the newest
+        known[key] = value
+        if len(known) > self._remembered:
+            del known[next(iter(known))]
+
+    def count_usage(self, message: Mapping[str, Any]) -> dict[str, int]:
+        """Return the usage that a message adds to the agent's totals.
+
+        Messages that the agent was built with add nothing: they were paid for elsewhere.
+        """
+        if self.messages is not None or not self.counts_usage:
+            return {}
+        usage = message_usage(message)
+        counted = {name: usage[name] for name in USAGE if usage.get(name)}
+        if self.counts_invocation:
+            counted["invocations"] = 1
+            self.counts_invocation = False
+        if calls := count_tool_calls(message):
+            counted["toolCalls"] = calls
+        return counted
+
+    def refuse(self, error: MongoDBSessionError) -> None:
+        """Refuse all later changes, except after a `StateTooLargeError`: the next state can be smaller."""
+        if isinstance(error, StateTooLargeError):
+            self.too_large, self._too_large_told = error, False
+        else:
+            self.refusal = error
+
+    def raise_refusal(self, *, untold: bool = False) -> None:
+        """Raise why changes were refused; with `untold`, unless it was raised before."""
+        if self.refusal is not None and not (untold and self._refusal_told):
+            self._refusal_told = True
+            raise again(self.refusal)
+
+    def raise_too_large(self, *, untold: bool) -> None:
+        """Raise why the state was not stored; with `untold`, unless it was raised before."""
+        if self.too_large is None or (untold and self._too_large_told):
+            return
+        error, self._too_large_told = self.too_large, True
+        if error.pending:  # the next flush tries again
+            self.too_large = None
+        raise again(error)
+
+
+def _is_odd(name: str, stored: Any) -> bool:
+    """Return whether a stored part of an agent's state cannot be restored as it is."""
+    state = decode(stored)
+    if type(state) is not dict:
+        return state is not None or name == "conversation_manager_state"
+    if name == "conversation_manager_state":
+        removed = state.get("removed_message_count")
+        return type(state.get("__name__")) is not str or type(removed) is not int or not 0 <= removed < 2**31
+    return name == "_internal_state" and usable_internal_state(state) != state

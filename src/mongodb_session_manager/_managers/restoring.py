@@ -1,0 +1,36 @@
+"""The error for an agent whose stored state Strands cannot restore."""
+
+from __future__ import annotations
+
+from traceback import walk_tb
+
+from strands.types.exceptions import SessionException
+
+from .._format.ids import agent_key
+from ..errors import DatabaseError, MongoDBSessionError
+
+# Functions of Strands that restore one part of an agent.
+_RESTORED_IN = {
+    "_validate_json_serializable": "agent_data.state",
+    "initialize_internal_state": "agent_data._internal_state",
+    "restore_from_session": "agent_data.conversation_manager_state",
+}
+
+RESTORE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SessionException)
+"""Errors that Strands raises for a state that it cannot restore."""
+
+
+def restore_error(session_id: str, agent_id: str, error: Exception) -> DatabaseError | None:
+    """Return an error that names the session and the field, without the text of `error`, which can quote content.
+
+    `None` stands for an error with another cause.
+    """
+    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
+    field = next((field for name, field in _RESTORED_IN.items() if name in names), "messages")
+    is_initialized_twice = isinstance(error, SessionException) and field == "messages"
+    if is_initialized_twice or isinstance(error, MongoDBSessionError):
+        return None
+    return DatabaseError(
+        f"session {session_id!r}: the field 'agents.{agent_key(agent_id)}.{field}' cannot be restored "
+        f"({type(error).__name__} in {names[-1]})"
+    )
