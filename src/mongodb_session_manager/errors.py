@@ -1,38 +1,38 @@
-"""What can go wrong, as one tree.
+"""The exception tree.
 
     MongoDBSessionError                 also Strands' SessionException and StorageError
-    ├── ConfigurationError              also ValueError: how the library was set up
+    ├── ConfigurationError              also ValueError: an invalid connection string, client or option
     │   ├── ClientTypeError             also TypeError: `client=` is not a MongoDB client
-    │   └── AccessDeniedError           also PermissionError: credentials or privileges were refused
-    ├── InvalidArgumentError            also ValueError: an argument of a call
+    │   └── AccessDeniedError           also PermissionError: the server refused the credentials or a privilege
+    ├── InvalidArgumentError            also ValueError: an invalid argument of a call
     ├── EncodingError                   also ValueError: a value that cannot be stored
-    ├── MessageTooLargeError            also ValueError: more than one document can hold
-    ├── StateTooLargeError              also ValueError: state, metadata or feedback that does not fit
+    ├── MessageTooLargeError            also ValueError: a message that exceeds the size limit of MongoDB
+    ├── StateTooLargeError              also ValueError: state, metadata or feedback that exceeds it
     ├── SessionNotFoundError            also LookupError
     ├── AgentNotFoundError              also LookupError
     ├── MessageNotFoundError            also LookupError
     ├── SessionExistsError              also ValueError
-    ├── SessionConflictError            also RuntimeError: another writer came first, or the session is being copied
-    ├── SessionClosedError              also RuntimeError: used before it was opened or after it was closed
-    ├── EventLoopError                  also RuntimeError: called where waiting is impossible
+    ├── SessionConflictError            also RuntimeError: another writer was first, or the session is being copied
+    ├── SessionClosedError              also RuntimeError: used before opening or after closing
+    ├── EventLoopError                  also RuntimeError: a call that would block its own event loop
     ├── FactoryNotInitializedError      also RuntimeError
-    ├── EmbeddedServerError             also RuntimeError: the local mongod for development and tests
-    ├── MissingExtraError               also ImportError: a part of the package that was not installed
-    ├── NotificationError               also RuntimeError: a notification was given up without being tried to the end
-    ├── DatabaseUnavailableError        also ConnectionError: no server, connection lost
-    ├── DatabaseTimeoutError            also TimeoutError: the server or the pool was too slow
+    ├── EmbeddedServerError             also RuntimeError: the embedded server
+    ├── MissingExtraError               also ImportError: an extra is not installed
+    ├── NotificationError               also RuntimeError: a notification was dropped
+    ├── DatabaseUnavailableError        also ConnectionError: no server, or a lost connection
+    ├── DatabaseTimeoutError            also TimeoutError: a slow server, or an exhausted connection pool
     └── DatabaseError                   the server refused a command
-        └── AttachmentError             bytes of a message are missing, or are not those that were stored
+        └── AttachmentError             an attachment is missing or damaged
 
-The driver's own error is neither the `__cause__` nor the `__context__`, because it can quote stored data. Three
-attributes of every error describe the refusal:
+The driver's error is neither the `__cause__` nor the `__context__`, because it can quote stored data. Three attributes
+of every error replace it:
 
-    code        the server's error code, like 13; None if no server refused anything
+    code        the server's error code, like 13, or None
     code_name   the server's name of the code, like "Unauthorized", or None
     operation   the driver's method that failed, like "update_one", or None
 
-Where it is unknown whether the command was carried out, the message says so and `outcome_unknown` is true; a flush can
-be repeated then, and stores everything once. No message and no traceback holds the password of a connection string or
+If it is unknown whether the server executed the command, the message says so and `outcome_unknown` is true. Repeating
+the flush is safe: it stores everything once. No message or traceback contains the password of a connection string or
 the content of a conversation.
 """
 
@@ -45,13 +45,13 @@ from strands.types.exceptions import SessionException, StorageError
 
 
 class MongoDBSessionError(SessionException, StorageError):
-    """Root of every error this package raises on purpose.
+    """The root of the errors of this package.
 
     Attributes:
-        code: The error code of the server that refused the command, `None` if no server did.
-        code_name: The server's name of that code.
-        operation: The driver's method that failed, like `"update_one"`, `None` if the error is not the driver's.
-        outcome_unknown: Whether the server may have carried out the command that failed.
+        code: The error code of the server, `None` if no server refused a command.
+        code_name: The server's name of the code.
+        operation: The driver's method that failed, like `"update_one"`, `None` for an error outside the driver.
+        outcome_unknown: Whether the server may have executed the command that failed.
     """
 
     code: int | None = None
@@ -61,73 +61,71 @@ class MongoDBSessionError(SessionException, StorageError):
 
 
 class ConfigurationError(MongoDBSessionError, ValueError):
-    """The connection string, the client or an option cannot be used."""
+    """The connection string, the client or an option is invalid."""
 
 
 class ClientTypeError(ConfigurationError, TypeError):
-    """`client=` was given something that is not a MongoDB client."""
+    """The value of `client=` is not a MongoDB client."""
 
 
 class AccessDeniedError(ConfigurationError, PermissionError):
-    """The server refused the user's credentials, or does not authorize the user.
+    """The server refused the credentials of the user, or the user lacks a privilege.
 
-    Trying again does not help: change the configuration of the client or of the server.
+    Retrying does not help: change the configuration of the client or of the server.
     """
 
 
 class InvalidArgumentError(MongoDBSessionError, ValueError):
-    """An argument was refused before anything was sent."""
+    """An argument is invalid. Nothing was sent to the server."""
 
 
 class EncodingError(MongoDBSessionError, ValueError):
-    """A value has no form that MongoDB can store and that comes back equal."""
+    """A value cannot be stored so that it is restored equal."""
 
 
 class MessageTooLargeError(MongoDBSessionError, ValueError):
-    """A message is larger, without its attachments, than can be stored; it was not.
+    """A message, without its attachments, or a write exceeds the size limit of a MongoDB document (16 MiB).
 
-    The conversation goes on without it. Or a write is larger than a MongoDB document may be (16 MiB).
-    `StateTooLargeError` is the error for everything else than a message.
+    The message was not stored, and the conversation continues without it. For anything other than a message, the error
+    is `StateTooLargeError`.
     """
 
 
 class StateTooLargeError(MongoDBSessionError, ValueError):
-    """A session's document has no room for the state of an agent or orchestrator, for metadata or for feedback.
+    """The state of an agent or orchestrator, metadata or feedback exceeds the space left in the session's document.
 
-    The message names the part that was not stored, and its size. The earlier value stays stored. Everything else is
-    stored, including the messages of an agent whose state is too large. The state is stored when it changes to one that
-    fits.
+    The text names the part that was not stored, and its size. The earlier value stays stored. Everything else is
+    stored, including the messages of an agent whose state is too large. A later state that fits is stored.
 
     Attributes:
-        pending: Whether messages were not stored either, because other parts fill the document. They stay recorded, and
-            a flush stores them once there is room.
+        pending: Whether messages were not stored either, because other parts fill the document. They stay pending, and
+            a flush stores them once there is space.
     """
 
     pending: bool = False
 
 
 class SessionNotFoundError(MongoDBSessionError, LookupError):
-    """The session does not exist (any more)."""
+    """The session does not exist."""
 
 
 class AgentNotFoundError(MongoDBSessionError, LookupError):
-    """The session has no agent of that id."""
+    """The session has no agent with that id."""
 
 
 class MessageNotFoundError(MongoDBSessionError, LookupError):
-    """The agent has no message of that id."""
+    """The agent has no message with that id."""
 
 
 class SessionExistsError(MongoDBSessionError, ValueError):
-    """A session of that id exists already."""
+    """A session with that id exists already."""
 
 
 class SessionConflictError(MongoDBSessionError, RuntimeError):
-    """Another writer changed the agent since it was loaded, or the session is being imported or forked.
+    """Another writer changed the agent after it was loaded, or the session is being imported or forked.
 
-    Nothing of this write was stored.
-
-    Like HTTP 409: open the session again with a new manager and a new agent, and repeat the request.
+    The write was not stored. Open the session again with a new manager and a new agent, and repeat the request. The
+    corresponding HTTP status is 409.
     """
 
 
@@ -136,31 +134,31 @@ class SessionClosedError(MongoDBSessionError, RuntimeError):
 
 
 class EventLoopError(MongoDBSessionError, RuntimeError):
-    """A call would have to wait on the very event loop that must do the work, or that loop does not run."""
+    """A call would block the event loop that does its work, or that loop does not run."""
 
 
 class FactoryNotInitializedError(MongoDBSessionError, RuntimeError):
-    """The process-wide factory was asked for before it was initialised."""
+    """The process-wide factory was used before it was initialized."""
 
 
 class EmbeddedServerError(MongoDBSessionError, RuntimeError):
-    """The embedded mongod could not be found or started."""
+    """The embedded server was not found, did not start, or has exited."""
 
 
 class MissingExtraError(MongoDBSessionError, ImportError):
-    """Something needs packages that come with an extra, like `mongodb-session-manager[aws]`."""
+    """A feature needs an extra that is not installed, like `mongodb-session-manager[aws]`."""
 
 
 class NotificationError(MongoDBSessionError, RuntimeError):
-    """A notification was given up: too many wait already, or the process ended first."""
+    """A notification was dropped: the queue is full, or the process exited before the delivery."""
 
 
 class DatabaseUnavailableError(MongoDBSessionError, ConnectionError):
-    """No server could be reached, or the connection was lost and did not come back in time."""
+    """No server was reachable, or the connection was lost and not restored in time."""
 
 
 class DatabaseTimeoutError(MongoDBSessionError, TimeoutError):
-    """The server, or the wait for a free connection of the pool, took longer than it may."""
+    """The server, or the wait for a free connection of the pool, exceeded its time limit."""
 
 
 class DatabaseError(MongoDBSessionError):
@@ -168,7 +166,7 @@ class DatabaseError(MongoDBSessionError):
 
 
 class AttachmentError(DatabaseError):
-    """An attachment of a message is missing in GridFS, or damaged.
+    """An attachment of a message is missing or damaged.
 
     Attributes:
         references: Internal references to the attachments.
@@ -181,9 +179,9 @@ ErrorT = TypeVar("ErrorT", bound=MongoDBSessionError)
 
 
 def raise_alone(error: BaseException) -> NoReturn:
-    """Raise an error without the error that is being handled, which can hold content.
+    """Raise an error without the error that is being handled, which can contain content.
 
-    `from None` only hides the other error: `__context__` still holds it, and error trackers report it.
+    `from None` only hides the handled error: it stays in `__context__`, and error trackers report it.
     """
     try:
         raise error
@@ -196,7 +194,7 @@ def again(error: ErrorT, text: str | None = None) -> ErrorT:
 
     Args:
         error: The error.
-        text: Another message.
+        text: The message of the copy; default the same.
     """
     copied = copy.copy(error)
     if text is not None:

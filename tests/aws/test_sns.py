@@ -101,7 +101,8 @@ def test_a_fifo_topic_keeps_the_order_of_a_session(factory: Any, moto: str, topi
 
 def test_the_region_is_that_of_the_topic(factory: Any, moto: str) -> None:
     hook = FeedbackSNSHook("arn:aws:sns:us-west-2:1:a", "arn:aws:sns:eu-south-1:1:b", "none", endpoint_url=moto)
-    assert sorted(service.key.region_name or "" for service in hook._services.values()) == ["eu-south-1", "us-west-2"]
+    regions = {rating: route.client and route.client.key.region_name for rating, route in hook._routes.items()}
+    assert regions == {"positive": "us-west-2", "negative": "eu-south-1", "neutral": None}
 
 
 def test_a_template_that_cannot_be_filled_in_warns_when_the_hook_is_made(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,7 +119,7 @@ def test_a_fifo_queue_keeps_the_order_of_a_session(factory: Any, moto: str, fifo
 
 def test_the_region_is_that_of_the_queue() -> None:
     hook = create_metadata_sqs_hook("https://sqs.ap-south-1.amazonaws.com/123456789012/q")
-    assert [service.key.region_name for service in hook._services.values()] == ["ap-south-1"]
+    assert hook._sqs.key.region_name == "ap-south-1"
 
 
 def test_a_hook_that_may_send_no_field_warns_when_it_is_made(caplog: pytest.LogCaptureFixture) -> None:

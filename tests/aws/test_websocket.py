@@ -122,8 +122,7 @@ def test_moto_takes_it(factory: Any, moto: str) -> None:
 )
 def test_endpoints(given: str, endpoint_url: str, region: str | None) -> None:
     hook = create_metadata_websocket_hook(given)
-    [service] = hook._services.values()
-    assert (service.key.endpoint_url, service.key.region_name) == (endpoint_url, region)
+    assert (hook._api.key.endpoint_url, hook._api.key.region_name) == (endpoint_url, region)
 
 
 @pytest.mark.parametrize("endpoint_url", ["", None, "ftp://x", "no url", "https://"])

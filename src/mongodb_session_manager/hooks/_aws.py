@@ -106,7 +106,7 @@ class AwsClient:
     """
 
     def __init__(self, key: _Key) -> None:
-        self._key = key
+        self.key = key
         self._opened = _Opened()
         weakref.finalize(self, _close_collected, self._opened).atexit = False
 
@@ -119,7 +119,7 @@ class AwsClient:
             close_at_exit(self.aclose, loop, ExitOrder.CONNECTIONS)
         if opened.task is None or _has_failed(opened.task):
             # A task of its own: if this call is cancelled, the next one uses the client.
-            opened.task = loop.create_task(_open(self._key))
+            opened.task = loop.create_task(_open(self.key))
             opened.task.add_done_callback(_has_failed)  # asyncio logs an error that nothing retrieves
         client = await asyncio.shield(opened.task)
         return await getattr(client, operation)(**parameters)

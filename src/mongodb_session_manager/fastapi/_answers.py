@@ -1,0 +1,86 @@
+"""The answers to clients for errors: HTTP statuses and close codes of WebSockets."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from strands.types.exceptions import EventLoopException
+
+from ..errors import (
+    AgentNotFoundError,
+    ConfigurationError,
+    DatabaseError,
+    DatabaseTimeoutError,
+    DatabaseUnavailableError,
+    EncodingError,
+    InvalidArgumentError,
+    MessageNotFoundError,
+    MessageTooLargeError,
+    MongoDBSessionError,
+    SessionConflictError,
+    SessionExistsError,
+    SessionNotFoundError,
+    StateTooLargeError,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """The answer to a client for an error. It says what the client can do, and nothing about the server.
+
+    Attributes:
+        status: The HTTP status.
+        close_code: The close code of a WebSocket.
+        detail: The text; empty for an invalid argument, whose error names the argument and the reason.
+    """
+
+    status: int
+    close_code: int
+    detail: str
+
+
+# The status of an invalid argument is 422, as in FastAPI's own validation. The close codes of a WebSocket are 1008 (the
+# client must send another request), 1013 (try again later) and 1011 (an error of the server).
+ANSWERS: dict[type[MongoDBSessionError], Answer] = {
+    SessionConflictError: Answer(409, 1013, "another request changed the session meanwhile: repeat this one"),
+    SessionExistsError: Answer(409, 1008, "a session with that id exists already"),
+    SessionNotFoundError: Answer(404, 1008, "the session does not exist"),
+    AgentNotFoundError: Answer(404, 1008, "the session has no such agent"),
+    MessageNotFoundError: Answer(404, 1008, "the agent has no such message"),
+    InvalidArgumentError: Answer(422, 1008, ""),
+    EncodingError: Answer(422, 1008, "a value cannot be stored"),
+    MessageTooLargeError: Answer(413, 1008, "the message is too large"),
+    StateTooLargeError: Answer(413, 1008, "the session is too large"),
+    DatabaseUnavailableError: Answer(503, 1013, "the database is unreachable: try again later"),
+    DatabaseTimeoutError: Answer(503, 1013, "the database takes too long: try again later"),
+    DatabaseError: Answer(500, 1011, "the database refused a command"),
+    ConfigurationError: Answer(500, 1011, "the server is not configured correctly"),
+}
+UNEXPECTED = Answer(500, 1011, "the request failed")
+"""The answer for an error that is not one of this library: a bug of the application."""
+
+
+def original(error: BaseException) -> BaseException:
+    """Return the error that Strands wrapped in a later cycle of an invocation, else the error itself."""
+    while isinstance(error, EventLoopException):
+        error = error.original_exception
+    return error
+
+
+def answer_to(error: BaseException) -> Answer:
+    """Return the answer for an error."""
+    error = original(error)
+    answer = next((answer for kind, answer in ANSWERS.items() if isinstance(error, kind)), UNEXPECTED)
+    return answer if answer.detail else answer._replace(detail=str(error))
+
+
+def log(path: str, error: BaseException) -> None:
+    """Log an error that the client did not cause: a database error in one line, a bug with its traceback."""
+    answer = answer_to(error)
+    if answer is UNEXPECTED:
+        logger.error("path=<%r> | the request failed", path, exc_info=error)
+    elif answer.status >= 500:
+        level = logging.WARNING if answer.status == 503 else logging.ERROR
+        logger.log(level, "path=<%r>, error=<%s> | answered %d", path, original(error), answer.status)

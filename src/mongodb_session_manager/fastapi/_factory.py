@@ -1,0 +1,123 @@
+"""The factory of an application: its lifespan, its dependency, its health."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Annotated, Unpack
+
+import anyio.to_thread
+from fastapi import Depends, FastAPI
+from fastapi.requests import HTTPConnection
+from fastapi.responses import JSONResponse
+from starlette.types import Scope
+
+from .. import MongoDBSessionManagerFactory, get_global_factory
+from .._managers.global_factory import factory_of_application
+from .._managers.options import ManagerOptions
+from ..errors import MongoDBSessionError
+
+logger = logging.getLogger(__name__)
+
+OUTER_FACTORY = "mongodb_session_manager.factory"
+"""The key in a request's scope of the factory of the application that another one is mounted in."""
+
+_HEALTH_TIMEOUT = 2.0
+"""Seconds; load balancers give up on an answer after a few."""
+
+_CHECK_TIMEOUT = 5.0
+"""Seconds that an application waits for its database at its start."""
+
+
+def session_lifespan(
+    connection_string: str | None = None,
+    database_name: str | None = None,
+    collection_name: str | None = "agent_sessions",
+    *,
+    check: bool = True,
+    **options: Unpack[ManagerOptions],
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Return a lifespan for `FastAPI(lifespan=...)` that opens the application's factory and closes it at the end.
+
+    In a lifespan of your own:
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            async with session_lifespan("mongodb://localhost:27017/support")(app):
+                yield
+
+    The factory is `app.state.mongodb_session_factory`; `Factory` is the dependency that returns it. Several
+    applications of one process have one factory each. While only one application runs, `get_global_factory()` returns
+    its factory, unless `initialize_global_factory` created another.
+
+    At the end, pending writes and notifications are awaited, and the client is closed.
+
+    Args:
+        connection_string: As for `MongoDBSessionManagerFactory`.
+        database_name: As for `MongoDBSessionManagerFactory`.
+        collection_name: As for `MongoDBSessionManagerFactory`.
+        check: Whether the application refuses to start if the database does not answer within five seconds or refuses
+            the credentials. With `False`, no connection is opened before the first request.
+        **options: `ManagerOptions` documents each.
+
+    Raises:
+        AccessDeniedError: When the application starts: the database refuses the credentials.
+        ConfigurationError: When the application starts: an argument is invalid.
+        DatabaseUnavailableError: When the application starts: no server was reachable within five seconds.
+        DatabaseTimeoutError: When the application starts: a server did not answer within five seconds.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        create = partial(MongoDBSessionManagerFactory, connection_string, database_name, collection_name, **options)
+        async with await anyio.to_thread.run_sync(create) as factory:  # in a thread: a new client can read files
+            if check:
+                await _check(factory)
+            app.state.mongodb_session_factory = factory
+            try:
+                with factory_of_application(factory):
+                    yield
+            finally:
+                del app.state.mongodb_session_factory
+
+    return lifespan
+
+
+async def _check(factory: MongoDBSessionManagerFactory) -> None:
+    try:
+        await factory.check_async(_CHECK_TIMEOUT)
+    except MongoDBSessionError as error:
+        raise error.with_traceback(None) from None  # the server logs it: the message is enough
+
+
+def factory_in(scope: Scope) -> MongoDBSessionManagerFactory | None:
+    """Return the factory of a request's application, else of the application that it is mounted in."""
+    factory: MongoDBSessionManagerFactory | None = getattr(scope["app"].state, "mongodb_session_factory", None)
+    return factory or scope.get(OUTER_FACTORY)
+
+
+def get_factory(connection: HTTPConnection) -> MongoDBSessionManagerFactory:
+    """Return the factory of the application, of the one it is mounted in, or of the process: a dependency.
+
+    Raises:
+        FactoryNotInitializedError: There is no factory.
+    """
+    return factory_in(connection.scope) or get_global_factory()
+
+
+Factory = Annotated[MongoDBSessionManagerFactory, Depends(get_factory)]
+"""The type of a parameter that is the application's factory."""
+
+
+async def health(connection: HTTPConnection = None) -> JSONResponse:  # type: ignore[assignment]  # FastAPI passes one
+    """Answer 200 if the database of the application's factory answers within two seconds, else 503: an endpoint."""
+    try:
+        async with asyncio.timeout(_HEALTH_TIMEOUT):
+            await (get_global_factory() if connection is None else get_factory(connection)).ping_async()
+    except (MongoDBSessionError, TimeoutError) as error:
+        logger.warning("error=<%s> | not healthy", str(error) or type(error).__name__)
+        return JSONResponse({"status": "unavailable"}, 503)
+    return JSONResponse({"status": "ok"})
