@@ -100,7 +100,7 @@ class Turn:
         if isinstance(error, MongoDBSessionError) and not self.accepted.is_set():
             self.refusal = error
         elif isinstance(error, DatabaseUnavailableError | DatabaseTimeoutError):
-            self.publish("failed", "The answer could not be stored: the database cannot be reached.")
+            self.publish("failed", "The answer could not be stored: the database is unreachable.")
         else:
             self.publish("failed", f"The answer failed: {type(error).__name__}.")
         self.end()

@@ -48,7 +48,7 @@ def left_of(stored: Stored, session_id: str) -> list[str]:
     database = stored.database
     return [
         name
-        for name in database.list_collection_names()
+        for name in database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
         for document in database[name].find({})
         if session_id in (document["_id"], document.get("session_id"))
         or (isinstance(document["_id"], dict) and document["_id"].get("session_id") == session_id)

@@ -312,6 +312,7 @@ def test_several_attachments_are_read_by_one_query(factory: MongoDBSessionManage
     assert [name for name in commands.names if name != "getMore"] == [OPEN, "find"]
 
 
+@pytest.mark.own_database
 def test_a_query_for_several_needs_no_sorting(
     factory: MongoDBSessionManagerFactory, driver: Driver, database: str
 ) -> None:
@@ -617,11 +618,16 @@ def test_a_removal_that_is_interrupted_is_made_good_by_the_next_flush(
         redacting = agent(other.create_session_manager("s"), Redaction("[gone]"), agent_id="second")
         with pytest.raises(DatabaseError):
             fail_at_delete(server, deletes, lambda: redacting(asking(image(LARGE), image(SMALL))))
-        assert sha256(SMALL) in {file["sha256"] for file in ids(driver, database)}
+        files, chunks = (
+            {each["sha256"] for each in found}
+            for found in (ids(driver, database), [chunk["file"] for chunk in ids(driver, database, CHUNKS)])
+        )
+        assert (sha256(SMALL) in files, sha256(SMALL) in chunks) == (deletes == 1, True)
         assert len(stored.find_one()["removed_attachments"]) == 2
         redacting.messages.clear()
         redacting("go on")
     assert hashes(driver, database) == of(LARGE, LARGER)
+    assert {chunk["file"]["sha256"] for chunk in ids(driver, database, CHUNKS)} == {sha256(LARGE), sha256(LARGER)}
     assert restored(factory) == conversation(live)
 
 

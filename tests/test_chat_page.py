@@ -273,7 +273,7 @@ def test_what_cannot_be_sent_stays_in_the_box(page: Any, served: Served) -> None
 
 # The database is killed.
 
-AWAY = "The database cannot be reached"
+AWAY = "The database is unreachable"
 SOON = 5_000  # milliseconds within which the page must say so
 
 
@@ -365,7 +365,7 @@ def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(mortal
     say(page, "Tell me a story")
     expect(page.locator(".writing .said")).to_contain_text("Once upon")
     mortal.kill()
-    expect(alert).to_contain_text("database cannot be reached", timeout=30_000)  # it is stored when it is complete
+    expect(alert).to_contain_text("database is unreachable", timeout=30_000)  # it is stored when it is complete
     expect(page.get_by_role("status")).to_have_text("")
     assert said(page)[3] == "Tell me a story"
 

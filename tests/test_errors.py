@@ -233,7 +233,7 @@ def test_only_what_translates_the_drivers_errors_names_them() -> None:
         if (isinstance(node, ast.ImportFrom) and node.module == "pymongo.errors")
         or (isinstance(node, ast.ImportFrom) and node.module == "pymongo" and "errors" in [n.name for n in node.names])
     }
-    assert knowing == {"driver_errors", "connection", "collection", "gridfs", "gate", "_server"}
+    assert knowing == {"driver_errors", "drivers", "settings", "connection", "collection", "gridfs", "gate", "_server"}
 
 
 # What an error keeps.

@@ -133,7 +133,7 @@ def test_the_help_of_the_package_shows_no_private_module() -> None:
     text = pydoc.plain(pydoc.render_doc(package))
     contents = text.partition("PACKAGE CONTENTS\n")[2].partition("\n\n")[0].split("\n")
     assert {line.strip() for line in contents if not line.strip().startswith("_")} == {
-        *("demo", "embedded (package)", "errors", "fastapi", "hooks (package)")
+        *("demo", "embedded (package)", "errors", "fastapi (package)", "hooks (package)")
     }
     assert {line.strip() for line in contents if line.strip().startswith("_")} == {
         f"{name} (package)" for name in LAYERS if name.startswith("_") and name != "__init__"

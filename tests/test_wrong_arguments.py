@@ -136,6 +136,7 @@ def test_a_filter_that_holds_a_value_twice_is_none_that_holds_itself(repository:
         repository.count_sessions(metadata={"a": [shared, {"b": [shared, {"$ne": 1}]}]})
 
 
+@pytest.mark.own_database
 @pytest.mark.parametrize("kind", ["server", "standalone"])
 def test_a_created_session_whose_acknowledgement_is_lost_is_created(
     request: pytest.FixtureRequest, database: str, kind: str

@@ -149,7 +149,9 @@ class UnitOfWork(SessionRepository):
         self.multi_agents.raise_refusal(untold=True)
 
     def _chosen(self, agent_id: str | None) -> list[RecordedAgent]:
-        return [agent for id_, agent in tuple(self._agents.items()) if agent_id in (None, id_)]
+        # Other threads can add agents meanwhile: a tuple of the keys is made in one step, one of the items is not.
+        chosen = tuple(self._agents) if agent_id is None else (agent_id,)
+        return [self._agents[each] for each in chosen if each in self._agents]
 
     def close(self) -> None:
         """Refuse to record changes."""
