@@ -18,7 +18,8 @@ from pymongo.errors import PyMongoError
 from strands import Agent
 from strands.session import SessionManager
 
-from mongodb_session_manager import MongoDBSessionManagerFactory
+from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
+from mongodb_session_manager._format.changes import Change
 from mongodb_session_manager.demo import ScriptedModel
 
 
@@ -136,3 +137,8 @@ class Session:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return functools.partial(self.run, getattr(self.manager, name))
+
+
+def apply(repository: MongoDBSessionRepository, session_id: str, changes: Iterable[Change]) -> dict[str, Any]:
+    """Store recorded changes, as a manager does; return the errors of refused agents."""
+    return repository._portal.call(repository._async._apply, session_id, changes)

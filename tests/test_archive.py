@@ -47,7 +47,7 @@ from mongodb_session_manager._format.changes import AddGuardrailEvent, AppendMes
 from mongodb_session_manager._format.documents import stored_message
 from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._managers.unit_of_work import UnitOfWork
-from support import CommandLog, agent, eventually, texts
+from support import CommandLog, agent, apply, eventually, texts
 
 
 @pytest.fixture
@@ -115,7 +115,8 @@ def test_metrics_count_and_move_too(server: str, database: str, stored: Stored) 
     with MongoDBSessionRepository(server, database, max_embedded_bytes=10_000) as repository:
         begin(repository)
         for message_id in range(10):
-            repository.apply(
+            apply(
+                repository,
                 "s",
                 [
                     AppendMessage("agent", stored_message(said(message_id), message_id)),
@@ -168,7 +169,7 @@ def test_ten_thousand_messages(server: str, database: str, stored: Stored) -> No
         begin(repository)
         for first in range(0, 10_000, 50):
             messages = [stored_message(said(n, f"{n} {text}"), n) for n in range(first, first + 50)]
-            assert repository.apply("s", [AppendMessage("agent", message) for message in messages]) == {}
+            assert apply(repository, "s", [AppendMessage("agent", message) for message in messages]) == {}
             if first % 250 == 0:
                 (size,) = stored.aggregate([{"$project": {"size": {"$bsonSize": "$$ROOT"}}}])
                 sizes.append(size["size"])
@@ -352,7 +353,7 @@ def test_a_message_with_the_tracking_id_of_an_archived_one_replaces_nothing(
 ) -> None:
     work = UnitOfWork("s", long.open_session("s"))
     work.create_message("s", "agent", said(3, "again"))
-    assert long.apply("s", work.pending()) == {}
+    assert apply(long, "s", work.pending()) == {}
     assert everything(stored) == [*expected(30), "again"]
 
 
@@ -361,7 +362,7 @@ def test_an_update_by_the_tracking_id_of_an_archived_message_replaces_it(
 ) -> None:
     work = UnitOfWork("s", long.open_session("s"))
     work.record_replacement("agent", "t3", said(3, "changed").message)
-    assert long.apply("s", work.pending()) == {}
+    assert apply(long, "s", work.pending()) == {}
     assert everything(stored) == [*expected(3), "changed", *expected(30, 4)]
 
 
@@ -441,7 +442,7 @@ def test_a_guardrail_event_on_an_archived_message(long: MongoDBSessionRepository
         AddGuardrailEvent("agent", {**event, "message_id": 7, "agent_id": "agent"}),
     ]
     for _ in range(2):  # as after a lost acknowledgement
-        assert long.apply("s", changes) == {}
+        assert apply(long, "s", changes) == {}
     assert stored.find_one()["guardrail_events"] == [{**event, "message_id": 7, "agent_id": "agent"}]
     bucket = archive_of(stored).find_one({"_id.first": 5})
     assert [message.get("guardrail_event") for message in bucket["messages"]] == [None, None, event, None, None]
@@ -452,7 +453,7 @@ def test_changes_in_the_archive_and_in_the_head_go_together(long: MongoDBSession
     work.update_message("s", "agent", said(2, "old"))
     work.update_message("s", "agent", said(28, "new"))
     work.create_message("s", "agent", said(30))
-    assert long.apply("s", work.pending()) == {}
+    assert apply(long, "s", work.pending()) == {}
     wanted = expected(31)
     wanted[2], wanted[28] = "old", "new"
     assert everything(stored) == wanted
@@ -469,7 +470,7 @@ def test_a_refused_writer_changes_nothing_in_the_archive(long: MongoDBSessionRep
         {"$set": {"agents.agent.messages.$[m].message.tracking_id": "theirs"}},
         array_filters=[{"m.message_id": 30}],
     )
-    refused = long.apply("s", work.pending())
+    refused = apply(long, "s", work.pending())
     assert isinstance(refused["agent"], SessionConflictError)
     assert everything(stored) == expected(31)
 
@@ -487,10 +488,10 @@ def test_an_append_whose_acknowledgement_was_lost_is_known_in_the_archive(
 ) -> None:
     """The message was stored and archived before the writer asks again."""
     changes = [AppendMessage("agent", stored_message(said(n), n)) for n in range(28, 40)]
-    assert long.apply("s", changes[2:]) == {}
+    assert apply(long, "s", changes[2:]) == {}
     eventually(lambda: head(stored)["archived"] > 30)
     settled(stored)
-    assert long.apply("s", changes[2:]) == {}
+    assert apply(long, "s", changes[2:]) == {}
     assert everything(stored) == expected(40)
 
 

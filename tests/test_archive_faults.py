@@ -341,7 +341,7 @@ async def test_who_is_overtaken_in_between_changes_nothing_in_the_archive(
             ReplaceMessage("agent", 3, {"message": said(3, "stale").message, "updated_at": OLD}),
             AppendMessage("agent", stored_message(said(20), 20)),
         ]
-        refused = await repository.apply("s", changes)
+        refused = await repository._apply("s", changes)
     assert isinstance(refused["agent"], SessionConflictError)
     assert everything(stored) == [*expected(20), "theirs"]
 

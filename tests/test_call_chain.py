@@ -45,11 +45,11 @@ def test_from_apply_to_the_command_of_a_live_turn_are_six_calls(
         for _ in range(5):
             live("question")
     turns = [
-        chain[chain.index("ConversationMethods.apply") :] for chain in chains if "ConversationMethods.apply" in chain
+        chain[chain.index("ConversationMethods._apply") :] for chain in chains if "ConversationMethods._apply" in chain
     ]
     assert len(turns) >= 10
     assert max(turns, key=len) == [
-        "ConversationMethods.apply",
+        "ConversationMethods._apply",
         "Writer.apply",
         "Flush.store",
         "Expiry.update",

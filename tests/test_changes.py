@@ -35,6 +35,7 @@ from mongodb_session_manager._format.documents import agent_state, message_body,
 from mongodb_session_manager._format.expressions import array_at
 from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.statements import Update, compile_update
+from support import apply
 
 INCARNATION = ObjectId()
 T0 = datetime(2025, 1, 1, tzinfo=UTC)
@@ -663,8 +664,8 @@ def test_changes_whose_acknowledgement_was_lost_are_stored_once(
         sent: list[Change] = []
         for piece in pieces:
             sent += piece
-            assert repository.apply("s", sent) == {}
-        assert repository.apply("s", sent) == {}
+            assert apply(repository, "s", sent) == {}
+        assert apply(repository, "s", sent) == {}
     # When the session and its agents changed last may be told by the first or by the last of these commands.
     left = without_revisions(stored.find_one({"_id": "s"}))
     assert without_dates(left) == without_dates(without_revisions(one_by_one))
@@ -692,10 +693,10 @@ def test_a_redaction_after_a_lost_acknowledgement_is_stored(
     repository: MongoDBSessionRepository, stored: Collection[dict[str, Any]]
 ) -> None:
     first = append(2, "secret", agent_id="a.b")
-    assert repository.apply("s", [first]) == {}  # and the answer is lost
+    assert apply(repository, "s", [first]) == {}  # and the answer is lost
     redacted = said("[redacted]", "secret")
     body = {"message": redacted, "redact_message": redacted, "updated_at": T2}
-    assert repository.apply("s", [first, ReplaceMessage("a.b", 2, body)]) == {}
+    assert apply(repository, "s", [first, ReplaceMessage("a.b", 2, body)]) == {}
     assert messages(stored)[2:] == [{**element(2, ""), **body}]
 
 
@@ -703,9 +704,9 @@ def test_metrics_after_a_lost_acknowledgement_are_stored(
     repository: MongoDBSessionRepository, stored: Collection[dict[str, Any]]
 ) -> None:
     first = append(2, "answer", agent_id="a.b")
-    assert repository.apply("s", [first]) == {}  # and the answer is lost
+    assert apply(repository, "s", [first]) == {}  # and the answer is lost
     metrics = {"event_loop_metrics": {"n": 1}}
-    assert repository.apply("s", [first, SetMessageFields("a.b", 2, metrics)]) == {}
+    assert apply(repository, "s", [first, SetMessageFields("a.b", 2, metrics)]) == {}
     assert messages(stored)[2:] == [{**element(2, "answer"), **metrics}]
 
 
@@ -715,16 +716,16 @@ def test_a_message_without_a_tracking_id_is_stored_once(
     precise = "2025-03-04T05:06:07.089123+00:00"
     body: Any = {"role": "user", "content": [{"text": "hi"}]}
     change = AppendMessage("a.b", stored_message(SessionMessage(body, 2, None, precise, precise), 2))
-    assert repository.apply("s", [change]) == {}
-    assert repository.apply("s", [change]) == {}
+    assert apply(repository, "s", [change]) == {}
+    assert apply(repository, "s", [change]) == {}
     assert [message["message_id"] for message in messages(stored)] == [0, 1, 2]
 
 
 def test_one_agent_is_refused_and_the_other_stored(
     repository: MongoDBSessionRepository, stored: Collection[dict[str, Any]]
 ) -> None:
-    refused = repository.apply(
-        "s", [append(1, "stale", agent_id="a.b"), new("agent"), append(0, "hi", agent_id="agent")]
+    refused = apply(
+        repository, "s", [append(1, "stale", agent_id="a.b"), new("agent"), append(0, "hi", agent_id="agent")]
     )
     assert list(refused) == ["a.b"]
     assert type(refused["a.b"]) is SessionConflictError

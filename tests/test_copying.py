@@ -43,7 +43,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
-from support import CommandLog, agent, eventually, fail_point, texts
+from support import CommandLog, agent, apply, eventually, fail_point, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -225,7 +225,7 @@ def test_an_imported_session_goes_on(
 def test_the_head_of_an_imported_session_is_bounded(server: str, database: str, stored: Stored) -> None:
     with MongoDBSessionRepository(server, database, max_embedded_messages=1000) as repository:
         begin(repository)
-        repository.apply("s", _appends(500))
+        apply(repository, "s", _appends(500))
     with MongoDBSessionRepository(server, database, **SMALL) as repository:
         repository.import_session(repository.export_session("s"), "t")
         assert told(repository.list_messages("t", "agent")) == expected(500)
@@ -387,7 +387,7 @@ def test_a_long_session_takes_little_memory(server: str, database: str, stored: 
     with MongoDBSessionRepository(server, database, max_embedded_bytes=64 * KIB) as repository:
         begin(repository)
         for n in range(0, count, 100):
-            repository.apply("s", _appends(count, text)[n : n + 100])
+            apply(repository, "s", _appends(count, text)[n : n + 100])
         eventually(lambda: len(stored.find_one({"_id": "s"})["agents"]["agent"]["messages"]) < 10)
         tracemalloc.start()
         try:

@@ -206,7 +206,6 @@ AGENT_METHODS = methods_taking("agent_id", "session_agent", "changes")
 def test_these_are_the_methods() -> None:
     assert set(SESSION_METHODS) >= {
         "open_session",
-        "apply",
         "create_session",
         "read_session",
         "create_agent",
@@ -251,7 +250,7 @@ async def test_the_async_repository_refuses_whatever_is_no_id(
         with pytest.raises(InvalidArgumentError, match=r"^session_id must"):
             await called(repository, "open_session", session_id=bad)()
         with pytest.raises(InvalidArgumentError, match=r"^agent_id must"):
-            await called(repository, "apply", agent_id=bad)()
+            await called(repository, "_apply", agent_id=bad)()
         with pytest.raises(InvalidArgumentError, match=r"^agent_id must"):
             await called(repository, "read_agent", agent_id=bad)()
     assert commands.names == []

@@ -23,7 +23,7 @@ from mongodb_session_manager._format.changes import AppendMessage, UpdateAgent
 from mongodb_session_manager._format.dates import now
 from mongodb_session_manager._format.documents import agent_state, stored_message
 from orchestrators import Odd
-from support import CommandLog, agent, fail_point, texts
+from support import CommandLog, agent, apply, fail_point, texts
 
 MIB = 1024 * 1024
 LARGE = "x" * (17 * MIB)
@@ -202,7 +202,7 @@ def test_another_agent_in_the_same_statement_is_stored(server: str, database: st
             UpdateAgent(name, 0, agent_state(SessionAgent(name, {"kept": kept}, {})), now())
             for name, kept in (("large", LARGE), ("small", 1))
         ]
-        [(refused, error)] = repository.apply("s", changes).items()
+        [(refused, error)] = apply(repository, "s", changes).items()
         assert refused == "large"
         assert isinstance(error, StateTooLargeError)
         assert repository.read_agent("s", "small").state == {"kept": 1}
@@ -216,7 +216,7 @@ def test_a_state_recorded_before_the_message_is_stored_after_it(server: str, dat
         message = SessionMessage({"role": "user", "content": [{"text": "y" * (12 * MIB)}]}, 0)
         state = agent_state(SessionAgent("agent", {"kept": "x" * (12 * MIB)}, {}))
         changes = [UpdateAgent("agent", 0, state, now()), AppendMessage("agent", stored_message(message, 0))]
-        assert repository.apply("s", changes) == {}
+        assert apply(repository, "s", changes) == {}
         assert len(repository.read_agent("s", "agent").state["kept"]) == 12 * MIB
         assert len(repository.list_messages("s", "agent")) == 1
 

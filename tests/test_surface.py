@@ -91,8 +91,6 @@ def mentioned(hint: Any) -> Iterator[Any]:
         yield from mentioned(part)
 
 
-CALLED_BY_MANAGERS = {"apply", "apply_multi_agent"}
-
 # Imported for type checkers only.
 LATER = {"MultiAgentBase": MultiAgentBase, "Session": object, "Config": object}
 
@@ -103,8 +101,7 @@ def annotations(owner: Any) -> Iterator[Any]:
         if not name.startswith("_"):
             yield from mentioned(hint)
     if inspect.isclass(owner):
-        called = {name: method for name, method in methods(owner).items() if name not in CALLED_BY_MANAGERS}
-        for method in [owner.__init__, *called.values()]:
+        for method in [owner.__init__, *methods(owner).values()]:
             if inspect.isfunction(method):
                 yield from annotations(method)
 

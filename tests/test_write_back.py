@@ -642,7 +642,7 @@ def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
             new: dict[str, Any] = {"event_loop_metrics": {"n": 1}, "updated_at": head(stored)["created_at"]}
             if fields == "message":
                 new["message"] = said(7, "changed").message
-            return await slow.apply("s", [ReplaceMessage("agent", 7, new)])
+            return await slow._apply("s", [ReplaceMessage("agent", 7, new)])
 
     with ThreadPoolExecutor(1) as threads:
         writing = threads.submit(lambda: asyncio.run(write_back()))

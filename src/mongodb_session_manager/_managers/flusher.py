@@ -58,14 +58,14 @@ class Flusher:
         """Flush on the loop of the client, also while the interpreter ends."""
         async with self._connection.operation(), self.lock():
             if changes := work.pending():
-                refused = await self._repository.apply(self._session_id, changes, work.incarnation)
+                refused = await self._repository._apply(self._session_id, changes, work.incarnation)
                 work.settle(len(changes), refused)
                 for agent_id, error in refused.items():
                     logger.debug(
                         "session_id=<%r>, agent_id=<%r>, error=<%s> | refused", self._session_id, agent_id, error
                     )
             for write in work.multi_agents.pending():
-                refusal = await self._repository.apply_multi_agent(self._session_id, write, work.incarnation)
+                refusal = await self._repository._apply_multi_agent(self._session_id, write, work.incarnation)
                 work.multi_agents.settle(write, refusal)
 
     # Strands' synchronous methods record and then flush, except within a callback, which records more and then flushes

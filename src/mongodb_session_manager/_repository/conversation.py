@@ -56,7 +56,7 @@ class ConversationMethods(RepositoryMethods):
         """
         return await Opening(self._store).open(checked_id(session_id, "session_id"))
 
-    async def apply(
+    async def _apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, in one command unless another writer interferes.
@@ -79,7 +79,7 @@ class ConversationMethods(RepositoryMethods):
         return await Writer(self._store).apply(checked_id(session_id, "session_id"), changes, incarnation)
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
-        for error in (await self.apply(session_id, (change,))).values():
+        for error in (await self._apply(session_id, (change,))).values():
             raise error
 
     # The methods of Strands' `SessionRepository`.

@@ -78,7 +78,7 @@ class MultiAgentMethods(RepositoryMethods):
                 if stored is None:
                     raise AgentNotFoundError(f"session {session_id!r} has no multi-agent {multi_agent.id!r}")
 
-    async def apply_multi_agent(
+    async def _apply_multi_agent(
         self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
         """Store a recorded state exactly once, in one command unless another writer interferes.

@@ -6,21 +6,17 @@ from collections.abc import Generator, Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from bson import ObjectId
 from pymongo.collection import Collection
 from pymongo.database import Database
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._copying.imports import feed_blocking
-from .._format.changes import Change
 from .._format.documents import Document
-from .._format.multi_agents import MultiAgentWrite
 from .._io.drivers import SyncClient
 from .._io.options import RepositoryOptions
 from .._io.portal import Portal
 from .._io.twins import copy_docstrings
-from ..errors import MongoDBSessionError
 from .async_repository import AsyncMongoDBSessionRepository
 from .listing import Order, SessionPage
 from .metadata import AgentConfig, UsageReport
@@ -95,11 +91,6 @@ class MongoDBSessionRepository(SessionRepository):
     def open_session(self, session_id: str) -> Document:
         return self._portal.call(self._async.open_session, session_id)
 
-    def apply(
-        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
-    ) -> dict[str, MongoDBSessionError]:
-        return self._portal.call(self._async.apply, session_id, changes, incarnation)
-
     def create_session(self, session: Session, **kwargs: Any) -> Session:
         return self._portal.call(self._async.create_session, session, **kwargs)
 
@@ -140,11 +131,6 @@ class MongoDBSessionRepository(SessionRepository):
 
     def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
-
-    def apply_multi_agent(
-        self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
-    ) -> MongoDBSessionError | None:
-        return self._portal.call(self._async.apply_multi_agent, session_id, write, incarnation)
 
     def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         self._portal.call(self._async.update_metadata, session_id, metadata)

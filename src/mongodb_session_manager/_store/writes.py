@@ -40,7 +40,7 @@ class Writer:
     async def apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None
     ) -> dict[str, MongoDBSessionError]:
-        """Store recorded changes exactly once, as `AsyncMongoDBSessionRepository.apply` describes."""
+        """Store recorded changes exactly once, as `AsyncMongoDBSessionRepository._apply` describes."""
         refused: dict[str, MongoDBSessionError] = {}
         async with self._store.sessions.connection.operation():
             for part in in_parts(changes):
