@@ -173,7 +173,7 @@ def test_ten_thousand_messages(server: str, database: str, stored: Stored) -> No
             if first % 250 == 0:
                 (size,) = stored.aggregate([{"$project": {"size": {"$bsonSize": "$$ROOT"}}}])
                 sizes.append(size["size"])
-        assert max(sizes) < 600_000
+        assert max(sizes) < 800_000  # a writer waits at twice 256 KiB; each statement adds 200 KB
         assert repository.get_message_count("s", "agent") == 10_000
         assert [m.message_id for m in repository.list_messages("s", "agent", 3, 4998)] == [4998, 4999, 5000]
         assert repository.read_message("s", "agent", 77).to_message()["content"][0]["text"] == f"77 {text}"
