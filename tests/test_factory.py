@@ -647,6 +647,7 @@ def metadata_indexes(*fields: str) -> set[str]:
     return {f"metadata.{field}{end}" for field in fields for end in ends}
 
 
+@pytest.mark.own_database
 def test_the_indexes(server: str, database: str, stored: Documents) -> None:
     fields = ["priority", "customer.id", "priority"]
     with MongoDBSessionManagerFactory(server, database, metadata_fields=fields) as factory:

@@ -93,10 +93,12 @@ class SessionManagerBase(OrchestratorSessionManager):
         connection_string: str | None = None,
         database_name: str | None = None,
         collection_name: str | None = "agent_sessions",
+        *,
+        _shared: Configuration | None = None,
         **options: Unpack[ManagerOptions],
     ) -> None:
         self.session_id = checked_id(session_id, "session_id")
-        configuration = Configuration.of(connection_string, database_name, collection_name, options)
+        configuration = _shared or Configuration.of(connection_string, database_name, collection_name, options)
         self._options = configuration.options
         self._connection = configuration.connection
         self._owns_connection = configuration.owns_connection

@@ -86,7 +86,7 @@ class MongoDBSessionManagerFactory:
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
         names = {"database_name": database_name, "collection_name": collection_name}
-        return MongoDBSessionManager(session_id, **self._configuration.shared({**names, **options}))
+        return MongoDBSessionManager(session_id, _shared=self._configuration.shared({**names, **options}))
 
     def create_session_manager_async(
         self,
@@ -103,7 +103,7 @@ class MongoDBSessionManagerFactory:
         names = {"database_name": database_name, "collection_name": collection_name}
 
         def make() -> AsyncMongoDBSessionManager:
-            return AsyncMongoDBSessionManager(session_id, **self._configuration.shared({**names, **options}))
+            return AsyncMongoDBSessionManager(session_id, _shared=self._configuration.shared({**names, **options}))
 
         return PendingSession("create_session_manager_async", make)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
@@ -127,20 +127,17 @@ class Configuration:
         """
         of_client: dict[str, Any] = dict(given)
         client = of_client.pop("client", None)
-        if isinstance(client, Configuration):  # from `shared`
-            return client
         ours = {name: of_client.pop(name) for name in tuple(of_client) if name in OPTIONS or name in _SPELLINGS}
         options = Options().replaced({"database_name": database_name, "collection_name": collection_name, **ours})
         return cls(options, Connection(Settings.checked(connection_string, client, of_client, OPTIONS)))
 
-    def shared(self, overrides: Mapping[str, Any]) -> ManagerOptions:
-        """Return the options of a manager that uses this connection and does not close it.
+    def shared(self, overrides: Mapping[str, Any]) -> Configuration:
+        """Return the configuration of a manager that uses this connection and does not close it.
 
         Raises:
             ConfigurationError: An override is unknown or invalid.
         """
-        shared = Configuration(self.options.replaced(overrides), self.connection, owns_connection=False)
-        return {"client": cast(Client, shared)}
+        return Configuration(self.options.replaced(overrides), self.connection, owns_connection=False)
 
     def repository(self) -> SharedRepository:
         """Return a repository on the connection.

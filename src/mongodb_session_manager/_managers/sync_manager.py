@@ -15,7 +15,7 @@ from .._repository.metadata import AgentConfig, UsageReport
 from .async_manager import AsyncMongoDBSessionManager
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, blocking_tool
-from .options import ManagerOptions
+from .options import Configuration, ManagerOptions
 from .user_hooks import Operation, call_hooked
 
 P = ParamSpec("P")
@@ -49,9 +49,11 @@ class MongoDBSessionManager(SessionManagerBase):
         connection_string: str | None = None,
         database_name: str | None = None,
         collection_name: str | None = "agent_sessions",
+        *,
+        _shared: Configuration | None = None,
         **options: Unpack[ManagerOptions],
     ) -> None:
-        super().__init__(session_id, connection_string, database_name, collection_name, **options)
+        super().__init__(session_id, connection_string, database_name, collection_name, _shared=_shared, **options)
         portal = self._connection.portal
         try:
             portal.call(self._open)
