@@ -85,6 +85,17 @@ def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bo
     return any(text.encode() in batch for name in names for batch in driver[database][name].find_raw_batches())
 
 
+def documents_of(stored: Stored) -> dict[str, list[Any]]:
+    """Return what is stored, by collection, so that other tests begin with it."""
+    names = stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
+    return {name: found for name in names if (found := list(stored.database[name].find()))}
+
+
+def store_again(stored: Stored, documents: dict[str, list[Any]]) -> None:
+    for name, found in documents.items():
+        stored.database[name].insert_many(found)
+
+
 def begin(repository: MongoDBSessionRepository, agent_id: str = "agent") -> None:
     repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
     repository.create_agent("s", SessionAgent(agent_id, {}, {}, {}, MOMENT, MOMENT))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,41 @@ UNFINISHED = ("v100-half-deleted", "v100-half-forked-1", "v100-half-imported-1")
 OUTSIDE = ("_archive", "_attachments.files", "_attachments.chunks")
 
 
-def load(database: Database[dict[str, Any]], collection: str = "agent_sessions", age: timedelta = timedelta(0)) -> None:
-    """Store all of it, with 1.0.0's indexes; the session that expires was last written to `age` ago."""
+@cache
+def _documents() -> dict[str, list[dict[str, Any]]]:
+    """Return all documents by collection."""
     options = json_util.CANONICAL_JSON_OPTIONS.with_options(tz_aware=True, tzinfo=UTC)
     documents: dict[str, list[dict[str, Any]]] = {}
     for line in (HERE / "collections.jsonl").read_text().splitlines():
         found = json_util.loads(line, json_options=options)
         documents.setdefault(found["collection"], []).append(found["document"])
-    written = next(each["updated_at"] for each in documents["agent_sessions"] if each["_id"] == EXPIRING)
-    later = datetime.now(UTC) - age - written
+    return documents
+
+
+def load(database: Database[dict[str, Any]], collection: str = "agent_sessions", age: timedelta = timedelta(0)) -> None:
+    """Store all of it, with 1.0.0's indexes; the session that expires was last written to `age` ago."""
     indexes = json.loads((HERE / "indexes.json").read_text())
-    for name, found in documents.items():
+    for name in _documents():
         target = collection + name.removeprefix("agent_sessions")
-        moved = [_later(each, later) if _session_of(each) == EXPIRING else each for each in found]
         database.create_collection(target)
         if indexes[name]:
             wanted = [{key: value for key, value in index.items() if key != "v"} for index in indexes[name]]
             database.command({"createIndexes": target, "indexes": wanted})
-        database[target].insert_many(moved)
+    load_again(database, collection, age)
+
+
+def load_again(
+    database: Database[dict[str, Any]], collection: str = "agent_sessions", age: timedelta = timedelta(0)
+) -> None:
+    """Store all of it in the place of what is there."""
+    documents = _documents()
+    written = next(each["updated_at"] for each in documents["agent_sessions"] if each["_id"] == EXPIRING)
+    later = datetime.now(UTC) - age - written
+    for name in database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}}):
+        database[name].delete_many({})
+    for name, found in documents.items():
+        moved = [_later(each, later) if _session_of(each) == EXPIRING else deepcopy(each) for each in found]
+        database[collection + name.removeprefix("agent_sessions")].insert_many(moved)
 
 
 def load_as(database: Database[dict[str, Any]], session_id: str, new_id: str) -> None:

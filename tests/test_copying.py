@@ -24,7 +24,7 @@ from pymongo import monitoring
 from strands import tool
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from fix_archive import MOMENT, SMALL, append, begin, expected, redacted, said, settled, told
+from fix_archive import MOMENT, SMALL, append, begin, documents_of, expected, redacted, said, settled, store_again, told
 from fix_codec import values
 from fix_copying import KIB, MIB, all_of, content, copying, every_failure, left_of, same_content, with_image
 from fix_legacy import conversation, old_agent, old_session
@@ -78,13 +78,26 @@ def repository(server: str, database: str, cursors: Cursors) -> Iterator[MongoDB
         yield repository
 
 
+@pytest.fixture(scope="module")
+def long_documents(server: str, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[dict[str, list[Any]]]:
+    """The documents of a session of 30 messages, most of them archived."""
+    database = f"test_{uuid.uuid4().hex}"
+    stored = driver[database]["agent_sessions"]
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        begin(repository)
+        for message_id in range(30):
+            append(repository, message_id)
+            settled(stored)
+    yield documents_of(stored)
+    driver.drop_database(database)
+
+
 @pytest.fixture
-def long(repository: MongoDBSessionRepository, stored: Stored) -> MongoDBSessionRepository:
+def long(
+    repository: MongoDBSessionRepository, stored: Stored, long_documents: dict[str, list[Any]]
+) -> MongoDBSessionRepository:
     """A repository with a session of 30 messages, most of them archived."""
-    begin(repository)
-    for message_id in range(30):
-        append(repository, message_id)
-        settled(stored)
+    store_again(stored, long_documents)
     return repository
 
 

@@ -29,11 +29,12 @@ from from_v100 import (
     export_of,
     left_under_old_ids,
     load,
+    load_again,
     shown,
     traces,
 )
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository, SessionConflictError
-from support import agent, eventually, texts
+from support import agent, eventually, sampled, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -47,10 +48,18 @@ DOUBLED = "v100-doubled"
 PLACES_OF_1_0_0 = {"session_ttl", "kept_until", "keep_until", "migrating", "moved"}
 
 
+@pytest.fixture(scope="module")
+def old_database(driver: Driver) -> Iterator[Database[dict[str, Any]]]:
+    name = f"test_{uuid.uuid4().hex}"
+    load(driver[name])
+    yield driver[name]
+    driver.drop_database(name)
+
+
 @pytest.fixture
-def loaded(driver: Driver, database: str) -> Database[dict[str, Any]]:
-    load(driver[database])
-    return driver[database]
+def loaded(old_database: Database[dict[str, Any]]) -> Database[dict[str, Any]]:
+    load_again(old_database)
+    return old_database
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +242,27 @@ OTHERS = [by_metadata, by_feedback]
 """What a session without a date takes as it is, and that with one does not."""
 
 
-@pytest.mark.parametrize("write", MOVING)
 @pytest.mark.parametrize(
-    "session_id", ["v100-archive", "v100-attachments", EXPIRING, "v100-half-imported-2", "v100-half-written"]
+    ("session_id", "write"),
+    sampled(
+        [
+            (session_id, write)
+            for session_id in (
+                "v100-archive",
+                "v100-attachments",
+                EXPIRING,
+                "v100-half-imported-2",
+                "v100-half-written",
+            )
+            for write in MOVING
+        ],
+        *(("v100-archive", write) for write in MOVING),
+        ("v100-attachments", by_a_turn),
+        ("v100-attachments", by_a_change_of_an_archived_message),
+        (EXPIRING, by_an_append),
+        ("v100-half-imported-2", by_opening),
+        ("v100-half-written", by_a_turn),
+    ),
 )
 def test_after_the_first_write_nothing_is_where_1_0_0_kept_it(
     repository: MongoDBSessionRepository,
@@ -341,8 +368,10 @@ def only_attachments(repository: MongoDBSessionRepository, loaded: Database[dict
     return list(EXPECTED["v100-attachments"]["messages"]["agent"])
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["as stored", "moved over"])
-@pytest.mark.parametrize("order", [(1, 23), (23, 1)])
+@pytest.mark.parametrize(
+    ("moved", "order"),
+    sampled([(False, (1, 23)), (False, (23, 1)), (True, (1, 23)), (True, (23, 1))], (False, (1, 23)), (True, (23, 1))),
+)
 def test_a_redacted_message_and_its_attachment_are_gone_from_everywhere(
     repository: MongoDBSessionRepository,
     small: MongoDBSessionManagerFactory,
@@ -467,7 +496,7 @@ def outside(database: Database[dict[str, Any]], session_id: str) -> list[dict[st
     ]
 
 
-@pytest.mark.parametrize("write", [*MOVING, *OTHERS])
+@pytest.mark.parametrize("write", sampled([*MOVING, *OTHERS], by_a_turn, by_opening, by_metadata))
 def test_a_session_that_expires_goes_on_to_do_so_with_all_of_it(
     repository: MongoDBSessionRepository, loaded: Database[dict[str, Any]], server: str, write: Callable[..., None]
 ) -> None:

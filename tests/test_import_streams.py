@@ -416,7 +416,7 @@ def change_and_use(factory: MongoDBSessionManagerFactory, stored: Stored, export
 def test_a_changed_export_is_refused_or_is_a_session_like_any_other(
     sessions: MongoDBSessionManagerFactory, stored: Stored, exports: list[Lines], request: pytest.FixtureRequest
 ) -> None:
-    first, count = 0, 45_000 if request.config.getoption("--full-adversity") else 120
+    first, count = 0, 45_000 if request.config.getoption("--full-adversity") else 60
     if shard := request.config.getoption("--seeds"):
         first, count = map(int, shard.split("+"))
     outcomes: dict[str, int] = {"refused": 0, "used": 0}

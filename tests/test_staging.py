@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ from pymongo import monitoring
 from strands.types.session import Session, SessionAgent
 
 import interpreter
+from fix_archive import documents_of, store_again
 from fix_deletion import EVERYWHERE, ID, MOMENT, SMALL, fill, is_whole, said, traces, wait_for_moves
 from mongodb_session_manager import (
     MongoDBSessionError,
@@ -46,11 +48,24 @@ def expiring(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
         yield repository
 
 
+@pytest.fixture(scope="module")
+def full_documents(server: str, driver: Driver) -> Iterator[dict[str, list[Any]]]:
+    """The documents of a session that has messages and attachments in all places."""
+    database = f"test_{uuid.uuid4().hex}"
+    stored = driver[database]["agent_sessions"]
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        fill(repository)
+        wait_for_moves(stored)
+    yield documents_of(stored)
+    driver.drop_database(database)
+
+
 @pytest.fixture
-def full(repository: MongoDBSessionRepository, stored: Stored) -> MongoDBSessionRepository:
-    """A repository with a session that has messages and attachments in all places."""
-    fill(repository)
-    wait_for_moves(stored)
+def full(
+    repository: MongoDBSessionRepository, stored: Stored, full_documents: dict[str, list[Any]]
+) -> MongoDBSessionRepository:
+    """A repository with that session."""
+    store_again(stored, full_documents)
     return repository
 
 
