@@ -144,7 +144,7 @@ def expiring(kept_in_memory: None) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def driver(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
     """A plain client, to look at what is stored and to write what others would."""
-    with pymongo.MongoClient(server, tz_aware=True) as client:
+    with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True) as client:
         yield client
 
 

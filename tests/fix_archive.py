@@ -6,7 +6,7 @@ from typing import Any
 
 import pymongo
 from pymongo.collection import Collection
-from strands.types.session import Session, SessionAgent, SessionMessage
+from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from mongodb_session_manager import (
     MongoDBSessionRepository,
@@ -14,7 +14,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
 from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.retention import UNDATED
-from support import eventually, texts
+from support import bson_of, eventually, texts
 
 Stored = Collection[dict[str, Any]]
 
@@ -28,7 +28,7 @@ MOMENT = "2026-11-22T12:00:00+00:00"
 SECRET = "my card is 4111-1111"
 
 
-SMALL = {"max_embedded_messages": 8}
+SMALL: dict[str, Any] = {"max_embedded_messages": 8}
 
 
 def said(message_id: int, text: str | None = None, role: str | None = None) -> SessionMessage:
@@ -55,8 +55,13 @@ def expected(count: int, begin: int = 0) -> list[str]:
     return [f"text {n}" for n in range(begin, count)]
 
 
+def document_of(stored: Stored) -> dict[str, Any]:
+    (document,) = stored.find({"_id": "s"})
+    return document
+
+
 def head(stored: Stored, agent_id: str = "agent") -> dict[str, Any]:
-    found: dict[str, Any] = stored.find_one({"_id": "s"})["agents"][agent_key(agent_id)]
+    found: dict[str, Any] = document_of(stored)["agents"][agent_key(agent_id)]
     return found
 
 
@@ -67,7 +72,7 @@ def archive_of(stored: Stored) -> Stored:
 def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
     """Read what is stored, without the library: the valid buckets in order, then the head."""
     document = head(stored, agent_id)
-    incarnation = stored.find_one({"_id": "s"})["incarnation"]
+    incarnation = document_of(stored)["incarnation"]
     condition = {"_id.incarnation": incarnation, "_id.agent": agent_key(agent_id)}
     buckets = sorted(archive_of(stored).find(condition), key=lambda bucket: bucket["_id"]["first"])
     valid = [bucket for bucket in buckets if bucket["_id"]["first"] < document.get("archived", 0)]
@@ -82,7 +87,7 @@ def settled(stored: Stored, limit: int = 8, agent_id: str = "agent") -> None:
 def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bool:
     names = driver[database].list_collection_names()
     assert "agent_sessions" in names
-    return any(text.encode() in batch for name in names for batch in driver[database][name].find_raw_batches())
+    return any(text.encode() in batch for name in names for batch in bson_of(driver[database][name]))
 
 
 def documents_of(stored: Stored) -> dict[str, list[Any]]:
@@ -97,7 +102,7 @@ def store_again(stored: Stored, documents: dict[str, list[Any]]) -> None:
 
 
 def begin(repository: MongoDBSessionRepository, agent_id: str = "agent") -> None:
-    repository.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+    repository.create_session(Session("s", SessionType.AGENT, MOMENT, MOMENT))
     repository.create_agent("s", SessionAgent(agent_id, {}, {}, {}, MOMENT, MOMENT))
 
 

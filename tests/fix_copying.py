@@ -65,7 +65,7 @@ def fails_at(uri: str, number: int, **failure: Any) -> Iterator[None]:
     """Have the server fail the command of that number, from 0, that the application `copying` sends."""
     names = ["find", "update", "insert", "delete", "aggregate"]
     data = {"failCommands": names, "appName": "copying", **failure}
-    with pymongo.MongoClient(uri) as client:
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": number}, "data": data})
         try:
             yield

@@ -8,10 +8,10 @@ from typing import Any
 
 import pymongo
 from pymongo.collection import Collection
-from strands.types.session import Session, SessionAgent, SessionMessage
+from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from mongodb_session_manager import MongoDBSessionRepository
-from support import eventually, texts
+from support import bson_of, eventually, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
@@ -34,7 +34,7 @@ def said(message_id: int, picture: bytes | None = None, text: str = "text") -> S
 
 def fill(repository: MongoDBSessionRepository, session_id: str = ID, text: str = "text") -> None:
     """Make a session with messages in two buckets and more, and with attachments in both places."""
-    repository.create_session(Session(session_id, "AGENT", MOMENT, MOMENT))
+    repository.create_session(Session(session_id, SessionType.AGENT, MOMENT, MOMENT))
     repository.create_agent(session_id, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
     for n in range(COUNT):
         picture = text.encode() + PICTURE[n:] if n in (2, COUNT - 1) else None
@@ -44,7 +44,7 @@ def fill(repository: MongoDBSessionRepository, session_id: str = ID, text: str =
 
 
 def wait_for_moves(stored: Stored, session_id: str = ID) -> None:
-    eventually(lambda: len(stored.find_one({"_id": session_id})["agents"]["agent"]["messages"]) <= 8)
+    eventually(lambda: len(next(stored.find({"_id": session_id}))["agents"]["agent"]["messages"]) <= 8)
 
 
 def is_whole(repository: MongoDBSessionRepository, session_id: str = ID, text: str = "text") -> bool:
@@ -58,7 +58,7 @@ def traces(driver: Driver, database: str, session_id: str = ID) -> set[str]:
     return {
         name
         for name in driver[database].list_collection_names()
-        if any(session_id.encode() in batch for batch in driver[database][name].find_raw_batches())
+        if any(session_id.encode() in batch for batch in bson_of(driver[database][name]))
     }
 
 
@@ -73,7 +73,7 @@ EVERYWHERE = {
 @contextmanager
 def failing_after(uri: str, skipped: int, **data: Any) -> Iterator[None]:
     """Let the first so many of some commands pass, and none that follow."""
-    with pymongo.MongoClient(uri) as client:
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": skipped}, "data": data})
         try:
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -13,7 +13,7 @@ class Progress:
     def __init__(self, reporter: pytest.TerminalReporter) -> None:
         self.reporter = reporter
         self.left: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.failed: Counter[str] = Counter()
 
     def expect(self, node_ids: list[str]) -> None:

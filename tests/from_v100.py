@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -12,6 +13,8 @@ from typing import Any
 import pymongo
 from bson import json_util
 from pymongo.database import Database
+
+from support import bson_of
 
 HERE = Path(__file__).parent / "fixtures" / "v1.0.0"
 EXPIRING = "v100-expiring"
@@ -77,7 +80,7 @@ def export_of(session_id: str) -> list[str]:
     return (HERE / f"{session_id}.export.jsonl").read_text().splitlines(keepends=True)
 
 
-def shown(expected: dict[str, Any]) -> list[str]:
+def shown(expected: Iterable[dict[str, Any]]) -> list[str]:
     """Return the texts of messages in `EXPECTED`, as an agent restores them."""
     contents = [(message["redact_message"] or message["message"])["content"] for message in expected]
     return ["".join(block.get("text", "") for block in content) for content in contents]
@@ -98,7 +101,7 @@ def traces(database: Database[dict[str, Any]], session_id: str) -> set[str]:
     return {
         name
         for name in database.list_collection_names()
-        if any(session_id.encode() in batch for batch in database[name].find_raw_batches())
+        if any(session_id.encode() in batch for batch in bson_of(database[name]))
     }
 
 
@@ -106,16 +109,17 @@ def all_that_is_stored(database: Database[dict[str, Any]]) -> dict[str, list[byt
     """Return every document of a database as bytes, by collection."""
     with pymongo.timeout(30):
         return {
-            name: sorted(bytes(batch) for batch in database[name].find_raw_batches(sort=[("_id", 1)]))
+            name: sorted(bson_of(database[name], sort=[("_id", 1)]))
             for name in sorted(database.list_collection_names())
         }
 
 
 def _session_of(document: dict[str, Any]) -> str | None:
-    found = document["_id"]
-    if isinstance(found, str):
-        return found
-    return found.get("session_id") or found.get("file", {}).get("session_id")
+    found: Any = document["_id"]
+    owner: str | None = (
+        found if isinstance(found, str) else found.get("session_id") or found.get("file", {}).get("session_id")
+    )
+    return owner
 
 
 def _later(value: Any, time: timedelta) -> Any:

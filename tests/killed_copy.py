@@ -12,12 +12,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from pymongo import monitoring
 
 from mongodb_session_manager import MongoDBSessionRepository
 
-SMALL = {"max_embedded_messages": 8, "max_inline_attachment_bytes": 1000}
+SMALL: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_bytes": 1000}
 
 
 class Killer(monitoring.CommandListener):

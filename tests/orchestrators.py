@@ -106,7 +106,8 @@ class Streaming(Async):
 
 def sent(each: Agent) -> list[Any]:
     """Return what the model of a node was sent, call by call, without what is different in every run."""
-    return [[{"role": message["role"], "content": message["content"]} for message in call] for call in each.model.calls]
+    model: Any = each.model
+    return [[{"role": message["role"], "content": message["content"]} for message in call] for call in model.calls]
 
 
 class Odd(MultiAgentBase):

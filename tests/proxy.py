@@ -85,7 +85,7 @@ class Proxy:
         self._handlers: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> Self:
-        with pymongo.MongoClient(self._server) as client:
+        with pymongo.MongoClient[dict[str, Any]](self._server) as client:
             client.admin.command("ping")
             address = client.address
         assert address is not None

@@ -41,7 +41,7 @@ def mongod(*arguments: str, **client_options: Any) -> Iterator[str]:
         try:
             end = time.monotonic() + 60
             options = {"serverSelectionTimeoutMS": 500, **client_options}
-            with pymongo.MongoClient(f"127.0.0.1:{port}", directConnection=True, **options) as client:
+            with pymongo.MongoClient[dict[str, Any]](f"127.0.0.1:{port}", directConnection=True, **options) as client:
                 while True:
                     try:
                         client.admin.command("ping")
@@ -60,9 +60,11 @@ def mongod(*arguments: str, **client_options: Any) -> Iterator[str]:
 def with_users() -> Iterator[str]:
     """Run a mongod and yield host and port; its users are root, reader and writer (of everything), and stranger."""
     with mongod("--auth", "--setParameter", "enableTestCommands=1") as host:
-        with pymongo.MongoClient(host, directConnection=True) as client:
+        with pymongo.MongoClient[dict[str, Any]](host, directConnection=True) as client:
             client.admin.command("createUser", ADMIN, pwd=PASSWORD, roles=["root"])
-        with pymongo.MongoClient(host, username=ADMIN, password=PASSWORD, directConnection=True) as client:
+        with pymongo.MongoClient[dict[str, Any]](
+            host, username=ADMIN, password=PASSWORD, directConnection=True
+        ) as client:
             client.admin.command("createUser", "reader", pwd=PASSWORD, roles=["readAnyDatabase"])
             client.admin.command("createUser", "writer", pwd=PASSWORD, roles=["readWriteAnyDatabase"])
             client.admin.command("createUser", "stranger", pwd=PASSWORD, roles=[])

@@ -14,6 +14,7 @@ import pymongo
 import pytest
 from bson.errors import BSONError
 from pymongo import monitoring
+from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 from strands import Agent
 from strands.session import SessionManager
@@ -108,11 +109,17 @@ def assert_no_driver_error(error: BaseException) -> None:
     assert [each for each in chained(error) if isinstance(each, quoting)] == []
 
 
+def bson_of(collection: Collection[dict[str, Any]], **options: Any) -> Iterator[bytes]:
+    """The documents of a collection as bytes, batch by batch."""
+    batches: Any = collection.find_raw_batches(**options)
+    return iter(batches)
+
+
 @contextmanager
 def fail_point(uri: str, **data: Any) -> Iterator[None]:
     """Have the server fail commands as `failCommand` describes; `times` says how often (default: once)."""
     mode: Any = {"times": data.pop("times", 1)}
-    with pymongo.MongoClient(uri) as client:
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
         try:
             yield

@@ -105,8 +105,8 @@ def pool(site: Site, session: Session, name: str) -> Iterator[None]:
     other.join(30)
 
 
-NOT_PRIMARY = {"errorCode": 10107}
-WRITE_CONCERN = {
+NOT_PRIMARY: dict[str, Any] = {"errorCode": 10107}
+WRITE_CONCERN: dict[str, Any] = {
     "writeConcernError": {
         "code": 64,
         "codeName": "WriteConcernTimeout",

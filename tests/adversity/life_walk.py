@@ -16,10 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from pymongo.database import Database
 from strands.agent.conversation_manager import NullConversationManager
+from strands.types.content import ContentBlock
 
 from from_v100 import OUTSIDE
 from killing import Child, Killer, start
@@ -45,8 +47,8 @@ def attachment(text: str) -> bytes:
     return random.Random(text).randbytes(300)
 
 
-def question(text: str) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"text": text}]
+def question(text: str) -> list[ContentBlock]:
+    content: list[ContentBlock] = [{"text": text}]
     if text.endswith("+"):
         content.append({"image": {"format": "png", "source": {"bytes": attachment(text)}}})
     return content
@@ -63,8 +65,12 @@ def carry_out(
         killer.armed = True
         for number, step in enumerate(steps):
             say("begun", number)
+
+            def stored(value: Any, number: int = number) -> None:
+                say("stored", [number, value])
+
             try:
-                carry_out_one(factory, repository, step, lambda value, number=number: say("stored", [number, value]))
+                carry_out_one(factory, repository, step, stored)
                 say("done", number)
             except MongoDBSessionError as error:
                 say("failed", [number, type(error).__name__, str(error)])
@@ -76,6 +82,7 @@ def carry_out_one(factory: Any, repository: Any, step: Step, stored: Callable[[A
     if kind == "append":
         with factory.create_session_manager(session_id) as manager:
             live = agent(manager, conversation_manager=NullConversationManager())
+            model: Any = live.model
             for number in range(2):
                 asked = f"{name}q{number}{'+' if len(name) % 2 else ''}"
                 answer = f"{name}a{number}"
@@ -84,7 +91,7 @@ def carry_out_one(factory: Any, repository: Any, step: Step, stored: Callable[[A
                     stored(asked)  # or the model would not be called
                     return answer
 
-                live.model.replies.append(reply)
+                model.replies.append(reply)
                 live(question(asked))
                 stored(answer)
     elif kind == "redact":
@@ -174,9 +181,7 @@ class Walk:
             kill_at, after = at(), self.random.random() < 0.5
             children.append(
                 start(
-                    lambda killer, say, plan=plan, ttl=None if process else TTL: carry_out(
-                        self.uri, self.database.name, plan, ttl, self.options, killer, say
-                    ),
+                    partial(carry_out, self.uri, self.database.name, plan, None if process else TTL, self.options),
                     kill_at,
                     after,
                 )

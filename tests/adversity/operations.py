@@ -175,8 +175,9 @@ class Session:
         """Have a turn, with a new agent if there is none."""
         if self.agent is None:
             self.agent = agent(self.manager)
-        self.agent.model.replies.clear()
-        self.agent.model.replies.append(reply)
+        model: Any = self.agent.model
+        model.replies.clear()
+        model.replies.append(reply)
         await result_of(self.agent(text) if self.api.name == "sync" else self.agent.invoke_async(text))
 
     async def flush(self) -> None:

@@ -48,7 +48,7 @@ class Site:
 @contextmanager
 def a_site(server: str) -> Iterator[Site]:
     database = f"test_{uuid.uuid4().hex}"
-    with pymongo.MongoClient(server, tz_aware=True) as client, Proxy(server) as proxy:
+    with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True) as client, Proxy(server) as proxy:
         with MongoDBSessionManagerFactory(proxy.uri, database) as factory:  # builds the indexes
             agent(factory.create_session_manager("s"), "hello")("hi")
         site = Site(client, proxy, database)

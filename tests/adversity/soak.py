@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pymongo
 
@@ -36,7 +37,7 @@ def main() -> None:
     end = time.monotonic() + options.minutes * 60
     with (
         Cluster(server_parameters={"enableTestCommands": 1}) as servers,
-        pymongo.MongoClient(servers.connection_string, tz_aware=True) as client,
+        pymongo.MongoClient[dict[str, Any]](servers.connection_string, tz_aware=True) as client,
     ):
         walk = Walk(
             servers.connection_string,

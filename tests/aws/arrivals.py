@@ -17,7 +17,7 @@ class Message:
     system: dict[str, str]
 
     @property
-    def json(self) -> dict[str, Any]:
+    def json(self) -> Any:
         return json.loads(self.body)
 
     @property

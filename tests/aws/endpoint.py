@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             endpoint._released.wait()
             answer = PASS
         try:
-            if answer == PASS:
+            if isinstance(answer, str):
                 self._pass_on(body)
             else:
                 status, code, message = (answer, "InternalError", "") if isinstance(answer, int) else answer

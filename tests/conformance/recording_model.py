@@ -40,7 +40,7 @@ class RecordingModel(Model):
 
     async def structured_output(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         raise NotImplementedError
-        yield
+        yield  # type: ignore[unreachable]  # makes a generator of it
 
     async def stream(
         self,
