@@ -470,7 +470,7 @@ def test_a_fork_may_stop_at_every_command(
 
     # Together, the three meet every other command, and the last ones.
     first = (None, 27, 10).index(last)
-    numbers = None if request.config.getoption("--full-adversity") else [*range(first, 13, 6), 13 + first]
+    numbers = None if request.config.getoption("--full-adversity") else [*range(first, 15, 6), 15 + first]
     every_failure(server, database, stored, lambda other: other.fork_session("s", "t", last), whole, 15, numbers)
 
 
@@ -755,3 +755,52 @@ def happens_between_two_commands(
             assert stored.database[name].count_documents({}) == 0, name
         number += step
     assert number > 8
+
+
+# Documents that no version of this library has written, and damaged ones.
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"$push": {"agents.agent.messages": "no message"}},
+        {"$set": {"guardrail_events": [{"agent_id": ["agent"]}, {"agent_id": "agent", "message_id": 1}]}},
+        {"$set": {"agents.agent.usage": {"inputTokens": "many", "toolCalls": 3}}},
+        {"$set": {"agents.agent.usage": 3, "agents.agent.config_set": 3}},
+        [{"$replaceWith": {"$mergeObjects": ["$$ROOT", {"$literal": {"$tag": 1, "my.tag": {"a": 1}}}]}}],
+        {"$set": {"metadata": {str(n): n for n in range(100_000)}}},
+    ],
+    ids=["message", "event", "number", "usage", "names", "fields"],
+)
+@pytest.mark.parametrize("last", [None, 2])
+def test_what_an_application_has_stored_is_forked(
+    repository: MongoDBSessionRepository, stored: Stored, change: Any, last: int | None
+) -> None:
+    begin(repository)
+    for message_id in range(4):
+        append(repository, message_id)
+    stored.update_one({"_id": "s"}, change)
+    repository.fork_session("s", "t", last)
+    session, fork = stored.find_one({"_id": "s"}), stored.find_one({"_id": "t"})
+    assert fork["agents"]["agent"]["messages"] == session["agents"]["agent"]["messages"][: None if last is None else 3]
+    for name in ("metadata", "guardrail_events", "$tag", "my.tag"):
+        assert fork.get(name) == session.get(name)
+
+
+def test_a_session_with_an_agent_that_is_no_object_is_not_forked(
+    repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    begin(repository)
+    stored.update_one({"_id": "s"}, {"$set": {"agents.other": 7}})
+    with pytest.raises(DatabaseError, match=r"'agents\.other'"):
+        repository.fork_session("s", "t")
+    assert left_of(stored, "t") == []
+
+
+def test_a_session_with_half_an_attachment_is_not_forked(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    begin(repository)
+    repository.create_message("s", "agent", with_image(0, content(3 * MIB)))
+    stored.database["agent_sessions_attachments.chunks"].delete_one({"n": 1})
+    with pytest.raises(AttachmentError, match="was not forked: it has attachments that are missing"):
+        repository.fork_session("s", "t")
+    assert left_of(stored, "t") == []

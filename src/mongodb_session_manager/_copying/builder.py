@@ -26,6 +26,9 @@ _PART = 1024 * 1024
 A server with a small cache refuses to write a large document at once.
 """
 
+_MOST_ITEMS = 8192
+"""The most items of a value that is divided: the time of the server for paths grows with the square of their number."""
+
 _RESERVE = 16 * 1024
 """Bytes of the session document that stay free for later additions."""
 
@@ -101,7 +104,7 @@ class SessionBuilder:
         agent.sizes.append(size)
         agent.total += size
         if type(message) is dict:
-            agent.next_id = message["message_id"] + 1
+            agent.next_id = int(message["message_id"]) + 1
         limits = self._store.mover.limits
         # A head that is within the limits needs no look at the state of the conversation manager.
         while len(agent.messages) > limits.messages or agent.total > limits.size:
@@ -116,7 +119,11 @@ class SessionBuilder:
             SessionConflictError: Another process has removed the copy, because its lease was over.
         """
         await self._make_room()
-        for part in await asyncio.to_thread(_parts_of, self._content()):
+        content = self._content()
+        # Applications have stored fields that no path can name.
+        if unnamed := {name: content.pop(name) for name in list(content) if not _is_path(name)}:
+            await self.staging.fill_all(unnamed)
+        for part in await asyncio.to_thread(_parts_of, content):
             await self.staging.fill(part)
 
     async def _archive(self, agent: NewAgent, step: Step) -> None:
@@ -177,6 +184,10 @@ def _fields_of(path: str, value: Any) -> Iterator[tuple[str, Any, int]]:
 
 
 def _can_be_divided(value: Any) -> bool:
-    if type(value) is dict:
-        return all(key and "." not in key and not key.startswith("$") for key in value)
-    return type(value) is list
+    if type(value) not in (dict, list) or len(value) > _MOST_ITEMS:
+        return False
+    return type(value) is list or all(map(_is_path, value))
+
+
+def _is_path(key: str) -> bool:
+    return bool(key) and "." not in key and not key.startswith("$")

@@ -66,7 +66,8 @@ def session_fields(session: Mapping[str, Any], ends: Mapping[str, int], moment: 
 
 
 def _is_left_out(event: Document, ends: Mapping[str, int]) -> bool:
-    last, message_id = ends.get(event.get("agent_id", "")), event.get("message_id")
+    agent_id, message_id = event.get("agent_id"), event.get("message_id")
+    last = ends.get(agent_id) if type(agent_id) is str else None
     return last is not None and message_id is not None and is_number(message_id) and message_id > last
 
 
@@ -117,6 +118,7 @@ def usage_of(messages: Iterable[Any]) -> Document:
     """
     totals: Document = dict.fromkeys(USAGE, 0)
     for stored in messages:
+        stored = usable(dict, stored)
         message = usable(dict, stored.get("message"))
         content = [block for block in usable(list, message.get("content")) if type(block) is dict]
         is_prompt = message.get("role") == "user" and not any("toolResult" in block for block in content)

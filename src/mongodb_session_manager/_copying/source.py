@@ -60,7 +60,9 @@ async def read_source(store: SessionStore, session_id: str) -> Source:
 
 
 def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Document]:
-    agents = {key: agent for key, agent in usable_agents(session_id, document).items() if key and "." not in key}
+    stored = document.get("agents")
+    copied = {**document, "agents": dict(stored) if type(stored) is dict else stored}  # `usable_agents` removes some
+    agents = {key: agent for key, agent in usable_agents(session_id, copied).items() if key and "." not in key}
     for key, agent in agents.items():
         messages = agent.get("messages")
         if messages is not None and type(messages) is not list:

@@ -123,6 +123,15 @@ class Staging:
         if not await self.update({"$set": fields}):
             raise self.lost()
 
+    async def fill_all(self, fields: Document) -> None:
+        """Store fields of the session whose names need not be paths.
+
+        Raises:
+            SessionConflictError: Another process has removed the copy, because its lease was over.
+        """
+        if not await self.update([{"$replaceWith": {"$mergeObjects": ["$$ROOT", {"$literal": fields}]}}]):
+            raise self.lost()
+
     async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:
         return await self._sessions.find_one(condition, projection or {"_id": 1})
 

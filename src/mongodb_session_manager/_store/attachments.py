@@ -152,7 +152,7 @@ class Attachments:
             await self._chunks.delete_many({"_id": place.chunks_of(reference)})
 
     async def copy(self, source: Place, references: Sequence[Reference], target: Place) -> list[Reference]:
-        """Copy files to another session, on the server; return the references whose files are missing."""
+        """Copy files to another session, on the server; return the references whose files are incomplete."""
         missing = []
         for begin in range(0, len(references), _AT_ONCE):
             batch = references[begin : begin + _AT_ONCE]
@@ -161,8 +161,22 @@ class Attachments:
             await self._copy_files(files, target)
             copied = {"_id": {"$in": [target.file_id(reference) for reference in batch]}}
             there = [entry["_id"] for entry in await self._files.find(copied, {"_id": 1})]
-            missing += [reference for reference in batch if target.file_id(reference) not in there]
+            counts = await self._chunk_counts(target, batch)
+            for reference in batch:
+                is_whole = counts.get((reference.sha256, reference.token), 0) * CHUNK_BYTES >= reference.length
+                if target.file_id(reference) not in there or not is_whole:
+                    missing.append(reference)
         return missing
+
+    async def _chunk_counts(self, place: Place, references: Sequence[Reference]) -> dict[tuple[str, str], int]:
+        ranges = [{"_id": place.chunks_of(reference)} for reference in references]
+        count: list[Document] = [
+            {"$match": {"$or": ranges}},
+            {"$project": {"_id": 1}},
+            {"$group": {"_id": "$_id.file", "count": {"$sum": 1}}},
+        ]
+        found = await self._chunks.aggregate(count)
+        return {(file["_id"]["sha256"], file["_id"]["token"]): file["count"] for file in found}
 
     async def copy_from_v1(self, source: Place, target: Place) -> None:
         """Copy all files of a session from the ids of 1.0.0."""

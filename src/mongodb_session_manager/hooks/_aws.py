@@ -146,6 +146,8 @@ def _abandon(opened: _Opened) -> None:
 
 
 def _close_collected(opened: _Opened) -> None:
+    if opened.task is None:  # never used: `io_portal` would start a thread
+        return
     with suppress(EventLoopError):  # the interpreter exits
         portal = io_portal()
         if portal.loop is opened.loop:
