@@ -18,7 +18,7 @@ from .._store.store import SessionStore
 from .staging import Staging
 
 _ELEMENT = 12
-"""The most bytes that an element of an array takes in addition to its value."""
+"""The maximum overhead of an array element in bytes."""
 
 _PART = 1024 * 1024
 """Bytes of a session document that one update stores.
@@ -103,7 +103,7 @@ class SessionBuilder:
         if type(message) is dict:
             agent.next_id = message["message_id"] + 1
         limits = self._store.mover.limits
-        # A head that is within the limits needs no look at the state of the conversation manager.
+        # For a head within the limits, the state of the conversation manager is irrelevant.
         while len(agent.messages) > limits.messages or agent.total > limits.size:
             if not limits.exceeded(head := agent.head):
                 break
@@ -113,7 +113,7 @@ class SessionBuilder:
         """Store the session document.
 
         Raises:
-            SessionConflictError: Another process has removed the copy, because its lease was over.
+            SessionConflictError: Another process has removed the copy, because its lease had expired.
         """
         await self._make_room()
         for part in await asyncio.to_thread(_parts_of, self._content()):

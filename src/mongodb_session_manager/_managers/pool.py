@@ -133,8 +133,8 @@ class MongoDBConnectionPool:
     def _replace(cls, wanted: Connection, *, taking: bool) -> Connection:
         """Return the pool's connection if it has the wanted settings; else make `wanted` the pool's connection.
 
-        The earlier connection is closed, unless a global factory has taken it, which closes it itself. A taken
-        connection is not given to another factory.
+        The earlier connection is closed, unless a global factory has taken it, which closes it itself. A connection in
+        use is not passed to another factory.
         """
         with cls._lock:
             current, is_taken = cls._current(), cls._is_taken

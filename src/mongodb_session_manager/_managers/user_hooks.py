@@ -22,9 +22,9 @@ from ..errors import ConfigurationError
 class Hook(Protocol):
     """A function that is called around every use of a session's metadata or around every new feedback.
 
-    It returns what the caller gets, and the operation happens only if it calls `original_func`. It can be `def` or
-    `async def`, with either manager. In a `def` hook, `original_func` waits and returns the result. In an `async def`
-    hook, and in an awaitable that a `def` hook returns, `original_func` returns an awaitable.
+    The caller gets its return value. The operation happens only if the hook calls `original_func`. The hook can be
+    `def` or `async def`, with either manager. In a `def` hook, `original_func` waits and returns the result. In an
+    `async def` hook, and in an awaitable that a `def` hook returns, `original_func` returns an awaitable.
 
     | hook | action | keyword argument |
     |---|---|---|
@@ -56,8 +56,8 @@ def checked_hook(hook: object, name: str) -> None:
 _waits: ContextVar[bool | None] = ContextVar("mongodb_session_manager_original_waits", default=None)
 """Whether `original_func` waits in the current hook; `None` outside of hooks and in a thread that a hook started.
 
-A context variable, and not an argument: a hook can pass `original_func` through functions of its own to another hook or
-to a chain, and what it is called from decides whether it waits.
+A context variable, and not an argument: a hook can pass `original_func` through its own functions to another hook or a
+chain, and the innermost hook that calls it decides whether it waits.
 """
 
 
@@ -294,7 +294,7 @@ class _Chain:
 
         def following(*args: Any, **kwargs: Any) -> Any:
             awaited = self._run(place + 1, original, action, session_id, _argument(argument, args, kwargs))
-            # From any thread: a `def` hook can call it in a thread of its own.
+            # From any thread: a `def` hook can call it in its own thread.
             return asyncio.run_coroutine_threadsafe(awaited, loop).result() if _original_waits(hook) else awaited
 
         return await _run(hook, partial(hook, following, action, session_id, **argument))
