@@ -1,4 +1,4 @@
-"""The content of a fork: that of its session, cut after the last message that an agent keeps. Pure."""
+"""The content of a fork: its session, truncated after the last message that each agent keeps. Pure."""
 
 from __future__ import annotations
 

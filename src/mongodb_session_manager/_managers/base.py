@@ -47,7 +47,7 @@ from .multi_agents import OrchestratorSessionManager
 from .options import Configuration, ManagerOptions
 from .restoring import RESTORE_ERRORS, restore_error
 from .unit_of_work import UnitOfWork
-from .user_hooks import Hook, hold, let_go
+from .user_hooks import Hook
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,6 @@ class SessionManagerBase(OrchestratorSessionManager):
             work = await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
             super().__init__(self.session_id, work)
             self._work = work
-            hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -381,7 +380,6 @@ class SessionManagerBase(OrchestratorSessionManager):
         finally:
             try:
                 await drain(self._connection, notification_timeout, self.session_id)
-                await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
             finally:
                 try:
                     if self._owns_connection:

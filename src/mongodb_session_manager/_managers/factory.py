@@ -19,7 +19,6 @@ from .options import Configuration, ManagerOptions, SessionOptions
 from .pending import PendingSession
 from .pool import ConnectionStats, connection_stats
 from .sync_manager import MongoDBSessionManager
-from .user_hooks import hold, let_go
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +51,6 @@ class MongoDBSessionManagerFactory:
         self._options = self._configuration.options
         self._connection = self._configuration.connection
         self._repository = self._configuration.repository()  # now, because it checks its options
-        hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     def _share(self, connection: Connection) -> None:
         """Use another connection with the same settings; only before the first use."""
@@ -294,7 +292,6 @@ class MongoDBSessionManagerFactory:
     async def _aclose(self, notification_timeout: float) -> None:
         try:
             await drain(self._connection, notification_timeout)
-            await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
         finally:
             await self._connection.aclose()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -211,31 +211,6 @@ async def _in_thread(call: Callable[[], Any]) -> Any:
         _depth.reset(token)
 
 
-@runtime_checkable
-class HeldHook(Protocol):
-    """A hook with a resource that is closed with the last manager or factory that uses the hook."""
-
-    def hold(self, user: object) -> None:
-        """Add a user."""
-
-    async def let_go(self, user: object) -> None:
-        """Remove a user."""
-
-
-def hold(user: object, *hooks: object) -> None:
-    """Add a manager or factory to the users of hooks."""
-    for hook in hooks:
-        if isinstance(hook, HeldHook):
-            hook.hold(user)
-
-
-async def let_go(user: object, *hooks: object) -> None:
-    """Remove a manager or factory from the users of hooks."""
-    for hook in hooks:
-        if isinstance(hook, HeldHook):
-            await hook.let_go(user)
-
-
 def chain_hooks(*hooks: Hook | None) -> Hook:
     """Return one hook that calls several: each one is the `original_func` of the hook before it.
 
@@ -259,12 +234,6 @@ class _Chain:
 
     def __repr__(self) -> str:
         return f"chain_hooks({', '.join(map(repr, self.hooks))})"
-
-    def hold(self, user: object) -> None:
-        hold(user, *self.hooks)
-
-    async def let_go(self, user: object) -> None:
-        await let_go(user, *self.hooks)
 
     def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
         if not _original_waits(self):

@@ -227,7 +227,7 @@ class Migration:
             if following is None and (new := agent_key(old)) != old:
                 if new in agents:  # the original did not find the agent under its key and created a second agent
                     logger.warning(
-                        "session_id=<%r>, agent=<%r> | left out: this agent has another key", session_id, old
+                        "session_id=<%r>, agent=<%r> | agent not migrated: another agent has its key", session_id, old
                     )
                     del agents[old]
                     continue

@@ -243,7 +243,7 @@ class Flush:
         return True
 
     async def _number(self, agents: dict[str, Document]) -> bool:
-        """Number the messages of the compared agents, if an old process has also written.
+        """Renumber the messages of the compared agents, if an old process has also written.
 
         A manager continues then. The next opening renumbers the messages that it does not compare.
 

@@ -33,7 +33,7 @@ class Answer(NamedTuple):
     Attributes:
         status: The HTTP status.
         close_code: The close code of a WebSocket.
-        detail: The text; empty for an invalid argument, whose error names the argument and the reason.
+        detail: The text. It is empty for an invalid argument, because that error names the argument and the reason.
     """
 
     status: int
