@@ -226,7 +226,7 @@ def test_bad_arguments_are_refused(session: Blocking, commands: CommandLog) -> N
     for agent_id, message in (
         ({"$ne": None}, "agent_id must be a str, not dict"),
         ("", "agent_id must not be empty"),
-        ("a\0", "agent_id must not hold a NUL character"),
+        ("a\0", "agent_id must not contain a NUL character"),
         (None, "agent_id must be a str, not NoneType"),
     ):
         for call in (

@@ -20,7 +20,7 @@ from support import CommandLog, agent, fail_point, message_ids, texts
 
 SAVE_ON = pytest.mark.parametrize("save_on", ["message", "invocation"])
 TOO_LONG = "a" * (15 * 1024 * 1024)
-SAYS = r"^a message of 157\d{5} bytes, its attachments not counted, is larger than a message may be \(15728640 bytes\)"
+SAYS = r"^a message of 157\d{5} bytes, its attachments not counted, exceeds the maximum of 15728640 bytes"
 
 
 @tool

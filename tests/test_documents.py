@@ -47,7 +47,7 @@ def through_bson(document: Any) -> Any:
     [
         ({"$ne": None}, "must be a str, not dict"),
         ("", "must not be empty"),
-        ("a\0b", "must not hold a NUL character"),
+        ("a\0b", "must not contain a NUL character"),
         (7, "must be a str, not int"),
         (None, "must be a str, not NoneType"),
         (b"s", "must be a str, not bytes"),

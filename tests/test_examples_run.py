@@ -246,4 +246,4 @@ def test_fastapi(example: Example) -> None:
     assert answers[3].json()["usage"]["invocations"] == 2
     assert [each["rating"] for each in answers[3].json()["feedbacks"]] == ["up"]
     assert answers[4].json() == {"status": "ok"}
-    assert (bad.status_code, bad.json()) == (422, {"detail": "session_id must not hold a NUL character"})
+    assert (bad.status_code, bad.json()) == (422, {"detail": "session_id must not contain a NUL character"})

@@ -253,7 +253,7 @@ def test_an_error_before_the_model_answers_has_a_status(
 
 
 LATER: list[tuple[Exception, dict[str, Any]]] = [
-    (SessionExistsError("x"), {"status": 409, "detail": "a session with that id exists already"}),
+    (SessionExistsError("x"), {"status": 409, "detail": "a session with that id already exists"}),
     (SessionNotFoundError("x"), {"status": 404, "detail": "the session does not exist"}),
     (DatabaseUnavailableError("x"), {"status": 503, "detail": "the database is unreachable: try again later"}),
     (DatabaseError("x"), {"status": 500, "detail": "the database refused a command"}),
@@ -299,7 +299,7 @@ def test_an_error_in_a_later_cycle_of_a_turn_has_its_status(client: httpx.Client
     application.script = [{"tool": "none"}, SessionConflictError("x")]
     answer = client.post("/sessions/s/messages", params={"text": "hi"})
     assert answer.status_code == 409
-    assert answer.json() == {"detail": "another request changed the session meanwhile: repeat this one"}
+    assert answer.json() == {"detail": "another request changed the session concurrently: repeat this one"}
 
 
 def test_an_error_of_the_database_after_the_first_part_is_the_last_event(
@@ -419,7 +419,7 @@ def test_a_conflict_is_409(client: httpx.Client, application: Application, store
     application.before_answering = another_request
     answer = client.post(f"/sessions/s/{path}", params={"text": "a secret"})
     assert answer.status_code == 409
-    assert answer.json() == {"detail": "another request changed the session meanwhile: repeat this one"}
+    assert answer.json() == {"detail": "another request changed the session concurrently: repeat this one"}
     assert conversation(stored) == ["first", "Hello! I have been sent 1 message."]
 
     again = client.post("/sessions/s/messages", params={"text": "a secret"})
@@ -440,7 +440,7 @@ def test_a_session_that_is_gone_is_404(
 def test_a_bad_session_id_is_422(client: httpx.Client, stored: Stored, path: str) -> None:
     answer = client.post(f"/sessions/a%00b/{path}", params={"text": "hi"})
     assert answer.status_code == 422
-    assert answer.json() == {"detail": "session_id must not hold a NUL character"}
+    assert answer.json() == {"detail": "session_id must not contain a NUL character"}
     assert stored.count_documents({}) == 0
 
 
@@ -534,8 +534,8 @@ ANSWERS: dict[type[MongoDBSessionError], tuple[int, int, str | None]] = {
     errors.SessionNotFoundError: (404, 1008, "the session does not exist"),
     errors.AgentNotFoundError: (404, 1008, "the session has no such agent"),
     errors.MessageNotFoundError: (404, 1008, "the agent has no such message"),
-    errors.SessionExistsError: (409, 1008, "a session with that id exists already"),
-    errors.SessionConflictError: (409, 1013, "another request changed the session meanwhile: repeat this one"),
+    errors.SessionExistsError: (409, 1008, "a session with that id already exists"),
+    errors.SessionConflictError: (409, 1013, "another request changed the session concurrently: repeat this one"),
     errors.SessionClosedError: (500, 1011, None),
     errors.EventLoopError: (500, 1011, None),
     errors.FactoryNotInitializedError: (500, 1011, None),
@@ -622,7 +622,7 @@ def test_a_websocket_client_sees_the_code(application: Application) -> None:
         url = f"ws://127.0.0.1:{client.base_url.port}/sessions/a%00b"
         with connect(url) as socket, pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
             socket.recv()
-    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "session_id must not hold a NUL character")
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "session_id must not contain a NUL character")
 
 
 def test_a_session_behind_a_websocket(application: Application, stored: Stored) -> None:
@@ -646,7 +646,7 @@ def test_a_session_behind_a_websocket(application: Application, stored: Stored) 
         eventually(lambda: "closed" in repr(application.sessions[0]))
         with talking.websocket_connect("/sessions/a%00b") as socket, pytest.raises(WebSocketDisconnect) as closed:
             socket.receive_text()
-        assert (closed.value.code, closed.value.reason) == (1008, "session_id must not hold a NUL character")
+        assert (closed.value.code, closed.value.reason) == (1008, "session_id must not contain a NUL character")
 
 
 def test_a_websocket_whose_client_left_is_not_closed_again(

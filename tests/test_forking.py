@@ -278,7 +278,7 @@ def test_several_agents_are_cut_by_name(
             one("q0")
             one("q1")
     with pytest.raises(
-        InvalidArgumentError, match="has several agents: give at_message as a dict, agent id to message id"
+        InvalidArgumentError, match="has several agents: pass at_message as a dict of agent ids to message ids"
     ):
         repository.fork_session("s", "t", 1)
     with pytest.raises(AgentNotFoundError, match="has no agent 'four'"):
@@ -314,7 +314,7 @@ def test_what_is_no_session(long: MongoDBSessionRepository, stored: Stored) -> N
     for new_id in ("s", "there"):
         if new_id == "there":
             long.open_session("there")
-        with pytest.raises(SessionExistsError, match=f"session '{new_id}' exists already"):
+        with pytest.raises(SessionExistsError, match=f"session '{new_id}' already exists"):
             long.fork_session("s", new_id)
     assert snapshot(stored) == before
     assert left_of(stored, "there") == ["agent_sessions"]

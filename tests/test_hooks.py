@@ -243,7 +243,7 @@ def test_what_a_hook_hands_on_is_checked_too(
 
     session.open(metadata_hook=form(spoil), feedback_hook=form(spoil))
     commands.clear()
-    with pytest.raises(InvalidArgumentError, match="metadata holds the key"):
+    with pytest.raises(InvalidArgumentError, match="metadata contains the key"):
         session.update_metadata({"a": 1})
     with pytest.raises(InvalidArgumentError, match="keys must be a list"):
         session.delete_metadata(["a"])
@@ -858,7 +858,7 @@ def test_both_spellings_at_once_are_refused(
         lambda: MongoDBSessionManagerFactory(server, database, **hooks),
         lambda: factory.create_session_manager("s", **hooks),
     ):
-        with pytest.raises(ConfigurationError, match=f"{snake} is given in both spellings"):
+        with pytest.raises(ConfigurationError, match=f"{snake} is passed in both spellings"):
             make()
 
 

@@ -461,9 +461,14 @@ def edited(records: Lines, number: int, path: str, value: Any) -> Lines:
 
 ASSISTANT = {"role": "assistant", "content": [{"text": "x"}]}
 BAD = {
-    "usage that is null": (3, "fields/usage/inputTokens", None, "usage must hold numbers"),
+    "usage that is null": (3, "fields/usage/inputTokens", None, "usage must contain numbers"),
     "usage that cannot be incremented": (3, "fields/usage/inputTokens", {"$numberLong": str(2**63 - 1)}, "usage must"),
-    "usage that is not a number": (3, "fields/usage/inputTokens", {"$numberDouble": "NaN"}, "usage must hold numbers"),
+    "usage that is not a number": (
+        3,
+        "fields/usage/inputTokens",
+        {"$numberDouble": "NaN"},
+        "usage must contain numbers",
+    ),
     "a set of configuration of objects": (3, "fields/config_set", [{}], "config_set must be a list of str"),
     "markers within metadata": (
         2,
@@ -481,20 +486,25 @@ BAD = {
     "an attachment within metadata": (2, "session/metadata/a", {"__msm__": "attachment", "v": "x"}, "metadata: cannot"),
     "feedback that is a set": (2, "session/feedbacks", [{"__msm__": "set", "v": []}], "feedbacks.0 must be an object"),
     "a name that is code": (2, "session/application_name", {"$code": "x"}, "application_name must be a str, not Code"),
-    "a tracking id": (4, "message/message/tracking_id", [], "message holds content blocks or a tracking id"),
-    "content that is a number": (4, "message/message/content", [5], "message holds content blocks or a tracking id"),
-    "a text that is a number": (4, "message/message/content", [{"text": 5}], "message holds a text that is not a str"),
+    "a tracking id": (4, "message/message/tracking_id", [], "message contains content blocks or a tracking id"),
+    "content that is a number": (4, "message/message/content", [5], "message contains content blocks or a tracking id"),
+    "a text that is a number": (
+        4,
+        "message/message/content",
+        [{"text": 5}],
+        "message contains text that is not a str",
+    ),
     "a tool without a name": (
         4,
         "message/message/content",
         [{"toolUse": {"toolUseId": "1", "name": []}}],
-        "message holds content blocks or a tracking id",
+        "message contains content blocks or a tracking id",
     ),
     "usage of a message": (
         4,
         "message/event_loop_metrics",
         {"message_usage": {"inputTokens": {"$numberLong": str(2**63 - 1)}}},
-        "event_loop_metrics.message_usage must hold numbers",
+        "event_loop_metrics.message_usage must contain numbers",
     ),
     "a count of removed messages": (
         3,
@@ -530,7 +540,7 @@ BAD = {
         3,
         "fields/agent_data/_internal_state/interrupt_state/interrupts",
         {"1": 5},
-        "agent_data._internal_state.interrupt_state.interrupts must hold interrupts",
+        "agent_data._internal_state.interrupt_state.interrupts must contain interrupts",
     ),
     "an interrupt with another field": (
         3,
@@ -542,7 +552,7 @@ BAD = {
         3,
         "fields/agent_data/_internal_state/interrupt_state/pending_tool_execution",
         {"assistant_message": ASSISTANT, "completed_tool_results": 5},
-        "agent_data._internal_state.interrupt_state.pending_tool_execution must hold results of tools",
+        "agent_data._internal_state.interrupt_state.pending_tool_execution must contain results of tools",
     ),
     "a pending tool with another field": (
         3,
@@ -751,7 +761,9 @@ def test_a_line_without_end_is_refused_when_it_is_too_long(
 def test_a_line_of_too_many_values_is_refused_before_it_is_parsed(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mongodb_session_manager._copying.export_format.json", None)
     assert len(line) < MAX_LINE
-    with pytest.raises(InvalidArgumentError, match=rf"^line 1 cannot be imported: it holds more than {MAX_ELEMENTS} "):
+    with pytest.raises(
+        InvalidArgumentError, match=rf"^line 1 cannot be imported: it contains more than {MAX_ELEMENTS} "
+    ):
         Reader().read(line)
 
 

@@ -314,15 +314,15 @@ def test_what_has_no_end_is_refused(session: Blocking, commands: CommandLog) -> 
 # What is refused before a command is sent.
 
 BAD_KEYS = {
-    "": "metadata holds the key ''",
-    "a..b": "metadata holds the key 'a..b'",
-    ".a": "metadata holds the key '.a'",
-    "a.": "metadata holds the key 'a.'",
-    "$x": r"metadata holds the key '\$x'",
-    "a.$b": r"metadata holds the key 'a\.\$b'",
-    "$": r"metadata holds the key '\$'",
-    "a\0b": r"metadata holds the key 'a\\x00b'",
-    "a.\ud83d": "metadata holds a key with a lone surrogate",
+    "": "metadata contains the key ''",
+    "a..b": "metadata contains the key 'a..b'",
+    ".a": "metadata contains the key '.a'",
+    "a.": "metadata contains the key 'a.'",
+    "$x": r"metadata contains the key '\$x'",
+    "a.$b": r"metadata contains the key 'a\.\$b'",
+    "$": r"metadata contains the key '\$'",
+    "a\0b": r"metadata contains the key 'a\\x00b'",
+    "a.\ud83d": "metadata contains a key with a lone surrogate",
     5: "every key of metadata must be a str, not int",
     None: "every key of metadata must be a str, not NoneType",
     ("a",): "every key of metadata must be a str, not tuple",
@@ -341,8 +341,8 @@ def test_bad_keys_are_refused(session: Blocking, stored: Stored, commands: Comma
 
 def test_bad_metadata_is_refused(session: Blocking, commands: CommandLog) -> None:
     for metadata, message in (
-        ({"a": 1, "a.b": 2}, "metadata holds both 'a' and 'a.b'"),
-        ({"a.b.c": 1, "a!": 0, "a": 2}, "metadata holds both 'a' and 'a.b.c'"),
+        ({"a": 1, "a.b": 2}, "metadata contains both 'a' and 'a.b'"),
+        ({"a.b.c": 1, "a!": 0, "a": 2}, "metadata contains both 'a' and 'a.b.c'"),
         ([("a", 1)], "metadata must be a dict, not list"),
         ("a", "metadata must be a dict, not str"),
         (None, "metadata must be a dict, not NoneType"),
@@ -359,7 +359,7 @@ def test_bad_lists_of_keys_are_refused(session: Blocking, commands: CommandLog) 
         ({"topic": 1}, "keys must be a list of str, not dict"),
         (None, "keys must be a list of str, not NoneType"),
         (5, "keys must be a list of str, not int"),
-        (["a", "a.b"], "keys holds both 'a' and 'a.b'"),
+        (["a", "a.b"], "keys contains both 'a' and 'a.b'"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             session.delete_metadata(keys)

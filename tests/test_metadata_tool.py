@@ -209,8 +209,8 @@ def test_errors_say_what_to_do(session: Session) -> None:
         "Error: set needs metadata, an object of the keys to set",
         "Error: delete needs keys, a list of the keys to remove",
         "Error: metadata is not valid JSON",
-        "Error: metadata holds the key '$x': a key must not be empty, hold NUL, or have a segment between dots that is "
-        "empty or begins with $",
+        "Error: metadata contains the key '$x': a key must not be empty, contain NUL, or have a segment between dots "
+        "that is empty or begins with $",
         "Error: every key of keys must be a str, not int",
     ]
 

@@ -773,7 +773,7 @@ def test_the_repository(factory: MongoDBSessionManagerFactory, repository: Mongo
     with pytest.raises(AgentNotFoundError, match="multi-agent 'odd'"):
         repository.update_multi_agent("s", Odd({}))
     repository.create_multi_agent("s", Odd({"step": 1}))
-    repository.create_multi_agent("s", Odd({"step": 2}))  # it exists already
+    repository.create_multi_agent("s", Odd({"step": 2}))  # it already exists
     assert repository.read_multi_agent("s", "odd") == {"step": 1}
 
     manager = factory.create_session_manager("s")

@@ -279,15 +279,19 @@ REFUSED = {
     "a session with an operator": (
         replaced(1, '{"session": {"$literal": [["$set", 1]]}}'),
         2,
-        "the session must not hold a field whose name is empty, begins with $ or holds a dot",
+        "the session must not contain a field whose name is empty, begins with $ or contains a dot",
     ),
     "a path": (
         edited(1, **{"a.b": 1}),
         2,
-        "the session must not hold a field whose name is empty, begins with $ or holds a dot",
+        "the session must not contain a field whose name is empty, begins with $ or contains a dot",
     ),
     "metadata": (edited(1, metadata=[1]), 2, "'metadata' must be a dict, not list"),
-    "an operator in metadata": (edited(1, metadata={"$set": 1}), 2, "metadata must not hold a key that begins with $"),
+    "an operator in metadata": (
+        edited(1, metadata={"$set": 1}),
+        2,
+        "metadata must not contain a key that begins with $",
+    ),
     "application_name": (edited(1, application_name=1), 2, "application_name must be a str, not int"),
     "session_type": (edited(1, session_type=5), 2, "session_type must be a str, not int"),
     "created_at": (edited(1, created_at="yesterday"), 2, "created_at must be a date"),
@@ -296,17 +300,17 @@ REFUSED = {
     "a path to a multi-agent": (
         edited(1, multi_agents={"g.h": {"state": 1, "revision": 1, "writer": "w"}}),
         2,
-        "multi_agents must not hold a field whose name is empty, begins with $ or holds a dot",
+        "multi_agents must not contain a field whose name is empty, begins with $ or contains a dot",
     ),
     "an agent with a path": (
         replaced(2, '{"agent": "a", "fields": {"a.b": 1}}'),
         3,
-        "the agent must not hold a field whose name is empty, begins with $ or holds a dot",
+        "the agent must not contain a field whose name is empty, begins with $ or contains a dot",
     ),
     "agent_data with a name that is empty": (
         replaced(2, '{"agent": "a", "fields": {"agent_data": {"": 1}}}'),
         3,
-        "agent_data must not hold a field whose name is empty, begins with $ or holds a dot",
+        "agent_data must not contain a field whose name is empty, begins with $ or contains a dot",
     ),
     "an agent of yesterday": (
         replaced(2, '{"agent": "a", "fields": {"updated_at": "yesterday"}}'),
@@ -326,7 +330,7 @@ REFUSED = {
     "a message with a path": (
         edited(3, **{"a.b": 1}),
         4,
-        "the message must not hold a field whose name is empty, begins with $ or holds a dot",
+        "the message must not contain a field whose name is empty, begins with $ or contains a dot",
     ),
     "a message of yesterday": (edited(3, created_at="yesterday"), 4, "created_at must be a date"),
     "a message with other metrics": (edited(3, usage=1), 4, "usage must be a dict, not int"),
@@ -334,7 +338,7 @@ REFUSED = {
     "usage": (
         replaced(2, '{"agent": "a", "fields": {"usage": {"inputTokens": "1"}}}'),
         3,
-        "usage must hold numbers from -2**62 to 2**62 only",
+        "usage must contain numbers from -2**62 to 2**62 only",
     ),
     "no message": (edited(3, message={"role": "user"}), 4, "message must have a role and a list of content"),
     "no redaction": (edited(3, redact_message="x"), 4, "redact_message must have a role and a list of content"),
@@ -343,7 +347,7 @@ REFUSED = {
         4,
         "it refers to an attachment that is missing",
     ),
-    "no reference": (edited(3, attachments=["x"]), 4, "attachments must hold references only"),
+    "no reference": (edited(3, attachments=["x"]), 4, "attachments must contain references only"),
     "a piece of no agent": (replaced(2, export(attachment=True)[4]), 3, "it is an attachment without an agent"),
     "a piece of no reference": (
         replaced(4, '{"attachment": "x", "at": 0, "data": "AAAA"}'),
@@ -363,7 +367,7 @@ REFUSED = {
     "a piece too many": (
         replaced(5, json.dumps({"attachment": str(REFERENCE), "at": 512 * 1024, "data": "AAAA" * 200_000})),
         6,
-        "its attachment is longer than its reference says",
+        "its attachment is longer than the length in its reference",
     ),
     "other bytes": (
         replaced(4, export(attachment=True)[4].replace("MDEy", "MDEx", 1)),

@@ -145,7 +145,7 @@ _WITH_AWS = {
 }
 
 
-if not _has_extra():  # `from mongodb_session_manager import *` takes what is there
+if not _has_extra():  # `from mongodb_session_manager import *` imports the names of the installed extras
     __all__ = [name for name in __all__ if name not in _WITH_AWS]
 
 

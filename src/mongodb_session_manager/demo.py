@@ -73,7 +73,7 @@ def demo_server(data_directory: str | os.PathLike[str] | None = None) -> str:
 
     Raises:
         MissingExtraError: There is no `mongod`, for example because the extra `embedded` is not installed.
-        EmbeddedServerError: The server did not start, for example because another one uses the data directory.
+        EmbeddedServerError: The server did not start, for example because another server uses the data directory.
     """
     if uri := os.environ.get("MONGODB_URI"):
         return uri
@@ -122,7 +122,7 @@ class ScriptedModel(Model):
 
         ScriptedModel(["Hello!", {"tool": "weather", "input": {"city": "Oslo"}}, "It rains in Oslo."])
 
-    After the script, or without one, the answer shows what the agent remembers:
+    After the script, or without one, the answer shows the memory of the agent:
 
         agent = Agent(model=ScriptedModel())
         agent("My name is Ada.")  # Hello! I have been sent 1 message.

@@ -118,7 +118,7 @@ class MessageNotFoundError(MongoDBSessionError, LookupError):
 
 
 class SessionExistsError(MongoDBSessionError, ValueError):
-    """A session with that id exists already."""
+    """A session with that id already exists."""
 
 
 class SessionConflictError(MongoDBSessionError, RuntimeError):

@@ -18,7 +18,7 @@ from .._store.store import SessionStore
 from .staging import Staging
 
 _ELEMENT = 12
-"""The most bytes that an element of an array takes in addition to its value."""
+"""The maximum overhead of an array element in bytes."""
 
 _PART = 1024 * 1024
 """Bytes of a session document that one update stores.
@@ -106,7 +106,7 @@ class SessionBuilder:
         if type(message) is dict:
             agent.next_id = int(message["message_id"]) + 1
         limits = self._store.mover.limits
-        # A head that is within the limits needs no look at the state of the conversation manager.
+        # For a head within the limits, the state of the conversation manager is irrelevant.
         while len(agent.messages) > limits.messages or agent.total > limits.size:
             if not limits.exceeded(head := agent.head):
                 break
@@ -116,7 +116,7 @@ class SessionBuilder:
         """Store the session document.
 
         Raises:
-            SessionConflictError: Another process has removed the copy, because its lease was over.
+            SessionConflictError: Another process has removed the copy, because its lease had expired.
         """
         await self._make_room()
         content = self._content()

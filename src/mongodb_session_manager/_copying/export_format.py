@@ -7,16 +7,17 @@
     {"message": {...}}                  the stored message, its attachments as references
     {"end": {"agents": ..., "messages": ..., "attachments": ..., "sha256": ...}}
 
-The pieces of an attachment precede the first message that refers to it. Another message with the same bytes refers to
-that attachment, whatever the token of its own reference, unless `REMEMBERED` others came since. An attachment ends with
-the piece that completes the length in its reference. An attachment without its last piece must be ignored: its message
-was redacted during the export. The last line counts the agents, the messages and the complete attachments; `sha256` is
-the digest of all lines before it, each with one line feed. It is optional, so that lines can be edited.
+The pieces of an attachment precede the first message that refers to it. A later message with the same bytes refers to
+that attachment, even if its own reference has another token, unless there are `REMEMBERED` others between them. An
+attachment ends with the piece that completes the length in its reference. An attachment without its last piece must be
+ignored: its message was redacted during the export. The last line counts the agents, the messages and the complete
+attachments; `sha256` is the digest of all lines before it, each with one line feed. It is optional, so that lines can
+be edited.
 
 In Extended JSON, keys that begin with `$` have a meaning, so a dict with such a key is written as
-`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes, or hold more than
-`MAX_ELEMENTS`, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no line ending
-can damage them.
+`{"$literal": [[<key>, <value>], ...]}`. A line that would be longer than `MAX_LINE` bytes, or have more than
+`MAX_ELEMENTS` elements, is written as `{"bson": <the line as binary>}`. All lines are ASCII, so no encoding and no line
+ending can damage them.
 
 Message ids that do not increase are replaced, as opening a session does.
 """
@@ -50,28 +51,28 @@ FORMAT = "mongodb-session-manager"
 VERSION = 1
 
 MAX_LINE = 32 * 1024 * 1024
-"""The most bytes of a line; the largest document of MongoDB has 22 million as base64."""
+"""The maximum number of bytes of a line; the largest document of MongoDB has 22 million as base64."""
 
 MAX_ELEMENTS = 2**22
-"""The most objects, arrays and commas of a line, outside of strings.
+"""The maximum number of objects, arrays and commas of a line, outside of strings.
 
-The largest document of MongoDB can hold this number: the densest values that this format writes as JSON are empty
-arrays with names of one character, 8 bytes of BSON each.
+The largest MongoDB document has this number: the densest values that this format writes as JSON are empty arrays with
+names of one character, 8 bytes of BSON each.
 """
 
 MAX_RECORD = MAX_DOCUMENT_BYTES + 16 * 1024
-"""The most bytes of BSON of a line."""
+"""The maximum number of bytes of BSON of a line."""
 
 _SLICE = 256 * 1024
 
 PIECE_BYTES = 512 * 1024
-"""The most bytes of an attachment in an exported line."""
+"""The maximum number of bytes of an attachment in an exported line."""
 
 REMEMBERED = 1024
 """How many recent attachments reader and writer remember, so that the same bytes are exported once."""
 
 _MAX_LEVELS = 120
-"""The most levels of a line; the server accepts 180, and a message in a bucket has 4 levels above it."""
+"""The maximum number of levels of a line; the server accepts 180, and a message in a bucket has 4 levels above it."""
 
 _OPTIONS = json_util.JSONOptions(
     json_mode=json_util.JSONMode.CANONICAL, tz_aware=True, tzinfo=UTC, uuid_representation=UuidRepresentation.STANDARD
@@ -215,7 +216,7 @@ class Reader:
         self._attachment: tuple[Reference, int, Any] | None = None
 
     def read(self, line: object) -> Read | None:
-        """Return the content of a line, `None` if there is nothing to store.
+        """Return the content of a line, or `None` if there is nothing to store.
 
         Raises:
             InvalidArgumentError: The line is not one of an exported session, or not allowed in this place.
@@ -312,7 +313,7 @@ class Reader:
         require(known == reference and length == at and bool(data), "it does not continue its attachment")
         digest.update(data)
         length += len(data)
-        require(length <= reference.length, "its attachment is longer than its reference says")
+        require(length <= reference.length, "its attachment is longer than the length in its reference")
         self._attachment = (reference, length, digest)
         if whole := length == reference.length:
             require(digest.hexdigest() == reference.sha256, "its attachment does not match its SHA-256")
@@ -341,8 +342,8 @@ def _stripped(line: object) -> bytes:
 
 
 def _record(data: bytes) -> Document:
-    """Return the object of a line, as it is after a round trip through BSON."""
-    require(_has_few_elements(data), f"it holds more than {MAX_ELEMENTS} values")
+    """Return the object of a line after a round trip through BSON."""
+    require(_has_few_elements(data), f"it contains more than {MAX_ELEMENTS} values")
     try:
         text = data.decode()
     except UnicodeError:
@@ -350,13 +351,13 @@ def _record(data: bytes) -> Document:
     try:
         record = json.loads(text, object_pairs_hook=_value, parse_constant=_no_constant)
         if type(record) is dict and record.keys() == {"bson"} and type(record["bson"]) is bytes:
-            require(len(record["bson"]) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
+            require(len(record["bson"]) <= MAX_RECORD, "it exceeds the maximum size of a MongoDB document")
             record = bson.decode(record["bson"], CODEC_OPTIONS)
         if type(record) is not dict:
             raise ValueError
         _check_levels(record, _MAX_LEVELS)
         stored = bson.encode(record, codec_options=CODEC_OPTIONS)
-        require(len(stored) <= MAX_RECORD, "it is larger than a document of MongoDB can be")
+        require(len(stored) <= MAX_RECORD, "it exceeds the maximum size of a MongoDB document")
         return bson.decode(stored, CODEC_OPTIONS)  # the checks see the values as they will be read
     except InvalidArgumentError:
         raise

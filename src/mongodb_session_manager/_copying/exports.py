@@ -29,8 +29,8 @@ _AT_ONCE = 64
 class Export:
     """A running export.
 
-    Every `pull` sends commands of its own and leaves no cursor open, so stopping early leaks no cursor, and a slow
-    reader does not run into the cursor timeout.
+    Every `pull` sends its own commands and leaves no cursor open, so stopping early leaks no cursor, and a slow reader
+    does not run into the cursor timeout.
 
     Args:
         store: The sessions.
@@ -84,7 +84,7 @@ class Export:
         """Return archived messages from a position on.
 
         Raises:
-            SessionNotFoundError: The session does not exist any more.
+            SessionNotFoundError: The session no longer exists.
             DatabaseError: A message is missing.
         """
         while True:
@@ -99,7 +99,7 @@ class Export:
         """Return whether the session was migrated since it was read; update its place.
 
         Raises:
-            SessionNotFoundError: The session does not exist any more.
+            SessionNotFoundError: The session no longer exists.
         """
         session_id, before = source.place
         document = await self._store.sessions.get(session_id, {"incarnation": 1, "created_at": 1})
@@ -107,7 +107,7 @@ class Export:
         if now_at == before:
             return False
         if before is not None or document.get("created_at") != source.created_at:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+            raise SessionNotFoundError(f"session {session_id!r} no longer exists")
         source.place = Place(session_id, now_at)
         return True
 
@@ -136,7 +136,7 @@ class Export:
                             break
                 if missing is None:
                     break
-                # The message can have been redacted or replaced since it was read.
+                # The message might have been redacted or replaced since it was read.
                 if await self._is_elsewhere(source):
                     continue
                 current = await self._message_now(session_id, agent_id, stored)
@@ -155,7 +155,7 @@ class Export:
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
     ) -> AsyncGenerator[list[str], None]:
-        """Yield the lines of an attachment; the last ones are missing if the attachment is removed meanwhile."""
+        """Yield the lines of an attachment; the last ones are missing if it is removed during the export."""
         length, n, digest = 0, 0, hashlib.sha256()
         while length < reference.length:
             async with self._connection.operation():
@@ -182,7 +182,7 @@ class _Source:
 
 
 class _Sequence:
-    """The ids of an agent's messages as they are exported: as stored, unless they do not increase."""
+    """The exported ids of an agent's messages: the stored ids, unless these do not increase."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -210,6 +210,6 @@ def _pieces_of(writer: Writer, reference: Reference, at: int, data: bytes, diges
 
 def _damaged(session_id: str, agent_id: str, message_id: int, reference: Reference) -> AttachmentError:
     return AttachmentError(
-        f"session {session_id!r}: message {message_id} of agent {agent_id!r} holds an attachment that is missing or "
-        f"damaged (SHA-256 {reference.sha256})"
+        f"session {session_id!r}: message {message_id} of agent {agent_id!r} has a missing or damaged attachment "
+        f"(SHA-256 {reference.sha256})"
     )

@@ -1,4 +1,4 @@
-"""The content of a fork: that of its session, cut after the last message that an agent keeps. Pure."""
+"""The content of a fork: its session, truncated after the last message that each agent keeps. Pure."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: It
     """Return the last message ids of the agents that are cut.
 
     Raises:
-        InvalidArgumentError: One id was given for several agents.
+        InvalidArgumentError: `at_message` is a single id, but the session has several agents.
         AgentNotFoundError: There is no such agent.
     """
     known = list(agents)
     if isinstance(at_message, int):
         if len(known) > 1:
             raise InvalidArgumentError(
-                f"session {session_id!r} has several agents: give at_message as a dict, agent id to message id"
+                f"session {session_id!r} has several agents: pass at_message as a dict of agent ids to message ids"
             )
         if not known:
             raise AgentNotFoundError(f"session {session_id!r} has no agent")
@@ -96,8 +96,8 @@ def cut_fields(fields: Document, kept: int, count: int, usage: Mapping[str, Any]
 def _manager_state(stored: Any, kept: int, count: int) -> Any:
     """Return the state of the conversation manager after a cut.
 
-    A window stays as long as it is. A summary is kept if the fork has all its messages; otherwise it is removed, and
-    its messages are restored.
+    The length of a window does not change. A summary is kept if the fork has all its messages; otherwise it is removed,
+    and its messages are restored.
     """
     state = decode(stored)
     if type(state) is not dict:
@@ -112,9 +112,9 @@ def _manager_state(stored: Any, kept: int, count: int) -> Any:
 
 
 def usage_of(messages: Iterable[Any]) -> Document:
-    """Return what messages have added to the totals of their agent.
+    """Return the usage that messages have added to the totals of their agent.
 
-    An invocation begins with a message of the user that holds no tool result.
+    An invocation begins with a user message without tool results.
     """
     totals: Document = dict.fromkeys(USAGE, 0)
     for stored in messages:

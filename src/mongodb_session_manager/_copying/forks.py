@@ -150,14 +150,14 @@ class _Fork:
             await builder.add_message(message, size)
 
     async def _copy_files(self, references: set[Reference]) -> set[Reference]:
-        """Copy attachments; return those that are missing."""
+        """Copy attachments; return the missing ones."""
         return set(await self._store.attachments.copy(self._source.place, sorted(references), self._staging.place))
 
     async def _current(self, agent_id: str, message: Document, missing: set[Reference]) -> Document:
         """Return the message that has replaced one whose attachments are missing; copy its attachments.
 
         Raises:
-            SessionNotFoundError: The session does not exist any more.
+            SessionNotFoundError: The session no longer exists.
             AttachmentError: The message was not replaced, but an attachment is missing.
         """
         session_id = self._session_id
@@ -170,7 +170,7 @@ class _Fork:
             current = await self._store.archive.find_message(session_id, agent_id, *identity)
             session = await self._store.sessions.get(session_id, {"incarnation": 1})
             if session.get("incarnation") != self._source.place.incarnation:
-                raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+                raise SessionNotFoundError(f"session {session_id!r} no longer exists")
             if current is None or references_of(current) == references:
                 raise AttachmentError(f"session {session_id!r} was not forked: it has attachments that are missing")
             message, missing = current, await self._copy_files(set(references_of(current)))
@@ -192,4 +192,4 @@ def _no_message(agent_id: str, message_id: int) -> MessageNotFoundError:
 
 
 def _changed_too_often(session_id: str) -> DatabaseError:
-    return DatabaseError(f"session {session_id!r} was changed again and again while it was forked")
+    return DatabaseError(f"session {session_id!r} kept changing while it was forked")

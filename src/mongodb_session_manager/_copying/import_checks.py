@@ -44,12 +44,12 @@ LEFT_BEHIND = frozenset(
     | {"state", "state_by", "state_until", "time_to_live", "expires_at", "migrating", "moved"}
     | {"attachments_generation", "session_ttl", "kept_until", "keep_until"}  # of 1.0.0
 )
-"""Fields of a session document that are not copied; a copy has values of its own, or none."""
+"""Fields of a session document that are not copied; a copy has its own values, or none."""
 
 AGENT_LEFT_BEHIND = frozenset(
     {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"}
 )
-"""Fields of an agent's sub-document that are not copied; a copy has values of its own."""
+"""Fields of an agent's sub-document that are not copied; a copy has its own values."""
 
 _MANAGERS = (NullConversationManager, SlidingWindowConversationManager, SummarizingConversationManager)
 
@@ -73,8 +73,8 @@ def checked_session(fields: Document) -> Document:
     _check_kinds(fields, "", {"application_name": str, "session_type": str})
     _check_dates(fields, "")
     metadata = fields.get("metadata") or {}
-    require(not any(key.startswith("$") for key in metadata), "metadata must not hold a key that begins with $")
-    require(MARKER not in metadata, f"metadata must not hold the key {MARKER!r}, which marks encoded values")
+    require(not any(key.startswith("$") for key in metadata), "metadata must not contain a key that begins with $")
+    require(MARKER not in metadata, f"metadata must not contain the key {MARKER!r}, which marks encoded values")
     for name, value in fields.items():
         for part in value.values() if name in ("metadata", "multi_agents") and type(value) is dict else (value,):
             _decoded(part, name)
@@ -134,7 +134,7 @@ def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
     _check_dates(message, "")
     references = references_of(message)
     listed = message.get("attachments") or []
-    require(len(references) == len(listed), "attachments must hold references only")
+    require(len(references) == len(listed), "attachments must contain references only")
     whole = attached(message, {str(reference): b"" for reference in references})
     for name, value in whole.items():
         _decoded(value, name)
@@ -153,15 +153,15 @@ def _check_body(body: Any, name: str) -> None:
     found = message_from({"message": body}, 0)
     if found is None:
         raise InvalidArgumentError(f"{name} must have a role and a list of content")
-    require(is_restorable(found), f"{name} holds content blocks or a tracking id that Strands cannot restore")
-    require(_has_texts(found.message), f"{name} holds a text that is not a str")
+    require(is_restorable(found), f"{name} contains content blocks or a tracking id that Strands cannot restore")
+    require(_has_texts(found.message), f"{name} contains text that is not a str")
     _check_encodes(found.message, MESSAGE_DEPTH, name)
 
 
 def _check_names(fields: Mapping[str, Any], what: str) -> None:
     require(
         all(key and not key.startswith("$") and "." not in key and key != MARKER for key in fields),
-        f"{what} must not hold a field whose name is empty, begins with $ or holds a dot",
+        f"{what} must not contain a field whose name is empty, begins with $ or contains a dot",
     )
 
 
@@ -187,9 +187,9 @@ def _check_numbers(values: Any, name: str) -> None:
     for key, number in (values or {}).items():
         require(
             is_number(number),
-            f"{name} must hold numbers from -2**62 to 2**62 only",
+            f"{name} must contain numbers from -2**62 to 2**62 only",
         )
-        require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must hold names of fields only")
+        require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must contain names of fields only")
 
 
 def _check_count(value: Any, most: int, name: str) -> None:
@@ -267,7 +267,7 @@ def _check_interrupts(state: Any, path: str) -> None:
             type(key) is str and type(each) is dict and type(each.get("id")) is str and type(each.get("name")) is str
             for key, each in interrupts.items()
         ),
-        f"{path}.interrupts must hold interrupts",
+        f"{path}.interrupts must contain interrupts",
     )
     pending = state.get("pending_tool_execution")
     if pending is None and "tool_use_message" in context:  # where earlier versions of Strands kept it
@@ -282,12 +282,12 @@ def _check_interrupts(state: Any, path: str) -> None:
     require(
         _is_message(message)
         and all(type(block["toolUse"].get("name")) is str for block in message["content"] if "toolUse" in block),
-        f"{path}.pending_tool_execution must hold a message",
+        f"{path}.pending_tool_execution must contain a message",
     )
     require(
         isinstance(results, list | tuple)
         and all(type(each) is dict and type(each.get("toolUseId")) is str for each in results),
-        f"{path}.pending_tool_execution must hold results of tools",
+        f"{path}.pending_tool_execution must contain results of tools",
     )
 
 
@@ -302,7 +302,7 @@ def _check_multi_agent(stored: Document) -> None:
     if "_internal_state" in state:
         require(
             type(internal) is dict and "interrupt_state" in internal,
-            "multi_agents: state._internal_state must hold an interrupt_state",
+            "multi_agents: state._internal_state must contain an interrupt_state",
         )
         _check_interrupts(internal.get("interrupt_state"), "multi_agents: state._internal_state.interrupt_state")
     task = state.get("current_task", "")
@@ -327,5 +327,5 @@ def _check_results(part: Any) -> None:
     result = part.get("result")
     if type(result) is dict:
         if result.get("type") == "agent_result":
-            require(_is_message(result.get("message")), "multi_agents: a result must hold a message")
+            require(_is_message(result.get("message")), "multi_agents: a result must contain a message")
         _check_results(result)

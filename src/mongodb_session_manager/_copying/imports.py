@@ -1,6 +1,6 @@
 """Importing a session from lines of the export format, which come from an untrusted source.
 
-The copy is staged, see `staging`, and built as it is read, see `builder`.
+The copy is staged, see `staging`, and built while it is read, see `builder`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BYTES = 1024 * 1024
 """A batch is complete when it has this number of lines or of bytes."""
 
 _READ = 64 * 1024
-"""The most bytes or characters that are read from a file at a time."""
+"""The maximum number of bytes or characters that are read from a file at a time."""
 
 
 class Import:
@@ -60,7 +60,7 @@ class Import:
 
         Raises:
             InvalidArgumentError: The last line of the export is missing.
-            SessionConflictError: Another process has removed the copy, because its lease was over.
+            SessionConflictError: Another process has removed the copy, because its lease had expired.
         """
         async with self._turn, self._store.connection.operation():
             self._check()

@@ -22,7 +22,7 @@ class Source(NamedTuple):
     Attributes:
         place: The ids of its parts.
         document: Its document.
-        agents: The sub-documents of its agents by key, without those that opening leaves out.
+        agents: The sub-documents of its agents by key, except the ones that opening ignores.
     """
 
     place: Place
@@ -56,7 +56,7 @@ async def read_source(store: SessionStore, session_id: str) -> Source:
         if not (earlier := [key for key, agent in numbers.items() if needs_upgrade(agent)]):
             return Source(Place(session_id, document["incarnation"]), document, agents)
         await store.migration.migrate_agents(session_id, numbers, earlier)
-    raise DatabaseError(f"session {session_id!r} was changed again and again while it was read")
+    raise DatabaseError(f"session {session_id!r} kept changing while it was read")
 
 
 def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Document]:

@@ -35,7 +35,7 @@ from ..errors import (
 logger = logging.getLogger(__name__)
 
 _ROUNDS = 16
-"""A copy gives up after a session of the same id was created and deleted this often."""
+"""The number of attempts of a copy while a session with the same id is created and deleted."""
 
 _not_removed: set[Place] = set()
 """The copies of this process that could not be removed; a new copy into the same id removes them at once."""
@@ -79,7 +79,7 @@ class Staging:
         """Insert the document of the copy, and start to renew its lease.
 
         Raises:
-            SessionExistsError: There is a session of that id, or another copy into it is under way.
+            SessionExistsError: There is a session of that id, or another copy into it is in progress.
         """
         document = {**self.own, "session_id": self.session_id, "state_until": self.lease()}
         for _ in range(_ROUNDS):
@@ -87,7 +87,7 @@ class Staging:
                 self._has_begun = True
                 await self._sessions.insert_one(document)
                 break
-            except DuplicateKeyError:  # it can be this document, from an attempt whose acknowledgement was lost
+            except DuplicateKeyError:  # this document can already exist: an acknowledgement was lost
                 if await self._find(self.own) is not None:
                     break
             self._has_begun = False
@@ -99,7 +99,7 @@ class Staging:
             except SessionConflictError:
                 raise_alone(SessionExistsError(f"session {self.session_id!r} is being imported or forked already"))
         else:
-            raise DatabaseError(f"session {self.session_id!r} was created and deleted again and again")
+            raise DatabaseError(f"session {self.session_id!r} was repeatedly created and deleted")
         self._heartbeat = asyncio.get_running_loop().create_task(self._renew())
 
     async def _renew(self) -> None:
@@ -118,7 +118,7 @@ class Staging:
         """Store fields of the session, by path.
 
         Raises:
-            SessionConflictError: Another process has removed the copy, because its lease was over.
+            SessionConflictError: Another process has removed the copy after its lease expired.
         """
         if not await self.update({"$set": fields}):
             raise self.lost()
@@ -161,12 +161,12 @@ class Staging:
         """Make the session live, and set fields of its document.
 
         Raises:
-            SessionConflictError: Another process has removed the copy, because its lease was over.
+            SessionConflictError: Another process has removed the copy after its lease expired.
         """
         update: Document = {"$unset": dict.fromkeys({"state", "state_by", "state_until"} - fields.keys(), "")}
         if fields:
             update["$set"] = fields
-        if not await self.update(update) and not await self._is_live():  # else an acknowledgement was lost
+        if not await self.update(update) and not await self._is_live():  # otherwise, an acknowledgement was lost
             raise self.lost()
         self._stop()
         self._store.ensure_indexes()

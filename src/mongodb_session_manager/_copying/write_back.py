@@ -1,10 +1,10 @@
 """Writing the archive and the attachments of a session back into its document, for versions before 1.0.
 
 One update puts the messages of all agents back into the document. It matches the `archived`, `revision` and
-`archive_revision` of each agent that were read. Appends do not change these, so they continue meanwhile, except for an
-appended message that itself needs a change. The buckets and attachments are removed afterwards. Until then no reader
-uses them, because `archived` is 0 and no message refers to an attachment; `buckets` explains why no later move uses a
-left-over bucket.
+`archive_revision` of each agent that were read. Appends do not change these, so they continue during the write-back,
+except for an appended message that itself needs a change. The buckets and attachments are removed afterwards. Until
+then no reader uses them, because `archived` is 0 and no message refers to an attachment; `buckets` explains why no
+later move uses a left-over bucket.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, ra
 from .source import number, read_source
 
 _STUCK_CHANGES = 1024
-"""A bucket stays below the revision of later buckets if at most this number of delayed statements change it."""
+"""The maximum number of delayed statements that can change a bucket without reaching the revision of later buckets."""
 
 _OF_ARCHIVE = ("archived", "archive_revision")
 
@@ -43,7 +43,7 @@ class _Agent:
         key: The agent's key.
         stored: Its sub-document.
         head: The messages in the session document.
-        older: The archived messages, as far as they are read.
+        older: The archived messages that have been read.
         count: The number of archived messages, even if they are not kept here.
         revision: The highest of the head and of any bucket.
         references: The attachments of all messages.
@@ -81,7 +81,7 @@ class _Agent:
         self.older, self.count, self.revision = [], 0, number(self.stored, "revision")
 
     def following(self, bucket: Mapping[str, Any]) -> list[Any]:
-        """Return those messages of a bucket that follow the messages read before."""
+        """Return the messages of a bucket after the ones already read."""
         first = int(bucket["_id"]["first"])
         self.revision = max(self.revision, number(bucket, "revision"))
         return bucket["messages"][self.count - first : self.archived - first] if first <= self.count else []
@@ -105,14 +105,14 @@ class WriteBack:
                 if all(agent.is_whole for agent in agents) or await self._write_back_once(session_id, document, agents):
                     await self._remove_left_over(place, agents)
                     return
-        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written back")
+        raise DatabaseError(f"session {session_id!r} kept changing while it was written back")
 
     async def _write_back_once(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> bool:
-        """Put the messages of all agents into the session document; return `False` if they changed meanwhile."""
+        """Put the messages of all agents into the session document; return `False` if they changed concurrently."""
         try:
             size = await self._gather(session_id, document, agents)
         except DatabaseError:
-            # Another call may have written the session back, and removed what was missing here.
+            # Another call might have written the session back and removed the missing documents.
             place = Place(session_id, document["incarnation"])
             condition = {"_id": session_id, "incarnation": place.incarnation, **_unchanged(agents)}
             if await self._store.collection.find_one(condition, {"_id": 1}) is not None and (
@@ -129,7 +129,7 @@ class WriteBack:
         try:
             archived = [agent for agent in agents if not agent.is_whole]
             return await self._store.sessions.update(_put_back(session_id, document["incarnation"], archived))
-        except MessageTooLargeError:  # it has grown meanwhile
+        except MessageTooLargeError:  # it has grown in the meantime
             raise_alone(refused)
 
     async def _gather(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> int:
@@ -181,7 +181,7 @@ class WriteBack:
         agent.changed = {n: new for n, (new, old) in enumerate(zip(head, agent.head, strict=True)) if new is not old}
 
     async def _remove_left_over(self, place: Place, agents: Iterable[_Agent]) -> None:
-        """Remove the buckets and attachments that no reader uses any more."""
+        """Remove the buckets and attachments that readers no longer use."""
         session_id = place.session_id
         for agent in agents:
             self._store.mover.forget(session_id, agent.key)
@@ -290,7 +290,7 @@ def _put_back(session_id: str, incarnation: ObjectId, agents: Sequence[_Agent]) 
 
 
 def _parts(agent: _Agent) -> list[Any]:
-    """Return expressions for the parts of an agent's messages; the server keeps those that do not change."""
+    """Return expressions for the parts of an agent's messages; the server keeps the unchanged ones."""
     stored = array_at(f"$agents.{agent.key}.messages")
     parts: list[Any] = [{"$literal": agent.older}]
     position = 0

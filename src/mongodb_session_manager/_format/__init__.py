@@ -1,1 +1,1 @@
-"""What is stored: documents, values and statements. Pure: neither the driver nor asyncio is imported."""
+"""The storage format: documents, values and statements. Pure: it imports neither the driver nor asyncio."""

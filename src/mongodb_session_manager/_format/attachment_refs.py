@@ -6,7 +6,7 @@ message is stored, the bytes are in GridFS, and its element of `messages` has
     message, redact_message   {"__msm__": "attachment", "v": <reference>} in the place of the bytes
     attachments               [<reference>]
 
-A reference is text, `<SHA-256>:<length>:<token>`. Each attachment of each recorded message has a token of its own, the
+A reference is text, `<SHA-256>:<length>:<token>`. Each attachment of each recorded message has its own token, the
 hexadecimal digits of an ObjectId, so no two messages share a file. In messages that 1.0.0 has stored, the token is a
 decimal number, and several messages of a session can have the same reference. A copy of a session keeps the references.
 The codec escapes values of a message that look like a marker. A marker is replaced by bytes only if `attachments` lists
@@ -32,7 +32,7 @@ MAX_INLINE_ATTACHMENT_BYTES = 256 * 1024
 """Images, documents and videos of one message are stored in the document if their total size is at most this."""
 
 MAX_MESSAGE_BYTES = 15 * 1024 * 1024
-"""The most bytes of BSON of one message, without its attachments.
+"""The maximum number of bytes of BSON of one message, without its attachments.
 
 A document of MongoDB has at most 16 MiB. The rest is for the other fields of the document.
 """
@@ -103,8 +103,8 @@ def set_aside(fields: T, max_inline: int) -> tuple[T, int]:
         size = stored_size(fields)
     if size > MAX_MESSAGE_BYTES:
         raise MessageTooLargeError(
-            f"a message of {size} bytes, its attachments not counted, is larger than a message may be "
-            f"({MAX_MESSAGE_BYTES} bytes); it was not stored"
+            f"a message of {size} bytes, its attachments not counted, exceeds the maximum of "
+            f"{MAX_MESSAGE_BYTES} bytes; it was not stored"
         )
     return fields, size
 

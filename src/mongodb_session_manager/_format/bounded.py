@@ -19,4 +19,4 @@ class Bounded(dict[K, V]):
         self.pop(key, None)
         super().__setitem__(key, value)
         if len(self) > self._most:
-            self.pop(next(iter(self)), None)  # another thread can have removed it
+            self.pop(next(iter(self)), None)  # another thread might have removed it

@@ -11,17 +11,17 @@ The session document keeps an agent's newest messages, its head. Older ones are 
                  references of replaced messages, until the files are removed
     expires_at   if the session expires, see `retention`
 
-A position counts the messages of an agent from 0. Versions before 1.0 can have stored ids that have gaps, or do not
+A position counts the messages of an agent from 0. Versions before 1.0 might have stored ids that have gaps, or do not
 increase; positions always locate a message. In the agent's sub-document, `archived` is the position of the head's first
 message, and `revision` grows with every change of a message in the head, but not with an append. `archive_revision`
 grows after every change of a message in a bucket.
 
 A move takes two statements and brings no message to the client. `merge` copies the oldest messages into the bucket
 that begins at `archived`; `cut` takes them out of the head and adds their number to `archived`. Both match the same
-`archived` and `revision`, and what they take depends only on messages that cannot change without changing these. A
-bucket that begins at `archived` or later is left over from an unfinished move: no reader uses it, and the next move
-replaces it. `merge` refuses to replace a bucket of a higher revision, or a different one of the same revision, so that
-a delayed statement cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
+`archived` and `revision`, and select only messages that cannot change without changing these. A bucket that begins at
+`archived` or later is left over from an unfinished move: no reader uses it, and the next move replaces it. `merge`
+refuses to replace a bucket of a higher revision, or a different one of the same revision, so that a delayed statement
+cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
 
 A write-back is the only statement that lowers `archived`, to 0; see `_copying.write_back`. It leaves the agent's
 buckets behind and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No
@@ -48,7 +48,7 @@ MAX_EMBEDDED_MESSAGES = 128
 MAX_EMBEDDED_BYTES = 256 * 1024
 
 BUCKET_MESSAGES = 1024
-"""The most messages of a bucket: the bucket that holds a position begins less than this number below it."""
+"""The maximum number of messages of a bucket. A bucket starts less than this number below each of its positions."""
 
 _BUCKET_BYTES = 2 * 1024 * 1024
 _MOST_EMBEDDED_BYTES = 8 * 1024 * 1024
@@ -124,7 +124,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most messages of an agent in the session document, and their most bytes."""
+    """The maximum number of messages of an agent in the session document, and of their bytes."""
 
     messages: int
     size: int
@@ -233,7 +233,7 @@ def _increasing_ids(messages: str) -> Document:
 
 
 def _taken(messages: str, step: Step) -> Document:
-    """Return the expression for how many of `messages` a step takes: at least one."""
+    """Return the expression for the number of `messages` that a step moves, at least one."""
     size = {"$add": ["$$value.size", size_at("$$this")]}
     wanted = {"$or": [{"$lt": ["$$value.count", step.messages]}, {"$lt": ["$$value.size", step.size]}]}
     fits = {"$or": [{"$eq": ["$$value.count", 0]}, {"$lte": [size, _BUCKET_BYTES]}]}
@@ -255,7 +255,7 @@ def _taken(messages: str, step: Step) -> Document:
 
 
 def taken(sizes: Sequence[int], step: Step) -> int:
-    """Return how many messages of these sizes a step takes, computed as in `merge`."""
+    """Return how many messages of these sizes a step moves, computed as in `merge`."""
     count = size = 0
     for added in sizes[: step.most]:
         if not (count < step.messages or size < step.size) or (count and size + added > _BUCKET_BYTES):
@@ -352,7 +352,7 @@ def holding_message(
         message_id: The message.
         since: The agent's `created_at`, for a session that is not migrated.
         is_regular: Whether every id is known to be the position of its message.
-        created_at: The `created_at` of the message, if it is known: 1.0.0 may have archived duplicate ids.
+        created_at: The `created_at` of the message, if it is known: 1.0.0 might have archived duplicate ids.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, ALL))

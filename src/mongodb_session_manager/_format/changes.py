@@ -24,11 +24,11 @@ from .retention import UNDATED, Dates
 from .sizes import AGENT_FIELDS, stored_size
 
 _PART_BYTES = 15 * 1024 * 1024
-"""The most bytes of messages in one statement. MongoDB allows 16 MiB; the rest is for other fields."""
+"""The maximum number of bytes of messages in one statement. MongoDB allows 16 MiB; the rest is for other fields."""
 
 
 class Identity(NamedTuple):
-    """Distinguishes stored messages with the same id: a version before 1.0 can have reused an id.
+    """Distinguishes stored messages with the same id: a version before 1.0 might have reused an id.
 
     Attributes:
         created_at: The stored value.
@@ -281,7 +281,7 @@ class AgentWrite:
         return [message.fields for message in self.messages.values()]
 
     def earlier_contents(self) -> list[Mapping[str, Any]]:
-        """Return the fields that a statement whose acknowledgement was lost can have stored."""
+        """Return the fields that a statement whose acknowledgement was lost might have stored."""
         new = [message for message in self.messages.values() if message.recorded is not None]
         return [fields for message in new for fields in (message.recorded or {}, message.amended)]
 

@@ -1,4 +1,4 @@
-r"""The codec: Python values to what MongoDB can store, and back, equal and of the same types.
+r"""The codec: encodes Python values for MongoDB and decodes them to equal values of the same types.
 
 Every value of an application or a model passes `encode` before it is stored and `decode` after it is read. Values that
 BSON preserves are stored unchanged, so that a conversation is readable in the database. Others are stored as
@@ -33,7 +33,7 @@ from .marked import CODEC_OPTIONS, MARKER, MAX_LEVELS, MAX_NESTING
 __all__ = ["CODEC_OPTIONS", "MARKER", "MAX_LEVELS", "MAX_NESTING", "decode", "decode_own", "encode", "subscript"]
 
 _MAX_PACKED: Final = 16
-"""The most packed forms within each other that `encode` writes, rounded up."""
+"""The maximum number of packed forms within each other that `encode` writes, rounded up."""
 
 
 def encode(value: Any, *, depth: int = 0, name: str = "value") -> Any:
@@ -59,7 +59,7 @@ def encode(value: Any, *, depth: int = 0, name: str = "value") -> Any:
 
 
 def decode(stored: Any) -> Any:
-    """Return the value that `encode` was given; nothing mutable is shared with `stored`.
+    """Return the value that was passed to `encode`; nothing mutable is shared with `stored`.
 
     Strands' own form of bytes, `{"__bytes_encoded__": True, "data": <base64>}`, becomes bytes. A marked form that
     `encode` does not write belongs to another program and is returned as the dict it is.
@@ -70,7 +70,7 @@ def decode(stored: Any) -> Any:
     Raises:
         EncodingError: The value is nested deeper than Python's stack allows here.
     """
-    # A value of metadata can have grown, by dotted keys, to all levels of a document above those of `encode`.
+    # A value of metadata can have grown, through dotted keys, to all levels of a document above those of `encode`.
     return _decode(stored, MAX_NESTING + MAX_LEVELS, strict=False)
 
 

@@ -28,7 +28,7 @@ class StoredView:
 
 
 def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None:
-    """Return the part of a write that is not stored yet, `None` if all of it is stored.
+    """Return the part of a write that is not stored yet, or `None` if all of it is stored.
 
     Args:
         write: A write whose statement matched nothing.
@@ -87,10 +87,10 @@ def _is_stored(message: MessageWrite, stored: StoredView) -> bool:
 
 
 def _position(messages: Sequence[Document], message_id: int, ours: Identity | None, by_id: bool) -> int | None:
-    """Return the position of the message that an id refers to, `None` if there is none.
+    """Return the position of the message that an id refers to, or `None` if there is none.
 
-    Among several messages with that id, the identity selects one. If none of them matches, the message may have been
-    renumbered, because an old process has also written. A writer that knows only the id refers to the first one.
+    Among several messages with that id, the identity selects one. If none of them matches, a write of an old process
+    might have renumbered the message. A writer that knows only the id refers to the first one.
     """
     alike = [n for n, message in enumerate(messages) if message.get("message_id") == message_id]
     if ours is not None:
@@ -108,7 +108,7 @@ def _position(messages: Sequence[Document], message_id: int, ours: Identity | No
 
 
 def _is_same(ours: Identity, theirs: Identity) -> bool:
-    # A redaction can have removed the tracking id.
+    # A redaction might have removed the tracking id.
     known = ours.tracking_id is not None and theirs.tracking_id is not None
     return as_date(ours.created_at) == as_date(theirs.created_at) and not (
         known and ours.tracking_id != theirs.tracking_id

@@ -33,7 +33,7 @@ def decoded(stored: Any, nesting: int, strict: bool) -> Any:
 
     Args:
         stored: The stored value.
-        nesting: Its most levels; a packed form counts as one.
+        nesting: Its maximum number of levels; a packed form counts as one.
         strict: Refuse a marker that is not part of a form that `encode` writes, in the place of reading it as a dict.
 
     Raises:

@@ -208,7 +208,7 @@ def message_usage(message: Mapping[str, Any]) -> Document:
 
 
 def message_from(stored: Any, position: int) -> SessionMessage | None:
-    """Return Strands' view of an element of `messages`, `None` if it is no message.
+    """Return Strands' view of an element of `messages`, or `None` if it is no message.
 
     `position` is the id of a message without one. The view of a redacted message with an unusable replacement is
     `None`: its original must stay hidden.
@@ -228,7 +228,7 @@ def message_from(stored: Any, position: int) -> SessionMessage | None:
 
 
 def _content_from(stored: Any) -> Any:
-    """Return a decoded message, `None` if it is not one; content that is text becomes one block."""
+    """Return a decoded message, or `None` if it is not one; content that is text becomes one block."""
     message = decode(stored)
     if type(message) is not dict or type(message.get("role")) is not str:
         return None
@@ -241,7 +241,7 @@ def _content_from(stored: Any) -> Any:
 
 
 def restorable(message: SessionMessage) -> SessionMessage | None:
-    """Return a message with those of its blocks that Strands can restore, `None` if there is none."""
+    """Return a message with those of its blocks that Strands can restore, or `None` if there is none."""
     for shown in _shown(message):
         if not all(map(_is_block, shown["content"])):
             shown["content"] = [block for block in shown["content"] if _is_block(block)]

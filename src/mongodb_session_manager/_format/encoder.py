@@ -33,7 +33,7 @@ class RefusedError(Exception):
         self.path: list[str] = []
 
     def path_to(self) -> str:
-        """Return the subscripts of the value; keys that can hold content are not shown."""
+        """Return the subscripts of the value; keys that can contain content are hidden."""
         more = "..." if len(self.path) > _SHOWN_SEGMENTS else ""
         return "".join(self.path[: -_SHOWN_SEGMENTS - 1 : -1]) + more
 
@@ -69,7 +69,7 @@ def encoded(value: Any, room: int, nesting: int) -> Any:
     elif kind is not list:
         return encoded(_read(_base_of, value), room, nesting)
     if nesting <= 0:
-        raise RefusedError(f"a value nested deeper than {MAX_NESTING} levels (or one that holds itself)")
+        raise RefusedError(f"a value nested deeper than {MAX_NESTING} levels (or one that contains itself)")
     # A marked or packed form takes one level, which must be left for every member.
     if room <= levels:
         return marked("bson", dump(encoded(value, MAX_LEVELS - 1, nesting)))
@@ -144,7 +144,7 @@ def _encode_text(text: str) -> Any:
 
 
 def _encode_big_int(number: int) -> dict[str, Any]:
-    # Python may refuse to write or read more than 640 decimal digits (`sys.set_int_max_str_digits`).
+    # Python can refuse to write or read more than 640 decimal digits (`sys.set_int_max_str_digits`).
     return marked("int", str(number) if number.bit_length() <= 1024 else hex(number))
 
 
@@ -255,7 +255,7 @@ def _base_of(value: Any) -> Any:
     for base, convert in _BASES:
         if isinstance(value, base):
             converted = convert(value)
-            # A pandas timestamp can have nanoseconds; a mock can only claim to be of this type.
+            # A pandas timestamp can have nanoseconds; a mock only pretends to be of this type.
             is_unsure = base in _MOMENTS or not issubclass(type(value), base)
             if is_unsure and not converted == value:
                 raise RefusedError(f"a {_type_name(value)} that does not equal its {base.__name__}")
@@ -299,7 +299,7 @@ def _distinct_bases(members: Iterable[Any]) -> list[Any]:
 
 
 def subscript(key: Any) -> str:
-    """Return the form of a key in errors; a key that is not a plain name can hold content and is not shown."""
+    """Return the form of a key in errors; a key that is not a plain name can contain content and is hidden."""
     return f"[{key!r}]" if type(key) is str and _PLAIN_NAME.fullmatch(key) else "[<key>]"
 
 

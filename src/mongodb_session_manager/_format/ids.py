@@ -9,21 +9,21 @@ from typing import Any
 from ..errors import InvalidArgumentError, raise_alone
 
 NO_MESSAGE: list[Any] = []
-"""Stands, in lists of stored ids, for an element of `messages` that is no message. It is kept and gets no id."""
+"""The placeholder in lists of stored ids for an element of `messages` that is not a message and gets no id."""
 
 
 def checked_id(value: object, name: str) -> str:
     """Return a valid session id or agent id.
 
     Raises:
-        InvalidArgumentError: The value is not a non-empty `str` that MongoDB can hold.
+        InvalidArgumentError: The value is not a non-empty `str` that MongoDB can store.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
     if not value:
         raise InvalidArgumentError(f"{name} must not be empty")
     if "\0" in value:
-        raise InvalidArgumentError(f"{name} must not hold a NUL character")
+        raise InvalidArgumentError(f"{name} must not contain a NUL character")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -35,7 +35,7 @@ def checked_message_id(value: object) -> int:
     """Return a valid message id.
 
     Raises:
-        InvalidArgumentError: The value is not an int >= 0 that MongoDB can hold.
+        InvalidArgumentError: The value is not an int >= 0 that MongoDB can store.
     """
     return checked_count(value, "message_id")
 
@@ -44,7 +44,7 @@ def checked_count(value: object, name: str) -> int:
     """Return a valid number of messages.
 
     Raises:
-        InvalidArgumentError: The value is not an int >= 0 that MongoDB can hold.
+        InvalidArgumentError: The value is not an int >= 0 that MongoDB can store.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidArgumentError(f"{name} must be an int >= 0, not {type(value).__name__}")
@@ -77,7 +77,7 @@ def message_id_of(stored: Any, position: int) -> int:
 
 
 def stored_id(message: object) -> Any:
-    """Return the id of an element of `messages` as it is stored, `None` for a message without one."""
+    """Return the stored id of an element of `messages`, or `None` for a message without one."""
     return message.get("message_id") if isinstance(message, dict) else NO_MESSAGE
 
 

@@ -72,7 +72,7 @@ def _malformed(fields: Mapping[str, Any], path: str, types: Mapping[str, type]) 
 
 
 def unusable_agents(document: Mapping[str, Any]) -> dict[str | None, MalformedField]:
-    """Return, by agent id, the fields that prevent restoring and writing an agent; `None` stands for all agents.
+    """Return, by agent id, the fields that prevent restoring and writing an agent; `None` means all agents.
 
     The document must have been read with `MALFORMED_AGENTS` and `malformed_messages`.
     """

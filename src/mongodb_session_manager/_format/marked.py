@@ -17,18 +17,18 @@ LEGACY_MARKER: Final = "__bytes_encoded__"
 CODEC_OPTIONS: Final[CodecOptions[dict[str, Any]]] = CodecOptions(
     tz_aware=True,
     tzinfo=UTC,
-    # With STANDARD, one stored UUID that has not 16 bytes makes the whole reply unreadable.
+    # With STANDARD, one stored UUID of a length other than 16 bytes makes the whole reply unreadable.
     uuid_representation=UuidRepresentation.UNSPECIFIED,
-    # Other programs can have stored strings that are not UTF-8.
+    # Other programs might have stored strings that are not UTF-8.
     unicode_decode_error_handler="replace",
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # a date beyond the year 9999 is a `DatetimeMS`
 )
 
 MAX_LEVELS: Final = 100
-"""The most levels of a stored document, including its root, as MongoDB documents it; the server accepts about 180."""
+"""The documented maximum number of levels of a stored document, with its root; the server accepts about 180."""
 
 MAX_NESTING: Final = 256
-"""The most levels of dicts and lists of one value, packed or not.
+"""The maximum number of levels of dicts and lists of one value, packed or not.
 
 Python's stack allows 1000 frames by default and the codec takes two for a level, so an encoded value can also be
 decoded at a greater depth of the stack.
@@ -46,7 +46,7 @@ def dump(value: Any) -> bytes:
 
 
 def load(data: bytes) -> Any:
-    """Return the value that `dump` was given.
+    """Return the value that was passed to `dump`.
 
     Raises:
         BSONError: The bytes are malformed.
@@ -55,7 +55,7 @@ def load(data: bytes) -> Any:
     try:
         return bson.decode(data, CODEC_OPTIONS)["v"]
     except InvalidBSON as error:
-        # PyMongo reports the end of the stack like malformed data; the words are CPython's, up to 3.13 and from 3.14.
+        # PyMongo reports stack exhaustion like malformed data; the words are CPython's, up to 3.13 and from 3.14.
         if str(error).startswith(("maximum recursion depth", "Stack overflow")):
             raise RecursionError(str(error)) from error
         raise

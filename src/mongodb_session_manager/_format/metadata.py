@@ -66,20 +66,20 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
         parts = path.split(".")
         if "\0" in path or any(not part or part.startswith("$") for part in parts):
             raise InvalidArgumentError(
-                f"{name} holds the key {path!r}: a key must not be empty, hold NUL, or have a segment between dots "
-                "that is empty or begins with $"
+                f"{name} contains the key {path!r}: a key must not be empty, contain NUL, or have a segment between "
+                "dots that is empty or begins with $"
             )
         if _RESERVED.intersection(parts):
-            raise InvalidArgumentError(f"{name} holds the key {path!r}, a segment of which marks encoded values")
+            raise InvalidArgumentError(f"{name} contains the key {path!r}, a segment of which marks encoded values")
         try:
             path.encode()
         except UnicodeEncodeError:
-            raise_alone(InvalidArgumentError(f"{name} holds a key with a lone surrogate"))
+            raise_alone(InvalidArgumentError(f"{name} contains a key with a lone surrogate"))
         split.append(parts)
     split.sort()
     for shorter, longer in itertools.pairwise(split):
         if longer[: len(shorter)] == shorter:
-            raise InvalidArgumentError(f"{name} holds both {'.'.join(shorter)!r} and {'.'.join(longer)!r}")
+            raise InvalidArgumentError(f"{name} contains both {'.'.join(shorter)!r} and {'.'.join(longer)!r}")
 
 
 def name_of(key: str) -> str:

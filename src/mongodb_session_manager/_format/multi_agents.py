@@ -97,7 +97,7 @@ def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: 
 
 
 def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) -> MultiAgentWrite | None:
-    """Return the write to send after a write matched nothing, `None` if the write is stored already.
+    """Return the write to send after a write matched nothing, or `None` if the write is stored already.
 
     Args:
         write: The write.
@@ -105,12 +105,12 @@ def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) ->
 
     Raises:
         SessionConflictError: Another writer has stored a state; the write is not stored.
-        AgentNotFoundError: The orchestrator does not exist any more.
+        AgentNotFoundError: The orchestrator no longer exists.
     """
     if stored is None:
         if write.expected is None:
             return write
-        raise AgentNotFoundError(f"the session has no multi-agent {write.multi_agent_id!r} any more")
+        raise AgentNotFoundError(f"the session no longer has multi-agent {write.multi_agent_id!r}")
     revision = stored["revision"]
     # A writer never stores a revision twice. At revision 0 it does not matter which writer created the orchestrator.
     is_ours = stored["writer"] == write.writer or (write.expected is None and revision == 0)
@@ -218,7 +218,7 @@ class MultiAgents:
     def raise_refusal(self, multi_agent_id: str | None = None, *, untold: bool = False) -> None:
         """Raise the error with which the state of an orchestrator, or of any one, was refused.
 
-        With `untold`, an error that was raised before is not raised again.
+        With `unreported`, an error that was raised before is not raised again.
         """
         for candidate, known in tuple(self._known.items()):
             if (

@@ -43,7 +43,7 @@ def next_date(moment: datetime, seconds: int) -> datetime:
 
 
 NO_TIME_TO_LIVE: Document = {"$not": {"$type": "int", "$gt": 0, "$not": {"$type": "array"}}}
-"""The condition for a missing `time_to_live`; an application can have stored another value."""
+"""The condition for a missing `time_to_live`; an application might have stored another value."""
 
 
 class Dates(NamedTuple):

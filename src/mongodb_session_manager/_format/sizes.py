@@ -127,7 +127,7 @@ def of_multi_agent(multi_agent_id: str) -> str:
 
 
 def refuse_unstorable(session_id: str, part: str, value: Any) -> None:
-    """Refuse a value, before it is encoded, if no document can hold it.
+    """Refuse a value before encoding if it is too large for any document.
 
     Raises:
         StateTooLargeError: It is larger than `MAX_DOCUMENT_BYTES`.
@@ -147,7 +147,7 @@ def too_large(session_id: str, part: str, size: int, sizes: Mapping[str, Any]) -
         session_id: The session.
         part: The name of the part.
         size: Its size in bytes.
-        sizes: The result of `PART_SIZES`; empty for a part that no document can hold.
+        sizes: The result of `PART_SIZES`; empty for a part that is too large for any document.
     """
     refused = f"session {session_id!r}: {part} was not stored: it takes {size} bytes, "
     if not sizes:

@@ -1,1 +1,1 @@
-"""How MongoDB is reached: the event loop, the connection, the driver's errors, commands and indexes."""
+"""Access to MongoDB: the event loop, the connection, the driver's errors, commands and indexes."""

@@ -1,4 +1,4 @@
-"""How a hook learns what a metadata change left stored, without a command of its own.
+"""Give a hook the stored metadata after a change, without an extra command.
 
 The asking follows the call, not its arguments: it reaches the repository through every other hook in between, and
 changes nothing that any of them passes or returns.
@@ -21,12 +21,12 @@ ACTED_ON = frozenset({CONNECTION_ID})
 
 @dataclass
 class StoredFields:
-    """Fields of a session's metadata as a change left them, for whoever asked with `asking_for`.
+    """Fields of a session's metadata after a change, requested with `asking_for`.
 
     Attributes:
         names: The fields asked for, all of them in `ACTED_ON`.
-        values: Those of them that are stored, once the change was made.
-        remove: Removes a field, unless its value is another one by then.
+        values: The stored ones after the change.
+        remove: Removes a field, unless its value has changed.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ _asked: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manag
 
 @contextmanager
 def asking_for(fields: StoredFields) -> Iterator[None]:
-    """Let the metadata changes of this block fill in `fields`, with the command that makes the change."""
+    """Make the metadata changes of this block fill in `fields`, with the same command."""
     token = _asked.set((*_asked.get(), fields) if fields.names else _asked.get())
     try:
         yield
@@ -48,5 +48,5 @@ def asking_for(fields: StoredFields) -> Iterator[None]:
 
 
 def asked_for() -> tuple[StoredFields, ...]:
-    """Return what the callers of this change asked for."""
+    """Return the requests of the callers of this change."""
     return _asked.get()

@@ -14,7 +14,7 @@ from pymongo import monitoring
 from .._format.dates import to_milliseconds
 
 _SHORT_STEP = timedelta(seconds=1)
-"""After a correction of the estimate that is shorter than this, `now` does not go back but repeats its last value."""
+"""After a correction of the estimate that is shorter than this, `now` repeats its last value instead of going back."""
 
 _PRECISE = 1.0
 """A measurement with a longer round trip, in seconds, does not replace an earlier one."""
@@ -47,8 +47,8 @@ class _Measurement:
 class ServerClock(monitoring.ServerHeartbeatListener):
     """Estimates the clock of the server that takes the writes, from its replies to `hello`.
 
-    The clock receives the heartbeats of an owned client. The driver does not publish those of a borrowed client, whose
-    clock is read with commands.
+    The clock receives the heartbeats of an owned client. The driver publishes no heartbeats of a borrowed client, so
+    the clock sends commands instead.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         """Forget a command that is done."""
         self.command = None
         if not command.cancelled():
-            command.exception()  # marked as retrieved: all callers can have been cancelled
+            command.exception()  # marked as retrieved: all callers might have been cancelled
 
     @property
     def _reading(self) -> _Measurement | None:

@@ -74,7 +74,7 @@ class Collection:
             raise
 
     async def find_one(self, condition: Document, projection: Mapping[str, Any] | None = None) -> Document | None:
-        """Return the first document that matches a filter, `None` if there is none."""
+        """Return the first document that matches a filter, or `None` if there is none."""
         return await self.send(lambda collection: collection.find_one(condition, projection))
 
     async def find(self, condition: Document, projection: Document | None = None, **options: Any) -> list[Document]:

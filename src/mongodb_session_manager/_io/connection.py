@@ -1,4 +1,4 @@
-"""One client and its life: opened on its event loop, closed after the operations under way, left behind by a fork."""
+"""One client and its life: opened on its event loop, closed after the operations in progress, left behind by a fork."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class Connection:
             client = await loop.run_in_executor(None, open_motor, self.settings.connection_string, loop, options)
         except (OSError, driver.PyMongoError, ValueError, TypeError, LookupError) as error:
             refusal = self.settings.refused(error)
-        if refusal is not None:  # outside of `except`: the driver's error may hold the password
+        if refusal is not None:  # outside of `except`: the driver's error can contain the password
             raise refusal
         if not options_of(client).write_concern.acknowledged:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
@@ -257,7 +257,7 @@ class Connection:
 
     @asynccontextmanager
     async def operation(self, *, timed: bool = True) -> AsyncIterator[None]:
-        """Run a block for which closing waits. Operations nest: closing lets the inner ones begin.
+        """Run a block for which closing waits. Operations nest: during closing, inner ones can still start.
 
         Args:
             timed: Whether to read the server's clock first, if it is unknown.
@@ -292,7 +292,7 @@ class Connection:
     def now(self) -> datetime:
         """Return the server's time as MongoDB stores it: UTC, whole milliseconds. Call it within an operation.
 
-        Dates that several processes compare come from this clock: the clocks of their machines can differ.
+        Dates that several processes compare come from this clock: the clocks of their machines are not synchronized.
         """
         return self._clock.now()
 
@@ -426,7 +426,7 @@ class Connection:
         while self._tasks or self._operations:
             if self._tasks:
                 await asyncio.wait(set(self._tasks))
-            else:  # an operation may start a task
+            else:  # an operation can start a task
                 self._idle.clear()
                 await self._idle.wait()
         if self.settings.client is None and (client := self._client) is not None:

@@ -57,7 +57,7 @@ _TLS_MISMATCH = re.compile(
 
 
 class DuplicateKeyError(DatabaseError):
-    """A document with the same value in a unique index exists already. Callers handle it for `_id`."""
+    """A document with the same value in a unique index already exists. Callers handle it for `_id`."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ UNSUPPORTED = "the server does not support"
 
 
 def may_be_sent_again(error: Exception) -> bool:
-    """Return whether the command that failed can be sent again at once; it may or may not have been applied.
+    """Return whether the failed command can be sent again at once, whether or not the server has applied it.
 
-    A timeout is final: it is as long as the user allows, and on a replica set the driver has sent the command twice
-    by then.
+    A timeout is final: it is the limit that the user set, and on a replica set the driver has already sent the command
+    twice.
     """
     return (
         isinstance(error, driver.PyMongoError)
@@ -208,7 +208,7 @@ def translate(
         case driver.OperationFailure() if _is_denied(error):
             return account().refused(_code(error))
         case driver.DuplicateKeyError():
-            return DuplicateKeyError("a document with the same value of a unique index exists already")
+            return DuplicateKeyError("a document with the same value of a unique index already exists")
         case driver.OperationFailure() if _code(error) in _UNAVAILABLE:
             return DatabaseUnavailableError(f"MongoDB is not available: {_shown_code(error)}")
         case driver.OperationFailure() if _code(error) in _TIMED_OUT:
@@ -218,9 +218,9 @@ def translate(
         case driver.OperationFailure():
             return DatabaseError(f"MongoDB refused the command: {_shown_code(error)}")
         case InvalidBSON():
-            return DatabaseError("the reply of MongoDB cannot be read: it holds invalid BSON")
+            return DatabaseError("cannot decode the reply of MongoDB: invalid BSON")
         case BSONError() | UnicodeEncodeError() | OverflowError():
-            return EncodingError("cannot store a value that BSON cannot hold")
+            return EncodingError("cannot store a value that BSON does not support")
         case _:
             return DatabaseError(f"MongoDB failed: {type(error).__name__}")
 

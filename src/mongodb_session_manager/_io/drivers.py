@@ -63,8 +63,7 @@ async def find_and_modify(
 ) -> dict[str, Any] | None:
     """Send a findAndModify that the driver does not send again by itself; return the new document's `fields`.
 
-    For one that the driver may send again, the server keeps a copy of the whole document: a session of 15 MB would be
-    written twice.
+    For a retryable write, the server keeps a copy of the whole document: a session of 15 MB would be written twice.
     """
     command = {
         "findAndModify": collection.name,
@@ -86,7 +85,7 @@ async def find_and_modify(
 
 
 async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run an aggregation; one that stores its result returns nothing."""
+    """Run an aggregation; with `$merge` or `$out`, the result is empty."""
     cursor = collection.aggregate(pipeline)
     if inspect.isawaitable(cursor):  # PyMongo's; Motor sends the command when its cursor is iterated
         cursor = await cursor
@@ -94,7 +93,7 @@ async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[s
 
 
 def check_client(client: object) -> None:
-    """Refuse what is no client, and a client whose writes are not acknowledged.
+    """Refuse a value that is not a client, and a client with unacknowledged writes.
 
     Raises:
         ClientTypeError: It is not a MongoDB client.
@@ -130,7 +129,7 @@ def motor_over(client: SyncClient, loop: asyncio.AbstractEventLoop, executor: Th
         loop: The event loop.
         executor: Runs the commands; `None` is Motor's own, which all clients of the process share.
     """
-    wrapper: MotorClient = AsyncIOMotorClient.__new__(AsyncIOMotorClient)  # its constructor opens a pool of its own
+    wrapper: MotorClient = AsyncIOMotorClient.__new__(AsyncIOMotorClient)  # its constructor opens its own pool
     AgnosticBase.__init__(wrapper, client)
     wrapper._io_loop = loop if executor is None else _LoopWithExecutor(loop, executor)
     return wrapper
@@ -167,7 +166,7 @@ def topology_of(client: Client) -> TopologyDescription:
 
 
 async def close_client(client: AsyncClient) -> None:
-    """Close a client; Motor's sends its last command on the calling thread, so it is closed in another one."""
+    """Close a client; a Motor client in another thread, because it sends its last command on the calling one."""
     if isinstance(client, AsyncIOMotorClient):
         await asyncio.get_running_loop().run_in_executor(None, client.close)
     else:

@@ -142,7 +142,7 @@ class Gate:
         while (left := end - loop.time()) > 0:
             selection = self._selection
             if selection is None:
-                # One thread selects for all callers: meanwhile the driver checks often, not every 10 s.
+                # One thread selects for all callers: during a selection the driver checks often, not every 10 s.
                 selection = loop.run_in_executor(self.executor, self._select)
                 selection.add_done_callback(self._selected)
                 self._selection = selection
@@ -163,7 +163,7 @@ class Gate:
     def _selected(self, selection: asyncio.Future[None]) -> None:
         self._selection = None
         if not selection.cancelled():
-            selection.exception()  # retrieved, because the callers may have been cancelled
+            selection.exception()  # retrieved, because the callers might have been cancelled
 
     def _is_known(self) -> bool:
         known = self._client.topology_description

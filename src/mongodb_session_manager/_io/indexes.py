@@ -26,10 +26,11 @@ _DROPPED = {26, 215, 276}
 """Server error codes of a build that ended because its collection was dropped."""
 
 _PASSING = {None, *_DROPPED}
-"""Codes of transient failures of an index build; `None` stands for an error without a code."""
+"""Codes of transient failures of an index build; `None` means an error without a code."""
 
 _ALIKE = {13, 8000, *_PASSING}
-"""Codes of failures that affect all indexes alike, such as missing privileges: building each alone does not help."""
+"""Codes of failures that affect all indexes alike, such as missing privileges: building each one separately does not
+help."""
 
 _indexed: dict[object, dict[tuple[object, ...], float]] = {}
 """When to build an index again (`inf` for never), by server or client, then by database, collection and fields.
@@ -41,14 +42,14 @@ _told: set[tuple[object, ...]] = set()
 """The missing indexes that were logged: server or client, database, collection, fields."""
 
 _MOST_INDEXES = 63
-"""The most indexes that MongoDB allows for a collection, without the index of `_id`."""
+"""The maximum number of indexes that MongoDB allows for a collection, without the index of `_id`."""
 
 _OPTIONS: dict[Fields, Document] = {
     ("state",): {"partialFilterExpression": {"state": {"$exists": True}}},
     ("expires_at",): {"expireAfterSeconds": 0},
     ("files_id", "n"): {"unique": True},
 }
-"""The options of indexes, for those that have any."""
+"""The options of the indexes that have any."""
 
 
 def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:

@@ -1,4 +1,4 @@
-"""The library's own event loop, on a daemon thread, and what the end of the interpreter closes.
+"""The library's own event loop on a daemon thread, and the cleanup at interpreter exit.
 
 The only module that starts threads.
 """
@@ -36,10 +36,10 @@ _GREENLETS = (
 )
 
 EXIT_TIMEOUT = 5.0
-"""Seconds that the end of the interpreter may wait for writes under way."""
+"""The maximum number of seconds that interpreter exit waits for writes in progress."""
 
 _EXIT_GRACE = 1.0
-"""Further seconds for what is closed after that time: to log its pending work and to close its sockets."""
+"""Further seconds to log the remaining work and to close the sockets."""
 
 _POLL = 0.005  # seconds
 
@@ -47,7 +47,7 @@ _THREAD_NAMES = "mongodb-session-manager"
 """The prefix of the names of the library's threads."""
 
 _IDLE = concurrent.futures.thread._worker.__code__
-"""The innermost code of an executor's thread that waits for work."""
+"""The code object in which an idle executor thread waits."""
 
 Lock = threading.Lock
 
@@ -60,7 +60,7 @@ class ThreadPool(ThreadPoolExecutor):
 
 
 class ExitOrder(IntEnum):
-    """The order in which the end of the interpreter closes things."""
+    """The order in which objects are closed at interpreter exit."""
 
     SESSIONS = 0
     NOTIFICATIONS = 1
@@ -68,7 +68,7 @@ class ExitOrder(IntEnum):
 
 
 CloseAtExit = Callable[[float], Coroutine[Any, Any, None]]
-"""A method that finishes pending work within a number of seconds; what comes later in `ExitOrder` is still open."""
+"""A method that finishes pending work within a number of seconds; objects later in `ExitOrder` are still open."""
 
 
 class _IOThread:
@@ -111,7 +111,7 @@ async def _cancel_the_rest() -> None:
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-# Reentrant, because the garbage collector may close something while its thread holds the lock.
+# Reentrant, because the garbage collector can close an object while its thread holds the lock.
 _lock = threading.RLock()
 _thread: _IOThread | None = None
 _exiting = False
@@ -158,7 +158,7 @@ def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
 
 
 def close_at_exit(close: CloseAtExit, loop: asyncio.AbstractEventLoop, order: ExitOrder) -> None:
-    """Register a method that the end of the interpreter calls, unless its object was collected before.
+    """Register a method that is called at interpreter exit, unless its object was collected before.
 
     The method is not registered if `loop` is not the library's own: no other loop runs that late.
     """
@@ -192,7 +192,7 @@ def _is_working(thread: threading.Thread) -> bool:
     if thread.name.startswith(_THREAD_NAMES) or type(thread).__name__ == "_ExecutorManagerThread":
         return False  # the library's threads and those of process pools end later
     frame = sys._current_frames().get(thread.ident or 0)
-    # Executors end their workers later, too: an idle worker does not count.
+    # An idle worker is not working: its executor stops it later.
     return frame is not None and frame.f_code is not _IDLE and not any(map(_waits_for_main_thread, _stack(frame)))
 
 
@@ -203,7 +203,7 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _waits_for_main_thread(frame: FrameType) -> bool:
-    """Return whether a function waits for the end of the main thread, which comes only after `_finish`.
+    """Return whether a function waits for the main thread, which ends only after `_finish`.
 
     Such a function joins the main thread, or calls both `main_thread` and `is_alive`.
     """
@@ -229,7 +229,7 @@ def _close_everything() -> None:
 
 
 async def _close_all() -> None:
-    """Close everything in its order, the youngest first; when the time is over, `close` is called with 0 seconds."""
+    """Close everything in order, the newest objects first; after the timeout, `close` is called with 0 seconds."""
     end = time.monotonic() + EXIT_TIMEOUT
     for order in ExitOrder:  # one after the other, because closing the first can open the next
         for key in sorted(key for key in list(_open_at_exit) if key[0] == order):
@@ -242,7 +242,7 @@ async def _close_all() -> None:
                 async with asyncio.timeout(left + _EXIT_GRACE / 2):
                     await close(left)
             except Exception as error:
-                # The text of a foreign error can quote content.
+                # The text of an error from outside the library can quote content.
                 reason = str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
                 logger.warning("close=<%r>, error=<%s> | not closed properly at exit", close, reason)
 

@@ -42,7 +42,7 @@ def checked_name(value: object, name: str) -> str:
     if not text:
         raise ConfigurationError(f"{name} must be a non-empty str")
     if refused := [character for character in _REFUSED[name] if character in text]:
-        raise ConfigurationError(f"{name} must not hold {refused[0]!r}, got {shown}")
+        raise ConfigurationError(f"{name} must not contain {refused[0]!r}, got {shown}")
     if len(text.encode()) > _MOST_BYTES[name]:
         raise ConfigurationError(f"{name} must have at most {_MOST_BYTES[name]} bytes, got {len(text.encode())}")
     if name == "collection_name" and (text.startswith((".", "system.")) or text.endswith(".") or ".." in text):

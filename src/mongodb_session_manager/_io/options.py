@@ -96,7 +96,7 @@ class ClientOptions(TypedDict, total=False):
     tlsDisableOCSPEndpointCheck: bool | None
     auto_encryption_opts: AutoEncryptionOpts | None
 
-    # What the server and the application see.
+    # Options that the server and the application see.
     appname: str | None
     appName: str | None
     driver: DriverInfo | None
@@ -140,7 +140,7 @@ class RepositoryOptions(ContentOptions, ClientOptions, total=False):
 
     Attributes:
         client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
-            It takes the place of the connection string and of the client options.
+            It replaces the connection string and the client options.
     """
 
     client: Client | None

@@ -1,8 +1,8 @@
 """Calling coroutine functions on an event loop from other threads and other event loops.
 
 An asynchronous MongoDB client works on the event loop it was first used on and on no other. Strands runs every
-synchronous `agent(...)` on a new loop, and a web server has loops of its own. So a client lives on one loop, and
-callers elsewhere reach it through a `Portal`.
+synchronous `agent(...)` on a new loop, and a web server has its own loops. So a client lives on one loop, and callers
+elsewhere reach it through a `Portal`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _STOPPED = "the event loop that the MongoDB client belongs to was stopped"
 
 _GONE = (
     "the event loop that the MongoDB client belongs to does not run: create the client on a loop that lives as long "
-    "as its sessions, or pass connection_string and let the library keep a loop of its own"
+    "as its sessions, or pass connection_string and let the library run its own loop"
 )
 
 _BLOCKED = (
     "the event loop that the MongoDB client belongs to takes no calls: something blocks it, perhaps a synchronous "
     'call on it that waits for this one, like agent("..."); on that loop await the asynchronous twin '
-    "(agent.invoke_async, agent.stream_async), or pass connection_string and let the library keep a loop of its own"
+    "(agent.invoke_async, agent.stream_async), or pass connection_string and let the library run its own loop"
 )
 
 START_TIMEOUT = 10.0
@@ -95,7 +95,7 @@ class Portal:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)
         if not task.cancelled():
-            task.exception()  # retrieved, because the caller may have been cancelled
+            task.exception()  # retrieved, because the caller might have been cancelled
 
     @property
     def _start_timeout(self) -> float:

@@ -27,7 +27,7 @@ SOCKET_TIMEOUT_MS = 30_000
 
 @dataclass(frozen=True)
 class Settings:
-    """Where MongoDB is: a connection string with client options, or a client that somebody else owns."""
+    """The connection settings: a connection string with client options, or a client that the caller owns."""
 
     connection_string: str | None = field(default=None, repr=False)
     client: Client | None = field(default=None, repr=False)
@@ -142,7 +142,7 @@ def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str,
             if name.lower() not in _SECRETS:
                 shown = reprlib.repr(value)
                 refusal = f"{name} cannot be {shown}" + ("" if isinstance(error, LookupError) else f": {error}")
-        if refusal:  # outside of `except`: an error that can hold a password must not become its context
+        if refusal:  # outside of `except`: an error that can contain a password must not become its context
             raise ConfigurationError(refusal)
     return options
 
@@ -155,12 +155,12 @@ def _unreadable(error: OSError, options: Mapping[str, Any]) -> str:
     return f"{' or '.join(named) or 'a file of TLS'} cannot be read ({reason})"
 
 
-_ESCAPE = "percent-encode the user name and the password (urllib.parse.quote_plus) if they hold any of : / ? # [ ] @ %"
+_ESCAPE = "percent-encode the user name and the password (urllib.parse.quote_plus) if they contain any of :/?#[]@%"
 
 
 def _check_uri(connection_string: str) -> None:
     if re.search(r"[\x00-\x1f\x7f]", connection_string):
-        raise ConfigurationError("connection_string holds a line break or another control character")
+        raise ConfigurationError("connection_string contains a line break or another control character")
     address = connection_string.partition("://")[2]
     authority = re.split("[/?]", address, maxsplit=1)[0]
     credentials = authority.rpartition("@")[0]
@@ -178,7 +178,7 @@ def _check_uri(connection_string: str) -> None:
         refusal = f": {_unreadable(error, {name: unquote(value) for name, value in found.items()})}"
     except (driver.PyMongoError, ValueError, TypeError, LookupError) as error:
         refusal = Settings(connection_string).reason(error) or ("@" in address and f": {_ESCAPE}") or ""
-    if refusal is not None:  # raised here so that the driver's error, which may hold the password, is not its context
+    if refusal is not None:  # outside of `except`: the driver's error can contain the password
         raise ConfigurationError(
             f"connection_string is not mongodb://[user:password@]host[:port]/[database][?options]{refusal}"
         )

@@ -1,1 +1,1 @@
-"""The session managers that agents are given, and the factory that makes them."""
+"""The session managers of agents, and the factory that creates them."""

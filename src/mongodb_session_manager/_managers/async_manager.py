@@ -24,13 +24,13 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
     """Keeps the agents of a session in MongoDB, without blocking an event loop.
 
     Open it with `async with`, or with `create_mongodb_session_manager_async(...)`. `Agent(session_manager=...)` then
-    restores from what was loaded and sends nothing. One manager can serve several agents of its session, asynchronous
-    and synchronous ones, on any thread and any event loop.
+    restores from the loaded data and sends no command. One manager can serve several agents of its session,
+    asynchronous and synchronous ones, on any thread and any event loop.
 
     Args:
         session_id: Any non-empty text without NUL.
         connection_string: The connection string of MongoDB; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the database named in the connection string, else `"agent_sessions"`.
+        database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
         **options: `ManagerOptions` documents each.
 
@@ -83,7 +83,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             metadata: Values by key; `a.b` sets `b` within `a`. Dates are stored as BSON dates: UTC, milliseconds.
 
         Returns:
-            `None`, or what the metadata hook returns.
+            The result of the metadata hook; `None` without one.
 
         Raises:
             InvalidArgumentError: A key cannot be set.
@@ -96,10 +96,10 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         return await self._hooked(self._repository.get_metadata, "get")
 
     async def delete_metadata(self, keys: list[str]) -> Any:
-        """Remove keys from the session's metadata; unknown keys are no error.
+        """Remove keys from the session's metadata; unknown keys are ignored.
 
         Returns:
-            `None`, or what the metadata hook returns.
+            The result of the metadata hook; `None` without one.
 
         Raises:
             InvalidArgumentError: `keys` is not a list of keys.
@@ -126,7 +126,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             feedback: Any keys; `rating` (`"up"`, `"down"`) and `comment` are the usual ones.
 
         Returns:
-            `None`, or what the feedback hook returns.
+            The result of the feedback hook; `None` without one.
 
         Raises:
             InvalidArgumentError: `feedback` is not a dict.
@@ -204,11 +204,11 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         """Flush, deliver pending notifications, and close the connection if the manager owns it. Idempotent.
 
         Args:
-            notification_timeout: Seconds to wait for the session's notifications. Those that are not delivered by then
-                are logged by name; their delivery goes on as long as the process runs.
+            notification_timeout: Seconds to wait for the session's notifications. Undelivered ones are logged by name;
+                their delivery continues while the process runs.
 
         Raises:
-            MongoDBSessionError: A change could not be stored, and no earlier call has raised why.
+            MongoDBSessionError: A change could not be stored, and no earlier call has raised the error.
         """
         if self._closing is None or not self._closing.is_set():
             await self._connection.portal.run(self._aclose, notification_timeout)

@@ -1,7 +1,7 @@
 """The base of both session managers: Strands' session logic over a unit of work, and when recorded changes are flushed.
 
 A callback per event runs Strands' own methods, which record changes, and then awaits one flush on the loop of the
-client. Nothing here does I/O on the caller's event loop.
+client. No code here does I/O on the caller's event loop.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .multi_agents import OrchestratorSessionManager
 from .options import Configuration, ManagerOptions
 from .restoring import RESTORE_ERRORS, restore_error
 from .unit_of_work import UnitOfWork
-from .user_hooks import Hook, hold, let_go
+from .user_hooks import Hook
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,6 @@ class SessionManagerBase(OrchestratorSessionManager):
             work = await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
             super().__init__(self.session_id, work)
             self._work = work
-            hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -214,7 +213,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         """Replace the agent's latest message with `redact_message`, and store a guardrail event.
 
         Args:
-            redact_message: The replacement; nothing of the original message stays stored.
+            redact_message: The replacement; the original message is removed completely.
             agent: The agent.
             action: The action of the guardrail.
             stop_reason: The model's stop reason; see `GUARDRAIL_STOP_REASONS`.
@@ -312,7 +311,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         agent = event.agent
         stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
-            # The changes can be stored by now, but the turn was stopped, and Strands can have wrapped the reason.
+            # The changes can be stored by now, but the turn was stopped, and Strands might have wrapped the reason.
             raise stopped
         with self._flusher.recording(agent):
             self.sync_agent(agent)
@@ -339,7 +338,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         return self._connection.portal.call(read, self.session_id, agent_id, end - begin, begin)
 
     async def _flush(self, agent_id: str | None = None) -> None:
-        """Wait until every recorded change is stored; raise what failed, of one agent or of all."""
+        """Wait until every recorded change is stored; raise the error of a failed write, of one agent or of all."""
         await self._flusher.flush(self._unit)
         self._unit.raise_refused(agent_id)
 
@@ -383,7 +382,6 @@ class SessionManagerBase(OrchestratorSessionManager):
         finally:
             try:
                 await drain(self._connection, notification_timeout, self.session_id)
-                await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
             finally:
                 try:
                     if self._owns_connection:

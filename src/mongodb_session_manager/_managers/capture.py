@@ -31,7 +31,7 @@ def capture_config(agent: LocalAgent) -> CapturedConfig:
 
 
 def capture_metrics(agent: LocalAgent) -> Document | None:
-    """Return the event-loop metrics of an agent since it was constructed; `None` if its kind has none.
+    """Return the event-loop metrics of an agent since it was constructed; `None` if this type of agent has none.
 
     Durations of cycles and tools are seconds, latencies milliseconds.
     """

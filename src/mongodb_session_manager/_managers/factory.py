@@ -19,7 +19,6 @@ from .options import Configuration, ManagerOptions, SessionOptions
 from .pending import PendingSession
 from .pool import ConnectionStats, connection_stats
 from .sync_manager import MongoDBSessionManager
-from .user_hooks import hold, let_go
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,11 +28,11 @@ class MongoDBSessionManagerFactory:
     """Creates session managers that share one client, and with it one connection pool.
 
     Creating a manager costs one command: it opens no connection and builds no index. The factory can be created before
-    the process forks; the child opens a client of its own.
+    the process forks; the child opens its own client.
 
     Args:
         connection_string: The connection string of MongoDB; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the database named in the connection string, else `"agent_sessions"`.
+        database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
         **options: `ManagerOptions` documents each.
 
@@ -52,7 +51,6 @@ class MongoDBSessionManagerFactory:
         self._options = self._configuration.options
         self._connection = self._configuration.connection
         self._repository = self._configuration.repository()  # now, because it checks its options
-        hold(self, self._options.metadata_hook, self._options.feedback_hook)
 
     def _share(self, connection: Connection) -> None:
         """Use another connection with the same settings; only before the first use."""
@@ -76,8 +74,8 @@ class MongoDBSessionManagerFactory:
 
         Args:
             session_id: The session; it is created if it is new.
-            database_name: `None` takes the factory's.
-            collection_name: `None` takes the factory's.
+            database_name: `None` uses the factory's.
+            collection_name: `None` uses the factory's.
             **options: They take the place of the factory's; `SessionOptions` documents each.
 
         Raises:
@@ -114,7 +112,7 @@ class MongoDBSessionManagerFactory:
 
         Args:
             collection_name: The collection of the values. It must not be that of the sessions.
-            database_name: `None` takes the factory's.
+            database_name: `None` uses the factory's.
 
         Raises:
             ConfigurationError: An argument is invalid.
@@ -266,13 +264,13 @@ class MongoDBSessionManagerFactory:
         await self._run(self._check, timeout)
 
     def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
-        """Deliver pending notifications, wait for writes under way, and close the client if the factory owns it.
+        """Deliver pending notifications, wait for writes in progress, and close the client if the factory owns it.
 
         Idempotent. The factory's managers cannot be used afterwards.
 
         Args:
-            notification_timeout: Seconds to wait for the notifications of all sessions. Those that are not delivered by
-                then are logged by name; their delivery goes on as long as the process runs.
+            notification_timeout: Seconds to wait for the notifications of all sessions. Undelivered ones are logged by
+                name; their delivery continues while the process runs.
         """
         if not self._connection.closed:
             self._call(self._aclose, notification_timeout)
@@ -294,7 +292,6 @@ class MongoDBSessionManagerFactory:
     async def _aclose(self, notification_timeout: float) -> None:
         try:
             await drain(self._connection, notification_timeout)
-            await let_go(self, self._options.metadata_hook, self._options.feedback_hook)
         finally:
             await self._connection.aclose()
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class Flusher:
     """Sends the changes that a unit of work has recorded.
 
-    A flush raises what failed to be sent. Changes that were refused are raised by the unit of work.
+    A flush raises the error of a failed write. Changes that were refused are raised by the unit of work.
     """
 
     def __init__(self, session_id: str, connection: Connection, repository: SharedRepository) -> None:

@@ -45,7 +45,7 @@ def get_global_factory() -> MongoDBSessionManagerFactory:
             "application's with mongodb_session_manager.fastapi.Factory"
         )
     if not factories:
-        raise FactoryNotInitializedError("there is no global factory: call initialize_global_factory(...) first")
+        raise FactoryNotInitializedError("no global factory: call initialize_global_factory(...) first")
     return factories[0]
 
 

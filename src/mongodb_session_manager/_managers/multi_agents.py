@@ -53,7 +53,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
         try:
             super().initialize_multi_agent(source, **kwargs)
             return
-        except Exception as error:  # a graph restores itself and can raise anything
+        except Exception as error:  # a graph restores itself and can raise any exception
             if isinstance(error, MongoDBSessionError) or not is_stored:
                 raise
             reason = type(error).__name__

@@ -20,7 +20,7 @@ from ..errors import ConfigurationError
 from .user_hooks import Hook, checked_hook
 
 SaveOn = Literal["message", "invocation"]
-"""`"message"` stores each message before the agent goes on, `"invocation"` all messages of a turn at its end."""
+"""`"message"` stores each message before the agent continues, `"invocation"` all messages of a turn at its end."""
 
 
 class SessionOptions(ContentOptions, total=False):
@@ -31,8 +31,8 @@ class SessionOptions(ContentOptions, total=False):
         metadataHook: Another spelling of `metadata_hook`.
         feedback_hook: Called around every new feedback, `def` or `async def`.
         feedbackHook: Another spelling of `feedback_hook`.
-        save_on: `"message"`, the default, stores each message before the agent goes on, `"invocation"` all messages of
-            a turn at its end.
+        save_on: `"message"`, the default, stores each message before the agent continues; `"invocation"` stores
+            all messages of a turn at its end.
     """
 
     metadata_hook: Hook | None
@@ -47,7 +47,7 @@ class ManagerOptions(SessionOptions, ClientOptions, total=False):
 
     Attributes:
         client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
-            It takes the place of the connection string and of the client options.
+            It replaces the connection string and the client options.
     """
 
     client: Client | None
@@ -84,7 +84,7 @@ class Options:
         """Return these options with some replaced; an option that is `None` is not given.
 
         Raises:
-            ConfigurationError: An option is unknown, invalid, or given in both spellings.
+            ConfigurationError: An option is unknown, invalid, or passed in both spellings.
         """
         known = [option.name for option in fields(self)]
         options: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class Options:
             if value is None:
                 continue
             if option in options:
-                raise ConfigurationError(f"{option} is given in both spellings")
+                raise ConfigurationError(f"{option} is passed in both spellings")
             options[option] = value
         return replace(self, **options)
 
@@ -106,7 +106,7 @@ OPTIONS = ("connection_string", "client", *Options.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a manager or factory works with."""
+    """The collaborators and options of a manager or factory."""
 
     options: Options
     connection: Connection

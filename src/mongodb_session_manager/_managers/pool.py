@@ -36,7 +36,7 @@ class ConnectionStats(TypedDict):
 
 async def connection_stats(connection: Connection) -> ConnectionStats:
     """Return the state of the pool, with the version that the server answers."""
-    pool = connection.pool_stats()  # before the command, which can wait for a connection itself
+    pool = connection.pool_stats()  # counted before the command, because the command can wait for a connection
     version, status, error = None, "connected", None
     try:
         version = await connection.server_version()
@@ -133,8 +133,8 @@ class MongoDBConnectionPool:
     def _replace(cls, wanted: Connection, *, taking: bool) -> Connection:
         """Return the pool's connection if it has the wanted settings; else make `wanted` the pool's connection.
 
-        The earlier connection is closed, unless a global factory has taken it, which closes it itself. A taken
-        connection is not given to another factory.
+        The earlier connection is closed, unless a global factory has taken it, which closes it itself. A connection in
+        use is not passed to another factory.
         """
         with cls._lock:
             current, is_taken = cls._current(), cls._is_taken

@@ -1,4 +1,4 @@
-"""One agent of a unit of work: its loaded state, the id of its next message, and why its changes were refused."""
+"""One agent of a unit of work: its loaded state, the id of its next message, and the refusal of its changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LastMessage(NamedTuple):
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Self:
-        """Return what identifies a message."""
+        """Return the identifying values of a message."""
         return cls(message.get("tracking_id"), list(message.get("content") or ()))
 
     def is_start_of(self, message: Mapping[str, Any]) -> bool:
@@ -109,7 +109,7 @@ class RecordedAgent:
         self.newest_is_plain = False
 
     def append(self, session_message: SessionMessage, message: StoredMessage) -> None:
-        """Remember a message that was appended, as it was passed and as it is stored."""
+        """Remember an appended message in its original and its stored form."""
         message_id = session_message.message_id
         self.last_appended = message_id
         self.last = LastMessage.of(session_message.message)
@@ -147,13 +147,13 @@ class RecordedAgent:
             self.refusal = error
 
     def raise_refusal(self, *, untold: bool = False) -> None:
-        """Raise why changes were refused; with `untold`, unless it was raised before."""
+        """Raise the refusal of changes; with `unreported`, only if it has not been raised before."""
         if self.refusal is not None and not (untold and self._refusal_told):
             self._refusal_told = True
             raise again(self.refusal)
 
     def raise_too_large(self, *, untold: bool) -> None:
-        """Raise why the state was not stored; with `untold`, unless it was raised before."""
+        """Raise the refusal of the state; with `unreported`, only if it has not been raised before."""
         if self.too_large is None or (untold and self._too_large_told):
             return
         error, self._too_large_told = self.too_large, True
@@ -163,7 +163,7 @@ class RecordedAgent:
 
 
 def _is_odd(name: str, stored: Any) -> bool:
-    """Return whether a stored part of an agent's state cannot be restored as it is."""
+    """Return whether a stored part of an agent's state is malformed, so that it cannot be restored unchanged."""
     state = decode(stored)
     if type(state) is not dict:
         return state is not None or name == "conversation_manager_state"

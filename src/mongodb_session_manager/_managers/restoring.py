@@ -23,7 +23,7 @@ RESTORE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, Arithmetic
 def restore_error(session_id: str, agent_id: str, error: Exception) -> DatabaseError | None:
     """Return an error that names the session and the field, without the text of `error`, which can quote content.
 
-    `None` stands for an error with another cause.
+    `None` means an error with another cause.
     """
     names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
     field = next((field for name, field in _RESTORED_IN.items() if name in names), "messages")

@@ -33,7 +33,7 @@ class MongoDBSessionManager(SessionManagerBase):
     Args:
         session_id: Any non-empty text without NUL.
         connection_string: The connection string of MongoDB; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the database named in the connection string, else `"agent_sessions"`.
+        database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
         **options: `ManagerOptions` documents each.
 

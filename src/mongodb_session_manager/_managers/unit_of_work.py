@@ -54,9 +54,9 @@ class UnitOfWork(SessionRepository):
     """One open session.
 
     Strands reads the loaded state from it and writes changes to it. Values are encoded when they are recorded, so later
-    changes to them do not reach the database. Recorded changes stay until `settle` says what became of them. The log
-    is only appended to and cut at its head, which is atomic in Python, so recording needs no lock. Two threads must not
-    record for one agent at the same time; Strands does not.
+    changes to them do not reach the database. Recorded changes stay pending until `settle` reports their outcome. The
+    log is only appended to and cut at its head, which is atomic in Python, so recording needs no lock. Two threads must
+    not record for one agent at the same time; Strands does not.
 
     Args:
         session_id: The session.
@@ -105,8 +105,8 @@ class UnitOfWork(SessionRepository):
     def pending(self) -> tuple[Change, ...]:
         """Return the pending changes, oldest first; one flush at a time may call it.
 
-        Changes that an agent recorded while its refusal was on the way are dropped here: they must not be stored behind
-        those of another writer.
+        Changes that an agent recorded while the refused flush was in flight are dropped here: they must not be stored
+        after the changes of another writer.
         """
         for position in reversed(range(len(self._log))):
             if self._agents[self._log[position].agent_id].refusal is not None:
@@ -129,27 +129,27 @@ class UnitOfWork(SessionRepository):
         self._log[:count] = [change for change in self._log[:count] if change.agent_id in kept]
 
     def raise_refused(self, agent_id: str | None = None) -> None:
-        """Raise why changes were refused: those of an agent, or of any agent or orchestrator."""
+        """Raise the refusal of an agent's changes, or of any agent or orchestrator."""
         self.raise_refusal(agent_id)
         for agent in self._chosen(agent_id):
             agent.raise_too_large(untold=agent_id is not None)
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
-        """Raise why changes were refused for good: those of an agent, or of any agent or orchestrator."""
+        """Raise the final refusal of an agent's changes, or of any agent or orchestrator."""
         for agent in self._chosen(agent_id):
             agent.raise_refusal()
         if agent_id is None:
             self.multi_agents.raise_refusal()
 
     def raise_untold_refusal(self) -> None:
-        """Raise why changes were refused, unless it was raised before."""
+        """Raise the refusals of changes that have not been raised before."""
         for agent in self._chosen(None):
             agent.raise_refusal(untold=True)
             agent.raise_too_large(untold=True)
         self.multi_agents.raise_refusal(untold=True)
 
     def _chosen(self, agent_id: str | None) -> list[RecordedAgent]:
-        # Other threads can add agents meanwhile: a tuple of the keys is made in one step, one of the items is not.
+        # Other threads can add agents concurrently: copying the keys is atomic, copying the items is not.
         chosen = tuple(self._agents) if agent_id is None else (agent_id,)
         return [self._agents[each] for each in chosen if each in self._agents]
 
@@ -215,7 +215,7 @@ class UnitOfWork(SessionRepository):
             self._record(ObserveConfig(agent_id, agent.next_message_id, fields))
 
     def keep_config(self, agent_id: str, fields: Iterable[str]) -> None:
-        """Keep fields of an agent's configuration from now on, because a user has set them."""
+        """Keep fields of an agent's configuration that a user has set."""
         if agent_id in self._agents:
             self._agents[agent_id].set_by_user.update(fields)
 
@@ -294,8 +294,8 @@ class UnitOfWork(SessionRepository):
         Strands appends a further input to the last message if both have the same role, and keeps its tracking id. Any
         other message is a new one, whatever its tracking id: applications pass the same message twice.
 
-        The id is given here and written into `session_message`, because behind a conversation manager that has
-        removed all messages Strands would begin again at 0.
+        The id is assigned here and written into `session_message`, because Strands would restart at 0 after a
+        conversation manager has removed all messages.
 
         Raises:
             MessageTooLargeError: The message cannot be stored. Nothing is recorded; the next one gets the id.
@@ -342,7 +342,7 @@ class UnitOfWork(SessionRepository):
         return last is not None and last.is_start_of(message)
 
     def end_message(self, agent_id: str) -> None:
-        """Treat the next message of an agent as a new one, whatever it begins with."""
+        """Treat the next message of an agent as a new one, even if it continues the last one."""
         self._agent(agent_id).last = None
 
     def list_messages(

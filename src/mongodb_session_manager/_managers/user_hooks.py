@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -22,9 +22,9 @@ from ..errors import ConfigurationError
 class Hook(Protocol):
     """A function that is called around every use of a session's metadata or around every new feedback.
 
-    It returns what the caller gets, and the operation happens only if it calls `original_func`. It can be `def` or
-    `async def`, with either manager. In a `def` hook, `original_func` waits and returns the result. In an `async def`
-    hook, and in an awaitable that a `def` hook returns, `original_func` returns an awaitable.
+    The caller gets its return value. The operation happens only if the hook calls `original_func`. The hook can be
+    `def` or `async def`, with either manager. In a `def` hook, `original_func` waits and returns the result. In an
+    `async def` hook, and in an awaitable that a `def` hook returns, `original_func` returns an awaitable.
 
     | hook | action | keyword argument |
     |---|---|---|
@@ -56,8 +56,8 @@ def checked_hook(hook: object, name: str) -> None:
 _waits: ContextVar[bool | None] = ContextVar("mongodb_session_manager_original_waits", default=None)
 """Whether `original_func` waits in the current hook; `None` outside of hooks and in a thread that a hook started.
 
-A context variable, and not an argument: a hook can pass `original_func` through functions of its own to another hook or
-to a chain, and what it is called from decides whether it waits.
+A context variable, and not an argument: a hook can pass `original_func` through its own functions to another hook or a
+chain, and the innermost hook that calls it decides whether it waits.
 """
 
 
@@ -211,31 +211,6 @@ async def _in_thread(call: Callable[[], Any]) -> Any:
         _depth.reset(token)
 
 
-@runtime_checkable
-class HeldHook(Protocol):
-    """A hook with a resource that is closed with the last manager or factory that uses the hook."""
-
-    def hold(self, user: object) -> None:
-        """Add a user."""
-
-    async def let_go(self, user: object) -> None:
-        """Remove a user."""
-
-
-def hold(user: object, *hooks: object) -> None:
-    """Add a manager or factory to the users of hooks."""
-    for hook in hooks:
-        if isinstance(hook, HeldHook):
-            hook.hold(user)
-
-
-async def let_go(user: object, *hooks: object) -> None:
-    """Remove a manager or factory from the users of hooks."""
-    for hook in hooks:
-        if isinstance(hook, HeldHook):
-            await hook.let_go(user)
-
-
 def chain_hooks(*hooks: Hook | None) -> Hook:
     """Return one hook that calls several: each one is the `original_func` of the hook before it.
 
@@ -259,12 +234,6 @@ class _Chain:
 
     def __repr__(self) -> str:
         return f"chain_hooks({', '.join(map(repr, self.hooks))})"
-
-    def hold(self, user: object) -> None:
-        hold(user, *self.hooks)
-
-    async def let_go(self, user: object) -> None:
-        await let_go(user, *self.hooks)
 
     def __call__(self, original_func: Callable[..., Any], action: str, session_id: str, **argument: Any) -> Any:
         if not _original_waits(self):
@@ -294,7 +263,7 @@ class _Chain:
 
         def following(*args: Any, **kwargs: Any) -> Any:
             awaited = self._run(place + 1, original, action, session_id, _argument(argument, args, kwargs))
-            # From any thread: a `def` hook can call it in a thread of its own.
+            # From any thread: a `def` hook can call it in its own thread.
             return asyncio.run_coroutine_threadsafe(awaited, loop).result() if _original_waits(hook) else awaited
 
         return await _run(hook, partial(hook, following, action, session_id, **argument))

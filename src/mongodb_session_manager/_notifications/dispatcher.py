@@ -24,16 +24,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_WAITING = 10_000
-"""The most notifications in the queue."""
+"""The maximum number of notifications in the queue."""
 
 MAX_WAITING_BYTES = 64 * 1024 * 1024
-"""The most bytes of messages in the queue."""
+"""The maximum number of bytes of messages in the queue."""
 
 _WORKERS = 16
-"""The most concurrent deliveries."""
+"""The maximum number of concurrent deliveries."""
 
 _WORKERS_PER_NAME = 6
-"""The most concurrent deliveries of one name: a receiver that hangs leaves workers for the other receivers."""
+"""The maximum number of concurrent deliveries of one name, so that a slow receiver leaves workers for others."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds between two tries
 _CANCELLATION = 0.5  # seconds that cancelled deliveries have to end
@@ -47,8 +47,8 @@ class Dispatcher:
 
     Args:
         portal: The way to the event loop.
-        max_waiting: The most notifications in the queue.
-        max_bytes: The most bytes of messages in the queue.
+        max_waiting: The maximum number of notifications in the queue.
+        max_bytes: The maximum number of bytes of messages in the queue.
     """
 
     def __init__(self, portal: Portal, *, max_waiting: int = MAX_WAITING, max_bytes: int = MAX_WAITING_BYTES) -> None:
@@ -66,7 +66,7 @@ class Dispatcher:
         self._settled = asyncio.Event()
 
     def submit(self, notification: Notification) -> None:
-        """Queue a notification and return at once. If the queue is full or closed, give the notification up."""
+        """Queue a notification and return at once. If the queue is full or closed, drop the notification."""
         source, warning = notification.source, False
         with self._lock:
             source.submitted += 1
@@ -210,7 +210,7 @@ class Dispatcher:
                     await self._settled.wait()
 
     async def aclose(self, seconds: float) -> None:
-        """Refuse new notifications, deliver the pending ones within `seconds`, and give up the rest."""
+        """Refuse new notifications, deliver the pending ones within `seconds`, and drop the rest."""
         with self._lock:
             self._closing = True
         if seconds > 0:
@@ -226,7 +226,7 @@ class Dispatcher:
             error = NotificationError("the process exited before the notification was delivered")
             _guarded(notification.name, "on_error", give_up, notification, error)
         if left:
-            logger.error("undelivered=<%r> | notifications were lost at the end of the process", names_of(left))
+            logger.error("undelivered=<%r> | notifications were lost at process exit", names_of(left))
 
 
 def _is_worth_retrying(notification: Notification, error: BaseException) -> bool:
@@ -236,7 +236,7 @@ def _is_worth_retrying(notification: Notification, error: BaseException) -> bool
 
 
 def _guarded(event_name: str, callback: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """Call a user's callback, which can raise anything: SystemExit would end the event loop."""
+    """Call a user's callback, which can raise any exception: SystemExit would end the event loop."""
     try:
         return call(*args, **kwargs)
     except BaseException as failure:

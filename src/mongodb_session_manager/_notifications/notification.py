@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NotificationEvent:
-    """A notification that was given up, as `on_error` gets it.
+    """A dropped notification, as passed to `on_error`.
 
     Attributes:
         name: The event name, like `"sqs.metadata_update"`.
@@ -37,7 +37,7 @@ OnError = Callable[[NotificationEvent, BaseException], object]
 
 
 def describe(error: BaseException) -> str:
-    """Return what can be logged of an error: its type, because its text can quote a message or a credential."""
+    """Return the loggable part of an error: its type, because its text can quote a message or a credential."""
     return str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
 
 
@@ -46,7 +46,7 @@ class Policy:
     """The retry policy of a notification.
 
     Attributes:
-        max_tries: The most tries.
+        max_tries: The maximum number of tries.
         time_limit: Seconds for one try.
         is_worth_retrying: Returns whether an error can be transient.
         describe: Returns the text to log for an error.

@@ -69,8 +69,8 @@ def notify_later(
     """Queue a delivery that runs in the background, and return at once. Call it in a hook, on any thread or event loop.
 
     Deliveries run on the library's own event loop, in the order of submission per session. A failed delivery is retried
-    after pauses that double. A delivery that is given up is logged by its name, counted
-    (`factory.get_notification_stats()`) and passed to `on_error`. A delivery is given up at once if the queue is full:
+    after pauses that double. A delivery that is dropped is logged by its name, counted
+    (`factory.get_notification_stats()`) and passed to `on_error`. A delivery is dropped at once if the queue is full:
     10,000 notifications or 64 MiB of messages. Closing a manager or a factory, and the exit of the interpreter, wait up
     to 5 seconds for pending deliveries.
 
@@ -81,7 +81,7 @@ def notify_later(
         on_error: Called with a `NotificationEvent` and the exception, on the library's event loop or on the calling
             thread. It must return at once.
         retry_on: The exceptions to retry after, or a function that returns whether to retry after an exception.
-        max_tries: The most tries.
+        max_tries: The maximum number of tries.
         time_limit: Seconds for one try.
         message: The payload, for `on_error`. Its length counts against the 64 MiB.
 
@@ -167,7 +167,7 @@ def stats_of(owner: object) -> NotificationStats:
 
 
 async def drain(owner: object, seconds: float, session_id: str | None = None) -> None:
-    """Wait until an owner's notifications, of one session or of all, are settled; log those that are not in time.
+    """Wait until an owner's notifications, of one session or of all, are settled; log the ones that time out.
 
     The process continues to deliver them.
     """

@@ -19,7 +19,7 @@ _OPTIONS = ("connection_string", "database_name", "collection_name", "client", *
 
 
 class SharedRepository(ConversationMethods, MultiAgentMethods, MetadataMethods, ListingMethods, CopyingMethods):
-    """The methods of `AsyncMongoDBSessionRepository`, on a store whose connection somebody else can own."""
+    """The methods of `AsyncMongoDBSessionRepository`, on a store whose connection can have another owner."""
 
     @property
     def portal(self) -> Portal:
@@ -51,12 +51,12 @@ class SharedRepository(ConversationMethods, MultiAgentMethods, MetadataMethods, 
 class AsyncMongoDBSessionRepository(SharedRepository):
     """Sessions in a MongoDB collection, one document each.
 
-    Every method is a coroutine on the event loop on which the repository was first used. Methods with the names of
-    those of `strands.session.SessionRepository` do what Strands documents.
+    Every method is a coroutine on the event loop on which the repository was first used. Methods that share a name with
+    one of `strands.session.SessionRepository` behave as Strands documents.
 
     Args:
         connection_string: The server; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the database that the connection string names, else `"agent_sessions"`.
+        database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
         **options: `RepositoryOptions` documents each.
 

@@ -95,7 +95,7 @@ class ConversationMethods(RepositoryMethods):
         return session
 
     async def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
-        """Return a session, `None` if it does not exist."""
+        """Return a session, or `None` if it does not exist."""
         fields = dict.fromkeys(("session_type", "created_at", "updated_at", *OF_V1), 1)
         document = await self._store.sessions.find(session_id, {**LIFE, **fields})
         if document is None:
@@ -136,7 +136,7 @@ class ConversationMethods(RepositoryMethods):
         await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
 
     async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
-        """Return an agent, `None` if the session has no such agent.
+        """Return an agent, or `None` if the session has no such agent.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -186,7 +186,7 @@ class ConversationMethods(RepositoryMethods):
     async def read_message(
         self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
     ) -> SessionMessage | None:
-        """Return a message, `None` if the agent has no such message.
+        """Return a message, or `None` if the agent has no such message.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -243,7 +243,7 @@ class ConversationMethods(RepositoryMethods):
         Args:
             session_id: The session.
             agent_id: The agent.
-            limit: The most messages to return; `None` for all.
+            limit: The maximum number of messages to return; `None` for all.
             offset: The number of oldest messages to skip.
             **kwargs: Unused; later versions of Strands can pass more.
 

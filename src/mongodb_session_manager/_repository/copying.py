@@ -26,12 +26,13 @@ class CopyingMethods(RepositoryMethods):
     async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
 
-        Memory does not grow with the session. The session can be written to meanwhile: the export holds the messages
-        that were stored when the first line was requested, each once, as it is when the export reaches it. A message
-        that was redacted before that is exported redacted, without its attachments. Stopping early leaks no cursor.
+        Memory does not grow with the session. The session can be written to during an export: it contains the messages
+        that were stored when the first line was requested, each exactly once, in its state when the export reaches it.
+        A message that was redacted before that is exported redacted, without its attachments. Stopping early leaks no
+        cursor.
 
         Raises:
-            SessionNotFoundError: The session does not exist, or was removed meanwhile.
+            SessionNotFoundError: The session does not exist, or was removed during the call.
             AttachmentError: An attachment is missing or damaged.
         """
         export = self._export(session_id)
@@ -45,9 +46,9 @@ class CopyingMethods(RepositoryMethods):
         """Store an exported session and return its id; the session is invisible until it is complete.
 
         The stream can come from an untrusted source. An import that fails, is refused or is cancelled leaves no
-        session. The incomplete copy of a killed process is invisible, and other processes remove it when its lease of a
-        minute is over. The session and its messages keep their dates. With `session_ttl`, the session has its whole
-        time to live ahead when the import is complete.
+        session. The incomplete copy of a killed process is invisible, and other processes remove it when its lease of
+        one minute has expired. The session and its messages keep their dates. With `session_ttl`, the time to live of
+        the session starts when the import is complete.
 
         Args:
             stream: The lines that `export_session` yielded: an open file, or an iterable or asynchronous iterable of
@@ -58,8 +59,8 @@ class CopyingMethods(RepositoryMethods):
         Raises:
             InvalidArgumentError: The stream is damaged, truncated, or not an exported session of a known version; the
                 message names the line.
-            SessionExistsError: A session with that id exists and stays unchanged, or another copy into it is under way.
-            SessionConflictError: Another process has removed the copy, because its lease was over.
+            SessionExistsError: A session with that id exists and stays unchanged, or is being copied.
+            SessionConflictError: Another process has removed the copy, because its lease had expired.
             MessageTooLargeError: The session does not fit into documents of MongoDB.
         """
         return await feed(portal_to(asyncio.get_running_loop()), self._import(session_id), stream)
@@ -71,11 +72,11 @@ class CopyingMethods(RepositoryMethods):
 
         Attachments are copied on the server; messages pass through this process, a few megabytes at a time. They keep
         their dates and ids; `created_at` of the fork is the current time. The fork has the metadata of the session, the
-        guardrail events and running totals of its own messages, and no feedback, which was given for another
+        guardrail events and usage totals of the copied messages, and no feedback, because that refers to another
         continuation.
 
         A cut agent has its current state, without pending interrupts and without the state of its model. Its
-        conversation manager shows as many messages as now, if the fork has that many; a summary that covers later
+        conversation manager keeps the size of its window, if the fork has enough messages; a summary that covers later
         messages is removed. Orchestrators have their current states. The fork of an expiring session expires, too.
 
         The session stays unchanged, except that a session of an earlier version is migrated as if it was opened.
@@ -88,9 +89,9 @@ class CopyingMethods(RepositoryMethods):
 
         Raises:
             InvalidArgumentError: An argument is invalid, or `at_message` is one id for several agents.
-            SessionNotFoundError: The session does not exist, or was removed meanwhile.
-            SessionExistsError: The session `new_id` exists and stays unchanged, or another copy into it is under way.
-            SessionConflictError: Another process has removed the copy, because its lease was over.
+            SessionNotFoundError: The session does not exist, or was removed during the call.
+            SessionExistsError: The session `new_id` exists and stays unchanged, or another copy into it is in progress.
+            SessionConflictError: Another process has removed the copy, because its lease had expired.
             AgentNotFoundError: The session has no agent that `at_message` names.
             MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing.
@@ -100,13 +101,13 @@ class CopyingMethods(RepositoryMethods):
     async def write_back(self, session_id: str) -> None:
         """Write the archived messages and the attachments of a session back into its document.
 
-        Versions 0.5 to 0.9 then restore the whole session. Call it when no process of this version writes to the
-        session any more: the next append that exceeds the limits moves old messages to the archive again, and the next
-        large attachment goes to GridFS.
+        Versions 0.5 to 0.9 then restore the whole session. Call it after the last write of this version to the session:
+        the next append that exceeds the limits moves old messages to the archive again, and the next large attachment
+        goes to GridFS.
 
-        The session is written back as a whole or not at all. Messages that are appended, replaced or redacted
-        meanwhile are kept. If the call is interrupted, another call removes left-over buckets and attachments. A
-        session that is written back already stays as it is.
+        The session is written back as a whole or not at all. Messages that are appended, replaced or redacted during
+        the call are kept. If the call is interrupted, another call removes left-over buckets and attachments. A session
+        that is already written back stays unchanged.
 
         Args:
             session_id: The session.
@@ -114,8 +115,8 @@ class CopyingMethods(RepositoryMethods):
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
             SessionNotFoundError: The session does not exist.
-            StateTooLargeError: The document would exceed 16 MiB; the session stays as it is.
-            AttachmentError: An attachment is missing or damaged; the session stays as it is.
-            DatabaseError: An archived message is missing, or other writers changed the session again and again.
+            StateTooLargeError: The document would exceed 16 MiB; the session stays unchanged.
+            AttachmentError: An attachment is missing or damaged; the session stays unchanged.
+            DatabaseError: An archived message is missing, or other writers kept changing the session.
         """
         await WriteBack(self._store).write_back(session_id)

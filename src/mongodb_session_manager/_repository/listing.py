@@ -29,7 +29,7 @@ from .base import RepositoryMethods
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
 
 MOST = 1000
-"""The most sessions of a page."""
+"""The maximum number of sessions of a page."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
@@ -205,7 +205,7 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
         query = {**meant, date: bounds, **LIVE}
     else:
         beyond = "$lt" if backwards else "$gt"
-        # Each branch is one stretch of the index, so that neither reads what earlier pages have read.
+        # Each branch is one range of the index, so that neither reads sessions of earlier pages again.
         same = {**meant, date: {**bounds, "$eq": position.date}, "_id": {beyond: position.session_id}}
         further = {**meant, date: {**bounds, beyond: position.date}}
         query = {"$or": [same, further], **LIVE}
@@ -291,7 +291,9 @@ def _refuse_operators(value: object, name: str) -> None:
         match found:
             case Mapping():
                 if any(isinstance(key, str) and key.startswith("$") for key in found):
-                    raise InvalidArgumentError(f"{name} holds a key that begins with $: give a value, not an operator")
+                    raise InvalidArgumentError(
+                        f"{name} contains a key that begins with $: give a value, not an operator"
+                    )
                 waiting += found.values()
             case list() | tuple() | set() | frozenset():
                 waiting += found
@@ -324,7 +326,7 @@ class ListingMethods(RepositoryMethods):
             created_after: The session was created later; a moment without a zone is UTC.
             updated_after: The session was written to later; a moment without a zone is UTC.
             order: The date to sort by, with `-` for the latest first. Sessions with the same date are sorted by id.
-            limit: The most sessions to return, at most 1000.
+            limit: The maximum number of sessions to return, at most 1000.
             cursor: The `next_cursor` of the page before; the other arguments must be the same.
 
         Raises:

@@ -99,7 +99,7 @@ class MetadataMethods(RepositoryMethods):
         while not await self._change_intact(session_id, metadata, {"$set": sets}):
             if any("." in key for key in metadata):  # else it was deleted and created again
                 raise InvalidArgumentError(
-                    "metadata holds a key with dots that leads into a stored value that has no keys"
+                    "metadata contains a key with dots that leads into a stored value that has no keys"
                 )
 
     async def get_metadata(self, session_id: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class MetadataMethods(RepositoryMethods):
         return {"metadata": await compute(decode_values, metadata)}
 
     async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
-        """Remove keys from a session's metadata; unknown keys are no error.
+        """Remove keys from a session's metadata; unknown keys are ignored.
 
         Raises:
             InvalidArgumentError: `keys` is not a list of keys.
@@ -151,7 +151,7 @@ class MetadataMethods(RepositoryMethods):
                 raise SessionNotFoundError(f"session {session_id!r} does not exist")
 
     async def get_application_name(self, session_id: str) -> str | None:
-        """Return the application name of a session, `None` if it has none.
+        """Return the application name of a session, or `None` if it has none.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -172,7 +172,7 @@ class MetadataMethods(RepositoryMethods):
         return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
     async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
-        """Return an agent's model, system prompt and prompt metadata, `None` if the session has no such agent.
+        """Return an agent's model, system prompt and prompt metadata, or `None` if the session has no such agent.
 
         Raises:
             SessionNotFoundError: The session does not exist.

@@ -52,7 +52,7 @@ class MultiAgentMethods(RepositoryMethods):
                 await self._store.sessions.get(session_id, {"_id": 1})
 
     async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
-        """Return the state of a graph or swarm, `None` if the session has no such graph or swarm.
+        """Return the state of a graph or swarm, or `None` if the session has no such graph or swarm.
 
         Raises:
             SessionNotFoundError: The session does not exist.
@@ -112,7 +112,7 @@ class MultiAgentMethods(RepositoryMethods):
                         and (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation")
                         != incarnation
                     ):
-                        raise SessionNotFoundError(f"session {session_id!r} does not exist any more")
+                        raise SessionNotFoundError(f"session {session_id!r} no longer exists")
                     stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
@@ -120,7 +120,7 @@ class MultiAgentMethods(RepositoryMethods):
                     rest = reconcile_write(rest, stored)
                 except MongoDBSessionError as error:
                     return error
-        raise DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+        raise DatabaseError(f"session {session_id!r} kept changing while it was written")
 
     async def _store_state(self, multi_agent_id: str, update: Update, state: Any) -> bool:
         return bool(await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, matched))

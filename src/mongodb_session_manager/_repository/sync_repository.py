@@ -32,7 +32,7 @@ class MongoDBSessionRepository(SessionRepository):
 
     Args:
         connection_string: The server; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` takes the database that the connection string names, else `"agent_sessions"`.
+        database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
         **options: `RepositoryOptions` documents each.
 
@@ -54,7 +54,7 @@ class MongoDBSessionRepository(SessionRepository):
         """A synchronous client on the repository's connections, for the caller's own commands.
 
         Raises:
-            ConfigurationError: The repository was given a `pymongo.AsyncMongoClient`.
+            ConfigurationError: `client` is a `pymongo.AsyncMongoClient`.
             SessionClosedError: The repository is closed.
         """
         return self._async._connection.synchronous_client()

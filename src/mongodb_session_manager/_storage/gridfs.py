@@ -30,7 +30,7 @@ WRITING_TIME = timedelta(hours=1)
 """The longest time from the first command for a file to the last."""
 
 ABANDONED_AFTER = timedelta(days=1)
-"""The age from which a file without a name is abandoned; it allows for clocks that differ."""
+"""The age from which a file without a name is abandoned; long enough to tolerate clock skew."""
 
 _DUPLICATE_KEY = 11000
 _SWEPT_AT_ONCE = 16
@@ -75,7 +75,7 @@ class Bucket:
             raise DatabaseTimeoutError(f"writing the value took longer than {WRITING_TIME}")
 
     async def download(self, file: ObjectId, size: int) -> bytes | None:
-        """Return the content of a file, `None` if it is incomplete."""
+        """Return the content of a file, or `None` if it is incomplete."""
         chunks: list[Document] = []
         length = 0
         while length < size:

@@ -31,14 +31,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 INLINE_LIMIT = 4 * 1024 * 1024
-"""The most bytes of a value that is stored in the document of its key.
+"""The maximum number of bytes of a value that is stored in the document of its key.
 
 A document can hold 16 MiB, but a server with a small cache (256 MiB) sometimes refuses to replace such a document:
 "transaction is too large and will not fit in the storage engine cache".
 """
 
 _ROUNDS = 8
-"""A read or a write gives up after it has found the value changed this often."""
+"""The number of attempts of a read or a write while the value changes."""
 
 # Marks a view that has a prefix, so that Strands' subsystems do not add theirs; there is no public name.
 _NAMESPACED = getattr(strands_storage, "_NAMESPACED", None)
@@ -61,7 +61,7 @@ class MongoDBStorage(Storage[str, str]):
     Args:
         connection_string: The MongoDB connection string; `None` reads the environment variable `MONGODB_URI`.
         database_name: The database; `None` for the one in the connection string, else `"agent_sessions"`.
-        collection_name: The collection of the values. Sessions must be in another one.
+        collection_name: The collection of the values. It must not contain sessions.
         client: An `AsyncIOMotorClient`, `AsyncMongoClient` or `MongoClient` that the caller owns; it is never closed.
         **client_options: Options of PyMongo's `MongoClient`, like `maxPoolSize`.
 
@@ -109,7 +109,7 @@ class MongoDBStorage(Storage[str, str]):
         await self._run(self._write, self._prefix + normalized_key(key), bytes(data))
 
     async def read(self, key: str) -> bytes | None:
-        """Return the value of a key, `None` if there is none.
+        """Return the value of a key, or `None` if there is none.
 
         Raises:
             InvalidArgumentError: The key is invalid.
@@ -235,7 +235,7 @@ class MongoDBStorage(Storage[str, str]):
                 await self._bucket.unname(file)
                 replaced.append(file)
         else:
-            raise DatabaseError("the value was changed again and again while it was written")
+            raise DatabaseError("the value kept changing while it was written")
         for file in replaced:
             await self._bucket.delete(file)
 
@@ -253,7 +253,7 @@ class MongoDBStorage(Storage[str, str]):
             if (data := await self._bucket.download(file, document["size"])) is not None:
                 return data
             seen = file  # replaced while it was read, or damaged
-        raise DatabaseError("the value was changed again and again while it was read")
+        raise DatabaseError("the value kept changing while it was read")
 
     async def _list(self, prefix: str) -> builtins.list[str]:
         bounds = {"_id": prefix_range(prefix)}
@@ -266,7 +266,7 @@ class MongoDBStorage(Storage[str, str]):
 
 
 class SharedStorage(MongoDBStorage):
-    """A storage on a connection that somebody else closes."""
+    """A storage on a connection that the caller closes."""
 
     def __init__(self, connection: Connection, database_name: str | None, collection_name: str | None) -> None:
         self._bind(connection, database_name, collection_name, owned=False)
@@ -297,9 +297,9 @@ def _normalized(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
     if "\\" in value:
-        raise InvalidArgumentError(f"{name} must not hold a backslash")
+        raise InvalidArgumentError(f"{name} must not contain a backslash")
     if ".." in value.split("/"):
-        raise InvalidArgumentError(f"{name} must not hold the segment '..'")
+        raise InvalidArgumentError(f"{name} must not contain the segment '..'")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,1 +1,1 @@
-"""How a session is kept: writes, archive, attachments, expiry and deletion."""
+"""The storage of a session: opening, writes, archive, attachments, expiry and deletion."""

@@ -39,7 +39,7 @@ class Archive:
 
         Raises:
             DatabaseError: A message is missing.
-            ReadAgainError: The session was written back or migrated meanwhile.
+            ReadAgainError: The session was written back or migrated concurrently.
         """
         found = await self.read_buckets(place, wanted)
         try:
@@ -88,7 +88,7 @@ class Archive:
     async def find_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message of the head or the archive, `None` if the agent has no message with that id.
+        """Return a message of the head or the archive, or `None` if the agent has no message with that id.
 
         `created_at` is the message's, if it is known.
         """
@@ -134,7 +134,7 @@ class Archive:
     async def find_archived(
         self, place: Place, key: str, message_id: int, since: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message of an agent that was created at `since`, `None` if no bucket holds it.
+        """Return a message of an agent that was created at `since`, or `None` if no bucket holds it.
 
         `created_at` is the message's, if it is known.
         """
@@ -165,7 +165,7 @@ class Archive:
 
 
 def _joined(session_id: str, buckets: Iterable[Document], begin: int, end: int) -> list[Document]:
-    """Return the messages at positions from `begin` to below `end`, of which none may be missing."""
+    """Return the messages at positions from `begin` to below `end`, all of which must exist."""
     messages: list[Any] = []
     for bucket in buckets:
         first = bucket["_id"]["first"]
@@ -178,7 +178,7 @@ def _joined(session_id: str, buckets: Iterable[Document], begin: int, end: int) 
 
 
 def present(buckets: Iterable[Document], begin: int, end: int) -> list[Document]:
-    """Return the messages at positions from `begin` to below `end`, without those that are missing."""
+    """Return the messages at positions from `begin` to below `end`; missing ones are left out."""
     messages: list[Document] = []
     for bucket in buckets:
         first = bucket["_id"]["first"]

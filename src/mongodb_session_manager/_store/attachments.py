@@ -40,7 +40,7 @@ _AT_ONCE = 64
 
 _CHUNK: Document = {"n": "$n", "data": "$data"}
 _ENTRY: Document = {name: f"${name}" for name in ("length", "chunkSize", "uploadDate", "filename")}
-"""The fields of a chunk and of an entry that a copy takes unchanged."""
+"""The fields of a chunk and of an entry that are copied unchanged."""
 
 _NAMED: Document = {
     "attachments": {"$map": {"input": entries_at("$agents"), "in": array_at("$$this.v.messages.attachments")}}
@@ -128,7 +128,7 @@ class Attachments:
             blobs = await asyncio.to_thread(_joined, parts)
         if missing := [reference for reference in wanted if str(reference) not in blobs]:
             error = AttachmentError(
-                f"session {place.session_id!r}: {wanted[missing[0]]} holds an attachment of {missing[0].length} bytes "
+                f"session {place.session_id!r}: {wanted[missing[0]]} has an attachment of {missing[0].length} bytes "
                 f"that is missing or damaged in {self._files.name.removesuffix('.files')!r} "
                 f"(SHA-256 {missing[0].sha256})"
             )
@@ -140,7 +140,7 @@ class Attachments:
     # Copying.
 
     async def chunk(self, place: Place, reference: Reference, n: int) -> bytes | None:
-        """Return the bytes of a chunk, `None` if it is not stored."""
+        """Return the bytes of a chunk, or `None` if it is not stored."""
         condition = {"_id": {"$in": [each.chunk_id(reference, n) for each in _places(place, reference)]}}
         found = await self._chunks.find_one(condition, {"data": 1})
         return None if found is None else found["data"]
@@ -199,7 +199,7 @@ class Attachments:
         await self._sessions.update_one(update.filter, update.update)
 
     async def remove_unnamed(self, place: Place, references: Sequence[Reference]) -> None:
-        """Remove files, except those that a message of the session refers to: in 1.0.0, messages shared files."""
+        """Remove files that no message of the session refers to: in 1.0.0, messages shared files."""
         if not references:
             return
         named = await self._sessions.send(partial(_named_in_head, place))
@@ -219,7 +219,7 @@ def parsed(listed: object) -> list[Reference]:
 
 
 def _places(place: Place, reference: Reference) -> list[Place]:
-    """Return the places of a file: 1.0.0 can have stored it after the session was migrated."""
+    """Return the places of a file: 1.0.0 might have stored it after the session was migrated."""
     is_migrated = reference.is_of_v1 and place.incarnation is not None
     return [place, Place(place.session_id, None)] if is_migrated else [place]
 

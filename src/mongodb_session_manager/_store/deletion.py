@@ -7,9 +7,9 @@ A session document that is not live has a `state`:
     state_until   the end of its lease, by the server's clock
 
 A deletion replaces the document by these fields, removes the parts of the session, and then the document. The steps are
-idempotent, so any process can finish a deletion at any time. A copy whose lease is over is abandoned: any process can
-delete it. A call with the same id finishes a deletion, or an abandoned copy, that it finds. Each process also searches
-for unfinished sessions once.
+idempotent, so any process can finish a deletion at any time. A copy whose lease has expired is abandoned: any process
+can delete it. A call with the same id finishes the deletion of a session or an abandoned copy. Each process also
+searches for unfinished sessions once.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Deletion:
         return await self._collection.find_one({"_id": session_id}, _STATE)
 
     async def _finish(self, session_id: str, found: Document | None = None) -> Document | None:
-        """Finish a deletion; delete a copy whose lease is over, or an expired session.
+        """Finish a deletion; delete a copy whose lease has expired, or an expired session.
 
         Returns:
             The state of the document that is left, `None` if none is.
@@ -136,7 +136,7 @@ class Deletion:
 
         Args:
             session_id: The id.
-            seconds: How long to wait for a copy whose lease is not over.
+            seconds: How long to wait for a copy whose lease has not expired.
 
         Raises:
             SessionExistsError: There is a live session with that id.
@@ -145,7 +145,7 @@ class Deletion:
         end, pause = time.monotonic() + seconds, _PAUSES[0]
         while (found := await self._finish(session_id)) is not None:
             if not is_unfinished(found):
-                raise SessionExistsError(f"session {session_id!r} exists already")
+                raise SessionExistsError(f"session {session_id!r} already exists")
             if time.monotonic() >= end:
                 raise SessionConflictError(
                     f"session {session_id!r} is being imported or forked: repeat the request later"
@@ -154,7 +154,7 @@ class Deletion:
             pause = min(2 * pause, _PAUSES[1])
 
     def search_unfinished(self) -> None:
-        """Finish deletions and copies whose lease is over, in the background and once per process."""
+        """Finish deletions and copies whose lease has expired, in the background and once per process."""
         if unseen(self._collection, [_SEARCH]):
             self._connection.start(self._finish_unfinished())
 
@@ -169,7 +169,7 @@ class Deletion:
 
 
 def incarnations_of(document: Document) -> list[ObjectId]:
-    """Return the incarnations whose ids parts of a session can have: its own, and those of its migrations."""
+    """Return the incarnations in the ids of a session's parts: its own, and those of its migrations."""
     migrating = document.get("migrating")
     found = [document.get("incarnation"), *(migrating if isinstance(migrating, list) else [])]
     return [each for each in dict.fromkeys(found) if isinstance(each, ObjectId)]

@@ -2,8 +2,8 @@
 
 A session whose `expires_at` has passed can no longer be read or written to, and opening its id creates a new one. The
 server removes its documents within about a minute. No statement moves a date back. After each write, the session
-has at least its whole time to live left. The date moves in steps of an eighth of that, so that most statements leave
-it unchanged. The parts of a session never expire before it:
+expires no earlier than its time to live from then on. The date moves in steps of an eighth of that, so that most
+statements leave it unchanged. The parts of a session never expire before it:
 
 - The first date of a session is set on its document, and then on its parts. A part without a date never expires.
 - A later step sets the date of all parts first, and then the date of the session.
@@ -53,7 +53,7 @@ class Expiry:
 
     Args:
         sessions: The session documents.
-        session_ttl: The time to live, in seconds, that writes give to a session; `None` leaves that of the session.
+        session_ttl: The time to live, in seconds, that writes set; `None` keeps the one of the session.
         migrate: Migrates a session of 1.0.0 and returns its `Life`.
     """
 
@@ -191,7 +191,7 @@ class Expiry:
     def ensure_indexes(self) -> None:
         """Build the TTL indexes of the session documents and of their parts, in the background."""
         for suffix in ("", *OUTSIDE):
-            # An application may have stored an `expires_at` of its own in session documents.
+            # An application might have stored its own `expires_at` in session documents.
             dated = {"expires_at" if suffix else "time_to_live": {"$exists": True}}
             part = self._sessions.collection.part(suffix)
             ensure_indexes(part, [("expires_at",)], partialFilterExpression=dated)

@@ -6,8 +6,8 @@ unchanged. It increments their revisions, so that a move of messages that 1.0.0 
 the copied parts in `moved`.
 
 The copied parts are then removed from the old ids, and all parts of the other incarnations in `migrating`: unfinished
-migrations have left those. `moved` and `migrating` are removed last. A process that opens the session, or writes to it,
-while it has one of these fields, continues there.
+migrations left them behind. `moved` and `migrating` are removed last. A process that opens the session, or writes to
+it, while it has one of these fields, continues there.
 
 1.0.0 can write to the session afterwards, during a rolling deployment. A reader that misses a message looks for buckets
 that 1.0.0 has stored since, and moves them.
@@ -116,7 +116,7 @@ class Migration:
                 await self._remove_moved(session_id, document)
             else:
                 await self._migrate_once(session_id, document)
-        raise DatabaseError(f"session {session_id!r} was changed again and again while it was migrated")
+        raise DatabaseError(f"session {session_id!r} kept changing while it was migrated")
 
     async def _migrate_once(self, session_id: str, document: Document) -> None:
         known = document.get("incarnation")
@@ -153,7 +153,7 @@ class Migration:
         matched = await self._mover.update_with_room(Update(condition, {"$set": sets, "$unset": unset}, None))
         if not matched and document["has_parts"] and known is None:
             current = await self._sessions.find(session_id, {"incarnation": 1})
-            if (current or {}).get("incarnation") != new.incarnation:  # else an acknowledgement was lost
+            if (current or {}).get("incarnation") != new.incarnation:  # otherwise, an acknowledgement was lost
                 await self._deletion.remove_parts(new)
 
     async def _copy_buckets(self, condition: Document, new: Place, when_matched: str) -> None:
@@ -173,7 +173,7 @@ class Migration:
             if incarnation != document["incarnation"]:
                 await self._deletion.remove_parts(Place(session_id, incarnation))
         generation = moved.get("generation") if isinstance(moved, dict) else None
-        if isinstance(generation, int):  # else an application has stored it
+        if isinstance(generation, int):  # otherwise, an application has stored it
             old = Place(session_id, None)
             generations = {"$not": {"$gt": generation}}
             await self._archive.delete_many({"_id": old.buckets(), "generation": generations})
@@ -203,11 +203,11 @@ class Migration:
     async def migrate_agents(
         self, session_id: str, agents: dict[str, Document], keys: Iterable[str], gained: Document | None = None
     ) -> bool:
-        """Migrate agents to the current form in one command; return `False` if another writer changes them meanwhile.
+        """Migrate agents to the current form in one command; return `False` after a concurrent change.
 
         Their messages get increasing ids, and each agent gets the `next_message_id` that follows: versions before 1.0
         store none, and keep their own counter. Those versions did not encode agent ids either, so an agent without
-        `next_message_id` whose id holds `%` or `$` moves to its key.
+        `next_message_id` whose id contains `%` or `$` moves to its encoded key.
 
         Args:
             session_id: The session.
@@ -225,9 +225,9 @@ class Migration:
             agent, new = agents[old], old
             ids, following, archived = agent["ids"], agent.get("next_message_id"), int(agent["archived"])
             if following is None and (new := agent_key(old)) != old:
-                if new in agents:  # the original did not find the agent under its key and created another one
+                if new in agents:  # the original did not find the agent under its key and created a second agent
                     logger.warning(
-                        "session_id=<%r>, agent=<%r> | left out: this agent has another key", session_id, old
+                        "session_id=<%r>, agent=<%r> | agent not migrated: another agent has its key", session_id, old
                     )
                     del agents[old]
                     continue

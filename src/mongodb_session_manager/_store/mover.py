@@ -1,4 +1,4 @@
-"""`Mover`: moves the old messages of a long conversation into the archive, and makes room in session documents.
+"""`Mover`: moves the old messages of a long conversation into the archive, and frees space in session documents.
 
 `_format.buckets` describes the layout and the order of the statements. A move runs in the background. A turn waits for
 one bucket only if the session document has no room for the next message, or a head is at twice its limits.
@@ -81,7 +81,7 @@ class Mover:
         self._heads.pop((session_id, key), None)
 
     async def read_head(self, session_id: str, key: str) -> Head | None:
-        """Return the head of an agent from the server, `None` if it is gone."""
+        """Return the head of an agent from the server, or `None` if it no longer exists."""
         document = await self._collection.find_one({"_id": session_id}, numbers_of(key))
         return None if document is None or document["head"] is None else self.learn(session_id, key, document["head"])
 
@@ -114,7 +114,7 @@ class Mover:
             self._connection.start(self._move_all(session_id, key))
 
     def _current(self, session_id: str, key: str) -> asyncio.Future[None] | None:
-        """Return the future of the bucket that is being moved, `None` if no move runs."""
+        """Return the future of the move in progress, or `None`."""
         move = self._moves.get((session_id, key))
         # After a fork of the process, the moves of the parent do not run in the child.
         return move if move is not None and move.get_loop() is asyncio.get_running_loop() else None
@@ -160,7 +160,7 @@ class Mover:
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
         """Move one bucket; return `False`, with nothing moved, if the head has changed.
 
-        If the document of a session of 1.0.0 has no room for its migration, the bucket gets an id of 1.0.0.
+        If a document of version 1.0.0 is too full to be migrated, the bucket gets an id in the form of 1.0.0.
         """
         place = Place(session_id, head.life.incarnation)
         if await self._move_bucket(place, key, head, step):
@@ -177,7 +177,7 @@ class Mover:
         try:
             await self._collection.aggregate(merge(session_id, key, head, step, self._archive.name, dates))
         except DuplicateKeyError:
-            return False  # another process made the same bucket at the same time
+            return False  # another process created the same bucket concurrently
         except DatabaseError as error:
             if error.code != MERGE_REFUSED:
                 raise
@@ -192,7 +192,7 @@ class Mover:
             return False
         known = self.head(session_id, key) or head
         new = self.learn(session_id, key, numbers["head"])
-        # An append that came later may have been acknowledged earlier.
+        # A later append might have been acknowledged earlier.
         self.change(session_id, key, next_id=max(new.next_id, known.next_id))
         return True
 
@@ -207,8 +207,8 @@ class Mover:
             await self._archive.delete_many({**bucket, "revision": {"$lte": head.revision}} if is_there else bucket)
 
     async def remove_stale(self, place: Place, key: str, since: Any, below: int) -> None:
-        """Remove the buckets that a write-back has left behind, and then let messages move again."""
-        for each in {place, Place(place.session_id, None)}:  # 1.0.0 may have begun the write-back
+        """Remove the buckets that a write-back has left behind, and re-enable moves."""
+        for each in {place, Place(place.session_id, None)}:  # 1.0.0 might have begun the write-back
             await self._archive.delete_many(stale_buckets(each, key, since, below))
         path = f"agents.{key}"
         condition = {"_id": place.session_id, f"{path}.created_at": since, f"{path}.stale_below": below}

@@ -28,7 +28,7 @@ from .store import SessionStore
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0
-"""The most seconds that opening waits for a session that is being imported or forked."""
+"""The maximum number of seconds that opening waits for a session that is being imported or forked."""
 
 _RESTORE: Document = {
     "session_id": 1,
@@ -126,7 +126,7 @@ class Opening:
             )
 
     async def _restore_archived(self, place: Place, agents: dict[str, Document]) -> None:
-        """Put before the messages of each agent those archived ones that restoring it needs."""
+        """Prepend, to the messages of each agent, the archived messages that restoring it needs."""
         wanted = {}
         for key, agent in agents.items():
             self._store.mover.learn(place.session_id, key, agent)
@@ -173,7 +173,7 @@ class Opening:
                         return_document=ReturnDocument.AFTER,
                     )
                 )
-            except DuplicateKeyError:  # it is not live, or another process created it at the same time
+            except DuplicateKeyError:  # the session is not live, or another process has created it concurrently
                 with suppress(SessionExistsError):
                     await self._store.deletion.free_id(session_id, _PATIENCE)
                 continue

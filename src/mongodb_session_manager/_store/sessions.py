@@ -21,7 +21,7 @@ from ..errors import (
 T = TypeVar("T")
 
 ROUNDS = 8
-"""A read or a write gives up after it has found the session changed this often."""
+"""The number of attempts of a read or a write while the session changes."""
 
 
 class ReadAgainError(Exception):
@@ -36,7 +36,7 @@ class Sessions:
         self.connection = collection.connection
 
     async def find(self, session_id: str, projection: Document) -> Document | None:
-        """Return fields of a session, `None` if it does not exist.
+        """Return fields of a session, or `None` if it does not exist.
 
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
@@ -110,11 +110,11 @@ class Sessions:
 async def read_consistently(session_id: str, read: Callable[[], Awaitable[T]]) -> T:
     """Return the result of a read that several commands make; read again if the session changed between them.
 
-    A message whose attachments are missing can have been replaced since it was read.
+    A message whose attachments are missing might have been replaced since it was read.
 
     Raises:
         AttachmentError: The same attachments are missing when they are read again.
-        DatabaseError: The session was changed again and again.
+        DatabaseError: The session kept changing.
     """
     missing: tuple[str, ...] = ()
     for _ in range(ROUNDS):
@@ -126,4 +126,4 @@ async def read_consistently(session_id: str, read: Callable[[], Awaitable[T]]) -
             if error.references == missing:
                 raise
             missing = error.references
-    raise DatabaseError(f"session {session_id!r} was changed again and again while it was read")
+    raise DatabaseError(f"session {session_id!r} kept changing while it was read")

@@ -29,7 +29,7 @@ class SessionStore:
 
     Args:
         connection: The connection.
-        database_name: `None` takes the database that the connection names.
+        database_name: `None` uses the database named in the connection string.
         collection_name: `None` is `"agent_sessions"`.
         **options: `ContentOptions` documents each.
 

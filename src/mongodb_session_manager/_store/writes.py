@@ -96,7 +96,7 @@ class _ArchivedChange:
     Attributes:
         fields: The new fields by message id and `created_at`, which is `None` if it is not known.
         since: The `created_at` of the agent whose archive holds the messages.
-        archived: The number of archived messages when they were found.
+        archived: The number of archived messages at the time of the query.
         write: The changes as a write, in case a write-back precedes them; `None` if no bucket is known to hold a
             message.
     """
@@ -175,11 +175,11 @@ class Flush:
         return await self._change_archive()
 
     async def _store_alone(self, write: AgentWrite) -> bool:
-        """Store a write by a flush of its own; return what `store` returns."""
+        """Store a write by its own flush; return the result of `store`."""
         return await Flush(self._store, self.place, {write.agent_id: write}, self.refused).store()
 
     def _note_stored(self) -> None:
-        """Update the known heads, and note the replaced messages whose old content a left-over bucket can hold.
+        """Update the known heads, and record the replaced messages whose old content a stale bucket can contain.
 
         No bucket holds the newest message, unless it alone exceeds the limits and made room for the next one. So only a
         replacement of such a message, or of an older one, must check the archive.
@@ -201,7 +201,7 @@ class Flush:
     # Comparing with the stored session.
 
     async def _compare(self) -> bool:
-        """Compare writes that matched nothing with the stored session; keep those to send, and note the refused ones.
+        """Compare writes that matched nothing with the stored session; keep the ones to send and record refusals.
 
         Returns:
             `False` if the attachments would expire before the session.
@@ -209,7 +209,7 @@ class Flush:
         session_id, store = self.place.session_id, self._store
         document = await store.sessions.find(session_id, _compared_fields(self._writes))
         if document is None or document.get("incarnation") != self.place.incarnation:
-            gone = SessionNotFoundError(f"session {session_id!r} does not exist any more")
+            gone = SessionNotFoundError(f"session {session_id!r} no longer exists")
             self.refused.update(dict.fromkeys(self._writes, gone))
             self._writes = {}
             return True
@@ -243,12 +243,12 @@ class Flush:
         return True
 
     async def _number(self, agents: dict[str, Document]) -> bool:
-        """Number the messages of the compared agents, if an old process has also written.
+        """Renumber the messages of the compared agents, if an old process has also written.
 
         A manager continues then. The next opening renumbers the messages that it does not compare.
 
         Returns:
-            `False` if another writer changed the agents meanwhile.
+            `False` if another writer changed the agents concurrently.
         """
         by_id = {agent_key(agent_id) for agent_id, write in self._writes.items() if write.by_id}
         unnumbered = [
@@ -273,10 +273,10 @@ class Flush:
     async def _find_archived(
         self, write: AgentWrite, agent: Document, newer: Mapping[int, Document]
     ) -> dict[int, Document] | None:
-        """Return those messages of a write that are archived, by id.
+        """Return the archived messages of a write, by id.
 
         Returns:
-            `None` if the session was written back, or deleted, meanwhile.
+            `None` if the session was written back or deleted concurrently.
         """
         if not agent.get("archived"):
             return {}
@@ -337,7 +337,7 @@ class Flush:
     # Changing archived messages.
 
     async def _change_archive(self) -> bool:
-        """Change archived messages after the statement; return what `store` returns."""
+        """Change archived messages after the statement; return the result of `store`."""
         archive, changed = self._store.archive, self._in_archive
         for agent_id, changes in changed.items():
             if not _are_messages_stored(self.refused.get(agent_id)):
@@ -346,7 +346,7 @@ class Flush:
                 await archive.change(self.place, agent_key(agent_id), message_id, fields, created_at)
             if (write := changes.write) is None or await self._count_change(changes, write):
                 continue
-            # Written back meanwhile, from buckets that did not hold the change yet; or deleted.
+            # Written back concurrently, from buckets without the change; or deleted.
             if not await self._store_alone(write):
                 return False
         return True
@@ -354,7 +354,7 @@ class Flush:
     async def _count_change(self, changes: _ArchivedChange, write: AgentWrite) -> bool:
         """Increment `archive_revision`, which a write-back matches; return `False` if the write-back came first.
 
-        The old attachments are removed by then, so they leave the session's `removed_attachments`.
+        Their old attachments have been removed, so `removed_attachments` of the session no longer needs them.
         """
         path = f"agents.{agent_key(write.agent_id)}"
         condition = {
@@ -367,17 +367,17 @@ class Flush:
             update["$pullAll"] = {REMOVED: write.outdated}
         return await self._store.sessions.update(Update(condition, update, None))
 
-    # Storing what fits.
+    # Storing the parts that fit.
 
     async def _store_what_fits(self, writes: Sequence[AgentWrite], refusal: MessageTooLargeError) -> bool:
-        """Store writes that are too large together: those of each agent, without the parts that do not fit.
+        """Store writes that are too large in total: agent by agent, without the parts that do not fit.
 
         Returns:
-            What `store` returns.
+            The result of `store`.
         """
         if len(writes) == 1:
             return await self._store_parts(writes[0], refusal)
-        for write in writes:  # a write that is too large must not prevent those of other agents
+        for write in writes:  # an oversized write of one agent must not prevent the writes of others
             if not await self._store_alone(write):
                 return False
         return True
@@ -408,7 +408,7 @@ class Flush:
 
 
 def _changed_too_often(session_id: str) -> DatabaseError:
-    return DatabaseError(f"session {session_id!r} was changed again and again while it was written")
+    return DatabaseError(f"session {session_id!r} kept changing while it was written")
 
 
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
@@ -425,7 +425,7 @@ def _compared_fields(writes: Iterable[str]) -> Document:
 
 
 def _compared_agents(session_id: str, document: Document) -> dict[str, Document]:
-    """Return the agents of a session by key, without what cannot be compared."""
+    """Return the agents of a session by key, without malformed agents and messages."""
     agents = usable_agents(session_id, document)
     for agent in agents.values():
         messages = agent["messages"] if type(agent.get("messages")) is list else []

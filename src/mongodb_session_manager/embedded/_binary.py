@@ -23,7 +23,7 @@ def find_mongod(binary: str | os.PathLike[str] | None = None) -> Path:
     extra `embedded` installs. The package for platforms other than Linux x86-64 has not been tried.
 
     Raises:
-        EmbeddedServerError: There is no mongod, or the given path is not an executable file.
+        EmbeddedServerError: No mongod was found, or the given path is not an executable file.
     """
     for source, path in (("binary=", binary), ("MONGOD_BINARY=", os.environ.get("MONGOD_BINARY"))):
         if path:

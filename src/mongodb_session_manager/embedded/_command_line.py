@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def interrupt(*_: object) -> None:
         for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # nothing interrupts the end of the server
+            signal.signal(number, signal.SIG_IGN)  # ignore further signals while the server stops
         raise KeyboardInterrupt
 
     handlers = {number: signal.signal(number, interrupt) for number in numbers}

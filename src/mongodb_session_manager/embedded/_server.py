@@ -105,7 +105,7 @@ class EmbeddedMongoDB:
         """Start the server and wait until it accepts writes. Does nothing if it is started.
 
         Raises:
-            EmbeddedServerError: There is no mongod, it exited, or it was not ready in time. The message ends with the
+            EmbeddedServerError: No mongod was found, it exited, or it was not ready in time. The message ends with the
                 last lines of its log.
         """
         if self._supervisor is not None:
@@ -224,11 +224,11 @@ class EmbeddedMongoDB:
             except _DirectoryInUseError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(5 * _POLL)  # the mongod of an owner that has just exited may still be ending
+                time.sleep(5 * _POLL)  # the mongod of an owner that has just exited can still be exiting
             self._launch()
 
     def _answers(self) -> bool | None:
-        """Return whether this mongod, and not another one, answers on the port."""
+        """Return whether this mongod, and no other server, answers on the port."""
         try:
             socket.create_connection((_HOST, self._port), timeout=1.0).close()
         except OSError:
@@ -300,7 +300,7 @@ class _DirectoryInUseError(EmbeddedServerError):
 
 
 def _free_port() -> int:
-    # Below the range of ephemeral ports, from which an outgoing connection could take the port meanwhile.
+    # Below the range of ephemeral ports, from which an outgoing connection could take the port before mongod does.
     while True:
         port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -309,7 +309,7 @@ def _free_port() -> int:
 
 
 def is_writable(client: MongoClient[dict[str, Any]]) -> bool | None:
-    """Return whether a server accepts writes, `None` if it does not."""
+    """Return whether a server accepts writes, or `None` if it does not."""
     return client.admin.command("hello")["isWritablePrimary"] or None
 
 

@@ -8,8 +8,8 @@
     async def answer(session: Session, prompt: str) -> Response:
         return await stream(Agent(session_manager=session, callback_handler=None), prompt)
 
-Nothing here blocks the event loop. A client that disconnects in the middle of an answer stops the agent. Everything
-that was stored by then stays stored, and the next request of the session continues from there.
+Nothing here blocks the event loop. A client that disconnects in the middle of an answer stops the agent. Stored
+messages stay stored, and the next request of the session continues from there.
 """
 
 from __future__ import annotations

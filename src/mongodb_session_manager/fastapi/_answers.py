@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
-    """The answer to a client for an error. It says what the client can do, and nothing about the server.
+    """The answer to a client for an error. It describes what the client can do and contains no details of the server.
 
     Attributes:
         status: The HTTP status.
         close_code: The close code of a WebSocket.
-        detail: The text; empty for an invalid argument, whose error names the argument and the reason.
+        detail: The text. It is empty for an invalid argument, because that error names the argument and the reason.
     """
 
     status: int
@@ -44,8 +44,8 @@ class Answer(NamedTuple):
 # The status of an invalid argument is 422, as in FastAPI's own validation. The close codes of a WebSocket are 1008 (the
 # client must send another request), 1013 (try again later) and 1011 (an error of the server).
 ANSWERS: dict[type[MongoDBSessionError], Answer] = {
-    SessionConflictError: Answer(409, 1013, "another request changed the session meanwhile: repeat this one"),
-    SessionExistsError: Answer(409, 1008, "a session with that id exists already"),
+    SessionConflictError: Answer(409, 1013, "another request changed the session concurrently: repeat this one"),
+    SessionExistsError: Answer(409, 1008, "a session with that id already exists"),
     SessionNotFoundError: Answer(404, 1008, "the session does not exist"),
     AgentNotFoundError: Answer(404, 1008, "the session has no such agent"),
     MessageNotFoundError: Answer(404, 1008, "the agent has no such message"),

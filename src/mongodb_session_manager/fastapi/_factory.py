@@ -23,10 +23,10 @@ from ..errors import MongoDBSessionError
 logger = logging.getLogger(__name__)
 
 OUTER_FACTORY = "mongodb_session_manager.factory"
-"""The key in a request's scope of the factory of the application that another one is mounted in."""
+"""The key, in the scope of a request, of the factory of the parent application."""
 
 _HEALTH_TIMEOUT = 2.0
-"""Seconds; load balancers give up on an answer after a few."""
+"""Seconds; load balancers time out after a few."""
 
 _CHECK_TIMEOUT = 5.0
 """Seconds that an application waits for its database at its start."""
@@ -100,7 +100,7 @@ def factory_in(scope: Scope) -> MongoDBSessionManagerFactory | None:
 
 
 def get_factory(connection: HTTPConnection) -> MongoDBSessionManagerFactory:
-    """Return the factory of the application, of the one it is mounted in, or of the process: a dependency.
+    """A dependency: return the factory of the application, of its parent application, or of the process.
 
     Raises:
         FactoryNotInitializedError: There is no factory.
@@ -113,7 +113,7 @@ Factory = Annotated[MongoDBSessionManagerFactory, Depends(get_factory)]
 
 
 async def health(connection: HTTPConnection = None) -> JSONResponse:  # type: ignore[assignment]  # FastAPI passes one
-    """Answer 200 if the database of the application's factory answers within two seconds, else 503: an endpoint."""
+    """An endpoint: answer 200 if the database of the factory answers within two seconds, otherwise 503."""
     try:
         async with asyncio.timeout(_HEALTH_TIMEOUT):
             await (get_global_factory() if connection is None else get_factory(connection)).ping_async()

@@ -49,7 +49,7 @@ def current_exchange(purpose: str) -> Exchange:
 
 
 async def open_session(session_id: str, connection: HTTPConnection) -> AsyncMongoDBSessionManager:
-    """Open the session that the path parameter `session_id` names, from the application's factory: a dependency.
+    """A dependency: open the session of the path parameter `session_id` with the factory of the application.
 
     It is closed when the whole response is sent, including the last part of a stream, or when the client disconnects.
 
@@ -83,8 +83,8 @@ def add_session_support(app: FastAPI) -> None:
     are bugs of the application: FastAPI answers 500 and the server logs the traceback. A WebSocket is closed with the
     code and a short reason; one that is not accepted yet is accepted first, because a browser shows no code otherwise.
 
-    After a 503 it is unknown whether the request's messages are stored: closing the session tries once more. If that
-    fails too, the error is raised, and the server logs it.
+    After a 503 it is unknown whether the request's messages are stored: closing the session retries once. If that fails
+    too, the error is raised, and the server logs it.
 
     Call it before the application starts, and for each application that is mounted in another.
     """

@@ -70,7 +70,7 @@ class _Event(NamedTuple):
 
 
 class _Turn:
-    """An agent's invocation in a task of its own.
+    """An agent's invocation in its own task.
 
     All events come from one task, because the agent resets its context variables at its end. The endpoint and the
     response, which take the events, run in different tasks.
@@ -121,7 +121,7 @@ class _Turn:
         self._raise_failure()
 
     async def as_sse(self) -> AsyncIterator[str]:
-        """Yield the events as Server-Sent Events, an error as the last."""
+        """Yield the events as Server-Sent Events; an error is the last event."""
         numbers = itertools.count()
         try:
             async for event in self._events():

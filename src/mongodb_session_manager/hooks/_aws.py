@@ -33,7 +33,7 @@ _OPENING_TIMEOUT = 10.0
 """Seconds for opening a client, which reads files and can request credentials."""
 
 _DEFAULTS: dict[str, Any] = {"retries": {"total_max_attempts": 1}, "connect_timeout": 5, "read_timeout": 10}
-"""One attempt per call: the dispatcher retries, with a time limit per try and without occupying a worker meanwhile."""
+"""One attempt per call: the dispatcher retries, with a time limit per try, and blocks no worker between tries."""
 
 
 def _code(error: aws.ClientError) -> str:
@@ -58,7 +58,7 @@ def is_worth_retrying(error: Exception) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Return what can be logged of an error: its text can quote the message or the signature of the request."""
+    """Return the loggable part of an error: its text can quote the message or the signature of the request."""
     if isinstance(error, aws.ClientError):
         return f"{type(error).__name__} {_code(error)} (HTTP {_status(error)})"
     return describe_any(error)
@@ -118,7 +118,7 @@ class AwsClient:
             opened.loop = loop
             close_at_exit(self.aclose, loop, ExitOrder.CONNECTIONS)
         if opened.task is None or _has_failed(opened.task):
-            # A task of its own: if this call is cancelled, the next one uses the client.
+            # A separate task: if this call is cancelled, the next one uses the client.
             opened.task = loop.create_task(_open(self.key))
             opened.task.add_done_callback(_has_failed)  # asyncio logs an error that nothing retrieves
         client = await asyncio.shield(opened.task)

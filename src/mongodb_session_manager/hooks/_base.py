@@ -93,7 +93,7 @@ class AwsHook(ABC):
 
 
 def updated(action: str, argument: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that a metadata operation changed by key, `None` for a deleted key."""
+    """Return the values that a metadata operation changed by key, or `None` for a deleted key."""
     return dict(argument["metadata"]) if action == "update" else dict.fromkeys(argument["keys"])
 
 
@@ -124,7 +124,7 @@ def checked_text(value: object, name: str) -> str:
 
 
 def with_parameters_of(made: Callable[P, T]) -> Callable[[Callable[..., T]], Callable[P, T]]:
-    """Give a function that passes on its arguments the signature of `made`."""
+    """Copy the signature of `made` to a function that forwards its arguments."""
 
     def decorate(function: Callable[..., T]) -> Callable[P, T]:
         function.__signature__ = inspect.signature(made)  # type: ignore[attr-defined]

@@ -17,10 +17,10 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SNS_LIMIT = SQS_LIMIT = 256 * 1024
-"""The most bytes of a message of SNS or SQS, including its attributes."""
+"""The maximum number of bytes of a message of SNS or SQS, including its attributes."""
 
 WEBSOCKET_LIMIT = 128 * 1024
-"""The most bytes of a WebSocket message of API Gateway."""
+"""The maximum number of bytes of a WebSocket message of API Gateway."""
 
 _SUBJECT_LIMIT = 100
 _GROUP = re.compile(r"[A-Za-z0-9!-/:-@\[-`{-~]{1,128}")
@@ -119,7 +119,7 @@ def metadata_body(
 
 
 def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the changed metadata to send: without `hidden`, and if `fields` is given, only those, in their order.
+    """Return the changed metadata to send: without `hidden`, and only `fields`, in their order, if given.
 
     Keys and fields can be dotted paths: if `a` changed, the field `a.b` selects a part of it.
     """
@@ -193,7 +193,7 @@ def _json_key(key: Any) -> str:
 
 
 def text(value: str) -> str:
-    """Return a text that SNS and SQS accept, in which characters that XML forbids are replaced."""
+    """Replace the characters that XML forbids, because SNS and SQS reject them."""
     return _NOT_XML.sub("\ufffd", value)
 
 

@@ -58,7 +58,7 @@ class FeedbackSNSHook(AwsHook):
         endpoint_url: The URL of the service; `None` uses the one of AWS.
         aws_session: The `aioboto3.Session` with the credentials; `None` uses the default credential chain.
         config: A botocore `Config`.
-        on_error: Called with a `NotificationEvent` and the exception for each notification that is given up, on the
+        on_error: Called with a `NotificationEvent` and the exception for each notification that is dropped, on the
             library's event loop. It must return at once.
 
     Raises:

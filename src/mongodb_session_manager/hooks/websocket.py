@@ -28,8 +28,8 @@ class MetadataWebSocketHook(AwsHook):
 
     The connection is the stored `metadata.connection_id`; the command that makes the change returns it. The body is the
     JSON that `MetadataSQSHook` sends, without `connection_id`, and with a limit of 128 KiB. A session without a
-    connection sends nothing, and so does a change that includes none of `metadata_fields`. A connection that no longer
-    exists is not an error.
+    connection sends nothing, and so does a change that includes none of `metadata_fields`. Sending to a connection that
+    no longer exists is not an error.
 
     Args:
         api_gateway_endpoint: Like `https://<api>.execute-api.<region>.amazonaws.com/<stage>`, with `https://` or `wss://`.
@@ -39,10 +39,10 @@ class MetadataWebSocketHook(AwsHook):
         endpoint_url: The URL to post to; `None` uses `api_gateway_endpoint`.
         aws_session: The `aioboto3.Session` with the credentials; `None` uses the default credential chain.
         config: A botocore `Config`.
-        on_error: Called with a `NotificationEvent` and the exception for each notification that is given up, on the
+        on_error: Called with a `NotificationEvent` and the exception for each notification that is dropped, on the
             library's event loop. It must return at once.
-        remove_gone: Whether to remove `connection_id` from the metadata when its connection no longer exists, unless
-            it has changed by then.
+        remove_gone: Whether to remove `connection_id` from the metadata when its connection no longer exists, unless it
+            has been replaced.
 
     Raises:
         ConfigurationError: An argument is invalid.
