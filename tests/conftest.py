@@ -40,26 +40,37 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 HERE = Path(__file__).parent
-FAST = """
-agent_config attachments_references changes codec commands demo documents feedback ids legacy metadata
-odd_values options portable rollback strict_api surface turns unit_of_work wrong_arguments
+MODULES = """
+aws/test_messages test_attachments_references test_call_chain test_changes test_codec test_commands test_demo
+test_documents test_errors test_feedback test_ids test_legacy test_odd_values test_options test_portable
+test_rollback test_strict_api test_surface test_turns test_unit_of_work test_wrong_arguments
 """
-"""The modules, without `test_`, of which all tests are marked `fast`: pure, or with one server and no other process."""
+FAST = {HERE / f"{name}.py" for name in MODULES.split()}
+"""The modules whose tests are marked `fast`: pure, or with one server and no other process."""
+
+NOT_FAST = ("later_process", "importing_the_package", "standalone")
+"""Parts of the names of their tests that start a process or a further server all the same."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the fast tests with two workers at most: each further one takes as long to start as it saves."""
+    if config.getoption("markexpr") == "fast" and isinstance(count := config.getoption("numprocesses", None), int):
+        config.option.numprocesses = min(count, 2)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import nothing that `-m fast` would leave out: that took most of the time."""
-    name = collection_path.stem
-    left_out = collection_path.parent != HERE or (
-        name.startswith("test_") and name.removeprefix("test_") not in FAST.split()
+    left_out = HERE in collection_path.parents and not any(
+        collection_path in (module, *module.parents) for module in FAST
     )
-    return True if config.getoption("markexpr") == "fast" and HERE in collection_path.parents and left_out else None
+    return True if left_out and config.getoption("markexpr") == "fast" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is fast, and leave the cases that `support.sampled` leaves out to `--full-adversity`."""
     for item in items:
-        if item.path.parent == HERE and item.path.stem.removeprefix("test_") in FAST.split():
+        if item.path in FAST and not any(part in item.name for part in NOT_FAST):
             item.add_marker("fast")
     if not config.getoption("full_adversity"):
         left_out = [item for item in items if item.get_closest_marker("full_adversity")]

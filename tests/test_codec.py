@@ -225,7 +225,7 @@ HOSTILE: list[Callable[[], Any]] = [
     lambda: np.array([1.5]),
     lambda: np.longdouble(1) / 3,
     lambda: np.datetime64("2026-01-02T03:04:05.000000001"),
-    lambda: np.timedelta64("NaT"),
+    lambda: np.timedelta64("NaT", "s"),
     lambda: np.complex64(1),
     lambda: Ellipsis,
     lambda: Nanoseconds(2026, 1, 2),

@@ -128,6 +128,13 @@ def test_files_of_the_repository_that_a_page_names_are_there(page: str) -> None:
     assert missing == []
 
 
+def test_modules_that_the_map_for_contributors_names_are_there() -> None:
+    named = re.findall(r"`((?:_?[a-z]+/)?[\w]+\.py|_[a-z]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    package = ROOT / "src" / "mongodb_session_manager"
+    assert len(named) > 20
+    assert [name for name in named if not (package / name).exists() and not (ROOT / name).exists()] == []
+
+
 def test_every_example_is_shown() -> None:
     shown = INCLUDED.findall((PAGES / "examples.md").read_text())
     assert sorted(shown) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
