@@ -49,7 +49,7 @@ odd_values options portable rollback strict_api surface turns unit_of_work wrong
 
 LONGEST = """
 chat_page embedded process odd_documents matrix connection fastapi examples_run retention staging forking copying
-""".split()
+"""
 """The modules, without `test_`, that a worker begins with, so that none is left to one worker in the end."""
 
 
@@ -64,7 +64,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is fast, put the longest modules first, and leave out what only `--full-adversity` runs."""
-    names = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    names = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: names.get(item.path.stem, len(names)))
     for item in items:
         if item.path.parent == HERE and item.path.stem.removeprefix("test_") in FAST.split():
