@@ -59,6 +59,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses = min(count, 2)
 
 
+LONGEST = """
+chat_page embedded process odd_documents matrix connection fastapi examples_run retention staging forking copying
+"""
+"""The modules, without `test_`, that a worker begins with, so that none is left to one worker in the end."""
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import nothing that `-m fast` would leave out: that took most of the time."""
     left_out = HERE in collection_path.parents and not any(
@@ -68,7 +74,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is fast, and leave the cases that `support.sampled` leaves out to `--full-adversity`."""
+    """Mark what is fast, put the longest modules first, and leave out what only `--full-adversity` runs."""
+    names = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: names.get(item.path.stem, len(names)))
     for item in items:
         if item.path in FAST and not any(part in item.name for part in NOT_FAST):
             item.add_marker("fast")

@@ -39,7 +39,7 @@ from mongodb_session_manager import (
     create_mongodb_session_manager_async,
 )
 from mongodb_session_manager._io.loop import io_portal
-from support import CommandLog, agent, assert_no_driver_error, chained, eventually, fail_point, texts
+from support import CommandLog, agent, assert_no_driver_error, chained, eventually, fail_point, sampled, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
@@ -729,14 +729,15 @@ def at(any_server: str, database: str) -> Iterator[Documents]:
 
 ALWAYS = 1_000_000
 
+FAILURES: list[tuple[dict[str, Any], type[MongoDBSessionError]]] = [
+    ({"errorCode": 13}, AccessDeniedError),
+    ({"errorCode": 50}, DatabaseTimeoutError),
+    ({"errorCode": 10107}, DatabaseUnavailableError),
+    ({"closeConnection": True}, DatabaseUnavailableError),
+]
 PERSISTENT = pytest.mark.parametrize(
     ("failure", "expected"),
-    [
-        ({"errorCode": 13}, AccessDeniedError),
-        ({"errorCode": 50}, DatabaseTimeoutError),
-        ({"errorCode": 10107}, DatabaseUnavailableError),
-        ({"closeConnection": True}, DatabaseUnavailableError),
-    ],
+    FAILURES,
     ids=["Unauthorized", "MaxTimeMSExpired", "NotWritablePrimary", "connection"],
 )
 
@@ -814,11 +815,12 @@ async def test_writing_fails_async(
         assert conversation(stored) == ["hi"]
 
 
-TRANSIENT = pytest.mark.parametrize(
-    "failure",
-    [{"errorCode": 10107}, {"errorCode": 11600}, {"errorCode": 189}, {"closeConnection": True}],
-    ids=["NotWritablePrimary", "InterruptedAtShutdown", "PrimarySteppedDown", "connection"],
-)
+TRANSIENT: list[dict[str, Any]] = [
+    {"errorCode": 10107},
+    {"errorCode": 11600},
+    {"errorCode": 189},
+    {"closeConnection": True},
+]
 
 
 @pytest.mark.parametrize(
@@ -848,8 +850,14 @@ def test_what_passes_is_not_noticed(
     assert conversation(at) == ["hi", "hello", "I am off", "bye"]
 
 
-@TRANSIENT
-@DRIVERS
+@pytest.mark.parametrize(
+    ("driver_class", "failure"),
+    sampled(
+        [(driver, failure) for driver in (AsyncIOMotorClient, AsyncMongoClient) for failure in TRANSIENT],
+        *((AsyncIOMotorClient, TRANSIENT[n]) for n in (0, 3)),
+        *((AsyncMongoClient, TRANSIENT[n]) for n in (1, 2)),
+    ),
+)
 @pytest.mark.anyio
 async def test_what_passes_is_not_noticed_by_who_borrows(
     server: str, database: str, stored: Documents, driver_class: Any, failure: dict[str, Any]
@@ -864,8 +872,14 @@ async def test_what_passes_is_not_noticed_by_who_borrows(
     assert conversation(stored) == ["hi", "hello", "I am off", "bye"]
 
 
-@PERSISTENT
-@DRIVERS
+@pytest.mark.parametrize(
+    ("driver_class", "failure", "expected"),
+    sampled(
+        [(driver, *case) for driver in (AsyncIOMotorClient, AsyncMongoClient) for case in FAILURES],
+        *((AsyncIOMotorClient, *FAILURES[n]) for n in (0, 3)),
+        *((AsyncMongoClient, *FAILURES[n]) for n in (1, 2)),
+    ),
+)
 @pytest.mark.anyio
 async def test_writing_fails_for_who_borrows(
     server: str,

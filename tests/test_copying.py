@@ -18,7 +18,7 @@ from typing import Any
 import bson
 import pymongo
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymongo import monitoring
 from strands import tool
@@ -190,7 +190,7 @@ bodies = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.lists(bodies, max_size=12), st.dictionaries(st.text(max_size=3), st.lists(st.integers()), max_size=2))
 def test_whatever_can_be_stored_comes_back(
     repository: MongoDBSessionRepository, stored: Stored, messages: list[Any], state: dict[str, Any]
