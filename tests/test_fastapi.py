@@ -23,6 +23,7 @@ from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from strands import tool
 from strands.hooks import AfterInvocationEvent
+from strands.tools.executors import SequentialToolExecutor
 
 import interpreter
 from mongodb_session_manager import (
@@ -363,6 +364,26 @@ def test_a_client_that_goes_away_before_the_first_token_stops_the_agent(
         assert application.ended == ["open>"]
         assert conversation(stored) == ["hi"]
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_an_agent_that_goes_on_after_its_client_has_gone_is_stopped(
+    application: Application, stored: Stored, caplog: pytest.LogCaptureFixture
+) -> None:
+    @tool
+    async def stubborn() -> str:
+        """Swallow a cancellation, as `asyncio.wait_for` can do."""
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(600)
+        return "done"
+
+    application.script, application.options = [{"tool": "stubborn", "input": {}}, "more"], {"tools": [stubborn]}
+    application.options["tool_executor"] = SequentialToolExecutor()
+    with serving(application.app) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/sessions/s/sse", params={"text": "hi"}, timeout=1)
+        eventually(lambda: application.sessions and "closed" in repr(application.sessions[0]))
+        assert application.ended == ["open>"]
+    assert [record for record in caplog.records if record.name.startswith("mongodb_session_manager")] == []
 
 
 def refuse_to_respond() -> None:

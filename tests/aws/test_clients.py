@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from botocore.config import Config
 
+import interpreter
 import mongodb_session_manager
 from arrivals import Queue
 from endpoint import Endpoint
@@ -202,3 +203,15 @@ def test_one_module_knows_aws() -> None:
 
 def test_messages_know_neither_a_loop_nor_a_driver() -> None:
     assert not imported(PACKAGE / "hooks" / "_messages.py") & {"asyncio", "anyio", "pymongo", "motor", "aioboto3"}
+
+
+def test_hooks_that_send_nothing_start_no_thread() -> None:
+    program = (
+        "import gc, threading\n"
+        "from mongodb_session_manager import create_metadata_sqs_hook as create\n"
+        "hooks = [create('https://sqs.eu-west-1.amazonaws.com/1/q') for _ in range(2)]\n"
+        "del hooks\n"
+        "gc.collect()\n"
+        "print(threading.active_count())\n"
+    )
+    assert interpreter.run(program)[0] == "1\n"

@@ -144,9 +144,12 @@ class _Turn:
     async def stop(self) -> None:
         """Stop the agent if it still runs, and wait for its end."""
         self._task.cancel()
+        self._receive.close()  # first: an agent that goes on in spite of the cancellation must not wait for a receiver
         await asyncio.wait([self._task])
-        self._receive.close()
-        if not self._raised and not self._task.cancelled() and (error := self._task.exception()) is not None:
+        if self._raised or self._task.cancelled():
+            return
+        error = self._task.exception()
+        if error is not None and not isinstance(error, anyio.BrokenResourceError):
             log(self._path, error)
 
 
