@@ -730,7 +730,9 @@ def test_what_does_not_fit_is_refused(repository: MongoDBSessionRepository, stor
     lines = list(repository.export_session("s"))
     session = json.loads(lines[1])
     session["session"]["large"] = "x" * 17 * MIB
-    with pytest.raises(InvalidArgumentError, match=r"^line 2 cannot be imported: it is larger than a document"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"^line 2 cannot be imported: it exceeds the maximum size of a MongoDB document"
+    ):
         repository.import_session(
             [lines[0], json.dumps(session), lines[2], lines[3].split(', "sha256"')[0] + "}}"], "t"
         )

@@ -26,7 +26,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     SessionNotFoundError,
 )
-from mongodb_session_manager._io.asked_fields import ACTED_ON
+from mongodb_session_manager._io.requested_fields import ACTED_ON
 from support import CommandLog, agent, fail_point
 
 Stored = Collection[dict[str, Any]]

@@ -467,8 +467,8 @@ def test_a_refusal_is_told_once_at_the_end() -> None:
     with pytest.raises(SessionConflictError, match=r"^first$"):
         unit.raise_refusal("agent")
     with pytest.raises(SessionConflictError, match=r"^second$"):
-        unit.raise_untold_refusal()
-    unit.raise_untold_refusal()
+        unit.raise_unreported_refusal()
+    unit.raise_unreported_refusal()
 
 
 def test_nothing_refused_raises_nothing() -> None:
@@ -476,7 +476,7 @@ def test_nothing_refused_raises_nothing() -> None:
     unit.raise_refusal()
     unit.raise_refusal("agent")
     unit.raise_refusal("nobody")
-    unit.raise_untold_refusal()
+    unit.raise_unreported_refusal()
 
 
 def test_every_telling_of_a_refusal_is_an_error_of_its_own() -> None:

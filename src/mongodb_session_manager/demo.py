@@ -67,7 +67,7 @@ def demo_server(data_directory: str | os.PathLike[str] | None = None) -> str:
     managers without a connection string use the same server.
 
     Args:
-        data_directory: The embedded server's data directory, created if it does not exist. The next process that names
+        data_directory: The embedded server's data directory, created if it does not exist. The next process that uses
             it continues with its data; only one server can use it at a time. Default: a temporary directory, removed
             when the process ends.
 

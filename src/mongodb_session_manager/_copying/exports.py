@@ -17,7 +17,7 @@ from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
 from .export_format import Writer
-from .import_checks import AGENT_LEFT_BEHIND, LEFT_BEHIND
+from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
 _ROUNDS = 8
 """An attachment is reported as missing after its message was found changed this often."""
@@ -57,7 +57,7 @@ class Export:
         writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
         agents: dict[str, Document] = usable_agents(session_id, document)
         document.pop("agents", None)
-        yield writer.head(session_id, _without(document, LEFT_BEHIND), now())
+        yield writer.head(session_id, _without(document, NOT_COPIED), now())
         for key in tuple(agents):
             async for lines in self._agent_lines(source, key, agents.pop(key), writer):
                 yield lines
@@ -68,7 +68,7 @@ class Export:
     ) -> AsyncGenerator[list[str], None]:
         # Versions before 1.0 did not encode ids.
         agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
-        yield [writer.agent(agent_id, _without(agent, AGENT_LEFT_BEHIND))]
+        yield [writer.agent(agent_id, _without(agent, AGENT_NOT_COPIED))]
         sequence = _Sequence()
         position, archived = 0, int(agent.get("archived") or 0)
         while position < archived:

@@ -10,7 +10,7 @@ from .._format.codec import decode, encode
 from .._format.documents import MESSAGE_USAGE, STATE_DEPTH, USAGE, Document, is_number, usable, usable_numbers
 from .._format.ids import checked_id, checked_message_id
 from ..errors import AgentNotFoundError, InvalidArgumentError
-from .import_checks import AGENT_LEFT_BEHIND, LEFT_BEHIND
+from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
 
 def checked_ends(at_message: object) -> int | dict[str, int] | None:
@@ -51,7 +51,7 @@ def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: It
 
 def session_fields(session: Mapping[str, Any], ends: Mapping[str, int], moment: datetime) -> Document:
     """Return the fields of a fork, without its agents; `ends` are the last message ids of the agents that are cut."""
-    fields = {name: value for name, value in session.items() if name not in LEFT_BEHIND}
+    fields = {name: value for name, value in session.items() if name not in NOT_COPIED}
     events = session.get("guardrail_events") or []
     if type(events) is list:
         events = [event for event in events if not _is_left_out(usable(dict, event), ends)]
@@ -73,7 +73,7 @@ def _is_left_out(event: Document, ends: Mapping[str, int]) -> bool:
 
 def agent_fields(agent: Mapping[str, Any]) -> Document:
     """Return the fields of an agent's sub-document that a fork copies."""
-    return {name: value for name, value in agent.items() if name not in AGENT_LEFT_BEHIND}
+    return {name: value for name, value in agent.items() if name not in AGENT_NOT_COPIED}
 
 
 def cut_fields(fields: Document, kept: int, count: int, usage: Mapping[str, Any]) -> Document:

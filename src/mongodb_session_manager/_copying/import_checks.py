@@ -39,16 +39,14 @@ from .._format.malformed import malformed_fields
 from .._format.sizes import stored_size
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 
-LEFT_BEHIND = frozenset(
+NOT_COPIED = frozenset(
     {"_id", "session_id", "agents", "copy_of", "incarnation", "removed_attachments"}
     | {"state", "state_by", "state_until", "time_to_live", "expires_at", "migrating", "moved"}
     | {"attachments_generation", "session_ttl", "kept_until", "keep_until"}  # of 1.0.0
 )
 """Fields of a session document that are not copied; a copy has its own values, or none."""
 
-AGENT_LEFT_BEHIND = frozenset(
-    {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"}
-)
+AGENT_NOT_COPIED = frozenset({"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"})
 """Fields of an agent's sub-document that are not copied; a copy has its own values."""
 
 _MANAGERS = (NullConversationManager, SlidingWindowConversationManager, SummarizingConversationManager)
@@ -66,7 +64,7 @@ def checked_session(fields: Document) -> Document:
     Raises:
         InvalidArgumentError: A field is not valid in a session document.
     """
-    fields = {name: value for name, value in fields.items() if name not in LEFT_BEHIND}
+    fields = {name: value for name, value in fields.items() if name not in NOT_COPIED}
     _check_names(fields, "the session")
     for field in malformed_fields({name: value for name, value in fields.items() if value is not None}):
         raise InvalidArgumentError(f"{field.path!r} must be a {field.kind.__name__}, not {type(field.value).__name__}")
@@ -93,7 +91,7 @@ def checked_agent(fields: Document) -> Document:
     Raises:
         InvalidArgumentError: A field is not valid in an agent's sub-document.
     """
-    fields = {name: value for name, value in fields.items() if name not in AGENT_LEFT_BEHIND}
+    fields = {name: value for name, value in fields.items() if name not in AGENT_NOT_COPIED}
     _check_names(fields, "the agent")
     _check_kinds(fields, "", {"agent_data": dict, "usage": dict})
     data = fields.get("agent_data") or {}

@@ -255,7 +255,7 @@ def _references_of(agents: Iterable[_Agent]) -> list[str]:
 
 
 def _unchanged(agents: Iterable[_Agent]) -> Document:
-    """Return the condition that matches while agents are as they were read, or have further messages."""
+    """Return the condition that agents are unchanged since they were read, except for appended messages."""
     condition: Document = {}
     for agent in agents:
         path = f"agents.{agent.key}"

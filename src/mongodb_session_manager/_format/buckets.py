@@ -24,7 +24,7 @@ refuses to replace a bucket of a higher revision, or a different one of the same
 cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
 
 A write-back is the only statement that lowers `archived`, to 0; see `_copying.write_back`. It leaves the agent's
-buckets behind and stores in `stale_below` a revision that is higher than theirs, which the head has from then on. No
+buckets behind and stores a higher revision than theirs in `stale_below`; the head continues with that revision. No
 message moves while the field is there. Removing the buckets of a lower revision, and then the field, ends the
 write-back.
 """
@@ -51,7 +51,7 @@ BUCKET_MESSAGES = 1024
 """The maximum number of messages of a bucket. A bucket starts less than this number below each of its positions."""
 
 _BUCKET_BYTES = 2 * 1024 * 1024
-_MOST_EMBEDDED_BYTES = 8 * 1024 * 1024
+_MAX_EMBEDDED_BYTES = 8 * 1024 * 1024
 _TAKEN = "__taken__"
 
 
@@ -143,8 +143,8 @@ class Limits:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"{name} must be an int >= 1, got {value!r}")
         limits = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
-        if limits.size > _MOST_EMBEDDED_BYTES:
-            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MOST_EMBEDDED_BYTES}, got {limits.size}")
+        if limits.size > _MAX_EMBEDDED_BYTES:
+            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MAX_EMBEDDED_BYTES}, got {limits.size}")
         return limits
 
     def exceeded(self, head: Head, times: int = 1) -> bool:

@@ -208,7 +208,7 @@ def message_usage(message: Mapping[str, Any]) -> Document:
 
 
 def message_from(stored: Any, position: int) -> SessionMessage | None:
-    """Return Strands' view of an element of `messages`, or `None` if it is no message.
+    """Return Strands' view of an element of `messages`, or `None` if it is not a message.
 
     `position` is the id of a message without one. The view of a redacted message with an unusable replacement is
     `None`: its original must stay hidden.

@@ -164,7 +164,7 @@ def _encode_iso(value: date | time) -> dict[str, Any]:
 
 
 def _encode_bson_type(value: Any) -> Any:
-    """Return a value of a type of `bson` if it is the same after BSON."""
+    """Return a value of a type of `bson` if BSON preserves it."""
     if isinstance(value, Binary) and value.subtype in (0, 4):
         # Subtype 0 decodes to bytes, and 4 to a UUID where the length allows.
         return bytes(value) if value.subtype == 0 else marked("binary", bytes([4]) + value)

@@ -94,7 +94,7 @@ def ids_of(messages: Any) -> Document:
 
 
 def with_ids(messages: str, ids: Sequence[int]) -> Document:
-    """Return the expression for `messages` with these ids; elements that are no messages are kept."""
+    """Return the expression for `messages` with these ids; elements that are not messages are kept."""
     message = {"$arrayElemAt": [messages, "$$at"]}
     merged = {"$mergeObjects": [message, {"message_id": {"$arrayElemAt": [{"$literal": list(ids)}, "$$at"]}}]}
     numbered = {"$cond": [{"$eq": [{"$type": message}, "object"]}, merged, message]}

@@ -125,8 +125,8 @@ def messages_from(
 ) -> Iterator[tuple[SessionMessage | None, Any]]:
     """Yield Strands' view of each element of `messages`, and the element; log malformed ones.
 
-    The view is `None` for an element that is no message. With `restoring`, messages have only the blocks that Strands
-    can restore.
+    The view is `None` for an element that is not a message. With `restoring`, messages have only the blocks that
+    Strands can restore.
     """
     for position, element in enumerate(stored, first):
         message = message_from(element, position)

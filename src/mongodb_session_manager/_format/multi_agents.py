@@ -130,7 +130,7 @@ class _Known:
         self.newest = newest
         self.stored = stored
         self.refusal: MongoDBSessionError | None = None
-        self.refusal_told = False
+        self.refusal_reported = False
 
     @property
     def is_settled(self) -> bool:
@@ -213,9 +213,9 @@ class MultiAgents:
         if refusal is None:
             known.stored = write.revision
         else:
-            known.refusal, known.refusal_told = refusal, False
+            known.refusal, known.refusal_reported = refusal, False
 
-    def raise_refusal(self, multi_agent_id: str | None = None, *, untold: bool = False) -> None:
+    def raise_refusal(self, multi_agent_id: str | None = None, *, unreported: bool = False) -> None:
         """Raise the error with which the state of an orchestrator, or of any one, was refused.
 
         With `unreported`, an error that was raised before is not raised again.
@@ -224,7 +224,7 @@ class MultiAgents:
             if (
                 multi_agent_id in (None, candidate)
                 and known.refusal is not None
-                and not (untold and known.refusal_told)
+                and not (unreported and known.refusal_reported)
             ):
-                known.refusal_told = True
+                known.refusal_reported = True
                 raise again(known.refusal)

@@ -25,13 +25,13 @@ _UNLIMITED = 500
 _SPARE_FROM = 4
 """The smallest pool that reserves one connection for health checks."""
 
-_USUAL = 5 * (os.cpu_count() or 1)
+_USUAL_COMMANDS = 5 * (os.cpu_count() or 1)
 """The limit of concurrent commands while none is slow: more threads would compete for the interpreter."""
 
 _SLOW = 0.02
 """Seconds until one more command is admitted, while commands wait: the admitted ones are slow."""
 
-_LOOK = 0.5
+_CHECK_INTERVAL = 0.5
 """Seconds after which a waiting command checks again for a server."""
 
 
@@ -58,14 +58,14 @@ class Gate:
         options = client.options
         pool = options.pool_options
         size = int(pool.max_pool_size or _UNLIMITED)
-        self._most = size - 1 if size >= _SPARE_FROM else size
-        self._usual = min(_USUAL, self._most)
-        self._patience: float = options.server_selection_timeout
+        self._max_commands = size - 1 if size >= _SPARE_FROM else size
+        self._usual_commands = min(_USUAL_COMMANDS, self._max_commands)
+        self._selection_timeout: float = options.server_selection_timeout
         if options.timeout is not None:
-            self._patience = min(self._patience, options.timeout)
-        self._pool_patience: float | None = pool.wait_queue_timeout
+            self._selection_timeout = min(self._selection_timeout, options.timeout)
+        self._queue_timeout: float | None = pool.wait_queue_timeout
         self._client = client
-        self._known: TopologyDescription | None = None
+        self._topology: TopologyDescription | None = None
         self._selection: asyncio.Future[None] | None = None
         self._under_way = 0
         self._widening: asyncio.TimerHandle | None = None
@@ -80,7 +80,7 @@ class Gate:
 
     async def __aenter__(self) -> None:
         place = None
-        if self._under_way < self._usual and not self._queue:
+        if self._under_way < self._usual_commands and not self._queue:
             self._under_way += 1
         else:
             loop = asyncio.get_running_loop()
@@ -104,7 +104,7 @@ class Gate:
 
     def _leave(self) -> None:
         self._under_way -= 1
-        if self._queue and self._under_way < self._usual:
+        if self._queue and self._under_way < self._usual_commands:
             self._admit()
 
     def _admit(self) -> None:
@@ -112,20 +112,22 @@ class Gate:
         self._queue.popleft().set_result(None)
 
     def _widen(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._queue and self._under_way < self._most:
+        if self._queue and self._under_way < self._max_commands:
             self._admit()
         self._widening = loop.call_later(_SLOW, self._widen, loop) if self._queue else None
 
     async def _turn(self, place: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
-        end = None if self._pool_patience is None else loop.time() + self._pool_patience
+        end = None if self._queue_timeout is None else loop.time() + self._queue_timeout
         while not place.done():
-            await asyncio.wait({place}, timeout=_LOOK if end is None else min(_LOOK, max(0.0, end - loop.time())))
+            await asyncio.wait(
+                {place}, timeout=_CHECK_INTERVAL if end is None else min(_CHECK_INTERVAL, max(0.0, end - loop.time()))
+            )
             await self.server()
             if not place.done() and end is not None and loop.time() >= end:
                 raise WaitQueueTimeoutError(
                     "Timed out while checking out a connection from connection pool. "
-                    f"maxPoolSize: {self._client.options.pool_options.max_pool_size}, timeout: {self._pool_patience}"
+                    f"maxPoolSize: {self._client.options.pool_options.max_pool_size}, timeout: {self._queue_timeout}"
                 )
 
     async def server(self) -> None:
@@ -134,10 +136,10 @@ class Gate:
         Raises:
             ServerSelectionTimeoutError: No writable server was found in time.
         """
-        if self._patience <= 0 or self._is_known():
+        if self._selection_timeout <= 0 or self._has_writable_server():
             return  # with a timeout of 0, the driver selects a server itself
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._patience
+        end = loop.time() + self._selection_timeout
         error: ServerSelectionTimeoutError | None = None
         while (left := end - loop.time()) > 0:
             selection = self._selection
@@ -150,7 +152,7 @@ class Gate:
             if not selection.done() or selection.cancelled():
                 continue
             failure = selection.exception()
-            if failure is None or self._is_known():
+            if failure is None or self._has_writable_server():
                 return
             if not isinstance(failure, ServerSelectionTimeoutError):
                 raise failure
@@ -165,15 +167,15 @@ class Gate:
         if not selection.cancelled():
             selection.exception()  # retrieved, because the callers might have been cancelled
 
-    def _is_known(self) -> bool:
-        known = self._client.topology_description
-        if known is not self._known:
-            if not known.has_writable_server():
+    def _has_writable_server(self) -> bool:
+        topology = self._client.topology_description
+        if topology is not self._topology:
+            if not topology.has_writable_server():
                 return False
-            self._known = known
+            self._topology = topology
         return True
 
     def _reason(self) -> str:
         servers = self._client.topology_description.server_descriptions().values()
         errors = ", ".join(str(server.error) for server in servers if server.error is not None)
-        return f"{errors or 'no server takes writes'}, Timeout: {self._patience}s"
+        return f"{errors or 'no server takes writes'}, Timeout: {self._selection_timeout}s"

@@ -38,10 +38,10 @@ _indexed: dict[object, dict[tuple[object, ...], float]] = {}
 Clients live on event loops of several threads, so nothing iterates over all of it.
 """
 
-_told: set[tuple[object, ...]] = set()
+_logged: set[tuple[object, ...]] = set()
 """The missing indexes that were logged: server or client, database, collection, fields."""
 
-_MOST_INDEXES = 63
+_MAX_INDEXES = 63
 """The maximum number of indexes that MongoDB allows for a collection, without the index of `_id`."""
 
 _OPTIONS: dict[Fields, Document] = {
@@ -63,7 +63,7 @@ def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
     indexes += [(path,) for path in narrowed]
     for date in ("updated_at", "created_at"):
         indexes += [(date, "_id"), *((path, date, "_id") for path in narrowed)]
-    return indexes[:_MOST_INDEXES]
+    return indexes[:_MAX_INDEXES]
 
 
 def ensure_indexes(collection: Collection, wanted: Iterable[Fields], **options: Any) -> None:
@@ -103,7 +103,7 @@ def _key(collection: Collection, fields: Fields) -> tuple[object, ...]:
 
 def _forget(identity: object) -> None:
     _indexed.pop(identity, None)
-    _told.difference_update([told for told in tuple(_told) if told[0] == identity])
+    _logged.difference_update([key for key in tuple(_logged) if key[0] == identity])
 
 
 class _Failure(NamedTuple):
@@ -123,16 +123,16 @@ async def _build_indexes(collection: Collection, wanted: Sequence[Fields], optio
     refused = [fields for fields, failure in missing.items() if failure.code not in _PASSING]
     see_again(collection, missing.keys() - refused)
     see_again(collection, refused, after=_RETRY_REFUSED)
-    told = {fields: (collection.connection.identity, *_key(collection, fields)) for fields in wanted}
-    untold = [fields for fields, why in missing.items() if told[fields] not in _told and why.code not in _DROPPED]
-    _told.difference_update(told[fields] for fields in wanted if fields not in missing)
-    _told.update(told[fields] for fields in untold)
-    if untold:
+    keys = {fields: (collection.connection.identity, *_key(collection, fields)) for fields in wanted}
+    unlogged = [fields for fields, why in missing.items() if keys[fields] not in _logged and why.code not in _DROPPED]
+    _logged.difference_update(keys[fields] for fields in wanted if fields not in missing)
+    _logged.update(keys[fields] for fields in unlogged)
+    if unlogged:
         logger.warning(
             "collection=<%r>, indexes=<%s> | indexes not built: queries are slow without them, and without expires_at "
             "nothing expires",
             repr(collection),
-            ", ".join(f"{'+'.join(fields)}: {missing[fields].text}" for fields in untold),
+            ", ".join(f"{'+'.join(fields)}: {missing[fields].text}" for fields in unlogged),
         )
 
 

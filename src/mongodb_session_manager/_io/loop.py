@@ -31,7 +31,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _GREENLETS = (
-    "gevent has patched the module {module!r}: the library needs real threads, and greenlets have taken their place; "
+    "gevent has patched the module {module!r}: the library needs real threads, but they were replaced by greenlets; "
     "use threaded or asynchronous workers (gunicorn -k gthread, uvicorn) instead of gevent's"
 )
 

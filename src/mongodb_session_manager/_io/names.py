@@ -27,7 +27,7 @@ def checked_text(value: object, name: str) -> str:
 
 
 _REFUSED = {"database_name": '/\\. "$\0', "collection_name": "$\0"}
-_MOST_BYTES = {"database_name": 63, "collection_name": 170}
+_MAX_BYTES = {"database_name": 63, "collection_name": 170}
 """MongoDB allows 255 bytes for database, dot and collection, including suffixes such as `_attachments.chunks`."""
 
 
@@ -43,8 +43,8 @@ def checked_name(value: object, name: str) -> str:
         raise ConfigurationError(f"{name} must be a non-empty str")
     if refused := [character for character in _REFUSED[name] if character in text]:
         raise ConfigurationError(f"{name} must not contain {refused[0]!r}, got {shown}")
-    if len(text.encode()) > _MOST_BYTES[name]:
-        raise ConfigurationError(f"{name} must have at most {_MOST_BYTES[name]} bytes, got {len(text.encode())}")
+    if len(text.encode()) > _MAX_BYTES[name]:
+        raise ConfigurationError(f"{name} must have at most {_MAX_BYTES[name]} bytes, got {len(text.encode())}")
     if name == "collection_name" and (text.startswith((".", "system.")) or text.endswith(".") or ".." in text):
         raise ConfigurationError(f"{name} must not begin with 'system.', nor with a dot, nor end with one, got {shown}")
     return text

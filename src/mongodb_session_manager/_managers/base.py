@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 _FIRST, _LAST = -math.inf, math.inf
 """Orders of callbacks: before and after those of all other hook providers."""
 
-_PATIENCE = 0.1
+_FINAL_MESSAGE_DELAY = 0.1
 """Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
 
 A user's hook, a middleware or a slow client can delay that end.
@@ -107,7 +107,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._closed = False
         self._closing: asyncio.Event | None = None
         self._invoked: set[str] = set()
-        self._late: dict[str, asyncio.TimerHandle] = {}
+        self._delayed: dict[str, asyncio.TimerHandle] = {}
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
         self._flusher = Flusher(self.session_id, self._connection, self._repository)
@@ -164,7 +164,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         checked_id(agent.agent_id, "agent_id")
         work.prepare(agent)
         self._restore(agent, **kwargs)
-        work.keep_odd(agent)
+        work.keep_malformed_state(agent)
         if isinstance(agent, Agent):
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
@@ -258,7 +258,9 @@ class SessionManagerBase(OrchestratorSessionManager):
             if self._is_due(event.message, agent):
                 await self._flush(agent.agent_id)
             elif _is_final(event.message):
-                self._late[agent.agent_id] = asyncio.get_running_loop().call_later(_PATIENCE, self._start_late)
+                self._delayed[agent.agent_id] = asyncio.get_running_loop().call_later(
+                    _FINAL_MESSAGE_DELAY, self._start_delayed
+                )
         except MongoDBSessionError as error:
             self._stopped[agent.agent_id] = error
             raise
@@ -295,8 +297,8 @@ class SessionManagerBase(OrchestratorSessionManager):
         """Store the turn. A failure is raised after the other callbacks: they can release resources."""
         agent = event.agent
         self._invoked.discard(agent.agent_id)
-        if (late := self._late.pop(agent.agent_id, None)) is not None:
-            late.cancel()
+        if (delayed := self._delayed.pop(agent.agent_id, None)) is not None:
+            delayed.cancel()
         try:
             try:
                 with self._flusher.recording(agent):
@@ -342,7 +344,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         await self._flusher.flush(self._unit)
         self._unit.raise_refused(agent_id)
 
-    def _start_late(self) -> None:
+    def _start_delayed(self) -> None:
         with suppress(EventLoopError):  # closing, or the next flush, raises it
             self._flusher.start(self._unit)
 
@@ -404,4 +406,4 @@ class SessionManagerBase(OrchestratorSessionManager):
             self._work.close()
             if not self._work.is_settled:
                 await self._flusher.flush_here(self._work)
-            self._work.raise_untold_refusal()
+            self._work.raise_unreported_refusal()

@@ -80,7 +80,7 @@ _POLICIES: dict[str, dict[str, tuple[str, ...]]] = {
     "contextualGroundingPolicy": {"filters": ("type", "score", "threshold")},
 }
 _CUSTOM_WORD = "CUSTOM"
-_TELLING = frozenset({"action", "confidence", "detected", "filterStrength", "name", "score", "threshold", "type"})
+_SAFE_FIELDS = frozenset({"action", "confidence", "detected", "filterStrength", "name", "score", "threshold", "type"})
 """Fields of a guardrail trace that describe a finding; any other field can quote the conversation."""
 
 _FIELD = re.compile(r"[A-Za-z0-9_-]{1,40}")
@@ -130,7 +130,7 @@ def without_quotes(trace: Any) -> Any:
     """
     if isinstance(trace, Mapping):
         return {
-            key: value if key in _TELLING and isinstance(value, str) else without_quotes(value)
+            key: value if key in _SAFE_FIELDS and isinstance(value, str) else without_quotes(value)
             for key, value in trace.items()
             if isinstance(key, str) and _FIELD.fullmatch(key)
         }

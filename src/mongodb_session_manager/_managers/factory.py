@@ -34,7 +34,7 @@ class MongoDBSessionManagerFactory:
         connection_string: The connection string of MongoDB; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        **options: `ManagerOptions` documents each.
+        **options: `ManagerOptions` documents them.
 
     Raises:
         ConfigurationError: An argument is invalid or an option is unknown.
@@ -76,7 +76,7 @@ class MongoDBSessionManagerFactory:
             session_id: The session; it is created if it is new.
             database_name: `None` uses the factory's.
             collection_name: `None` uses the factory's.
-            **options: They take the place of the factory's; `SessionOptions` documents each.
+            **options: They take the place of the factory's; `SessionOptions` documents them.
 
         Raises:
             ConfigurationError: An option is unknown or invalid.
@@ -96,7 +96,7 @@ class MongoDBSessionManagerFactory:
     ) -> PendingSession:
         """Open a session with `await` or `async with`, with one command and without blocking the event loop.
 
-        Arguments and errors are those of `create_session_manager`.
+        Arguments and errors are the same as for `create_session_manager`.
         """
         names = {"database_name": database_name, "collection_name": collection_name}
 
@@ -318,7 +318,7 @@ def create_mongodb_session_manager(
     collection_name: str | None = "agent_sessions",
     **options: Unpack[ManagerOptions],
 ) -> MongoDBSessionManager:
-    """Open a session; the arguments are those of `MongoDBSessionManager`."""
+    """Open a session; the arguments are the same as for `MongoDBSessionManager`."""
     return MongoDBSessionManager(session_id, connection_string, database_name, collection_name, **options)
 
 
@@ -331,7 +331,7 @@ def create_mongodb_session_manager_async(
 ) -> PendingSession:
     """Open a session with `await` or `async with`, without blocking the event loop.
 
-    The arguments are those of `AsyncMongoDBSessionManager`.
+    The arguments are the same as for `AsyncMongoDBSessionManager`.
     """
 
     def make() -> AsyncMongoDBSessionManager:

@@ -25,7 +25,7 @@ def initialize_global_factory(
 ) -> MongoDBSessionManagerFactory:
     """Create the process-wide factory, close an earlier one, and return it.
 
-    The arguments are those of `MongoDBSessionManagerFactory`. Its connections are those of `MongoDBConnectionPool`.
+    The arguments are the same as for `MongoDBSessionManagerFactory`. It uses the connection of `MongoDBConnectionPool`.
     """
     factory = MongoDBSessionManagerFactory(connection_string, database_name, collection_name, **options)
     _exchange(factory)

@@ -14,7 +14,7 @@ from strands.interrupt import InterruptException
 from strands.types.tools import AgentTool
 
 from .._format.metadata import checked_keys, checked_metadata
-from .._io.asked_fields import ACTED_ON
+from .._io.requested_fields import ACTED_ON
 from .._notifications.notification import describe
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 

@@ -75,7 +75,7 @@ class RecordedAgent:
         if not self.counts_usage:
             log_malformed(session_id, f"{path}.usage", usage)
         # The stored values of these fields are unusable. They are kept until the agent has another value.
-        self.malformed_state = [name for name in STATE_FIELDS if _is_odd(name, data.get(name))]
+        self.malformed_state = [name for name in STATE_FIELDS if _is_malformed(name, data.get(name))]
         for name in self.malformed_state:
             if data.get(name) is not None:
                 log_malformed(session_id, f"{path}.agent_data.{name}", data[name])
@@ -87,9 +87,9 @@ class RecordedAgent:
         self.last_redacted: int | None = None
         self.corrected_offset: int | None = None
         self.refusal: MongoDBSessionError | None = None
-        self._refusal_told = False
+        self._refusal_reported = False
         self.too_large: StateTooLargeError | None = None
-        self._too_large_told = False
+        self._too_large_reported = False
 
     def _load_messages(self, agent_id: str, stored: Mapping[str, Any], session_id: str) -> None:
         self.first: int = stored.get("first", 0)
@@ -142,27 +142,27 @@ class RecordedAgent:
     def refuse(self, error: MongoDBSessionError) -> None:
         """Refuse all later changes, except after a `StateTooLargeError`: the next state can be smaller."""
         if isinstance(error, StateTooLargeError):
-            self.too_large, self._too_large_told = error, False
+            self.too_large, self._too_large_reported = error, False
         else:
             self.refusal = error
 
-    def raise_refusal(self, *, untold: bool = False) -> None:
+    def raise_refusal(self, *, unreported: bool = False) -> None:
         """Raise the refusal of changes; with `unreported`, only if it has not been raised before."""
-        if self.refusal is not None and not (untold and self._refusal_told):
-            self._refusal_told = True
+        if self.refusal is not None and not (unreported and self._refusal_reported):
+            self._refusal_reported = True
             raise again(self.refusal)
 
-    def raise_too_large(self, *, untold: bool) -> None:
+    def raise_too_large(self, *, unreported: bool) -> None:
         """Raise the refusal of the state; with `unreported`, only if it has not been raised before."""
-        if self.too_large is None or (untold and self._too_large_told):
+        if self.too_large is None or (unreported and self._too_large_reported):
             return
-        error, self._too_large_told = self.too_large, True
+        error, self._too_large_reported = self.too_large, True
         if error.pending:  # the next flush tries again
             self.too_large = None
         raise again(error)
 
 
-def _is_odd(name: str, stored: Any) -> bool:
+def _is_malformed(name: str, stored: Any) -> bool:
     """Return whether a stored part of an agent's state is malformed, so that it cannot be restored unchanged."""
     state = decode(stored)
     if type(state) is not dict:

@@ -35,7 +35,7 @@ class MongoDBSessionManager(SessionManagerBase):
         connection_string: The connection string of MongoDB; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        **options: `ManagerOptions` documents each.
+        **options: `ManagerOptions` documents them.
 
     Raises:
         ConfigurationError: An argument is invalid or an option is unknown.

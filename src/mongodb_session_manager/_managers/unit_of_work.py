@@ -132,7 +132,7 @@ class UnitOfWork(SessionRepository):
         """Raise the refusal of an agent's changes, or of any agent or orchestrator."""
         self.raise_refusal(agent_id)
         for agent in self._chosen(agent_id):
-            agent.raise_too_large(untold=agent_id is not None)
+            agent.raise_too_large(unreported=agent_id is not None)
 
     def raise_refusal(self, agent_id: str | None = None) -> None:
         """Raise the final refusal of an agent's changes, or of any agent or orchestrator."""
@@ -141,12 +141,12 @@ class UnitOfWork(SessionRepository):
         if agent_id is None:
             self.multi_agents.raise_refusal()
 
-    def raise_untold_refusal(self) -> None:
+    def raise_unreported_refusal(self) -> None:
         """Raise the refusals of changes that have not been raised before."""
         for agent in self._chosen(None):
-            agent.raise_refusal(untold=True)
-            agent.raise_too_large(untold=True)
-        self.multi_agents.raise_refusal(untold=True)
+            agent.raise_refusal(unreported=True)
+            agent.raise_too_large(unreported=True)
+        self.multi_agents.raise_refusal(unreported=True)
 
     def _chosen(self, agent_id: str | None) -> list[RecordedAgent]:
         # Other threads can add agents concurrently: copying the keys is atomic, copying the items is not.
@@ -193,7 +193,7 @@ class UnitOfWork(SessionRepository):
             state = manager.get_state() if type(state.get("__name__")) is not str else state
             stored.loaded.conversation_manager_state = {**state, "removed_message_count": stored.removed}
 
-    def keep_odd(self, agent: LocalAgent) -> None:
+    def keep_malformed_state(self, agent: LocalAgent) -> None:
         """Keep the unusable stored state of a restored agent until the agent's state changes."""
         stored = self._agents[agent.agent_id]
         if stored.malformed_state:

@@ -58,7 +58,7 @@ class AsyncMongoDBSessionRepository(SharedRepository):
         connection_string: The server; `None` reads the environment variable `MONGODB_URI`.
         database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
         collection_name: The collection of the sessions.
-        **options: `RepositoryOptions` documents each.
+        **options: `RepositoryOptions` documents them.
 
     Raises:
         ConfigurationError: An argument is invalid.

@@ -238,7 +238,7 @@ class ConversationMethods(RepositoryMethods):
     async def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
     ) -> list[SessionMessage]:
-        """Return messages of an agent, oldest first, without elements of `messages` that are no messages.
+        """Return messages of an agent, oldest first, without elements of `messages` that are not messages.
 
         Args:
             session_id: The session.

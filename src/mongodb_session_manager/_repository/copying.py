@@ -52,8 +52,8 @@ class CopyingMethods(RepositoryMethods):
 
         Args:
             stream: The lines that `export_session` yielded: an open file, or an iterable or asynchronous iterable of
-                `str` or `bytes`. Its items can be lines, or chunks that are cut anywhere. Asynchronous code reads a
-                file or a plain iterable in threads, so that the event loop does not wait for it.
+                `str` or `bytes`. Its items can be lines, or chunks that are split at any point. Asynchronous code reads
+                a file or a plain iterable in threads, so that the event loop does not wait for it.
             session_id: The id of the new session; `None` for the id it was exported with.
 
         Raises:

@@ -28,7 +28,7 @@ from .base import RepositoryMethods
 
 Order: TypeAlias = Literal["-updated_at", "updated_at", "-created_at", "created_at"]
 
-MOST = 1000
+MAX_PAGE = 1000
 """The maximum number of sessions of a page."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -236,8 +236,8 @@ def checked_limit(limit: object) -> int:
     Raises:
         InvalidArgumentError: The limit is invalid.
     """
-    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST:
-        raise InvalidArgumentError(f"limit must be an int from 1 to {MOST}")
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_PAGE:
+        raise InvalidArgumentError(f"limit must be an int from 1 to {MAX_PAGE}")
     return limit
 
 

@@ -30,16 +30,16 @@ from .._format.metadata import (
 )
 from .._format.sizes import of_agent
 from .._format.statements import Update
-from .._io.asked_fields import StoredFields, asked_for
 from .._io.connection import Connection
 from .._io.drivers import AsyncCollection
+from .._io.requested_fields import StoredFields, requested_by_callers
 from .._io.threads import compute
 from .._store.expiry import matched
 from ..errors import AgentNotFoundError, InvalidArgumentError, SessionNotFoundError
 from .base import RepositoryMethods
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
-_MOST_AHEAD = timedelta(minutes=1)  # a later date comes from a wrong clock
+_MAX_AHEAD = timedelta(minutes=1)  # a later date comes from a wrong clock
 
 
 class AgentConfig(TypedDict):
@@ -71,9 +71,9 @@ _latest: dict[object, datetime] = {}
 
 
 def _unique_moment(connection: Connection) -> datetime:
-    """Return the server's time, later than any result before: equal feedback differs in its date."""
+    """Return the server's time, later than any earlier result, so that equal feedback entries have different dates."""
     moment, latest = connection.now(), _latest.get(connection.identity)
-    if latest is not None and moment <= latest < moment + _MOST_AHEAD:
+    if latest is not None and moment <= latest < moment + _MAX_AHEAD:
         moment = latest + timedelta(milliseconds=1)
     _latest[connection.identity] = moment
     return moment
@@ -271,7 +271,7 @@ class MetadataMethods(RepositoryMethods):
         async with self._connection.operation():
             update = {**update, "$set": {**update.get("$set", {}), "updated_at": self._connection.now()}}
             statement = Update({"_id": session_id, **intact}, update, None)
-            asked = asked_for()
+            asked = requested_by_callers()
             command: Any = partial(_update_and_return, asked) if asked else matched
             changed = await self._store.room.store_part(statement, "metadata", update["$set"], command)
             if changed and asked:

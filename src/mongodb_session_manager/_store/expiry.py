@@ -1,9 +1,9 @@
 """Expiring sessions: one date, `expires_at`, in the session document and in each part of the session outside it.
 
 A session whose `expires_at` has passed can no longer be read or written to, and opening its id creates a new one. The
-server removes its documents within about a minute. No statement moves a date back. After each write, the session
-expires no earlier than its time to live from then on. The date moves in steps of an eighth of that, so that most
-statements leave it unchanged. The parts of a session never expire before it:
+server removes its documents within about a minute. No statement moves a date back. After a write, the session lives for
+at least its time to live. The date moves in steps of an eighth of that, so that most statements leave it unchanged. The
+parts of a session never expire before it:
 
 - The first date of a session is set on its document, and then on its parts. A part without a date never expires.
 - A later step sets the date of all parts first, and then the date of the session.

@@ -27,7 +27,7 @@ from .store import SessionStore
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 10.0
+_COPY_TIMEOUT = 10.0
 """The maximum number of seconds that opening waits for a session that is being imported or forked."""
 
 _RESTORE: Document = {
@@ -175,7 +175,7 @@ class Opening:
                 )
             except DuplicateKeyError:  # the session is not live, or another process has created it concurrently
                 with suppress(SessionExistsError):
-                    await self._store.deletion.free_id(session_id, _PATIENCE)
+                    await self._store.deletion.free_id(session_id, _COPY_TIMEOUT)
                 continue
             if document is not None:
                 return document
@@ -207,7 +207,7 @@ class Opening:
                     found = await store.sessions.find(session_id, {"incarnation": 1}) if sent > 1 else None
                     if found is not None and found.get("incarnation") == document["incarnation"]:
                         break
-                await store.deletion.free_id(session_id, _PATIENCE)
+                await store.deletion.free_id(session_id, _COPY_TIMEOUT)
             else:
                 raise DatabaseError(f"session {session_id!r} could not be created")
             store.expiry.learn(session_id, document)

@@ -31,7 +31,7 @@ class SessionStore:
         connection: The connection.
         database_name: `None` uses the database named in the connection string.
         collection_name: `None` is `"agent_sessions"`.
-        **options: `ContentOptions` documents each.
+        **options: `ContentOptions` documents them.
 
     Raises:
         ConfigurationError: An argument is invalid.

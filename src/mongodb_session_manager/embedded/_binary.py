@@ -36,7 +36,7 @@ def find_mongod(binary: str | os.PathLike[str] | None = None) -> Path:
     if on_path := shutil.which("mongod"):
         return Path(on_path).absolute()
     for package in _PACKAGES:
-        # The metadata, not an import: importing `fiftyone` can mean the application, which takes seconds.
+        # The metadata, not an import: `fiftyone` can be the whole FiftyOne application, whose import takes seconds.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed = Path(str(importlib.metadata.distribution(package).locate_file(_BINARY)))
             if installed.is_file():

@@ -159,16 +159,16 @@ class EmbeddedMongoDB:
 
     async def __aenter__(self) -> Self:
         try:
-            await _run_to_its_end(self.start)
+            await _run_uncancelled(self.start)
         except BaseException:
-            await _run_to_its_end(self.stop)
+            await _run_uncancelled(self.stop)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await _run_to_its_end(self.stop)
+        await _run_uncancelled(self.stop)
 
     # `member-0` is the name of earlier versions, whose data stays usable.
     @property
@@ -313,7 +313,7 @@ def is_writable(client: MongoClient[dict[str, Any]]) -> bool | None:
     return client.admin.command("hello")["isWritablePrimary"] or None
 
 
-async def _run_to_its_end(function: Callable[[], None]) -> None:
+async def _run_uncancelled(function: Callable[[], None]) -> None:
     """Run a blocking function in a thread and wait for it even if the caller is cancelled."""
     errors: list[BaseException] = []
 

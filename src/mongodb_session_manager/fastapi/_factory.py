@@ -61,7 +61,7 @@ def session_lifespan(
         collection_name: As for `MongoDBSessionManagerFactory`.
         check: Whether the application refuses to start if the database does not answer within five seconds or refuses
             the credentials. With `False`, no connection is opened before the first request.
-        **options: `ManagerOptions` documents each.
+        **options: `ManagerOptions` documents them.
 
     Raises:
         AccessDeniedError: When the application starts: the database refuses the credentials.

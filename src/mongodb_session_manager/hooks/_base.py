@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
-from .._io.asked_fields import StoredFields, asking_for
+from .._io.requested_fields import StoredFields, requesting
 from .._notifications.notification import OnError
 from .._notifications.notify import submit
 from ..errors import ConfigurationError
@@ -63,7 +63,7 @@ class AwsHook(ABC):
         if action not in self.actions:
             return original_func(*argument.values())
         stored = StoredFields(self.stored_fields)
-        with asking_for(stored):
+        with requesting(stored):
             result = original_func(*argument.values())
         if inspect.isawaitable(result):
             return self._awaited(result, action, session_id, argument, stored)
@@ -73,7 +73,7 @@ class AwsHook(ABC):
     async def _awaited(
         self, result: Awaitable[Any], action: str, session_id: str, argument: dict[str, Any], stored: StoredFields
     ) -> Any:
-        with asking_for(stored):
+        with requesting(stored):
             outcome = await result
         self._notify_safely(action, session_id, argument, stored)
         return outcome

@@ -6,7 +6,7 @@ import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._io.asked_fields import StoredFields
+from .._io.requested_fields import StoredFields
 from .._notifications.notification import OnError
 from ._base import AwsHook, checked_text, with_parameters_of
 from ._messages import (

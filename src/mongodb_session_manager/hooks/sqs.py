@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .._io.asked_fields import StoredFields
+from .._io.requested_fields import StoredFields
 from .._notifications.notification import OnError
 from ._base import AwsHook, checked_fields, checked_text, updated, with_parameters_of
 from ._messages import SQS_LIMIT, attributes, fifo_parameters, metadata_body, selected, size_of

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .._io.asked_fields import CONNECTION_ID, StoredFields
+from .._io.requested_fields import CONNECTION_ID, StoredFields
 from .._notifications.notification import OnError
 from ..errors import ConfigurationError, MongoDBSessionError
 from ._aws import is_gone

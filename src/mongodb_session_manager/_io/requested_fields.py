@@ -21,10 +21,10 @@ ACTED_ON = frozenset({CONNECTION_ID})
 
 @dataclass
 class StoredFields:
-    """Fields of a session's metadata after a change, requested with `asking_for`.
+    """Fields of a session's metadata after a change, requested with `requesting`.
 
     Attributes:
-        names: The fields asked for, all of them in `ACTED_ON`.
+        names: The requested fields, all of them in `ACTED_ON`.
         values: The stored ones after the change.
         remove: Removes a field, unless its value has changed.
     """
@@ -34,19 +34,19 @@ class StoredFields:
     remove: Callable[[str, Any], Awaitable[None]] | None = None
 
 
-_asked: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manager_asked", default=())
+_requested: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manager_requested_fields", default=())
 
 
 @contextmanager
-def asking_for(fields: StoredFields) -> Iterator[None]:
+def requesting(fields: StoredFields) -> Iterator[None]:
     """Make the metadata changes of this block fill in `fields`, with the same command."""
-    token = _asked.set((*_asked.get(), fields) if fields.names else _asked.get())
+    token = _requested.set((*_requested.get(), fields) if fields.names else _requested.get())
     try:
         yield
     finally:
-        _asked.reset(token)
+        _requested.reset(token)
 
 
-def asked_for() -> tuple[StoredFields, ...]:
+def requested_by_callers() -> tuple[StoredFields, ...]:
     """Return the requests of the callers of this change."""
-    return _asked.get()
+    return _requested.get()
