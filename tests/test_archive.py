@@ -161,6 +161,20 @@ def test_agents_of_one_session_have_their_own_archives(
     assert texts(document["agents"]["agent"]["messages"]) == expected(12)
 
 
+def test_a_session_that_is_deleted_and_imported_is_archived_again(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        begin(repository)
+        append(repository, *range(4))
+        lines = list(repository.export_session("s"))
+        append(repository, *range(4, 40))
+        settled(stored)
+        repository.delete_session("s")
+        repository.import_session(lines)
+        append(repository, *range(4, 20))
+        settled(stored)
+        assert everything(stored) == expected(20)
+
+
 def test_ten_thousand_messages(server: str, database: str, stored: Stored) -> None:
     """40 MB in one session, whose document stays small all the while."""
     text = "x" * 4000

@@ -92,6 +92,9 @@ class Mover:
         for write in writes:
             key = agent_key(write.agent_id)
             head = self.head(session_id, key)
+            if head is not None and head.life.incarnation not in (None, write.incarnation):
+                self.forget(session_id, key)  # of an earlier session with the same id
+                head = None
             if write.created is not None:
                 life = self._expiry.known(session_id) or Life()
                 certain = life.incarnation is not None
