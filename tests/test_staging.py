@@ -217,7 +217,7 @@ def test_a_copy_under_way_is_not_seen_and_not_deleted(
     full: MongoDBSessionRepository, server: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mongodb_session_manager._copying.imports._LINES", 1)
-    monkeypatch.setattr("mongodb_session_manager._store.opening._PATIENCE", 0.1)
+    monkeypatch.setattr("mongodb_session_manager._store.opening._COPY_TIMEOUT", 0.1)
     lines = list(full.export_session(ID))
 
     def slowly() -> Iterator[str]:
