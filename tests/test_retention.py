@@ -223,7 +223,7 @@ def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Dri
         live = agent(manager, "hello", "again")
         live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE}}}])
         eventually(lambda: not stored.count_documents({"_id": ID}))
-        with pytest.raises(MongoDBSessionError, match="no longer exists|does not exist"):
+        with pytest.raises(MongoDBSessionError, match=r"no longer exists|does not exist"):
             live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE[1:]}}}])
     eventually(lambda: not traces(expiring_driver, database))
     expiring_driver.drop_database(database)
