@@ -128,11 +128,6 @@ def may_have_been_applied(error: Exception) -> bool:
     return lost or partly or isinstance(error, driver.WriteConcernError) or _code(error) in _UNAVAILABLE
 
 
-def is_refusal(error: MongoDBSessionError) -> bool:
-    """Return whether the server refused the command for a reason that is not transient."""
-    return isinstance(error, DatabaseError | AccessDeniedError) and error.code is not None and not error.outcome_unknown
-
-
 @dataclass
 class Attempts:
     """The outcome of a command that is sent several times.
