@@ -15,7 +15,7 @@ import pytest
 from bson import Binary, DatetimeMS, Decimal128, Int64, ObjectId, Regex
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.raw_bson import RawBSONDocument
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pymongo.collection import Collection
 
@@ -298,6 +298,7 @@ odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
 
 
 @settings(max_examples=settings.default.max_examples // 2)
+@example([("agents.agent.messages.1.message_id", [])])
 @given(st.lists(st.tuples(st.sampled_from(PATHS), odd_values), min_size=1, max_size=4))
 def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: list[tuple[str, Any]]) -> None:
     document = usual()

@@ -77,8 +77,11 @@ def message_id_of(stored: Any, position: int) -> int:
 
 
 def stored_id(message: object) -> Any:
-    """Return the stored id of an element of `messages`, or `None` for a message without one."""
-    return message.get("message_id") if isinstance(message, dict) else NO_MESSAGE
+    """Return the id of an element of `messages`: `None` for a message without a valid one."""
+    if not isinstance(message, dict):
+        return NO_MESSAGE
+    message_id = message.get("message_id")
+    return message_id if is_message_id(message_id) else None
 
 
 def following_id(stored: Any, position: int, last: int) -> int:
