@@ -430,7 +430,7 @@ async def test_closing_cancelled_at_every_await(
             manager = await factory.create_session_manager_async(session_id)
         left = agent(manager)
         left.state.set("colour", "green")
-        manager.session_repository.update_agent(session_id, SessionAgent.from_agent(left))
+        manager._unit.update_agent(session_id, SessionAgent.from_agent(left))
         cancelled = await interrupted(manager.close(), step, when)
         await asyncio.to_thread(eventually, lambda: state_of(session_id) == {"colour": "green"})
         await manager.close()

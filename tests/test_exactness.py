@@ -516,7 +516,7 @@ def store_redaction_and_message(site: Site, arm: Arm) -> list[str]:
     asked("hi")
 
     async def turn() -> None:
-        manager.session_repository.update_message("s", "agent", redacted)
+        manager._unit.update_message("s", "agent", redacted)
         await asked.invoke_async("how are you?")
 
     redacted = manager._latest_agent_message["agent"]

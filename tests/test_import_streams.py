@@ -331,8 +331,8 @@ def goes_on(factory: MongoDBSessionManagerFactory, session_id: str) -> None:
         manager.get_metadata()
         manager.get_feedbacks()
         manager.get_application_name()
-        repository = manager.session_repository
-        states = copy.deepcopy(repository.multi_agents._known)
+        work = manager._unit
+        states = copy.deepcopy(work.multi_agents._known)
         for config in manager.list_agents():
             take_a_turn(manager, config["agent_id"])
         for multi_agent_id in states:
@@ -347,7 +347,7 @@ def goes_on(factory: MongoDBSessionManagerFactory, session_id: str) -> None:
 
 
 def take_a_turn(manager: Any, agent_id: str) -> None:
-    stored = manager.session_repository.read_agent("x", agent_id)
+    stored = manager._unit.read_agent("x", agent_id)
     name = stored.conversation_manager_state.get("__name__", "SlidingWindowConversationManager")
     count = manager.get_message_count(agent_id)
     if name not in MANAGERS:

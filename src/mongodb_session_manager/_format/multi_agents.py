@@ -173,6 +173,11 @@ class MultiAgents:
         known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
         return None if known is None else decode(known.newest.state)
 
+    def is_current(self, multi_agent_id: str) -> bool:
+        """Return whether the newest known state of an orchestrator is stored or pending, not refused."""
+        known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
+        return known is not None and known.refusal is None
+
     def create(self, multi_agent_id: str, state: Any) -> None:
         """Record a new orchestrator."""
         self._known[multi_agent_id] = _Known(first_write(multi_agent_id, state, self._writer), None)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
+from threading import get_ident
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import EventLoopError, raise_alone
@@ -48,6 +49,11 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def running_thread() -> int:
+    """Return the identity of the calling thread."""
+    return get_ident()
 
 
 class Portal:

@@ -72,6 +72,23 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         """
         await self._flush()
 
+    async def reload(self) -> None:
+        """Read the session again, for agents that stay in memory while other workers continue the session.
+
+        It flushes, and then reads the session in one command, as opening does. Every agent, graph and swarm that this
+        manager serves and that is still in use is restored: its messages, state and conversation manager become what a
+        new agent would get. Changes that were not recorded are replaced; `sync_agent(agent)` before the call records
+        them. Changes that were refused are dropped: after a `SessionConflictError`, reload and repeat the request.
+
+        Raises:
+            SessionConflictError: An agent is in the middle of a turn. Nothing has changed.
+            SessionNotFoundError: The session was deleted.
+            StateTooLargeError: Messages are still pending, because other parts fill the session's document.
+            DatabaseError: A stored agent cannot be restored.
+        """
+        self._check_reloadable()
+        self._continue_with(await self._connection.portal.run(self._read_again))
+
     async def get_application_name(self) -> str | None:
         """Return the application name that was stored when the session was created."""
         return self._unit.application_name

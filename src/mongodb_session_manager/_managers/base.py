@@ -11,6 +11,7 @@ import logging
 import math
 from contextlib import suppress
 from typing import Any, Unpack
+from weakref import WeakValueDictionary
 
 from strands import Agent
 from strands.bidi.hooks.events import BidiAgentStopEvent
@@ -27,6 +28,7 @@ from strands.types.content import Message
 from strands.types.session import SessionMessage
 
 from .._format.dates import now
+from .._format.documents import Document
 from .._format.ids import checked_id
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
@@ -43,8 +45,9 @@ from ..errors import (
 )
 from .capture import capture_config, capture_metrics, guardrail_event
 from .flusher import Flusher
-from .multi_agents import OrchestratorSessionManager
+from .open_session import OpenSession
 from .options import Configuration, ManagerOptions
+from .reloading import ReloadableSessionManager
 from .restoring import RESTORE_ERRORS, restore_error
 from .unit_of_work import UnitOfWork
 from .user_hooks import Hook
@@ -84,7 +87,7 @@ def checked_prompt_metadata(prompt_metadata: object) -> dict[str, Any]:
     return prompt_metadata
 
 
-class SessionManagerBase(OrchestratorSessionManager):
+class SessionManagerBase(ReloadableSessionManager):
     """Everything but how the caller waits."""
 
     def __init__(
@@ -106,10 +109,11 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._work: UnitOfWork | None = None
         self._closed = False
         self._closing: asyncio.Event | None = None
-        self._invoked: set[str] = set()
+        self._invoked = set()
         self._delayed: dict[str, asyncio.TimerHandle] = {}
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
+        self._agents, self._orchestrators = WeakValueDictionary(), WeakValueDictionary()
         self._flusher = Flusher(self.session_id, self._connection, self._repository)
 
     def __repr__(self) -> str:
@@ -130,12 +134,15 @@ class SessionManagerBase(OrchestratorSessionManager):
         async with self._flusher.lock():
             if self._work is not None:
                 return
-            document = await self._repository.open_session(self.session_id)
+            work = await self._loaded(await self._repository.open_session(self.session_id))
             close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-            inline = self._options.max_inline_attachment_bytes
-            work = await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
-            super().__init__(self.session_id, work)
+            self._session = OpenSession(work, self._repository, self._connection.portal, self._flusher)
+            super().__init__(self.session_id, self._session)
             self._work = work
+
+    async def _loaded(self, document: Document) -> UnitOfWork:
+        inline = self._options.max_inline_attachment_bytes
+        return await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -172,12 +179,13 @@ class SessionManagerBase(OrchestratorSessionManager):
             work.start_invocation(agent.agent_id)  # there is no event for the start of one
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
+        self._agents[agent.agent_id] = agent
 
     def _restore(self, agent: LocalAgent, **kwargs: Any) -> None:
         """Let Strands restore an agent; if it cannot, raise an error that names the session and the field."""
         is_stored = self._unit.is_stored(agent.agent_id)
         try:
-            super().initialize(agent, **kwargs)
+            self._session.for_strands(super().initialize, agent, **kwargs)
             return
         except RESTORE_ERRORS as error:
             failure = restore_error(self.session_id, agent.agent_id, error) if is_stored else None
@@ -198,7 +206,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._unit.raise_refusal(agent.agent_id)
         if _follows_its_own_id(message, agent):
             self._unit.end_message(agent.agent_id)
-        super().append_message(message, agent, **kwargs)
+        self._session.for_strands(super().append_message, message, agent, **kwargs)
         self._recorded(agent)
 
     def redact_latest_message(
@@ -223,7 +231,7 @@ class SessionManagerBase(OrchestratorSessionManager):
         work = self._unit
         self._check_initialized(agent)
         event = guardrail_event(action, stop_reason, guardrail_trace, now())
-        super().redact_latest_message(redact_message, agent, **kwargs)
+        self._session.for_strands(super().redact_latest_message, redact_message, agent, **kwargs)
         work.record_guardrail(agent.agent_id, event)
         self._recorded(agent)
 
@@ -236,7 +244,8 @@ class SessionManagerBase(OrchestratorSessionManager):
         if not work.holds(checked_id(agent.agent_id, "agent_id")):
             self.initialize(agent)
         work.record_config(agent.agent_id, capture_config(agent))
-        super().sync_agent(agent, **kwargs)
+        self._session.for_strands(super().sync_agent, agent, **kwargs)
+        work.keep_messages(agent.agent_id, len(agent.messages))
         self._recorded(agent)
 
     def _recorded(self, agent: LocalAgent) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from strands.hooks import (
     AfterMultiAgentInvocationEvent,
@@ -18,6 +19,7 @@ from .._format.ids import checked_id
 from .._format.multi_agents import path_of
 from ..errors import DatabaseError, MongoDBSessionError
 from .flusher import Flusher
+from .open_session import OpenSession
 from .unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 class OrchestratorSessionManager(RepositorySessionManager):
     """Restores and stores orchestrators."""
 
+    _session: OpenSession
+    _orchestrators: WeakValueDictionary[str, MultiAgentBase]
     _flusher: Flusher
     _stopped_multi_agents: dict[str, MongoDBSessionError]
 
@@ -51,7 +55,8 @@ class OrchestratorSessionManager(RepositorySessionManager):
         checked_id(source.id, "multi_agent_id")
         is_stored = self._unit.multi_agents.read(source.id) is not None
         try:
-            super().initialize_multi_agent(source, **kwargs)
+            self._session.for_strands(super().initialize_multi_agent, source, **kwargs)
+            self._orchestrators[source.id] = source
             return
         except Exception as error:  # a graph restores itself and can raise any exception
             if isinstance(error, MongoDBSessionError) or not is_stored:
@@ -64,7 +69,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
     def sync_multi_agent(self, source: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, if it has changed."""
         work = self._unit
-        super().sync_multi_agent(source, **kwargs)
+        self._session.for_strands(super().sync_multi_agent, source, **kwargs)
         self._flusher.recorded(source, work, work.multi_agents.raise_refusal, source.id)
 
     async def _flush_multi_agent(self, multi_agent_id: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
-from strands.types.session import SessionMessage
+from strands.types.session import SessionAgent, SessionMessage
 
 from .._format.bounded import Bounded
 from .._format.changes import Identity
@@ -26,6 +26,7 @@ from .._format.ids import agent_key
 from .._format.malformed import log_malformed, messages_from, usable_field
 from ..errors import MongoDBSessionError, StateTooLargeError, again
 from .capture import CapturedConfig, count_tool_calls
+from .stored_messages import StoredMessages
 
 _REMEMBERED = 1024
 """The number of new messages whose ids are remembered, in addition to those of the loaded messages."""
@@ -63,11 +64,14 @@ class RecordedAgent:
     """
 
     def __init__(self, agent_id: str, stored: Mapping[str, Any] | None, session_id: str = "") -> None:
+        self.agent_id = agent_id
         self.loaded = None if stored is None else agent_from(agent_id, stored)
         stored = stored or {"next_message_id": 0}
+        self._dates = {name: stored.get(name) for name in ("created_at", "updated_at")}
         path = f"agents.{agent_key(agent_id)}"
         self._load_messages(agent_id, stored, session_id)
         data: Document = usable_field(dict, stored.get("agent_data"), session_id, f"{path}.agent_data")
+        self._state = {name: data.get(name) for name in (*STATE_FIELDS, "created_at")}
         self.config = CapturedConfig(data.get("model"), decode(data.get("system_prompt")))
         self.set_by_user = config_set(stored)
         usage = stored.get("usage")
@@ -93,7 +97,9 @@ class RecordedAgent:
 
     def _load_messages(self, agent_id: str, stored: Mapping[str, Any], session_id: str) -> None:
         self.first: int = stored.get("first", 0)
-        found = list(messages_from(stored.get("messages") or [], self.first, session_id, agent_id, restoring=True))
+        elements = stored.get("messages") or []
+        self.stored = StoredMessages(self.first, elements)
+        found = list(messages_from(elements, self.first, session_id, agent_id, restoring=True))
         # By position. `None` represents an element that is not a message: it is kept, but not restored.
         self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
         known = [(message, document) for message, document in found if message is not None]
@@ -117,6 +123,28 @@ class RecordedAgent:
         self.newest_is_plain = not message.get("attachments")
         self._remember(message_id, self.last.tracking_id, message)
         self.next_message_id += 1
+        if self.messages is not None:
+            self.messages.append(session_message)
+
+    def replace(self, message_id: int, fields: Mapping[str, Any]) -> None:
+        """Remember new stored fields of a message."""
+        self.stored.replace(message_id, fields)
+        for index, message in enumerate(self.messages or ()):
+            if self.messages is not None and message is not None and message.message_id == message_id:
+                self.messages[index] = self.stored.find("", self.agent_id, message_id)
+
+    def record_state(self, fields: Mapping[str, Any]) -> None:
+        """Remember new fields of the agent's state."""
+        self._state = {**self._state, **fields}
+
+    def newest(self) -> SessionAgent:
+        """Return the agent with its newest recorded state; nothing mutable is shared."""
+        updated_at = self._state.get("updated_at") or self._dates["updated_at"]
+        return agent_from(self.agent_id, {"agent_data": self._state, **self._dates, "updated_at": updated_at})
+
+    def restore_from_recorded(self) -> None:
+        """Have a later restore use the newest recorded state."""
+        self.loaded = self.newest()
 
     def _remember(self, message_id: int, tracking_id: str | None, document: Mapping[str, Any]) -> None:
         self.identities[message_id] = Identity.of(document)

@@ -72,6 +72,10 @@ class MongoDBSessionManager(SessionManagerBase):
         self._flusher.flush_blocking(self._unit)
         self._unit.raise_refused()
 
+    def reload(self) -> None:
+        self._check_reloadable()
+        self._continue_with(self._connection.portal.call(self._read_again))
+
     def get_application_name(self) -> str | None:
         return self._unit.application_name
 

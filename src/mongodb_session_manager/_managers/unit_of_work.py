@@ -141,6 +141,12 @@ class UnitOfWork(SessionRepository):
         if agent_id is None:
             self.multi_agents.raise_refusal()
 
+    def raise_pending_refusal(self) -> None:
+        """Raise the refusal of an agent's state if messages of the agent are pending because of it."""
+        for agent in self._chosen(None):
+            if agent.too_large is not None and agent.too_large.pending:
+                agent.raise_too_large(unreported=False)
+
     def raise_unreported_refusal(self) -> None:
         """Raise the refusals of changes that have not been raised before."""
         for agent in self._chosen(None):
@@ -162,7 +168,11 @@ class UnitOfWork(SessionRepository):
     def release(self, agent_id: str) -> None:
         """Drop an agent's loaded messages: the restored agent holds them."""
         agent = self._agents[agent_id]
-        agent.messages = agent.last_appended = None
+        agent.messages = agent.loaded = agent.last_appended = None
+
+    def keep_messages(self, agent_id: str, count: int) -> None:
+        """Drop all but the `count` newest stored messages of an agent from memory."""
+        self._agents[agent_id].stored.keep(count)
 
     def holds(self, agent_id: str) -> bool:
         """Return whether the session has an agent with that id, stored or recorded."""
@@ -178,7 +188,7 @@ class UnitOfWork(SessionRepository):
 
     def start_invocation(self, agent_id: str) -> None:
         """Count the next message of an agent as the first of an invocation."""
-        agent = self._agent(agent_id)
+        agent = self.agent(agent_id)
         agent.last_appended, agent.counts_invocation = None, True
 
     def prepare(self, agent: LocalAgent) -> None:
@@ -221,12 +231,12 @@ class UnitOfWork(SessionRepository):
 
     def record_guardrail(self, agent_id: str, event: Document) -> None:
         """Record a guardrail event, at the message that was redacted last and in the session's list."""
-        message_id = self._agent(agent_id).last_redacted
+        message_id = self.agent(agent_id).last_redacted
         if message_id is None:
             raise MessageNotFoundError(f"agent {agent_id!r} has no redacted message")
         stored = encode(event, depth=_METRICS_DEPTH, name="guardrail_event")
         entry = {name: value for name, value in stored.items() if name != "trace"}
-        identity = self._agent(agent_id).identities.get(message_id)
+        identity = self.agent(agent_id).identities.get(message_id)
         self._record(SetMessageFields(agent_id, message_id, {"guardrail_event": stored}, identity))
         self._record(AddGuardrailEvent(agent_id, {**entry, "message_id": message_id, "agent_id": agent_id}))
 
@@ -242,7 +252,7 @@ class UnitOfWork(SessionRepository):
 
     def record_replacement(self, agent_id: str, tracking_id: str, message: Message) -> None:
         """Record new content of the message with that tracking id."""
-        message_id = self._agent(agent_id).message_ids.get(tracking_id)
+        message_id = self.agent(agent_id).message_ids.get(tracking_id)
         if message_id is None:
             raise MessageNotFoundError(f"agent {agent_id!r} has no message with tracking id {tracking_id!r}")
         self.update_message(self.session_id, agent_id, SessionMessage.from_message(message, message_id))
@@ -261,7 +271,8 @@ class UnitOfWork(SessionRepository):
         """Record a new agent; it is stored together with its first message."""
         agent_id = checked_id(session_agent.agent_id, "agent_id")
         document = new_agent(session_agent)
-        self._agents[agent_id] = RecordedAgent(agent_id, None)
+        agent = self._agents[agent_id] = RecordedAgent(agent_id, None)
+        agent.record_state(document["agent_data"])
         self._record(CreateAgent(agent_id, document))
 
     def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
@@ -278,7 +289,7 @@ class UnitOfWork(SessionRepository):
 
     def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Record an agent's state."""
-        agent = self._agent(session_agent.agent_id)
+        agent = self.agent(session_agent.agent_id)
         fields = agent_state(session_agent)
         for name, default in tuple(agent.defaults.items()):
             if fields[name] == default:
@@ -286,6 +297,7 @@ class UnitOfWork(SessionRepository):
             else:
                 del agent.defaults[name]
         self._record(UpdateAgent(session_agent.agent_id, agent.next_message_id, fields, now()))
+        agent.record_state(fields)
         agent.too_large = None
 
     def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
@@ -300,24 +312,25 @@ class UnitOfWork(SessionRepository):
         Raises:
             MessageTooLargeError: The message cannot be stored. Nothing is recorded; the next one gets the id.
         """
-        agent = self._agent(agent_id)
+        agent = self.agent(agent_id)
         if self.is_continuation(agent_id, session_message.message):
             session_message.message_id = agent.next_message_id - 1
             self._replace(agent_id, session_message.message_id, session_message)
             return
         session_message.message_id = agent.next_message_id
-        message, size = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
+        stored = stored_message(session_message, session_message.message_id)
+        message, size = set_aside(stored, self._max_inline)
         self._record(AppendMessage(agent_id, message, agent.count_usage(session_message.message), size=size))
         agent.append(session_message, message)
+        agent.stored.append(stored)
 
     def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
-        """Return a message as it was loaded."""
-        found = (message for message in self._loaded(agent_id) if message is not None)
-        return next((message for message in found if message.message_id == message_id), None)
+        """Return a copy of a message; `None` if it is not in memory."""
+        return self.agent(agent_id).stored.find(session_id, agent_id, message_id)
 
     def update_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
         """Record new content of a message."""
-        agent = self._agent(agent_id)
+        agent = self.agent(agent_id)
         if not 0 <= session_message.message_id < agent.next_message_id:
             raise MessageNotFoundError(f"agent {agent_id!r} has no message {session_message.message_id}")
         self._replace(agent_id, session_message.message_id, session_message)
@@ -333,17 +346,18 @@ class UnitOfWork(SessionRepository):
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
         self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
+        agent.replace(message_id, body)
         if is_newest:
             agent.last = LastMessage.of(session_message.to_message())
 
     def is_continuation(self, agent_id: str, message: Mapping[str, Any]) -> bool:
         """Return whether a message is the agent's last one with further content blocks."""
-        last = self._agent(agent_id).last
+        last = self.agent(agent_id).last
         return last is not None and last.is_start_of(message)
 
     def end_message(self, agent_id: str) -> None:
         """Treat the next message of an agent as a new one, even if it continues the last one."""
-        self._agent(agent_id).last = None
+        self.agent(agent_id).last = None
 
     def list_messages(
         self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
@@ -356,7 +370,7 @@ class UnitOfWork(SessionRepository):
         """
         offset = checked_count(offset, "offset")
         limit = None if limit is None else checked_count(limit, "limit")
-        messages, agent = self._loaded(agent_id), self._agent(agent_id)
+        messages, agent = self._loaded(agent_id), self.agent(agent_id)
         stored = agent.first + len(messages)
         if offset > stored:
             logger.warning(
@@ -381,7 +395,7 @@ class UnitOfWork(SessionRepository):
 
     def corrected_offset(self, agent_id: str) -> int | None:
         """Return the number of messages left out when the agent was restored; `None` if it is the requested number."""
-        return self._agent(agent_id).corrected_offset
+        return self.agent(agent_id).corrected_offset
 
     def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Record a new graph or swarm; it is stored together with its first change."""
@@ -398,7 +412,7 @@ class UnitOfWork(SessionRepository):
         self.multi_agents.update(multi_agent.id, multi_agent.serialize_state())
 
     def _loaded(self, agent_id: str) -> list[SessionMessage | None]:
-        messages = self._agent(agent_id).messages
+        messages = self.agent(agent_id).messages
         if messages is None:
             raise MongoDBSessionError(
                 f"the loaded messages of agent {agent_id!r} were handed to the restored agent: read agent.messages, or "
@@ -406,7 +420,12 @@ class UnitOfWork(SessionRepository):
             )
         return messages
 
-    def _agent(self, agent_id: str) -> RecordedAgent:
+    def agent(self, agent_id: str) -> RecordedAgent:
+        """Return an agent of the session.
+
+        Raises:
+            AgentNotFoundError: The session had no such agent when it was opened, and none was recorded.
+        """
         agent = self._agents.get(agent_id)
         if agent is None:
             raise AgentNotFoundError(f"session {self.session_id!r} has no agent {agent_id!r}")

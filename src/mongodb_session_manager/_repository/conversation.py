@@ -56,6 +56,14 @@ class ConversationMethods(RepositoryMethods):
         """
         return await Opening(self._store).open(checked_id(session_id, "session_id"))
 
+    async def _reopen_session(self, session_id: str) -> Document:
+        """Read a session as `open_session` does, but do not create it.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        return await Opening(self._store).reopen(session_id)
+
     async def _apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:

@@ -19,7 +19,7 @@ from .._format.malformed import log_malformed
 from .._format.retention import LIFE
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection
-from ..errors import DatabaseError, MongoDBSessionError, SessionExistsError
+from ..errors import DatabaseError, MongoDBSessionError, SessionExistsError, SessionNotFoundError
 from .archive import present
 from .migration import HAS_PARTS, is_of_v1
 from .sessions import ROUNDS, ReadAgainError, read_consistently
@@ -85,9 +85,18 @@ class Opening:
         async with self._connection.operation():
             return await read_consistently(session_id, lambda: self._open_once(session_id))
 
-    async def _open_once(self, session_id: str) -> Document:
+    async def reopen(self, session_id: str) -> Document:
+        """Read a session as `open` does, but do not create it.
+
+        Raises:
+            SessionNotFoundError: The session does not exist.
+        """
+        async with self._connection.operation():
+            return await read_consistently(session_id, lambda: self._open_once(session_id, upsert=False))
+
+    async def _open_once(self, session_id: str, *, upsert: bool = True) -> Document:
         store = self._store
-        document = await self._create_or_read(session_id)
+        document = await self._create_or_read(session_id, upsert=upsert)
         # The result of the driver's own second attempt at an upsert has no computed fields.
         if document.get("has_parts") or document.keys() & OF_V1:
             await store.migration.migrate(session_id)
@@ -154,10 +163,11 @@ class Opening:
                 )
             agents[key]["messages"] = messages + agents[key]["messages"]
 
-    async def _create_or_read(self, session_id: str) -> Document:
-        """Return the live session with an id; create it if there is none.
+    async def _create_or_read(self, session_id: str, *, upsert: bool) -> Document:
+        """Return the live session with an id; with `upsert`, create it if there is none.
 
         Raises:
+            SessionNotFoundError: There is none, and it is not created.
             SessionConflictError: The session is being imported or forked.
         """
         for _ in range(ROUNDS):
@@ -169,7 +179,7 @@ class Opening:
                         condition,  # noqa: B023
                         {"$setOnInsert": fresh},  # noqa: B023
                         projection=_RESTORE,
-                        upsert=True,
+                        upsert=upsert,
                         return_document=ReturnDocument.AFTER,
                     )
                 )
@@ -179,6 +189,8 @@ class Opening:
                 continue
             if document is not None:
                 return document
+            if not upsert:
+                raise SessionNotFoundError(f"session {session_id!r} no longer exists")
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
 
     async def create(self, session_id: str, moment: datetime) -> None:

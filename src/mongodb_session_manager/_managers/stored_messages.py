@@ -1,0 +1,84 @@
+"""The newest messages of one agent as the database has them, for reads through an open manager. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from strands.types.session import SessionMessage
+
+from .._format.documents import StoredMessage
+from .._format.ids import message_id_of
+from .._format.malformed import messages_from
+
+
+class StoredMessages:
+    """The newest messages of one agent, stored or recorded, in their stored form.
+
+    They are the elements that were loaded and those that were recorded, so keeping them encodes and copies nothing. The
+    live agent has messages of its own: editing those in place does not change what is read here.
+
+    Args:
+        first: The position of the oldest of the messages in the conversation.
+        elements: Elements of `messages` as they were loaded.
+    """
+
+    def __init__(self, first: int, elements: Iterable[Any]) -> None:
+        self._first = first
+        self._elements: deque[Any] = deque(elements)
+
+    def append(self, element: StoredMessage) -> None:
+        """Add a recorded message."""
+        self._elements.append(element)
+
+    def replace(self, message_id: int, fields: Mapping[str, Any]) -> None:
+        """Change fields of a message; does nothing if the message is not in memory."""
+        for index, found in self._newest_first():
+            if found == message_id:
+                self._elements[index] = {**self._elements[index], **fields}
+                return
+
+    def keep(self, count: int) -> None:
+        """Drop all but the `count` newest messages."""
+        while len(self._elements) > count:
+            self._elements.popleft()
+            self._first += 1
+
+    def knows(self, message_id: int) -> bool:
+        """Return whether the message is in memory, or is known not to exist."""
+        return self._first == 0 or any(found <= message_id for _, found in self._newest_first())
+
+    def find(self, session_id: str, agent_id: str, message_id: int) -> SessionMessage | None:
+        """Return a copy of a message; `None` if it is not in memory."""
+        for index, found in self._newest_first():
+            if found == message_id:
+                position = self._first + index
+                element = self._elements[index]
+                return next(_messages([element], position, session_id, agent_id), None)
+        return None
+
+    def copies(self, session_id: str, agent_id: str, limit: int | None, offset: int) -> list[SessionMessage] | None:
+        """Return copies of messages, oldest first; `None` if some of them are not in memory.
+
+        Args:
+            session_id: The session, for log lines.
+            agent_id: The agent, for log lines.
+            limit: The maximum number of messages; `None` returns all.
+            offset: The number of oldest messages of the conversation to leave out.
+        """
+        if offset < self._first and limit != 0:
+            return None
+        begin = offset - self._first
+        chosen = list(self._elements)[begin:] if limit is None else list(self._elements)[begin : begin + limit]
+        return list(_messages(chosen, offset, session_id, agent_id))
+
+    def _newest_first(self) -> Iterator[tuple[int, int]]:
+        """Yield the index and the id of each message, newest first."""
+        for index in range(len(self._elements) - 1, -1, -1):
+            yield index, message_id_of(self._elements[index], self._first + index)
+
+
+def _messages(elements: Iterable[Any], first: int, session_id: str, agent_id: str) -> Iterator[SessionMessage]:
+    found = messages_from(elements, first, session_id, agent_id, restoring=False)
+    return (message for message, _ in found if message is not None)

@@ -1,0 +1,430 @@
+"""What integrations read and update through an open manager, and agents that stay in memory while others write."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from motor.motor_asyncio import AsyncIOMotorClient
+from strands import tool
+from strands.agent.conversation_manager import SlidingWindowConversationManager
+from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
+
+from fix_archive import SMALL, Stored, archive_of, settled
+from mongodb_session_manager import (
+    AgentNotFoundError,
+    AsyncMongoDBSessionManager,
+    EventLoopError,
+    InvalidArgumentError,
+    MessageNotFoundError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionClosedError,
+    SessionConflictError,
+    SessionNotFoundError,
+)
+from mongodb_session_manager.demo import Redaction
+from orchestrators import node, pipeline
+from support import CommandLog, agent, texts
+from support import Session as Opened
+
+pytestmark = pytest.mark.anyio
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+CALL_ADD = {"tool": "add", "input": {"a": 1, "b": 2}}
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def session(factory: MongoDBSessionManagerFactory, request: pytest.FixtureRequest) -> Iterator[Opened]:
+    with asyncio.Runner() as runner:
+        yield Opened(factory, runner, request.param)
+
+
+@pytest.fixture
+def repository(factory: MongoDBSessionManagerFactory, server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database) as repository:
+        yield repository
+
+
+def said(messages: list[SessionMessage]) -> list[str]:
+    return texts([message.to_message() for message in messages])
+
+
+def changed(message: SessionMessage, text: str) -> SessionMessage:
+    message.message["content"] = [{"text": text}]
+    return message
+
+
+# Reading.
+
+
+def test_what_is_read_through_an_open_manager_is_what_is_stored(
+    session: Opened, repository: MongoDBSessionRepository
+) -> None:
+    opened = session.open().manager.session_repository
+    live = agent(session.manager, CALL_ADD, "three", Redaction("[redacted]"), tools=[add], state={"colour": "red"})
+    live("one and two?")
+    live("my card is 4111")
+    live.state.set("colour", "green")
+    session.manager.sync_agent(live)
+    session.flush()
+    for _ in range(2):
+        assert opened.list_messages("s", "agent") == repository.list_messages("s", "agent")
+        for offset, limit in ((0, 2), (1, None), (2, 1), (5, 3), (99, None), (0, 0)):
+            expected = repository.list_messages("s", "agent", limit, offset)
+            assert opened.list_messages("s", "agent", limit, offset) == expected
+        for message_id in (0, 3, 5, 6, 99):
+            assert opened.read_message("s", "agent", message_id) == repository.read_message("s", "agent", message_id)
+        read, stored = opened.read_agent("s", "agent"), repository.read_agent("s", "agent")
+        assert (read.state, read._internal_state) == (stored.state, stored._internal_state) != ({}, {})
+        assert read.conversation_manager_state == stored.conversation_manager_state
+        assert read.created_at == stored.created_at
+        assert opened.read_session("s").created_at == repository.read_session("s").created_at
+        assert opened.read_agent("s", "other") is None
+        session.close()
+        opened = session.open().manager.session_repository  # not restored
+    assert agent(session.manager).state.get("colour") == "green"
+    assert opened.list_messages("s", "agent") == repository.list_messages("s", "agent")
+
+
+async def test_on_a_running_loop_the_messages_of_live_agents_are_read_from_memory(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog
+) -> None:
+    async with factory.create_session_manager_async("s") as manager:
+        await agent(manager, "hello", agent_id="other").invoke_async("hi")
+        await agent(manager, "hello").invoke_async("hi")
+    async with factory.create_session_manager_async("s") as manager:
+        live = agent(manager, "fine")
+        commands.clear()
+        opened = manager.session_repository
+        assert said(opened.list_messages("s", "agent")) == ["hi", "hello"]
+        assert said(opened.list_messages("s", "other")) == ["hi", "hello"]
+        await live.invoke_async("how are you?")
+        assert said(opened.list_messages("s", "agent")) == ["hi", "hello", "how are you?", "fine"]
+        assert opened.read_message("s", "agent", 3).message["role"] == "assistant"
+        assert opened.read_agent("s", "agent").agent_id == "agent"
+        assert commands.names == ["update", "update"]
+
+
+def test_a_recorded_message_is_read_before_it_is_stored(factory: MongoDBSessionManagerFactory) -> None:
+    with factory.create_session_manager("s", save_on="invocation") as manager:
+        seen = []
+
+        def reply(_: Any) -> str:
+            seen.extend(said(manager.session_repository.list_messages("s", "agent")))
+            return "hello"
+
+        agent(manager, reply)("hi")
+        assert seen == ["hi"]
+
+
+def test_editing_the_live_messages_changes_nothing_that_is_read(session: Opened) -> None:
+    live = agent(session.open().manager, "hello", "fine")
+    live("hi")
+    live.messages[0]["content"][0]["text"] = "edited"
+    opened = session.manager.session_repository
+    assert said(opened.list_messages("s", "agent")) == ["hi", "hello"]
+    changed(opened.list_messages("s", "agent")[1], "edited, too")
+    assert said(opened.list_messages("s", "agent")) == ["hi", "hello"]
+    assert texts(live.messages) == ["edited", "hello"]
+
+
+def test_messages_that_the_conversation_manager_removed_are_read_from_the_database(
+    session: Opened, stored: Stored, commands: CommandLog
+) -> None:
+    def windowed(*replies: str) -> Any:
+        return agent(session.manager, *replies, conversation_manager=SlidingWindowConversationManager(window_size=4))
+
+    session.open(**SMALL)
+    live = windowed(*(f"reply {n}" for n in range(12)))
+    for n in range(12):
+        live(f"prompt {n}")
+        settled(stored)
+    assert archive_of(stored).count_documents({}) > 0
+    everything = [text for n in range(12) for text in (f"prompt {n}", f"reply {n}")]
+    for _ in range(2):
+        opened = session.manager.session_repository
+        assert said(opened.list_messages("s", "agent")) == everything
+        assert said(opened.list_messages("s", "agent", 3, 1)) == everything[1:4]
+        assert opened.read_message("s", "agent", 2).message["content"] == [{"text": "prompt 1"}]
+        commands.clear()
+        assert said(opened.list_messages("s", "agent", offset=20)) == everything[20:]
+        assert commands.names == []
+        session.close()
+        session.open(**SMALL)
+        windowed()
+
+
+def test_a_live_agent_keeps_no_more_stored_messages_in_memory_than_live_ones(session: Opened) -> None:
+    live = agent(session.open().manager, *(["hello"] * 30))
+    for _ in range(20):
+        live("hi")
+        live.messages.clear()
+    kept = session.manager._unit.agent("agent").stored._elements
+    assert len(kept) <= 2
+    assert len(session.manager.session_repository.list_messages("s", "agent")) == 40
+
+
+@pytest.mark.may_block  # the client connects on the loop of the test
+async def test_on_the_loop_of_the_client_what_is_not_in_memory_is_refused(server: str, database: str) -> None:
+    client: Any = AsyncIOMotorClient(server)
+    async with AsyncMongoDBSessionManager("s", client=client, database_name=database) as manager:
+        window = SlidingWindowConversationManager(window_size=2)
+        live = agent(manager, "a", "b", "c", conversation_manager=window)
+        for prompt in ("one", "two", "three"):
+            await live.invoke_async(prompt)
+        opened = manager.session_repository
+        assert said(opened.list_messages("s", "agent", offset=4)) == ["three", "c"]
+        with pytest.raises(EventLoopError, match="not in memory"):
+            opened.list_messages("s", "agent")
+        found = await asyncio.to_thread(opened.list_messages, "s", "agent")
+        assert said(found) == ["one", "a", "two", "b", "three", "c"]
+    client.close()
+
+
+# Writing.
+
+
+def test_an_update_changes_the_stored_message_and_what_is_read_and_restored(
+    session: Opened, repository: MongoDBSessionRepository
+) -> None:
+    live = agent(session.open().manager, "hello", "fine", "bye")
+    live("hi")
+    opened = session.manager.session_repository
+    opened.update_message("s", "agent", changed(opened.list_messages("s", "agent")[0], "changed"))
+    assert said(opened.list_messages("s", "agent")) == ["changed", "hello"]
+    assert said(repository.list_messages("s", "agent")) == ["changed", "hello"]
+    assert texts(live.messages) == ["hi", "hello"]
+    live("how are you?")
+    opened.update_message("s", "agent", changed(opened.read_message("s", "agent", 3), "better"))
+    live("see you")
+    session.close()
+    expected = ["changed", "hello", "how are you?", "better", "see you", "bye"]
+    assert texts(agent(session.open().manager).messages) == expected
+
+
+def test_an_agent_that_is_restored_later_has_what_was_changed_before(session: Opened) -> None:
+    agent(session.open().manager, "hello")("hi")
+    session.close()
+    opened = session.open().manager.session_repository
+    opened.update_message("s", "agent", changed(opened.read_message("s", "agent", 0), "changed"))
+    opened.create_message("s", "agent", SessionMessage({"role": "user", "content": [{"text": "more"}]}, 0))
+    with_state = opened.read_agent("s", "agent")
+    with_state.state = {"colour": "red"}
+    opened.update_agent("s", with_state)
+    opened.create_agent("s", SessionAgent("second", {"made": "elsewhere"}, with_state.conversation_manager_state))
+    opened.create_message("s", "second", SessionMessage({"role": "user", "content": [{"text": "first"}]}, 0))
+    for _ in range(2):
+        live, second = agent(session.manager), agent(session.manager, agent_id="second")
+        assert texts(live.messages) == ["changed", "hello", "more"]
+        assert live.state.get() == {"colour": "red"}
+        assert (texts(second.messages), second.state.get()) == (["first"], {"made": "elsewhere"})
+        session.close()
+        session.open()
+
+
+def test_an_archived_message_is_updated(session: Opened, stored: Stored, repository: MongoDBSessionRepository) -> None:
+    session.open(**SMALL)
+    window = SlidingWindowConversationManager(window_size=4)
+    live = agent(session.manager, *(f"reply {n}" for n in range(13)), conversation_manager=window)
+    for n in range(12):
+        live(f"prompt {n}")
+        settled(stored)
+    opened = session.manager.session_repository
+    opened.update_message("s", "agent", changed(opened.list_messages("s", "agent")[2], "changed"))
+    expected = ["prompt 0", "reply 0", "changed", "reply 1"]
+    assert said(opened.list_messages("s", "agent", 4)) == said(repository.list_messages("s", "agent", 4)) == expected
+    live("and on")
+    assert said(repository.list_messages("s", "agent", offset=24)) == ["and on", "reply 12"]
+
+
+def test_an_unknown_message_is_refused_and_the_agent_continues(session: Opened) -> None:
+    live = agent(session.open().manager, "hello", "fine")
+    live("hi")
+    opened = session.manager.session_repository
+    message = opened.read_message("s", "agent", 1)
+    for message_id in (2, 99):
+        message.message_id = message_id
+        with pytest.raises(MessageNotFoundError):
+            opened.update_message("s", "agent", message)
+    with pytest.raises(AgentNotFoundError):
+        opened.update_message("s", "nobody", message)
+    message.message_id = -1
+    with pytest.raises(InvalidArgumentError):
+        opened.update_message("s", "agent", message)
+    live("how are you?")
+    assert session.get_message_count("agent") == 4
+
+
+async def test_on_a_running_loop_an_update_is_stored_without_blocking_it(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = await factory.create_session_manager_async("s")
+    await agent(manager, "hello").invoke_async("hi")
+    opened = manager.session_repository
+    opened.update_message("s", "agent", changed(opened.read_message("s", "agent", 1), "changed"))
+    assert said(opened.list_messages("s", "agent")) == ["hi", "changed"]
+    await manager.flush()
+    found = await asyncio.to_thread(stored.find_one, {"_id": "s"})
+    assert texts(found["agents"]["agent"]["messages"]) == ["hi", "changed"]
+    await manager.close()
+
+
+def test_agents_that_another_worker_created_are_read_and_written(session: Opened, factory: Any) -> None:
+    opened = session.open().manager.session_repository
+    with factory.create_session_manager("s") as other:
+        agent(other, "hello", agent_id="late")("hi")
+    assert said(opened.list_messages("s", "late")) == ["hi", "hello"]
+    assert opened.read_agent("s", "late").agent_id == "late"
+    opened.update_message("s", "late", changed(opened.read_message("s", "late", 1), "changed"))
+    opened.create_message("s", "late", SessionMessage({"role": "user", "content": [{"text": "more"}]}, 2))
+    opened.update_agent("s", opened.read_agent("s", "late"))
+    assert said(opened.list_messages("s", "late")) == ["hi", "changed", "more"]
+
+
+def test_a_graph_is_read_and_updated(session: Opened, repository: MongoDBSessionRepository) -> None:
+    opened = session.open().manager.session_repository
+    graph = pipeline(None, node("first", "one"), node("last", "two"))
+    assert opened.read_multi_agent("s", "pipeline") is None
+    opened.create_multi_agent("s", graph)
+    graph("go")
+    opened.update_multi_agent("s", graph)
+    read = opened.read_multi_agent("s", "pipeline")
+    assert read == repository.read_multi_agent("s", "pipeline")
+    assert read is not None
+    assert sorted(read["completed_nodes"]) == ["first", "last"]
+
+
+def test_another_session_and_a_closed_one_are_refused(session: Opened) -> None:
+    opened = session.open().manager.session_repository
+    with pytest.raises(InvalidArgumentError, match="'s', the session that this manager has open, got 't'"):
+        opened.list_messages("t", "agent")
+    assert opened.create_session(Session("s", SessionType.AGENT)).session_id == "s"
+    session.close()
+    with pytest.raises(SessionClosedError):
+        opened.list_messages("s", "agent")
+
+
+# Reloading.
+
+
+def test_an_agent_in_memory_continues_what_another_worker_wrote(
+    session: Opened, factory: MongoDBSessionManagerFactory, commands: CommandLog
+) -> None:
+    live = agent(session.open().manager, "hello", "third")
+    live("hi")
+    with factory.create_session_manager("s") as other:
+        elsewhere = agent(other, "second")
+        elsewhere.state.set("colour", "red")
+        elsewhere("again")
+    commands.clear()
+    session.reload()
+    assert commands.names == ["findAndModify"]
+    assert texts(live.messages) == ["hi", "hello", "again", "second"]
+    assert live.state.get("colour") == "red"
+    live("and again")
+    session.close()
+    assert texts(agent(session.open().manager).messages) == ["hi", "hello", "again", "second", "and again", "third"]
+
+
+def test_after_a_conflict_reload_repeats_the_turn(session: Opened, factory: MongoDBSessionManagerFactory) -> None:
+    live = agent(session.open().manager, "hello", "lost", "third")
+    live("hi")
+    with factory.create_session_manager("s") as other:
+        agent(other, "second")("again")
+    with pytest.raises(SessionConflictError):
+        live("and again")
+    opened = session.manager.session_repository
+    assert said(opened.list_messages("s", "agent")) == ["hi", "hello", "again", "second"]
+    session.reload()
+    assert texts(live.messages) == ["hi", "hello", "again", "second"]
+    assert opened is session.manager.session_repository
+    live("and again")
+    assert said(opened.list_messages("s", "agent"))[-2:] == ["and again", "lost"]
+    assert session.get_message_count("agent") == 6
+
+
+def test_reload_restores_the_conversation_manager(session: Opened, factory: MongoDBSessionManagerFactory) -> None:
+    def windowed(manager: Any, *replies: str) -> Any:
+        return agent(manager, *replies, conversation_manager=SlidingWindowConversationManager(window_size=4))
+
+    live = windowed(session.open().manager, "a", "z")
+    live("one")
+    with factory.create_session_manager("s") as other:
+        elsewhere = windowed(other, "b", "c", "d")
+        for prompt in ("two", "three", "four"):
+            elsewhere(prompt)
+        expected = texts(elsewhere.messages)
+    session.reload()
+    assert texts(live.messages) == expected == ["three", "c", "four", "d"]
+    live("five")
+    assert live.conversation_manager.removed_message_count == 6
+    assert session.get_message_count("agent") == 10
+
+
+def test_reload_stores_what_was_recorded_first(session: Opened, stored: Stored) -> None:
+    live = agent(session.open().manager, "hello")
+    live("hi")
+    live.state.set("colour", "red")
+    session.manager._unit.update_agent("s", SessionAgent.from_agent(live))
+    session.reload()
+    assert live.state.get("colour") == "red"
+
+
+def test_reload_in_the_middle_of_a_turn_is_refused(factory: MongoDBSessionManagerFactory) -> None:
+    with factory.create_session_manager("s") as manager:
+        live = agent(manager, lambda _: manager.reload() or "hello", "fine")
+        with pytest.raises(Exception, match="agent 'agent' is in the middle of a turn"):
+            live("hi")
+        live("hi")
+
+
+def test_reload_of_a_deleted_session_neither_creates_it_nor_empties_the_agent(
+    session: Opened, repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    live = agent(session.open().manager, "hello")
+    live("hi")
+    repository.delete_session("s")
+    with pytest.raises(SessionNotFoundError):
+        session.reload()
+    assert stored.count_documents({"_id": "s", "agents": {"$exists": True}}) == 0
+    repository.create_session(Session("s", SessionType.AGENT))
+    with pytest.raises(SessionNotFoundError, match="deleted and created again"):
+        session.reload()
+    assert texts(live.messages) == ["hi", "hello"]
+
+
+def test_an_agent_that_nothing_uses_any_more_is_not_kept_by_its_manager(session: Opened) -> None:
+    live = agent(session.open().manager, "hello")
+    live("hi")
+    del live
+    gc.collect()
+    session.reload()
+    again = agent(session.manager, "fine")  # after a reload, an agent with that id can be constructed again
+    assert texts(again.messages) == ["hi", "hello"]
+
+
+def test_a_graph_in_memory_takes_over_the_state_that_another_worker_stored(
+    session: Opened, factory: MongoDBSessionManagerFactory
+) -> None:
+    graph = pipeline(session.open().manager, node("first", "one"), node("last", "two"))
+    graph("go")
+    with factory.create_session_manager("s") as other:
+        elsewhere = pipeline(
+            other, node("first", "three", BrokenPipeError("gone")), node("last", BrokenPipeError("gone"))
+        )
+        with pytest.raises(BrokenPipeError):
+            elsewhere("again")
+    session.reload()
+    graph("and again")
+    state = session.manager.session_repository.read_multi_agent("s", "pipeline")
+    assert state["status"] == "completed"
