@@ -19,6 +19,7 @@ WITH_AWS = {
     "migrating/from-strands.md",
     "user-guide/aws.md",
 }  # run by tests/aws, beside a server that does what AWS does
+WITH_AG_UI = {"user-guide/ag-ui.md"}
 SHOWS_INDEXES = {"user-guide/operations.md"}
 NOT_RUN = {"user-guide/operations.md": 1}
 
@@ -46,6 +47,8 @@ def test_every_block_of_a_page_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if page in WITH_AG_UI:
+        pytest.importorskip("ag_ui_strands", reason="needs ag-ui-strands, of the extra test")
     Program(PAGES / page, uri_of(server, database), tmp_path, monkeypatch).run(capsys)
 
 
@@ -71,7 +74,7 @@ COMMANDS = [
     for number, line in enumerate(block.code.splitlines())
     if line and not line.startswith("#")
 ]
-OTHER_PACKAGES = {"motor", "opentelemetry-instrumentation-pymongo", "opentelemetry-sdk", "uvicorn"}
+OTHER_PACKAGES = {"ag-ui-strands", "motor", "opentelemetry-instrumentation-pymongo", "opentelemetry-sdk", "uvicorn"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -126,8 +126,8 @@ class RecordedAgent:
         if self.messages is not None:
             self.messages.append(session_message)
 
-    def replace(self, message_id: int, fields: Mapping[str, Any]) -> None:
-        """Remember new stored fields of a message."""
+    def replace_stored(self, message_id: int, fields: Mapping[str, Any]) -> None:
+        """Remember new stored fields of a message, also for a later restore."""
         self.stored.replace(message_id, fields)
         for index, message in enumerate(self.messages or ()):
             if self.messages is not None and message is not None and message.message_id == message_id:

@@ -346,7 +346,7 @@ class UnitOfWork(SessionRepository):
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
         self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
-        agent.replace(message_id, body)
+        agent.replace_stored(message_id, body)
         if is_newest:
             agent.last = LastMessage.of(session_message.to_message())
 
