@@ -64,6 +64,10 @@ def changed(message: SessionMessage, text: str) -> SessionMessage:
     return message
 
 
+def image(data: bytes) -> Any:
+    return {"image": {"format": "png", "source": {"bytes": data}}}
+
+
 # Reading.
 
 
@@ -113,6 +117,26 @@ async def test_on_a_running_loop_the_messages_of_live_agents_are_read_from_memor
         assert opened.read_message("s", "agent", 3).message["role"] == "assistant"
         assert opened.read_agent("s", "agent").agent_id == "agent"
         assert commands.names == ["update", "update"]
+
+
+def test_attachments_outside_the_document_are_read_with_their_message(
+    session: Opened, repository: MongoDBSessionRepository
+) -> None:
+    small, large = image(b"x" * 10), image(b"y" * 500)
+    live = agent(session.open(max_inline_attachment_bytes=100).manager, "a picture")
+    live([{"text": "What is this?"}, small, large])
+    for _ in range(2):
+        opened = session.manager.session_repository
+        message = opened.read_message("s", "agent", 0)
+        assert message.message["content"][1:] == [small, large]
+        assert opened.list_messages("s", "agent") == repository.list_messages("s", "agent")
+        session.close()
+        session.open()
+    opened = session.manager.session_repository
+    message.message["content"][2] = image(b"z" * 600)
+    opened.update_message("s", "agent", message)
+    assert opened.read_message("s", "agent", 0).message == repository.read_message("s", "agent", 0).message
+    assert agent(session.manager).messages[0]["content"][1:] == [small, image(b"z" * 600)]
 
 
 def test_a_recorded_message_is_read_before_it_is_stored(factory: MongoDBSessionManagerFactory) -> None:
@@ -169,7 +193,7 @@ def test_a_live_agent_keeps_no_more_stored_messages_in_memory_than_live_ones(ses
     for _ in range(20):
         live("hi")
         live.messages.clear()
-    kept = session.manager._unit.agent("agent").stored._elements
+    _, kept = session.manager._unit.agent("agent").stored._known
     assert len(kept) <= 2
     assert len(session.manager.session_repository.list_messages("s", "agent")) == 40
 
@@ -381,11 +405,24 @@ def test_reload_stores_what_was_recorded_first(session: Opened, stored: Stored) 
 
 
 def test_reload_in_the_middle_of_a_turn_is_refused(factory: MongoDBSessionManagerFactory) -> None:
+    refusals = []
+
+    def reload(_: Any) -> str:
+        with pytest.raises(SessionConflictError) as caught:
+            manager.reload()
+        refusals.append(str(caught.value))
+        return "hello"
+
     with factory.create_session_manager("s") as manager:
-        live = agent(manager, lambda _: manager.reload() or "hello", "fine")
-        with pytest.raises(Exception, match="agent 'agent' is in the middle of a turn"):
-            live("hi")
+        live = agent(manager, reload, "fine")
         live("hi")
+        pipeline(manager, node("first", reload))("go")
+        manager.reload()
+        live("how are you?")
+    assert [text.partition(":")[0] for text in refusals] == [
+        "'agent' is in the middle of a turn",
+        "'pipeline' is in the middle of a turn",
+    ]
 
 
 def test_reload_of_a_deleted_session_neither_creates_it_nor_empties_the_agent(

@@ -81,7 +81,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         them. Changes that were refused are dropped: after a `SessionConflictError`, reload and repeat the request.
 
         Raises:
-            SessionConflictError: An agent is in the middle of a turn. Nothing has changed.
+            SessionConflictError: An agent, graph or swarm is in the middle of a turn. Nothing has changed.
             SessionNotFoundError: The session was deleted.
             StateTooLargeError: Messages are still pending, because other parts fill the session's document.
             DatabaseError: A stored agent cannot be restored.

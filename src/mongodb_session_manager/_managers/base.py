@@ -109,7 +109,7 @@ class SessionManagerBase(ReloadableSessionManager):
         self._work: UnitOfWork | None = None
         self._closed = False
         self._closing: asyncio.Event | None = None
-        self._invoked = set()
+        self._invoked, self._invoked_multi_agents = set(), set()
         self._delayed: dict[str, asyncio.TimerHandle] = {}
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}

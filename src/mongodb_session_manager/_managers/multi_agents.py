@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 from strands.hooks import (
     AfterMultiAgentInvocationEvent,
     AfterNodeCallEvent,
+    BeforeMultiAgentInvocationEvent,
     HookRegistry,
     MultiAgentInitializedEvent,
 )
@@ -31,6 +32,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
 
     _session: OpenSession
     _orchestrators: WeakValueDictionary[str, MultiAgentBase]
+    _invoked_multi_agents: set[str]
     _flusher: Flusher
     _stopped_multi_agents: dict[str, MongoDBSessionError]
 
@@ -41,6 +43,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
         # First: another callback that is slow or raises must not prevent storing a node's result.
         registry.add_callback(MultiAgentInitializedEvent, lambda event: self.initialize_multi_agent(event.source))
+        registry.add_callback(BeforeMultiAgentInvocationEvent, self._on_before_multi_agent_invocation, order=math.inf)
         if each_node:
             registry.add_callback(AfterNodeCallEvent, self._on_after_node_call, order=-math.inf)
         registry.add_callback(AfterMultiAgentInvocationEvent, self._on_after_multi_agent_invocation, order=-math.inf)
@@ -76,6 +79,9 @@ class OrchestratorSessionManager(RepositorySessionManager):
         await self._flusher.flush(self._unit)
         self._unit.multi_agents.raise_refusal(multi_agent_id)
 
+    def _on_before_multi_agent_invocation(self, event: BeforeMultiAgentInvocationEvent) -> None:
+        self._invoked_multi_agents.add(event.source.id)
+
     async def _on_after_node_call(self, event: AfterNodeCallEvent) -> None:
         source = event.source
         try:
@@ -88,6 +94,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
 
     async def _on_after_multi_agent_invocation(self, event: AfterMultiAgentInvocationEvent) -> None:
         source = event.source
+        self._invoked_multi_agents.discard(source.id)
         stopped = self._stopped_multi_agents.pop(source.id, None)
         if stopped is None:
             with self._flusher.recording(source):

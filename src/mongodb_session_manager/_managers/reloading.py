@@ -38,8 +38,8 @@ class ReloadableSessionManager(OrchestratorSessionManager):
 
     def _check_reloadable(self) -> None:
         self._check_open()
-        if running := sorted(self._invoked):
-            raise SessionConflictError(f"agent {running[0]!r} is in the middle of a turn: reload before or after it")
+        if running := sorted(self._invoked | self._invoked_multi_agents):
+            raise SessionConflictError(f"{running[0]!r} is in the middle of a turn: reload before or after it")
 
     async def _read_again(self) -> UnitOfWork:
         """Flush, and load the session again. Runs on the loop of the client."""

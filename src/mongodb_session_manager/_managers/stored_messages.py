@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,37 +24,38 @@ class StoredMessages:
     """
 
     def __init__(self, first: int, elements: Iterable[Any]) -> None:
-        self._first = first
-        self._elements: deque[Any] = deque(elements)
+        # Replaced as a whole, except for appending: other threads can read concurrently.
+        self._known: tuple[int, list[Any]] = (first, list(elements))
 
     def append(self, element: StoredMessage) -> None:
         """Add a recorded message."""
-        self._elements.append(element)
+        self._known[1].append(element)
 
     def replace(self, message_id: int, fields: Mapping[str, Any]) -> None:
         """Change fields of a message; does nothing if the message is not in memory."""
+        first, elements = self._known
         for index, found in self._newest_first():
             if found == message_id:
-                self._elements[index] = {**self._elements[index], **fields}
+                changed = {**elements[index], **fields}
+                self._known = (first, [*elements[:index], changed, *elements[index + 1 :]])
                 return
 
     def keep(self, count: int) -> None:
         """Drop all but the `count` newest messages."""
-        while len(self._elements) > count:
-            self._elements.popleft()
-            self._first += 1
+        first, elements = self._known
+        if (dropped := len(elements) - count) > 0:
+            self._known = (first + dropped, elements[dropped:])
 
     def knows(self, message_id: int) -> bool:
         """Return whether the message is in memory, or is known not to exist."""
-        return self._first == 0 or any(found <= message_id for _, found in self._newest_first())
+        return self._known[0] == 0 or any(found <= message_id for _, found in self._newest_first())
 
     def find(self, session_id: str, agent_id: str, message_id: int) -> SessionMessage | None:
         """Return a copy of a message; `None` if it is not in memory."""
+        first, elements = self._known
         for index, found in self._newest_first():
             if found == message_id:
-                position = self._first + index
-                element = self._elements[index]
-                return next(_messages([element], position, session_id, agent_id), None)
+                return next(_messages(elements[index : index + 1], first + index, session_id, agent_id), None)
         return None
 
     def copies(self, session_id: str, agent_id: str, limit: int | None, offset: int) -> list[SessionMessage] | None:
@@ -67,16 +67,18 @@ class StoredMessages:
             limit: The maximum number of messages; `None` returns all.
             offset: The number of oldest messages of the conversation to leave out.
         """
-        if offset < self._first and limit != 0:
+        first, elements = self._known
+        if offset < first and limit != 0:
             return None
-        begin = offset - self._first
-        chosen = list(self._elements)[begin:] if limit is None else list(self._elements)[begin : begin + limit]
+        begin = offset - first
+        chosen = elements[begin:] if limit is None else elements[begin : begin + limit]
         return list(_messages(chosen, offset, session_id, agent_id))
 
     def _newest_first(self) -> Iterator[tuple[int, int]]:
         """Yield the index and the id of each message, newest first."""
-        for index in range(len(self._elements) - 1, -1, -1):
-            yield index, message_id_of(self._elements[index], self._first + index)
+        first, elements = self._known
+        for index in range(len(elements) - 1, -1, -1):
+            yield index, message_id_of(elements[index], first + index)
 
 
 def _messages(elements: Iterable[Any], first: int, session_id: str, agent_id: str) -> Iterator[SessionMessage]:
