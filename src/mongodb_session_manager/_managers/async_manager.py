@@ -11,6 +11,7 @@ from strands.types.tools import AgentTool
 from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
 from .._repository.metadata import AgentConfig, UsageReport
+from .._store.lease import Caller
 from ..errors import SessionClosedError
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, async_tool
@@ -44,15 +45,18 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
 
         Raises:
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+            SessionBusyError: Another manager has its turn, see `on_busy`.
             SessionClosedError: The manager is closed.
         """
         if self._closed:
             raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
         if self._work is None:
-            portal = self._connection.portal
+            portal, caller = self._connection.portal, Caller()
             try:
-                await portal.run(self._open)
+                await portal.run(self._open, caller)
             except BaseException:
+                if self._lease is not None:
+                    portal.submit(self._leave, caller)
                 if self._owns_connection:
                     portal.submit(self._connection.aclose)
                 raise

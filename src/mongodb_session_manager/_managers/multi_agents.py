@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from strands.hooks import (
     AfterMultiAgentInvocationEvent,
     AfterNodeCallEvent,
+    BeforeMultiAgentInvocationEvent,
     HookRegistry,
     MultiAgentInitializedEvent,
 )
@@ -16,6 +17,7 @@ from strands.session import RepositorySessionManager
 
 from .._format.ids import checked_id
 from .._format.multi_agents import path_of
+from .._store.lease import Lease
 from ..errors import DatabaseError, MongoDBSessionError
 from .flusher import Flusher
 from .unit_of_work import UnitOfWork
@@ -28,6 +30,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
     """Restores and stores orchestrators."""
 
     _flusher: Flusher
+    _lease: Lease | None
     _stopped_multi_agents: dict[str, MongoDBSessionError]
 
     @property
@@ -37,6 +40,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
         # First: another callback that is slow or raises must not prevent storing a node's result.
         registry.add_callback(MultiAgentInitializedEvent, lambda event: self.initialize_multi_agent(event.source))
+        registry.add_callback(BeforeMultiAgentInvocationEvent, self._on_before_multi_agent_invocation, order=math.inf)
         if each_node:
             registry.add_callback(AfterNodeCallEvent, self._on_after_node_call, order=-math.inf)
         registry.add_callback(AfterMultiAgentInvocationEvent, self._on_after_multi_agent_invocation, order=-math.inf)
@@ -71,6 +75,10 @@ class OrchestratorSessionManager(RepositorySessionManager):
         await self._flusher.flush(self._unit)
         self._unit.multi_agents.raise_refusal(multi_agent_id)
 
+    def _on_before_multi_agent_invocation(self, event: BeforeMultiAgentInvocationEvent) -> None:
+        if self._lease is not None:
+            self._lease.begin(("multi_agent", event.source.id))
+
     async def _on_after_node_call(self, event: AfterNodeCallEvent) -> None:
         source = event.source
         try:
@@ -89,6 +97,8 @@ class OrchestratorSessionManager(RepositorySessionManager):
                 self.sync_multi_agent(source)
         # Otherwise Strands reports the orchestrator as failed, with no node left to run. The state recorded at the node
         # that could not be stored is the one to resume from.
+        if self._lease is not None:
+            self._lease.end(("multi_agent", source.id))
         await self._flush_multi_agent(source.id)
         if stopped is not None:
             raise stopped  # a swarm has only logged it
