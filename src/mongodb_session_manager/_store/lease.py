@@ -38,6 +38,12 @@ logger = logging.getLogger(__name__)
 _PAUSES = (0.02, 0.2)
 """The first and the longest pause, in seconds, between two polls; shortened at random by up to half."""
 
+_CHECK = 0.5
+"""Seconds after which a waiter checks whether a manager of its process still renews the lease; no command is sent."""
+
+_RELEASE_TIMEOUT = 2.0
+"""Seconds for a release by a command of its own; after that, the lease expires."""
+
 _RENEWALS = 3
 """A held lease is renewed after this part of its time."""
 
@@ -111,6 +117,11 @@ class _Queue:
         """Wake the first waiter."""
         if self.waiters:
             self.waiters[0].wake()
+
+    @property
+    def is_held_here(self) -> bool:
+        """Whether a manager of this process holds the lease, and will wake the first waiter."""
+        return any(not holding.is_paused for holding in self.held)
 
     @property
     def is_empty(self) -> bool:
@@ -252,9 +263,9 @@ class _Holding:
             return
         self._stop_timer()
         try:
-            async with self._store.connection.operation():
+            async with asyncio.timeout(_RELEASE_TIMEOUT), self._store.connection.operation():
                 await self._store.sessions.update(self.claim.release(self._session_id))
-        except MongoDBSessionError as error:
+        except (MongoDBSessionError, TimeoutError) as error:
             logger.debug("session_id=<%r>, error=<%s> | lease not released, it expires", self._session_id, error)
         self.end("free")
 
@@ -391,20 +402,20 @@ class Lease:
             while True:
                 self._check_wait(caller)
                 is_first = queue.waiters[0] is waiter
-                if is_first and not queue.held:
-                    if await self._poll(queue):
-                        return
+                is_turn = is_first and not queue.is_held_here
+                if is_turn and await self._poll(queue):
+                    return
                 left = end - loop.time()
                 if left <= 0:
                     raise SessionBusyError(
                         f"session {self._session_id!r} is still busy after {self._timeout:g} s (busy_timeout): another "
                         "manager has its turn"
                     )
-                if not is_first or queue.held:
-                    await waiter.sleep(left)
-                    continue
-                await waiter.sleep(min(left, pause * random.uniform(0.5, 1.0)))
-                pause = min(2 * pause, _PAUSES[1])
+                if is_turn:
+                    await waiter.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+                    pause = min(2 * pause, _PAUSES[1])
+                else:
+                    await waiter.sleep(min(left, _CHECK))
         finally:
             leases.wait_seconds += loop.time() - begin
             queue.waiters.remove(waiter)
