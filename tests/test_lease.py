@@ -95,7 +95,9 @@ def lease_of(stored: Stored) -> dict[str, Any]:
 def take_lease(stored: Stored, seconds: float) -> None:
     """Have another process hold the lease."""
     until = datetime.now(UTC) + timedelta(seconds=seconds)
-    stored.update_one({"_id": "s"}, {"$set": {"lease": {"token": ObjectId(), "until": until, "fence": 99}}}, upsert=True)
+    stored.update_one(
+        {"_id": "s"}, {"$set": {"lease": {"token": ObjectId(), "until": until, "fence": 99}}}, upsert=True
+    )
 
 
 async def request(factory: MongoDBSessionManagerFactory, text: str, reply: str, **options: Any) -> list[str]:
@@ -178,9 +180,7 @@ async def test_waiting_ends_after_busy_timeout(waiting: MongoDBSessionManagerFac
     assert stats["lease_wait_seconds"] > 0
 
 
-async def test_a_manager_without_a_lease_is_not_refused(
-    waiting: MongoDBSessionManagerFactory, stored: Stored
-) -> None:
+async def test_a_manager_without_a_lease_is_not_refused(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
     first = await waiting.create_session_manager_async("s")
     model, turn = await begin_turn(first)
     model.go.set()
@@ -437,3 +437,158 @@ def test_a_copy_has_no_lease(waiting: MongoDBSessionManagerFactory, stored: Stor
     stored.update_one({}, {"$set": {"lease.token": ObjectId()}})
     waiting.fork_session("s", "copy")
     assert "lease" not in stored.find_one({"_id": "copy"})
+
+
+# Other processes.
+
+PROCESS = """
+import asyncio, sys, threading, time
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from support import agent
+
+uri, database, lease, name = sys.argv[1:5]
+factory = MongoDBSessionManagerFactory(uri, database, on_busy="wait", lease=float(lease))
+
+def say(*words):
+    print(*words, flush=True)
+"""
+
+HOLDER = f"""{PROCESS}
+manager = factory.create_session_manager("s")
+live = agent(manager, lambda _: say("asked") or input() or "late")
+try:
+    live("from the holder")
+except Exception as error:
+    say(type(error).__name__, error)
+"""
+
+ASKER = f"""{PROCESS}
+factory.ping()
+say("ready")
+input()
+for number in range(5):
+    with factory.create_session_manager("s") as manager:
+        agent(manager, name)(f"{{name}}{{number}}")
+"""
+
+
+@pytest.fixture
+def holder(server: str, database: str) -> Iterator[interpreter.Process]:
+    with interpreter.start(HOLDER, server, database, 1.0, "holder") as process:
+        assert process.stdout.readline() == "asked\n"
+        yield process
+
+
+async def test_a_holder_that_is_killed(
+    holder: interpreter.Process, waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    holder.kill()
+    assert await request(waiting, "next", "one") == ["from the holder", "next"]
+    assert message_ids(stored.find_one({})) == [0, 1, 2]
+
+
+async def test_a_holder_that_is_frozen(
+    holder: interpreter.Process, waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    os.kill(holder.pid, signal.SIGSTOP)
+    assert await request(waiting, "next", "one") == ["from the holder", "next"]
+    os.kill(holder.pid, signal.SIGCONT)
+    holder.stdin.write("\n")
+    shown, errors = await asyncio.to_thread(holder.communicate)
+    assert shown.startswith("SessionConflictError") or shown.startswith("EventLoopException"), (shown, errors)
+    assert "has lost its turn" in shown
+    assert texts(stored.find_one({})["agents"]["agent"]["messages"]) == ["from the holder", "next", "one"]
+
+
+def test_waiters_of_several_processes_take_turns(
+    server: str, database: str, waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    names = ("a", "b", "c")
+    processes = [interpreter.start(ASKER, server, database, 30, name) for name in names]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        first = waiting.create_session_manager("s")
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        eventually(lambda: len(lease_of(stored).get("line", [])) == 3)
+        first.close()
+        for process in processes:
+            shown, errors = process.communicate()
+            assert process.returncode == 0, (shown, errors)
+    finally:
+        for process in processes:
+            process.kill()
+    messages = stored.find_one({})["agents"]["agent"]["messages"]
+    served = [text[0] for text in texts(messages)[::2]]
+    assert sorted(served) == sorted(5 * names)
+    assert sorted(served[:3]) == list(names)  # each had joined the line
+    runs = max(
+        len(run) for run in "".join(f"{b}" if a == b else f" {b}" for a, b in zip([""] + served, served)).split()
+    )
+    assert runs <= 3
+
+
+def test_a_forked_child_holds_nothing(server: str, database: str, stored: Stored) -> None:
+    script = f"""{PROCESS}
+import os
+manager = factory.create_session_manager("s")
+live = agent(manager, "one")
+if (child := os.fork()) == 0:
+    del manager, live
+    import gc
+    gc.collect()
+    sys.exit(0)
+os.waitpid(child, 0)
+live("first")
+say("done")
+"""
+    shown, _ = interpreter.run(script, server, database, 30, "parent", warnings=(interpreter.FORK_WARNING,))
+    assert shown == "done\n"
+    assert "token" not in lease_of(stored)
+
+
+def test_a_process_that_ends_releases_its_leases(server: str, database: str, stored: Stored) -> None:
+    script = f"""{PROCESS}
+manager = factory.create_session_manager("s")
+say("done")
+"""
+    interpreter.run(script, server, database, 30, "process")
+    assert lease_of(stored)["fence"] == 1
+    assert "token" not in lease_of(stored)
+
+
+@pytest.mark.may_block
+def test_a_holder_whose_event_loop_has_ended(server: str, database: str, stored: Stored) -> None:
+    async def hold() -> Any:
+        client: Any = pymongo.AsyncMongoClient(server)
+        factory = MongoDBSessionManagerFactory(client=client, database_name=database, on_busy="wait", lease=0.5)
+        manager = await factory.create_session_manager_async("s")
+        await begin_turn(manager)
+        await client.close()
+        return manager
+
+    holder = asyncio.run(hold())
+    with (
+        MongoDBSessionManagerFactory(server, database, on_busy="wait") as factory,
+        factory.create_session_manager("s") as manager,
+    ):
+        assert texts(agent(manager).messages) == ["first"]
+    del holder
+
+
+def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
+    with MongoDBSessionManagerFactory(standalone, database, on_busy="wait") as factory:
+
+        def ask(name: str) -> None:
+            with factory.create_session_manager("s") as manager:
+                agent(manager, "answer")(name)
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        with factory.create_session_manager("s") as manager:
+            assert len(agent(manager).messages) == 8

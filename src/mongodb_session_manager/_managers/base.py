@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 _FIRST, _LAST = -math.inf, math.inf
 """Orders of callbacks: before and after those of all other hook providers."""
 
-_HARMLESS = ("strands.agent.", "strands.event_loop.")
+_HARMLESS = ("strands.agent.", "strands.event_loop.", "strands.models.")
 """The modules of Strands whose callbacks do not change what is stored of an agent at the end of an invocation."""
 
 _FINAL_MESSAGE_DELAY = 0.1
@@ -72,8 +72,10 @@ def _is_final(message: Message) -> bool:
 
 def _can_be_changed(event: AfterInvocationEvent) -> bool:
     """Return whether callbacks that can change the agent run between the first and the last one of its manager."""
-    modules = (getattr(callback, "__module__", None) or "" for callback in event.agent.hooks.get_callbacks_for(event))
-    return not all(module.startswith((*_HARMLESS, __package__)) for module in modules)
+    agent = event.agent
+    modules = (getattr(callback, "__module__", None) or "" for callback in agent.hooks.get_callbacks_for(event))
+    is_cleared: bool = agent.model.stateful  # by Strands, because the server of the model keeps the conversation
+    return is_cleared or not all(module.startswith((*_HARMLESS, __package__)) for module in modules)
 
 
 def _follows_its_own_id(message: Message, agent: LocalAgent) -> bool:
