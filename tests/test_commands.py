@@ -10,7 +10,9 @@ from support import CommandLog, agent
 
 pytestmark = pytest.mark.anyio
 
-OPEN, WRITE = "findAndModify", "update"
+OPEN, WRITE, TAKE = "findAndModify", "update", "findAndModify"
+
+ON_BUSY = pytest.mark.parametrize("on_busy", ["conflict", "wait", "refuse"])
 
 
 @tool
@@ -33,15 +35,22 @@ TURNS = pytest.mark.parametrize(
 
 
 @TURNS
+@ON_BUSY
 @pytest.mark.parametrize("resumed", [False, True])
 def test_sync_turn(
-    factory: MongoDBSessionManagerFactory, commands: CommandLog, save_on: str, replies: list, writes: int, resumed: bool
+    factory: MongoDBSessionManagerFactory,
+    commands: CommandLog,
+    on_busy: str,
+    save_on: str,
+    replies: list,
+    writes: int,
+    resumed: bool,
 ) -> None:
     if resumed:
         with factory.create_session_manager("s") as earlier:
             agent(earlier, "before", tools=[add])("earlier")
         commands.clear()
-    manager = factory.create_session_manager("s", save_on=save_on)
+    manager = factory.create_session_manager("s", save_on=save_on, on_busy=on_busy)
     first = agent(manager, *replies, tools=[add])
     first("one")
     manager.sync_agent(first)
@@ -49,15 +58,22 @@ def test_sync_turn(
 
 
 @TURNS
+@ON_BUSY
 @pytest.mark.parametrize("resumed", [False, True])
 async def test_async_turn(
-    factory: MongoDBSessionManagerFactory, commands: CommandLog, save_on: str, replies: list, writes: int, resumed: bool
+    factory: MongoDBSessionManagerFactory,
+    commands: CommandLog,
+    on_busy: str,
+    save_on: str,
+    replies: list,
+    writes: int,
+    resumed: bool,
 ) -> None:
     if resumed:
         async with await factory.create_session_manager_async("s") as earlier:
             await agent(earlier, "before", tools=[add]).invoke_async("earlier")
         commands.clear()
-    manager = await factory.create_session_manager_async("s", save_on=save_on)
+    manager = await factory.create_session_manager_async("s", save_on=save_on, on_busy=on_busy)
     first = agent(manager, *replies, tools=[add])
     await first.invoke_async("one")
     manager.sync_agent(first)
@@ -66,16 +82,18 @@ async def test_async_turn(
 
 
 @pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])
+@ON_BUSY
 def test_next_turn_of_a_live_agent(
-    factory: MongoDBSessionManagerFactory, commands: CommandLog, save_on: str, writes: int
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, on_busy: str, save_on: str, writes: int
 ) -> None:
-    manager = factory.create_session_manager("s", save_on=save_on)
+    manager = factory.create_session_manager("s", save_on=save_on, on_busy=on_busy)
     live = agent(manager, "one", "two")
     live("1")
     commands.clear()
     live("2")
     manager.sync_agent(live)
-    assert commands.names == [WRITE] * writes
+    takes = on_busy != "conflict" and save_on == "message"
+    assert commands.names == ([TAKE] if takes else [WRITE]) + [WRITE] * (writes - 1)
 
 
 def test_a_manager_from_a_warm_factory_costs_one_command(
@@ -95,8 +113,11 @@ async def test_constructing_an_agent_sends_nothing(factory: MongoDBSessionManage
     assert commands.names == []
 
 
-def test_closing_sends_nothing_when_all_is_stored(factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
-    manager = factory.create_session_manager("s")
+@ON_BUSY
+def test_closing_sends_nothing_when_all_is_stored(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, on_busy: str
+) -> None:
+    manager = factory.create_session_manager("s", on_busy=on_busy)
     agent(manager, "hello")("hi")
     commands.clear()
     manager.close()

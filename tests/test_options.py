@@ -232,7 +232,7 @@ def test_an_unknown_option_of_the_pool() -> None:
         ("max_embedded_bytes", 1.5, "got 1.5"),
         ("max_inline_attachment_bytes", "1 MB", "got '1 MB'"),
         ("session_ttl", 5, "datetime.timedelta, got 5"),
-        ("save_on", True, "'message' or 'invocation', got True"),
+        ("save_on", True, "'overlap' or 'invocation', got True"),
         ("metadata_hook", "hook", "function"),
         ("feedbackHook", 5, "feedback_hook"),
         ("application_name", b"support", "must be a str"),

@@ -21,7 +21,7 @@ from ._managers.factory import (
     create_mongodb_session_manager_async,
 )
 from ._managers.global_factory import close_global_factory, get_global_factory, initialize_global_factory
-from ._managers.options import ManagerOptions, SaveOn, SessionOptions
+from ._managers.options import ManagerOptions, OnBusy, SaveOn, SessionOptions
 from ._managers.pending import PendingSession
 from ._managers.pool import ConnectionStats, MongoDBConnectionPool
 from ._managers.sync_manager import MongoDBSessionManager
@@ -52,6 +52,7 @@ from .errors import (
     MissingExtraError,
     MongoDBSessionError,
     NotificationError,
+    SessionBusyError,
     SessionClosedError,
     SessionConflictError,
     SessionExistsError,
@@ -105,12 +106,14 @@ __all__ = [
     "NotificationError",
     "NotificationEvent",
     "NotificationStats",
+    "OnBusy",
     "OnError",
     "Order",
     "PendingSession",
     "RepositoryOptions",
     "RetryOn",
     "SaveOn",
+    "SessionBusyError",
     "SessionClosedError",
     "SessionConflictError",
     "SessionExistsError",

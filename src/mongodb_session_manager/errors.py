@@ -13,6 +13,7 @@
     ├── MessageNotFoundError            also LookupError
     ├── SessionExistsError              also ValueError
     ├── SessionConflictError            also RuntimeError: another writer was first, or the session is being copied
+    │   └── SessionBusyError            also TimeoutError: another manager has its turn
     ├── SessionClosedError              also RuntimeError: used before opening or after closing
     ├── EventLoopError                  also RuntimeError: a call that would block its own event loop
     ├── FactoryNotInitializedError      also RuntimeError
@@ -126,6 +127,14 @@ class SessionConflictError(MongoDBSessionError, RuntimeError):
 
     The write was not stored. Open the session again with a new manager and a new agent, and repeat the request. The
     corresponding HTTP status is 409.
+    """
+
+
+class SessionBusyError(SessionConflictError, TimeoutError):
+    """Another manager has its turn in the session: with `on_busy="refuse"`, or for longer than `busy_timeout`.
+
+    Nothing was stored. If the session was being opened, or the turn had not begun, nothing was sent to a model. Repeat
+    the request later. The corresponding HTTP status is 409.
     """
 
 

@@ -40,7 +40,7 @@ from .._format.sizes import stored_size
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 
 NOT_COPIED = frozenset(
-    {"_id", "session_id", "agents", "copy_of", "incarnation", "removed_attachments"}
+    {"_id", "session_id", "agents", "copy_of", "incarnation", "removed_attachments", "lease"}
     | {"state", "state_by", "state_until", "time_to_live", "expires_at", "migrating", "moved"}
     | {"attachments_generation", "session_ttl", "kept_until", "keep_until"}  # of 1.0.0
 )

@@ -89,7 +89,7 @@ def _left_out(agent: str) -> Document:
 
 def ids_of(messages: Any) -> Document:
     """Return the expression for the ids of `messages`, as `stored_id` returns them; any number is a valid id here."""
-    stored = {"$cond": [{"$isNumber": "$$this.message_id"}, "$$this.message_id", None]}
+    stored: Document = {"$cond": [{"$isNumber": "$$this.message_id"}, "$$this.message_id", None]}
     stored = {"$cond": [is_object("$$this"), stored, NO_MESSAGE]}
     return {"$map": {"input": messages, "in": stored}}
 

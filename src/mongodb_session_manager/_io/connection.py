@@ -90,6 +90,7 @@ class Connection:
         self._opening = asyncio.Lock()
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self.before_close: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._abandoned: list[object] = []
         self._gate: Gate | None = None
         self._threaded: MotorClient | None = None
@@ -230,6 +231,7 @@ class Connection:
         if self._finalizer is not None:
             self._finalizer.detach()
         self._client, self._loop, self._finalizer, self._gate, self._threaded = None, None, None, None, None
+        self.before_close = None
         self._pid, self._counter, self._operations, self._tasks = os.getpid(), PoolCounter(), 0, set()
         self._clock = clock_of(self.settings.client)
         self._idle, self._opening = asyncio.Event(), asyncio.Lock()
@@ -423,6 +425,10 @@ class Connection:
         self._closing = True
         if self._is_left_behind:
             self._leave_behind()
+        if self.before_close is not None:
+            token = _entered.set(True)
+            self.start(self.before_close())
+            _entered.reset(token)
         while self._tasks or self._operations:
             if self._tasks:
                 await asyncio.wait(set(self._tasks))

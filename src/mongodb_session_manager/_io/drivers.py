@@ -59,7 +59,12 @@ class AsyncCollection(Protocol):
 
 
 async def find_and_modify(
-    collection: AsyncCollection, query: Mapping[str, Any], update: Any, fields: Mapping[str, Any]
+    collection: AsyncCollection,
+    query: Mapping[str, Any],
+    update: Any,
+    fields: Mapping[str, Any],
+    *,
+    upsert: bool = False,
 ) -> dict[str, Any] | None:
     """Send a findAndModify that the driver does not send again by itself; return the new document's `fields`.
 
@@ -71,6 +76,7 @@ async def find_and_modify(
         "update": update,
         "fields": fields,
         "new": True,
+        "upsert": upsert,
         "writeConcern": collection.write_concern.document,
     }
     reply = await collection.database.command(command, codec_options=CODEC_OPTIONS)

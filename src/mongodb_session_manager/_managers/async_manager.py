@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -11,6 +12,7 @@ from strands.types.tools import AgentTool
 from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
 from .._repository.metadata import AgentConfig, UsageReport
+from .._store.lease import Caller
 from ..errors import SessionClosedError
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, async_tool
@@ -44,15 +46,18 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
 
         Raises:
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+            SessionBusyError: Another manager has its turn, see `on_busy`.
             SessionClosedError: The manager is closed.
         """
         if self._closed:
             raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
         if self._work is None:
-            portal = self._connection.portal
+            portal, caller = self._connection.portal, Caller()
             try:
-                await portal.run(self._open)
+                await portal.run(self._open, caller)
             except BaseException:
+                if self._lease is not None:
+                    portal.submit(self._leave, caller)
                 if self._owns_connection:
                     portal.submit(self._connection.aclose)
                 raise
@@ -87,7 +92,13 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             DatabaseError: A stored agent cannot be restored.
         """
         self._check_reloadable()
-        self._continue_with(await self._connection.portal.run(self._read_again))
+        portal, caller = self._connection.portal, Caller()
+        try:
+            work = await portal.run(self._read_again, caller)
+        except asyncio.CancelledError:
+            portal.submit(self._leave, caller)
+            raise
+        self._continue_with(work)
 
     async def get_application_name(self) -> str | None:
         """Return the application name that was stored when the session was created."""

@@ -34,6 +34,7 @@ from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
 from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
+from .._store.lease import Caller
 from ..errors import (
     AgentNotFoundError,
     EncodingError,
@@ -57,6 +58,9 @@ logger = logging.getLogger(__name__)
 _FIRST, _LAST = -math.inf, math.inf
 """Orders of callbacks: before and after those of all other hook providers."""
 
+_HARMLESS = ("strands.agent.", "strands.event_loop.", "strands.models.")
+"""The modules of Strands whose callbacks do not change what is stored of an agent at the end of an invocation."""
+
 _FINAL_MESSAGE_DELAY = 0.1
 """Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
 
@@ -67,6 +71,14 @@ A user's hook, a middleware or a slow client can delay that end.
 def _is_final(message: Message) -> bool:
     """Return whether a message ends a turn: a message of the assistant that calls no tool."""
     return message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
+
+
+def _can_be_changed(event: AfterInvocationEvent) -> bool:
+    """Return whether callbacks that can change the agent run between the first and the last one of its manager."""
+    agent = event.agent
+    modules = (getattr(callback, "__module__", None) or "" for callback in agent.hooks.get_callbacks_for(event))
+    is_cleared: bool = agent.model.stateful  # by Strands, because the server of the model keeps the conversation
+    return is_cleared or not all(module.startswith((*_HARMLESS, __package__)) for module in modules)
 
 
 def _follows_its_own_id(message: Message, agent: LocalAgent) -> bool:
@@ -114,7 +126,8 @@ class SessionManagerBase(ReloadableSessionManager):
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
         self._agents, self._orchestrators = WeakValueDictionary(), WeakValueDictionary()
-        self._flusher = Flusher(self.session_id, self._connection, self._repository)
+        self._lease = configuration.lease(self._repository, self.session_id)
+        self._flusher = Flusher(self.session_id, self._connection, self._repository, self._lease)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "new" if self._work is None else "open"
@@ -129,20 +142,35 @@ class SessionManagerBase(ReloadableSessionManager):
             )
         return self._work
 
-    async def _open(self) -> None:
+    async def _open(self, caller: Caller) -> None:
         """Load the session. Runs on the loop of the client."""
         async with self._flusher.lock():
             if self._work is not None:
                 return
-            work = await self._loaded(await self._repository.open_session(self.session_id))
-            close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-            self._session = OpenSession(work, self._repository, self._connection.portal, self._flusher)
-            super().__init__(self.session_id, self._session)
+            try:
+                work = await self._loaded(await self._repository._open(self.session_id, self._lease, caller))
+                close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
+                self._session = OpenSession(work, self._repository, self._connection.portal, self._flusher)
+                super().__init__(self.session_id, self._session)
+                caller.check(self.session_id)
+            except BaseException:
+                await self._give_up()
+                raise
             self._work = work
 
     async def _loaded(self, document: Document) -> UnitOfWork:
         inline = self._options.max_inline_attachment_bytes
         return await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
+
+    async def _give_up(self) -> None:
+        if self._lease is not None:
+            await self._lease.release()
+
+    async def _leave(self, caller: Caller) -> None:
+        """End the opening of a caller that was cancelled. Runs on the loop of the client."""
+        caller.leave()
+        if self._work is not None:  # opened at the same moment
+            await self._give_up()
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -157,7 +185,7 @@ class SessionManagerBase(ReloadableSessionManager):
         registry.add_callback(AfterInvocationEvent, self._on_invocation_ended, order=_FIRST)
         registry.add_callback(AfterInvocationEvent, self._on_after_invocation, order=_LAST)
         registry.add_callback(BidiAgentStopEvent, self._on_stop, order=_FIRST)
-        self._register_multi_agent_hooks(registry, each_node=self._options.save_on == "message")
+        self._register_multi_agent_hooks(registry, each_node=self._options.save_on != "invocation")
 
     def initialize(self, agent: LocalAgent, **kwargs: Any) -> None:
         """Restore an agent from the loaded session, or record it as new. Sends nothing.
@@ -177,6 +205,8 @@ class SessionManagerBase(ReloadableSessionManager):
                 agent.conversation_manager.removed_message_count = offset
         else:
             work.start_invocation(agent.agent_id)  # there is no event for the start of one
+            if self._lease is not None:
+                self._lease.begin(agent.agent_id)
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
         self._agents[agent.agent_id] = agent
@@ -265,10 +295,13 @@ class SessionManagerBase(ReloadableSessionManager):
                 self._append_added(event.message, agent)
                 self.sync_agent(agent)
             if self._is_due(event.message, agent):
-                await self._flush(agent.agent_id)
+                if self._may_overlap(event.message, agent):
+                    self._start_flush()
+                else:
+                    await self._flush(agent.agent_id)
             elif _is_final(event.message):
                 self._delayed[agent.agent_id] = asyncio.get_running_loop().call_later(
-                    _FINAL_MESSAGE_DELAY, self._start_delayed
+                    _FINAL_MESSAGE_DELAY, self._start_flush
                 )
         except MongoDBSessionError as error:
             self._stopped[agent.agent_id] = error
@@ -295,12 +328,16 @@ class SessionManagerBase(ReloadableSessionManager):
     async def _on_stop(self, event: BidiAgentStopEvent) -> None:
         with self._flusher.recording(event.agent):
             self.sync_agent(event.agent)
+        if self._lease is not None:
+            self._lease.end(event.agent.agent_id)
         await self._flush(event.agent.agent_id)
 
     def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
         self._invoked.add(event.agent.agent_id)
         self._stopped.pop(event.agent.agent_id, None)
         self._unit.start_invocation(event.agent.agent_id)
+        if self._lease is not None:
+            self._lease.begin(event.agent.agent_id)
 
     async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
         """Store the turn. A failure is raised after the other callbacks: they can release resources."""
@@ -314,6 +351,7 @@ class SessionManagerBase(ReloadableSessionManager):
                     self.sync_agent(agent)
                 self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
             finally:
+                self._end_turn(event, is_last=not _can_be_changed(event))
                 await self._flusher.flush(self._unit)
         except MongoDBSessionError as error:
             self._stopped.setdefault(agent.agent_id, error)
@@ -323,19 +361,44 @@ class SessionManagerBase(ReloadableSessionManager):
         stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
             # The changes can be stored by now, but the turn was stopped, and Strands might have wrapped the reason.
+            self._end_turn(event, is_last=True)
+            if self._lease is not None and _can_be_changed(event):
+                self._start_flush()  # releases the lease
             raise stopped
         with self._flusher.recording(agent):
             self.sync_agent(agent)
+        self._end_turn(event, is_last=True)
         await self._flush(agent.agent_id)
+
+    def _end_turn(self, event: AfterInvocationEvent, *, is_last: bool) -> None:
+        """Have the next flush release the lease, unless other callbacks follow or the agent continues at once."""
+        if self._lease is None:
+            return
+        if is_last and event.resume is None:
+            self._lease.end(event.agent.agent_id)
+        else:
+            self._lease.pause()
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
         """Return whether a message is flushed now, and not with the end of the invocation."""
         if not isinstance(agent, Agent):
             return True  # there is no event for the end of its invocations
-        saves_messages = self._options.save_on == "message"
+        saves_messages = self._options.save_on != "invocation"
         if agent.agent_id not in self._invoked:
             return _is_final(message) or saves_messages  # there is no event for the end of a direct tool call
         return saves_messages and not _is_final(message)
+
+    def _may_overlap(self, message: Message, agent: LocalAgent) -> bool:
+        """Return whether the model can be called while a message is stored.
+
+        The first write of a turn that takes the lease is awaited: if another manager has its turn, no model is called.
+        """
+        return (
+            self._options.save_on == "overlap"
+            and message["role"] == "user"
+            and agent.agent_id in self._invoked
+            and (self._lease is None or self._lease.is_held)
+        )
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
         """Read messages for Strands' synchronous constructor of an agent, which waits for them."""
@@ -353,7 +416,7 @@ class SessionManagerBase(ReloadableSessionManager):
         await self._flusher.flush(self._unit)
         self._unit.raise_refused(agent_id)
 
-    def _start_delayed(self) -> None:
+    def _start_flush(self) -> None:
         with suppress(EventLoopError):  # closing, or the next flush, raises it
             self._flusher.start(self._unit)
 
@@ -413,6 +476,8 @@ class SessionManagerBase(ReloadableSessionManager):
         self._closed = True
         if self._work is not None:
             self._work.close()
-            if not self._work.is_settled:
+            if self._lease is not None:
+                self._lease.end_all()
+            if self._flusher.is_due(self._work):
                 await self._flusher.flush_here(self._work)
             self._work.raise_unreported_refusal()

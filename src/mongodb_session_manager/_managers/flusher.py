@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from .._io.connection import Connection
 from .._io.portal import running_loop
 from .._repository.async_repository import SharedRepository
+from .._store.lease import Lease
 from .unit_of_work import UnitOfWork
 
 logger = logging.getLogger(__name__)
@@ -18,13 +19,17 @@ logger = logging.getLogger(__name__)
 class Flusher:
     """Sends the changes that a unit of work has recorded.
 
-    A flush raises the error of a failed write. Changes that were refused are raised by the unit of work.
+    A flush raises the error of a failed write. Changes that were refused are raised by the unit of work. The last flush
+    of a turn releases the lease.
     """
 
-    def __init__(self, session_id: str, connection: Connection, repository: SharedRepository) -> None:
+    def __init__(
+        self, session_id: str, connection: Connection, repository: SharedRepository, lease: Lease | None
+    ) -> None:
         self._session_id = session_id
         self._connection = connection
         self._repository = repository
+        self._lease = lease
         self._lock: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
         self._recording: set[int] = set()
 
@@ -37,13 +42,17 @@ class Flusher:
 
     async def flush(self, work: UnitOfWork) -> None:
         """Wait until every recorded change is stored or refused."""
-        if not work.is_settled:
+        if self.is_due(work):
             await self._connection.portal.run(self.flush_here, work)
 
     def flush_blocking(self, work: UnitOfWork) -> None:
         """Block the calling thread until every recorded change is stored or refused."""
-        if not work.is_settled:
+        if self.is_due(work):
             self._connection.portal.call(self.flush_here, work)
+
+    def is_due(self, work: UnitOfWork) -> bool:
+        """Return whether there is something to send."""
+        return not work.is_settled or (self._lease is not None and self._lease.is_to_be_released)
 
     def start(self, work: UnitOfWork) -> None:
         """Start a flush without waiting for it; the next flush raises its errors.
@@ -51,22 +60,38 @@ class Flusher:
         Raises:
             EventLoopError: The loop of the client is closed or stopped.
         """
-        if not work.is_closed and not work.is_settled:
+        if not work.is_closed and self.is_due(work):
             self._connection.portal.submit(self.flush_here, work)
 
     async def flush_here(self, work: UnitOfWork) -> None:
         """Flush on the loop of the client, also while the interpreter ends."""
         async with self._connection.operation(), self.lock():
-            if changes := work.pending():
-                refused = await self._repository._apply(self._session_id, changes, work.incarnation)
-                work.settle(len(changes), refused)
-                for agent_id, error in refused.items():
-                    logger.debug(
-                        "session_id=<%r>, agent_id=<%r>, error=<%s> | refused", self._session_id, agent_id, error
-                    )
-            for write in work.multi_agents.pending():
-                refusal = await self._repository._apply_multi_agent(self._session_id, write, work.incarnation)
-                work.multi_agents.settle(write, refusal)
+            # Before the changes are read: if the turn is over, all of its changes are recorded.
+            releases = self._lease is not None and self._lease.is_to_be_released
+            try:
+                await self._send(work, releases)
+            except BaseException:
+                if self._lease is not None and releases:
+                    self._lease.let_expire()
+                raise
+            if self._lease is not None and releases:
+                await self._lease.release()
+
+    async def _send(self, work: UnitOfWork, releases: bool) -> None:
+        """Send the pending changes; the last statement releases the lease."""
+        if changes := work.pending():
+            is_last = releases and work.multi_agents.is_settled
+            refused = await self._repository._apply(self._session_id, changes, work.incarnation, self._lease, is_last)
+            work.settle(len(changes), refused)
+            for agent_id, error in refused.items():
+                logger.debug("session_id=<%r>, agent_id=<%r>, error=<%s> | refused", self._session_id, agent_id, error)
+        writes = work.multi_agents.pending()
+        for number, write in enumerate(writes, 1):
+            is_last = releases and number == len(writes)
+            refusal = await self._repository._apply_multi_agent(
+                self._session_id, write, work.incarnation, self._lease, is_last
+            )
+            work.multi_agents.settle(write, refusal)
 
     # Strands' synchronous methods record and then flush, except within a callback, which records more and then flushes
     # once. Subclasses override these methods without a parameter that could say so.

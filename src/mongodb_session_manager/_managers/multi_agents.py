@@ -18,6 +18,7 @@ from strands.session import RepositorySessionManager
 
 from .._format.ids import checked_id
 from .._format.multi_agents import path_of
+from .._store.lease import Lease
 from ..errors import DatabaseError, MongoDBSessionError
 from .flusher import Flusher
 from .open_session import OpenSession
@@ -34,6 +35,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
     _orchestrators: WeakValueDictionary[str, MultiAgentBase]
     _invoked_multi_agents: set[str]
     _flusher: Flusher
+    _lease: Lease | None
     _stopped_multi_agents: dict[str, MongoDBSessionError]
 
     @property
@@ -81,6 +83,8 @@ class OrchestratorSessionManager(RepositorySessionManager):
 
     def _on_before_multi_agent_invocation(self, event: BeforeMultiAgentInvocationEvent) -> None:
         self._invoked_multi_agents.add(event.source.id)
+        if self._lease is not None:
+            self._lease.begin(("multi_agent", event.source.id))
 
     async def _on_after_node_call(self, event: AfterNodeCallEvent) -> None:
         source = event.source
@@ -101,6 +105,8 @@ class OrchestratorSessionManager(RepositorySessionManager):
                 self.sync_multi_agent(source)
         # Otherwise Strands reports the orchestrator as failed, with no node left to run. The state recorded at the node
         # that could not be stored is the one to resume from.
+        if self._lease is not None:
+            self._lease.end(("multi_agent", source.id))
         await self._flush_multi_agent(source.id)
         if stopped is not None:
             raise stopped  # a swarm has only logged it

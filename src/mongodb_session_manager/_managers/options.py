@@ -5,22 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast, get_args
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
-from .._format.retention import checked_ttl
+from .._format.retention import MAX_SECONDS, checked_ttl
 from .._io.connection import Connection
 from .._io.drivers import Client
 from .._io.options import ClientOptions, ContentOptions
 from .._io.settings import Settings, unexpected_option
 from .._repository.async_repository import SharedRepository
+from .._store.lease import Lease
 from .._store.store import SessionStore
 from ..errors import ConfigurationError
 from .user_hooks import Hook, checked_hook
 
-SaveOn = Literal["message", "invocation"]
-"""`"message"` stores each message before the agent continues, `"invocation"` all messages of a turn at its end."""
+SaveOn = Literal["message", "overlap", "invocation"]
+"""When the messages of a turn are stored.
+
+`"message"` stores each message before the agent continues, `"overlap"` while the model is called, and `"invocation"`
+stores all messages of a turn at its end.
+"""
+
+OnBusy = Literal["conflict", "wait", "refuse"]
+"""What a manager does while another one has its turn in the session.
+
+`"conflict"` does not find out: the later writer gets `SessionConflictError`. `"wait"` waits for the end of the turn, and
+`"refuse"` raises `SessionBusyError`.
+"""
 
 
 class SessionOptions(ContentOptions, total=False):
@@ -31,8 +43,15 @@ class SessionOptions(ContentOptions, total=False):
         metadataHook: Another spelling of `metadata_hook`.
         feedback_hook: Called around every new feedback, `def` or `async def`.
         feedbackHook: Another spelling of `feedback_hook`.
-        save_on: `"message"`, the default, stores each message before the agent continues; `"invocation"` stores
-            all messages of a turn at its end.
+        save_on: `"message"`, the default, stores each message before the agent continues; `"overlap"` stores user
+            messages and tool results while the model is called; `"invocation"` stores all messages of a turn at its
+            end.
+        on_busy: What happens while another manager has its turn in the session. `"conflict"`, the default: the later
+            writer gets `SessionConflictError`. `"wait"`: opening waits for the end of the turn. `"refuse"`: opening
+            raises `SessionBusyError`.
+        busy_timeout: The longest wait, in seconds, until opening raises `SessionBusyError`; default 30.
+        lease: Seconds after which a manager that does nothing, because its process was killed or is frozen, loses its
+            turn; default 30. A manager that is alive renews its lease.
     """
 
     metadata_hook: Hook | None
@@ -40,6 +59,9 @@ class SessionOptions(ContentOptions, total=False):
     feedback_hook: Hook | None
     feedbackHook: Hook | None
     save_on: SaveOn | None
+    on_busy: OnBusy | None
+    busy_timeout: float | None
+    lease: float | None
 
 
 class ManagerOptions(SessionOptions, ClientOptions, total=False):
@@ -67,6 +89,9 @@ class Options:
     metadata_hook: Hook | None = None
     feedback_hook: Hook | None = None
     save_on: SaveOn = "message"
+    on_busy: OnBusy = "conflict"
+    busy_timeout: float = 30.0
+    lease: float = 30.0
     max_inline_attachment_bytes: int = MAX_INLINE_ATTACHMENT_BYTES
     max_embedded_messages: int = MAX_EMBEDDED_MESSAGES
     max_embedded_bytes: int = MAX_EMBEDDED_BYTES
@@ -75,8 +100,10 @@ class Options:
     def __post_init__(self) -> None:
         checked_hook(self.metadata_hook, "metadata_hook")
         checked_hook(self.feedback_hook, "feedback_hook")
-        if self.save_on not in ("message", "invocation"):
-            raise ConfigurationError(f"save_on must be 'message' or 'invocation', got {self.save_on!r}")
+        _check_choice("save_on", self.save_on, get_args(SaveOn))
+        _check_choice("on_busy", self.on_busy, get_args(OnBusy))
+        _check_seconds("busy_timeout", self.busy_timeout, can_be_zero=True)
+        _check_seconds("lease", self.lease)
         checked_inline_bytes(self.max_inline_attachment_bytes)
         checked_ttl(self.session_ttl)
 
@@ -98,6 +125,19 @@ class Options:
                 raise ConfigurationError(f"{option} is passed in both spellings")
             options[option] = value
         return replace(self, **options)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        raise ConfigurationError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+
+
+def _check_seconds(name: str, value: object, *, can_be_zero: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (0 < cast(float, value) <= MAX_SECONDS or (can_be_zero and value == 0)):
+        bound = ">= 0" if can_be_zero else "> 0"
+        raise ConfigurationError(f"{name} must be a number of seconds {bound} and at most {MAX_SECONDS}, got {value!r}")
 
 
 OPTIONS = ("connection_string", "client", *Options.__dataclass_fields__)
@@ -158,3 +198,10 @@ class Configuration:
             session_ttl=options.session_ttl,
         )
         return SharedRepository(store)
+
+    def lease(self, repository: SharedRepository, session_id: str) -> Lease | None:
+        """Return the lease that a manager takes; `None` if the managers of a session do not take turns."""
+        options = self.options
+        if options.on_busy == "conflict":
+            return None
+        return Lease(repository._store, session_id, options.on_busy == "wait", options.busy_timeout, options.lease)

@@ -9,6 +9,7 @@ from .._io.drivers import SyncClient
 from .._io.loop import Lock
 from .._io.options import ClientOptions
 from .._io.settings import Settings
+from .._store.lease import NO_LEASES, lease_stats
 from ..errors import MongoDBSessionError
 
 
@@ -23,6 +24,9 @@ class ConnectionStats(TypedDict):
         connections_open: The number of open connections; `None` for a borrowed client, whose pool only its owner sees.
         connections_in_use: The number of connections that run a command.
         wait_queue: The number of commands that wait for a connection.
+        lease_waits: How often a manager has waited because it was another manager's turn; see `on_busy`.
+        lease_wait_seconds: The total of these waiting times.
+        leases_lost: How many managers have lost their turn.
     """
 
     status: str
@@ -32,6 +36,9 @@ class ConnectionStats(TypedDict):
     connections_open: int | None
     connections_in_use: int | None
     wait_queue: int | None
+    lease_waits: int
+    lease_wait_seconds: float
+    leases_lost: int
 
 
 async def connection_stats(connection: Connection) -> ConnectionStats:
@@ -44,7 +51,7 @@ async def connection_stats(connection: Connection) -> ConnectionStats:
         status, error = "closed" if connection.closed else "disconnected", str(failure)
     if not pool["pool_config"]:
         pool = connection.pool_stats()
-    return {"status": status, "error": error, "server_version": version, **pool}
+    return {"status": status, "error": error, "server_version": version, **pool, **lease_stats(connection)}
 
 
 class MongoDBConnectionPool:
@@ -111,6 +118,7 @@ class MongoDBConnectionPool:
                 "connections_open": None,
                 "connections_in_use": None,
                 "wait_queue": None,
+                **NO_LEASES,
             }
         stats = current.portal.call(connection_stats, current)
         if stats["status"] != "connected":

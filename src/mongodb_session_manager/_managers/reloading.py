@@ -13,6 +13,7 @@ from strands.types.agent import LocalAgent
 
 from .._format.documents import Document
 from .._repository.async_repository import SharedRepository
+from .._store.lease import Caller
 from ..errors import MongoDBSessionError, SessionConflictError, SessionNotFoundError
 from .multi_agents import OrchestratorSessionManager
 from .unit_of_work import UnitOfWork
@@ -41,12 +42,12 @@ class ReloadableSessionManager(OrchestratorSessionManager):
         if running := sorted(self._invoked | self._invoked_multi_agents):
             raise SessionConflictError(f"{running[0]!r} is in the middle of a turn: reload before or after it")
 
-    async def _read_again(self) -> UnitOfWork:
-        """Flush, and load the session again. Runs on the loop of the client."""
+    async def _read_again(self, caller: Caller) -> UnitOfWork:
+        """Flush, and load the session again; take its lease for the next turn. Runs on the loop of the client."""
         work = self._unit
         await self._flusher.flush_here(work)
         work.raise_pending_refusal()
-        document = await self._repository._reopen_session(self.session_id)
+        document = await self._repository._open(self.session_id, self._lease, caller, creates=False)
         if document["incarnation"] != work.incarnation:
             raise SessionNotFoundError(
                 f"session {self.session_id!r} was deleted and created again: open it with a new manager"
@@ -60,6 +61,8 @@ class ReloadableSessionManager(OrchestratorSessionManager):
             self._unit.raise_unreported_refusal()
         except MongoDBSessionError as error:
             logger.warning("session_id=<%r>, error=<%s> | reload drops refused changes", self.session_id, error)
+        if self._lease is not None:
+            self._lease.pause()
         self._unit.close()
         self._work = self._session.work = work
         # Strands' constructor: no agent is initialized, and nothing is known to be synchronized.

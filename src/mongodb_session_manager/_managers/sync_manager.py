@@ -12,6 +12,7 @@ from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._io.twins import copy_docstrings
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
 from .._repository.metadata import AgentConfig, UsageReport
+from .._store.lease import Caller
 from .async_manager import AsyncMongoDBSessionManager
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, blocking_tool
@@ -41,6 +42,7 @@ class MongoDBSessionManager(SessionManagerBase):
         ConfigurationError: An argument is invalid or an option is unknown.
         InvalidArgumentError: `session_id` is not a valid id.
         DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
+        SessionBusyError: Another manager has its turn, see `on_busy`.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class MongoDBSessionManager(SessionManagerBase):
         **options: Unpack[ManagerOptions],
     ) -> None:
         super().__init__(session_id, connection_string, database_name, collection_name, _shared=_shared, **options)
-        portal = self._connection.portal
+        portal, caller = self._connection.portal, Caller()
         try:
-            portal.call(self._open)
+            portal.call(self._open, caller)
         except BaseException:
+            if self._lease is not None:
+                portal.submit(self._leave, caller)
             if self._owns_connection:
                 portal.call(self._connection.aclose)
             raise
@@ -74,7 +78,7 @@ class MongoDBSessionManager(SessionManagerBase):
 
     def reload(self) -> None:
         self._check_reloadable()
-        self._continue_with(self._connection.portal.call(self._read_again))
+        self._continue_with(self._connection.portal.call(self._read_again, Caller()))
 
     def get_application_name(self) -> str | None:
         return self._unit.application_name

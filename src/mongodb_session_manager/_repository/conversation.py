@@ -27,6 +27,7 @@ from .._format.layout import OF_V1, Place
 from .._format.malformed import MalformedField, messages_from, usable_field
 from .._format.retention import LIFE, Life
 from .._io.threads import compute
+from .._store.lease import Caller, Lease
 from .._store.migration import is_of_v1
 from .._store.opening import Opening
 from .._store.sessions import read_consistently
@@ -56,16 +57,23 @@ class ConversationMethods(RepositoryMethods):
         """
         return await Opening(self._store).open(checked_id(session_id, "session_id"))
 
-    async def _reopen_session(self, session_id: str) -> Document:
-        """Read a session as `open_session` does, but do not create it.
+    async def _open(
+        self, session_id: str, lease: Lease | None, caller: Caller | None, *, creates: bool = True
+    ) -> Document:
+        """Open a session as `open_session` does, and take its lease.
 
         Raises:
-            SessionNotFoundError: The session does not exist.
+            SessionNotFoundError: The session does not exist, and is not created.
         """
-        return await Opening(self._store).reopen(session_id)
+        return await Opening(self._store).open(checked_id(session_id, "session_id"), lease, caller, creates=creates)
 
     async def _apply(
-        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
+        self,
+        session_id: str,
+        changes: Iterable[Change],
+        incarnation: ObjectId | None = None,
+        lease: Lease | None = None,
+        releases: bool = False,
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, in one command unless another writer interferes.
 
@@ -74,6 +82,8 @@ class ConversationMethods(RepositoryMethods):
             changes: The recorded changes, oldest first.
             incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
                 now.
+            lease: The lease of the manager, which must hold it or take it; `None` writes regardless of leases.
+            releases: Whether the last statement releases the lease.
 
         Returns:
             The errors of agents whose changes could not be stored, by agent id: `SessionConflictError`,
@@ -84,7 +94,8 @@ class ConversationMethods(RepositoryMethods):
         Raises:
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
         """
-        return await Writer(self._store).apply(checked_id(session_id, "session_id"), changes, incarnation)
+        checked_id(session_id, "session_id")
+        return await Writer(self._store).apply(session_id, changes, incarnation, lease, releases)
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self._apply(session_id, (change,))).values():

@@ -25,6 +25,7 @@ from .._format.sizes import of_multi_agent
 from .._format.statements import Update
 from .._io.threads import compute
 from .._store.expiry import matched
+from .._store.lease import Lease, Turn, matched_with_lease
 from .._store.sessions import ROUNDS
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
 from .base import RepositoryMethods
@@ -79,7 +80,12 @@ class MultiAgentMethods(RepositoryMethods):
                     raise AgentNotFoundError(f"session {session_id!r} has no multi-agent {multi_agent.id!r}")
 
     async def _apply_multi_agent(
-        self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
+        self,
+        session_id: str,
+        write: MultiAgentWrite,
+        incarnation: ObjectId | None = None,
+        lease: Lease | None = None,
+        releases: bool = False,
     ) -> MongoDBSessionError | None:
         """Store a recorded state exactly once, in one command unless another writer interferes.
 
@@ -88,6 +94,8 @@ class MultiAgentMethods(RepositoryMethods):
             write: The recorded state.
             incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
                 now.
+            lease: The lease of the manager, which must hold it or take it; `None` writes regardless of leases.
+            releases: Whether the statement releases the lease.
 
         Returns:
             `None` if the state is stored, else the error of a state that cannot be stored: `SessionConflictError`,
@@ -98,6 +106,7 @@ class MultiAgentMethods(RepositoryMethods):
         """
         checked_id(session_id, "session_id")
         rest: MultiAgentWrite | None = write
+        turn = None if lease is None else Turn(lease, releases)
         async with self._connection.operation():
             for _ in range(ROUNDS):
                 if rest is None:
@@ -105,25 +114,32 @@ class MultiAgentMethods(RepositoryMethods):
                 try:
                     rest = replace(rest, moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
-                    if await self._store_state(rest.multi_agent_id, update, rest.state):
+                    if await self._store_state(rest.multi_agent_id, update, rest.state, turn):
                         return None
-                    if (
-                        incarnation is not None
-                        and (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation")
-                        != incarnation
-                    ):
+                    found = await self._store.sessions.get(session_id, {"incarnation": 1, "lease": 1})
+                    if incarnation is not None and found.get("incarnation") != incarnation:
                         raise SessionNotFoundError(f"session {session_id!r} no longer exists")
                     stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
+                lost = None if turn is None else turn.check_lost(found)
                 try:
                     rest = reconcile_write(rest, stored)
                 except MongoDBSessionError as error:
-                    return error
+                    return lost or error
+                if rest is not None and turn is not None and (refusal := lost or await turn.wait(found)) is not None:
+                    return refusal
         raise DatabaseError(f"session {session_id!r} kept changing while it was written")
 
-    async def _store_state(self, multi_agent_id: str, update: Update, state: Any) -> bool:
-        return bool(await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, matched))
+    async def _store_state(self, multi_agent_id: str, update: Update, state: Any, turn: Turn | None = None) -> bool:
+        command: Any = matched
+        if turn is not None:
+            update = turn.added_to(update, self._connection.now())
+            command = matched_with_lease if turn.takes else matched
+        stored = await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, command)
+        if stored and turn is not None:
+            turn.confirm(stored if turn.takes else None)
+        return bool(stored)
 
     async def _find_state(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
         path = path_of(multi_agent_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from bson import ObjectId
@@ -18,9 +19,16 @@ from .._format.layout import OF_V1, Place, live_at
 from .._format.malformed import log_malformed
 from .._format.retention import LIFE
 from .._io.driver_errors import DuplicateKeyError
-from .._io.drivers import AsyncCollection
-from ..errors import DatabaseError, MongoDBSessionError, SessionExistsError, SessionNotFoundError
+from .._io.drivers import AsyncCollection, find_and_modify
+from ..errors import (
+    DatabaseError,
+    InvalidArgumentError,
+    MongoDBSessionError,
+    SessionExistsError,
+    SessionNotFoundError,
+)
 from .archive import present
+from .lease import Caller, Lease
 from .migration import HAS_PARTS, is_of_v1
 from .sessions import ROUNDS, ReadAgainError, read_consistently
 from .store import SessionStore
@@ -73,6 +81,19 @@ _RESTORE: Document = {
 }
 
 
+async def _find_or_create(fresh: Document, creates: bool, sessions: AsyncCollection) -> Document | None:
+    """Read a live session; with `creates`, create it if there is none."""
+    fields = {name: value for name, value in fresh.items() if name != "_id"}
+    document: Document | None = await sessions.find_one_and_update(
+        {"_id": fresh["_id"], **live_at(fresh["created_at"])},
+        {"$setOnInsert": fields},
+        projection=_RESTORE,
+        upsert=creates,
+        return_document=ReturnDocument.AFTER,
+    )
+    return document
+
+
 class Opening:
     """Opens and creates sessions."""
 
@@ -80,23 +101,32 @@ class Opening:
         self._store = store
         self._connection = store.connection
 
-    async def open(self, session_id: str) -> Document:
-        """Open a session, as `AsyncMongoDBSessionRepository.open_session` describes."""
-        async with self._connection.operation():
-            return await read_consistently(session_id, lambda: self._open_once(session_id))
+    async def open(
+        self, session_id: str, lease: Lease | None = None, caller: Caller | None = None, *, creates: bool = True
+    ) -> Document:
+        """Open a session, as `AsyncMongoDBSessionRepository.open_session` describes, and take its lease.
 
-    async def reopen(self, session_id: str) -> Document:
-        """Read a session as `open` does, but do not create it.
+        Args:
+            session_id: The session.
+            lease: The lease to take, by the statement that opens; `None` takes none.
+            caller: Who waits for the lease.
+            creates: Whether a session that does not exist is created.
 
         Raises:
-            SessionNotFoundError: The session does not exist.
+            SessionBusyError: Another manager has its turn.
+            SessionNotFoundError: The session does not exist, and is not created.
         """
-        async with self._connection.operation():
-            return await read_consistently(session_id, lambda: self._open_once(session_id, upsert=False))
+        try:
+            async with self._connection.operation():
+                return await read_consistently(session_id, lambda: self._open_once(session_id, lease, caller, creates))
+        except BaseException:
+            if lease is not None and lease.is_held:
+                self._connection.start(lease.release())
+            raise
 
-    async def _open_once(self, session_id: str, *, upsert: bool = True) -> Document:
+    async def _open_once(self, session_id: str, lease: Lease | None, caller: Caller | None, creates: bool) -> Document:
         store = self._store
-        document = await self._create_or_read(session_id, upsert=upsert)
+        document = await self._create_or_read(session_id, lease, caller, creates)
         # The result of the driver's own second attempt at an upsert has no computed fields.
         if document.get("has_parts") or document.keys() & OF_V1:
             await store.migration.migrate(session_id)
@@ -163,35 +193,64 @@ class Opening:
                 )
             agents[key]["messages"] = messages + agents[key]["messages"]
 
-    async def _create_or_read(self, session_id: str, *, upsert: bool) -> Document:
-        """Return the live session with an id; with `upsert`, create it if there is none.
+    async def _create_or_read(
+        self, session_id: str, lease: Lease | None, caller: Caller | None, creates: bool
+    ) -> Document:
+        """Return the live session with an id; create it if there is none.
 
         Raises:
             SessionNotFoundError: There is none, and it is not created.
             SessionConflictError: The session is being imported or forked.
         """
         for _ in range(ROUNDS):
-            fresh = self._store.new_session(session_id, self._connection.now())
-            condition = {"_id": fresh.pop("_id"), **live_at(fresh["created_at"])}
             try:
-                document = await self._store.collection.send(
-                    lambda sessions: sessions.find_one_and_update(
-                        condition,  # noqa: B023
-                        {"$setOnInsert": fresh},  # noqa: B023
-                        projection=_RESTORE,
-                        upsert=upsert,
-                        return_document=ReturnDocument.AFTER,
+                if lease is None:
+                    document = await self._store.collection.send(
+                        partial(_find_or_create, self._fresh(session_id), creates)
                     )
-                )
-            except DuplicateKeyError:  # the session is not live, or another process has created it concurrently
+                else:
+                    document = await self._take(session_id, lease, caller, creates)
+            except DuplicateKeyError:  # the session is not live or busy, or was created concurrently
+                if lease is not None:
+                    await lease.wait(caller)
+                    if lease.is_held:
+                        continue
                 with suppress(SessionExistsError):
                     await self._store.deletion.free_id(session_id, _COPY_TIMEOUT)
                 continue
+            except InvalidArgumentError:
+                if lease is None:
+                    raise
+                await lease.repair()
+                continue
             if document is not None:
                 return document
-            if not upsert:
+            if creates:
+                continue
+            if lease is None or await self._store.sessions.find(session_id, {"_id": 1}) is None:
                 raise SessionNotFoundError(f"session {session_id!r} no longer exists")
+            await lease.wait(caller)
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
+
+    def _fresh(self, session_id: str) -> Document:
+        return self._store.new_session(session_id, self._connection.now())
+
+    async def _take(self, session_id: str, lease: Lease, caller: Caller | None, creates: bool) -> Document | None:
+        """Return the live session with an id, whose lease the same statement has taken."""
+        if lease.has_waiters and not lease.is_held:
+            await lease.wait(caller)
+        moment, claim, fresh = self._connection.now(), lease.claim, self._fresh(session_id)
+        condition = {"_id": fresh.pop("_id"), **live_at(moment), **claim.may_open(moment)}
+        update = {"$setOnInsert": fresh, "$set": claim.fields(moment), "$inc": {"lease.fence": 1}}
+        fields = {**_RESTORE, "lease": 1}
+        document = await self._store.collection.send(
+            lambda sessions: find_and_modify(sessions, condition, update, fields, upsert=creates)
+        )
+        if document is not None:
+            lease.taken(document)
+            if caller is not None:
+                caller.check(session_id)
+        return document
 
     async def create(self, session_id: str, moment: datetime) -> None:
         """Create a session.

@@ -27,6 +27,7 @@ from ..errors import (
     StateTooLargeError,
 )
 from .expiry import matched
+from .lease import Lease, Turn
 from .sessions import ROUNDS
 from .store import SessionStore
 
@@ -38,15 +39,22 @@ class Writer:
         self._store = store
 
     async def apply(
-        self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None
+        self,
+        session_id: str,
+        changes: Iterable[Change],
+        incarnation: ObjectId | None,
+        lease: Lease | None = None,
+        releases: bool = False,
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, as `AsyncMongoDBSessionRepository._apply` describes."""
         refused: dict[str, MongoDBSessionError] = {}
         async with self._store.sessions.connection.operation():
-            for part in in_parts(changes):
+            parts = list(in_parts(changes))
+            for number, part in enumerate(parts, 1):
+                turn = None if lease is None else Turn(lease, releases and number == len(parts))
                 left = [change for change in part if not refused or _are_messages_stored(refused.get(change.agent_id))]
                 for _ in range(ROUNDS):
-                    flush = await self._prepare(session_id, left, incarnation)
+                    flush = await self._prepare(session_id, left, incarnation, turn)
                     if await flush.store():
                         await self._remove_refused(flush)
                         if incarnation is not None or not await self._is_created_again(flush):
@@ -57,7 +65,9 @@ class Writer:
                 refused |= flush.refused
         return refused
 
-    async def _prepare(self, session_id: str, changes: Sequence[Change], opened: ObjectId | None) -> Flush:
+    async def _prepare(
+        self, session_id: str, changes: Sequence[Change], opened: ObjectId | None, turn: Turn | None
+    ) -> Flush:
         """Store the attachments of changes; return the flush that stores the changes."""
         writes = fold(changes)
         try:
@@ -70,7 +80,7 @@ class Writer:
             if write.moment is not None:
                 write.moment = self._store.sessions.connection.now()
         await self._store.attachments.store(place, list(writes.values()), self._store.expiry.dates(life))
-        return Flush(self._store, place, writes)
+        return Flush(self._store, place, writes, turn=turn)
 
     async def _remove_refused(self, flush: Flush) -> None:
         """Remove the attachments of refused messages."""
@@ -86,7 +96,7 @@ class Writer:
 
 
 async def _matched_with_removed(collection: AsyncCollection, update: Update) -> Document | None:
-    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1})
+    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1, "lease": 1})
 
 
 @dataclass
@@ -119,6 +129,7 @@ class Flush:
         place: The session.
         writes: The writes by agent id.
         refused: The errors of agents whose writes cannot be stored; storing adds to it.
+        turn: The lease; `None` without one.
 
     Attributes:
         attached: The references to the attachments that were stored for the writes.
@@ -131,6 +142,7 @@ class Flush:
         place: Place,
         writes: dict[str, AgentWrite],
         refused: dict[str, MongoDBSessionError] | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self.place = place
         self.refused = {} if refused is None else refused
@@ -138,6 +150,7 @@ class Flush:
         self.attempted = bool(writes)
         self._store = store
         self._writes = writes
+        self._turn = turn
         self._in_archive: dict[str, _ArchivedChange] = {}
 
     async def store(self) -> bool:
@@ -154,13 +167,19 @@ class Flush:
             writes = list(self._writes.values())
             await mover.slow_down(session_id, writes)
             returns_removed = any(write.replaces_content for write in writes)
-            command: Any = _matched_with_removed if returns_removed else matched
+            update = compile_update(session_id, writes)
+            if self._turn is not None:
+                update = self._turn.added_to(update, store.connection.now())
+            returns_fields = returns_removed or (self._turn is not None and self._turn.takes)
+            command: Any = _matched_with_removed if returns_fields else matched
             try:
-                stored = await store.expiry.update(compile_update(session_id, writes), command)
+                stored = await store.expiry.update(update, command)
             except MessageTooLargeError as error:
                 refusal = error
             else:
                 if stored:
+                    if self._turn is not None:
+                        self._turn.confirm(stored if returns_fields else None)
                     if returns_removed and stored.get(REMOVED):
                         await store.attachments.remove_removed(self.place, stored[REMOVED])
                     self._note_stored()
@@ -176,7 +195,8 @@ class Flush:
 
     async def _store_alone(self, write: AgentWrite) -> bool:
         """Store a write by its own flush; return the result of `store`."""
-        return await Flush(self._store, self.place, {write.agent_id: write}, self.refused).store()
+        turn = None if self._turn is None else self._turn.unreleased()
+        return await Flush(self._store, self.place, {write.agent_id: write}, self.refused, turn).store()
 
     def _note_stored(self) -> None:
         """Update the known heads, and record the replaced messages whose old content a stale bucket can contain.
@@ -213,6 +233,7 @@ class Flush:
             self.refused.update(dict.fromkeys(self._writes, gone))
             self._writes = {}
             return True
+        lost = None if self._turn is None else self._turn.check_lost(document)
         agents = _compared_agents(session_id, document)
         if not await self._number(agents):
             return True
@@ -230,9 +251,12 @@ class Flush:
                 view = None if agent is None else StoredView(agent["next_message_id"], {**older, **newer})
                 rest = reconcile(write, view)
             except MongoDBSessionError as error:
-                self.refused[agent_id] = error
+                self.refused[agent_id] = lost or error
                 continue
             if rest is None:
+                continue
+            if lost is not None:
+                self.refused[agent_id] = lost
                 continue
             if rest.attached and store.expiry.learn(session_id, document).outlives(rest.dates):
                 return False
@@ -240,6 +264,9 @@ class Flush:
                 rest = self._set_apart(rest, agent, older, newer)
             if not rest.is_empty:
                 self._writes[agent_id] = rest
+        if self._writes and self._turn is not None and (busy := await self._turn.wait(document)) is not None:
+            self.refused.update(dict.fromkeys(self._writes, busy))
+            self._writes = {}
         return True
 
     async def _number(self, agents: dict[str, Document]) -> bool:
@@ -421,7 +448,7 @@ def _compared_fields(writes: Iterable[str]) -> Document:
     names = ("created_at", "next_message_id", "archived", "revision")
     parts = ("messages.message_id", "messages.message", "messages.created_at")
     fields = [f"agents.{agent_key(agent_id)}.{name}" for agent_id in writes for name in (*names, *parts)]
-    return {**dict.fromkeys(fields, 1), **LIFE}
+    return {**dict.fromkeys(fields, 1), **LIFE, "lease": 1}
 
 
 def _compared_agents(session_id: str, document: Document) -> dict[str, Document]:

@@ -1,0 +1,587 @@
+"""`Lease`: one manager at a time has its turn in a session. `_format.lease` describes the stored fields.
+
+Opening takes the lease, each write renews it, and the last write of a turn releases it, each in the statement that is
+sent anyway. A manager without the lease waits: in a queue in the memory of the process, whose first waiter polls the
+server and keeps the place of its connection in the stored line. A release in the same process wakes the first waiter.
+Everything here runs on the event loop of the connection, except where a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import weakref
+from collections import deque
+from collections.abc import Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, TypedDict
+
+from bson import ObjectId
+
+from .._format.documents import Document
+from .._format.layout import live_at
+from .._format.lease import Claim, StoredLease
+from .._format.malformed import MalformedField
+from .._format.statements import Update
+from .._io.connection import Connection
+from .._io.drivers import AsyncCollection, find_and_modify
+from .._io.loop import portal_to
+from ..errors import EventLoopError, MongoDBSessionError, SessionBusyError, SessionClosedError, SessionConflictError
+from .store import SessionStore
+
+logger = logging.getLogger(__name__)
+
+_PAUSES = (0.02, 0.2)
+"""The first and the longest pause, in seconds, between two polls; shortened at random by up to half."""
+
+_CHECK = 0.5
+"""Seconds after which a waiter checks whether a manager of its process still renews the lease; no command is sent."""
+
+_RELEASE_TIMEOUT = 2.0
+"""Seconds for a release by a command of its own; after that, the lease expires."""
+
+_RENEWALS = 3
+"""A held lease is renewed after this part of its time."""
+
+_RETRY = 10
+"""A renewal that failed is repeated after this part of the lease's time."""
+
+
+class LeaseStats(TypedDict):
+    """The leases of a connection, since it was opened.
+
+    Attributes:
+        lease_waits: How often a manager has waited for a lease.
+        lease_wait_seconds: The total of the waiting times.
+        leases_lost: How many managers have lost a lease that they held.
+    """
+
+    lease_waits: int
+    lease_wait_seconds: float
+    leases_lost: int
+
+
+NO_LEASES: LeaseStats = {"lease_waits": 0, "lease_wait_seconds": 0.0, "leases_lost": 0}
+
+Mode = Literal["holds", "takes", "passes"]
+"""How a statement depends on the lease: the manager holds it, the statement takes it, or nobody else holds it."""
+
+
+class Caller:
+    """A caller that opens a session and can be cancelled meanwhile."""
+
+    def __init__(self) -> None:
+        self.is_gone = False
+        self._waiter: _Waiter | None = None
+
+    def leave(self) -> None:
+        """End the wait of the caller."""
+        self.is_gone = True
+        if self._waiter is not None:
+            self._waiter.wake()
+
+    def check(self, session_id: str) -> None:
+        """Raise an error if the caller was cancelled; nobody sees it."""
+        if self.is_gone:
+            raise SessionClosedError(f"session {session_id!r} was not opened: the caller was cancelled")
+
+
+class _Waiter:
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait until `wake` is called, at most a number of seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        self._event.clear()
+
+
+@dataclass
+class _Queue:
+    """The waiters and the held leases of one session on one connection."""
+
+    waiters: deque[_Waiter] = field(default_factory=deque)
+    held: set[_Holding] = field(default_factory=set)
+    is_in_line: bool = False
+
+    def wake(self) -> None:
+        """Wake the first waiter."""
+        if self.waiters:
+            self.waiters[0].wake()
+
+    @property
+    def is_held_here(self) -> bool:
+        """Whether a manager of this process holds the lease, and will wake the first waiter."""
+        return any(not holding.is_paused for holding in self.held)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.waiters and not self.held
+
+
+class _Leases:
+    """The leases of a connection in this process, and on one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.id = ObjectId()
+        self.pid = os.getpid()
+        self.loop = loop
+        self.queues: dict[Hashable, _Queue] = {}
+        self.waits, self.wait_seconds, self.lost = 0, 0.0, 0
+
+    def queue(self, key: Hashable) -> _Queue:
+        return self.queues.setdefault(key, _Queue())
+
+    def tidy(self, key: Hashable) -> None:
+        if (queue := self.queues.get(key)) is not None and queue.is_empty:
+            del self.queues[key]
+
+    async def close(self) -> None:
+        """End all waits, and release the leases that are still held."""
+        for queue in tuple(self.queues.values()):
+            for waiter in queue.waiters:
+                waiter.wake()
+            for holding in tuple(queue.held):
+                await holding.release()
+
+
+_of_connections: weakref.WeakKeyDictionary[Connection, _Leases] = weakref.WeakKeyDictionary()
+
+
+def _leases_of(connection: Connection) -> _Leases:
+    """Return the leases of a connection; a forked child and a new loop begin with none."""
+    leases, loop = _of_connections.get(connection), asyncio.get_running_loop()
+    if leases is None or leases.pid != os.getpid() or leases.loop is not loop:
+        leases = _of_connections[connection] = _Leases(loop)
+        connection.before_close = leases.close
+    return leases
+
+
+def lease_stats(connection: Connection) -> LeaseStats:
+    """Return the counters of a connection. Any thread can call it."""
+    leases = _of_connections.get(connection)
+    if leases is None or leases.pid != os.getpid():
+        return NO_LEASES.copy()
+    return {
+        "lease_waits": leases.waits,
+        "lease_wait_seconds": leases.wait_seconds,
+        "leases_lost": leases.lost,
+    }
+
+
+class _Holding:
+    """A lease that is held. It does not refer to its manager: a manager that is collected releases its lease."""
+
+    def __init__(self, store: SessionStore, key: Hashable, session_id: str, claim: Claim, leases: _Leases) -> None:
+        self._store = store
+        self._key = key
+        self._session_id = session_id
+        self._leases = leases
+        self.claim = claim
+        self.fence: int | None = None
+        self.state: Literal["held", "free", "lost"] = "held"
+        self.is_releasing = False
+        self.is_paused = False
+        self._timer: asyncio.TimerHandle | None = None
+        self.renewed()
+
+    @property
+    def _interval(self) -> float:
+        return self.claim.lease.total_seconds() / _RENEWALS
+
+    def renewed(self) -> None:
+        """Note that a statement has renewed the lease."""
+        self._due = self._leases.loop.time() + self._interval
+        if self.state != "held" or self.is_paused:
+            return
+        self._leases.queue(self._key).held.add(self)
+        if self._timer is None:
+            self._timer = self._leases.loop.call_later(self._interval, self._beat)
+
+    def end(self, state: Literal["free", "lost"]) -> None:
+        """Note that the lease is not held any more."""
+        if self.state == "lost" or self.state == state:
+            return
+        self.state = state
+        self._leases.lost += state == "lost"
+        self.let_expire()
+
+    def let_expire(self) -> None:
+        """Renew the lease no more, and wake the first waiter of this process."""
+        self.is_paused = True
+        self._stop_timer()
+        queue = self._leases.queue(self._key)
+        queue.held.discard(self)
+        queue.wake()
+        self._leases.tidy(self._key)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _beat(self) -> None:
+        loop, connection = self._leases.loop, self._store.connection
+        self._timer = None
+        if self.state != "held" or self.is_paused or connection.closed:
+            return
+        if (left := self._due - loop.time()) > 0 or self.is_releasing:
+            self._timer = loop.call_later(max(left, self._interval / _RETRY), self._beat)
+            return
+        connection.start(self._renew())
+
+    async def _renew(self) -> None:
+        loop, connection = self._leases.loop, self._store.connection
+        try:
+            async with connection.operation():
+                is_held = await self._store.sessions.update(self.claim.renewal(self._session_id, connection.now()))
+        except MongoDBSessionError as error:
+            logger.debug("session_id=<%r>, error=<%s> | lease not renewed", self._session_id, error)
+            if self.state == "held" and self._timer is None:
+                self._timer = loop.call_later(self._interval * _RENEWALS / _RETRY, self._beat)
+            return
+        if self.state != "held":
+            return
+        if is_held or self.is_releasing:
+            self.renewed()
+            return
+        logger.warning("session_id=<%r> | lease lost: another manager has taken it", self._session_id)
+        self.end("lost")
+
+    async def release(self) -> None:
+        """Release the lease with a command of its own; a lease that cannot be released expires."""
+        if self.state != "held":
+            return
+        self._stop_timer()
+        try:
+            async with asyncio.timeout(_RELEASE_TIMEOUT), self._store.connection.operation():
+                await self._store.sessions.update(self.claim.release(self._session_id))
+        except (MongoDBSessionError, TimeoutError) as error:
+            logger.debug("session_id=<%r>, error=<%s> | lease not released, it expires", self._session_id, error)
+        self.end("free")
+
+
+def _release_collected(holding: _Holding, pid: int, loop: asyncio.AbstractEventLoop) -> None:
+    """Release the lease of a manager that was collected without being closed."""
+    if pid == os.getpid() and holding.state == "held" and loop.is_running():
+        with suppress(EventLoopError):
+            portal_to(loop).submit(holding.release)
+
+
+class Lease:
+    """The lease of a manager.
+
+    Args:
+        store: The sessions.
+        session_id: The session.
+        waits: Whether the manager waits for a session that is busy; if not, it raises `SessionBusyError`.
+        busy_timeout: The longest wait, in seconds.
+        seconds: How long the manager holds the lease without renewing it.
+    """
+
+    def __init__(self, store: SessionStore, session_id: str, waits: bool, busy_timeout: float, seconds: float) -> None:
+        self._store = store
+        self._connection = store.connection
+        self._session_id = session_id
+        self._key = store.collection.database, store.collection.name, session_id
+        self._waits = waits
+        self._timeout = busy_timeout
+        self._seconds = seconds
+        self._holding: _Holding | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
+        self._claim: tuple[int, Claim] | None = None
+        self._turns: set[Hashable] = set()
+        self._is_over = False
+
+    # Turns. Any thread can call these methods.
+
+    def begin(self, turn: Hashable) -> None:
+        """Note that an invocation begins; its first write takes the lease, unless the manager holds it."""
+        if not self._turns and self._holding is not None and self._holding.state == "lost":
+            self._holding = None
+        if self._holding is not None:
+            self._holding.is_paused = False
+        self._turns.add(turn)
+        self._is_over = False
+
+    def end(self, turn: Hashable) -> None:
+        """Note that all changes of an invocation are recorded: the next flush releases the lease."""
+        self._turns.discard(turn)
+        self._is_over = not self._turns
+
+    def pause(self) -> None:
+        """Note that no invocation runs, or the only one is about to end: the next one renews the lease."""
+        if len(self._turns) <= 1 and self._holding is not None:
+            self._holding.is_paused = True
+
+    def end_all(self) -> None:
+        """Note that no further invocation follows."""
+        self._turns.clear()
+        self._is_over = True
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the lease, as far as it knows."""
+        return self._holding is not None and self._holding.state == "held" and self._is_of_this_process
+
+    @property
+    def is_to_be_released(self) -> bool:
+        """Whether the next flush releases the lease."""
+        return self._is_over and self.is_held
+
+    @property
+    def _is_of_this_process(self) -> bool:
+        return self._claim is not None and self._claim[0] == os.getpid()
+
+    # Taking and releasing.
+
+    @property
+    def claim(self) -> Claim:
+        """The claim of this manager; a forked child has another one than its parent."""
+        if self._claim is None or not self._is_of_this_process:
+            by = _leases_of(self._connection).id
+            self._claim = os.getpid(), Claim.of(by, self._seconds)
+            self._holding = None
+        return self._claim[1]
+
+    @property
+    def has_waiters(self) -> bool:
+        """Whether other managers of this process wait for the session."""
+        queue = _leases_of(self._connection).queues.get(self._key)
+        return queue is not None and bool(queue.waiters)
+
+    def taken(self, document: Document) -> None:
+        """Note that a statement has taken the lease; `document` holds the new `lease`."""
+        claim, leases = self.claim, _leases_of(self._connection)
+        if self._holding is None or self._holding.state != "held":
+            self._holding = _Holding(self._store, self._key, self._session_id, claim, leases)
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            self._finalizer = weakref.finalize(self, _release_collected, self._holding, os.getpid(), leases.loop)
+            self._finalizer.atexit = False
+        self._holding.fence = StoredLease.of(document).fence
+        self._holding.renewed()
+
+    async def release(self) -> None:
+        """Release the lease with a command of its own, if this manager holds it."""
+        if self.is_held and self._holding is not None:
+            await self._holding.release()
+
+    def let_expire(self) -> None:
+        """Renew the lease no more: the writes of the turn failed."""
+        if self._holding is not None:
+            self._holding.let_expire()
+
+    async def wait(self, caller: Caller | None = None) -> None:
+        """Wait until this manager has taken the lease, or the session does not exist.
+
+        Raises:
+            SessionBusyError: The session is busy, and the manager does not wait, or has waited long enough.
+            SessionClosedError: The connection was closed, or the caller was cancelled.
+        """
+        if not self._waits:
+            await self._check_free()
+            return
+        leases, loop, waiter = _leases_of(self._connection), asyncio.get_running_loop(), _Waiter()
+        queue, begin, pause = leases.queue(self._key), loop.time(), _PAUSES[0]
+        end = begin + self._timeout
+        queue.waiters.append(waiter)
+        if caller is not None:
+            caller._waiter = waiter
+        leases.waits += 1
+        try:
+            while True:
+                self._check_wait(caller)
+                is_first = queue.waiters[0] is waiter
+                is_turn = is_first and not queue.is_held_here
+                if is_turn and await self._poll(queue):
+                    return
+                left = end - loop.time()
+                if left <= 0:
+                    raise SessionBusyError(
+                        f"session {self._session_id!r} is still busy after {self._timeout:g} s (busy_timeout): another "
+                        "manager has its turn"
+                    )
+                if is_turn:
+                    await waiter.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+                    pause = min(2 * pause, _PAUSES[1])
+                else:
+                    await waiter.sleep(min(left, _CHECK))
+        finally:
+            leases.wait_seconds += loop.time() - begin
+            queue.waiters.remove(waiter)
+            if queue.waiters:
+                queue.wake()
+            elif queue.is_in_line and not self._connection.closed:
+                queue.is_in_line = False
+                self._connection.start(self._leave_line())
+            leases.tidy(self._key)
+
+    def _check_wait(self, caller: Caller | None) -> None:
+        if caller is not None:
+            caller.check(self._session_id)
+        if self._connection.closed:
+            raise SessionClosedError(
+                f"session {self._session_id!r} is still busy, and the connection was closed meanwhile"
+            )
+
+    async def _check_free(self) -> None:
+        document = await self._store.sessions.find(self._session_id, {"lease": 1})
+        if document is not None and self.is_busy(document):
+            raise SessionBusyError(f"session {self._session_id!r} is busy: another manager has its turn")
+
+    async def repair(self) -> None:
+        """Replace a stored `lease` that is `null`, and take the lease if it is free.
+
+        Raises:
+            DatabaseError: `lease` is a value of an application.
+        """
+        await self._poll(_leases_of(self._connection).queue(self._key))
+
+    async def _poll(self, queue: _Queue) -> bool:
+        """Take the lease if it is free; return whether this manager holds it now, or the session does not exist."""
+        moment, claim = self._connection.now(), self.claim
+        update = claim.poll(self._session_id, moment)
+        queue.is_in_line = True
+        condition = {"$and": [update.filter, live_at(moment)]}
+        document = await self._store.collection.send(
+            lambda sessions: find_and_modify(sessions, condition, update.update, {"lease": 1})
+        )
+        if document is None:
+            if (found := await self._store.sessions.find(self._session_id, {"lease": 1})) is not None:
+                raise MalformedField("lease", found.get("lease"), dict).error(self._session_id)
+            queue.is_in_line = False
+            return True
+        if StoredLease.of(document).token != claim.token:
+            return False
+        queue.is_in_line = False
+        self.taken(document)
+        return True
+
+    async def _leave_line(self) -> None:
+        with suppress(MongoDBSessionError):
+            async with self._connection.operation():
+                await self._store.sessions.update(self.claim.left(self._session_id))
+
+    # Writing.
+
+    def mode(self) -> Mode:
+        """Return how the next statement depends on the lease."""
+        _ = self.claim
+        if self._holding is not None and self._holding.state != "free":
+            return "holds"
+        return "takes" if self._turns else "passes"
+
+    def releasing(self, is_sent: bool) -> None:
+        """Note that a statement is sent that releases the lease, or that it has failed."""
+        if self._holding is not None:
+            self._holding.is_releasing = is_sent
+
+    def confirm(self, releases: bool) -> None:
+        """Note that a statement was stored which has renewed or released the lease."""
+        if self._holding is not None and releases:
+            self._holding.end("free")
+        elif self._holding is not None:
+            self._holding.renewed()
+
+    def check_lost(self, document: Document) -> SessionConflictError | None:
+        """Compare a lease that this manager holds with the stored one, after a statement has matched nothing.
+
+        Returns:
+            The error for the writes of the statement if the lease is lost.
+        """
+        stored, holding = StoredLease.of(document), self._holding
+        if holding is None or holding.state == "free":
+            return None
+        if holding.state == "held":
+            if stored.token == self.claim.token:
+                return None
+            if stored.token is None and stored.fence is not None and stored.fence == holding.fence:
+                holding.end("free")  # an earlier attempt has released it, and nobody has taken it since
+                return None
+            holding.end("lost")
+        return SessionConflictError(
+            f"session {self._session_id!r}: this manager has lost its turn, because it has not renewed its lease for "
+            f"{self._seconds:g} s (lease) and another manager has taken it; open the session with a new manager and a "
+            "new agent, and repeat the request"
+        )
+
+    def is_busy(self, document: Document, *, in_line: bool = True) -> bool:
+        """Return whether another manager holds the lease of a session or, with `in_line`, waits for it."""
+        stored, moment = StoredLease.of(document), self._connection.now()
+        return stored.is_held_by_another(self.claim, moment) or (in_line and stored.has_line(moment))
+
+
+async def matched_with_lease(collection: AsyncCollection, update: Update) -> Document | None:
+    """Send a statement that takes the lease; return the new `lease`, `None` if the statement matched nothing."""
+    return await find_and_modify(collection, update.filter, update.update, {"lease": 1})
+
+
+class Turn:
+    """The dependence of a flush on the lease of its manager.
+
+    Args:
+        lease: The lease.
+        releases: Whether the last statement releases the lease.
+    """
+
+    def __init__(self, lease: Lease, releases: bool) -> None:
+        self._lease = lease
+        self._releases = releases
+        self._mode: Mode = "passes"
+
+    def unreleased(self) -> Turn:
+        """Return the dependence of a statement that others follow."""
+        return Turn(self._lease, releases=False)
+
+    @property
+    def takes(self) -> bool:
+        """Whether the last statement takes the lease: its result must contain the field `lease`."""
+        return self._mode == "takes"
+
+    def added_to(self, update: Update, moment: datetime) -> Update:
+        """Return a statement that matches only if it is this manager's turn."""
+        self._mode, claim = self._lease.mode(), self._lease.claim
+        releases = self._mode == "holds" and self._releases
+        self._lease.releasing(releases)
+        if self._mode == "takes":
+            return claim.taking(update, moment)
+        if self._mode == "passes":
+            return claim.passing(update, moment)
+        return claim.releasing(update) if releases else claim.holding(update, moment)
+
+    def confirm(self, document: Document | None) -> None:
+        """Note that the last statement was stored; `document` is its result if it has taken the lease."""
+        if self._mode == "takes" and document is not None:
+            self._lease.taken(document)
+        elif self._mode == "holds":
+            self._lease.releasing(False)
+            self._lease.confirm(self._releases)
+
+    def check_lost(self, document: Document) -> SessionConflictError | None:
+        """Return the error for a last statement that matched nothing because the lease is lost."""
+        self._lease.releasing(False)
+        return self._lease.check_lost(document) if self._mode == "holds" else None
+
+    async def wait(self, document: Document) -> SessionBusyError | None:
+        """Wait for the lease if the last statement matched nothing because it is another manager's turn.
+
+        Returns:
+            The error for its writes if the session stays busy.
+        """
+        if self._mode == "holds" or not self._lease.is_busy(document, in_line=self.takes):
+            return None
+        try:
+            await self._lease.wait()
+        except SessionBusyError as error:
+            return error
+        return None

@@ -1,0 +1,594 @@
+"""One turn at a time: who waits is served in order, and who is gone holds nobody up."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pymongo
+import pytest
+from bson import ObjectId
+from strands.hooks import AfterInvocationEvent, HookProvider, HookRegistry
+
+import interpreter
+from mongodb_session_manager import (
+    AsyncMongoDBSessionManager,
+    DatabaseError,
+    MongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    SessionBusyError,
+    SessionClosedError,
+    SessionConflictError,
+)
+from mongodb_session_manager._store.lease import lease_stats
+from mongodb_session_manager.demo import ScriptedModel
+from orchestrators import node, pipeline, team
+from support import CommandLog, agent, eventually, message_ids, texts
+
+pytestmark = pytest.mark.anyio
+
+Stored = pymongo.collection.Collection[dict[str, Any]]
+
+
+class Paused(ScriptedModel):
+    """A model that answers when it is told to."""
+
+    def __init__(self, *replies: Any) -> None:
+        super().__init__(replies)
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def stream(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.set()
+        await self.go.wait()
+        async for chunk in super().stream(*args, **kwargs):
+            yield chunk
+
+
+@pytest.fixture
+def waiting(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
+    with MongoDBSessionManagerFactory(server, database, event_listeners=[commands], on_busy="wait") as factory:
+        factory.list_sessions()
+        eventually(lambda: not factory._connection._tasks)
+        commands.clear()
+        yield factory
+
+
+async def begin_turn(
+    manager: AsyncMongoDBSessionManager | MongoDBSessionManager, text: str = "first", reply: str = "one"
+) -> tuple[Paused, asyncio.Task[Any]]:
+    """Begin a turn whose model has been asked and has not answered."""
+    model = Paused(reply)
+    live = agent(manager)
+    live.model = model
+    turn = asyncio.create_task(live.invoke_async(text))
+    await asyncio.wait({turn, asyncio.create_task(model.asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    assert model.asked.is_set()
+    return model, turn
+
+
+async def happens(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        await asyncio.sleep(0.01)
+
+
+def waits(factory: MongoDBSessionManagerFactory) -> int:
+    """Return how often a manager has waited."""
+    return lease_stats(factory._connection)["lease_waits"]
+
+
+def lease_of(stored: Stored) -> dict[str, Any]:
+    document = stored.find_one({"_id": "s"})
+    assert document is not None
+    found: dict[str, Any] = document.get("lease", {})
+    return found
+
+
+def take_lease(stored: Stored, seconds: float) -> None:
+    """Have another process hold the lease."""
+    until = datetime.now(UTC) + timedelta(seconds=seconds)
+    stored.update_one(
+        {"_id": "s"}, {"$set": {"lease": {"token": ObjectId(), "until": until, "fence": 99}}}, upsert=True
+    )
+
+
+async def request(factory: MongoDBSessionManagerFactory, text: str, reply: str, **options: Any) -> list[str]:
+    """Serve one request; return the conversation that its model was sent."""
+    async with factory.create_session_manager_async("s", **options) as manager:
+        live = agent(manager, reply)
+        await live.invoke_async(text)
+        return texts(live.model.calls[0])
+
+
+# Who comes second.
+
+
+async def test_the_second_request_sees_the_answer_of_the_first(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    second = asyncio.create_task(request(waiting, "second", "two"))
+    await happens(lambda: waits(waiting))
+    assert not second.done()
+    model.go.set()
+    await turn
+    assert await second == ["first", "one", "second"]
+    assert lease_of(stored).keys() == {"fence", "line"} or lease_of(stored).keys() == {"fence"}
+
+
+async def test_waiters_are_served_in_the_order_they_came(waiting: MongoDBSessionManagerFactory) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    others = []
+    for number in range(5):
+        others.append(asyncio.create_task(request(waiting, f"q{number}", f"a{number}")))
+        await happens(lambda: waits(waiting) == number + 1)  # noqa: B023
+    model.go.set()
+    await turn
+    last = (await asyncio.gather(*others))[-1]
+    assert last == ["first", "one", *(f"{kind}{n}" for n in range(4) for kind in "qa"), "q4"]
+
+
+def test_two_threads(waiting: MongoDBSessionManagerFactory) -> None:
+    heard: dict[str, list[str]] = {}
+
+    def ask(name: str) -> None:
+        with waiting.create_session_manager("s") as manager:
+            live = agent(manager, f"answer to {name}")
+            live(name)
+            heard[name] = texts(live.model.calls[0])
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(map(len, heard.values())) == [1, 3, 5]
+
+
+async def test_a_refused_request_sends_nothing_to_a_model(factory: MongoDBSessionManagerFactory) -> None:
+    options: dict[str, Any] = {"on_busy": "refuse"}
+    model, turn = await begin_turn(await factory.create_session_manager_async("s", **options))
+    with pytest.raises(SessionBusyError, match="'s' is busy") as raised:
+        await factory.create_session_manager_async("s", **options)
+    assert isinstance(raised.value, SessionConflictError)
+    assert isinstance(raised.value, TimeoutError)
+    with pytest.raises(SessionBusyError):
+        await asyncio.to_thread(factory.create_session_manager, "s", on_busy="refuse")
+    model.go.set()
+    await turn
+    assert await request(factory, "second", "two", **options) == ["first", "one", "second"]
+
+
+async def test_waiting_ends_after_busy_timeout(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    for seconds in (0, 0.05):
+        with pytest.raises(SessionBusyError, match=f"after {seconds:g} s"):
+            await waiting.create_session_manager_async("s", busy_timeout=seconds)
+    model.go.set()
+    await turn
+    assert await request(waiting, "second", "two") == ["first", "one", "second"]
+    stats = await waiting.get_connection_stats_async()
+    assert stats["lease_waits"] == 2
+    assert stats["lease_wait_seconds"] > 0
+
+
+async def test_a_manager_without_a_lease_is_not_refused(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    first = await waiting.create_session_manager_async("s")
+    model, turn = await begin_turn(first)
+    model.go.set()
+    await turn
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"), "third", "three")
+    assert await request(waiting, "beside", "ok", on_busy="conflict") == ["first", "one", "third", "beside"]
+    model.go.set()
+    with pytest.raises(SessionConflictError, match="another writer"):
+        await turn
+
+
+# Further turns and other writes.
+
+
+async def test_a_further_turn_takes_the_lease_again(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    async with waiting.create_session_manager_async("s") as manager:
+        live = agent(manager, "one", "two")
+        await live.invoke_async("first")
+        assert "token" not in lease_of(stored)
+        live.model = model = Paused("two")
+        turn = asyncio.create_task(live.invoke_async("second"))
+        await model.asked.wait()
+        assert lease_of(stored)["fence"] == 2
+        with pytest.raises(SessionBusyError):
+            await waiting.create_session_manager_async("s", on_busy="refuse")
+        model.go.set()
+        await turn
+    assert await request(waiting, "third", "three") == ["first", "one", "second", "two", "third"]
+
+
+@pytest.mark.parametrize("on_busy", ["wait", "refuse"])
+@pytest.mark.parametrize("save_on", ["message", "overlap"])
+async def test_a_further_turn_of_a_busy_session_sends_nothing_to_a_model(
+    factory: MongoDBSessionManagerFactory, stored: Stored, on_busy: str, save_on: str
+) -> None:
+    manager = await factory.create_session_manager_async("s", on_busy=on_busy, busy_timeout=0.05, save_on=save_on)
+    live = agent(manager, "one", "two")
+    await live.invoke_async("first")
+    take_lease(stored, 60)
+    with pytest.raises(SessionBusyError):
+        await live.invoke_async("second")
+    assert len(live.model.calls) == 1
+    assert texts(stored.find_one({})["agents"]["agent"]["messages"]) == ["first", "one"]
+    await manager.close()
+
+
+async def test_a_further_turn_waits_for_its_turn(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    async with waiting.create_session_manager_async("s") as manager:
+        live = agent(manager, "one", "two")
+        await live.invoke_async("first")
+        take_lease(stored, 60)
+        turn = asyncio.create_task(live.invoke_async("second"))
+        await happens(lambda: waits(waiting))
+        stored.update_one({}, {"$unset": {"lease.token": "", "lease.until": ""}})
+        await turn
+        assert message_ids(stored.find_one({})) == [0, 1, 2, 3]
+        assert "token" not in lease_of(stored)
+
+
+async def test_state_that_is_stored_after_the_turn(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    async with waiting.create_session_manager_async("s") as manager:
+        live = agent(manager, "one")
+        await live.invoke_async("first")
+        live.state.set("seen", 1)
+        manager.sync_agent(live)
+        await manager.flush()
+        assert stored.find_one({})["agents"]["agent"]["agent_data"]["state"] == {"seen": 1}
+        assert "token" not in lease_of(stored)
+        take_lease(stored, 60)
+        live.state.set("seen", 2)
+        manager.sync_agent(live)
+        flush = asyncio.create_task(manager.flush())
+        await happens(lambda: waits(waiting))
+        assert stored.find_one({})["agents"]["agent"]["agent_data"]["state"] == {"seen": 1}
+        stored.update_one({}, {"$unset": {"lease.token": "", "lease.until": ""}})
+        await flush
+        assert stored.find_one({})["agents"]["agent"]["agent_data"]["state"] == {"seen": 2}
+
+
+class Stamp(HookProvider):
+    """A hook that changes the agent's state after the turn."""
+
+    def __init__(self, fail: bool = False) -> None:
+        self.fail = fail
+
+    def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
+        registry.add_callback(AfterInvocationEvent, self._stamp)
+
+    async def _stamp(self, event: AfterInvocationEvent) -> None:
+        await asyncio.sleep(0.05)
+        if self.fail:
+            raise ValueError("the hook failed")
+        event.agent.state.set("stamped", True)
+
+
+async def test_changes_by_a_hook_at_the_end_belong_to_the_turn(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    async def ask(number: int) -> None:
+        async with waiting.create_session_manager_async("s") as manager:
+            await agent(manager, f"a{number}", hooks=[Stamp()]).invoke_async(f"q{number}")
+
+    await asyncio.gather(*map(ask, range(4)))
+    assert message_ids(stored.find_one({})) == list(range(8))
+    assert stored.find_one({})["agents"]["agent"]["agent_data"]["state"] == {"stamped": True}
+
+
+async def test_a_hook_that_fails_at_the_end_holds_nobody_up_for_long(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = await waiting.create_session_manager_async("s", lease=0.5)
+    with pytest.raises(ValueError, match="the hook failed"):
+        await agent(manager, "one", hooks=[Stamp(fail=True)]).invoke_async("first")
+    assert await request(waiting, "second", "two") == ["first", "one", "second"]
+
+
+@pytest.mark.may_block
+@pytest.mark.parametrize("kind", ["graph", "swarm"])
+async def test_orchestrators_take_turns(waiting: MongoDBSessionManagerFactory, stored: Stored, kind: str) -> None:
+    async def run() -> None:
+        async with waiting.create_session_manager_async("s") as manager:
+            nodes = node("a", "done"), node("b", "done")
+            multi_agent = pipeline(manager, *nodes) if kind == "graph" else team(manager, nodes[0])
+            result = await multi_agent.invoke_async("go")
+            assert result.status.value == "completed"
+
+    await asyncio.gather(run(), run(), run())
+    assert "token" not in lease_of(stored)
+
+
+# Who is gone.
+
+
+async def test_a_manager_that_does_nothing_keeps_its_lease(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = await waiting.create_session_manager_async("s", lease=0.3)
+    first = lease_of(stored)["until"]
+    await happens(lambda: lease_of(stored)["until"] > first)
+    model, turn = await begin_turn(manager)
+    await asyncio.sleep(0.5)
+    with pytest.raises(SessionBusyError):
+        await waiting.create_session_manager_async("s", on_busy="refuse")
+    model.go.set()
+    await turn
+
+
+async def test_a_late_write_of_a_manager_that_lost_its_turn_is_refused(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    stored.update_one({}, {"$set": {"lease.until": datetime.now(UTC) - timedelta(seconds=1)}})
+    uri = waiting._connection.settings.connection_string
+    async with MongoDBSessionManagerFactory(uri, stored.database.name, on_busy="wait") as other:
+        assert await request(other, "second", "two") == ["first", "second"]
+    model.go.set()
+    with pytest.raises(SessionConflictError, match="has lost its turn"):
+        await turn
+    assert texts(stored.find_one({})["agents"]["agent"]["messages"]) == ["first", "second", "two"]
+    assert (await waiting.get_connection_stats_async())["leases_lost"] == 1
+
+
+async def test_a_state_of_a_manager_that_lost_its_turn_is_refused(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = await waiting.create_session_manager_async("s")
+    live = agent(manager)
+    await manager.flush()
+    take_lease(stored, -1)
+    live.state.set("seen", 1)
+    manager.sync_agent(live)
+    with pytest.raises(SessionConflictError, match="has lost its turn"):
+        await manager.flush()
+
+
+async def test_a_manager_that_was_collected_does_not_hold_its_lease(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    async def abandon() -> None:
+        manager = await waiting.create_session_manager_async("s")
+        agent(manager, "one")
+
+    await abandon()
+    await happens(lambda: gc.collect() >= 0 and "token" not in lease_of(stored))
+
+
+async def test_closing_releases_the_lease(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    manager = await waiting.create_session_manager_async("s")
+    await manager.close()
+    assert "token" not in lease_of(stored)
+    await asyncio.to_thread(lambda: waiting.create_session_manager("s").close())
+    assert "token" not in lease_of(stored)
+
+
+async def test_a_caller_that_is_cancelled_leaves_nothing_behind(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(waiting.create_session_manager_async("s"), 0.2)
+    gone = asyncio.create_task(request(waiting, "never", "sent"))
+    await happens(lambda: waits(waiting) == 2)
+    gone.cancel()
+    last = asyncio.create_task(request(waiting, "last", "two"))
+    await happens(lambda: waits(waiting) == 3)
+    model.go.set()
+    await turn
+    assert await last == ["first", "one", "last"]
+    await happens(lambda: "token" not in lease_of(stored))
+
+
+async def test_cancelled_at_any_moment(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    for number in range(20):
+        opening = asyncio.create_task(request(waiting, "q", "a"))
+        await asyncio.sleep(number / 2000)
+        opening.cancel()
+        await asyncio.wait({opening})
+    assert (await request(waiting, "last", "two"))[-1] == "last"
+    await happens(lambda: "token" not in lease_of(stored))
+
+
+async def test_closing_the_factory_ends_the_wait(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    take_lease(stored, 60)
+    opening = asyncio.create_task(request(waiting, "never", "sent"))
+    await happens(lambda: waits(waiting))
+    await asyncio.wait_for(waiting.close_async(), 10)
+    with pytest.raises(SessionClosedError, match="busy, and the connection was closed"):
+        await opening
+
+
+async def test_closing_the_factory_releases_the_leases_of_its_managers(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = await waiting.create_session_manager_async("s")
+    await waiting.close_async()
+    assert "token" not in lease_of(stored)
+    del manager
+
+
+def test_a_lease_of_an_application(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    waiting.create_session_manager("s").close()
+    stored.update_one({}, {"$set": {"lease": None}})
+    waiting.create_session_manager("s").close()
+    stored.update_one({}, {"$set": {"lease": "until June"}})
+    with pytest.raises(DatabaseError, match="'s'.*'lease'"):
+        waiting.create_session_manager("s")
+    waiting.create_session_manager("s", on_busy="conflict").close()
+    assert stored.find_one({})["lease"] == "until June"
+
+
+def test_a_copy_has_no_lease(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    manager = waiting.create_session_manager("s")
+    agent(manager, "one")("first")
+    stored.update_one({}, {"$set": {"lease.token": ObjectId()}})
+    waiting.fork_session("s", "copy")
+    assert "lease" not in stored.find_one({"_id": "copy"})
+
+
+# Other processes.
+
+PROCESS = """
+import asyncio, sys, threading, time
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from support import agent
+
+uri, database, lease, name = sys.argv[1:5]
+factory = MongoDBSessionManagerFactory(uri, database, on_busy="wait", lease=float(lease))
+
+def say(*words):
+    print(*words, flush=True)
+"""
+
+HOLDER = f"""{PROCESS}
+manager = factory.create_session_manager("s")
+live = agent(manager, lambda _: say("asked") or input() or "late")
+try:
+    live("from the holder")
+except Exception as error:
+    say(type(error).__name__, error)
+"""
+
+ASKER = f"""{PROCESS}
+factory.ping()
+say("ready")
+input()
+for number in range(5):
+    with factory.create_session_manager("s") as manager:
+        agent(manager, name)(f"{{name}}{{number}}")
+"""
+
+
+@pytest.fixture
+def holder(server: str, database: str) -> Iterator[interpreter.Process]:
+    with interpreter.start(HOLDER, server, database, 1.0, "holder") as process:
+        assert process.stdout.readline() == "asked\n"
+        yield process
+
+
+async def test_a_holder_that_is_killed(
+    holder: interpreter.Process, waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    holder.kill()
+    assert await request(waiting, "next", "one") == ["from the holder", "next"]
+    assert message_ids(stored.find_one({})) == [0, 1, 2]
+
+
+async def test_a_holder_that_is_frozen(
+    holder: interpreter.Process, waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    os.kill(holder.pid, signal.SIGSTOP)
+    assert await request(waiting, "next", "one") == ["from the holder", "next"]
+    os.kill(holder.pid, signal.SIGCONT)
+    holder.stdin.write("\n")
+    shown, errors = await asyncio.to_thread(holder.communicate)
+    assert shown.startswith("SessionConflictError") or shown.startswith("EventLoopException"), (shown, errors)
+    assert "has lost its turn" in shown
+    assert texts(stored.find_one({})["agents"]["agent"]["messages"]) == ["from the holder", "next", "one"]
+
+
+def test_waiters_of_several_processes_take_turns(
+    server: str, database: str, waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    names = ("a", "b", "c")
+    processes = [interpreter.start(ASKER, server, database, 30, name) for name in names]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        first = waiting.create_session_manager("s")
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        eventually(lambda: len(lease_of(stored).get("line", [])) == 3)
+        first.close()
+        for process in processes:
+            shown, errors = process.communicate()
+            assert process.returncode == 0, (shown, errors)
+    finally:
+        for process in processes:
+            process.kill()
+    messages = stored.find_one({})["agents"]["agent"]["messages"]
+    served = [text[0] for text in texts(messages)[::2]]
+    assert sorted(served) == sorted(5 * names)
+    assert sorted(served[:3]) == list(names)  # each had joined the line
+    runs = max(
+        len(run) for run in "".join(f"{b}" if a == b else f" {b}" for a, b in zip([""] + served, served)).split()
+    )
+    assert runs <= 3
+
+
+def test_a_forked_child_holds_nothing(server: str, database: str, stored: Stored) -> None:
+    script = f"""{PROCESS}
+import os
+manager = factory.create_session_manager("s")
+live = agent(manager, "one")
+if (child := os.fork()) == 0:
+    del manager, live
+    import gc
+    gc.collect()
+    sys.exit(0)
+os.waitpid(child, 0)
+live("first")
+say("done")
+"""
+    shown, _ = interpreter.run(script, server, database, 30, "parent", warnings=(interpreter.FORK_WARNING,))
+    assert shown == "done\n"
+    assert "token" not in lease_of(stored)
+
+
+def test_a_process_that_ends_releases_its_leases(server: str, database: str, stored: Stored) -> None:
+    script = f"""{PROCESS}
+manager = factory.create_session_manager("s")
+say("done")
+"""
+    interpreter.run(script, server, database, 30, "process")
+    assert lease_of(stored)["fence"] == 1
+    assert "token" not in lease_of(stored)
+
+
+@pytest.mark.may_block
+def test_a_holder_whose_event_loop_has_ended(server: str, database: str, stored: Stored) -> None:
+    async def hold() -> Any:
+        client: Any = pymongo.AsyncMongoClient(server)
+        factory = MongoDBSessionManagerFactory(client=client, database_name=database, on_busy="wait", lease=0.5)
+        manager = await factory.create_session_manager_async("s")
+        await begin_turn(manager)
+        await client.close()
+        return manager
+
+    holder = asyncio.run(hold())
+    with (
+        MongoDBSessionManagerFactory(server, database, on_busy="wait") as factory,
+        factory.create_session_manager("s") as manager,
+    ):
+        assert texts(agent(manager).messages) == ["first"]
+    del holder
+
+
+def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
+    with MongoDBSessionManagerFactory(standalone, database, on_busy="wait") as factory:
+
+        def ask(name: str) -> None:
+            with factory.create_session_manager("s") as manager:
+                agent(manager, "answer")(name)
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        with factory.create_session_manager("s") as manager:
+            assert len(agent(manager).messages) == 8
