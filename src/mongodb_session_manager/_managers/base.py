@@ -11,6 +11,7 @@ import logging
 import math
 from contextlib import suppress
 from typing import Any, Unpack
+from weakref import WeakValueDictionary
 
 from strands import Agent
 from strands.bidi.hooks.events import BidiAgentStopEvent
@@ -41,7 +42,7 @@ from ..errors import (
     MongoDBSessionError,
     SessionClosedError,
 )
-from .capture import capture_config, capture_metrics, guardrail_event
+from .capture import capture_base, capture_config, capture_metrics, guardrail_event
 from .flusher import Flusher
 from .multi_agents import OrchestratorSessionManager
 from .options import Configuration, ManagerOptions
@@ -107,6 +108,8 @@ class SessionManagerBase(OrchestratorSessionManager):
         self._closed = False
         self._closing: asyncio.Event | None = None
         self._invoked: set[str] = set()
+        self._initialized: WeakValueDictionary[str, Agent] = WeakValueDictionary()
+        self._synced: set[str] = set()
         self._delayed: dict[str, asyncio.TimerHandle] = {}
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
@@ -163,9 +166,11 @@ class SessionManagerBase(OrchestratorSessionManager):
         work = self._unit
         checked_id(agent.agent_id, "agent_id")
         work.prepare(agent)
-        self._restore(agent, **kwargs)
+        with work.restoring(agent):
+            self._restore(agent, **kwargs)
         work.keep_malformed_state(agent)
         if isinstance(agent, Agent):
+            self._initialized[agent.agent_id] = agent
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
         else:
@@ -237,6 +242,10 @@ class SessionManagerBase(OrchestratorSessionManager):
             self.initialize(agent)
         work.record_config(agent.agent_id, capture_config(agent))
         super().sync_agent(agent, **kwargs)
+        if isinstance(agent, Agent):
+            self._synced.add(agent.agent_id)
+            if agent.agent_id not in self._invoked:
+                work.record_view(agent, capture_base(agent))
         self._recorded(agent)
 
     def _recorded(self, agent: LocalAgent) -> None:
@@ -372,6 +381,19 @@ class SessionManagerBase(OrchestratorSessionManager):
         await self._repository.update_agent_config(session_id, agent_id, model, system_prompt, prompt_metadata)
         given = {"model": model, "system_prompt": system_prompt}
         self._unit.keep_config(agent_id, [name for name, value in given.items() if value is not None])
+
+    def _record_last_changes(self) -> None:
+        """Record the changes of agents since their last turn."""
+        if self._closed or self._work is None:
+            return
+        for agent_id, agent in tuple(self._initialized.items()):
+            if agent_id in self._invoked or self._work.is_refused(agent_id):
+                continue
+            if agent_id in self._synced or self._work.has_other_state(agent):
+                with self._flusher.recording(agent):
+                    self.sync_agent(agent)
+            else:
+                self._work.record_view(agent, capture_base(agent))
 
     async def _aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Flush, deliver pending notifications, and close an owned connection. Runs on the loop of the client."""
