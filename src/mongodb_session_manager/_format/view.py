@@ -187,7 +187,7 @@ class Shown(NamedTuple):
 
 
 def shown(view: View, messages: Mapping[int, Any]) -> tuple[list[Shown], int]:
-    """Return the live messages of a view, and the number of stored messages that are missing.
+    """Return the live messages that the items of a view show, and the number of stored messages that are missing.
 
     `messages` are the loaded messages, decoded, by increasing id.
     """
@@ -202,7 +202,6 @@ def shown(view: View, messages: Mapping[int, Any]) -> tuple[list[Shown], int]:
             ids = _between(messages, first, last)
             missing += last - first + 1 - len(ids)
             found += [Shown(messages[n], None, n) for n in ids]
-    found += [Shown(message, None, n) for n, message in messages.items() if n >= view.after]
     return found, missing
 
 

@@ -38,7 +38,6 @@ class LiveMessages:
         self._redacted: set[int] = set()
         self._view: View | None = None
         self._shown: list[Shown] = []
-        self._is_stored = True
 
     @classmethod
     def of(cls, first: int, messages: Iterable[tuple[int, Any] | None]) -> LiveMessages:
@@ -57,11 +56,10 @@ class LiveMessages:
         return live
 
     def show(self, view: View, shown: Iterable[Shown], stored: Mapping[int, Any]) -> None:
-        """Begin with a view; `stored` are the loaded messages before `after`, which the view can refer to."""
+        """Begin with a view and what its items show; `stored` are the loaded messages before `after`."""
         self._view = view
         self._stored = {n: shadow(message) for n, message in stored.items()} | self._stored
-        is_item = [each for each in shown if each.item is not None or (each.message_id or 0) < view.after]
-        self._shown = [each._replace(message=shadow(each.message)) for each in is_item]
+        self._shown = [each._replace(message=shadow(each.message)) for each in shown]
 
     def append(self, message_id: int, message: Any) -> None:
         """Add a message that is appended."""
@@ -91,10 +89,6 @@ class LiveMessages:
         self._shown = found
         self._view = self._view.without_content_of({message_id})
 
-    def forget_view(self) -> None:
-        """Store the view again at the next comparison: it was refused."""
-        self._is_stored = False
-
     # Comparing.
 
     def change(
@@ -121,20 +115,19 @@ class LiveMessages:
         """
         without_view = None if base is None else self._without_view(*base)
         expected = without_view if self._view is None else self._with_view()
-        if self._is_stored and expected is not None and self._are_same(messages, expected):
+        if expected is not None and self._are_same(messages, expected):
             if base is not None and self._view is None:
                 self._drop_before(base[1])
             return None
         if without_view is not None and self._are_same(messages, without_view):
-            was_needed = self._view is not None or not self._is_stored
-            self._view, self._shown, self._is_stored = None, [], True
-            return {} if was_needed else None
+            self._view, self._shown = None, []
+            return {}
         found = _Match(self, messages, id_of, version_of).found
         count = self._count_tail(found)
         view = View(found[-count].message_id or 0 if count else next_id, _items_of(found[: len(found) - count]))
-        if self._is_stored and view == self._view:
+        if view == self._view:
             return None
-        self._view, self._is_stored = view, True
+        self._view = view
         self._shown = [each._replace(message=shadow(each.message)) for each in found[: len(found) - count]]
         self._drop_unused(view)
         return view.document()

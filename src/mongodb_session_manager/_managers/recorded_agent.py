@@ -174,9 +174,11 @@ class RecordedAgent:
             )
         self.live = LiveMessages.of(self.first, ((n, messages[n]) for n in tail))
         self.live.show(view, found, {n: messages[n] for n in records if n < view.after})
-        self._live_list = [each.message for each in found]
+        self._live_list = [*(each.message for each in found), *(messages[n] for n in tail)]
         self._records = [
-            (records[n], messages[n]) for n in dict.fromkeys(each.message_id for each in found) if n in records
+            (records[n], messages[n])
+            for n in dict.fromkeys([*(each.message_id for each in found), *tail])
+            if n in records
         ]
         for record, message in self._records:
             _set_message(record, shadow(message))

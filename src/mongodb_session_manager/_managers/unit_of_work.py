@@ -132,8 +132,6 @@ class UnitOfWork(SessionRepository):
         """
         for agent_id, error in refused.items():
             self._agents[agent_id].refuse(error)
-            if (live := self._agents[agent_id].live) is not None:
-                live.forget_view()
         kept = {id_ for id_, error in refused.items() if isinstance(error, StateTooLargeError) and error.pending}
         for agent_id in {change.agent_id for change in self._log[:count]} - refused.keys():
             agent = self._agents[agent_id]
