@@ -156,7 +156,11 @@ class View:
             if all(n <= last for n in ids):
                 kept.append(item)
                 continue
-            runs = [(a, min(b, last)) for a, b in item.as_stored().runs if a <= last]
+            runs: list[Run] = []
+            for a, b in item.as_stored().runs:
+                runs += [(a, min(b, last))] if a <= last else []
+                if b > last:
+                    break
             kept += [Item(tuple(runs))] if runs else []
             break
         is_shown = any(a <= last <= b for item in kept for a, b in item.as_stored().runs)

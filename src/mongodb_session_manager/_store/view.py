@@ -32,7 +32,6 @@ def parse_views(session_id: str, agents: Mapping[str, Document]) -> bool:
                 view.after,
                 following,
             )
-            view = View(min(view.after, following), view.items)
         are_usable = are_usable and view is not None
         agent["view"] = view
     return are_usable
