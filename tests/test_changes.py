@@ -35,6 +35,7 @@ from mongodb_session_manager._format.documents import agent_state, message_body,
 from mongodb_session_manager._format.expressions import array_at
 from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.statements import Update, compile_update
+from mongodb_session_manager._format.view import view_without
 from support import apply
 
 INCARNATION = ObjectId()
@@ -180,7 +181,7 @@ def replacing(path: str, contents: dict[int, dict[str, Any]], appended: Sequence
 
 
 def removing(path: str, *message_ids: int) -> dict[str, Any]:
-    """The expression for the session's list of attachments that are to be removed."""
+    """The expressions for the attachments that are to be removed, and for the view without the old content."""
     more = [
         {
             "$reduce": {
@@ -199,7 +200,8 @@ def removing(path: str, *message_ids: int) -> dict[str, Any]:
     ]
     listed = {"$concatArrays": [array_at("$removed_attachments"), "$$more"]}
     unless_empty = {"$cond": [{"$eq": ["$$more", []]}, "$removed_attachments", listed]}
-    return {"removed_attachments": {"$let": {"vars": {"more": {"$concatArrays": more}}, "in": unless_empty}}}
+    removed = {"removed_attachments": {"$let": {"vars": {"more": {"$concatArrays": more}}, "in": unless_empty}}}
+    return {f"{path}.view": view_without(f"${path}", message_ids), **removed}
 
 
 def literal(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What no session manager of Strands restores: here, too, an agent goes on as with Strands' own on files.
+"""What no repository-based session manager of Strands restores: here, a conversation continues as if uninterrupted.
 
-Each test says what differs from the uninterrupted conversation. When it fails because nothing differs any more, Strands
-has learnt it, and the conversation belongs into the table.
+Each test says what Strands' own manager on files loses. When it fails because nothing is lost any more, Strands has
+learnt it, and the conversation belongs into the table.
 """
 
 from __future__ import annotations
@@ -67,36 +67,34 @@ def managers(factory: MongoDBSessionManagerFactory, tmp_path: Path) -> list[Mana
 STORY = [[use("tell", "t1")], "A story.", overflow(), "It was long.", "Bye."]
 
 
-def test_tool_results_that_the_window_has_cut_come_back_whole(managers: list[Managers]) -> None:
-    """It changes them in the agent, and tells nobody."""
+def test_tool_results_that_the_window_has_shortened_stay_shortened(managers: list[Managers]) -> None:
     uninterrupted, ours, files = (
         sent_afterwards(lambda: {}, ["tell", "how was it?"], ["bye"], STORY, each) for each in managers
     )
-    assert ours == files
-    assert "[truncated:" in str(uninterrupted)
-    assert "[truncated:" not in str(ours)
-    assert str(ours).count("once upon a time") == 60
+    assert ours == uninterrupted
+    assert "[truncated:" in str(ours)
+    assert "[truncated:" not in str(files)
+    assert str(files).count("once upon a time") == 60
 
 
-def test_what_the_context_manager_has_cut_comes_back_whole(managers: list[Managers]) -> None:
-    """It cuts it again when it is too much again."""
+def test_what_the_context_manager_has_cut_stays_cut(managers: list[Managers]) -> None:
     options: Callable[[], dict[str, Any]] = lambda: {"context_manager": {"strategies": []}}  # noqa: E731
     uninterrupted, ours, files = (
         sent_afterwards(options, ["tell", "how was it?"], ["bye"], STORY, each) for each in managers
     )
-    assert ours == files
-    assert str(uninterrupted).count("once upon a time") < 60
-    assert str(ours).count("once upon a time") == 60
+    assert ours == uninterrupted
+    assert str(ours).count("once upon a time") < 60
+    assert str(files).count("once upon a time") == 60
 
 
-def test_a_window_forgets_what_it_has_pinned(managers: list[Managers]) -> None:
-    """What was removed is counted, and so many messages are left out from the beginning."""
+def test_a_window_keeps_what_it_has_pinned(managers: list[Managers]) -> None:
+    """On files, as many messages are left out from the beginning as were removed."""
 
     def options() -> dict[str, Any]:
         return {"conversation_manager": SlidingWindowConversationManager(4, pin_first=1)}
 
     before, replies = ["I am Ada", "two", "three"], ["1", "2", "3", "4"]
     uninterrupted, ours, files = (sent_afterwards(options, before, ["who am I?"], replies, each) for each in managers)
-    assert ours == files
-    assert "I am Ada" in str(uninterrupted)
-    assert "I am Ada" not in str(ours)
+    assert ours == uninterrupted
+    assert "I am Ada" in str(ours)
+    assert "I am Ada" not in str(files)

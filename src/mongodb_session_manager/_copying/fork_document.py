@@ -9,6 +9,7 @@ from typing import Any
 from .._format.codec import decode, encode
 from .._format.documents import MESSAGE_USAGE, STATE_DEPTH, USAGE, Document, is_number, usable, usable_numbers
 from .._format.ids import checked_id, checked_message_id
+from .._format.view import View
 from ..errors import AgentNotFoundError, InvalidArgumentError
 from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
@@ -76,11 +77,12 @@ def agent_fields(agent: Mapping[str, Any]) -> Document:
     return {name: value for name, value in agent.items() if name not in AGENT_NOT_COPIED}
 
 
-def cut_fields(fields: Document, kept: int, count: int, usage: Mapping[str, Any]) -> Document:
+def cut_fields(fields: Document, last: int, kept: int, count: int, usage: Mapping[str, Any]) -> Document:
     """Return the fields of an agent that is cut.
 
     Args:
         fields: The fields of the agent in the session.
+        last: The id of the last message that the fork has.
         kept: How many messages the fork has.
         count: How many messages the session has.
         usage: The usage of the messages that the fork does not have.
@@ -88,6 +90,9 @@ def cut_fields(fields: Document, kept: int, count: int, usage: Mapping[str, Any]
     data = usable(dict, fields.get("agent_data"))
     state = _manager_state(data.get("conversation_manager_state"), kept, count)
     changed = {**fields, "agent_data": {**data, "conversation_manager_state": state, "_internal_state": {}}}
+    view = View.parse(changed.pop("view", None))
+    if view is not None and (cut := view.until(last)) is not None:
+        changed["view"] = cut.document()
     if totals := usable_numbers(fields.get("usage")):
         changed["usage"] = {name: max(0, total - usage.get(name, 0)) for name, total in totals.items()}
     return changed

@@ -19,10 +19,11 @@ from .._format.ids import agent_id_of, checked_id, stored_id
 from .._format.malformed import malformed_fields
 from .._format.retention import Life
 from .._format.sizes import stored_size
+from .._format.view import replaced_in
 from .._store.sessions import ROUNDS, ReadAgainError
 from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, MessageNotFoundError, SessionNotFoundError
-from .builder import SessionBuilder
+from .builder import NewAgent, SessionBuilder
 from .fork_document import agent_fields, checked_ends, cut_fields, ends_of, session_fields, usage_of
 from .source import Source, archived_messages, read_source
 from .staging import Staging
@@ -119,7 +120,7 @@ class _Fork:
                     kept = _position_after(last, [message for message, _ in batch])
                     is_complete = kept > 0
                     kept = kept or len(batch)
-                await self._add(builder, agent_id, batch[:kept])
+                await self._add(builder, agent, agent_id, batch[:kept])
                 if kept < len(batch):
                     later = await asyncio.to_thread(usage_of, [message for message, _ in batch[kept:]])
                     usage = {name: amount + later[name] for name, amount in usage.items()}
@@ -128,7 +129,7 @@ class _Fork:
         elif not is_complete:
             raise _no_message(agent_id, last)
         else:
-            agent.fields = cut_fields(agent.fields, agent.count, count, usage)
+            agent.fields = cut_fields(agent.fields, last, agent.count, count, usage)
 
     async def _batches(self, key: str) -> AsyncGenerator[list[Sized], None]:
         """Yield all messages of an agent, oldest first."""
@@ -141,12 +142,15 @@ class _Fork:
                     batch = []
         yield batch + await asyncio.to_thread(_sized, self._source.agents[key].get("messages") or [])
 
-    async def _add(self, builder: SessionBuilder, agent_id: str, batch: list[Sized]) -> None:
+    async def _add(self, builder: SessionBuilder, agent: NewAgent, agent_id: str, batch: list[Sized]) -> None:
         missing = await self._copy_files({each for message, _ in batch for each in references_of(message)})
         for message, size in batch:
             if not missing.isdisjoint(references_of(message)):
                 message = await self._current(agent_id, message, missing)
                 size = stored_size(message)
+                if "view" in agent.fields:
+                    replaced = {int(message["message_id"])}
+                    agent.fields = {**agent.fields, "view": replaced_in(agent.fields["view"], replaced)}
             await builder.add_message(message, size)
 
     async def _copy_files(self, references: set[Reference]) -> set[Reference]:

@@ -37,6 +37,7 @@ from .._format.documents import (
 )
 from .._format.malformed import malformed_fields
 from .._format.sizes import stored_size
+from .._format.view import View
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
 
 NOT_COPIED = frozenset(
@@ -48,6 +49,9 @@ NOT_COPIED = frozenset(
 
 AGENT_NOT_COPIED = frozenset({"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"})
 """Fields of an agent's sub-document that are not copied; a copy has its own values."""
+
+_MAX_SHOWN = 2**20
+"""The maximum number of stored messages in the items of an imported view."""
 
 _MANAGERS = (NullConversationManager, SlidingWindowConversationManager, SummarizingConversationManager)
 
@@ -116,6 +120,8 @@ def checked_agent(fields: Document) -> Document:
         require(type(decoded) in (dict, NoneType), f"agent_data.{name} must be an object")
         _check_encodes(decoded, STATE_DEPTH, f"agent_data.{name}")
     _check_state(fields)
+    if fields.get("view") is not None:
+        _check_view(fields["view"])
     return fields
 
 
@@ -240,6 +246,21 @@ def _check_state(fields: Document) -> None:
             raise
         except Exception:
             raise_alone(InvalidArgumentError(f"agent_data.{name} cannot be restored"))
+
+
+def _check_view(stored: Any) -> None:
+    """Refuse live messages that Strands cannot restore, and more of them than any agent has."""
+    view = View.parse(stored)
+    if view is None:
+        raise InvalidArgumentError("view must contain the id of a message, and items")
+    count = sum(last - first + 1 for item in view.items for first, last in item.as_stored().runs)
+    require(count <= _MAX_SHOWN, f"view shows more than {_MAX_SHOWN} messages")
+    for item in view.items:
+        if item.message is not None:
+            message, blocks = _decoded(item.message, "view"), item.content
+            content = {} if blocks is None else {"content": [_decoded(b, "view") for b in blocks if type(b) is dict]}
+            require(type(message) is dict, "view must contain messages")
+            _check_body(encode({**message, **content}, depth=MESSAGE_DEPTH, name="view"), "view")
 
 
 def _check_manager(state: Document) -> None:

@@ -22,6 +22,7 @@ from .documents import Document, StoredMessage
 from .ids import checked_id
 from .retention import UNDATED, Dates
 from .sizes import AGENT_FIELDS, stored_size
+from .view import replaced_in
 
 _PART_BYTES = 15 * 1024 * 1024
 """The maximum number of bytes of messages in one statement. MongoDB allows 16 MiB; the rest is for other fields."""
@@ -114,6 +115,25 @@ class UpdateAgent:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreView:
+    """The live messages of an agent are not the stored ones in their order.
+
+    Attributes:
+        agent_id: The agent.
+        expected: The `next_message_id` that the writer knows.
+        view: The view, see `view`; an empty one is removed.
+        archive_revision: That of the agent when the writer read it.
+        moment: The time of the change.
+    """
+
+    agent_id: str
+    expected: int
+    view: Document
+    archive_revision: int
+    moment: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class ObserveConfig:
     """The agent runs with this model or system prompt; values that a user has set stay."""
 
@@ -141,7 +161,14 @@ class SetMessageFields:
 
 
 Change: TypeAlias = (
-    CreateAgent | AppendMessage | ReplaceMessage | UpdateAgent | ObserveConfig | AddGuardrailEvent | SetMessageFields
+    CreateAgent
+    | AppendMessage
+    | ReplaceMessage
+    | UpdateAgent
+    | StoreView
+    | ObserveConfig
+    | AddGuardrailEvent
+    | SetMessageFields
 )
 
 
@@ -195,6 +222,8 @@ class AgentWrite:
         by_id: Whether the writer has not loaded the messages, but refers to them by their ids.
         data: New fields of `agent_data`.
         config: Observed fields of `agent_data`: they are set unless a user has set them.
+        view: The new view; an empty one removes the stored one, `None` leaves it.
+        archive_revision: The `archive_revision` of the agent that the view was made for.
         events: New guardrail events.
         expected: The `next_message_id` that the writer knows, unless there are new messages.
         moment: The new `updated_at`; `None` leaves it.
@@ -210,6 +239,8 @@ class AgentWrite:
     by_id: bool = False
     data: Document = field(default_factory=dict)
     config: Document = field(default_factory=dict)
+    view: Document | None = None
+    archive_revision: int = 0
     events: list[Document] = field(default_factory=list)
     expected: int | None = None
     moment: datetime | None = None
@@ -233,11 +264,17 @@ class AgentWrite:
                 self.set_fields(message_id, fields, identity)
                 self.messages[message_id].size = size_of_change(change)
                 self.by_id |= by_id
+                if self.view:
+                    self.view = replaced_in(self.view, {message_id})
                 self._touch(fields["updated_at"])
             case SetMessageFields(message_id=message_id, fields=fields, identity=identity):
                 self.set_fields(message_id, fields, identity)
             case UpdateAgent(expected=expected, fields=fields, moment=moment):
                 self.data.update(fields)
+                self.expected = expected
+                self._touch(moment)
+            case StoreView(expected=expected, view=view, archive_revision=revision, moment=moment):
+                self.view, self.archive_revision = view, revision
                 self.expected = expected
                 self._touch(moment)
             case ObserveConfig(expected=expected, fields=fields):
@@ -303,10 +340,11 @@ class AgentWrite:
 
     @property
     def states(self) -> Document:
-        """The pending fields of `agent_data`: the agent's state and configuration."""
+        """The pending fields of `agent_data`, which are the agent's state and configuration, and its view."""
         created = self.created["agent_data"] if self.created is not None else {}
         fields = {**created, **self.config, **self.data}
-        return {name: fields[name] for name in AGENT_FIELDS if name in fields}
+        view = {"view": self.view} if self.view else {}
+        return {name: fields[name] for name in AGENT_FIELDS if name in fields} | view
 
     @property
     def has_more_than_states(self) -> bool:
@@ -321,7 +359,8 @@ class AgentWrite:
             return {name: value for name, value in fields.items() if name not in left_out}
 
         created = None if self.created is None else {**self.created, "agent_data": kept(self.created["agent_data"])}
-        return replace(self, created=created, data=kept(self.data), config=kept(self.config))
+        view = None if self.view and "view" in left_out else self.view
+        return replace(self, created=created, data=kept(self.data), config=kept(self.config), view=view)
 
     def states_alone(self) -> AgentWrite:
         """Return the write that stores the `states` after the rest of this write."""
@@ -335,6 +374,8 @@ class AgentWrite:
             self.agent_id,
             data={name: value for name, value in {**created, **self.data}.items() if name in AGENT_FIELDS},
             config=self.config,
+            view=self.view,
+            archive_revision=self.archive_revision,
             expected=expected,
             moment=self.moment,
             incarnation=self.incarnation,
@@ -348,7 +389,8 @@ class AgentWrite:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.created or self.messages or self.data or self.config or self.events or self.moment)
+        has_fields = self.data or self.config or self.view is not None
+        return not (self.created or self.messages or has_fields or self.events or self.moment)
 
     @property
     def expected_id(self) -> int | None:

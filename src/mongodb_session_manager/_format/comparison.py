@@ -61,7 +61,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         # Sending the rest again is harmless unless another writer has written since.
         rest.expected = written[-1].fields["message_id"] + 1
         if stored.next_message_id != rest.expected:
-            rest = replace(rest, data={}, config={}, expected=None)
+            rest = replace(rest, data={}, config={}, view=None, expected=None)
     elif rest.expected_id is not None and stored.next_message_id != rest.expected_id:
         is_longer = stored.next_message_id > rest.expected_id
         theirs = f"stored message {stored.next_message_id - 1}" if is_longer else "replaced the agent"
@@ -69,7 +69,8 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
             f"agent {write.agent_id!r}: another writer {theirs} after this session was loaded, so the changes of this "
             "session were not stored; open it with a new manager and repeat the request"
         )
-    return rest if rest.messages or rest.data or rest.config or rest.outdated else None
+    is_left = rest.messages or rest.data or rest.config or rest.view is not None or rest.outdated
+    return rest if is_left else None
 
 
 def _is_stored(message: MessageWrite, stored: StoredView) -> bool:

@@ -10,6 +10,7 @@ agents.<agent key>
     created_at, updated_at   in forks of 1.0.0, the date of the fork; `agent_data` holds the date of creation
     next_message_id      the id of the next message; absent in documents of versions before 1.0
     archived, revision   see `buckets`; absent if no message was archived or replaced
+    view                 see `view`; absent if the live messages are the stored ones
     config_set           names of the configuration fields that a user has set; 1.0.0 kept it in `agent_data`
     messages             [{message, message_id, redact_message, created_at, updated_at, attachments?,
                            event_loop_metrics?}]

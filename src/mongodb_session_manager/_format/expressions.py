@@ -65,26 +65,46 @@ def stored_removed(agent: str) -> Document:
     return {"$max": [removed, 0]}
 
 
-def to_restore(agent: str) -> Document:
+def is_view(agent: str) -> Document:
+    """Return the expression for whether an agent has a view; a part of it can still be malformed."""
+    view = f"{agent}.view"
+    has_id: Document = {"$in": [{"$type": f"{view}.after"}, ["int", "long"]]}
+    has_items: Document = {"$isArray": [f"{view}.items"]}
+    conditions: list[Document] = [is_object(view), has_id, has_items]
+    return {"$and": conditions}
+
+
+def _before_view(agent: str) -> Document:
+    """Return the expression for the number of messages in the head before the first one after the view."""
+    is_after = {"$gte": ["$$this.message_id", f"{agent}.view.after"]}
+    are_after = {"$map": {"input": array_at(f"{agent}.messages"), "in": is_after}}
+    count = {"$cond": [{"$lt": ["$$at", 0]}, {"$size": "$$are_after"}, "$$at"]}
+    at = {"$let": {"vars": {"at": {"$indexOfArray": ["$$are_after", True]}}, "in": count}}
+    return {"$let": {"vars": {"are_after": are_after}, "in": at}}
+
+
+def to_restore(agent: str, *, with_view: bool = True) -> Document:
     """Return the expression for the messages in an agent's head that restoring needs.
 
-    These are all but the `removed_messages`, or all if the stored count is greater than the number of messages.
+    These are all but the `removed_messages`, or all if the stored count is greater than the number of messages. With a
+    view, they are the messages that follow it.
     """
-    return {"$slice": [array_at(f"{agent}.messages"), _left_out(agent), ALL]}
+    return {"$slice": [array_at(f"{agent}.messages"), _left_out(agent, with_view), ALL]}
 
 
-def ids_left_out(agent: str) -> Document:
+def ids_left_out(agent: str, *, with_view: bool = True) -> Document:
     """Return the expression for the ids of the messages in the head that `to_restore` leaves out.
 
     The other ids are read with their messages: in a result of at most 16 MiB there is no room for every id twice.
     """
-    return ids_of({"$slice": [array_at(f"{agent}.messages"), _left_out(agent)]})
+    return ids_of({"$slice": [array_at(f"{agent}.messages"), _left_out(agent, with_view)]})
 
 
-def _left_out(agent: str) -> Document:
+def _left_out(agent: str, with_view: bool) -> Document:
     removed = {"$subtract": [stored_removed(agent), number_at(f"{agent}.archived")]}
     count = {"$size": array_at(f"{agent}.messages")}
-    return {"$cond": [{"$gt": [removed, count]}, 0, {"$max": [removed, 0]}]}
+    without_view = {"$cond": [{"$gt": [removed, count]}, 0, {"$max": [removed, 0]}]}
+    return {"$cond": [is_view(agent), _before_view(agent), without_view]} if with_view else without_view
 
 
 def ids_of(messages: Any) -> Document:

@@ -108,6 +108,7 @@ PART_SIZES: Document = {
         "$agents",
         {
             **{field: _bson_size(f"$$each.v.agent_data.{field}") for field in AGENT_FIELDS},
+            "view": _bson_size("$$each.v.view"),
             "messages": _bson_size("$$each.v.messages"),
         },
     ),

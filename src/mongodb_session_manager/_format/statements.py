@@ -12,6 +12,7 @@ from .changes import AgentWrite, Identity, split_fields
 from .documents import Document
 from .expressions import array_at, stored_config_set
 from .ids import agent_key
+from .view import guarded_view, shows_content, view_without
 
 
 class Update(NamedTuple):
@@ -32,6 +33,8 @@ class _Parts:
     pushes: dict[str, list[Any]] = field(default_factory=dict)
     events: list[Document] = field(default_factory=list)
     outdated: list[str] = field(default_factory=list)
+    views: dict[str, Document] = field(default_factory=dict)
+    removed_views: list[str] = field(default_factory=list)
     replacements: dict[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)
     identities: dict[str, Mapping[int, Identity]] = field(default_factory=dict)
 
@@ -80,7 +83,8 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
     if moments:
         parts.sets["updated_at"] = max(moments)
     replaces_content = any("attachments" in fields for each in parts.replacements.values() for fields in each.values())
-    if parts.unless_set or parts.outdated or replaces_content or parts.pushes.keys() & parts.replacements.keys():
+    needs_values = parts.unless_set or parts.outdated or parts.views or replaces_content
+    if needs_values or parts.pushes.keys() & parts.replacements.keys():
         return Update(condition, [{"$set": _pipeline(parts)}], None)
     return _operators(condition, parts)
 
@@ -118,18 +122,34 @@ def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
     parts.unless_set |= {
         f"{path}.agent_data.{name}": (stored_config_set(f"${path}"), value) for name, value in write.config.items()
     }
+    _add_view(write, path, parts)
     parts.increments |= {f"{path}.usage.{name}": amount for name, amount in write.increments.items()}
     if write.moment is not None:
         parts.sets[f"{path}.updated_at"] = write.moment
+
+
+def _add_view(write: AgentWrite, path: str, parts: _Parts) -> None:
+    """Store or remove the view; a replacement removes the old content of its message from the stored one."""
+    if write.view and shows_content(write.view):
+        new = write.messages.keys()
+        parts.views[f"{path}.view"] = guarded_view(f"${path}", write.view, new, write.archive_revision)
+    elif write.view:
+        parts.sets[f"{path}.view"] = write.view
+    elif write.view is not None:
+        parts.removed_views.append(f"{path}.view")
+    elif replaced := [n for n, fields in write.replaced.items() if "attachments" in fields]:
+        parts.views[f"{path}.view"] = view_without(f"${path}", replaced)
 
 
 def _whole(write: AgentWrite) -> Document:
     """Return the sub-document of an agent that does not exist yet."""
     created, appended = write.created or {}, write.appended
     usage = {"usage": totals} if (totals := write.increments) else {}
+    view = {"view": write.view} if write.view else {}
     return {
         **created,
         **usage,
+        **view,
         "agent_data": {**created["agent_data"], **write.config, **write.data},
         "updated_at": write.moment or created["updated_at"],
         "next_message_id": appended[-1]["message_id"] + 1 if appended else 0,
@@ -140,7 +160,7 @@ def _whole(write: AgentWrite) -> Document:
 def _operators(condition: Document, parts: _Parts) -> Update:
     array_filters: list[Document] = []
     sets = parts.sets
-    unsets: Document = {}
+    unsets: Document = dict.fromkeys(parts.removed_views, "")
     for path, messages in parts.replacements.items():
         for message_id, fields in messages.items():
             name = f"m{len(array_filters)}"
@@ -165,6 +185,7 @@ def _pipeline(parts: _Parts) -> Document:
     The operators cannot both push to an array and change its elements, nor set a field depending on another one.
     """
     stage: Document = {path: {"$literal": value} for path, value in parts.sets.items()}
+    stage |= {**parts.views, **dict.fromkeys(parts.removed_views, "$$REMOVE")}
     for path, (already_set, value) in parts.unless_set.items():
         is_set = {"$in": [path.rpartition(".")[2], already_set]}
         stage[path] = {"$cond": [is_set, f"${path}", {"$literal": value}]}
@@ -221,9 +242,14 @@ def with_removed(lists: Sequence[Document | list[str]]) -> Document:
 
 def without_removed(session_id: str, incarnation: ObjectId | None, references: list[str]) -> Update:
     """Return the statement that removes the references of removed files from a session's `REMOVED`."""
+    condition = {"_id": session_id, "incarnation": incarnation}
+    return Update(condition, [{"$set": {REMOVED: removed_without(references)}}], None)
+
+
+def removed_without(references: list[str]) -> Document:
+    """Return the expression for `REMOVED` without the references of removed files."""
     left = {"$setDifference": [array_at(f"${REMOVED}"), references]}
-    field = {"$let": {"vars": {"left": left}, "in": {"$cond": [{"$eq": ["$$left", []]}, "$$REMOVE", "$$left"]}}}
-    return Update({"_id": session_id, "incarnation": incarnation}, [{"$set": {REMOVED: field}}], None)
+    return {"$let": {"vars": {"left": left}, "in": {"$cond": [{"$eq": ["$$left", []]}, "$$REMOVE", "$$left"]}}}
 
 
 def is_meant(message_id: int, identity: Identity | None) -> Document:

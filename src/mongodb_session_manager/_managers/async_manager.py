@@ -239,7 +239,10 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             MongoDBSessionError: A change could not be stored, and no earlier call has raised the error.
         """
         if self._closing is None or not self._closing.is_set():
-            await self._connection.portal.run(self._aclose, notification_timeout)
+            try:
+                self._record_last_changes()
+            finally:
+                await self._connection.portal.run(self._aclose, notification_timeout)
 
     async def _hooked(self, operation: Operation, action: str, **argument: Any) -> Any:
         """Call an operation of the repository through the hook for the action."""

@@ -44,7 +44,7 @@ from ..errors import (
     MongoDBSessionError,
     SessionClosedError,
 )
-from .capture import capture_config, capture_metrics, guardrail_event
+from .capture import capture_base, capture_config, capture_metrics, guardrail_event
 from .flusher import Flusher
 from .open_session import OpenSession
 from .options import Configuration, ManagerOptions
@@ -122,6 +122,7 @@ class SessionManagerBase(ReloadableSessionManager):
         self._closed = False
         self._closing: asyncio.Event | None = None
         self._invoked, self._invoked_multi_agents = set(), set()
+        self._synced = set()
         self._delayed: dict[str, asyncio.TimerHandle] = {}
         self._stopped: dict[str, MongoDBSessionError] = {}
         self._stopped_multi_agents = {}
@@ -198,7 +199,8 @@ class SessionManagerBase(ReloadableSessionManager):
         work = self._unit
         checked_id(agent.agent_id, "agent_id")
         work.prepare(agent)
-        self._restore(agent, **kwargs)
+        with work.restoring(agent):
+            self._restore(agent, **kwargs)
         work.keep_malformed_state(agent)
         if isinstance(agent, Agent):
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
@@ -276,6 +278,10 @@ class SessionManagerBase(ReloadableSessionManager):
         work.record_config(agent.agent_id, capture_config(agent))
         self._session.for_strands(super().sync_agent, agent, **kwargs)
         work.keep_messages(agent.agent_id, len(agent.messages))
+        if isinstance(agent, Agent):
+            self._synced.add(agent.agent_id)
+            if agent.agent_id not in self._invoked:
+                work.record_view(agent, capture_base(agent))
         self._recorded(agent)
 
     def _recorded(self, agent: LocalAgent) -> None:
@@ -444,6 +450,19 @@ class SessionManagerBase(ReloadableSessionManager):
         await self._repository.update_agent_config(session_id, agent_id, model, system_prompt, prompt_metadata)
         given = {"model": model, "system_prompt": system_prompt}
         self._unit.keep_config(agent_id, [name for name, value in given.items() if value is not None])
+
+    def _record_last_changes(self) -> None:
+        """Record the changes of agents since their last turn."""
+        if self._closed or self._work is None:
+            return
+        for agent_id, agent in tuple(self._agents.items()):
+            if not isinstance(agent, Agent) or agent_id in self._invoked or self._work.is_refused(agent_id):
+                continue
+            if agent_id in self._synced or self._work.has_other_state(agent):
+                with self._flusher.recording(agent):
+                    self.sync_agent(agent)
+            else:
+                self._work.record_view(agent, capture_base(agent))
 
     async def _aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Flush, deliver pending notifications, and close an owned connection. Runs on the loop of the client."""

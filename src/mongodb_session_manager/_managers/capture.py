@@ -6,6 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from strands import Agent
+from strands.agent.conversation_manager import (
+    ConversationManager,
+    SlidingWindowConversationManager,
+    SummarizingConversationManager,
+)
 from strands.types.agent import LocalAgent
 
 from .._format.documents import Document
@@ -28,6 +34,26 @@ def capture_config(agent: LocalAgent) -> CapturedConfig:
     config = agent.model.get_config() if hasattr(agent.model, "get_config") else None
     model_id = config.get("model_id") if isinstance(config, Mapping) else None
     return CapturedConfig(None if model_id is None else str(model_id), agent.system_prompt)
+
+
+_KNOWN_RESTORES = [
+    kind.restore_from_session
+    for kind in (ConversationManager, SlidingWindowConversationManager, SummarizingConversationManager)
+]
+
+
+def capture_base(agent: Agent) -> tuple[list[Any], int] | None:
+    """Return what restoring an agent gives without a view.
+
+    Returns:
+        The messages that its conversation manager prepends, and the number of the oldest stored messages that it leaves
+        out; `None` for a conversation manager that restores in another way than those of Strands.
+    """
+    manager = agent.conversation_manager
+    if type(manager).restore_from_session not in _KNOWN_RESTORES:
+        return None
+    summary = isinstance(manager, SummarizingConversationManager) and manager.get_state()["summary_message"]
+    return [summary] if summary else [], manager.removed_message_count
 
 
 def capture_metrics(agent: LocalAgent) -> Document | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
+from strands import Agent
+from strands.types.agent import LocalAgent
 from strands.types.session import SessionAgent, SessionMessage
 
 from .._format.bounded import Bounded
@@ -24,9 +27,13 @@ from .._format.documents import (
 )
 from .._format.ids import agent_key
 from .._format.malformed import log_malformed, messages_from, usable_field
+from .._format.view import View, shadow, shown
 from ..errors import MongoDBSessionError, StateTooLargeError, again
 from .capture import CapturedConfig, count_tool_calls
+from .live_messages import LiveMessages
 from .stored_messages import StoredMessages
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED = 1024
 """The number of new messages whose ids are remembered, in addition to those of the loaded messages."""
@@ -69,6 +76,12 @@ class RecordedAgent:
         stored = stored or {"next_message_id": 0}
         self._dates = {name: stored.get(name) for name in ("created_at", "updated_at")}
         path = f"agents.{agent_key(agent_id)}"
+        self.archive_revision: int = stored.get("archive_revision") or 0
+        self.view: View | None = stored.get("view")
+        self.live: LiveMessages | None = LiveMessages() if self.loaded is None else None
+        self.is_restoring = False
+        self._records: list[tuple[SessionMessage, Any]] = []
+        self._live_list: list[Any] | None = None
         self._load_messages(agent_id, stored, session_id)
         data: Document = usable_field(dict, stored.get("agent_data"), session_id, f"{path}.agent_data")
         self._state = {name: data.get(name) for name in (*STATE_FIELDS, "created_at")}
@@ -102,11 +115,14 @@ class RecordedAgent:
         found = list(messages_from(elements, self.first, session_id, agent_id, restoring=True))
         # By position. `None` represents an element that is not a message: it is kept, but not restored.
         self.messages: list[SessionMessage | None] | None = [message for message, _ in found]
-        known = [(message, document) for message, document in found if message is not None]
+        earlier = list(messages_from(stored.get("shown") or [], 0, session_id, agent_id, restoring=True))
+        self.shown = {message.message_id: message for message, _ in earlier if message is not None}
+        known = [(message, document) for message, document in (*earlier, *found) if message is not None]
         self.next_message_id: int = stored["next_message_id"]
-        remembered = max(_REMEMBERED, len(found))
+        remembered = max(_REMEMBERED, len(known))
         self.message_ids: Bounded[str, int] = Bounded(remembered)
         self.identities: Bounded[int, Identity] = Bounded(remembered)
+        self.versions: Bounded[int, Any] = Bounded(remembered)
         for message, document in known:
             self._remember(message.message_id, message.message.get("tracking_id"), document)
         last = self.messages[-1] if self.messages else None
@@ -121,6 +137,8 @@ class RecordedAgent:
         self.last = LastMessage.of(session_message.message)
         self.last_usage = message.get("event_loop_metrics") or {}
         self.newest_is_plain = not message.get("attachments")
+        if self.live is not None:
+            self.live.append(message_id, session_message.to_message())
         self._remember(message_id, self.last.tracking_id, message)
         self.next_message_id += 1
         if self.messages is not None:
@@ -146,8 +164,66 @@ class RecordedAgent:
         """Have a later restore use the newest recorded state."""
         self.loaded = self.newest()
 
+    def replace(self, session_message: SessionMessage, fields: Mapping[str, Any]) -> None:
+        """Remember new content of a message, and its stored fields."""
+        message_id = session_message.message_id
+        self.versions[message_id] = fields["updated_at"]
+        if message_id == self.next_message_id - 1:
+            self.last = LastMessage.of(session_message.to_message())
+        if self.live is not None:
+            redacts = session_message.redact_message is not None
+            self.live.replace(message_id, session_message.to_message(), redacts=redacts)
+
+    # Restoring.
+
+    def restored_from(self, first: int, messages: Iterable[SessionMessage | None]) -> None:
+        """Remember the messages that Strands restores, beginning at a position."""
+        if self.is_restoring:
+            found = (None if message is None else (message.message_id, message.to_message()) for message in messages)
+            self.live = LiveMessages.of(first, found)
+
+    def begin_view(self, view: View, session_id: str) -> list[SessionMessage]:
+        """Return the stored messages that a view shows, for Strands to restore; `end_restore` shows the live ones.
+
+        Strands repairs broken tool calls in what it restores, so the messages are copies until then.
+        """
+        tail = {message.message_id: message for message in self.messages or () if message is not None}
+        records = {n: record for n, record in self.shown.items() if n < view.after} | tail
+        messages = {n: record.to_message() for n, record in records.items()}
+        found, missing = shown(view, messages)
+        if missing:
+            logger.warning(
+                "session_id=<%r>, agent_id=<%r>, missing=<%d> | restoring an agent without live messages that are not "
+                "stored",
+                session_id,
+                self.agent_id,
+                missing,
+            )
+        self.live = LiveMessages.of(self.first, ((n, messages[n]) for n in tail))
+        self.live.show(view, found, {n: messages[n] for n in records if n < view.after})
+        self._live_list = [*(each.message for each in found), *(messages[n] for n in tail)]
+        self._records = [
+            (records[n], messages[n])
+            for n in dict.fromkeys([*(each.message_id for each in found), *tail])
+            if n in records
+        ]
+        for record, message in self._records:
+            _set_message(record, shadow(message))
+        return [record for record, _ in self._records]
+
+    def end_restore(self, agent: LocalAgent) -> None:
+        """Let the agent continue with the live messages of its view, if it has one."""
+        for record, message in self._records:
+            _set_message(record, message)
+        if isinstance(agent, Agent) and agent.model.stateful:  # its provider has the messages
+            self.live = None
+        elif self._live_list is not None:
+            agent.messages[:] = self._live_list
+        self.shown, self._records, self._live_list = {}, [], None
+
     def _remember(self, message_id: int, tracking_id: str | None, document: Mapping[str, Any]) -> None:
         self.identities[message_id] = Identity.of(document)
+        self.versions[message_id] = document.get("updated_at")
         if tracking_id is not None:
             self.message_ids[tracking_id] = message_id
 
@@ -188,6 +264,13 @@ class RecordedAgent:
         if error.pending:  # the next flush tries again
             self.too_large = None
         raise again(error)
+
+
+def _set_message(record: SessionMessage, message: Any) -> None:
+    if record.redact_message is None:
+        record.message = message
+    else:
+        record.redact_message = message
 
 
 def _is_malformed(name: str, stored: Any) -> bool:

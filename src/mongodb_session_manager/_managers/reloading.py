@@ -30,6 +30,7 @@ class ReloadableSessionManager(OrchestratorSessionManager):
     _work: UnitOfWork | None
     _agents: WeakValueDictionary[str, LocalAgent]
     _invoked: set[str]
+    _synced: set[str]
 
     @abstractmethod
     async def _loaded(self, document: Document) -> UnitOfWork: ...
@@ -64,6 +65,7 @@ class ReloadableSessionManager(OrchestratorSessionManager):
         if self._lease is not None:
             self._lease.pause()
         self._unit.close()
+        self._synced.clear()
         self._work = self._session.work = work
         # Strands' constructor: no agent is initialized, and nothing is known to be synchronized.
         RepositorySessionManager.__init__(self, self.session_id, self._session)

@@ -131,7 +131,10 @@ class MongoDBSessionManager(SessionManagerBase):
 
     def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         if self._closing is None or not self._closing.is_set():
-            self._connection.portal.call(self._aclose, notification_timeout)
+            try:
+                self._record_last_changes()
+            finally:
+                self._connection.portal.call(self._aclose, notification_timeout)
 
     def _hooked(self, operation: Operation, action: str, **argument: Any) -> Any:
         """Call an operation of the repository through the hook for the action."""

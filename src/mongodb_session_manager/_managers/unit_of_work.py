@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
@@ -21,11 +22,20 @@ from .._format.changes import (
     ObserveConfig,
     ReplaceMessage,
     SetMessageFields,
+    StoreView,
     UpdateAgent,
 )
 from .._format.codec import encode
 from .._format.dates import now
-from .._format.documents import Document, agent_state, message_body, new_agent, session_from, stored_message
+from .._format.documents import (
+    STATE_FIELDS,
+    Document,
+    agent_state,
+    message_body,
+    new_agent,
+    session_from,
+    stored_message,
+)
 from .._format.ids import agent_id_of, checked_count, checked_id
 from .._format.malformed import unusable_agents
 from .._format.multi_agents import MultiAgents
@@ -37,9 +47,10 @@ from ..errors import (
     StateTooLargeError,
 )
 from .capture import CapturedConfig
-from .recorded_agent import LastMessage, RecordedAgent
+from .recorded_agent import RecordedAgent
 
 if TYPE_CHECKING:
+    from strands import Agent
     from strands.multiagent import MultiAgentBase
 
 logger = logging.getLogger(__name__)
@@ -128,6 +139,10 @@ class UnitOfWork(SessionRepository):
                 agent.too_large = None
         self._log[:count] = [change for change in self._log[:count] if change.agent_id in kept]
 
+    def is_refused(self, agent_id: str) -> bool:
+        """Return whether the changes of an agent are refused."""
+        return any(agent.refusal is not None for agent in self._chosen(agent_id))
+
     def raise_refused(self, agent_id: str | None = None) -> None:
         """Raise the refusal of an agent's changes, or of any agent or orchestrator."""
         self.raise_refusal(agent_id)
@@ -168,11 +183,25 @@ class UnitOfWork(SessionRepository):
     def release(self, agent_id: str) -> None:
         """Drop an agent's loaded messages: the restored agent holds them."""
         agent = self._agents[agent_id]
-        agent.messages = agent.loaded = agent.last_appended = None
+        agent.messages = agent.last_appended = None
 
     def keep_messages(self, agent_id: str, count: int) -> None:
         """Drop all but the `count` newest stored messages of an agent from memory."""
         self._agents[agent_id].stored.keep(count)
+
+    @contextmanager
+    def restoring(self, agent: LocalAgent) -> Iterator[None]:
+        """Let Strands restore an agent; then show the live messages of its view."""
+        recorded = self._agents.get(agent.agent_id)
+        if recorded is None:
+            yield
+            return
+        recorded.is_restoring = True
+        try:
+            yield
+        finally:
+            recorded.is_restoring = False
+        recorded.end_restore(agent)
 
     def holds(self, agent_id: str) -> bool:
         """Return whether the session has an agent with that id, stored or recorded."""
@@ -210,6 +239,11 @@ class UnitOfWork(SessionRepository):
             state = agent_state(SessionAgent.from_agent(agent))
             stored.defaults = {name: state[name] for name in stored.malformed_state}
 
+    def has_other_state(self, agent: Agent) -> bool:
+        """Return whether the state of an agent is not the one that was loaded."""
+        loaded, current = self._agents[agent.agent_id].loaded, SessionAgent.from_agent(agent)
+        return loaded is not None and any(getattr(loaded, name) != getattr(current, name) for name in STATE_FIELDS)
+
     # Changes that Strands does not record.
 
     def record_config(self, agent_id: str, config: CapturedConfig) -> None:
@@ -239,6 +273,21 @@ class UnitOfWork(SessionRepository):
         identity = self.agent(agent_id).identities.get(message_id)
         self._record(SetMessageFields(agent_id, message_id, {"guardrail_event": stored}, identity))
         self._record(AddGuardrailEvent(agent_id, {**entry, "message_id": message_id, "agent_id": agent_id}))
+
+    def record_view(self, agent: Agent, base: tuple[list[Any], int] | None) -> None:
+        """Record the live messages of an agent if restoring it would give others.
+
+        `base` is what restoring it would give without a view, see `LiveMessages.change`.
+        """
+        recorded = self._agents[agent.agent_id]
+        if recorded.live is None or recorded.refusal is not None or agent.model.stateful:
+            return
+        expected = recorded.next_message_id
+        ids, versions = recorded.message_ids, recorded.versions
+        view = recorded.live.change(agent.messages, base, expected, ids.get, lambda n: versions.get(n, ...))
+        if view is not None:
+            self._record(StoreView(agent.agent_id, expected, view, recorded.archive_revision, now()))
+            recorded.too_large = None
 
     def record_metrics(self, agent_id: str, metrics: Document | None) -> None:
         """Record the metrics of an invocation at the last message it appended, if it appended any."""
@@ -346,9 +395,8 @@ class UnitOfWork(SessionRepository):
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
         self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
+        agent.replace(session_message, fields)
         agent.replace_stored(message_id, body)
-        if is_newest:
-            agent.last = LastMessage.of(session_message.to_message())
 
     def is_continuation(self, agent_id: str, message: Mapping[str, Any]) -> bool:
         """Return whether a message is the agent's last one with further content blocks."""
@@ -371,6 +419,8 @@ class UnitOfWork(SessionRepository):
         offset = checked_count(offset, "offset")
         limit = None if limit is None else checked_count(limit, "limit")
         messages, agent = self._loaded(agent_id), self.agent(agent_id)
+        if agent.is_restoring and agent.view is not None:
+            return agent.begin_view(agent.view, self.session_id)
         stored = agent.first + len(messages)
         if offset > stored:
             logger.warning(
@@ -391,6 +441,7 @@ class UnitOfWork(SessionRepository):
             messages = [*self._fetch(agent_id, offset, agent.first), *messages]
         else:
             messages = messages[offset - agent.first :]
+        agent.restored_from(offset, messages)
         return [message for message in messages[:limit] if message is not None]
 
     def corrected_offset(self, agent_id: str) -> int | None:

@@ -41,17 +41,23 @@ class Archive:
             DatabaseError: A message is missing.
             ReadAgainError: The session was written back or migrated concurrently.
         """
-        found = await self.read_buckets(place, wanted)
+        found = await self.read_buckets(place, wanted.items())
         try:
             return {key: _joined(place.session_id, found[key], begin, end) for key, (_, begin, end) in wanted.items()}
         except DatabaseError:
             await self.raise_if_moved(place, wanted)
             raise
 
-    async def read_buckets(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
-        """Return the buckets that hold archived messages, oldest first, from one query; `wanted` as for `read`."""
-        found: dict[str, dict[int, Document]] = {key: {} for key in wanted}
-        condition = {"$or": [holding_positions(place, key, *which) for key, which in wanted.items()]}
+    async def read_buckets(
+        self, place: Place, wanted: Iterable[tuple[str, tuple[Any, int, int]]]
+    ) -> dict[str, list[Document]]:
+        """Return the buckets that hold archived messages, oldest first, from one query.
+
+        `wanted` are the items of the argument of `read`; a key can occur several times.
+        """
+        ranges = list(wanted)
+        found: dict[str, dict[int, Document]] = {key: {} for key, _ in ranges}
+        condition = {"$or": [holding_positions(place, key, *which) for key, which in ranges]}
 
         async def read(archive: AsyncCollection) -> None:
             async for bucket in archive.find(condition, {"messages.event_loop_metrics": 0}):

@@ -102,6 +102,8 @@ class Mover:
             if head is not None:
                 if "conversation_manager_state" in write.data:
                     head = replace(head, removed=removed_messages({"agent_data": write.data}))
+                if write.view:
+                    head = replace(head, removed=write.view["after"])
                 if write.replaced:
                     head = replace(head, revision=head.revision + 1, certain=False)
                 if write.appended:

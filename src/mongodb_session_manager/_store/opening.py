@@ -6,18 +6,27 @@ import logging
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import ObjectId
 from pymongo import ReturnDocument
 
 from .._format.buckets import head_numbers
 from .._format.documents import Document, needs_upgrade, removed_messages
-from .._format.expressions import MALFORMED_AGENTS, entries_at, ids_left_out, malformed_at, restored, to_restore
+from .._format.expressions import (
+    MALFORMED_AGENTS,
+    entries_at,
+    ids_left_out,
+    malformed_at,
+    number_at,
+    restored,
+    to_restore,
+)
 from .._format.ids import agent_id_of, stored_id
 from .._format.layout import OF_V1, Place, live_at
 from .._format.malformed import log_malformed
 from .._format.retention import LIFE
+from .._format.view import Run, closest, needed_before
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
@@ -32,63 +41,87 @@ from .lease import Caller, Lease
 from .migration import HAS_PARTS, is_of_v1
 from .sessions import ROUNDS, ReadAgainError, read_consistently
 from .store import SessionStore
+from .view import add_archived, parse_views, shows_nothing
+from .view import wanted as ranges_of_view
 
 logger = logging.getLogger(__name__)
 
 _COPY_TIMEOUT = 10.0
 """The maximum number of seconds that opening waits for a session that is being imported or forked."""
 
-_RESTORE: Document = {
-    "session_id": 1,
-    "application_name": 1,
-    "session_type": 1,
-    "created_at": 1,
-    "updated_at": 1,
-    "multi_agents": 1,
-    **LIFE,
-    "removed_attachments": 1,
-    **dict.fromkeys(OF_V1, 1),
-    "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
-    "malformed_agents": MALFORMED_AGENTS,
-    # All agents. No restored agent needs the metrics of messages.
-    "agents": {
-        "$arrayToObject": {
-            "$map": {
-                "input": entries_at("$agents"),
-                "as": "agent",
-                "in": {
-                    "k": "$$agent.k",
-                    "v": {
-                        "agent_data": "$$agent.v.agent_data",
-                        "config_set": "$$agent.v.config_set",
-                        "updated_at": "$$agent.v.updated_at",
-                        "usage": "$$agent.v.usage",
-                        "malformed_messages": malformed_at("$$agent.v.messages", "array"),
-                        **head_numbers("$$agent.v"),
-                        "ids": ids_left_out("$$agent.v"),
-                        "messages": {
-                            "$map": {
-                                "input": to_restore("$$agent.v"),
-                                "as": "message",
-                                "in": restored("$$message"),
-                            }
+
+def _restored_messages(messages: Document) -> Document:
+    return {"$map": {"input": messages, "as": "message", "in": restored("$$message")}}
+
+
+def _restored_fields(*, with_views: bool) -> Document:
+    """Return the projection for the parts of a session that restoring needs."""
+    view = {"view": "$$agent.v.view", "shown": _restored_messages(needed_before("$$agent.v"))} if with_views else {}
+    return {
+        "session_id": 1,
+        "application_name": 1,
+        "session_type": 1,
+        "created_at": 1,
+        "updated_at": 1,
+        "multi_agents": 1,
+        **LIFE,
+        "removed_attachments": 1,
+        **dict.fromkeys(OF_V1, 1),
+        "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
+        "malformed_agents": MALFORMED_AGENTS,
+        # All agents. No restored agent needs the metrics of messages.
+        "agents": {
+            "$arrayToObject": {
+                "$map": {
+                    "input": entries_at("$agents"),
+                    "as": "agent",
+                    "in": {
+                        "k": "$$agent.k",
+                        "v": {
+                            "agent_data": "$$agent.v.agent_data",
+                            "config_set": "$$agent.v.config_set",
+                            "updated_at": "$$agent.v.updated_at",
+                            "usage": "$$agent.v.usage",
+                            "malformed_messages": malformed_at("$$agent.v.messages", "array"),
+                            **head_numbers("$$agent.v"),
+                            "archive_revision": number_at("$$agent.v.archive_revision"),
+                            "ids": ids_left_out("$$agent.v", with_view=with_views),
+                            "messages": _restored_messages(to_restore("$$agent.v", with_view=with_views)),
+                            **view,
                         },
                     },
-                },
+                }
             }
-        }
-    },
-}
+        },
+    }
 
 
-async def _find_or_create(fresh: Document, creates: bool, sessions: AsyncCollection) -> Document | None:
-    """Read a live session; with `creates`, create it if there is none."""
+_RESTORE = _restored_fields(with_views=True)
+_RESTORE_WITHOUT_VIEWS = _restored_fields(with_views=False)
+
+
+class _UnusableViewError(Exception):
+    """The view of an agent cannot be used: the session is read again without views."""
+
+
+class _Query(NamedTuple):
+    """What opening reads, whether it creates the session, and the lease that it takes."""
+
+    session_id: str
+    fields: Document
+    lease: Lease | None
+    caller: Caller | None
+    creates: bool
+
+
+async def _find_or_create(fresh: Document, query: _Query, sessions: AsyncCollection) -> Document | None:
+    """Read a live session; create it if there is none and the query allows it."""
     fields = {name: value for name, value in fresh.items() if name != "_id"}
     document: Document | None = await sessions.find_one_and_update(
         {"_id": fresh["_id"], **live_at(fresh["created_at"])},
         {"$setOnInsert": fields},
-        projection=_RESTORE,
-        upsert=creates,
+        projection=query.fields,
+        upsert=query.creates,
         return_document=ReturnDocument.AFTER,
     )
     return document
@@ -116,17 +149,21 @@ class Opening:
             SessionBusyError: Another manager has its turn.
             SessionNotFoundError: The session does not exist, and is not created.
         """
+        query = _Query(session_id, _RESTORE, lease, caller, creates)
         try:
             async with self._connection.operation():
-                return await read_consistently(session_id, lambda: self._open_once(session_id, lease, caller, creates))
+                with suppress(_UnusableViewError):
+                    return await read_consistently(session_id, lambda: self._open_once(query))
+                query = query._replace(fields=_RESTORE_WITHOUT_VIEWS)
+                return await read_consistently(session_id, lambda: self._open_once(query))
         except BaseException:
             if lease is not None and lease.is_held:
                 self._connection.start(lease.release())
             raise
 
-    async def _open_once(self, session_id: str, lease: Lease | None, caller: Caller | None, creates: bool) -> Document:
-        store = self._store
-        document = await self._create_or_read(session_id, lease, caller, creates)
+    async def _open_once(self, query: _Query) -> Document:
+        store, session_id = self._store, query.session_id
+        document = await self._create_or_read(query)
         # The result of the driver's own second attempt at an upsert has no computed fields.
         if document.get("has_parts") or document.keys() & OF_V1:
             await store.migration.migrate(session_id)
@@ -139,17 +176,29 @@ class Opening:
             agent["ids"] += map(stored_id, agent["messages"])
         of_old = [key for key, agent in agents.items() if needs_upgrade(agent)]
         gained = {} if not is_of_v1(document) else {"incarnation": ObjectId()}
-        if not await store.migration.migrate_agents(session_id, agents, of_old, gained):
+        is_shown = any(agents[key].get("view") is not None for key in of_old)
+        if not await store.migration.migrate_agents(session_id, agents, of_old, gained) or is_shown:
             raise ReadAgainError
+        if not parse_views(session_id, agents):
+            raise _UnusableViewError
         document |= gained
         store.expiry.learn(session_id, document)
         store.ensure_indexes()
         place = Place(session_id, document["incarnation"])
         await self._restore_archived(place, agents)
-        await store.attachments.restore(place, {agent_id_of(key): agent["messages"] for key, agent in agents.items()})
+        if any(map(shows_nothing, agents.values())):
+            raise _UnusableViewError
+        await self._restore_attachments(place, agents)
         if removed := document.pop("removed_attachments", None):
             self._connection.start(self._finish_removal(place, removed))
         return document
+
+    async def _restore_attachments(self, place: Place, agents: dict[str, Document]) -> None:
+        loaded = {key: [*agent.get("shown", ()), *agent["messages"]] for key, agent in agents.items()}
+        await self._store.attachments.restore(place, {agent_id_of(key): loaded[key] for key in agents})
+        for key, agent in agents.items():
+            count = len(agent.get("shown", ()))
+            agent["shown"], agent["messages"] = loaded[key][:count], loaded[key][count:]
 
     async def _finish_removal(self, place: Place, listed: Any) -> None:
         """Remove the attachments of replaced messages; log a failure."""
@@ -167,10 +216,16 @@ class Opening:
     async def _restore_archived(self, place: Place, agents: dict[str, Document]) -> None:
         """Prepend, to the messages of each agent, the archived messages that restoring it needs."""
         wanted = {}
+        views: dict[str, tuple[list[Run], bool]] = {}
         for key, agent in agents.items():
-            self._store.mover.learn(place.session_id, key, agent)
+            head = self._store.mover.learn(place.session_id, key, agent)
             removed, archived = removed_messages(agent), agent["archived"]
             agent["first"] = archived + agent["count"] - len(agent["messages"])
+            if agent.get("view") is not None:
+                if ranges := ranges_of_view(agent, head.is_regular):
+                    wanted[key] = (agent.get("created_at"), ranges[0][0], archived)
+                    views[key] = (ranges, head.is_regular)
+                continue
             if removed > archived + agent["count"]:
                 removed = 0  # the stored count is wrong: restoring logs a warning and restores all messages
             if removed < archived:
@@ -179,10 +234,19 @@ class Opening:
         if not wanted:
             return
         archive = self._store.archive
-        for key, buckets in (await archive.read_buckets(place, wanted)).items():
+        queried = [(key, which) for key, which in wanted.items() if key not in views]
+        queried += [
+            (key, (wanted[key][0], begin, end)) for key, (ranges, _) in views.items() for begin, end in closest(ranges)
+        ]
+        for key, buckets in (await archive.read_buckets(place, queried)).items():
             _, begin, end = wanted[key]
-            messages = present(buckets, begin, end)
-            if missing := end - begin - len(messages):
+            if key in views:
+                missing = add_archived(agents[key], buckets, *views[key])
+            else:
+                messages = present(buckets, begin, end)
+                missing = end - begin - len(messages)
+                agents[key]["messages"] = messages + agents[key]["messages"]
+            if missing:
                 await archive.raise_if_moved(place, wanted)
                 logger.warning(
                     "session_id=<%r>, agent=<%r>, missing=<%d> | restoring an agent without messages that are missing "
@@ -191,25 +255,23 @@ class Opening:
                     key,
                     missing,
                 )
-            agents[key]["messages"] = messages + agents[key]["messages"]
 
-    async def _create_or_read(
-        self, session_id: str, lease: Lease | None, caller: Caller | None, creates: bool
-    ) -> Document:
+    async def _create_or_read(self, query: _Query) -> Document:
         """Return the live session with an id; create it if there is none.
 
         Raises:
             SessionNotFoundError: There is none, and it is not created.
             SessionConflictError: The session is being imported or forked.
         """
+        session_id, lease, caller = query.session_id, query.lease, query.caller
         for _ in range(ROUNDS):
             try:
                 if lease is None:
                     document = await self._store.collection.send(
-                        partial(_find_or_create, self._fresh(session_id), creates)
+                        partial(_find_or_create, self._fresh(session_id), query)
                     )
                 else:
-                    document = await self._take(session_id, lease, caller, creates)
+                    document = await self._take(query, lease)
             except DuplicateKeyError:  # the session is not live or busy, or was created concurrently
                 if lease is not None:
                     await lease.wait(caller)
@@ -225,7 +287,7 @@ class Opening:
                 continue
             if document is not None:
                 return document
-            if creates:
+            if query.creates:
                 continue
             if lease is None or await self._store.sessions.find(session_id, {"_id": 1}) is None:
                 raise SessionNotFoundError(f"session {session_id!r} no longer exists")
@@ -235,16 +297,17 @@ class Opening:
     def _fresh(self, session_id: str) -> Document:
         return self._store.new_session(session_id, self._connection.now())
 
-    async def _take(self, session_id: str, lease: Lease, caller: Caller | None, creates: bool) -> Document | None:
+    async def _take(self, query: _Query, lease: Lease) -> Document | None:
         """Return the live session with an id, whose lease the same statement has taken."""
+        session_id, caller = query.session_id, query.caller
         if lease.has_waiters and not lease.is_held:
             await lease.wait(caller)
         moment, claim, fresh = self._connection.now(), lease.claim, self._fresh(session_id)
         condition = {"_id": fresh.pop("_id"), **live_at(moment), **claim.may_open(moment)}
         update = {"$setOnInsert": fresh, "$set": claim.fields(moment), "$inc": {"lease.fence": 1}}
-        fields = {**_RESTORE, "lease": 1}
+        fields = {**query.fields, "lease": 1}
         document = await self._store.collection.send(
-            lambda sessions: find_and_modify(sessions, condition, update, fields, upsert=creates)
+            lambda sessions: find_and_modify(sessions, condition, update, fields, upsert=query.creates)
         )
         if document is not None:
             lease.taken(document)

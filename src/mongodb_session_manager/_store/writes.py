@@ -12,12 +12,14 @@ from .._format.attachment_refs import references_of
 from .._format.changes import AgentWrite, Change, Identity, MessageWrite, fold, in_parts
 from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
 from .._format.documents import Document
+from .._format.expressions import number_at
 from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
 from .._format.malformed import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
-from .._format.statements import REMOVED, Update, compile_update
+from .._format.statements import REMOVED, Update, compile_update, removed_without
+from .._format.view import view_without
 from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
     DatabaseError,
@@ -381,6 +383,7 @@ class Flush:
     async def _count_change(self, changes: _ArchivedChange, write: AgentWrite) -> bool:
         """Increment `archive_revision`, which a write-back matches; return `False` if the write-back came first.
 
+        The view of the agent no longer shows the old content.
         Their old attachments have been removed, so `removed_attachments` of the session no longer needs them.
         """
         path = f"agents.{agent_key(write.agent_id)}"
@@ -389,10 +392,12 @@ class Flush:
             f"{path}.created_at": changes.since,
             f"{path}.archived": {"$gte": changes.archived},
         }
-        update: Document = {"$inc": {f"{path}.archive_revision": 1}}
+        sets: Document = {f"{path}.archive_revision": {"$add": [number_at(f"${path}.archive_revision"), 1]}}
+        if replaced := [n for (n, _), fields in changes.fields.items() if "message" in fields]:
+            sets[f"{path}.view"] = view_without(f"${path}", replaced)
         if write.outdated:
-            update["$pullAll"] = {REMOVED: write.outdated}
-        return await self._store.sessions.update(Update(condition, update, None))
+            sets[REMOVED] = removed_without(write.outdated)
+        return await self._store.sessions.update(Update(condition, [{"$set": sets}], None))
 
     # Storing the parts that fit.
 

@@ -1,0 +1,356 @@
+"""`LiveMessages`: what restoring an agent would give, and the view that is stored if its live messages differ.
+
+The comparison takes O(window) once a turn. It is fast because a copy of the containers of a message shares all leaves
+with the message: comparing two equal strings that are the same object takes no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from .._format.codec import encode
+from .._format.documents import Document
+from .._format.view import BLOCK_DEPTH, VIEW_DEPTH, Item, Shown, View, runs_of, shadow
+
+_KEPT = 512
+"""The number of stored messages that are remembered although they are not live: an application can show them again."""
+
+_QUOTE = 32
+"""Two texts are related if one contains the beginning of the other, of this many characters."""
+
+_NO_MESSAGE = -1
+
+
+class LiveMessages:
+    """The messages that restoring an agent gives now, as the recorded changes leave them.
+
+    Args:
+        first: The position of the first stored message that is known.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self._first = first
+        self._order: list[int] = []
+        self._stored: dict[int, Any] = {}
+        self._former: dict[int, list[Any]] = {}
+        self._redacted: set[int] = set()
+        self._view: View | None = None
+        self._shown: list[Shown] = []
+
+    @classmethod
+    def of(cls, first: int, messages: Iterable[tuple[int, Any] | None]) -> LiveMessages:
+        """Return the live messages of an agent that is restored without a view.
+
+        Args:
+            first: The position of the first message.
+            messages: Ids and messages; `None` for an element that is not restored.
+        """
+        live = cls(first)
+        for found in messages:
+            if found is None:
+                live._order.append(_NO_MESSAGE)
+            else:
+                live.append(*found)
+        return live
+
+    def show(self, view: View, shown: Iterable[Shown], stored: Mapping[int, Any]) -> None:
+        """Begin with a view and what its items show; `stored` are the loaded messages before `after`."""
+        self._view = view
+        self._stored = {n: shadow(message) for n, message in stored.items()} | self._stored
+        self._shown = [each._replace(message=shadow(each.message)) for each in shown]
+
+    def append(self, message_id: int, message: Any) -> None:
+        """Add a message that is appended."""
+        self._order.append(message_id)
+        self._stored[message_id] = shadow(message)
+
+    def replace(self, message_id: int, message: Any, *, redacts: bool) -> None:
+        """Change a message whose content is replaced: the view shows it as it is stored then."""
+        new = shadow(message)
+        if redacts:
+            self._redacted.add(message_id)
+        former = self._former.setdefault(message_id, [])
+        if (old := self._stored.get(message_id)) is not None:
+            former.append(old)
+            self._stored[message_id] = new
+        if self._view is None:
+            return
+        found: list[Shown] = []
+        for each in self._shown:
+            if each.item is not None and message_id in each.item.of:
+                former.append(each.message)
+                found += [Shown(self._stored.get(n), None, n) for n in each.item.of]
+            elif each.item is None and each.message_id == message_id:
+                found.append(each._replace(message=new))
+            else:
+                found.append(each)
+        self._shown = found
+        self._view = self._view.without_content_of({message_id})
+
+    # Comparing.
+
+    def change(
+        self,
+        messages: Sequence[Any],
+        base: tuple[Sequence[Any], int] | None,
+        next_id: int,
+        id_of: Callable[[str], int | None],
+        version_of: Callable[[int], Any],
+    ) -> Document | None:
+        """Return the view to store, `{}` to remove the stored one, or `None` if restoring gives the live messages.
+
+        Args:
+            messages: The live messages.
+            base: What restoring gives without a view: the messages that the conversation manager prepends, and the
+                number of the oldest stored messages that it leaves out; `None` if that is unknown.
+            next_id: The id of the next message.
+            id_of: Returns the id of the stored message with a tracking id.
+            version_of: Returns the stored `updated_at` of a message, `...` if it is unknown. Only a message of a known
+                version can be shown in another form: another writer might have redacted it.
+
+        Raises:
+            EncodingError: A live message holds a value that cannot be stored.
+        """
+        without_view = None if base is None else self._without_view(*base)
+        expected = without_view if self._view is None else self._with_view()
+        if expected is not None and self._are_same(messages, expected):
+            if base is not None and self._view is None:
+                self._drop_before(base[1])
+            return None
+        if without_view is not None and self._are_same(messages, without_view):
+            self._view, self._shown = None, []
+            return {}
+        found = _Match(self, messages, id_of, version_of).found
+        count = self._count_tail(found)
+        view = View(found[-count].message_id or 0 if count else next_id, _items_of(found[: len(found) - count]))
+        if view == self._view:
+            return None
+        self._view = view
+        self._shown = [each._replace(message=shadow(each.message)) for each in found[: len(found) - count]]
+        self._drop_unused(view)
+        return view.document()
+
+    def _without_view(self, prepended: Sequence[Any], removed: int) -> list[tuple[int | None, Any]] | None:
+        at = removed - self._first
+        if not 0 <= at <= len(self._order):
+            return None
+        ids = self._order[at:]
+        found = [(n, self._stored.get(n)) for n in ids if n != _NO_MESSAGE]
+        if any(message is None for _, message in found):
+            return None
+        return [*((None, message) for message in prepended), *found]
+
+    def _with_view(self) -> list[tuple[int | None, Any]]:
+        assert self._view is not None
+        after = self._view.after
+        tail = [(n, self._stored[n]) for n in self._order if n >= after]
+        return [*((None if each.item is not None else each.message_id, each.message) for each in self._shown), *tail]
+
+    def _are_same(self, messages: Sequence[Any], expected: Sequence[tuple[int | None, Any]]) -> bool:
+        if len(messages) != len(expected):
+            return False
+        return all(
+            live == known or (n is not None and self.is_same(live, n))
+            for live, (n, known) in zip(messages, expected, strict=True)
+        )
+
+    def is_same(self, live: Any, message_id: int) -> bool:
+        """Return whether a live message is a stored one, or an earlier version of it.
+
+        A stored message without tracking id gets one when its agent is invoked.
+        """
+        known = self._stored.get(message_id)
+        if known is not None and type(live) is dict and "tracking_id" in live and "tracking_id" not in known:
+            if {name: value for name, value in live.items() if name != "tracking_id"} == known:
+                known["tracking_id"] = live["tracking_id"]
+                return True
+            return False
+        return live == known or any(live == former for former in self._former.get(message_id, ()))
+
+    def _count_tail(self, found: Sequence[Shown]) -> int:
+        """Return how many of the last live messages are the last stored ones, in order."""
+        newest = (n for n in reversed(self._order) if n != _NO_MESSAGE)
+        count = 0
+        for each in reversed(found):
+            if each.item is not None or each.message_id != next(newest, None):
+                break
+            count += 1
+        return count
+
+    def _drop_before(self, removed: int) -> None:
+        """Forget the oldest messages, which the conversation manager has removed."""
+        if (count := removed - self._first) > 0:
+            for n in self._order[:count]:
+                self._stored.pop(n, None)
+                self._former.pop(n, None)
+            del self._order[:count]
+            self._first = removed
+
+    def _drop_unused(self, view: View) -> None:
+        """Forget stored messages that the view does not show, except the newest ones."""
+        used = {n for item in view.items for a, b in item.loaded for n in range(a, b + 1)}
+        unused = [n for n in self._stored if n < view.after and n not in used]
+        for n in unused[:-_KEPT]:
+            del self._stored[n]
+            self._former.pop(n, None)
+        # A message that is only shown with other content can be large: it was shortened.
+        for n in {n for item in view.items for n in item.of} - used:
+            self._stored.pop(n, None)
+
+    # What the matching of live messages with stored ones needs.
+
+    @property
+    def stored(self) -> Mapping[int, Any]:
+        """The known stored messages, by id."""
+        return self._stored
+
+    @property
+    def shown(self) -> Sequence[Shown]:
+        """The messages that the items of the current view show."""
+        return self._shown
+
+    def is_redacted(self, message_id: int) -> bool:
+        """Return whether a message was redacted: the live message can still have the original content."""
+        return message_id in self._redacted
+
+    def versions(self, message_id: int) -> Iterator[Any]:
+        """Yield the current and the earlier versions of a stored message."""
+        if (current := self._stored.get(message_id)) is not None:
+            yield current
+        yield from self._former.get(message_id, ())
+
+
+class _Match:
+    """Finds the stored message of each live one."""
+
+    def __init__(
+        self,
+        live: LiveMessages,
+        messages: Sequence[Any],
+        id_of: Callable[[str], int | None],
+        version_of: Callable[[int], Any],
+    ) -> None:
+        self._live = live
+        self._id_of = id_of
+        self._version_of = version_of
+        self._live_ids = {message.get("tracking_id") for message in messages if type(message) is dict} - {None}
+        self._used: set[int] = set()
+        self._by_tracking_id: dict[Any, list[int]] = {}
+        for n, message in live.stored.items():
+            self._by_tracking_id.setdefault(message.get("tracking_id"), []).append(n)
+        self._made: dict[Any, list[Shown]] = {}
+        for each in live.shown:
+            if each.item is not None:
+                self._made.setdefault(each.message.get("tracking_id"), []).append(each)
+        self.found = [shown for message in messages if type(message) is dict for shown in self._shown(message)]
+
+    def _shown(self, message: Document) -> list[Shown]:
+        tracking_id = message.get("tracking_id")
+        if type(tracking_id) not in (str, type(None)):
+            tracking_id = None
+        own = self._by_tracking_id.get(tracking_id, [])
+        candidates = own if tracking_id is None else [*own, *self._by_tracking_id.get(None, ())]
+        same = [n for n in candidates if self._live.is_same(message, n)]
+        if same:
+            return [self._stored(next((n for n in same if n not in self._used), same[0]))]
+        for each in self._made.get(tracking_id, ()):
+            if each.message == message:
+                return [each]
+        if tracking_id is None:
+            return self._edited(message, None)
+        stored = next((n for n in own if n not in self._used), own[0] if own else None)
+        return self._edited(message, self._id_of(tracking_id) if stored is None else stored)
+
+    def _stored(self, message_id: int) -> Shown:
+        self._used.add(message_id)
+        return Shown(self._live.stored[message_id], None, message_id)
+
+    def _edited(self, message: Document, own: int | None) -> list[Shown]:
+        """Return a message with other content; one that shows a redacted message is shown as it is stored."""
+        item = self._item(message, own)
+        at = tuple(map(self._version_of, item.of))
+        if ... not in at and not any(map(self._live.is_redacted, item.of)):
+            if own is not None:
+                self._used.add(own)
+            return [Shown(message, item._replace(at=at), own)]
+        return [Shown(self._live.stored.get(n, message), None, n) for n in item.of]
+
+    def _item(self, message: Document, own: int | None) -> Item:
+        content = message.get("content")
+        if type(content) is not list or not all(type(block) is dict for block in content):
+            encoded = encode(message, depth=VIEW_DEPTH, name="message")
+            return Item(message=encoded, of=() if own is None else (own,))
+        fields = {name: value for name, value in message.items() if name != "content"}
+        encoded = encode(fields, depth=VIEW_DEPTH, name="message")
+        blocks: list[Any] = []
+        uses: set[int] = set()
+        of = set() if own is None else {own}
+        for position, block in enumerate(content):
+            place = self._place_of(block, position, own)
+            if place is not None:
+                uses.add(place[0])
+                blocks.append(list(place))
+            else:
+                of.update(self._related(block))
+                blocks.append(encode(block, depth=BLOCK_DEPTH, name="message.content"))
+        of |= uses
+        first = [] if own is None else [own]
+        ids = (*first, *sorted(of - set(first)))
+        return Item(message=encoded, content=blocks, of=ids, uses=tuple(sorted(uses)))
+
+    def _place_of(self, block: Any, position: int, own: int | None) -> tuple[int, int] | None:
+        """Return where a block is stored: the id of a message, and the position in its content."""
+        others = (n for n in reversed(self._live.stored) if n != own)
+        for n in (*(() if own is None else (own,)), *islice(others, _KEPT)):
+            stored = self._live.stored.get(n)
+            content = () if stored is None else stored.get("content", ())
+            if n == own and position < len(content) and content[position] == block:
+                return n, position
+            for at, other in enumerate(content):
+                if other == block:
+                    return n, at
+        return None
+
+    def _related(self, block: Document) -> Iterator[int]:
+        """Yield the messages that are not live, or redacted, whose text or tool result a block seems to show."""
+        texts = list(_texts_of(block))
+        for n, stored in self._live.stored.items():
+            is_redacted = self._live.is_redacted(n)
+            if not is_redacted and stored.get("tracking_id") in self._live_ids:
+                continue
+            least = 4 if is_redacted else _QUOTE
+            if any(_is_quoted(texts, version.get("content"), least) for version in self._live.versions(n)):
+                yield n
+
+
+def _is_quoted(texts: Sequence[str], content: Any, least: int) -> bool:
+    quoted = (text[:_QUOTE] for text in _texts_of(content) if len(text) >= least)
+    return any(quote in text for quote in quoted for text in texts)
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    if type(value) is str:
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_of(item)
+
+
+def _items_of(found: Iterable[Shown]) -> tuple[Item, ...]:
+    items: list[Item] = []
+    ids: list[int] = []
+    for each in found:
+        if each.item is None:
+            assert each.message_id is not None
+            ids.append(each.message_id)
+            continue
+        if ids:
+            items.append(Item(runs_of(ids)))
+            ids = []
+        items.append(each.item)
+    return (*items, Item(runs_of(ids))) if ids else tuple(items)

@@ -1,0 +1,689 @@
+"""What was live is what is restored, whoever edits `agent.messages`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from bson import json_util
+from hypothesis import given
+from hypothesis import strategies as st
+from strands import Agent, tool
+from strands._context_manager.strategies.offload import Offload
+from strands.agent.conversation_manager import (
+    NullConversationManager,
+    SlidingWindowConversationManager,
+    SummarizingConversationManager,
+)
+from strands.agent.conversation_manager.compression.pin_message import pin_message
+from strands.hooks import AfterInvocationEvent, BeforeModelCallEvent
+from strands.storage import InMemoryStorage
+from strands.types.exceptions import ContextWindowOverflowException
+
+from fix_archive import told
+from mongodb_session_manager import InvalidArgumentError, MongoDBSessionManagerFactory, StateTooLargeError
+from mongodb_session_manager.demo import ScriptedModel
+from support import CommandLog, agent, texts
+
+Documents = Any
+
+
+def restored(factory: MongoDBSessionManagerFactory, session_id: str = "s", **options: Any) -> Agent:
+    return agent(factory.create_session_manager(session_id), **options)
+
+
+def turns(factory: MongoDBSessionManagerFactory, count: int = 3, **options: Any) -> tuple[Any, Agent]:
+    """Return a manager and its agent after some turns: messages q0, a0, q1, a1, ..."""
+    manager = factory.create_session_manager("s")
+    live = agent(manager, *(f"a{n}" for n in range(count + 10)), **options)
+    for n in range(count):
+        live(f"q{n}")
+    return manager, live
+
+
+def view_of(stored: Documents) -> Any:
+    return stored.find_one("s")["agents"]["agent"].get("view")
+
+
+def test_nothing_is_stored_while_nothing_was_edited(factory: MongoDBSessionManagerFactory, stored: Documents) -> None:
+    manager, live = turns(factory)
+    manager.close()
+    assert view_of(stored) is None
+    assert restored(factory).messages == live.messages
+
+
+def clear(messages: list[Any]) -> None:
+    messages.clear()
+
+
+def say(messages: list[Any]) -> None:
+    messages.append({"role": "user", "content": [{"text": "never said"}]})
+
+
+def drop_last_turn(messages: list[Any]) -> None:
+    del messages[-2:]
+
+
+def drop_first_turn(messages: list[Any]) -> None:
+    del messages[:2]
+
+
+def edit_text(messages: list[Any]) -> None:
+    messages[1]["content"][0]["text"] = "edited"
+
+
+def pin(messages: list[Any]) -> None:
+    pin_message(messages, 0)
+
+
+def reverse(messages: list[Any]) -> None:
+    messages.reverse()
+
+
+def repeat(messages: list[Any]) -> None:
+    messages.extend(copy.deepcopy(messages[:2]))
+
+
+def merge(messages: list[Any]) -> None:
+    messages[2:4] = [{**messages[0], "content": [*messages[0]["content"], *messages[3]["content"]]}]
+
+
+EDITS = [clear, say, drop_last_turn, drop_first_turn, edit_text, pin, reverse, repeat, merge]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("manager_of", [NullConversationManager, SlidingWindowConversationManager])
+def test_an_edit_is_restored(
+    factory: MongoDBSessionManagerFactory, edit: Callable[[list[Any]], None], manager_of: type
+) -> None:
+    manager, live = turns(factory, conversation_manager=manager_of())
+    edit(live.messages)
+    manager.close()
+    again = restored(factory, conversation_manager=manager_of())
+    assert again.messages == live.messages
+    again = agent(factory.create_session_manager("s"), "later", conversation_manager=manager_of())
+    again("and now?")
+    assert restored(factory, conversation_manager=manager_of()).messages == again.messages
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_between_turns_is_restored(
+    factory: MongoDBSessionManagerFactory, stored: Documents, edit: Callable[[list[Any]], None]
+) -> None:
+    _, live = turns(factory)
+    edit(live.messages)
+    live("next")
+    live("and one more")
+    assert restored(factory).messages == live.messages
+    assert texts(stored.find_one("s")["agents"]["agent"]["messages"])[:6] == ["q0", "a0", "q1", "a1", "q2", "a2"]
+
+
+# Who edits.
+
+
+@tool
+def tell() -> str:
+    """Tell a long story."""
+    return "once upon a time " * 60
+
+
+TELL = {"tool": "tell", "input": {}}
+
+
+def overflow() -> Exception:
+    return ContextWindowOverflowException("the input is too long")
+
+
+def reply_to(*replies: Any) -> list[Any]:
+    return [*replies, "later"]
+
+
+def test_a_summary_with_pinned_messages_is_restored(factory: MongoDBSessionManagerFactory) -> None:
+    def keeper() -> Any:
+        return SummarizingConversationManager(summary_ratio=0.5, preserve_recent_messages=2, pin_first=1)
+
+    replies = ["a0", "a1", "a2", overflow(), "the summary", "a3", "a4", overflow(), "another summary", "a5"]
+    live = agent(factory.create_session_manager("s"), *replies, conversation_manager=keeper())
+    for n in range(6):
+        live(f"q{n}")
+        again = restored(factory, conversation_manager=keeper())
+        assert again.messages == live.messages
+    assert "q0" in texts(live.messages)
+    assert "another summary" in texts(live.messages)
+
+
+def test_a_summary_alone_needs_no_view(factory: MongoDBSessionManagerFactory, stored: Documents) -> None:
+    keeper = SummarizingConversationManager(summary_ratio=0.5, preserve_recent_messages=2)
+    replies = ["a0", "a1", overflow(), "the summary", "a2"]
+    live = agent(factory.create_session_manager("s"), *replies, conversation_manager=keeper)
+    for n in range(3):
+        live(f"q{n}")
+    assert "the summary" in texts(live.messages)
+    assert view_of(stored) is None
+
+
+def test_a_window_with_pinned_messages_is_restored_after_each_turn(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    def keeper() -> Any:
+        return SlidingWindowConversationManager(4, pin_first=1)
+
+    live = agent(factory.create_session_manager("s"), *"abcdefgh", conversation_manager=keeper())
+    for n in range(6):
+        live(f"q{n}")
+        assert restored(factory, conversation_manager=keeper()).messages == live.messages
+    assert texts(live.messages)[0] == "q0"
+    again = agent(factory.create_session_manager("s"), "i", "j", conversation_manager=keeper())
+    again("q6")
+    again("q7")
+    assert texts(again.messages)[0] == "q0"
+    assert restored(factory, conversation_manager=keeper()).messages == again.messages
+    assert "q3" not in str(view_of(stored))  # references, not copies
+
+
+@pytest.mark.filterwarnings("ignore:Agent-level storage is set")
+@pytest.mark.parametrize("options", [{}, {"storage": True}])
+def test_what_context_strategies_have_cut_stays_cut(
+    factory: MongoDBSessionManagerFactory, stored: Documents, options: dict[str, Any]
+) -> None:
+    def make(*replies: Any) -> Agent:
+        manager = factory.create_session_manager("s")
+        strategies = {
+            "strategies": [
+                Offload.truncate("tool_results", {"preview_tokens": 10}).when(threshold=20),
+                Offload.drop("assistant_text").when(utilization=0.0, preserve_recent=1),
+            ]
+        }
+        model = ScriptedModel(replies)
+        model.update_config(context_window_limit=100_000)
+        storage = {"storage": InMemoryStorage()} if options else {}
+        return Agent(
+            model=model,
+            agent_id="agent",
+            session_manager=manager,
+            callback_handler=None,
+            tools=[tell],
+            context_manager=strategies,
+            **storage,
+        )
+
+    live = make(TELL, "a story", TELL, "another", "the end", "really")
+    for question in ("tell", "again", "so?", "and?"):
+        live(question)
+        assert make().messages == live.messages
+    assert str(live.messages).count("once upon a time") < 60
+    assert len(live.messages) < len(stored.find_one("s")["agents"]["agent"]["messages"])
+    assert "once upon a time " * 40 not in str(view_of(stored))
+
+
+def test_a_tool_result_that_was_shortened_after_an_overflow_stays_short(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    live = agent(factory.create_session_manager("s"), TELL, "a story", overflow(), "long", "bye", tools=[tell])
+    live("tell")
+    live("how was it?")
+    assert "[truncated:" in str(live.messages)
+    again = restored(factory, tools=[tell])
+    assert again.messages == live.messages
+    assert str(stored.find_one("s")["agents"]["agent"]["messages"]).count("once upon a time") == 60
+    again("and?")
+    assert restored(factory, tools=[tell]).messages == again.messages
+
+
+def test_a_regenerated_turn_is_restored_and_the_first_answer_is_kept(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    _, live = turns(factory, 2)
+    del live.messages[-2:]
+    live("q1 again")
+    assert texts(live.messages) == ["q0", "a0", "q1 again", "a2"]
+    assert texts(restored(factory).messages) == ["q0", "a0", "q1 again", "a2"]
+    assert told(factory._call(factory._repository.list_messages, "s", "agent")) == [
+        *("q0", "a0", "q1", "a1", "q1 again", "a2")
+    ]
+
+
+def test_a_state_that_was_set_after_the_last_turn_is_stored_by_close(factory: MongoDBSessionManagerFactory) -> None:
+    manager, live = turns(factory, 1)
+    live.state.set("mood", "good")
+    manager.close()
+    manager = factory.create_session_manager("s")
+    again = agent(manager)
+    assert again.state.get("mood") == "good"
+    again.state.set("mood", "better")
+    again.messages.pop()
+    manager.close()  # without a turn
+    assert restored(factory).state.get("mood") == "better"
+    assert texts(restored(factory).messages) == ["q0"]
+
+
+@pytest.mark.anyio
+async def test_closing_an_asynchronous_manager_stores_the_last_changes(factory: MongoDBSessionManagerFactory) -> None:
+    async with factory.create_session_manager_async("s") as manager:
+        live = agent(manager, "a0")
+        await live.invoke_async("q0")
+        live.state.set("mood", "good")
+        live.messages.pop(0)
+    async with factory.create_session_manager_async("s") as manager:
+        again = agent(manager)
+        assert texts(again.messages) == ["a0"]
+        assert again.state.get("mood") == "good"
+
+
+def test_closing_after_a_restore_sends_nothing(factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
+    turns(factory)[0].close()
+    manager = factory.create_session_manager("s")
+    live = agent(manager)
+    commands.clear()
+    manager.close()
+    assert commands.names == []
+    assert len(live.messages) == 6
+
+
+def test_an_edit_takes_no_further_command(factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
+    manager, live = turns(factory)
+    pin_message(live.messages, 0)
+    commands.clear()
+    live("next")
+    assert commands.names == ["update"] * 2
+    live("next")
+    assert commands.names == ["update"] * 4
+    manager.close()
+    assert commands.names == ["update"] * 4
+
+
+def test_restoring_a_view_takes_one_command(factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
+    manager, live = turns(factory)
+    live.messages[:] = [live.messages[4], live.messages[1]]
+    manager.close()
+    commands.clear()
+    assert texts(restored(factory).messages) == ["q2", "a0"]
+    assert commands.names == ["findAndModify"]
+
+
+def test_archived_messages_of_a_view_take_one_more_command(server: str, database: str, commands: CommandLog) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=4, event_listeners=[commands]) as factory:
+        manager, live = turns(factory, 12, conversation_manager=NullConversationManager())
+        manager.close()
+        live = restored(factory, conversation_manager=NullConversationManager())
+        manager = live._session_manager
+        pin_message(live.messages, 0)
+        live.messages[1:18] = [live.messages[9], live.messages[3]]
+        manager.close()
+        commands.clear()
+        again = restored(factory, conversation_manager=NullConversationManager())
+        assert again.messages == live.messages
+        assert [name for name in commands.names if name != "aggregate"] == ["findAndModify", "find"]
+
+
+def test_another_hook_edits_after_the_invocation(factory: MongoDBSessionManagerFactory) -> None:
+    class Trims:
+        def register_hooks(self, registry: Any, **kwargs: Any) -> None:
+            registry.add_callback(AfterInvocationEvent, lambda event: event.agent.messages.__delitem__(slice(0, -2)))
+
+    manager, live = turns(factory, hooks=[Trims()])
+    assert texts(live.messages) == ["q2", "a2"]
+    manager.close()
+    assert texts(restored(factory).messages) == ["q2", "a2"]
+
+
+def test_agents_of_one_session_have_views_of_their_own(factory: MongoDBSessionManagerFactory) -> None:
+    manager = factory.create_session_manager("s")
+    one, two = (agent(manager, "a0", "a1", agent_id=name) for name in ("one.1", "two"))
+    for live in (one, two):
+        live("q0")
+        live("q1")
+    one.messages.pop(0)
+    two.messages.clear()
+    manager.close()
+    manager = factory.create_session_manager("s")
+    assert texts(agent(manager, agent_id="one.1").messages) == ["a0", "q1", "a1"]
+    assert agent(manager, agent_id="two").messages == []
+
+
+def test_a_view_is_removed_when_restoring_gives_the_live_messages_without_it(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    _, live = turns(factory)
+    kept = live.messages[:2]
+    del live.messages[:2]
+    live("next")
+    assert view_of(stored) is not None
+    live.messages[:0] = kept
+    live("and back")
+    assert view_of(stored) is None
+    assert restored(factory).messages == live.messages
+
+
+def test_a_view_that_is_too_large_is_refused_by_name(
+    factory: MongoDBSessionManagerFactory, stored: Documents, large: None
+) -> None:
+    manager, live = turns(factory, 1)
+    live.messages += [{"role": "user", "content": [{"text": "x" * (9 << 20)}]} for _ in range(2)]
+    with pytest.raises(StateTooLargeError, match="view of agent 'agent' was not stored"):
+        live("next")
+    assert view_of(stored) is None
+    live("told once")
+    assert told(factory._call(factory._repository.list_messages, "s", "agent"))[-2:] == ["told once", "a2"]
+    del live.messages[2:4]
+    live("smaller")
+    manager.close()
+    assert restored(factory).messages == live.messages
+
+
+# Redaction.
+
+SECRET = "my card is 4111-1111-1111-1111, please"
+
+
+def redact(factory: MongoDBSessionManagerFactory, message_id: int) -> None:
+    read, update = factory._repository.read_message, factory._repository.update_message
+    message = factory._call(read, "s", "agent", message_id)
+    message.redact_message = {"role": "user", "content": [{"text": "[redacted]"}]}
+    factory._call(update, "s", "agent", message)
+
+
+def everything(stored: Documents) -> str:
+    database = stored.database
+    return str([list(database[name].find()) for name in database.list_collection_names()])
+
+
+def edited_secret(factory: MongoDBSessionManagerFactory) -> tuple[Any, Agent]:
+    manager = factory.create_session_manager("s")
+    live = agent(manager, *(f"a{n}" for n in range(12)), conversation_manager=NullConversationManager())
+    live(SECRET)
+    live("q1")
+    live.messages[0]["content"] = [{"text": "shortened: " + SECRET[:-3]}]
+    live("q2")
+    return manager, live
+
+
+@pytest.mark.parametrize("embedded", [1, 128])
+def test_redacting_a_message_reaches_the_view(server: str, database: str, stored: Documents, embedded: int) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=embedded) as factory:
+        manager, live = edited_secret(factory)
+        manager.close()
+        assert restored(factory, conversation_manager=NullConversationManager()).messages == live.messages
+        assert "shortened" in str(view_of(stored))
+        redact(factory, 0)
+        assert "4111" not in everything(stored)
+        again = restored(factory, conversation_manager=NullConversationManager())
+        assert texts(again.messages) == ["[redacted]", "a0", "q1", "a1", "q2", "a2"]
+
+
+@pytest.mark.parametrize("embedded", [1, 128])
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_message_that_somebody_else_redacts_does_not_come_back(
+    server: str, database: str, stored: Documents, embedded: int, is_later: bool
+) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=embedded) as factory:
+        _, live = edited_secret(factory)
+        redact(factory, 0)
+        if is_later:
+            live.messages[0]["content"] = [{"text": "shorter: " + SECRET[:-5]}]
+        live.messages.insert(1, {"role": "assistant", "content": [{"text": "inserted"}]})
+        live("q3")
+        assert "4111" not in everything(stored)
+        assert texts(restored(factory, conversation_manager=NullConversationManager()).messages)[:3] == [
+            *("[redacted]", "inserted", "a0")
+        ]
+
+
+def test_a_message_that_the_manager_replaces_is_restored_with_the_new_content(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    manager, live = edited_secret(factory)
+    message = factory._call(factory._repository.read_message, "s", "agent", 0)
+    message.redact_message = {"role": "user", "content": [{"text": "[redacted]"}]}
+    manager._work.update_message("s", "agent", message)
+    live("q3")
+    assert "4111" not in everything(stored)
+    again = restored(factory, conversation_manager=NullConversationManager())
+    assert texts(again.messages)[:2] == ["[redacted]", "a0"]
+
+
+def test_merged_messages_lose_what_was_redacted(factory: MongoDBSessionManagerFactory, stored: Documents) -> None:
+    manager = factory.create_session_manager("s")
+    live = agent(manager, *"abcdef", conversation_manager=NullConversationManager())
+    live("q0")
+    live(SECRET)
+    merged = [*live.messages[0]["content"], {"text": "also said: " + SECRET[:-3]}]
+    live.messages[:] = [{**live.messages[0], "content": merged}, live.messages[-1]]
+    live("q2")
+    assert "also said" in str(view_of(stored))
+    redact(factory, 2)
+    assert "4111" not in everything(stored)
+    again = restored(factory, conversation_manager=NullConversationManager())
+    assert texts(again.messages) == ["q0", "[redacted]", "b", "q2", "c"]
+
+
+# Copies.
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("copy_of", ["fork", "export", "write back"])
+def test_copies_restore_the_live_messages(
+    server: str, database: str, edit: Callable[[list[Any]], None], copy_of: str
+) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=2) as factory:
+        manager, live = turns(factory, 4, conversation_manager=NullConversationManager())
+        edit(live.messages)
+        manager.close()
+        if copy_of == "fork":
+            factory.fork_session("s", "t")
+        elif copy_of == "export":
+            factory.import_session(factory.export_session("s"), session_id="t")
+        else:
+            factory.write_back("s")
+        copied = "s" if copy_of == "write back" else "t"
+        again = agent(factory.create_session_manager(copied), "b", conversation_manager=NullConversationManager())
+        assert again.messages == live.messages
+        again("later")
+        assert restored(factory, copied, conversation_manager=NullConversationManager()).messages == again.messages
+
+
+@pytest.mark.parametrize(
+    ("kept", "at_message", "expected"),
+    [
+        ([0, 2, 3, 6, 7], 7, ["q0", "q1", "a1", "q3", "a3"]),
+        ([0, 2, 3, 6, 7], 6, ["q0", "q1", "a1", "q3"]),
+        ([0, 2, 3, 6, 7], 2, ["q0", "q1"]),
+        ([0, 2, 3, 6, 7], 1, ["q0", "a0"]),  # it is not live: the conversation as it was said
+        ([3, 5, 0], 3, ["a1"]),
+    ],
+)
+def test_a_fork_that_is_cut_restores_the_live_messages_until_there(
+    factory: MongoDBSessionManagerFactory, kept: list[int], at_message: int, expected: list[str]
+) -> None:
+    manager, live = turns(factory, 4)
+    live.messages[:] = [live.messages[n] for n in kept]
+    manager.close()
+    factory.fork_session("s", "t", at_message=at_message)
+    again = agent(factory.create_session_manager("t"), "later")
+    assert texts(again.messages) == expected
+    again("more")
+    assert texts(restored(factory, "t").messages) == [*expected, "more", "later"]
+
+
+# Attachments.
+
+IMAGE = b"image" * 2000
+
+
+def picture() -> Any:
+    return {"image": {"format": "png", "source": {"bytes": IMAGE}}}
+
+
+@pytest.mark.parametrize("inline", [0, 1 << 20])
+@pytest.mark.parametrize("copy_of", [None, "fork", "export", "write back"])
+def test_an_edited_message_keeps_its_attachment(
+    server: str, database: str, stored: Documents, inline: int, copy_of: str | None
+) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_inline_attachment_bytes=inline) as factory:
+        manager = factory.create_session_manager("s")
+        live = agent(manager, *"abc")
+        live([{"text": "what is it?"}, picture()])
+        live([{"text": "and this?"}, picture()])
+        pin_message(live.messages, 0)
+        live.messages[2]["content"][0] = {"text": "edited"}
+        live("thanks")
+        manager.close()
+        assert len(str(view_of(stored))) < 2000
+        session_id = "s"
+        if copy_of == "fork":
+            factory.fork_session("s", session_id := "t")
+        elif copy_of == "export":
+            factory.import_session(factory.export_session("s"), session_id=(session_id := "t"))
+        elif copy_of == "write back":
+            factory.write_back("s")
+        assert restored(factory, session_id).messages == live.messages
+
+
+# Views that do not fit.
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        ({"after": 4, "items": [{"runs": [[2, 3], [50, 60]]}]}, ["q1", "a1", "q2", "a2"]),
+        ({"after": 90, "items": [{"runs": [[2, 3]]}]}, ["q1", "a1"]),
+        ({"after": 90, "items": [{"runs": [[70, 80]]}]}, ["q0", "a0", "q1", "a1", "q2", "a2"]),
+        ({"after": 6, "items": []}, []),
+        *(
+            (malformed, ["q0", "a0", "q1", "a1", "q2", "a2"])
+            for malformed in (
+                *(5, [], {}, "x", {"after": "x", "items": []}, {"after": 1}, {"after": 1, "items": [3]}),
+                {"after": 1, "items": [{"runs": 3}]},
+                {"after": 1, "items": [{"runs": [[2, 1]]}]},
+                {"after": 1, "items": [{"runs": [["a", {}]], "uses": 4}]},
+                {"after": 1, "items": [{"of": [0], "at": [None], "uses": [0], "message": {}, "content": [[1, 0]]}]},
+            )
+        ),
+    ],
+)
+def test_a_view_that_does_not_fit_restores_as_much_as_there_is(
+    factory: MongoDBSessionManagerFactory,
+    stored: Documents,
+    caplog: pytest.LogCaptureFixture,
+    view: Any,
+    expected: list[str],
+) -> None:
+    session_id = uuid.uuid4().hex  # a malformed value is logged once for each session
+    first = agent(factory.create_session_manager(session_id), "a0", "a1", "a2")
+    for n in range(3):
+        first(f"q{n}")
+    stored.update_one({"_id": session_id}, {"$set": {"agents.agent.view": view}})
+    again = agent(factory.create_session_manager(session_id), "later")
+    assert texts(again.messages) == expected
+    assert bool(caplog.records) == (view != {"after": 6, "items": []})
+    again("more")
+    assert restored(factory, session_id).messages == again.messages
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        3,
+        {"after": -1, "items": []},
+        {"after": 1, "items": [{"runs": [[0, 2**31 - 1]]}]},
+        {"after": 1, "items": [{"of": [], "at": [], "uses": [], "message": {"role": "user"}}]},
+    ],
+)
+def test_a_view_that_cannot_be_restored_is_not_imported(factory: MongoDBSessionManagerFactory, view: Any) -> None:
+    turns(factory)[0].close()
+    lines = [json.loads(line) for line in factory.export_session("s")]
+    lines[2]["fields"]["view"] = json.loads(json_util.dumps(view))
+    del lines[-1]["end"]["sha256"]
+    with pytest.raises(InvalidArgumentError, match="view"):
+        factory.import_session([json.dumps(line) + "\n" for line in lines], session_id="t")
+
+
+# Random edits.
+
+POSITIONS = st.integers(0, 40)
+EDITS_OF_ONE = {
+    "delete": lambda messages, at: messages.pop(at),
+    "move": lambda messages, at: messages.append(messages.pop(at)),
+    "copy": lambda messages, at: messages.insert(0, copy.deepcopy(messages[at])),
+    "text": lambda messages, at: messages[at]["content"].append({"text": f"more {at}"}),
+    "pin": lambda messages, at: pin_message(messages, at),
+    "insert": lambda messages, at: messages.insert(at, {"role": "user", "content": [{"text": f"inserted {at}"}]}),
+    "first": lambda messages, at: messages.__delitem__(slice(0, at)),
+    "last": lambda messages, at: messages.__delitem__(slice(at, None)),
+    "clear": lambda messages, at: messages.clear(),
+}
+edits = st.tuples(st.sampled_from(sorted(EDITS_OF_ONE)), POSITIONS)
+steps = st.one_of(
+    st.just("turn"),
+    st.just("turn"),
+    st.just("restart"),
+    edits,
+    st.tuples(st.just("within"), st.lists(edits, max_size=2)),
+)
+
+
+def edit_at(messages: list[Any], name: str, position: int) -> None:
+    if messages:
+        EDITS_OF_ONE[name](messages, position % len(messages))
+
+
+class Within:
+    """Edits the messages of an agent before the model is called."""
+
+    def __init__(self) -> None:
+        self.edits: list[Any] = []
+
+    def register_hooks(self, registry: Any, **kwargs: Any) -> None:
+        registry.add_callback(BeforeModelCallEvent, self._edit)
+
+    def _edit(self, event: BeforeModelCallEvent) -> None:
+        for name, position in self.edits:
+            earlier = event.agent.messages[:-1]
+            edit_at(earlier, name, position)
+            event.agent.messages[:-1] = earlier
+        self.edits = []
+
+
+@given(
+    script=st.lists(steps, min_size=3, max_size=14),
+    window=st.sampled_from([None, 4]),
+    embedded=st.sampled_from([1, 3, 128]),
+)
+def test_whatever_is_edited_is_restored_and_nothing_that_was_said_is_lost(
+    server: str, shared_database: str, script: list[Any], window: int | None, embedded: int
+) -> None:
+    session_id = uuid.uuid4().hex
+    with MongoDBSessionManagerFactory(server, shared_database, max_embedded_messages=embedded) as factory:
+        said: list[Any] = []
+        within = Within()
+
+        def start() -> tuple[Any, Agent]:
+            size = {} if window is None else {"window_size": window}
+            keeper = NullConversationManager() if window is None else SlidingWindowConversationManager(**size)
+            manager = factory.create_session_manager(session_id)
+            return manager, agent(manager, *"abcdefghijklmno", conversation_manager=keeper, hooks=[within])
+
+        manager, live = start()
+        for number, step in enumerate([*script, "restart"]):
+            if step == "turn":
+                live(f"q{number}")
+                said += [f"q{number}", None]
+            elif step == "restart":
+                manager.close()
+                left = copy.deepcopy(live.messages)
+                manager, live = start()
+                assert live.messages == left
+            elif step[0] == "within":
+                within.edits = list(step[1])
+                live(f"q{number}")
+                said += [f"q{number}", None]
+            else:
+                edit_at(live.messages, *step)
+        manager.close()
+        stored = told(factory._call(factory._repository.list_messages, session_id, "agent"))
+        assert stored[::2] == said[::2]
+        assert len(stored) == len(said)
