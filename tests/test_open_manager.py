@@ -463,3 +463,98 @@ def test_a_graph_in_memory_resumes_where_another_worker_stopped(
     session.reload()
     graph("and again")
     assert (list(first.model.replies), list(last.model.replies)) == (["not asked"], [])
+
+
+# With a lease, and with a view.
+
+
+async def test_reload_waits_for_the_turn_of_another_manager(factory: Any, commands: CommandLog) -> None:
+    here = await factory.create_session_manager_async("s", on_busy="wait")
+    live = agent(here, "one", "three")
+    await live.invoke_async("first")
+    elsewhere = await factory.create_session_manager_async("s", on_busy="wait")
+    other = agent(elsewhere, "two")
+    other.model.delay = 0.3
+    turn = asyncio.create_task(other.invoke_async("second"))
+    await asyncio.sleep(0.05)
+    await here.reload()
+    assert texts(live.messages) == ["first", "one", "second", "two"]
+    await turn
+    commands.clear()
+    await live.invoke_async("third")
+    assert commands.names == ["update", "update"]
+    await here.close()
+    await elsewhere.close()
+    async with factory.create_session_manager_async("s", on_busy="refuse") as third:
+        assert len(agent(third).messages) == 6
+
+
+async def test_a_manager_that_was_reloaded_and_not_used_does_not_keep_others_out(factory: Any) -> None:
+    here = await factory.create_session_manager_async("s", on_busy="wait", lease=1.0)
+    live = agent(here, "one")
+    await live.invoke_async("first")
+    await here.reload()
+    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=5.0) as other:
+        await agent(other, "two").invoke_async("second")
+    await here.reload()
+    assert texts(live.messages) == ["first", "one", "second", "two"]
+    await here.close()
+
+
+async def test_a_cancelled_reload_leaves_no_lease(factory: Any) -> None:
+    here = await factory.create_session_manager_async("s", on_busy="wait")
+    await agent(here, "one").invoke_async("first")
+    other = await factory.create_session_manager_async("s", on_busy="wait")
+    reload = asyncio.create_task(here.reload())
+    await asyncio.sleep(0.1)
+    reload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reload
+    await other.close()
+    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=2.0):
+        pass
+    await here.close()
+
+
+def test_reload_restores_the_view(session: Opened, factory: MongoDBSessionManagerFactory) -> None:
+    live = agent(session.open().manager, "a", "b", "d")
+    live("one")
+    with factory.create_session_manager("s") as other:
+        elsewhere = agent(other, "b")
+        elsewhere("two")
+        del elsewhere.messages[:2]
+    session.reload()
+    assert texts(live.messages) == ["two", "b"]
+    live("three")
+    assert said(session.manager.session_repository.list_messages("s", "agent")) == [
+        "one",
+        "a",
+        "two",
+        "b",
+        "three",
+        "b",
+    ]
+    session.close()
+    assert texts(agent(session.open().manager).messages) == ["two", "b", "three", "b"]
+
+
+def test_an_update_is_shown_by_the_view(session: Opened) -> None:
+    live = agent(session.open().manager, "a", "b")
+    live("one")
+    live("two")
+    del live.messages[0:1]
+    live.messages[0]["content"][0]["text"] = "shortened"
+    session.manager.sync_agent(live)
+    session.flush()
+    opened = session.manager.session_repository
+    assert said(opened.list_messages("s", "agent")) == ["one", "a", "two", "b"]
+    opened.update_message("s", "agent", changed(opened.read_message("s", "agent", 2), "updated"))
+    live.messages[1]["content"][0]["text"] = "updated"
+    session.close()
+    assert texts(agent(session.open().manager).messages) == ["shortened", "updated", "b"]
+    session.close()
+    opened = session.open().manager.session_repository  # before the agent is restored
+    opened.update_message("s", "agent", changed(opened.read_message("s", "agent", 1), "all new"))
+    first = texts(agent(session.manager).messages)
+    session.close()
+    assert texts(agent(session.open().manager).messages) == first == ["all new", "updated", "b"]
