@@ -168,7 +168,7 @@ class UnitOfWork(SessionRepository):
     def release(self, agent_id: str) -> None:
         """Drop an agent's loaded messages: the restored agent holds them."""
         agent = self._agents[agent_id]
-        agent.messages = agent.loaded = agent.last_appended = None
+        agent.messages = agent.last_appended = None
 
     def keep_messages(self, agent_id: str, count: int) -> None:
         """Drop all but the `count` newest stored messages of an agent from memory."""
