@@ -127,11 +127,14 @@ class RecordedAgent:
             self.messages.append(session_message)
 
     def replace_stored(self, message_id: int, fields: Mapping[str, Any]) -> None:
-        """Remember new stored fields of a message, also for a later restore."""
+        """Remember new content of a stored message, also for a later restore."""
         self.stored.replace(message_id, fields)
-        for index, message in enumerate(self.messages or ()):
-            if self.messages is not None and message is not None and message.message_id == message_id:
-                self.messages[index] = self.stored.find("", self.agent_id, message_id)
+        if self.messages is None:
+            return
+        for message in self.messages:
+            if message is not None and message.message_id == message_id:
+                message.message = decode(fields["message"])
+                message.redact_message = decode(fields["redact_message"])
 
     def record_state(self, fields: Mapping[str, Any]) -> None:
         """Remember new fields of the agent's state."""
