@@ -109,9 +109,10 @@ class Opening:
         try:
             async with self._connection.operation():
                 return await read_consistently(session_id, lambda: self._open_once(session_id, lease, caller))
-        except BaseException:
-            if lease is not None and lease.is_held:
-                self._connection.start(lease.release())
+        except BaseException as error:
+            is_unknown = not isinstance(error, MongoDBSessionError) or error.outcome_unknown
+            if lease is not None and (lease.is_held or is_unknown) and not self._connection.closed:
+                self._connection.start(lease.give_up())
             raise
 
     async def _open_once(self, session_id: str, lease: Lease | None, caller: Caller | None) -> Document:
