@@ -65,6 +65,9 @@ NOT_GIVEN_TO_MANAGERS = NOT_GIVEN | {
     "feedback_hook": None,
     "feedbackHook": None,
     "save_on": None,
+    "on_busy": None,
+    "busy_timeout": None,
+    "lease": None,
 }
 
 
@@ -233,6 +236,13 @@ def test_an_unknown_option_of_the_pool() -> None:
         ("max_inline_attachment_bytes", "1 MB", "got '1 MB'"),
         ("session_ttl", 5, "datetime.timedelta, got 5"),
         ("save_on", True, "'overlap' or 'invocation', got True"),
+        ("on_busy", "queue", "on_busy must be 'conflict', 'wait' or 'refuse', got 'queue'"),
+        ("busy_timeout", -1, "busy_timeout must be a number of seconds >= 0"),
+        ("busy_timeout", float("inf"), "got inf"),
+        ("busy_timeout", True, "got True"),
+        ("lease", 0, "lease must be a number of seconds > 0"),
+        ("lease", float("nan"), "got nan"),
+        ("lease", "soon", "got 'soon'"),
         ("metadata_hook", "hook", "function"),
         ("feedbackHook", 5, "feedback_hook"),
         ("application_name", b"support", "must be a str"),

@@ -288,6 +288,9 @@ def state(document: Document) -> int:
 
 AND_OP = ["hi", "hello", "op"]
 
+WAITS = {"on_busy": "wait", "lease": 1.0}
+"""A lease that was taken by a command whose reply was lost soon expires."""
+
 OPERATIONS = {
     "open": Operation(open_session, "findAndModify", lambda document: 1, [], recorded=False),
     "append": Operation(append, "update", op, AND_OP),
@@ -301,4 +304,8 @@ OPERATIONS = {
     "redaction": Operation(redaction, "findAndModify", redactions, ["hi", "[redacted]"]),
     "close": Operation(close, "update", op, AND_OP),
     "close-own": Operation(close, "update", op, AND_OP, recorded=False, repeatable=False),
+    "lease-open": Operation(open_session, "findAndModify", lambda document: 1, [], recorded=False, options=WAITS),
+    "lease-turn": Operation(turn, "update", op, [*AND_OP, "answer"], lingers=True, options=WAITS),
+    "lease-close": Operation(close, "update", op, AND_OP, options=WAITS),
+    "overlap": Operation(turn, "update", op, [*AND_OP, "answer"], options={"save_on": "overlap"}),
 }

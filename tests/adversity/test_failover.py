@@ -1,4 +1,4 @@
-"""The primary of a replica set is killed and comes back while twenty agents have turns."""
+"""The primary of a replica set is killed and comes back while twenty agents have turns, some of them in one session."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from mongodb_session_manager import (
     DatabaseTimeoutError,
     DatabaseUnavailableError,
     MongoDBSessionManagerFactory,
+    SessionConflictError,
 )
 from support import agent, eventually, message_ids, texts
 
 LOST = (DatabaseUnavailableError, DatabaseTimeoutError)
+SHARED = "shared"
+"""The session whose users take turns."""
 
 
 @pytest.fixture
@@ -43,6 +46,7 @@ class User:
     """Has turns, one after the other, each with a text of its own, and goes on when one fails.
 
     Attributes:
+        name: Begins every text of the user.
         keeps: Whether it goes on with the manager and agent it has, like a desktop application, or opens the session
             with new ones for each turn, like a web server.
         acknowledged: What it could know to be stored.
@@ -51,7 +55,7 @@ class User:
         in_turn: Whether it has a turn at this moment.
     """
 
-    session_id: str
+    name: str
     factory: MongoDBSessionManagerFactory
     stop: threading.Event
     keeps: bool
@@ -59,10 +63,20 @@ class User:
     said: list[str] = field(default_factory=list)
     failed: int = 0
     in_turn: bool = False
+    shares: bool = False
+
+    @property
+    def session_id(self) -> str:
+        return SHARED if self.shares else self.name
+
+    @property
+    def expected(self) -> tuple[type[Exception], ...]:
+        """The errors of a turn that failed: one that takes too long is lost to the next user of the session."""
+        return (*LOST, SessionConflictError) if self.shares else LOST
 
     def next_turn(self, asked: Agent) -> str:
         """Script the agent's next turn and return what to ask."""
-        text = f"{self.session_id}-{len(self.said)}"
+        text = f"{self.name}-{len(self.said)}"
         self.said.append(text)
 
         def answer(_: object) -> str:
@@ -94,7 +108,7 @@ class SyncUser(User):
                         asked = agent(manager)
                         asked(self.next_turn(asked))
                 self.answered()
-            except LOST:
+            except self.expected:
                 self.failed += 1
             self.in_turn = False
             time.sleep(random.uniform(0.05, 0.2))
@@ -120,7 +134,7 @@ class AsyncUser(User):
                         asked = agent(manager)
                         await asked.invoke_async(self.next_turn(asked))
                 self.answered()
-            except LOST:
+            except self.expected:
                 self.failed += 1
             self.in_turn = False
             await asyncio.sleep(random.uniform(0.05, 0.2))
@@ -136,7 +150,9 @@ def test_failover(replica_set: Cluster, rounds: int) -> None:
     with (
         MongoDBSessionManagerFactory(uri, "failover") as patient,
         MongoDBSessionManagerFactory(uri, "failover", serverSelectionTimeoutMS=500) as hasty,
-        ThreadPoolExecutor(11) as threads,
+        MongoDBSessionManagerFactory(uri, "failover", on_busy="wait", busy_timeout=120, lease=20) as polite,
+        MongoDBSessionManagerFactory(uri, "failover", on_busy="wait", busy_timeout=120, lease=20) as elsewhere,
+        ThreadPoolExecutor(13) as threads,
     ):
         factories = [patient, patient, hasty, hasty, hasty]
         users: list[User] = [
@@ -144,6 +160,11 @@ def test_failover(replica_set: Cluster, rounds: int) -> None:
             for kind in (SyncUser, AsyncUser)
             for keeps in (True, False)
             for number, factory in enumerate(factories)
+        ]
+        users += [
+            kind(f"{kind.__name__}-in-line-{number}", factory, stop, keeps=False, shares=True)
+            for kind in (SyncUser, AsyncUser)
+            for number, factory in enumerate((polite, elsewhere))
         ]
 
         async def all_live() -> None:
@@ -207,9 +228,14 @@ def check(replica_set: Cluster, users: list[User], hasty: MongoDBSessionManagerF
         stored = documents[user.session_id]["agents"]["agent"]
         conversation = texts(stored["messages"])
         assert message_ids(documents[user.session_id]) == list(range(len(conversation)))
-        assert stored["next_message_id"] == len(conversation)
+        if user.shares:
+            assert "token" not in documents[SHARED]["lease"]
+            answers = [n for n, text in enumerate(conversation) if text.endswith("-answered")]
+            assert all(conversation[n] == f"{conversation[n - 1]}-answered" for n in answers)
+        assert stored["next_message_id"] == len(stored["messages"])
         assert all(entry.keys() >= {"message", "message_id", "created_at"} for entry in stored["messages"])
         assert len(set(conversation)) == len(conversation)
+        conversation = [text for text in conversation if text.startswith(f"{user.name}-")]
         known = set(user.acknowledged)
         assert [text for text in conversation if text in known] == user.acknowledged
         order = {text: position for position, text in enumerate(user.said)}

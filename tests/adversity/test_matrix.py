@@ -42,6 +42,10 @@ feedback   down    ok      ok      down!       slow?  slow! ok      down       s
 redaction  down    ok      ok      down!/down+ slow?  slow! ok      down       slow!/ok      slow ok
 close      down    ok      ok      down!       slow?  slow! ok      down       slow!         slow ok
 close-own  down    ok      ok      down!       slow?  slow! ok      down       slow!         -    ok
+lease-open down    ok      ok      down!       slow?  slow! ok      down       slow!         slow ok
+lease-turn down    ok      ok      down+       slow?  slow! ok      down       slow!         slow ok
+lease-close down   ok      ok      down!       slow?  slow! ok      down       slow!         slow ok
+overlap    down    ok      ok      down+       slow?  slow! ok      down       ok            slow -
 """
 
 ERRORS = {"down": DatabaseUnavailableError, "slow": DatabaseTimeoutError}
@@ -123,7 +127,7 @@ def check(cell: Cell, api: Api, site: Site) -> None:
         operation = OPERATIONS[cell.operation]
         own = partial(make_own, session_id, site, options)
         session = Session(session_id, api, factory, own, site.collection, options=operation.options)
-        if cell.operation != "open":
+        if operation.act is not OPERATIONS["open"].act:
             site.copy_template(session_id)
             api.run(session.open_owning() if cell.operation == "close-own" else session.open())
             session.agent = agent(session.manager)
@@ -181,7 +185,9 @@ def go_on(session: Session, operation: Operation, cell: Cell) -> None:
     done = expected == "ok"
     lost = expected[-1] not in "k?!+"
     conversation = list(operation.conversation)
-    if cell.operation == "turn" and not (done and (cell.fault != "cancelled" or session.api.name == "sync")):
+    if cell.operation in ("turn", "lease-turn") and not (
+        done and (cell.fault != "cancelled" or session.api.name == "sync")
+    ):
         conversation.remove("answer")  # the model was never asked
     if not done and operation.recorded:
         run(session.flush())  # while, if it got stuck, it arrives late
@@ -194,7 +200,7 @@ def go_on(session: Session, operation: Operation, cell: Cell) -> None:
         conversation.remove("op")
     else:
         assert count(session, operation) == 1
-    if cell.operation == "open" and session.manager is None:
+    if operation.act is OPERATIONS["open"].act and session.manager is None:
         run(session.open())
     if operation.act is OPERATIONS["close"].act:
         run(session.close())

@@ -48,7 +48,7 @@ class Claim:
         return cls(ObjectId(), by, timedelta(seconds=seconds))
 
     def may_open(self, moment: datetime) -> Document:
-        """Return the condition for opening a session: the lease is held by this manager, or free with nobody in line."""
+        """Return the condition for opening a session: this manager holds the lease, or it is free and nobody waits."""
         has_passed = {"$not": {"$gt": moment}}
         return {"$or": [{"lease.token": self.token}, {"lease.until": has_passed, "lease.line.0.until": has_passed}]}
 

@@ -30,8 +30,8 @@ stores all messages of a turn at its end.
 OnBusy = Literal["conflict", "wait", "refuse"]
 """What a manager does while another one has its turn in the session.
 
-`"conflict"` does not find out: the later writer gets `SessionConflictError`. `"wait"` waits for the end of the turn, and
-`"refuse"` raises `SessionBusyError`.
+`"conflict"` does not find out: the later writer gets `SessionConflictError`. `"wait"` waits for the end of the turn,
+and `"refuse"` raises `SessionBusyError`.
 """
 
 

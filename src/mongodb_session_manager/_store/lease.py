@@ -376,6 +376,21 @@ class Lease:
         if self.is_held and self._holding is not None:
             await self._holding.release()
 
+    async def give_up(self) -> None:
+        """Release the lease, even if the reply to the statement that has taken it was lost."""
+        if self.is_held:
+            await self.release()
+            return
+        end = asyncio.get_running_loop().time() + self._seconds
+        while not self._connection.closed and asyncio.get_running_loop().time() < end:
+            try:
+                async with self._connection.operation():
+                    await self._store.sessions.update(self.claim.release(self._session_id))
+                return
+            except MongoDBSessionError as error:
+                logger.debug("session_id=<%r>, error=<%s> | lease not released", self._session_id, error)
+            await asyncio.sleep(_CHECK)
+
     def let_expire(self) -> None:
         """Renew the lease no more: the writes of the turn failed."""
         if self._holding is not None:

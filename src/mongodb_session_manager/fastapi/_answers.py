@@ -18,6 +18,7 @@ from ..errors import (
     MessageNotFoundError,
     MessageTooLargeError,
     MongoDBSessionError,
+    SessionBusyError,
     SessionConflictError,
     SessionExistsError,
     SessionNotFoundError,
@@ -44,6 +45,7 @@ class Answer(NamedTuple):
 # The status of an invalid argument is 422, as in FastAPI's own validation. The close codes of a WebSocket are 1008 (the
 # client must send another request), 1013 (try again later) and 1011 (an error of the server).
 ANSWERS: dict[type[MongoDBSessionError], Answer] = {
+    SessionBusyError: Answer(409, 1013, "the session is busy with another request: repeat this one later"),
     SessionConflictError: Answer(409, 1013, "another request changed the session concurrently: repeat this one"),
     SessionExistsError: Answer(409, 1008, "a session with that id already exists"),
     SessionNotFoundError: Answer(404, 1008, "the session does not exist"),
