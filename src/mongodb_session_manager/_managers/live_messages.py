@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._format.codec import encode
 from .._format.documents import Document
@@ -21,6 +21,13 @@ _QUOTE = 32
 """Two texts are related if one contains the beginning of the other, of this many characters."""
 
 _NO_MESSAGE = -1
+
+
+class _Expected(NamedTuple):
+    """Messages that restoring gives, and their ids; `None` for a message that is not a stored one."""
+
+    messages: list[Any]
+    ids: list[int | None]
 
 
 class LiveMessages:
@@ -114,7 +121,7 @@ class LiveMessages:
             EncodingError: A live message holds a value that cannot be stored.
         """
         without_view = None if base is None else self._without_view(*base)
-        expected = without_view if self._view is None else self._with_view()
+        expected = without_view if self._view is None else self._with_view(self._view)
         if expected is not None and self._are_same(messages, expected):
             if base is not None and self._view is None:
                 self._drop_before(base[1])
@@ -132,28 +139,30 @@ class LiveMessages:
         self._drop_unused(view)
         return view.document()
 
-    def _without_view(self, prepended: Sequence[Any], removed: int) -> list[tuple[int | None, Any]] | None:
+    def _without_view(self, prepended: Sequence[Any], removed: int) -> _Expected | None:
         at = removed - self._first
         if not 0 <= at <= len(self._order):
             return None
-        ids = self._order[at:]
-        found = [(n, self._stored.get(n)) for n in ids if n != _NO_MESSAGE]
-        if any(message is None for _, message in found):
+        ids: list[int | None] = [n for n in (self._order[at:] if at else self._order) if n != _NO_MESSAGE]
+        found = list(map(self._stored.get, ids)) if ids else []  # type: ignore[arg-type]
+        if None in found:
             return None
-        return [*((None, message) for message in prepended), *found]
+        return (
+            _Expected([*prepended, *found], [*(None for _ in prepended), *ids]) if prepended else _Expected(found, ids)
+        )
 
-    def _with_view(self) -> list[tuple[int | None, Any]]:
-        assert self._view is not None
-        after = self._view.after
-        tail = [(n, self._stored[n]) for n in self._order if n >= after]
-        return [*((None if each.item is not None else each.message_id, each.message) for each in self._shown), *tail]
+    def _with_view(self, view: View) -> _Expected:
+        tail = [n for n in self._order if n >= view.after]
+        messages = [each.message for each in self._shown]
+        ids = [None if each.item is not None else each.message_id for each in self._shown]
+        return _Expected([*messages, *(self._stored[n] for n in tail)], [*ids, *tail])
 
-    def _are_same(self, messages: Sequence[Any], expected: Sequence[tuple[int | None, Any]]) -> bool:
-        if len(messages) != len(expected):
-            return False
-        return all(
+    def _are_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
+        if messages == expected.messages:
+            return True
+        return len(messages) == len(expected.messages) and all(
             live == known or (n is not None and self.is_same(live, n))
-            for live, (n, known) in zip(messages, expected, strict=True)
+            for live, known, n in zip(messages, *expected, strict=True)
         )
 
     def is_same(self, live: Any, message_id: int) -> bool:
