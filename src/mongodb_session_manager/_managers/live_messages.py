@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from .._format.codec import encode
 from .._format.documents import Document
 from .._format.view import BLOCK_DEPTH, VIEW_DEPTH, Item, Shown, View, runs_of, shadow
+from ..errors import EncodingError
 
 _KEPT = 512
 """The number of stored messages that are remembered although they are not live: an application can show them again."""
@@ -73,8 +74,15 @@ class LiveMessages:
         self._order.append(message_id)
         self._stored[message_id] = shadow(message)
 
+    def extend(self, message_id: int, message: Any) -> None:
+        """Change a message that its agent has continued."""
+        self._stored[message_id] = shadow(message)
+
     def replace(self, message_id: int, message: Any, *, redacts: bool) -> None:
-        """Change a message whose content is replaced: the view shows it as it is stored then."""
+        """Change a message whose content is replaced: the view shows it as it is stored then.
+
+        The live message can still have the former content.
+        """
         new = shadow(message)
         if redacts:
             self._redacted.add(message_id)
@@ -118,7 +126,7 @@ class LiveMessages:
                 version can be shown in another form: another writer might have redacted it.
 
         Raises:
-            EncodingError: A live message holds a value that cannot be stored.
+            EncodingError: An inserted message holds a value that cannot be stored.
         """
         without_view = None if base is None else self._without_view(*base)
         expected = without_view if self._view is None else self._with_view(self._view)
@@ -207,6 +215,10 @@ class LiveMessages:
         # A message that is only shown with other content can be large: it was shortened.
         for n in {n for item in view.items for n in item.of} - used:
             self._stored.pop(n, None)
+        unknown = (at for at, n in enumerate(self._order) if n != _NO_MESSAGE and n not in self._stored)
+        count = 1 + max(unknown, default=-1)  # what restoring gives without a view is unknown from before there
+        del self._order[:count]
+        self._first += count
 
     # What the matching of live messages with stored ones needs.
 
@@ -269,8 +281,14 @@ class _Match:
                 return [each]
         if tracking_id is None:
             return self._edited(message, None)
-        stored = next((n for n in own if n not in self._used), own[0] if own else None)
-        return self._edited(message, self._id_of(tracking_id) if stored is None else stored)
+        stored = next((n for n in own if n not in self._used), own[0] if own else self._id_of(tracking_id))
+        try:
+            return self._edited(message, stored)
+        except EncodingError:
+            if stored is None:
+                raise
+        # The agent has continued the message with a value that cannot be stored; adding it has raised the error.
+        return [Shown(self._live.stored.get(stored, message), None, stored)]
 
     def _stored(self, message_id: int) -> Shown:
         self._used.add(message_id)

@@ -352,7 +352,7 @@ class UnitOfWork(SessionRepository):
         agent = self._agent(agent_id)
         if self.is_continuation(agent_id, session_message.message):
             session_message.message_id = agent.next_message_id - 1
-            self._replace(agent_id, session_message.message_id, session_message)
+            self._replace(agent_id, session_message.message_id, session_message, continues=True)
             return
         session_message.message_id = agent.next_message_id
         message, size = set_aside(stored_message(session_message, session_message.message_id), self._max_inline)
@@ -373,7 +373,9 @@ class UnitOfWork(SessionRepository):
         if session_message.redact_message is not None:
             agent.last_redacted = session_message.message_id
 
-    def _replace(self, agent_id: str, message_id: int, session_message: SessionMessage) -> None:
+    def _replace(
+        self, agent_id: str, message_id: int, session_message: SessionMessage, *, continues: bool = False
+    ) -> None:
         agent = self._agents[agent_id]
         body = {**message_body(session_message), "updated_at": now()}
         is_newest = message_id == agent.next_message_id - 1
@@ -382,7 +384,7 @@ class UnitOfWork(SessionRepository):
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
         self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
-        agent.replace(session_message, fields)
+        agent.replace(session_message, fields, continues=continues)
 
     def is_continuation(self, agent_id: str, message: Mapping[str, Any]) -> bool:
         """Return whether a message is the agent's last one with further content blocks."""
