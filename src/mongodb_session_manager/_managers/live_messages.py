@@ -36,6 +36,9 @@ class LiveMessages:
 
     Args:
         first: The position of the first stored message that is known.
+
+    Attributes:
+        unstorable: The ids of messages that were edited with a value that cannot be stored; they are shown unedited.
     """
 
     def __init__(self, first: int = 0) -> None:
@@ -44,6 +47,7 @@ class LiveMessages:
         self._stored: dict[int, Any] = {}
         self._former: dict[int, list[Any]] = {}
         self._redacted: set[int] = set()
+        self.unstorable: set[int] = set()
         self._view: View | None = None
         self._shown: list[Shown] = []
 
@@ -287,7 +291,7 @@ class _Match:
         except EncodingError:
             if stored is None:
                 raise
-        # The agent has continued the message with a value that cannot be stored; adding it has raised the error.
+        self._live.unstorable.add(stored)
         return [Shown(self._live.stored.get(stored, message), None, stored)]
 
     def _stored(self, message_id: int) -> Shown:

@@ -274,7 +274,16 @@ class UnitOfWork(SessionRepository):
             return
         expected = recorded.next_message_id
         ids, versions = recorded.message_ids, recorded.versions
+        unstorable = set(recorded.live.unstorable)
         view = recorded.live.change(agent.messages, base, expected, ids.get, lambda n: versions.get(n, ...))
+        for message_id in recorded.live.unstorable - unstorable:
+            logger.warning(
+                "session_id=<%r>, agent_id=<%r>, message_id=<%d> | an edit of a live message was not stored: it holds a "
+                "value that cannot be stored",
+                self.session_id,
+                agent.agent_id,
+                message_id,
+            )
         if view is not None:
             self._record(StoreView(agent.agent_id, expected, view, recorded.archive_revision, now()))
             recorded.too_large = None
