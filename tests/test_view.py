@@ -25,7 +25,12 @@ from strands.storage import InMemoryStorage
 from strands.types.exceptions import ContextWindowOverflowException
 
 from fix_archive import told
-from mongodb_session_manager import InvalidArgumentError, MongoDBSessionManagerFactory, StateTooLargeError
+from mongodb_session_manager import (
+    EncodingError,
+    InvalidArgumentError,
+    MongoDBSessionManagerFactory,
+    StateTooLargeError,
+)
 from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent, texts
 
@@ -543,6 +548,70 @@ def test_an_edited_message_keeps_its_attachment(
         assert restored(factory, session_id).messages == live.messages
 
 
+# Other writers.
+
+
+def test_a_version_before_1_0_that_reuses_an_id_leaves_the_view_intact(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    manager, live = turns(factory)
+    del live.messages[1:5]
+    pin_message(live.messages, 0)
+    manager.close()
+    before = copy.deepcopy(live.messages)
+    said = {"role": "user", "content": [{"text": "by an old version"}], "tracking_id": "old"}
+    element = {"message": said, "message_id": 3, "redact_message": None, "created_at": "2026-01-01T00:00:00+00:00"}
+    stored.update_one({"_id": "s"}, {"$push": {"agents.agent.messages": element}})
+    again = restored(factory)
+    assert again.messages == [*before, said]
+    assert restored(factory).messages == [*before, said]
+
+
+def test_an_inserted_message_that_cannot_be_stored_is_refused(factory: MongoDBSessionManagerFactory) -> None:
+    manager, live = turns(factory)
+    live.messages.append({"role": "user", "content": [{"text": object()}]})
+    with pytest.raises(EncodingError, match="content"):
+        manager.sync_agent(live)
+    live.messages.pop()
+    live("next")
+    manager.close()
+    assert restored(factory).messages == live.messages
+
+
+def test_an_edit_with_a_value_that_cannot_be_stored_leaves_the_message_as_it_is_stored(
+    factory: MongoDBSessionManagerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, live = turns(factory)
+    before = copy.deepcopy(live.messages)
+    live.messages[2]["content"].append({"text": object()})
+    manager.sync_agent(live)
+    manager.close()
+    assert restored(factory).messages == before
+    assert len([record for record in caplog.records if "an edit of a live message" in record.message]) == 1
+
+
+def test_editing_a_restored_message_that_was_live_twice_changes_one(factory: MongoDBSessionManagerFactory) -> None:
+    manager, live = turns(factory, 1)
+    live.messages.append(copy.deepcopy(live.messages[0]))
+    manager.close()
+    again = restored(factory)
+    pin_message(again.messages, 0)
+    assert "metadata" not in again.messages[2]
+
+
+def test_a_broken_tool_call_that_was_repaired_is_restored_as_it_is_live(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    live = agent(factory.create_session_manager("s"), TELL, "a story", tools=[tell])
+    live("tell")
+    stored.update_one({"_id": "s"}, {"$pop": {"agents.agent.messages": -1}})  # the prompt
+    stored.update_one({"_id": "s"}, {"$pop": {"agents.agent.messages": -1}})  # the call
+    again = agent(factory.create_session_manager("s"), "later", tools=[tell])
+    assert texts(again.messages) == ["a story"]
+    again("and?")
+    assert restored(factory, tools=[tell]).messages == again.messages
+
+
 # Views that do not fit.
 
 
@@ -649,7 +718,7 @@ class Within:
 
 
 @given(
-    script=st.lists(steps, min_size=3, max_size=14),
+    script=st.lists(steps, min_size=3, max_size=10),
     window=st.sampled_from([None, 4]),
     embedded=st.sampled_from([1, 3, 128]),
 )

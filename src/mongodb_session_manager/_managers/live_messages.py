@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._format.codec import encode
 from .._format.documents import Document
 from .._format.view import BLOCK_DEPTH, VIEW_DEPTH, Item, Shown, View, runs_of, shadow
+from ..errors import EncodingError
 
 _KEPT = 512
 """The number of stored messages that are remembered although they are not live: an application can show them again."""
@@ -23,11 +24,21 @@ _QUOTE = 32
 _NO_MESSAGE = -1
 
 
+class _Expected(NamedTuple):
+    """Messages that restoring gives, and their ids; `None` for a message that is not a stored one."""
+
+    messages: list[Any]
+    ids: list[int | None]
+
+
 class LiveMessages:
     """The messages that restoring an agent gives now, as the recorded changes leave them.
 
     Args:
         first: The position of the first stored message that is known.
+
+    Attributes:
+        unstorable: The ids of messages that were edited with a value that cannot be stored; they are shown unedited.
     """
 
     def __init__(self, first: int = 0) -> None:
@@ -36,6 +47,7 @@ class LiveMessages:
         self._stored: dict[int, Any] = {}
         self._former: dict[int, list[Any]] = {}
         self._redacted: set[int] = set()
+        self.unstorable: set[int] = set()
         self._view: View | None = None
         self._shown: list[Shown] = []
 
@@ -66,8 +78,15 @@ class LiveMessages:
         self._order.append(message_id)
         self._stored[message_id] = shadow(message)
 
+    def extend(self, message_id: int, message: Any) -> None:
+        """Change a message that its agent has continued."""
+        self._stored[message_id] = shadow(message)
+
     def replace(self, message_id: int, message: Any, *, redacts: bool) -> None:
-        """Change a message whose content is replaced: the view shows it as it is stored then."""
+        """Change a message whose content is replaced: the view shows it as it is stored then.
+
+        The live message can still have the former content.
+        """
         new = shadow(message)
         if redacts:
             self._redacted.add(message_id)
@@ -111,10 +130,10 @@ class LiveMessages:
                 version can be shown in another form: another writer might have redacted it.
 
         Raises:
-            EncodingError: A live message holds a value that cannot be stored.
+            EncodingError: An inserted message holds a value that cannot be stored.
         """
         without_view = None if base is None else self._without_view(*base)
-        expected = without_view if self._view is None else self._with_view()
+        expected = without_view if self._view is None else self._with_view(self._view)
         if expected is not None and self._are_same(messages, expected):
             if base is not None and self._view is None:
                 self._drop_before(base[1])
@@ -132,28 +151,30 @@ class LiveMessages:
         self._drop_unused(view)
         return view.document()
 
-    def _without_view(self, prepended: Sequence[Any], removed: int) -> list[tuple[int | None, Any]] | None:
+    def _without_view(self, prepended: Sequence[Any], removed: int) -> _Expected | None:
         at = removed - self._first
         if not 0 <= at <= len(self._order):
             return None
-        ids = self._order[at:]
-        found = [(n, self._stored.get(n)) for n in ids if n != _NO_MESSAGE]
-        if any(message is None for _, message in found):
+        ids: list[int | None] = [n for n in (self._order[at:] if at else self._order) if n != _NO_MESSAGE]
+        found = list(map(self._stored.get, ids)) if ids else []  # type: ignore[arg-type]
+        if None in found:
             return None
-        return [*((None, message) for message in prepended), *found]
+        return (
+            _Expected([*prepended, *found], [*(None for _ in prepended), *ids]) if prepended else _Expected(found, ids)
+        )
 
-    def _with_view(self) -> list[tuple[int | None, Any]]:
-        assert self._view is not None
-        after = self._view.after
-        tail = [(n, self._stored[n]) for n in self._order if n >= after]
-        return [*((None if each.item is not None else each.message_id, each.message) for each in self._shown), *tail]
+    def _with_view(self, view: View) -> _Expected:
+        tail = [n for n in self._order if n >= view.after]
+        messages = [each.message for each in self._shown]
+        ids = [None if each.item is not None else each.message_id for each in self._shown]
+        return _Expected([*messages, *(self._stored[n] for n in tail)], [*ids, *tail])
 
-    def _are_same(self, messages: Sequence[Any], expected: Sequence[tuple[int | None, Any]]) -> bool:
-        if len(messages) != len(expected):
-            return False
-        return all(
+    def _are_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
+        if messages == expected.messages:
+            return True
+        return len(messages) == len(expected.messages) and all(
             live == known or (n is not None and self.is_same(live, n))
-            for live, (n, known) in zip(messages, expected, strict=True)
+            for live, known, n in zip(messages, *expected, strict=True)
         )
 
     def is_same(self, live: Any, message_id: int) -> bool:
@@ -198,6 +219,10 @@ class LiveMessages:
         # A message that is only shown with other content can be large: it was shortened.
         for n in {n for item in view.items for n in item.of} - used:
             self._stored.pop(n, None)
+        unknown = (at for at, n in enumerate(self._order) if n != _NO_MESSAGE and n not in self._stored)
+        count = 1 + max(unknown, default=-1)  # what restoring gives without a view is unknown from before there
+        del self._order[:count]
+        self._first += count
 
     # What the matching of live messages with stored ones needs.
 
@@ -260,8 +285,14 @@ class _Match:
                 return [each]
         if tracking_id is None:
             return self._edited(message, None)
-        stored = next((n for n in own if n not in self._used), own[0] if own else None)
-        return self._edited(message, self._id_of(tracking_id) if stored is None else stored)
+        stored = next((n for n in own if n not in self._used), own[0] if own else self._id_of(tracking_id))
+        try:
+            return self._edited(message, stored)
+        except EncodingError:
+            if stored is None:
+                raise
+        self._live.unstorable.add(stored)
+        return [Shown(self._live.stored.get(stored, message), None, stored)]
 
     def _stored(self, message_id: int) -> Shown:
         self._used.add(message_id)

@@ -172,13 +172,15 @@ class RecordedAgent:
         """Have a later restore use the newest recorded state."""
         self.loaded = self.newest()
 
-    def replace(self, session_message: SessionMessage, fields: Mapping[str, Any]) -> None:
-        """Remember new content of a message, and its stored fields."""
+    def replace(self, session_message: SessionMessage, fields: Mapping[str, Any], *, continues: bool) -> None:
+        """Remember new content of a message, and its stored fields; `continues` if the agent has continued it."""
         message_id = session_message.message_id
         self.versions[message_id] = fields["updated_at"]
         if message_id == self.next_message_id - 1:
             self.last = LastMessage.of(session_message.to_message())
-        if self.live is not None:
+        if self.live is not None and continues:
+            self.live.extend(message_id, session_message.to_message())
+        elif self.live is not None:
             redacts = session_message.redact_message is not None
             self.live.replace(message_id, session_message.to_message(), redacts=redacts)
 
@@ -207,14 +209,14 @@ class RecordedAgent:
                 self.agent_id,
                 missing,
             )
-        self.live = LiveMessages.of(self.first, ((n, messages[n]) for n in tail))
+        loaded = (
+            None if message is None else (message.message_id, message.to_message()) for message in self.messages or ()
+        )
+        self.live = LiveMessages.of(self.first, loaded)
         self.live.show(view, found, {n: messages[n] for n in records if n < view.after})
-        self._live_list = [*(each.message for each in found), *(messages[n] for n in tail)]
-        self._records = [
-            (records[n], messages[n])
-            for n in dict.fromkeys([*(each.message_id for each in found), *tail])
-            if n in records
-        ]
+        self._live_list = _without_aliases([*(each.message for each in found), *(messages[n] for n in tail)])
+        live = {each.message_id for each in found} | tail.keys()
+        self._records = [(record, messages[n]) for n, record in records.items() if n in live]
         for record, message in self._records:
             _set_message(record, shadow(message))
         return [record for record, _ in self._records]
@@ -272,6 +274,16 @@ class RecordedAgent:
         if error.pending:  # the next flush tries again
             self.too_large = None
         raise again(error)
+
+
+def _without_aliases(messages: list[Any]) -> list[Any]:
+    """Return messages in which no dict occurs twice: a change of one message must not change another."""
+    seen: set[int] = set()
+    found = []
+    for message in messages:
+        found.append(shadow(message) if id(message) in seen else message)
+        seen.add(id(message))
+    return found
 
 
 def _set_message(record: SessionMessage, message: Any) -> None:

@@ -284,7 +284,16 @@ class UnitOfWork(SessionRepository):
             return
         expected = recorded.next_message_id
         ids, versions = recorded.message_ids, recorded.versions
+        unstorable = set(recorded.live.unstorable)
         view = recorded.live.change(agent.messages, base, expected, ids.get, lambda n: versions.get(n, ...))
+        for message_id in recorded.live.unstorable - unstorable:
+            logger.warning(
+                "session_id=<%r>, agent_id=<%r>, message_id=<%d> | an edit of a live message was not stored: it holds a "
+                "value that cannot be stored",
+                self.session_id,
+                agent.agent_id,
+                message_id,
+            )
         if view is not None:
             self._record(StoreView(agent.agent_id, expected, view, recorded.archive_revision, now()))
             recorded.too_large = None
@@ -364,7 +373,7 @@ class UnitOfWork(SessionRepository):
         agent = self.agent(agent_id)
         if self.is_continuation(agent_id, session_message.message):
             session_message.message_id = agent.next_message_id - 1
-            self._replace(agent_id, session_message.message_id, session_message)
+            self._replace(agent_id, session_message.message_id, session_message, continues=True)
             return
         session_message.message_id = agent.next_message_id
         stored = stored_message(session_message, session_message.message_id)
@@ -386,7 +395,9 @@ class UnitOfWork(SessionRepository):
         if session_message.redact_message is not None:
             agent.last_redacted = session_message.message_id
 
-    def _replace(self, agent_id: str, message_id: int, session_message: SessionMessage) -> None:
+    def _replace(
+        self, agent_id: str, message_id: int, session_message: SessionMessage, *, continues: bool = False
+    ) -> None:
         agent = self._agents[agent_id]
         body = {**message_body(session_message), "updated_at": now()}
         is_newest = message_id == agent.next_message_id - 1
@@ -395,7 +406,7 @@ class UnitOfWork(SessionRepository):
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
         self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
-        agent.replace(session_message, fields)
+        agent.replace(session_message, fields, continues=continues)
         agent.replace_stored(message_id, body)
 
     def is_continuation(self, agent_id: str, message: Mapping[str, Any]) -> bool:
