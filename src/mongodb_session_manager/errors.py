@@ -125,8 +125,8 @@ class SessionExistsError(MongoDBSessionError, ValueError):
 class SessionConflictError(MongoDBSessionError, RuntimeError):
     """Another writer changed the agent after it was loaded, or the session is being imported or forked.
 
-    The write was not stored. Open the session again with a new manager and a new agent, and repeat the request. The
-    corresponding HTTP status is 409.
+    The write was not stored. Open the session again with a new manager and a new agent, or call `reload()` of the
+    manager, and repeat the request. The corresponding HTTP status is 409.
     """
 
 
