@@ -55,8 +55,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             try:
                 await portal.run(self._open, caller)
             except BaseException:
-                if self._lease is not None:
-                    portal.submit(self._leave, caller)
+                self._stop_opening(caller)
                 if self._owns_connection:
                     portal.submit(self._connection.aclose)
                 raise

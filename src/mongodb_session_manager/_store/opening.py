@@ -191,19 +191,16 @@ class Opening:
             SessionConflictError: The session is being imported or forked.
         """
         for _ in range(ROUNDS):
+            document = None
             try:
                 if lease is None:
                     document = await self._store.collection.send(partial(_upsert, self._fresh(session_id)))
-                else:
+                elif lease.is_held:
                     document = await self._take(session_id, lease, caller)
-            except DuplicateKeyError:  # the session is not live or busy, or was created concurrently
-                if lease is not None:
-                    await lease.wait(caller)
-                    if lease.is_held:
-                        continue
-                with suppress(SessionExistsError):
-                    await self._store.deletion.free_id(session_id, _COPY_TIMEOUT)
-                continue
+                else:
+                    document = await lease.wait(partial(self._take, session_id, lease, caller), caller)
+            except DuplicateKeyError:  # the session is not live, or another process has created it concurrently
+                pass
             except InvalidArgumentError:
                 if lease is None:
                     raise
@@ -211,6 +208,9 @@ class Opening:
                 continue
             if document is not None:
                 return document
+            if lease is None or not lease.is_held:
+                with suppress(SessionExistsError):
+                    await self._store.deletion.free_id(session_id, _COPY_TIMEOUT)
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
 
     def _fresh(self, session_id: str) -> Document:
@@ -218,8 +218,6 @@ class Opening:
 
     async def _take(self, session_id: str, lease: Lease, caller: Caller | None) -> Document | None:
         """Return the live session with an id, whose lease the same statement has taken."""
-        if lease.has_waiters and not lease.is_held:
-            await lease.wait(caller)
         moment, claim, fresh = self._connection.now(), lease.claim, self._fresh(session_id)
         condition = {"_id": fresh.pop("_id"), **live_at(moment), **claim.may_open(moment)}
         update = {"$setOnInsert": fresh, "$set": claim.fields(moment), "$inc": {"lease.fence": 1}}
