@@ -557,6 +557,7 @@ ANSWERS: dict[type[MongoDBSessionError], tuple[int, int, str | None]] = {
     errors.AgentNotFoundError: (404, 1008, "the session has no such agent"),
     errors.MessageNotFoundError: (404, 1008, "the agent has no such message"),
     errors.SessionExistsError: (409, 1008, "a session with that id already exists"),
+    errors.SessionBusyError: (409, 1013, "the session is busy with another request: repeat this one later"),
     errors.SessionConflictError: (409, 1013, "another request changed the session concurrently: repeat this one"),
     errors.SessionClosedError: (500, 1011, None),
     errors.EventLoopError: (500, 1011, None),

@@ -218,6 +218,14 @@ def by_opening(repository: MongoDBSessionRepository, session_id: str, server: st
         factory.create_session_manager(session_id).close()
 
 
+def by_taking_turns(repository: MongoDBSessionRepository, session_id: str, server: str, database: str) -> None:
+    options: dict[str, Any] = {"on_busy": "wait", "busy_timeout": 5.0}
+    with MongoDBSessionManagerFactory(server, database, **LIMITS, **options) as factory:
+        for number in range(2):
+            with factory.create_session_manager(session_id) as manager:
+                agent(manager, "further", agent_id=f"another-{number}")("and on")
+
+
 def by_metadata(repository: MongoDBSessionRepository, session_id: str, *_: str) -> None:
     repository.update_metadata(session_id, {"n": 1})
 
@@ -237,7 +245,7 @@ def by_a_change_of_an_archived_message(repository: MongoDBSessionRepository, ses
     repository.update_message(session_id, "agent", message)
 
 
-MOVING = [by_a_turn, by_opening, by_an_append, by_a_change_of_an_archived_message]
+MOVING = [by_a_turn, by_opening, by_taking_turns, by_an_append, by_a_change_of_an_archived_message]
 OTHERS = [by_metadata, by_feedback]
 """What a session without a date takes as it is, and that with one does not."""
 

@@ -27,8 +27,9 @@ from mongodb_session_manager import (
     SessionBusyError,
     SessionClosedError,
     SessionConflictError,
+    SessionNotFoundError,
 )
-from mongodb_session_manager._store.lease import lease_stats
+from mongodb_session_manager._store.lease import _of_connections
 from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import node, pipeline, team
 from support import CommandLog, agent, eventually, message_ids, texts
@@ -82,8 +83,11 @@ async def happens(condition: Callable[[], object], seconds: float = 30.0) -> Non
 
 
 def waits(factory: MongoDBSessionManagerFactory) -> int:
-    """Return how often a manager has waited."""
-    return lease_stats(factory._connection)["lease_waits"]
+    """Return how many managers have waited or are waiting."""
+    leases = _of_connections.get(factory._connection)
+    if leases is None:
+        return 0
+    return leases.waits + sum(waiter.has_slept for queue in leases.queues.values() for waiter in queue.waiters)
 
 
 def lease_of(stored: Stored) -> dict[str, Any]:
@@ -177,7 +181,7 @@ async def test_waiting_ends_after_busy_timeout(waiting: MongoDBSessionManagerFac
     await turn
     assert await request(waiting, "second", "two") == ["first", "one", "second"]
     stats = await waiting.get_connection_stats_async()
-    assert stats["lease_waits"] == 2
+    assert stats["lease_waits"] == 1  # with a timeout of 0, nobody waits
     assert stats["lease_wait_seconds"] > 0
 
 
@@ -591,3 +595,38 @@ def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
             thread.join(60)
         with factory.create_session_manager("s") as manager:
             assert len(agent(manager).messages) == 8
+
+
+# Sessions that end.
+
+
+@pytest.mark.parametrize("on_busy", ["wait", "refuse"])
+def test_an_expired_session_is_not_busy(
+    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog, on_busy: Any
+) -> None:
+    options: dict[str, Any] = {"on_busy": on_busy, "session_ttl": timedelta(hours=1)}
+    manager = factory.create_session_manager("s", **options)
+    agent(manager, "one")("first")
+    take_lease(stored, 60)
+    stored.update_one({}, {"$set": {"expires_at": datetime.now(UTC) - timedelta(hours=1)}})
+    with factory.create_session_manager("s", **options) as manager:
+        assert agent(manager).messages == []
+
+
+async def test_a_session_that_is_deleted_is_not_busy(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    await waiting.delete_session_async("s")
+    model.go.set()
+    with pytest.raises(SessionNotFoundError):
+        await turn
+    assert await request(waiting, "second", "two") == ["second"]
+
+
+async def test_who_waits_for_a_session_that_is_deleted_gets_a_new_one(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    take_lease(stored, 60)
+    opening = asyncio.create_task(request(waiting, "next", "one"))
+    await happens(lambda: waits(waiting))
+    await waiting.delete_session_async("s")
+    assert await opening == ["next"]

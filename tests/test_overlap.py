@@ -111,6 +111,32 @@ def test_a_synchronous_agent(far: MongoDBSessionManagerFactory, stored: Stored, 
     assert len(commands.names) <= 5
 
 
+@pytest.mark.parametrize("on_busy", ["conflict", "wait"])
+@pytest.mark.parametrize(("calls", "writes"), [([], 2), ([CALL_ADD], 4)])
+def test_commands_of_a_turn(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, on_busy: Any, calls: list[Any], writes: int
+) -> None:
+    @tool
+    def add(a: int, b: int) -> int:
+        """Add two numbers."""
+        return a + b
+
+    def once_stored(count: int, reply: Any) -> Any:
+        def answer(_: object) -> Any:
+            eventually(lambda: commands.names.count(WRITE) == count)
+            return reply
+
+        return answer
+
+    manager = factory.create_session_manager("s", save_on="overlap", on_busy=on_busy)
+    replies = [once_stored(2 * number + 1, reply) for number, reply in enumerate([*calls, "hello"])]
+    live = agent(manager, *replies, tools=[add])
+    live("hi")
+    manager.sync_agent(live)
+    manager.close()
+    assert commands.names == [OPEN] + [WRITE] * writes
+
+
 @pytest.mark.parametrize("replies", [["hello"], [CALL_ADD, "three"]])
 async def test_a_failed_write_stops_the_turn(
     far: MongoDBSessionManagerFactory, proxy: Proxy, stored: Stored, replies: list[Any]

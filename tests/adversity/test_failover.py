@@ -26,6 +26,8 @@ from mongodb_session_manager import (
 from support import agent, eventually, message_ids, texts
 
 LOST = (DatabaseUnavailableError, DatabaseTimeoutError)
+ONE_DOCUMENT = {"max_embedded_messages": 100_000, "max_embedded_bytes": 10 << 20}
+IN_LINE: dict[str, Any] = {"on_busy": "wait", "busy_timeout": 120, "lease": 20, **ONE_DOCUMENT}
 SHARED = "shared"
 """The session whose users take turns."""
 
@@ -150,8 +152,8 @@ def test_failover(replica_set: Cluster, rounds: int) -> None:
     with (
         MongoDBSessionManagerFactory(uri, "failover") as patient,
         MongoDBSessionManagerFactory(uri, "failover", serverSelectionTimeoutMS=500) as hasty,
-        MongoDBSessionManagerFactory(uri, "failover", on_busy="wait", busy_timeout=120, lease=20) as polite,
-        MongoDBSessionManagerFactory(uri, "failover", on_busy="wait", busy_timeout=120, lease=20) as elsewhere,
+        MongoDBSessionManagerFactory(uri, "failover", **IN_LINE) as polite,
+        MongoDBSessionManagerFactory(uri, "failover", **IN_LINE) as elsewhere,
         ThreadPoolExecutor(13) as threads,
     ):
         factories = [patient, patient, hasty, hasty, hasty]

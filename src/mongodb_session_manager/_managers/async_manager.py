@@ -56,8 +56,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
             try:
                 await portal.run(self._open, caller)
             except BaseException:
-                if self._lease is not None:
-                    portal.submit(self._leave, caller)
+                self._stop_opening(caller)
                 if self._owns_connection:
                     portal.submit(self._connection.aclose)
                 raise
@@ -96,7 +95,7 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         try:
             work = await portal.run(self._read_again, caller)
         except asyncio.CancelledError:
-            portal.submit(self._leave, caller)
+            self._stop_opening(caller)
             raise
         self._continue_with(work)
 

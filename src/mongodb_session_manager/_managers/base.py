@@ -167,8 +167,13 @@ class SessionManagerBase(ReloadableSessionManager):
         if self._lease is not None:
             await self._lease.release()
 
+    def _stop_opening(self, caller: Caller) -> None:
+        """End an opening that its caller does not wait for any more, or that has failed."""
+        if self._lease is not None:
+            with suppress(EventLoopError):
+                self._connection.portal.submit(self._leave, caller)
+
     async def _leave(self, caller: Caller) -> None:
-        """End the opening of a caller that was cancelled. Runs on the loop of the client."""
         caller.leave()
         if self._work is not None:  # opened at the same moment
             await self._give_up()

@@ -60,8 +60,7 @@ class MongoDBSessionManager(SessionManagerBase):
         try:
             portal.call(self._open, caller)
         except BaseException:
-            if self._lease is not None:
-                portal.submit(self._leave, caller)
+            self._stop_opening(caller)
             if self._owns_connection:
                 portal.call(self._connection.aclose)
             raise

@@ -14,7 +14,7 @@ import os
 import random
 import weakref
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,6 +28,7 @@ from .._format.lease import Claim, StoredLease
 from .._format.malformed import MalformedField
 from .._format.statements import Update
 from .._io.connection import Connection
+from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection, find_and_modify
 from .._io.loop import portal_to
 from ..errors import EventLoopError, MongoDBSessionError, SessionBusyError, SessionClosedError, SessionConflictError
@@ -76,13 +77,13 @@ class Caller:
 
     def __init__(self) -> None:
         self.is_gone = False
-        self._waiter: _Waiter | None = None
+        self.waiter: _Waiter | None = None
 
     def leave(self) -> None:
         """End the wait of the caller."""
         self.is_gone = True
-        if self._waiter is not None:
-            self._waiter.wake()
+        if self.waiter is not None:
+            self.waiter.wake()
 
     def check(self, session_id: str) -> None:
         """Raise an error if the caller was cancelled; nobody sees it."""
@@ -93,12 +94,14 @@ class Caller:
 class _Waiter:
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self.has_slept = False
 
     def wake(self) -> None:
         self._event.set()
 
     async def sleep(self, seconds: float) -> None:
         """Wait until `wake` is called, at most a number of seconds."""
+        self.has_slept = True
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._event.wait()
@@ -254,7 +257,9 @@ class _Holding:
         if is_held or self.is_releasing:
             self.renewed()
             return
-        logger.warning("session_id=<%r> | lease lost: another manager has taken it", self._session_id)
+        logger.warning(
+            "session_id=<%r> | lease lost: another manager has taken it, or the session was deleted", self._session_id
+        )
         self.end("lost")
 
     async def release(self) -> None:
@@ -353,12 +358,6 @@ class Lease:
             self._holding = None
         return self._claim[1]
 
-    @property
-    def has_waiters(self) -> bool:
-        """Whether other managers of this process wait for the session."""
-        queue = _leases_of(self._connection).queues.get(self._key)
-        return queue is not None and bool(queue.waiters)
-
     def taken(self, document: Document) -> None:
         """Note that a statement has taken the lease; `document` holds the new `lease`."""
         claim, leases = self.claim, _leases_of(self._connection)
@@ -396,43 +395,40 @@ class Lease:
         if self._holding is not None:
             self._holding.let_expire()
 
-    async def wait(self, caller: Caller | None = None) -> None:
+    async def wait(
+        self, attempt: Callable[[], Awaitable[Document | None]] | None = None, caller: Caller | None = None
+    ) -> Document | None:
         """Wait until this manager has taken the lease, or the session does not exist.
+
+        Args:
+            attempt: Opens the session and takes its lease, or raises `DuplicateKeyError`. It is called when this
+                manager is the next one.
+            caller: Who waits.
+
+        Returns:
+            The result of `attempt` if it has succeeded.
 
         Raises:
             SessionBusyError: The session is busy, and the manager does not wait, or has waited long enough.
             SessionClosedError: The connection was closed, or the caller was cancelled.
         """
         if not self._waits:
+            if attempt is not None:
+                with suppress(DuplicateKeyError):
+                    return await attempt()
             await self._check_free()
-            return
-        leases, loop, waiter = _leases_of(self._connection), asyncio.get_running_loop(), _Waiter()
-        queue, begin, pause = leases.queue(self._key), loop.time(), _PAUSES[0]
-        end = begin + self._timeout
+            return None
+        leases, waiter = _leases_of(self._connection), _Waiter()
+        queue, begin = leases.queue(self._key), leases.loop.time()
         queue.waiters.append(waiter)
         if caller is not None:
-            caller._waiter = waiter
-        leases.waits += 1
+            caller.waiter = waiter
         try:
-            while True:
-                self._check_wait(caller)
-                is_first = queue.waiters[0] is waiter
-                is_turn = is_first and not queue.is_held_here
-                if is_turn and await self._poll(queue):
-                    return
-                left = end - loop.time()
-                if left <= 0:
-                    raise SessionBusyError(
-                        f"session {self._session_id!r} is still busy after {self._timeout:g} s (busy_timeout): another "
-                        "manager has its turn"
-                    )
-                if is_turn:
-                    await waiter.sleep(min(left, pause * random.uniform(0.5, 1.0)))
-                    pause = min(2 * pause, _PAUSES[1])
-                else:
-                    await waiter.sleep(min(left, _CHECK))
+            return await self._wait(queue, waiter, attempt, caller)
         finally:
-            leases.wait_seconds += loop.time() - begin
+            if waiter.has_slept:
+                leases.waits += 1
+                leases.wait_seconds += leases.loop.time() - begin
             queue.waiters.remove(waiter)
             if queue.waiters:
                 queue.wake()
@@ -440,6 +436,36 @@ class Lease:
                 queue.is_in_line = False
                 self._connection.start(self._leave_line())
             leases.tidy(self._key)
+
+    async def _wait(
+        self,
+        queue: _Queue,
+        waiter: _Waiter,
+        attempt: Callable[[], Awaitable[Document | None]] | None,
+        caller: Caller | None,
+    ) -> Document | None:
+        loop, pause = asyncio.get_running_loop(), _PAUSES[0]
+        end = loop.time() + self._timeout
+        while True:
+            self._check_wait(caller)
+            is_first = queue.waiters[0] is waiter
+            is_next = is_first and not queue.is_held_here
+            if is_next and attempt is not None and not queue.is_in_line:
+                with suppress(DuplicateKeyError):
+                    return await attempt()
+            if is_next and await self._poll(queue):
+                return None
+            left = end - loop.time()
+            if left <= 0:
+                raise SessionBusyError(
+                    f"session {self._session_id!r} is still busy after {self._timeout:g} s (busy_timeout): another "
+                    "manager has its turn"
+                )
+            if is_next:
+                await waiter.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+                pause = min(2 * pause, _PAUSES[1])
+            else:
+                await waiter.sleep(min(left, _CHECK) if is_first else left)
 
     def _check_wait(self, caller: Caller | None) -> None:
         if caller is not None:

@@ -266,21 +266,18 @@ class Opening:
         """
         session_id, lease, caller = query.session_id, query.lease, query.caller
         for _ in range(ROUNDS):
+            document = None
             try:
                 if lease is None:
                     document = await self._store.collection.send(
                         partial(_find_or_create, self._fresh(session_id), query)
                     )
-                else:
+                elif lease.is_held:
                     document = await self._take(query, lease)
-            except DuplicateKeyError:  # the session is not live or busy, or was created concurrently
-                if lease is not None:
-                    await lease.wait(caller)
-                    if lease.is_held:
-                        continue
-                with suppress(SessionExistsError):
-                    await self._store.deletion.free_id(session_id, _COPY_TIMEOUT)
-                continue
+                else:
+                    document = await lease.wait(partial(self._take, query, lease), caller)
+            except DuplicateKeyError:  # the session is not live, or another process has created it concurrently
+                pass
             except InvalidArgumentError:
                 if lease is None:
                     raise
@@ -288,11 +285,11 @@ class Opening:
                 continue
             if document is not None:
                 return document
-            if query.creates:
-                continue
-            if lease is None or await self._store.sessions.find(session_id, {"_id": 1}) is None:
+            if not query.creates and lease is None:
                 raise SessionNotFoundError(f"session {session_id!r} no longer exists")
-            await lease.wait(caller)
+            if lease is None or not lease.is_held:
+                with suppress(SessionExistsError):
+                    await self._store.deletion.free_id(session_id, _COPY_TIMEOUT)
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
 
     def _fresh(self, session_id: str) -> Document:
@@ -301,8 +298,6 @@ class Opening:
     async def _take(self, query: _Query, lease: Lease) -> Document | None:
         """Return the live session with an id, whose lease the same statement has taken."""
         session_id, caller = query.session_id, query.caller
-        if lease.has_waiters and not lease.is_held:
-            await lease.wait(caller)
         moment, claim, fresh = self._connection.now(), lease.claim, self._fresh(session_id)
         condition = {"_id": fresh.pop("_id"), **live_at(moment), **claim.may_open(moment)}
         update = {"$setOnInsert": fresh, "$set": claim.fields(moment), "$inc": {"lease.fence": 1}}
@@ -314,6 +309,10 @@ class Opening:
             lease.taken(document)
             if caller is not None:
                 caller.check(session_id)
+        elif not query.creates:
+            if await self._store.sessions.find(session_id, {"_id": 1}) is None:
+                raise SessionNotFoundError(f"session {session_id!r} no longer exists")
+            raise DuplicateKeyError("busy")  # as if it were created
         return document
 
     async def create(self, session_id: str, moment: datetime) -> None:
