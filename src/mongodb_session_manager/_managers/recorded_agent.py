@@ -226,6 +226,8 @@ class RecordedAgent:
             self.live = None
         elif self._live_list is not None:
             agent.messages[:] = self._live_list
+        elif self.live is not None:
+            self.live.repaired(agent.messages)
         self.shown, self._records, self._live_list = {}, [], None
 
     def _remember(self, message_id: int, tracking_id: str | None, document: Mapping[str, Any]) -> None:
