@@ -407,9 +407,9 @@ def edited_secret(factory: MongoDBSessionManagerFactory) -> tuple[Any, Agent]:
     return manager, live
 
 
-@pytest.mark.parametrize("embedded", [1, 128])
-def test_redacting_a_message_reaches_the_view(server: str, database: str, stored: Documents, embedded: int) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=embedded) as factory:
+@pytest.mark.parametrize("in_document", [1, 128])
+def test_redacting_a_message_reaches_the_view(server: str, database: str, stored: Documents, in_document: int) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=in_document) as factory:
         manager, live = edited_secret(factory)
         manager.close()
         assert restored(factory, conversation_manager=NullConversationManager()).messages == live.messages
@@ -420,12 +420,12 @@ def test_redacting_a_message_reaches_the_view(server: str, database: str, stored
         assert texts(again.messages) == ["[redacted]", "a0", "q1", "a1", "q2", "a2"]
 
 
-@pytest.mark.parametrize("embedded", [1, 128])
+@pytest.mark.parametrize("in_document", [1, 128])
 @pytest.mark.parametrize("is_later", [False, True])
 def test_a_message_that_somebody_else_redacts_does_not_come_back(
-    server: str, database: str, stored: Documents, embedded: int, is_later: bool
+    server: str, database: str, stored: Documents, in_document: int, is_later: bool
 ) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=embedded) as factory:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=in_document) as factory:
         _, live = edited_secret(factory)
         redact(factory, 0)
         if is_later:
@@ -723,13 +723,13 @@ class Within:
 @given(
     script=st.lists(steps, min_size=3, max_size=10),
     window=st.sampled_from([None, 4]),
-    embedded=st.sampled_from([1, 3, 128]),
+    in_document=st.sampled_from([1, 3, 128]),
 )
 def test_whatever_is_edited_is_restored_and_nothing_that_was_said_is_lost(
-    server: str, shared_database: str, script: list[Any], window: int | None, embedded: int
+    server: str, shared_database: str, script: list[Any], window: int | None, in_document: int
 ) -> None:
     session_id = uuid.uuid4().hex
-    with MongoDBSessionManagerFactory(server, shared_database, max_embedded_messages=embedded) as factory:
+    with MongoDBSessionManagerFactory(server, shared_database, max_embedded_messages=in_document) as factory:
         said: list[Any] = []
         within = Within()
 
