@@ -48,6 +48,7 @@ class LiveMessages:
         self._former: dict[int, list[Any]] = {}
         self._redacted: set[int] = set()
         self.unstorable: set[int] = set()
+        self._repaired: list[Any] | None = None
         self._view: View | None = None
         self._shown: list[Shown] = []
 
@@ -72,6 +73,14 @@ class LiveMessages:
         self._view = view
         self._stored = {n: shadow(message) for n, message in stored.items()} | self._stored
         self._shown = [each._replace(message=shadow(each.message)) for each in shown]
+
+    def repaired(self, messages: Sequence[Any]) -> None:
+        """Remember the messages as Strands has restored them, if it has repaired broken tool calls.
+
+        They are stored with the next change of the live messages: restoring an agent alone stores nothing.
+        """
+        if list(messages) != list(self._stored.values()):
+            self._repaired = shadow(list(messages))
 
     def append(self, message_id: int, message: Any) -> None:
         """Add a message that is appended."""
@@ -132,6 +141,9 @@ class LiveMessages:
         Raises:
             EncodingError: An inserted message holds a value that cannot be stored.
         """
+        if self._repaired is not None and messages == self._repaired:
+            return None
+        self._repaired = None
         without_view = None if base is None else self._without_view(*base)
         expected = without_view if self._view is None else self._with_view(self._view)
         if expected is not None and self._are_same(messages, expected):
@@ -183,11 +195,10 @@ class LiveMessages:
         A stored message without tracking id gets one when its agent is invoked.
         """
         known = self._stored.get(message_id)
-        if known is not None and type(live) is dict and "tracking_id" in live and "tracking_id" not in known:
-            if {name: value for name, value in live.items() if name != "tracking_id"} == known:
-                known["tracking_id"] = live["tracking_id"]
-                return True
-            return False
+        gained = known is not None and type(live) is dict and "tracking_id" in live and "tracking_id" not in known
+        if gained and {name: value for name, value in live.items() if name != "tracking_id"} == known:
+            known["tracking_id"] = live["tracking_id"]
+            return True
         return live == known or any(live == former for former in self._former.get(message_id, ()))
 
     def _count_tail(self, found: Sequence[Shown]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 from strands import Agent
@@ -11,8 +12,9 @@ from strands.types.agent import LocalAgent
 from strands.types.session import SessionAgent, SessionMessage
 
 from .._format.bounded import Bounded
-from .._format.changes import Identity
+from .._format.changes import Identity, StoreView
 from .._format.codec import decode
+from .._format.dates import now
 from .._format.documents import (
     STATE_FIELDS,
     USAGE,
@@ -184,7 +186,37 @@ class RecordedAgent:
             redacts = session_message.redact_message is not None
             self.live.replace(message_id, session_message.to_message(), redacts=redacts)
 
+    def view_change(self, agent: Agent, base: tuple[list[Any], int] | None, session_id: str) -> StoreView | None:
+        """Return the change that stores the live messages, or `None` if restoring gives them.
+
+        `base` is what restoring gives without a view, see `LiveMessages.change`.
+        """
+        if self.live is None or self.refusal is not None or agent.model.stateful:
+            return None
+        unstorable, ids, versions = set(self.live.unstorable), self.message_ids, self.versions
+        next_id = self.next_message_id
+        view = self.live.change(agent.messages, base, next_id, ids.get, lambda n: versions.get(n, ...))
+        for message_id in self.live.unstorable - unstorable:
+            logger.warning(
+                "session_id=<%r>, agent_id=<%r>, message_id=<%d> | an edit of a live message was not stored: it holds "
+                "a value that cannot be stored",
+                session_id,
+                self.agent_id,
+                message_id,
+            )
+        return None if view is None else StoreView(self.agent_id, next_id, view, self.archive_revision, now())
+
     # Restoring.
+
+    @contextmanager
+    def restoring(self, agent: LocalAgent) -> Iterator[None]:
+        """Let Strands restore the agent; then show its view."""
+        self.is_restoring = True
+        try:
+            yield
+        finally:
+            self.is_restoring = False
+        self.end_restore(agent)
 
     def restored_from(self, first: int, messages: Iterable[SessionMessage | None]) -> None:
         """Remember the messages that Strands restores, beginning at a position."""
@@ -229,6 +261,8 @@ class RecordedAgent:
             self.live = None
         elif self._live_list is not None:
             agent.messages[:] = self._live_list
+        elif self.live is not None:
+            self.live.repaired(agent.messages)
         self.shown, self._records, self._live_list = {}, [], None
 
     def _remember(self, message_id: int, tracking_id: str | None, document: Mapping[str, Any]) -> None:

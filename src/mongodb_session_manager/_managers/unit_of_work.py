@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
@@ -22,7 +22,6 @@ from .._format.changes import (
     ObserveConfig,
     ReplaceMessage,
     SetMessageFields,
-    StoreView,
     UpdateAgent,
 )
 from .._format.codec import encode
@@ -189,19 +188,10 @@ class UnitOfWork(SessionRepository):
         """Drop all but the `count` newest stored messages of an agent from memory."""
         self._agents[agent_id].stored.keep(count)
 
-    @contextmanager
-    def restoring(self, agent: LocalAgent) -> Iterator[None]:
-        """Let Strands restore an agent; then show the live messages of its view."""
+    def restoring(self, agent: LocalAgent) -> AbstractContextManager[None]:
+        """Return the context in which Strands restores an agent; then, its view is shown."""
         recorded = self._agents.get(agent.agent_id)
-        if recorded is None:
-            yield
-            return
-        recorded.is_restoring = True
-        try:
-            yield
-        finally:
-            recorded.is_restoring = False
-        recorded.end_restore(agent)
+        return nullcontext() if recorded is None else recorded.restoring(agent)
 
     def holds(self, agent_id: str) -> bool:
         """Return whether the session has an agent with that id, stored or recorded."""
@@ -240,9 +230,18 @@ class UnitOfWork(SessionRepository):
             stored.defaults = {name: state[name] for name in stored.malformed_state}
 
     def has_other_state(self, agent: Agent) -> bool:
-        """Return whether the state of an agent is not the one that was loaded."""
+        """Return whether the state of an agent is not the one that was loaded.
+
+        Fields that an earlier version has not stored do not count.
+        """
         loaded, current = self._agents[agent.agent_id].loaded, SessionAgent.from_agent(agent)
-        return loaded is not None and any(getattr(loaded, name) != getattr(current, name) for name in STATE_FIELDS)
+        if loaded is None:
+            return False
+        return loaded.state != current.state or any(
+            getattr(current, part).get(name) != value
+            for part in STATE_FIELDS[1:]
+            for name, value in getattr(loaded, part).items()
+        )
 
     # Changes that Strands does not record.
 
@@ -280,22 +279,8 @@ class UnitOfWork(SessionRepository):
         `base` is what restoring it would give without a view, see `LiveMessages.change`.
         """
         recorded = self._agents[agent.agent_id]
-        if recorded.live is None or recorded.refusal is not None or agent.model.stateful:
-            return
-        expected = recorded.next_message_id
-        ids, versions = recorded.message_ids, recorded.versions
-        unstorable = set(recorded.live.unstorable)
-        view = recorded.live.change(agent.messages, base, expected, ids.get, lambda n: versions.get(n, ...))
-        for message_id in recorded.live.unstorable - unstorable:
-            logger.warning(
-                "session_id=<%r>, agent_id=<%r>, message_id=<%d> | an edit of a live message was not stored: it holds a "
-                "value that cannot be stored",
-                self.session_id,
-                agent.agent_id,
-                message_id,
-            )
-        if view is not None:
-            self._record(StoreView(agent.agent_id, expected, view, recorded.archive_revision, now()))
+        if (change := recorded.view_change(agent, base, self.session_id)) is not None:
+            self._record(change)
             recorded.too_large = None
 
     def record_metrics(self, agent_id: str, metrics: Document | None) -> None:
