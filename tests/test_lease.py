@@ -29,7 +29,7 @@ from mongodb_session_manager import (
     SessionConflictError,
     SessionNotFoundError,
 )
-from mongodb_session_manager._store.lease import _of_connections
+from mongodb_session_manager._store.lease_queue import _of_connections
 from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import node, pipeline, team
 from support import CommandLog, agent, eventually, message_ids, texts

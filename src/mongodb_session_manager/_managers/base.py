@@ -32,7 +32,7 @@ from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
 from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
-from .._store.lease import Caller
+from .._store.lease_queue import Caller
 from ..errors import (
     AgentNotFoundError,
     EncodingError,

@@ -22,7 +22,8 @@ from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import DatabaseError, InvalidArgumentError, MongoDBSessionError, SessionExistsError
 from .archive import present
-from .lease import Caller, Lease
+from .lease import Lease
+from .lease_queue import Caller
 from .migration import HAS_PARTS, is_of_v1
 from .sessions import ROUNDS, ReadAgainError, read_consistently
 from .store import SessionStore
