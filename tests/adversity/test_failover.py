@@ -26,7 +26,7 @@ from mongodb_session_manager import (
 from support import agent, eventually, message_ids, texts
 
 LOST = (DatabaseUnavailableError, DatabaseTimeoutError)
-ONE_DOCUMENT = {"max_embedded_messages": 100_000, "max_embedded_bytes": 10 << 20}
+ONE_DOCUMENT = {"max_embedded_messages": 100_000, "max_embedded_bytes": 8 << 20}
 IN_LINE: dict[str, Any] = {"on_busy": "wait", "busy_timeout": 120, "lease": 20, **ONE_DOCUMENT}
 SHARED = "shared"
 """The session whose users take turns."""
