@@ -29,7 +29,7 @@ from mongodb_session_manager import (
     SessionConflictError,
     SessionNotFoundError,
 )
-from mongodb_session_manager._store.lease import _of_connections
+from mongodb_session_manager._store.lease_queue import _of_connections
 from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import node, pipeline, team
 from support import CommandLog, agent, eventually, message_ids, texts
@@ -230,6 +230,44 @@ async def test_a_further_turn_of_a_busy_session_sends_nothing_to_a_model(
     assert len(live.model.calls) == 1
     assert texts(stored.find_one({})["agents"]["agent"]["messages"]) == ["first", "one"]
     await manager.close()
+
+
+@pytest.mark.parametrize("save_on", ["message", "overlap"])
+async def test_a_further_turn_after_that_of_another_sends_nothing_to_a_model(
+    waiting: MongoDBSessionManagerFactory, stored: Stored, save_on: Any
+) -> None:
+    manager = await waiting.create_session_manager_async("s", save_on=save_on)
+    live = agent(manager, "one", "two")
+    await live.invoke_async("first")
+    await request(waiting, "beside", "ok")
+    with pytest.raises(SessionConflictError, match="another writer"):
+        await live.invoke_async("second")
+    assert len(live.model.calls) == 1
+    await manager.close()
+    assert "token" not in lease_of(stored)
+
+
+class Again(HookProvider):
+    """A hook that has the agent continue once."""
+
+    def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
+        registry.add_callback(AfterInvocationEvent, self._continue)
+
+    def _continue(self, event: AfterInvocationEvent) -> None:
+        if len(event.agent.messages) == 2:
+            event.resume = "and then?"
+
+
+async def test_an_agent_that_continues_keeps_its_turn(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    async def ask(number: int) -> None:
+        async with waiting.create_session_manager_async("s") as manager:
+            await agent(manager, "one", "two", hooks=[Again()]).invoke_async(f"q{number}")
+
+    await asyncio.gather(ask(0), ask(1))
+    said = texts(stored.find_one({})["agents"]["agent"]["messages"])
+    assert said[1:4] == ["one", "and then?", "two"]
+    assert len(said) == 6
+    assert lease_of(stored)["fence"] == 2
 
 
 async def test_a_further_turn_waits_for_its_turn(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:

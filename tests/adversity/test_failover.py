@@ -26,7 +26,7 @@ from mongodb_session_manager import (
 from support import agent, eventually, message_ids, texts
 
 LOST = (DatabaseUnavailableError, DatabaseTimeoutError)
-ONE_DOCUMENT = {"max_embedded_messages": 100_000, "max_embedded_bytes": 10 << 20}
+ONE_DOCUMENT: dict[str, Any] = {"max_embedded_messages": 100_000, "max_embedded_bytes": 8 << 20}
 IN_LINE: dict[str, Any] = {"on_busy": "wait", "busy_timeout": 120, "lease": 20, **ONE_DOCUMENT}
 SHARED = "shared"
 """The session whose users take turns."""
@@ -150,8 +150,8 @@ class AsyncUser(User):
 def test_failover(replica_set: Cluster, rounds: int) -> None:
     uri, stop = replica_set.connection_string, threading.Event()
     with (
-        MongoDBSessionManagerFactory(uri, "failover") as patient,
-        MongoDBSessionManagerFactory(uri, "failover", serverSelectionTimeoutMS=500) as hasty,
+        MongoDBSessionManagerFactory(uri, "failover", **ONE_DOCUMENT) as patient,
+        MongoDBSessionManagerFactory(uri, "failover", serverSelectionTimeoutMS=500, **ONE_DOCUMENT) as hasty,
         MongoDBSessionManagerFactory(uri, "failover", **IN_LINE) as polite,
         MongoDBSessionManagerFactory(uri, "failover", **IN_LINE) as elsewhere,
         ThreadPoolExecutor(13) as threads,

@@ -12,7 +12,7 @@ from strands.types.tools import AgentTool
 from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
 from .._repository.metadata import AgentConfig, UsageReport
-from .._store.lease import Caller
+from .._store.lease_queue import Caller
 from ..errors import SessionClosedError
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, async_tool

@@ -34,7 +34,7 @@ from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
 from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
-from .._store.lease import Caller
+from .._store.lease_queue import Caller
 from ..errors import (
     AgentNotFoundError,
     EncodingError,
@@ -362,7 +362,7 @@ class SessionManagerBase(ReloadableSessionManager):
                     self.sync_agent(agent)
                 self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
             finally:
-                self._end_turn(event, is_last=not _can_be_changed(event))
+                self._end_turn(event, is_first=True)
                 await self._flusher.flush(self._unit)
         except MongoDBSessionError as error:
             self._stopped.setdefault(agent.agent_id, error)
@@ -372,23 +372,23 @@ class SessionManagerBase(ReloadableSessionManager):
         stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
             # The changes can be stored by now, but the turn was stopped, and Strands might have wrapped the reason.
-            self._end_turn(event, is_last=True)
+            self._end_turn(event)
             if self._lease is not None and _can_be_changed(event):
                 self._start_flush()  # releases the lease
             raise stopped
         with self._flusher.recording(agent):
             self.sync_agent(agent)
-        self._end_turn(event, is_last=True)
+        self._end_turn(event)
         await self._flush(agent.agent_id)
 
-    def _end_turn(self, event: AfterInvocationEvent, *, is_last: bool) -> None:
+    def _end_turn(self, event: AfterInvocationEvent, *, is_first: bool = False) -> None:
         """Have the next flush release the lease, unless other callbacks follow or the agent continues at once."""
         if self._lease is None:
             return
-        if is_last and event.resume is None:
-            self._lease.end(event.agent.agent_id)
-        else:
+        if event.resume is not None or (is_first and _can_be_changed(event)):
             self._lease.pause()
+        else:
+            self._lease.end(event.agent.agent_id)
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
         """Return whether a message is flushed now, and not with the end of the invocation."""

@@ -9,7 +9,7 @@ from .._io.drivers import SyncClient
 from .._io.loop import Lock
 from .._io.options import ClientOptions
 from .._io.settings import Settings
-from .._store.lease import NO_LEASES, lease_stats
+from .._store.lease_queue import NO_LEASES, lease_stats
 from ..errors import MongoDBSessionError
 
 

@@ -12,7 +12,7 @@ from .._format.metadata import checked_feedback, checked_keys, checked_metadata
 from .._io.twins import copy_docstrings
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
 from .._repository.metadata import AgentConfig, UsageReport
-from .._store.lease import Caller
+from .._store.lease_queue import Caller
 from .async_manager import AsyncMongoDBSessionManager
 from .base import SessionManagerBase, checked_prompt_metadata
 from .metadata_tool import MetadataPolicy, Operations, blocking_tool

@@ -27,7 +27,8 @@ from .._format.layout import OF_V1, Place
 from .._format.malformed import MalformedField, messages_from, usable_field
 from .._format.retention import LIFE, Life
 from .._io.threads import compute
-from .._store.lease import Caller, Lease
+from .._store.lease import Lease
+from .._store.lease_queue import Caller
 from .._store.migration import is_of_v1
 from .._store.opening import Opening
 from .._store.sessions import read_consistently

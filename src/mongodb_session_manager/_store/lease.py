@@ -13,25 +13,20 @@ import logging
 import os
 import random
 import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, TypedDict
-
-from bson import ObjectId
+from typing import Any, Literal
 
 from .._format.documents import Document
 from .._format.layout import live_at
 from .._format.lease import Claim, StoredLease
 from .._format.malformed import MalformedField
 from .._format.statements import Update
-from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection, find_and_modify
-from .._io.loop import portal_to
-from ..errors import EventLoopError, MongoDBSessionError, SessionBusyError, SessionClosedError, SessionConflictError
+from ..errors import MongoDBSessionError, SessionBusyError, SessionClosedError, SessionConflictError
+from .lease_queue import Caller, Holding, Queue, Waiter, leases_of, release_collected
 from .store import SessionStore
 
 logger = logging.getLogger(__name__)
@@ -42,244 +37,8 @@ _PAUSES = (0.02, 0.2)
 _CHECK = 0.5
 """Seconds after which a waiter checks whether a manager of its process still renews the lease; no command is sent."""
 
-_RELEASE_TIMEOUT = 2.0
-"""Seconds for a release by a command of its own; after that, the lease expires."""
-
-_RENEWALS = 3
-"""A held lease is renewed after this part of its time."""
-
-_RETRY = 10
-"""A renewal that failed is repeated after this part of the lease's time."""
-
-
-class LeaseStats(TypedDict):
-    """The leases of a connection, since it was opened.
-
-    Attributes:
-        lease_waits: How often a manager has waited for a lease.
-        lease_wait_seconds: The total of the waiting times.
-        leases_lost: How many managers have lost a lease that they held.
-    """
-
-    lease_waits: int
-    lease_wait_seconds: float
-    leases_lost: int
-
-
-NO_LEASES: LeaseStats = {"lease_waits": 0, "lease_wait_seconds": 0.0, "leases_lost": 0}
-
 Mode = Literal["holds", "takes", "passes"]
 """How a statement depends on the lease: the manager holds it, the statement takes it, or nobody else holds it."""
-
-
-class Caller:
-    """A caller that opens a session and can be cancelled meanwhile."""
-
-    def __init__(self) -> None:
-        self.is_gone = False
-        self.waiter: _Waiter | None = None
-
-    def leave(self) -> None:
-        """End the wait of the caller."""
-        self.is_gone = True
-        if self.waiter is not None:
-            self.waiter.wake()
-
-    def check(self, session_id: str) -> None:
-        """Raise an error if the caller was cancelled; nobody sees it."""
-        if self.is_gone:
-            raise SessionClosedError(f"session {session_id!r} was not opened: the caller was cancelled")
-
-
-class _Waiter:
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self.has_slept = False
-
-    def wake(self) -> None:
-        self._event.set()
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait until `wake` is called, at most a number of seconds."""
-        self.has_slept = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        self._event.clear()
-
-
-@dataclass
-class _Queue:
-    """The waiters and the held leases of one session on one connection."""
-
-    waiters: deque[_Waiter] = field(default_factory=deque)
-    held: set[_Holding] = field(default_factory=set)
-    is_in_line: bool = False
-
-    def wake(self) -> None:
-        """Wake the first waiter."""
-        if self.waiters:
-            self.waiters[0].wake()
-
-    @property
-    def is_held_here(self) -> bool:
-        """Whether a manager of this process holds the lease, and will wake the first waiter."""
-        return any(not holding.is_paused for holding in self.held)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.waiters and not self.held
-
-
-class _Leases:
-    """The leases of a connection in this process, and on one event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.id = ObjectId()
-        self.pid = os.getpid()
-        self.loop = loop
-        self.queues: dict[Hashable, _Queue] = {}
-        self.waits, self.wait_seconds, self.lost = 0, 0.0, 0
-
-    def queue(self, key: Hashable) -> _Queue:
-        return self.queues.setdefault(key, _Queue())
-
-    def tidy(self, key: Hashable) -> None:
-        if (queue := self.queues.get(key)) is not None and queue.is_empty:
-            del self.queues[key]
-
-    async def close(self) -> None:
-        """End all waits, and release the leases that are still held."""
-        for queue in tuple(self.queues.values()):
-            for waiter in queue.waiters:
-                waiter.wake()
-            for holding in tuple(queue.held):
-                await holding.release()
-
-
-_of_connections: weakref.WeakKeyDictionary[Connection, _Leases] = weakref.WeakKeyDictionary()
-
-
-def _leases_of(connection: Connection) -> _Leases:
-    """Return the leases of a connection; a forked child and a new loop begin with none."""
-    leases, loop = _of_connections.get(connection), asyncio.get_running_loop()
-    if leases is None or leases.pid != os.getpid() or leases.loop is not loop:
-        leases = _of_connections[connection] = _Leases(loop)
-        connection.before_close = leases.close
-    return leases
-
-
-def lease_stats(connection: Connection) -> LeaseStats:
-    """Return the counters of a connection. Any thread can call it."""
-    leases = _of_connections.get(connection)
-    if leases is None or leases.pid != os.getpid():
-        return NO_LEASES.copy()
-    return {
-        "lease_waits": leases.waits,
-        "lease_wait_seconds": leases.wait_seconds,
-        "leases_lost": leases.lost,
-    }
-
-
-class _Holding:
-    """A lease that is held. It does not refer to its manager: a manager that is collected releases its lease."""
-
-    def __init__(self, store: SessionStore, key: Hashable, session_id: str, claim: Claim, leases: _Leases) -> None:
-        self._store = store
-        self._key = key
-        self._session_id = session_id
-        self._leases = leases
-        self.claim = claim
-        self.fence: int | None = None
-        self.state: Literal["held", "free", "lost"] = "held"
-        self.is_releasing = False
-        self.is_paused = False
-        self._timer: asyncio.TimerHandle | None = None
-        self.renewed()
-
-    @property
-    def _interval(self) -> float:
-        return self.claim.lease.total_seconds() / _RENEWALS
-
-    def renewed(self) -> None:
-        """Note that a statement has renewed the lease."""
-        self._due = self._leases.loop.time() + self._interval
-        if self.state != "held" or self.is_paused:
-            return
-        self._leases.queue(self._key).held.add(self)
-        if self._timer is None:
-            self._timer = self._leases.loop.call_later(self._interval, self._beat)
-
-    def end(self, state: Literal["free", "lost"]) -> None:
-        """Note that the lease is not held any more."""
-        if self.state == "lost" or self.state == state:
-            return
-        self.state = state
-        self._leases.lost += state == "lost"
-        self.let_expire()
-
-    def let_expire(self) -> None:
-        """Renew the lease no more, and wake the first waiter of this process."""
-        self.is_paused = True
-        self._stop_timer()
-        queue = self._leases.queue(self._key)
-        queue.held.discard(self)
-        queue.wake()
-        self._leases.tidy(self._key)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _beat(self) -> None:
-        loop, connection = self._leases.loop, self._store.connection
-        self._timer = None
-        if self.state != "held" or self.is_paused or connection.closed:
-            return
-        if (left := self._due - loop.time()) > 0 or self.is_releasing:
-            self._timer = loop.call_later(max(left, self._interval / _RETRY), self._beat)
-            return
-        connection.start(self._renew())
-
-    async def _renew(self) -> None:
-        loop, connection = self._leases.loop, self._store.connection
-        try:
-            async with connection.operation():
-                is_held = await self._store.sessions.update(self.claim.renewal(self._session_id, connection.now()))
-        except MongoDBSessionError as error:
-            logger.debug("session_id=<%r>, error=<%s> | lease not renewed", self._session_id, error)
-            if self.state == "held" and self._timer is None:
-                self._timer = loop.call_later(self._interval * _RENEWALS / _RETRY, self._beat)
-            return
-        if self.state != "held":
-            return
-        if is_held or self.is_releasing:
-            self.renewed()
-            return
-        logger.warning(
-            "session_id=<%r> | lease lost: another manager has taken it, or the session was deleted", self._session_id
-        )
-        self.end("lost")
-
-    async def release(self) -> None:
-        """Release the lease with a command of its own; a lease that cannot be released expires."""
-        if self.state != "held":
-            return
-        self._stop_timer()
-        try:
-            async with asyncio.timeout(_RELEASE_TIMEOUT), self._store.connection.operation():
-                await self._store.sessions.update(self.claim.release(self._session_id))
-        except (MongoDBSessionError, TimeoutError) as error:
-            logger.debug("session_id=<%r>, error=<%s> | lease not released, it expires", self._session_id, error)
-        self.end("free")
-
-
-def _release_collected(holding: _Holding, pid: int, loop: asyncio.AbstractEventLoop) -> None:
-    """Release the lease of a manager that was collected without being closed."""
-    if pid == os.getpid() and holding.state == "held" and loop.is_running():
-        with suppress(EventLoopError):
-            portal_to(loop).submit(holding.release)
 
 
 class Lease:
@@ -301,7 +60,7 @@ class Lease:
         self._waits = waits
         self._timeout = busy_timeout
         self._seconds = seconds
-        self._holding: _Holding | None = None
+        self._holding: Holding | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._claim: tuple[int, Claim] | None = None
         self._turns: set[Hashable] = set()
@@ -353,19 +112,19 @@ class Lease:
     def claim(self) -> Claim:
         """The claim of this manager; a forked child has another one than its parent."""
         if self._claim is None or not self._is_of_this_process:
-            by = _leases_of(self._connection).id
+            by = leases_of(self._connection).id
             self._claim = os.getpid(), Claim.of(by, self._seconds)
             self._holding = None
         return self._claim[1]
 
     def taken(self, document: Document) -> None:
         """Note that a statement has taken the lease; `document` holds the new `lease`."""
-        claim, leases = self.claim, _leases_of(self._connection)
+        claim, leases = self.claim, leases_of(self._connection)
         if self._holding is None or self._holding.state != "held":
-            self._holding = _Holding(self._store, self._key, self._session_id, claim, leases)
+            self._holding = Holding(self._store, self._key, self._session_id, claim, leases)
             if self._finalizer is not None:
                 self._finalizer.detach()
-            self._finalizer = weakref.finalize(self, _release_collected, self._holding, os.getpid(), leases.loop)
+            self._finalizer = weakref.finalize(self, release_collected, self._holding, os.getpid(), leases.loop)
             self._finalizer.atexit = False
         self._holding.fence = StoredLease.of(document).fence
         self._holding.renewed()
@@ -418,7 +177,7 @@ class Lease:
                     return await attempt()
             await self._check_free()
             return None
-        leases, waiter = _leases_of(self._connection), _Waiter()
+        leases, waiter = leases_of(self._connection), Waiter()
         queue, begin = leases.queue(self._key), leases.loop.time()
         queue.waiters.append(waiter)
         if caller is not None:
@@ -439,8 +198,8 @@ class Lease:
 
     async def _wait(
         self,
-        queue: _Queue,
-        waiter: _Waiter,
+        queue: Queue,
+        waiter: Waiter,
         attempt: Callable[[], Awaitable[Document | None]] | None,
         caller: Caller | None,
     ) -> Document | None:
@@ -486,9 +245,9 @@ class Lease:
         Raises:
             DatabaseError: `lease` is a value of an application.
         """
-        await self._poll(_leases_of(self._connection).queue(self._key))
+        await self._poll(leases_of(self._connection).queue(self._key))
 
-    async def _poll(self, queue: _Queue) -> bool:
+    async def _poll(self, queue: Queue) -> bool:
         """Take the lease if it is free; return whether this manager holds it now, or the session does not exist."""
         moment, claim = self._connection.now(), self.claim
         update = claim.poll(self._session_id, moment)

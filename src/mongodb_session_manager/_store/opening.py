@@ -37,7 +37,8 @@ from ..errors import (
     SessionNotFoundError,
 )
 from .archive import present
-from .lease import Caller, Lease
+from .lease import Lease
+from .lease_queue import Caller
 from .migration import HAS_PARTS, is_of_v1
 from .sessions import ROUNDS, ReadAgainError, read_consistently
 from .store import SessionStore

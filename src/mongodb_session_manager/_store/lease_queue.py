@@ -1,0 +1,260 @@
+"""The leases of a connection in this process: which are held, and who waits for them, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import weakref
+from collections import deque
+from collections.abc import Hashable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from bson import ObjectId
+
+from .._format.lease import Claim
+from .._io.connection import Connection
+from .._io.loop import portal_to
+from ..errors import EventLoopError, MongoDBSessionError, SessionClosedError
+from .store import SessionStore
+
+logger = logging.getLogger(__name__)
+
+_RELEASE_TIMEOUT = 2.0
+"""Seconds for a release by a command of its own; after that, the lease expires."""
+
+_RENEWALS = 3
+"""A held lease is renewed after this part of its time."""
+
+_RETRY = 10
+"""A renewal that failed is repeated after this part of the lease's time."""
+
+
+class LeaseStats(TypedDict):
+    """The leases of a connection, since it was opened.
+
+    Attributes:
+        lease_waits: How often a manager has waited for a lease.
+        lease_wait_seconds: The total of the waiting times.
+        leases_lost: How many managers have lost a lease that they held.
+    """
+
+    lease_waits: int
+    lease_wait_seconds: float
+    leases_lost: int
+
+
+NO_LEASES: LeaseStats = {"lease_waits": 0, "lease_wait_seconds": 0.0, "leases_lost": 0}
+
+
+class Caller:
+    """A caller that opens a session and can be cancelled meanwhile."""
+
+    def __init__(self) -> None:
+        self.is_gone = False
+        self.waiter: Waiter | None = None
+
+    def leave(self) -> None:
+        """End the wait of the caller."""
+        self.is_gone = True
+        if self.waiter is not None:
+            self.waiter.wake()
+
+    def check(self, session_id: str) -> None:
+        """Raise an error if the caller was cancelled; nobody sees it."""
+        if self.is_gone:
+            raise SessionClosedError(f"session {session_id!r} was not opened: the caller was cancelled")
+
+
+class Waiter:
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.has_slept = False
+
+    def wake(self) -> None:
+        self._event.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait until `wake` is called, at most a number of seconds."""
+        self.has_slept = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        self._event.clear()
+
+
+@dataclass
+class Queue:
+    """The waiters and the held leases of one session on one connection."""
+
+    waiters: deque[Waiter] = field(default_factory=deque)
+    held: set[Holding] = field(default_factory=set)
+    is_in_line: bool = False
+
+    def wake(self) -> None:
+        """Wake the first waiter."""
+        if self.waiters:
+            self.waiters[0].wake()
+
+    @property
+    def is_held_here(self) -> bool:
+        """Whether a manager of this process holds the lease, and will wake the first waiter."""
+        return any(not holding.is_paused for holding in self.held)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.waiters and not self.held
+
+
+class Leases:
+    """The leases of a connection in this process, and on one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.id = ObjectId()
+        self.pid = os.getpid()
+        self.loop = loop
+        self.queues: dict[Hashable, Queue] = {}
+        self.waits, self.wait_seconds, self.lost = 0, 0.0, 0
+
+    def queue(self, key: Hashable) -> Queue:
+        return self.queues.setdefault(key, Queue())
+
+    def tidy(self, key: Hashable) -> None:
+        if (queue := self.queues.get(key)) is not None and queue.is_empty:
+            del self.queues[key]
+
+    async def close(self) -> None:
+        """End all waits, and release the leases that are still held."""
+        for queue in tuple(self.queues.values()):
+            for waiter in queue.waiters:
+                waiter.wake()
+            for holding in tuple(queue.held):
+                await holding.release()
+
+
+_of_connections: weakref.WeakKeyDictionary[Connection, Leases] = weakref.WeakKeyDictionary()
+
+
+def leases_of(connection: Connection) -> Leases:
+    """Return the leases of a connection; a forked child and a new loop begin with none."""
+    leases, loop = _of_connections.get(connection), asyncio.get_running_loop()
+    if leases is None or leases.pid != os.getpid() or leases.loop is not loop:
+        leases = _of_connections[connection] = Leases(loop)
+        connection.before_close = leases.close
+    return leases
+
+
+def lease_stats(connection: Connection) -> LeaseStats:
+    """Return the counters of a connection. Any thread can call it."""
+    leases = _of_connections.get(connection)
+    if leases is None or leases.pid != os.getpid():
+        return NO_LEASES.copy()
+    return {
+        "lease_waits": leases.waits,
+        "lease_wait_seconds": leases.wait_seconds,
+        "leases_lost": leases.lost,
+    }
+
+
+class Holding:
+    """A lease that is held. It does not refer to its manager: a manager that is collected releases its lease."""
+
+    def __init__(self, store: SessionStore, key: Hashable, session_id: str, claim: Claim, leases: Leases) -> None:
+        self._store = store
+        self._key = key
+        self._session_id = session_id
+        self._leases = leases
+        self.claim = claim
+        self.fence: int | None = None
+        self.state: Literal["held", "free", "lost"] = "held"
+        self.is_releasing = False
+        self.is_paused = False
+        self._timer: asyncio.TimerHandle | None = None
+        self.renewed()
+
+    @property
+    def _interval(self) -> float:
+        return self.claim.lease.total_seconds() / _RENEWALS
+
+    def renewed(self) -> None:
+        """Note that a statement has renewed the lease."""
+        self._due = self._leases.loop.time() + self._interval
+        if self.state != "held" or self.is_paused:
+            return
+        self._leases.queue(self._key).held.add(self)
+        if self._timer is None:
+            self._timer = self._leases.loop.call_later(self._interval, self._beat)
+
+    def end(self, state: Literal["free", "lost"]) -> None:
+        """Note that the lease is not held any more."""
+        if self.state == "lost" or self.state == state:
+            return
+        self.state = state
+        self._leases.lost += state == "lost"
+        self.let_expire()
+
+    def let_expire(self) -> None:
+        """Renew the lease no more, and wake the first waiter of this process."""
+        self.is_paused = True
+        self._stop_timer()
+        queue = self._leases.queue(self._key)
+        queue.held.discard(self)
+        queue.wake()
+        self._leases.tidy(self._key)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _beat(self) -> None:
+        loop, connection = self._leases.loop, self._store.connection
+        self._timer = None
+        if self.state != "held" or self.is_paused or connection.closed:
+            return
+        if (left := self._due - loop.time()) > 0 or self.is_releasing:
+            self._timer = loop.call_later(max(left, self._interval / _RETRY), self._beat)
+            return
+        connection.start(self._renew())
+
+    async def _renew(self) -> None:
+        loop, connection = self._leases.loop, self._store.connection
+        try:
+            async with connection.operation():
+                is_held = await self._store.sessions.update(self.claim.renewal(self._session_id, connection.now()))
+        except MongoDBSessionError as error:
+            logger.debug("session_id=<%r>, error=<%s> | lease not renewed", self._session_id, error)
+            if self.state == "held" and self._timer is None:
+                self._timer = loop.call_later(self._interval * _RENEWALS / _RETRY, self._beat)
+            return
+        if self.state != "held":
+            return
+        if is_held or self.is_releasing:
+            self.renewed()
+            return
+        logger.warning(
+            "session_id=<%r> | lease lost: another manager has taken it, or the session was deleted", self._session_id
+        )
+        self.end("lost")
+
+    async def release(self) -> None:
+        """Release the lease with a command of its own; a lease that cannot be released expires."""
+        if self.state != "held":
+            return
+        self.is_releasing = True
+        self._stop_timer()
+        try:
+            async with asyncio.timeout(_RELEASE_TIMEOUT), self._store.connection.operation():
+                await self._store.sessions.update(self.claim.release(self._session_id))
+        except (MongoDBSessionError, TimeoutError) as error:
+            logger.debug("session_id=<%r>, error=<%s> | lease not released, it expires", self._session_id, error)
+        self.end("free")
+
+
+def release_collected(holding: Holding, pid: int, loop: asyncio.AbstractEventLoop) -> None:
+    """Release the lease of a manager that was collected without being closed."""
+    if pid == os.getpid() and holding.state == "held" and loop.is_running():
+        with suppress(EventLoopError):
+            portal_to(loop).submit(holding.release)
