@@ -18,6 +18,7 @@ import pymongo
 import pytest
 from bson import ObjectId
 from pymongo.database import Database
+from strands.agent.conversation_manager import SlidingWindowConversationManager
 from strands.types.session import SessionMessage
 
 from from_v100 import (
@@ -574,7 +575,10 @@ def test_many_open_and_write_at_the_same_time(
                 barrier.wait(60)
                 with factory.create_session_manager(session_id) as manager:
                     manager.update_metadata({f"n{number}": number})
-                    live = agent(manager, "further", agent_id="agent" if number < 2 else f"agent {number}")
+                    # A full window would drop messages as soon as the other one has stored a turn.
+                    window = SlidingWindowConversationManager(window_size=1000)
+                    agent_id = "agent" if number < 2 else f"agent {number}"
+                    live = agent(manager, "further", agent_id=agent_id, conversation_manager=window)
                     if number < 2:
                         assert texts(live.messages)[: len(wanted[session_id])] == wanted[session_id]
                     try:
