@@ -31,7 +31,7 @@ def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: It
 
     Raises:
         InvalidArgumentError: `at_message` is a single id, but the session has several agents.
-        AgentNotFoundError: There is no such agent.
+        AgentNotFoundError: The session has no such agent.
     """
     known = list(agents)
     if isinstance(at_message, int):
