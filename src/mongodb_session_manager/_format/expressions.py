@@ -89,9 +89,8 @@ def _left_out(agent: str) -> Document:
 
 def ids_of(messages: Any) -> Document:
     """Return the expression for the ids of `messages`, as `stored_id` returns them; any number is a valid id here."""
-    stored = {"$cond": [{"$isNumber": "$$this.message_id"}, "$$this.message_id", None]}
-    stored = {"$cond": [is_object("$$this"), stored, NO_MESSAGE]}
-    return {"$map": {"input": messages, "in": stored}}
+    stored: Document = {"$cond": [{"$isNumber": "$$this.message_id"}, "$$this.message_id", None]}
+    return {"$map": {"input": messages, "in": {"$cond": [is_object("$$this"), stored, NO_MESSAGE]}}}
 
 
 def with_ids(messages: str, ids: Sequence[int]) -> Document:
