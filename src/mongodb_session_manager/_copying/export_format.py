@@ -117,7 +117,6 @@ class Writer:
         self._digest = hashlib.sha256()
 
     def knows(self, reference: Reference) -> bool:
-        """Return whether an attachment with the same bytes was written recently."""
         return reference.sha256 in self._recent
 
     def _digested(self, line: str) -> str:
@@ -125,17 +124,14 @@ class Writer:
         return line
 
     def head(self, session_id: str, fields: Document, moment: datetime) -> list[str]:
-        """Return the first two lines."""
         header = {"format": FORMAT, "version": VERSION, "session_id": session_id, "exported_at": to_iso(moment)}
         return [self._digested(f"{json.dumps(header)}\n"), self._digested(line_of({"session": fields}))]
 
     def agent(self, agent_id: str, fields: Document) -> str:
-        """Return the line of an agent, which precedes its messages."""
         self._counts["agents"] += 1
         return self._digested(line_of({"agent": agent_id, "fields": fields}))
 
     def message(self, message: Mapping[str, Any]) -> str:
-        """Return the line of a message, which follows the lines of its attachments."""
         self._counts["messages"] += 1
         return self._digested(line_of({"message": dict(message)}))
 
@@ -152,7 +148,6 @@ class Writer:
         self._recent[reference.sha256] = reference
 
     def end(self) -> str:
-        """Return the last line."""
         return f"{json.dumps({'end': {**self._counts, 'sha256': self._digest.hexdigest()}})}\n"
 
 
@@ -236,11 +231,7 @@ class Reader:
         return found
 
     def check_end(self) -> None:
-        """Refuse an incomplete stream.
-
-        Raises:
-            InvalidArgumentError: The last line is missing.
-        """
+        """Raise `InvalidArgumentError` if the last line is missing."""
         if not self.is_complete:
             where = f"after line {self._number}" if self._number else "before its first line"
             raise InvalidArgumentError(f"the export is truncated: it ends {where}, without the last line")
@@ -268,7 +259,6 @@ class Reader:
         raise InvalidArgumentError("unknown record type")
 
     def _fitting(self, fields: Document) -> Document:
-        """Return fields of the session document; refuse them if the document would be too large."""
         self._room -= stored_size(fields)
         require(self._room >= 0, f"the fields of the session and its agents exceed {MAX_DOCUMENT_BYTES} bytes")
         return fields

@@ -31,10 +31,6 @@ class Export:
 
     Every `pull` sends its own commands and leaves no cursor open, so stopping early leaks no cursor, and a slow reader
     does not run into the cursor timeout.
-
-    Args:
-        store: The sessions.
-        session_id: The session.
     """
 
     def __init__(self, store: SessionStore, session_id: str) -> None:
@@ -170,12 +166,7 @@ class Export:
 
 @dataclass
 class _Source:
-    """A session that is being exported.
-
-    Attributes:
-        place: The ids of its parts; it changes when the session is migrated.
-        created_at: Distinguishes the session from a later one with the same id.
-    """
+    """A session that is being exported; its place changes if it is migrated, but never its `created_at`."""
 
     place: Place
     created_at: Any

@@ -14,11 +14,7 @@ from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
 
 def checked_ends(at_message: object) -> int | dict[str, int] | None:
-    """Return a valid `at_message`: a message id, or message ids by agent id.
-
-    Raises:
-        InvalidArgumentError: It is neither.
-    """
+    """Return a valid `at_message`, or raise `InvalidArgumentError`."""
     if at_message is None:
         return None
     if not isinstance(at_message, Mapping):
@@ -77,14 +73,7 @@ def agent_fields(agent: Mapping[str, Any]) -> Document:
 
 
 def cut_fields(fields: Document, kept: int, count: int, usage: Mapping[str, Any]) -> Document:
-    """Return the fields of an agent that is cut.
-
-    Args:
-        fields: The fields of the agent in the session.
-        kept: How many messages the fork has.
-        count: How many messages the session has.
-        usage: The usage of the messages that the fork does not have.
-    """
+    """Return the fields of an agent of which a fork has `kept` of `count` messages; `usage` is that of the others."""
     data = usable(dict, fields.get("agent_data"))
     state = _manager_state(data.get("conversation_manager_state"), kept, count)
     changed = {**fields, "agent_data": {**data, "conversation_manager_state": state, "_internal_state": {}}}

@@ -70,13 +70,7 @@ class Forker:
 
 
 class _Fork:
-    """One attempt to copy a session.
-
-    Args:
-        store: The sessions.
-        source: The session.
-        staging: The fork.
-    """
+    """One attempt to copy a session."""
 
     def __init__(self, store: SessionStore, source: Source, staging: Staging) -> None:
         self._store = store
@@ -131,7 +125,6 @@ class _Fork:
             agent.fields = cut_fields(agent.fields, agent.count, count, usage)
 
     async def _batches(self, key: str) -> AsyncGenerator[list[Sized], None]:
-        """Yield all messages of an agent, oldest first."""
         batch: list[Sized] = []
         async with aclosing(archived_messages(self._store, self._source, key)) as buckets:
             async for messages in buckets:
@@ -178,7 +171,6 @@ class _Fork:
 
 
 def _position_after(last: int, messages: Iterable[Any]) -> int:
-    """Return the position after the message with an id, 0 without it."""
     ids = list(map(stored_id, messages))
     return ids.index(last) + 1 if last in ids else 0
 

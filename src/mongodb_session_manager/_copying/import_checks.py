@@ -53,17 +53,12 @@ _MANAGERS = (NullConversationManager, SlidingWindowConversationManager, Summariz
 
 
 def require(condition: bool, otherwise: str) -> None:
-    """Raise `InvalidArgumentError` unless the condition holds."""
     if not condition:
         raise InvalidArgumentError(otherwise)
 
 
 def checked_session(fields: Document) -> Document:
-    """Return the fields of a session document that are copied.
-
-    Raises:
-        InvalidArgumentError: A field is not valid in a session document.
-    """
+    """Return the copied fields of a session document, or raise `InvalidArgumentError`."""
     fields = {name: value for name, value in fields.items() if name not in NOT_COPIED}
     _check_names(fields, "the session")
     for field in malformed_fields({name: value for name, value in fields.items() if value is not None}):
@@ -86,11 +81,7 @@ def checked_session(fields: Document) -> Document:
 
 
 def checked_agent(fields: Document) -> Document:
-    """Return the fields of an agent's sub-document that are copied.
-
-    Raises:
-        InvalidArgumentError: A field is not valid in an agent's sub-document.
-    """
+    """Return the copied fields of an agent's sub-document, or raise `InvalidArgumentError`."""
     fields = {name: value for name, value in fields.items() if name not in AGENT_NOT_COPIED}
     _check_names(fields, "the agent")
     _check_kinds(fields, "", {"agent_data": dict, "usage": dict})
@@ -196,7 +187,6 @@ def _check_count(value: Any, most: int, name: str) -> None:
 
 
 def _decoded(stored: Any, name: str) -> Any:
-    """Return a decoded value."""
     try:
         return decode_own(stored)
     except EncodingError as error:

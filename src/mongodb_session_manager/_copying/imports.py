@@ -30,12 +30,7 @@ _READ = 64 * 1024
 
 
 class Import:
-    """A running import; calls are serialized.
-
-    Args:
-        store: The store of the session.
-        session_id: The id of the new session; `None` for the id it was exported with.
-    """
+    """A running import; calls are serialized. Without a `session_id`, the session gets the id it was exported with."""
 
     def __init__(self, store: SessionStore, session_id: str | None) -> None:
         self._store = store
@@ -49,7 +44,6 @@ class Import:
         self._is_over = False
 
     async def store(self, lines: Iterable[object]) -> None:
-        """Read lines, and store the archived messages and the attachments."""
         async with self._turn, self._store.connection.operation():
             self._check()
             for found in await asyncio.to_thread(self._read, lines):
@@ -205,7 +199,6 @@ class _Lines:
                 yield from self._end_line()  # the reader refuses it
 
     def end(self) -> Iterator[list[Any]]:
-        """Yield the batches that are left."""
         yield from self._end_line()
         if self._batch:
             yield self._batch

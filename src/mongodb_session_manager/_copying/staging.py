@@ -42,15 +42,7 @@ _not_removed: set[Place] = set()
 
 
 class Staging:
-    """The copy of one import or fork, until it is live.
-
-    Args:
-        store: The store of the copy.
-        session_id: The id of the new session.
-
-    Attributes:
-        place: The ids of the archive and the attachments of the new session.
-    """
+    """The copy of one import or fork, until it is live; `place` is that of its archive and attachments."""
 
     def __init__(self, store: SessionStore, session_id: str) -> None:
         self.place = Place(session_id, ObjectId())
@@ -61,16 +53,13 @@ class Staging:
 
     @property
     def session_id(self) -> str:
-        """The id of the new session."""
         return self.place.session_id
 
     @property
     def own(self) -> Document:
-        """The filter for the document of the copy."""
         return _own(self.place)
 
     def lease(self) -> datetime:
-        """Return the end of a lease that begins now."""
         return self._store.connection.now() + LEASE
 
     # Begin, and end.
@@ -103,7 +92,6 @@ class Staging:
         self._heartbeat = asyncio.get_running_loop().create_task(self._renew())
 
     async def _renew(self) -> None:
-        """Renew the lease until the copy ends."""
         renewed = True
         while renewed:
             await asyncio.sleep(LEASE.total_seconds() / 2)
@@ -140,9 +128,6 @@ class Staging:
 
         When this returns, the session expires no earlier than after its time to live. If setting the dates takes longer
         than the margin of `next_date`, they are set again.
-
-        Args:
-            seconds: The time to live of the session, `None` if it does not expire.
         """
         if seconds is None:
             return {}
@@ -176,7 +161,6 @@ class Staging:
         return await self._find(live) is not None
 
     async def clear(self) -> None:
-        """Remove the archive and the attachments of the copy."""
         await self._store.deletion.remove_parts(self.place)
 
     async def abandon(self) -> None:
@@ -205,7 +189,6 @@ class Staging:
         return has_begun
 
     def lost(self) -> SessionConflictError:
-        """Return the error for a copy that another process has removed."""
         return SessionConflictError(f"session {self.session_id!r} was removed by another process while it was copied")
 
 

@@ -37,24 +37,14 @@ _OF_ARCHIVE = ("archived", "archive_revision")
 
 @dataclass
 class _Agent:
-    """An agent whose messages are gathered in one list.
-
-    Attributes:
-        key: The agent's key.
-        stored: Its sub-document.
-        head: The messages in the session document.
-        older: The archived messages that have been read.
-        count: The number of archived messages, even if they are not kept here.
-        revision: The highest of the head and of any bucket.
-        references: The attachments of all messages.
-    """
+    """An agent whose messages are gathered: `older` in the archive, `head` in the document."""
 
     key: str
     stored: Document
     head: list[Any]
     older: list[Any] = field(default_factory=list)
-    count: int = 0
-    revision: int = 0
+    count: int = 0  # of archived messages, even if they are not kept here
+    revision: int = 0  # the highest of the head and of any bucket
     changed: dict[int, Any] = field(default_factory=dict)
     references: list[str] = field(default_factory=list)
 
@@ -77,11 +67,9 @@ class _Agent:
         return self.revision + 1 + _STUCK_CHANGES
 
     def begin(self) -> None:
-        """Reset the fields that are read from the buckets."""
         self.older, self.count, self.revision = [], 0, number(self.stored, "revision")
 
     def following(self, bucket: Mapping[str, Any]) -> list[Any]:
-        """Return the messages of a bucket after the ones already read."""
         first = int(bucket["_id"]["first"])
         self.revision = max(self.revision, number(bucket, "revision"))
         return bucket["messages"][self.count - first : self.archived - first] if first <= self.count else []
@@ -193,7 +181,6 @@ class WriteBack:
 
 
 def _refers(stored: Mapping[str, Any]) -> bool:
-    """Return whether the field `attachments` of a message lists references and nothing else."""
     listed = stored.get("attachments")
     return isinstance(listed, list) and len(references_of(stored)) == len(listed)
 
@@ -269,7 +256,6 @@ def _unchanged(agents: Iterable[_Agent]) -> Document:
 
 
 def _put_back(session_id: str, incarnation: ObjectId, agents: Sequence[_Agent]) -> Update:
-    """Return the update that stores all messages of agents in the session document."""
     condition: Document = {"_id": session_id, "incarnation": incarnation, **_unchanged(agents)}
     sets: Document = {}
     new = []

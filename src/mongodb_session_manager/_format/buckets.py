@@ -87,7 +87,6 @@ class Head:
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> Self:
-        """Return the head that a result of `head_numbers` describes."""
         archived, count = int(numbers["archived"]), int(numbers["count"])
         next_id = int(numbers.get("next_message_id") or archived + count)
         return cls(
@@ -105,7 +104,6 @@ class Head:
 
     @property
     def count(self) -> int:
-        """The number of messages."""
         return self.next_id - self.below
 
     @property
@@ -131,11 +129,7 @@ class Limits:
 
     @classmethod
     def checked(cls, max_embedded_messages: object, max_embedded_bytes: object) -> Self:
-        """Return valid limits.
-
-        Raises:
-            ConfigurationError: A limit is invalid.
-        """
+        """Return valid limits, or raise `ConfigurationError`."""
         for name, value in (
             ("max_embedded_messages", max_embedded_messages),
             ("max_embedded_bytes", max_embedded_bytes),
@@ -190,7 +184,6 @@ def head_numbers(path: str) -> Document:
 
 
 def numbers_of(key: str) -> Document:
-    """Return the projection for the `head` of an agent; `null` without the agent."""
     path = f"$agents.{key}"
     return {"_id": 0, "head": {"$cond": [is_object(path), head_numbers(path), None]}}
 
@@ -276,10 +269,7 @@ def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) 
 
 
 def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates: Dates) -> list[Document]:
-    """Return the aggregation that copies the oldest messages of a head into their bucket in `archive`.
-
-    `dates` is the expiry of the bucket.
-    """
+    """Return the aggregation that copies the oldest messages of a head into their bucket, which gets `dates`."""
     messages = f"$agents.{key}.messages"
     bucket = {
         "_id": {"$literal": Place(session_id, head.life.incarnation).bucket_id(key, head.archived, head.since)},
@@ -331,10 +321,7 @@ def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
 
 
 def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) -> Document:
-    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived.
-
-    `since` is the agent's `created_at`, for a session that is not migrated.
-    """
+    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived."""
     low, high = (place.bucket_id(key, first, since) for first in (begin - BUCKET_MESSAGES, end))
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
@@ -344,15 +331,8 @@ def holding_message(
 ) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
-    The first covers the buckets where the id is the position of its message; the second, if ids can differ, all.
-
-    Args:
-        place: The session.
-        key: The agent's key.
-        message_id: The message.
-        since: The agent's `created_at`, for a session that is not migrated.
-        is_regular: Whether every id is known to be the position of its message.
-        created_at: The `created_at` of the message, if it is known: 1.0.0 might have archived duplicate ids.
+    The first covers the buckets where the id is the position of its message; the second, if ids can differ, all. The
+    `created_at` of the message distinguishes duplicate ids, which 1.0.0 might have archived.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, ALL))

@@ -87,7 +87,6 @@ class StoredMessage(TypedDict):
 
 
 def new_session(session_id: str, application_name: str | None, moment: datetime) -> Document:
-    """Return the document of an empty session."""
     return {
         "_id": session_id,
         "session_id": session_id,
@@ -147,7 +146,6 @@ def new_agent(agent: SessionAgent) -> Document:
 
 
 def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
-    """Return Strands' view of a stored agent."""
     data: Document = usable(dict, stored.get("agent_data"))
     state, manager_state, internal_state = (usable(dict, decode(data.get(name))) for name in STATE_FIELDS)
     return SessionAgent(
@@ -183,7 +181,6 @@ def message_body(message: SessionMessage) -> Document:
 
 
 def stored_message(message: SessionMessage, message_id: int) -> StoredMessage:
-    """Return the element of `messages` for a message."""
     body = message_body(message)
     stored: StoredMessage = {
         "message": body["message"],
@@ -253,7 +250,6 @@ def restorable(message: SessionMessage) -> SessionMessage | None:
 
 
 def is_restorable(message: SessionMessage) -> bool:
-    """Return whether Strands can restore a message unchanged."""
     return all(
         all(map(_is_block, shown["content"])) and type(shown.get("tracking_id", "")) is str for shown in _shown(message)
     )

@@ -39,12 +39,7 @@ class RefusedError(Exception):
 
 
 def encoded(value: Any, room: int, nesting: int) -> Any:
-    """Return an encoded value.
-
-    Args:
-        value: The value.
-        room: The levels of the document that are left for it.
-        nesting: The levels of nesting that are left for it.
+    """Return an encoded value that takes at most `room` levels of the document, and `nesting` of its own.
 
     Raises:
         RefusedError: The value cannot be stored.
@@ -278,7 +273,6 @@ def _is_numpy_scalar(value: Any) -> bool:
 
 
 def _advice(value: Any) -> str:
-    """Return the conversion that an error suggests for a value of an unsupported type."""
     kind = type(value)
     for method, call in _CONVERSIONS:
         if hasattr(kind, method):

@@ -16,17 +16,14 @@ ALL = 2**31 - 1
 
 
 def array_at(path: str) -> Document:
-    """Return the expression for an array; another value is read as an empty array."""
     return {"$cond": [{"$isArray": [path]}, path, []]}
 
 
 def number_at(path: str) -> Document:
-    """Return the expression for a whole number; another value is read as 0."""
     return {"$cond": [{"$in": [{"$type": path}, ["int", "long"]]}, path, 0]}
 
 
 def is_object(path: str) -> Document:
-    """Return the expression for whether a value is an object."""
     return {"$eq": [{"$type": path}, "object"]}
 
 
@@ -60,7 +57,6 @@ def malformed_at(path: str, kind: str) -> Document:
 
 
 def stored_removed(agent: str) -> Document:
-    """Return the expression for `removed_messages` of an agent."""
     removed = number_at(f"{agent}.agent_data.conversation_manager_state.removed_message_count")
     return {"$max": [removed, 0]}
 
@@ -108,5 +104,4 @@ def restored(message: str) -> Document:
 
 
 def stored_config_set(agent: str) -> Document:
-    """Return the expression for the `config_set` of an agent."""
     return {"$setUnion": [array_at(f"{agent}.config_set"), array_at(f"{agent}.agent_data.config_set")]}

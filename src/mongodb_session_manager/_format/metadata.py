@@ -21,11 +21,7 @@ _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 
 
 def checked_metadata(metadata: object, name: str = "metadata") -> dict[str, Any]:
-    """Return valid metadata.
-
-    Raises:
-        InvalidArgumentError: It is not a dict, or a key is invalid.
-    """
+    """Return valid metadata, or raise `InvalidArgumentError`."""
     if not isinstance(metadata, dict):
         raise InvalidArgumentError(f"{name} must be a dict, not {type(metadata).__name__}")
     _checked_paths(metadata, name)
@@ -33,11 +29,7 @@ def checked_metadata(metadata: object, name: str = "metadata") -> dict[str, Any]
 
 
 def checked_keys(keys: object, name: str = "keys") -> list[str]:
-    """Return valid keys to delete.
-
-    Raises:
-        InvalidArgumentError: `keys` is not a list of keys.
-    """
+    """Return valid keys to delete, each once, or raise `InvalidArgumentError`."""
     if isinstance(keys, str | bytes | Mapping) or not isinstance(keys, Iterable):
         raise InvalidArgumentError(f"{name} must be a list of str, not {type(keys).__name__}")
     listed: list[Any] = list(keys)
@@ -48,11 +40,7 @@ def checked_keys(keys: object, name: str = "keys") -> list[str]:
 
 
 def checked_feedback(feedback: object) -> dict[str, Any]:
-    """Return valid feedback.
-
-    Raises:
-        InvalidArgumentError: It is not a dict.
-    """
+    """Return valid feedback, or raise `InvalidArgumentError`."""
     if not isinstance(feedback, dict):
         raise InvalidArgumentError(f"feedback must be a dict, not {type(feedback).__name__}")
     return feedback
@@ -90,11 +78,7 @@ def name_of(key: str) -> str:
 def encoded(value: Any, depth: int, name: str, *, arrays: bool = True) -> Any:
     """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds.
 
-    Args:
-        value: The value.
-        depth: Levels from the root of the document to the value.
-        name: The name of the value in errors.
-        arrays: Whether tuples and sets become arrays, so that queries find their elements. They come back as lists.
+    With `arrays`, tuples and sets become arrays, so that queries find their elements; they come back as lists.
     """
     try:
         return encode(_queryable(value, arrays), depth=depth, name=name)
@@ -149,12 +133,10 @@ def encoded_config(session_id: str, part: str, config: Document) -> Document:
 
 
 def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return decoded values of metadata by their keys."""
     return {key: decode(value) for key, value in stored.items()}
 
 
 def decode_all(stored: Iterable[Any]) -> list[Any]:
-    """Return decoded values."""
     return [decode(value) for value in stored]
 
 

@@ -33,16 +33,7 @@ _STATE_DEPTH = 4  # document, multi_agents, key, state
 
 @dataclass(frozen=True, slots=True)
 class MultiAgentWrite:
-    """The new state of an orchestrator.
-
-    Attributes:
-        multi_agent_id: The id of the orchestrator.
-        state: Its encoded state.
-        revision: The new revision.
-        expected: The stored revision, as far as the writer knows; `None` to create the orchestrator.
-        writer: The token of the writer.
-        moment: The time at which the state was recorded.
-    """
+    """The new state of an orchestrator; `expected` is the stored revision, or `None` to create the orchestrator."""
 
     multi_agent_id: str
     state: Any
@@ -53,17 +44,14 @@ class MultiAgentWrite:
 
 
 def path_of(multi_agent_id: str) -> str:
-    """Return the path of an orchestrator in the session document."""
     return f"multi_agents.{agent_key(checked_id(multi_agent_id, 'multi_agent_id'))}"
 
 
 def encode_state(state: Any) -> Any:
-    """Return the encoded state of an orchestrator."""
     return encode(state, depth=_STATE_DEPTH, name="state")
 
 
 def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite:
-    """Return the write that creates an orchestrator."""
     checked_id(multi_agent_id, "multi_agent_id")
     return MultiAgentWrite(multi_agent_id, encode_state(state), 0, None, writer, now())
 
@@ -98,10 +86,6 @@ def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: 
 
 def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) -> MultiAgentWrite | None:
     """Return the write to send after a write matched nothing, or `None` if the write is stored already.
-
-    Args:
-        write: The write.
-        stored: The stored `revision` and `writer`, `None` without the orchestrator.
 
     Raises:
         SessionConflictError: Another writer has stored a state; the write is not stored.
@@ -138,14 +122,7 @@ class _Known:
 
 
 class MultiAgents:
-    """The orchestrators of one open session.
-
-    A state replaces the previous one, so only the newest is kept and sent.
-
-    Args:
-        stored: `multi_agents` of the session document.
-        session_id: The session.
-    """
+    """The orchestrators of one open session. A state replaces the previous one, so only the newest is kept and sent."""
 
     def __init__(self, stored: Any, session_id: str = "") -> None:
         self._session_id = session_id
@@ -174,7 +151,6 @@ class MultiAgents:
         return None if known is None else decode(known.newest.state)
 
     def create(self, multi_agent_id: str, state: Any) -> None:
-        """Record a new orchestrator."""
         self._known[multi_agent_id] = _Known(first_write(multi_agent_id, state, self._writer), None)
 
     def update(self, multi_agent_id: str, state: Any) -> None:

@@ -31,13 +31,7 @@ _FRESH = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class _Measurement:
-    """One reading of a server's clock.
-
-    Attributes:
-        offset: The server's time minus the monotonic clock, in seconds.
-        taken: The time of the reading, by the monotonic clock.
-        wall: The local clock minus the monotonic clock at that time.
-    """
+    """One reading of a server's clock: by how many seconds it and the local clock differ from the monotonic clock."""
 
     offset: float
     taken: float
@@ -58,7 +52,6 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         self.command: asyncio.Task[None] | None = None
 
     def is_known(self) -> bool:
-        """Return whether there is a valid estimate."""
         reading = self._reading
         return reading is not None and abs(_wall() - reading.wall) < _WALL_STEP
 
@@ -88,7 +81,6 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         self._readings[self._writable] = _Measurement(offset, time.monotonic(), _wall())
 
     def command_done(self, command: asyncio.Task[None]) -> None:
-        """Forget a command that is done."""
         self.command = None
         if not command.cancelled():
             command.exception()  # marked as retrieved: all callers might have been cancelled

@@ -100,7 +100,6 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        """Whether `aclose` was called."""
         return self._closing
 
     @property
@@ -157,11 +156,7 @@ class Connection:
         return client if isinstance(client, MongoClient) else client.delegate
 
     async def client(self) -> AsyncClient:
-        """Return the client, opened on the running loop if this is its first use.
-
-        Raises:
-            EventLoopError: The client belongs to another loop.
-        """
+        """Return the client, opened on the running loop if this is its first use, or raise `EventLoopError`."""
         loop = asyncio.get_running_loop()
         if self._is_left_behind:
             self._leave_behind()
@@ -211,10 +206,7 @@ class Connection:
         return self._threaded
 
     def admission(self) -> AbstractAsyncContextManager[None]:
-        """Return a context manager for sending a command: entering it waits for a server and a thread.
-
-        Entering it raises errors of the driver.
-        """
+        """Return a context that waits for a server and a thread to send a command; it raises errors of the driver."""
         return _OPEN if self._gate is None else self._gate
 
     @property
@@ -259,8 +251,7 @@ class Connection:
     async def operation(self, *, timed: bool = True) -> AsyncIterator[None]:
         """Run a block for which closing waits. Operations nest: during closing, inner ones can still start.
 
-        Args:
-            timed: Whether to read the server's clock first, if it is unknown.
+        Unless `timed` is false, an unknown clock of the server is read first.
 
         Raises:
             SessionClosedError: The connection is closed or closing.
@@ -283,7 +274,6 @@ class Connection:
                 self._idle.set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` in the background; closing waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -319,7 +309,6 @@ class Connection:
             logger.debug("error=<%s> | the server's clock was not read again", type(error).__name__)
 
     async def _say_hello(self) -> None:
-        """Take a reading of the server's clock with a command."""
         client = await self._commanded()
         for pause in (*_HELLO_PAUSES, None):
             try:
@@ -360,7 +349,6 @@ class Connection:
         )
 
     async def ping(self) -> None:
-        """Raise unless the server answers."""
         async with self.operation(timed=False):
             with driver_errors(account=self.account):
                 await self._ask("ping")
@@ -414,7 +402,6 @@ class Connection:
             self.portal.call(self.aclose)
 
     async def close_async(self) -> None:
-        """Close from any event loop; see `aclose`."""
         if not self._closing:
             await self.portal.run(self.aclose)
 

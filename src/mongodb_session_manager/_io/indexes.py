@@ -67,13 +67,7 @@ def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
 
 
 def ensure_indexes(collection: Collection, wanted: Iterable[Fields], **options: Any) -> None:
-    """Build missing indexes of a collection in the background, once per process.
-
-    Args:
-        collection: The collection.
-        wanted: The fields of each index.
-        **options: Options of the indexes in addition to their usual ones.
-    """
+    """Build missing indexes in the background, once per process; `options` are further ones of all of them."""
     if missing := unseen(collection, wanted):
         collection.connection.start(_build_indexes(collection, missing, options))
 
@@ -137,7 +131,6 @@ async def _build_indexes(collection: Collection, wanted: Sequence[Fields], optio
 
 
 async def _build(collection: Collection, wanted: Sequence[Fields], options: Document) -> dict[Fields, _Failure]:
-    """Build indexes with one command; return the reasons, by index, if it failed."""
     indexes = [IndexModel([(field, 1) for field in fields], **_OPTIONS.get(fields, {}), **options) for fields in wanted]
     try:
         await collection.send(lambda driver: driver.create_indexes(indexes))

@@ -53,8 +53,6 @@ Lock = threading.Lock
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """Threads for the I/O of one client."""
-
     def __init__(self, size: int) -> None:
         super().__init__(size, _THREAD_NAMES)
 
@@ -203,10 +201,6 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _waits_for_main_thread(frame: FrameType) -> bool:
-    """Return whether a function waits for the main thread, which ends only after `_finish`.
-
-    Such a function joins the main thread, or calls both `main_thread` and `is_alive`.
-    """
     if frame.f_code is threading.Thread.join.__code__:
         return frame.f_locals.get("self") is threading.main_thread()
     return {"main_thread", "is_alive"} <= set(frame.f_code.co_names)

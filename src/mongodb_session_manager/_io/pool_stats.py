@@ -22,8 +22,6 @@ class PoolStats(TypedDict):
 
 @dataclass
 class PoolCounter(monitoring.ConnectionPoolListener):
-    """Counts a client's connections from the pool events of the driver."""
-
     open: int = 0
     in_use: int = 0
     waiting: int = 0

@@ -43,11 +43,7 @@ class Settings:
     ) -> Settings:
         """Return valid settings; `MONGODB_URI` replaces a missing connection string.
 
-        Args:
-            connection_string: Where MongoDB is.
-            client: A client that the caller owns.
-            client_options: Options of the driver; an option that is `None` is not given.
-            ours: The caller's own options, for the error that names an unknown option.
+        The error for an unknown option names `ours`, the caller's own.
 
         Raises:
             ConfigurationError: No connection or two connections are configured, or an option is unknown or invalid.
@@ -83,7 +79,6 @@ class Settings:
         return "" if any(secret and secret in str(error) for secret in secrets) else f": {error}"
 
     def refused(self, error: Exception) -> ConfigurationError:
-        """Return the error for a driver that refuses to open a client with these settings."""
         if isinstance(error, OSError):
             reason = f": {_unreadable(error, self.client_options)}"
         else:
@@ -127,7 +122,6 @@ def _driver_options() -> dict[str, str]:
 
 
 def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str, Any]:
-    """Return the given options of the driver that are not `None`."""
     for name in given:
         if name.lower() not in _driver_options():
             raise unexpected_option(name, ours, _driver_options().values())

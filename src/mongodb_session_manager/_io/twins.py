@@ -45,12 +45,7 @@ def awaitable(
 
 
 def copy_docstrings(target: type, origin: type | None = None) -> None:
-    """Give the methods of a class that have no docstring the one of their twin.
-
-    Args:
-        target: The class.
-        origin: The class with the twins, which have the same names. `None` gives `name_async` the docstring of `name`.
-    """
+    """Give methods without a docstring that of their twin in `origin`; without it, `name_async` gets that of `name`."""
     for name, method in vars(target).items():
         if inspect.isfunction(method) and not method.__doc__ and not name.startswith("_"):
             twin = getattr(origin, name) if origin is not None else getattr(target, name.removesuffix("_async"))

@@ -54,8 +54,6 @@ Args:
 
 @dataclass(frozen=True)
 class _Request:
-    """A checked request of a model."""
-
     action: str
     metadata: dict[str, Any]
     keys: list[str] | None
@@ -65,10 +63,8 @@ class _Request:
 class MetadataPolicy:
     """The permissions of a model.
 
-    Attributes:
-        read_only: Whether the model may only read.
-        allowed_keys: The keys that the model may see and change, with everything within them; `None` allows all, but
-            the keys in `ACTED_ON` cannot be changed.
+    `allowed_keys` are the keys that it may see and change, with everything within them; `None` allows all, but those in
+    `ACTED_ON` cannot be changed.
     """
 
     read_only: bool = False
@@ -76,29 +72,18 @@ class MetadataPolicy:
 
     @classmethod
     def checked(cls, read_only: bool, allowed_keys: Sequence[str] | None) -> MetadataPolicy:
-        """Return the policy.
-
-        Raises:
-            InvalidArgumentError: `allowed_keys` is not a list of keys.
-        """
         return cls(read_only, None if allowed_keys is None else tuple(checked_keys(allowed_keys, "allowed_keys")))
 
     @property
     def description(self) -> str:
-        """The description of the tool."""
         return _READ_ONLY_DESCRIPTION if self.read_only else _DESCRIPTION
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The schema of the tool's arguments."""
         return _READ_ONLY_SCHEMA if self.read_only else _SCHEMA
 
     def request(self, action: Any, metadata: Any, keys: Any) -> _Request:
-        """Return the request that a model sends.
-
-        Raises:
-            InvalidArgumentError: It is not valid or not allowed.
-        """
+        """Return the request that a model sends, or raise `InvalidArgumentError` if it is not valid or not allowed."""
         name = str(action).strip().lower()
         if name not in ("get", "set", "update", "delete"):
             raise InvalidArgumentError("action must be get, set, update or delete")
@@ -182,11 +167,7 @@ def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:
 
 
 def _failure(error: Exception) -> str:
-    """Return the tool's answer for an error, with the text of the error only if the model can correct the cause.
-
-    Raises:
-        InterruptException: The error is Strands' request for human input.
-    """
+    """Return the tool's answer for an error, with its text only if the model can correct the cause."""
     if isinstance(error, InterruptException):
         raise error
     if isinstance(error, InvalidArgumentError | EncodingError):
@@ -196,7 +177,6 @@ def _failure(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can show."""
     match value:
         case dict():
             return {str(key): _plain(item) for key, item in value.items()}

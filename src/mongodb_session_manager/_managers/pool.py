@@ -35,7 +35,6 @@ class ConnectionStats(TypedDict):
 
 
 async def connection_stats(connection: Connection) -> ConnectionStats:
-    """Return the state of the pool, with the version that the server answers."""
     pool = connection.pool_stats()  # counted before the command, because the command can wait for a connection
     version, status, error = None, "connected", None
     try:

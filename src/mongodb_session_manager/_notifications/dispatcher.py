@@ -44,11 +44,6 @@ class Dispatcher:
 
     `submit` can be called from any thread; everything else runs on the loop. Each session with pending notifications
     has a task, which delivers them one after the other. A task that pauses before a retry occupies no worker.
-
-    Args:
-        portal: The way to the event loop.
-        max_waiting: The maximum number of notifications in the queue.
-        max_bytes: The maximum number of bytes of messages in the queue.
     """
 
     def __init__(self, portal: Portal, *, max_waiting: int = MAX_WAITING, max_bytes: int = MAX_WAITING_BYTES) -> None:
@@ -119,7 +114,6 @@ class Dispatcher:
         return 0.0 if oldest is None else max(0.0, time.time() - oldest)
 
     def waiting(self, session_id: str | None = None, source: Source | None = None) -> list[Notification]:
-        """Return the pending notifications, filtered by session and source."""
         with self._lock:
             queues = self._queue.values() if session_id is None else [self._queue.get(session_id, ())]
             return [entry for pending in queues for entry in pending if source is None or entry.source is source]
@@ -131,7 +125,6 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
     async def _deliver_all(self, session_id: str) -> None:
-        """Deliver the pending notifications of a session."""
         pending = self._queue[session_id]
         while pending:
             notification = pending[0]

@@ -154,7 +154,6 @@ def _source_of(owner: object) -> Source:
 
 
 def stats_of(owner: object) -> NotificationStats:
-    """Return the counts of an owner's notifications."""
     source = _source_of(owner)
     return {
         "submitted": source.submitted,

@@ -95,12 +95,7 @@ class SessionPage:
 
 @dataclass(frozen=True, slots=True)
 class Criteria:
-    """The criteria of a list: values, never operators.
-
-    Attributes:
-        equal: The required values, by path in the document.
-        after: The moments that dates must be later than, by the name of the date.
-    """
+    """The criteria of a list, values and never operators: required values by path, and dates to be later than."""
 
     equal: Mapping[str, Any]
     after: Mapping[str, datetime]
@@ -109,11 +104,7 @@ class Criteria:
     def checked(
         cls, application_name: object, metadata: object, created_after: object, updated_after: object
     ) -> Criteria:
-        """Return criteria from arguments.
-
-        Raises:
-            InvalidArgumentError: An argument is invalid.
-        """
+        """Return criteria from arguments, or raise `InvalidArgumentError`."""
         equal: dict[str, Any] = {}
         if application_name is not None:
             if not isinstance(application_name, str):
@@ -135,7 +126,6 @@ class Criteria:
         return cls(equal, after)
 
     def filter(self) -> Document:
-        """Return the filter for the sessions that meet the criteria."""
         return {
             **{path: {"$eq": value} for path, value in self.equal.items()},
             **{name: {"$gt": moment} for name, moment in self.after.items()},
@@ -158,11 +148,7 @@ class Position:
 
     @classmethod
     def of(cls, cursor: object, order: Order) -> Position:
-        """Return the position of a cursor.
-
-        Raises:
-            InvalidArgumentError: The cursor is invalid, or belongs to another order.
-        """
+        """Return the position of a cursor; raise `InvalidArgumentError` if it is invalid, or of another order."""
         if not isinstance(cursor, str):
             raise InvalidArgumentError(f"cursor must be a str, not {type(cursor).__name__}")
         try:
@@ -181,13 +167,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The arguments of `find` for a page.
-
-    Attributes:
-        filter: The query.
-        sort: The order.
-        hint: The index that answers the query, `None` if there is none, or several can help.
-    """
+    """The arguments of `find` for a page; `hint` is `None` if no index answers the query, or several can help."""
 
     filter: Document
     sort: list[tuple[str, int]]
@@ -195,7 +175,6 @@ class Query:
 
 
 def page_query(criteria: Criteria, order: Order, position: Position | None, metadata_fields: Sequence[str]) -> Query:
-    """Return the query for a page."""
     date = order.removeprefix("-")
     backwards = order.startswith("-")
     meant = criteria.filter()
@@ -219,11 +198,6 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
 
 
 def checked_order(order: object) -> Order:
-    """Return a valid order.
-
-    Raises:
-        InvalidArgumentError: The order is unknown.
-    """
     for known in get_args(Order):
         if order == known and isinstance(order, str):
             return known  # type: ignore[no-any-return]
@@ -231,18 +205,12 @@ def checked_order(order: object) -> Order:
 
 
 def checked_limit(limit: object) -> int:
-    """Return a valid limit.
-
-    Raises:
-        InvalidArgumentError: The limit is invalid.
-    """
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_PAGE:
         raise InvalidArgumentError(f"limit must be an int from 1 to {MAX_PAGE}")
     return limit
 
 
 def summary_from(document: Mapping[str, Any]) -> SessionSummary:
-    """Return the summary of a session that was read with the projection `_SUMMARY`."""
     session_id, name = document["_id"], document.get("application_name")
     agents = {agent_id_of(agent["key"]): agent for agent in document.get("agents") or []}
     totals = [usable_numbers(agent.get("usage")) for agent in agents.values()]

@@ -256,7 +256,6 @@ class MetadataMethods(RepositoryMethods):
         return {"agents": agents, "total": {name: sum(usage[name] for usage in agents.values()) for name in USAGE}}
 
     async def _agents(self, session_id: str, field: str) -> dict[str, Document]:
-        """Return one field of every agent, by agent key."""
         entries = entries_at("$agents")
         pair = {"k": "$$this.k", "v": {field: f"$$this.v.{field}"}}
         projection = {"agents": {"$arrayToObject": {"$map": {"input": entries, "in": pair}}}}
@@ -281,7 +280,6 @@ class MetadataMethods(RepositoryMethods):
             return bool(changed)
 
     async def _answer(self, session_id: str, asked: Iterable[StoredFields], document: Document) -> None:
-        """Give the fields that hooks asked for to the hooks."""
         metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
@@ -290,7 +288,6 @@ class MetadataMethods(RepositoryMethods):
             fields.remove = partial(self._connection.portal.run, remove)
 
     async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
-        """Remove a field of a session's metadata, unless its value has changed."""
         path = f"metadata.{name}"
         async with self._connection.operation():
             update = {"$unset": {path: ""}, "$set": {"updated_at": self._connection.now()}}

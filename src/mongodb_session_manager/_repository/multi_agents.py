@@ -83,12 +83,6 @@ class MultiAgentMethods(RepositoryMethods):
     ) -> MongoDBSessionError | None:
         """Store a recorded state exactly once, in one command unless another writer interferes.
 
-        Args:
-            session_id: The session.
-            write: The recorded state.
-            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
-                now.
-
         Returns:
             `None` if the state is stored, else the error of a state that cannot be stored: `SessionConflictError`,
             `SessionNotFoundError`, `AgentNotFoundError` or `StateTooLargeError`.

@@ -273,11 +273,7 @@ class SharedStorage(MongoDBStorage):
 
 
 def normalized_key(key: object) -> str:
-    """Return a key in the form of Strands' path-based backends.
-
-    Raises:
-        InvalidArgumentError: The key is invalid.
-    """
+    """Return a key in the form of Strands' path-based backends."""
     normalized = _normalized(key, "key").strip("/")
     if not normalized:
         raise InvalidArgumentError("key must not be empty")
@@ -285,11 +281,7 @@ def normalized_key(key: object) -> str:
 
 
 def normalized_prefix(prefix: object) -> str:
-    """Return a prefix in the form of Strands' path-based backends; a trailing `/` is significant.
-
-    Raises:
-        InvalidArgumentError: The prefix is invalid.
-    """
+    """Return a prefix in the form of Strands' path-based backends; a trailing `/` is significant."""
     return _normalized(prefix, "prefix").lstrip("/")
 
 

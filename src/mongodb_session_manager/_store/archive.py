@@ -33,9 +33,7 @@ class Archive:
     async def read(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return archived messages without their metrics, oldest first, from one query.
 
-        Args:
-            place: The session.
-            wanted: By agent key: the agent's `created_at`, the first position, and the position after the last.
+        For each agent key, `wanted` has its `created_at`, the first position, and the position after the last.
 
         Raises:
             DatabaseError: A message is missing.
@@ -88,10 +86,7 @@ class Archive:
     async def find_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message of the head or the archive, or `None` if the agent has no message with that id.
-
-        `created_at` is the message's, if it is known.
-        """
+        """Return a message of the head or the archive, if there is one; `created_at` is its own, if that is known."""
         key = agent_key(agent_id)
         path = f"agents.{key}.messages"
         wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")} | {
@@ -134,10 +129,6 @@ class Archive:
     async def find_archived(
         self, place: Place, key: str, message_id: int, since: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message of an agent that was created at `since`, or `None` if no bucket holds it.
-
-        `created_at` is the message's, if it is known.
-        """
         head = self._mover.head(place.session_id, key)
         is_regular = head is not None and head.is_regular
         for condition in holding_message(place, key, message_id, since, is_regular, created_at):

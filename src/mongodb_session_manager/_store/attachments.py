@@ -60,13 +60,7 @@ class Attachments:
     # Storing.
 
     async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
-        """Store the attachments of writes, and replace them by references in the writes.
-
-        Args:
-            place: The session.
-            writes: The writes.
-            dates: The dates of the files.
-        """
+        """Store the attachments of writes, in files with these dates, and replace them by references in the writes."""
         needed = {write.agent_id: list(_attachments(write.contents())) for write in writes}
         earlier = {write.agent_id: list(_attachments(write.earlier_contents())) for write in writes}
         writes = [write for write in writes if needed[write.agent_id] or earlier[write.agent_id]]
@@ -140,7 +134,6 @@ class Attachments:
     # Copying.
 
     async def chunk(self, place: Place, reference: Reference, n: int) -> bytes | None:
-        """Return the bytes of a chunk, or `None` if it is not stored."""
         condition = {"_id": {"$in": [each.chunk_id(reference, n) for each in _places(place, reference)]}}
         found = await self._chunks.find_one(condition, {"data": 1})
         return None if found is None else found["data"]
@@ -179,7 +172,6 @@ class Attachments:
         return {(file["_id"]["sha256"], file["_id"]["token"]): file["count"] for file in found}
 
     async def copy_from_v1(self, source: Place, target: Place) -> None:
-        """Copy all files of a session from the ids of 1.0.0."""
         await self._copy_chunks({"_id": source.chunks()}, target)
         await self._copy_files({"_id": source.files()}, target)
 
@@ -214,7 +206,6 @@ class Attachments:
 
 
 def parsed(listed: object) -> list[Reference]:
-    """Parse a stored list of references; leave out invalid ones."""
     return references_of({"attachments": listed})
 
 
@@ -236,7 +227,6 @@ def _references_to(attachments: Mapping[int, Attachment]) -> dict[int, Reference
 
 
 def _filters(place: Place, references: Iterable[Reference]) -> tuple[Document, Document]:
-    """Return the filters for the chunks and for the entries of files."""
     stored = [(each, one) for one in references for each in _places(place, one)]
     chunks = {"$or": [{"_id": each.chunks_of(one)} for each, one in stored]}
     return chunks, {"_id": {"$in": [each.file_id(one) for each, one in stored]}}
@@ -253,7 +243,6 @@ async def _insert(collection: Collection, document: Document, date: datetime | N
 
 
 def _copied_id(file: str, target: Place) -> Document:
-    """Return the expression for the `_id` of the copy of a file."""
     token = {"$ifNull": [f"{file}.token", {"$toString": f"{file}.generation"}]}
     return {"incarnation": target.incarnation, "sha256": f"{file}.sha256", "token": token}
 

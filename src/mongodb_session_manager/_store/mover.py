@@ -63,7 +63,6 @@ class Mover:
     # Known heads.
 
     def head(self, session_id: str, key: str) -> Head | None:
-        """Return the known head of an agent."""
         return self._heads.get((session_id, key))
 
     def learn(self, session_id: str, key: str, numbers: Mapping[str, Any]) -> Head:
@@ -72,12 +71,10 @@ class Mover:
         return head
 
     def change(self, session_id: str, key: str, **changes: Any) -> None:
-        """Change numbers of a head, if it is known."""
         if (head := self.head(session_id, key)) is not None:
             self._heads[session_id, key] = replace(head, **changes)
 
     def forget(self, session_id: str, key: str) -> None:
-        """Forget a head, so that the next move reads it."""
         self._heads.pop((session_id, key), None)
 
     async def read_head(self, session_id: str, key: str) -> Head | None:
@@ -117,7 +114,6 @@ class Mover:
             self._connection.start(self._move_all(session_id, key))
 
     def _current(self, session_id: str, key: str) -> asyncio.Future[None] | None:
-        """Return the future of the move in progress, or `None`."""
         move = self._moves.get((session_id, key))
         # After a fork of the process, the moves of the parent do not run in the child.
         return move if move is not None and move.get_loop() is asyncio.get_running_loop() else None
@@ -237,12 +233,7 @@ class Mover:
     async def make_room(self, session_id: str, refusal: MessageTooLargeError) -> bool:
         """Move messages of the agent with the largest head in the session document.
 
-        Args:
-            session_id: The session.
-            refusal: The error of the statement that does not fit.
-
-        Returns:
-            Whether the statement can be sent again: the server refused it, and there was a message to move.
+        Return whether the statement that was refused can be sent again: the server refused it, and a message moved.
         """
         if refusal.code is None:
             return False

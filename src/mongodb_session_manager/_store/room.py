@@ -31,13 +31,7 @@ class Room:
         value: Any,
         command: Callable[[AsyncCollection, Update], Awaitable[T]],
     ) -> T | None:
-        """Send a statement that stores a part of a session.
-
-        Args:
-            update: The statement.
-            part: The name of the part in errors.
-            value: The encoded part.
-            command: As for `Expiry.update`.
+        """Send a statement that stores a part of a session; the command is that of `Expiry.update`.
 
         Raises:
             StateTooLargeError: There is no room.

@@ -36,21 +36,12 @@ class Sessions:
         self.connection = collection.connection
 
     async def find(self, session_id: str, projection: Document) -> Document | None:
-        """Return fields of a session, or `None` if it does not exist.
-
-        Raises:
-            InvalidArgumentError: `session_id` is not a valid id.
-        """
         checked_id(session_id, "session_id")
         async with self.connection.operation():
             return await self.collection.find_one({"_id": session_id, **live_at(self.connection.now())}, projection)
 
     async def get(self, session_id: str, projection: Document) -> Document:
-        """Return fields of a session.
-
-        Raises:
-            SessionNotFoundError: The session does not exist.
-        """
+        """Return fields of a session, or raise `SessionNotFoundError`."""
         document = await self.find(session_id, projection)
         if document is None:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")

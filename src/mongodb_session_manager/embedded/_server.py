@@ -228,7 +228,6 @@ class EmbeddedMongoDB:
             self._launch()
 
     def _answers(self) -> bool | None:
-        """Return whether this mongod, and no other server, answers on the port."""
         try:
             socket.create_connection((_HOST, self._port), timeout=1.0).close()
         except OSError:
@@ -309,7 +308,6 @@ def _free_port() -> int:
 
 
 def is_writable(client: MongoClient[dict[str, Any]]) -> bool | None:
-    """Return whether a server accepts writes, or `None` if it does not."""
     return client.admin.command("hello")["isWritablePrimary"] or None
 
 

@@ -70,7 +70,6 @@ def original(error: BaseException) -> BaseException:
 
 
 def answer_to(error: BaseException) -> Answer:
-    """Return the answer for an error."""
     error = original(error)
     answer = next((answer for kind, answer in ANSWERS.items() if isinstance(error, kind)), UNEXPECTED)
     return answer if answer.detail else answer._replace(detail=str(error))

@@ -32,13 +32,11 @@ RATINGS = {"up": "positive", "down": "negative"}
 
 
 def rating_of(feedback: Mapping[str, Any]) -> str:
-    """Return `"positive"`, `"negative"` or `"neutral"`."""
     rating = feedback.get("rating")
     return RATINGS.get(rating, "neutral") if isinstance(rating, str) else "neutral"
 
 
 def timestamp() -> str:
-    """Return the current time in ISO 8601, UTC."""
     return datetime.now(UTC).isoformat()
 
 
@@ -47,11 +45,6 @@ class Template:
 
     A text with an unknown placeholder, a conversion (`!r`) or an unmatched brace is used literally, and logged as a
     warning.
-
-    Args:
-        text: The template; `None` is the empty text.
-        name: The name of the argument, for the warning.
-        placeholders: The names of the placeholders.
     """
 
     def __init__(self, text: str | None, name: str, placeholders: Sequence[str]) -> None:
@@ -68,7 +61,6 @@ class Template:
             logger.warning("template=<%r>, placeholders=<%r> | the template is invalid and used literally", name, known)
 
     def render(self, **values: str) -> str:
-        """Return the text with its placeholders replaced."""
         return self._text if self._is_plain else self._text.format(**values)
 
 
@@ -82,7 +74,6 @@ def subject(text: str) -> str:
 
 
 def feedback_body(prefix: str, session_id: str, comment: object, limit: int) -> str:
-    """Return the body for a feedback, truncated to `limit` bytes."""
     shown = "" if comment is None else comment if isinstance(comment, str) else dumped(comment)
     body = text(f"{prefix}Session: {session_id}\n\n{shown}")
     encoded = body.encode()
@@ -157,7 +148,6 @@ def _part(value: Any, path: Sequence[str]) -> Any:
 
 
 def dumped(value: Any) -> str:
-    """Return ASCII JSON."""
     return json.dumps(to_json(value))
 
 
@@ -198,12 +188,10 @@ def text(value: str) -> str:
 
 
 def attributes(**values: str) -> dict[str, dict[str, str]]:
-    """Return message attributes in the format of SNS and SQS."""
     return {name: {"DataType": "String", "StringValue": text(value)} for name, value in values.items()}
 
 
 def size_of(described: Mapping[str, Mapping[str, str]]) -> int:
-    """Return the size of message attributes in bytes."""
     return sum(
         len(part.encode()) for name, value in described.items() for part in (name, *value.values()) if part is not None
     )
