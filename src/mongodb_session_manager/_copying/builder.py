@@ -79,7 +79,6 @@ class SessionBuilder:
         return self._agents[-1]
 
     async def add_message(self, message: Any, size: int) -> None:
-        """Add a message to the last agent; `size` is that of the message in bytes."""
         agent = self._agents[-1]
         agent.messages.append(message)
         agent.sizes.append(size)

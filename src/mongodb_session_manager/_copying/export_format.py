@@ -332,7 +332,6 @@ def _stripped(line: object) -> bytes:
 
 
 def _record(data: bytes) -> Document:
-    """Return the object of a line after a round trip through BSON."""
     require(_has_few_elements(data), f"it contains more than {MAX_ELEMENTS} values")
     try:
         text = data.decode()

@@ -39,7 +39,6 @@ class Export:
         self._pending = self._lines(session_id)
 
     async def pull(self) -> list[str]:
-        """Return the next lines, none after the last."""
         return await anext(self._pending, [])
 
     async def _lines(self, session_id: str) -> AsyncGenerator[list[str], None]:
@@ -180,7 +179,6 @@ class _Sequence:
         self._last = -1
 
     def next(self, stored: object) -> int:
-        """Return the exported id of the next message; `stored` is its stored id."""
         self._last = following_id(stored, self.position, self._last)
         self.position += 1
         return self._last

@@ -68,7 +68,6 @@ def _is_left_out(event: Document, ends: Mapping[str, int]) -> bool:
 
 
 def agent_fields(agent: Mapping[str, Any]) -> Document:
-    """Return the fields of an agent's sub-document that a fork copies."""
     return {name: value for name, value in agent.items() if name not in AGENT_NOT_COPIED}
 
 

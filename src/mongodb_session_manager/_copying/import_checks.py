@@ -138,7 +138,6 @@ def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
 
 
 def _check_body(body: Any, name: str) -> None:
-    """Refuse the content of a message that Strands cannot restore."""
     found = message_from({"message": body}, 0)
     if found is None:
         raise InvalidArgumentError(f"{name} must have a role and a list of content")
@@ -194,7 +193,6 @@ def _decoded(stored: Any, name: str) -> Any:
 
 
 def _check_encodes(value: Any, depth: int, name: str) -> None:
-    """Refuse a decoded value that the next turn could not store again."""
     try:
         encode(value, depth=depth, name=name)
     except EncodingError as error:
@@ -202,7 +200,6 @@ def _check_encodes(value: Any, depth: int, name: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
-    """Return whether a decoded value is a message that Strands can restore unchanged."""
     found = message_from({"message": value}, 0)
     return found is not None and type(value["content"]) is list and is_restorable(found) and _has_texts(value)
 
@@ -212,7 +209,6 @@ def _has_texts(message: Mapping[str, Any]) -> bool:
 
 
 def _check_state(fields: Document) -> None:
-    """Refuse the state of an agent that Strands cannot restore."""
     agent = agent_from("agent", fields)
     internal = _decoded((fields.get("agent_data") or {}).get("_internal_state"), "")
     require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")

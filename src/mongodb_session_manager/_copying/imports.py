@@ -67,7 +67,6 @@ class Import:
             return staging.session_id
 
     async def abandon(self) -> None:
-        """Remove the copy, unless the session is live."""
         async with self._turn, self._store.connection.operation():
             if not self._is_over and self._builder is not None:
                 await self._builder.staging.abandon()
@@ -126,7 +125,6 @@ class Import:
 
 
 def _agent_fields(fields: Document) -> Document:
-    """Return the fields of an agent's sub-document in their current form."""
     data = {name: value for name, value in (fields.get("agent_data") or {}).items() if value is not None}
     data.pop("config_set", None)
     names = config_set(fields)
@@ -146,7 +144,6 @@ async def feed(portal: Portal, session: Import, stream: object) -> str:
 
 
 def feed_blocking(portal: Portal, session: Import, stream: object) -> str:
-    """Import a session from a stream that is read on the calling thread."""
     try:
         for lines in _batches(stream):
             portal.call(session.store, lines)
@@ -177,7 +174,6 @@ class _Lines:
         self._begin_line()
 
     def add(self, part: Any) -> Iterator[list[Any]]:
-        """Add a part; yield the batches that are complete."""
         if isinstance(part, str):
             part = part.encode(errors="surrogatepass")  # the reader refuses a surrogate, and names the line
         elif isinstance(part, bytearray | memoryview):

@@ -99,7 +99,6 @@ class Staging:
                 renewed = await self.update({"$set": {"state_until": self.lease()}})
 
     async def update(self, update: Document | list[Document]) -> bool:
-        """Update the document of the copy; return whether it existed."""
         return await self._sessions.update_one(self.own, update)
 
     async def fill(self, fields: Document) -> None:

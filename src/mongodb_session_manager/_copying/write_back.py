@@ -169,7 +169,6 @@ class WriteBack:
         agent.changed = {n: new for n, (new, old) in enumerate(zip(head, agent.head, strict=True)) if new is not old}
 
     async def _remove_left_over(self, place: Place, agents: Iterable[_Agent]) -> None:
-        """Remove the buckets and attachments that readers no longer use."""
         session_id = place.session_id
         for agent in agents:
             self._store.mover.forget(session_id, agent.key)
@@ -186,7 +185,6 @@ def _refers(stored: Mapping[str, Any]) -> bool:
 
 
 def _has_old_usage(stored: Mapping[str, Any]) -> bool:
-    """Return whether the usage of a message is where 1.0.0 kept it, and can move to its place."""
     return type(stored.get("usage")) is dict and type(stored.get("event_loop_metrics", {})) is dict
 
 
@@ -223,7 +221,6 @@ def _element_size(stored: Any, position: int) -> int:
 
 
 def _frame_of(document: Mapping[str, Any], agents: Sequence[_Agent]) -> Document:
-    """Return the session document after the write-back, without messages."""
     frame: Document = {**document, "agents": dict(document.get("agents") or {})}
     for agent in agents:
         stored = {**agent.stored, "messages": []}

@@ -108,7 +108,6 @@ def replacement(fields: Document, max_inline: int) -> tuple[Document, int]:
 
 
 def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:
-    """Return the bytes within values that are longer than a reference, by identity."""
     found: dict[int, bytes] = {}
     left = list(values)
     while left:

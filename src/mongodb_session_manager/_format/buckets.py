@@ -248,7 +248,6 @@ def _taken(messages: str, step: Step) -> Document:
 
 
 def taken(sizes: Sequence[int], step: Step) -> int:
-    """Return how many messages of these sizes a step moves, computed as in `merge`."""
     count = size = 0
     for added in sizes[: step.most]:
         if not (count < step.messages or size < step.size) or (count and size + added > _BUCKET_BYTES):
@@ -297,7 +296,6 @@ MERGE_REFUSED = 66
 
 
 def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Update:
-    """Return the update that removes from a head the messages that `merge` has copied."""
     path = f"agents.{key}"
     condition = {**_unchanged(session_id, key, head), **dates.may_be_added}
     sets = {

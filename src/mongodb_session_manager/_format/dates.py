@@ -49,7 +49,6 @@ def date_from(value: object) -> datetime:
 
 
 def as_date(value: object) -> object:
-    """Return a stored value as a date if it is one, else unchanged."""
     try:
         return to_date(value) if isinstance(value, str | datetime) else value
     except InvalidArgumentError:
@@ -61,5 +60,4 @@ def to_milliseconds(moment: datetime) -> datetime:
 
 
 def to_iso(value: object) -> str:
-    """Return the ISO string, in UTC, of a stored date."""
     return date_from(value).isoformat()

@@ -128,13 +128,11 @@ def is_number(value: object) -> bool:
 
 
 def agent_state(agent: SessionAgent) -> Document:
-    """Return the encoded state of an agent, as fields of `agent_data`."""
     state = {name: encode(getattr(agent, name), depth=STATE_DEPTH, name=name) for name in STATE_FIELDS}
     return {**state, "updated_at": to_date(agent.updated_at)}
 
 
 def new_agent(agent: SessionAgent) -> Document:
-    """Return the sub-document of an agent that has no messages yet."""
     created_at = to_date(agent.created_at)
     return {
         "agent_data": {"agent_id": agent.agent_id, "created_at": created_at, **agent_state(agent)},
@@ -159,7 +157,6 @@ def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
 
 
 def usable_internal_state(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a decoded `_internal_state` that Strands can restore."""
     checked = ("interrupt_state", "model_state")
     return {name: value for name, value in stored.items() if name not in checked or _is_internal(name, value)}
 
@@ -284,7 +281,6 @@ def needs_upgrade(agent: Mapping[str, Any]) -> bool:
 
 
 def has_old_config_set(agent: Mapping[str, Any]) -> bool:
-    """Return whether `config_set` is where 1.0.0 kept it."""
     return type(usable(dict, agent.get("agent_data")).get("config_set")) is list
 
 

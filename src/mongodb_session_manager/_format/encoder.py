@@ -116,7 +116,6 @@ def _encode_members(value: Iterable[Any], room: int, nesting: int) -> list[Any]:
 
 
 def _is_plain(value: dict[Any, Any]) -> bool:
-    """Return whether a dict with these keys is the same dict after BSON."""
     for key in value:
         if type(key) is not str or "\0" in key or not (key.isascii() or _is_unicode(key)):
             return False
@@ -159,7 +158,6 @@ def _encode_iso(value: date | time) -> dict[str, Any]:
 
 
 def _encode_bson_type(value: Any) -> Any:
-    """Return a value of a type of `bson` if BSON preserves it."""
     if isinstance(value, Binary) and value.subtype in (0, 4):
         # Subtype 0 decodes to bytes, and 4 to a UUID where the length allows.
         return bytes(value) if value.subtype == 0 else marked("binary", bytes([4]) + value)

@@ -32,12 +32,10 @@ def _entries(path: str) -> Document:
 
 
 def entries_at(path: str) -> Document:
-    """Return the expression for the fields of an object that are objects, as `k` and `v`."""
     return {"$filter": {"input": _entries(path), "cond": is_object("$$this.v")}}
 
 
 def size_at(message: str) -> Document:
-    """Return the expression for the size in bytes of an element of `messages`."""
     return {"$bsonSize": {"$cond": [is_object(message), message, {"m": message}]}}
 
 
@@ -98,7 +96,6 @@ def with_ids(messages: str, ids: Sequence[int]) -> Document:
 
 
 def restored(message: str) -> Document:
-    """Return the expression for the fields of an element of `messages` that restoring needs."""
     fields = {name: f"{message}.{name}" for name in RESTORED}
     return {"$cond": [is_object(message), fields, NO_MESSAGE]}
 

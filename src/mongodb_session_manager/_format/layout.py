@@ -49,7 +49,6 @@ def live_at(moment: datetime) -> Document:
 
 
 def is_unfinished(document: Mapping[str, Any]) -> bool:
-    """Return whether a session is being copied or deleted, as `UNFINISHED` matches it."""
     return document.get("state") in ("copying", "deleting") and isinstance(document.get("state_until"), datetime)
 
 
@@ -100,6 +99,5 @@ class Place(NamedTuple):
         return {operator: {"file": bound} for operator, bound in self.files().items()}
 
     def outside(self) -> list[tuple[str, Document]]:
-        """Return the suffix of each collection, with the filter for the session's parts in it."""
         ranges = {ARCHIVE: self.buckets(), CHUNKS: self.chunks(), FILES: self.files()}
         return [(suffix, {"_id": ranges[suffix]}) for suffix in OUTSIDE]

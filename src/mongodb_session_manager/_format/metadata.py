@@ -21,7 +21,6 @@ _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 
 
 def checked_metadata(metadata: object, name: str = "metadata") -> dict[str, Any]:
-    """Return valid metadata, or raise `InvalidArgumentError`."""
     if not isinstance(metadata, dict):
         raise InvalidArgumentError(f"{name} must be a dict, not {type(metadata).__name__}")
     _checked_paths(metadata, name)
@@ -40,7 +39,6 @@ def checked_keys(keys: object, name: str = "keys") -> list[str]:
 
 
 def checked_feedback(feedback: object) -> dict[str, Any]:
-    """Return valid feedback, or raise `InvalidArgumentError`."""
     if not isinstance(feedback, dict):
         raise InvalidArgumentError(f"feedback must be a dict, not {type(feedback).__name__}")
     return feedback
@@ -112,7 +110,6 @@ def _place(member: Any) -> tuple[str, Any]:
 
 
 def encoded_metadata(session_id: str, metadata: object) -> Document:
-    """Return the encoded values of metadata, by path in the document."""
     if isinstance(metadata, dict):
         refuse_unstorable(session_id, "metadata", metadata)
     return {

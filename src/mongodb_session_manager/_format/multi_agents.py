@@ -57,7 +57,6 @@ def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite
 
 
 def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None) -> Update:
-    """Return the statement that stores a write, or matches nothing; `incarnation` is that of the session."""
     path = path_of(write.multi_agent_id)
     fields = {"state": write.state, "revision": write.revision, "writer": write.writer, "updated_at": write.moment}
     if write.expected is None:
@@ -172,7 +171,6 @@ class MultiAgents:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every newest state is stored or refused."""
         return all(known.is_settled for known in tuple(self._known.values()))
 
     def pending(self) -> list[MultiAgentWrite]:
@@ -184,7 +182,6 @@ class MultiAgents:
         ]
 
     def settle(self, write: MultiAgentWrite, refusal: MongoDBSessionError | None) -> None:
-        """Record that a write is stored, or the error with which it was refused."""
         known = self._known[write.multi_agent_id]
         if refusal is None:
             known.stored = write.revision

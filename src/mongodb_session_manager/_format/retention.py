@@ -68,7 +68,6 @@ class Life:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
-        """Return the `Life` of a session document that was read with the projection `LIFE`."""
         incarnation, ttl, date = (document.get(name) for name in ("incarnation", "time_to_live", "expires_at"))
         return cls(
             incarnation if isinstance(incarnation, ObjectId) else None,
@@ -85,7 +84,6 @@ class Life:
         return Dates(self.time_to_live, max(until, self.expires_at or until) + timedelta(seconds=seconds))
 
     def outlives(self, part: Dates) -> bool:
-        """Return whether the session can expire later than a part with these dates."""
         if self.time_to_live != part.time_to_live:
             return True
         return self.expires_at is not None and part.expires_at is not None and self.expires_at > part.expires_at

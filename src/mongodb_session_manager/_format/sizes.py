@@ -31,7 +31,6 @@ def stored_size(document: Mapping[str, Any]) -> int:
 
 
 def size_of(value: Any) -> int:
-    """Return the size of an encoded value, computed as in `PART_SIZES`."""
     return stored_size({"v": value})
 
 

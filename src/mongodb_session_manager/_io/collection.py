@@ -76,7 +76,6 @@ class Collection:
         return await self.send(lambda collection: collection.find_one(condition, projection))
 
     async def find(self, condition: Document, projection: Document | None = None, **options: Any) -> list[Document]:
-        """Return all documents that match a filter; `options` are those of the driver's `find`."""
         return await self.send(lambda collection: collection.find(condition, projection, **options).to_list())
 
     async def aggregate(self, pipeline: Sequence[Document]) -> list[Document]:

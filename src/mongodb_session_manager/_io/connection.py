@@ -129,7 +129,6 @@ class Connection:
             weakref.finalize(self.settings.client, function, self.identity).atexit = False
 
     def database_name(self, wanted: str | None) -> str:
-        """Return `wanted`, else the database named in the connection string, else `"agent_sessions"`."""
         if wanted is not None:
             return wanted
         if self.settings.client is not None:
@@ -335,7 +334,6 @@ class Connection:
                 _ = await client.is_primary
 
     def account(self, database: str | None = None) -> Account:
-        """Return the client's user and servers, for errors about access to a database."""
         if self._client is None:
             return Account(database=database)
         pool = options_of(self._client).pool_options
@@ -354,7 +352,6 @@ class Connection:
                 await self._ask("ping")
 
     async def check(self, database: str, name: str, seconds: float) -> None:
-        """Read from a collection within a time limit, which includes opening the client."""
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
             raise InvalidArgumentError(f"timeout must be a number of seconds > 0, got {seconds!r}")
         try:
@@ -425,7 +422,6 @@ class Connection:
                 self._gate.executor.shutdown(wait=False)
 
     async def aclose_at_exit(self, seconds: float) -> None:
-        """Close when the interpreter ends."""
         await self.aclose()
 
 

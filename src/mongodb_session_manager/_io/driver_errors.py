@@ -121,7 +121,6 @@ def may_be_sent_again(error: Exception) -> bool:
 
 
 def may_have_been_applied(error: Exception) -> bool:
-    """Return whether the server may have carried out the command that failed."""
     lost = isinstance(error, driver.AutoReconnect) and not isinstance(error, driver.ServerSelectionTimeoutError)
     partly = isinstance(error, driver.BulkWriteError) and bool((error.details or {}).get("writeConcernErrors"))
     return lost or partly or isinstance(error, driver.WriteConcernError) or _code(error) in _UNAVAILABLE

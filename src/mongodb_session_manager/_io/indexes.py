@@ -86,7 +86,6 @@ def unseen(collection: Collection, wanted: Iterable[Fields]) -> list[Fields]:
 
 
 def see_again(collection: Collection, fields: Iterable[Fields], after: float = 0.0) -> None:
-    """Let the first opening after `after` seconds build indexes of a collection again."""
     seen = _indexed.get(collection.connection.identity, {})
     seen.update(dict.fromkeys((_key(collection, each) for each in fields), time.monotonic() + after))
 

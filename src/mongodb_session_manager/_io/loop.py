@@ -150,7 +150,6 @@ def _refuse_greenlets() -> None:
 
 
 def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
-    """Return a portal to `loop`, the library's own or any other."""
     with _lock:
         return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
 

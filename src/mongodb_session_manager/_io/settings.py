@@ -88,7 +88,6 @@ class Settings:
         return ConfigurationError(f"the MongoDB client refused its configuration{reason}")
 
     def bounded_options(self) -> dict[str, Any]:
-        """Return the client options, with a default `socketTimeoutMS`."""
         named = {name.lower() for name in self.client_options} | set(
             re.findall(r"[?&](\w+)=", (self.connection_string or "").lower())
         )
@@ -114,7 +113,6 @@ _FILES = {"tlscafile", "tlscertificatekeyfile", "tlscrlfile"}
 
 @cache
 def _driver_options() -> dict[str, str]:
-    """Return the documented names of the driver's options, by their names in lower case."""
     names = re.findall(r"`(\w+)`", MongoClient.__init__.__doc__ or "")
     return {name: name for name in common.VALIDATORS} | {
         name.lower(): name for name in names if name.lower() in common.VALIDATORS
@@ -142,7 +140,6 @@ def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str,
 
 
 def _unreadable(error: OSError, options: Mapping[str, Any]) -> str:
-    """Return the message for an unreadable file, with the option that names it."""
     names = [name for name, value in options.items() if name.lower() in _FILES]
     named = [name for name in names if error.filename is not None and options[name] == error.filename] or names
     reason = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror

@@ -145,7 +145,6 @@ def _folded(name: str) -> str:
 
 
 def _from_json(value: Any, name: str) -> Any:
-    """Return an argument, which models also send as a JSON string."""
     if not isinstance(value, str):
         return value
     try:

@@ -154,12 +154,10 @@ async def run_hooked(
 
 
 async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
-    """Return the result of a call of `hook`: in this task if the hook can be awaited, else in a thread."""
     return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
 
 
 async def _threaded(call: Callable[[], Any]) -> Any:
-    """Return the result of a call in a thread, awaited here if it is awaitable."""
     with _original_that(waits=True):
         result = await _in_thread(call)
     return await _awaited(lambda: result)

@@ -101,7 +101,6 @@ class Dispatcher:
             self.portal.loop.call_soon_threadsafe(self._start, session_id)
 
     def oldest_wait(self, source: Source | None = None) -> float:
-        """Return the age of the oldest pending notification in seconds."""
         with self._lock:
             oldest = min(
                 (
@@ -160,7 +159,6 @@ class Dispatcher:
         return None
 
     async def _pause(self, session_id: str, seconds: float) -> None:
-        """Wait before the next try. `drain` ends the wait."""
         ended = self._pausing[session_id] = asyncio.Event()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -140,7 +140,6 @@ def _started() -> Dispatcher:
 
 @contextmanager
 def attributed_to(owner: object) -> Iterator[None]:
-    """Count the notifications that are submitted in this block for `owner`."""
     token = _current.set(_source_of(owner))
     try:
         yield

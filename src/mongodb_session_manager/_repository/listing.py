@@ -104,7 +104,6 @@ class Criteria:
     def checked(
         cls, application_name: object, metadata: object, created_after: object, updated_after: object
     ) -> Criteria:
-        """Return criteria from arguments, or raise `InvalidArgumentError`."""
         equal: dict[str, Any] = {}
         if application_name is not None:
             if not isinstance(application_name, str):
@@ -249,7 +248,6 @@ def _valid(text: str, name: str) -> str:
 
 
 def _refuse_operators(value: object, name: str) -> None:
-    """Refuse a value that contains an operator of MongoDB at any depth."""
     waiting, seen = [value], set()
     while waiting:
         found = waiting.pop()

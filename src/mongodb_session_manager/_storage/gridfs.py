@@ -70,7 +70,6 @@ class Bucket:
             raise DatabaseTimeoutError(f"writing the value took longer than {WRITING_TIME}")
 
     async def download(self, file: ObjectId, size: int) -> bytes | None:
-        """Return the content of a file, or `None` if it is incomplete."""
         chunks: list[Document] = []
         length = 0
         while length < size:

@@ -273,7 +273,6 @@ class SharedStorage(MongoDBStorage):
 
 
 def normalized_key(key: object) -> str:
-    """Return a key in the form of Strands' path-based backends."""
     normalized = _normalized(key, "key").strip("/")
     if not normalized:
         raise InvalidArgumentError("key must not be empty")

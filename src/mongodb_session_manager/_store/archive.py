@@ -59,7 +59,6 @@ class Archive:
         return {key: [buckets[first] for first in sorted(buckets)] for key, buckets in found.items()}
 
     async def raise_if_moved(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> None:
-        """Raise `ReadAgainError` if archived messages were moved elsewhere after the session was read."""
         if await self.has_moved(place):
             raise_alone(ReadAgainError())
         for key, (since, _, end) in wanted.items():
@@ -156,7 +155,6 @@ class Archive:
 
 
 def _joined(session_id: str, buckets: Iterable[Document], begin: int, end: int) -> list[Document]:
-    """Return the messages at positions from `begin` to below `end`, all of which must exist."""
     messages: list[Any] = []
     for bucket in buckets:
         first = bucket["_id"]["first"]

@@ -139,7 +139,6 @@ class Attachments:
         return None if found is None else found["data"]
 
     async def drop_chunks(self, place: Place, reference: Reference) -> None:
-        """Remove the chunks of a file that was not completed."""
         file = place.file_id(reference)
         if await self._files.find_one({"_id": file}, {"_id": 1}) is None:
             await self._chunks.delete_many({"_id": place.chunks_of(reference)})
@@ -275,7 +274,6 @@ async def _named_in_archive(place: Place, references: Sequence[Reference], archi
 async def _parts(
     chunks: AsyncCollection, place: Place, references: Iterable[Reference]
 ) -> dict[Reference, dict[int, bytes]]:
-    """Return the chunks of several files, by reference and number, from one query."""
     parts: dict[tuple[str, str], tuple[Reference, dict[int, bytes]]] = {}
     ranges = []
     for reference in references:

@@ -73,7 +73,6 @@ class Expiry:
         return life
 
     def forget(self, session_id: str) -> None:
-        """Forget the `Life` of a session, so that the next write reads it."""
         self._lives.pop(session_id, None)
 
     async def life(self, session_id: str) -> Life:
@@ -169,7 +168,6 @@ class Expiry:
             await self._sessions.collection.part(suffix).update_many(condition, {"$max": {"expires_at": until}})
 
     def ensure_indexes(self) -> None:
-        """Build the TTL indexes of the session documents and of their parts, in the background."""
         for suffix in ("", *OUTSIDE):
             # An application might have stored its own `expires_at` in session documents.
             dated = {"expires_at" if suffix else "time_to_live": {"$exists": True}}

@@ -39,7 +39,6 @@ _NUMBERS = ("archived", "revision", "archive_revision")
 
 
 def is_of_v1(document: Document) -> bool:
-    """Return whether a session must be migrated, or its migration must be completed."""
     return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & OF_V1)
 
 

@@ -66,7 +66,6 @@ class Mover:
         return self._heads.get((session_id, key))
 
     def learn(self, session_id: str, key: str, numbers: Mapping[str, Any]) -> Head:
-        """Remember the head that a result of `head_numbers` describes."""
         self._heads[session_id, key] = head = Head.of(numbers)
         return head
 
@@ -78,7 +77,6 @@ class Mover:
         self._heads.pop((session_id, key), None)
 
     async def read_head(self, session_id: str, key: str) -> Head | None:
-        """Return the head of an agent from the server, or `None` if it no longer exists."""
         document = await self._collection.find_one({"_id": session_id}, numbers_of(key))
         return None if document is None or document["head"] is None else self.learn(session_id, key, document["head"])
 
@@ -222,7 +220,6 @@ class Mover:
     # Making room.
 
     async def update_with_room(self, update: Update) -> bool:
-        """Send an update by `Sessions.update`; make room if the session document has none."""
         while True:
             try:
                 return await self._sessions.update(update)

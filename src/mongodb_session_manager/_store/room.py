@@ -48,7 +48,6 @@ class Room:
     async def too_large(
         self, session_id: str, part: str, value: Any, refusal: MessageTooLargeError
     ) -> StateTooLargeError:
-        """Return the error for a refused part; query the server for the sizes of the parts that are stored."""
         size = size_of(value)
         document = None
         if size < MAX_DOCUMENT_BYTES:

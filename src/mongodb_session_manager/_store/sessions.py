@@ -41,7 +41,6 @@ class Sessions:
             return await self.collection.find_one({"_id": session_id, **live_at(self.connection.now())}, projection)
 
     async def get(self, session_id: str, projection: Document) -> Document:
-        """Return fields of a session, or raise `SessionNotFoundError`."""
         document = await self.find(session_id, projection)
         if document is None:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
