@@ -102,9 +102,9 @@ class SessionBuilder:
         content = self._content()
         # Applications have stored fields that no path can name.
         if unnamed := {name: content.pop(name) for name in list(content) if not _is_path(name)}:
-            await self.staging.fill_all(unnamed)
+            await self.staging.fill([{"$replaceWith": {"$mergeObjects": ["$$ROOT", {"$literal": unnamed}]}}])
         for part in await asyncio.to_thread(_parts_of, content):
-            await self.staging.fill(part)
+            await self.staging.fill({"$set": part})
 
     async def _archive(self, agent: NewAgent, step: Step) -> None:
         count = min(taken(agent.sizes, step), BUCKET_MESSAGES)

@@ -88,6 +88,19 @@ def _recent() -> Bounded[str, Reference]:
     return Bounded(REMEMBERED)
 
 
+class Sequence:
+    """The exported ids of an agent's messages: the stored ids, unless these do not increase."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self._last = -1
+
+    def next(self, stored: object) -> int:
+        self._last = following_id(stored, self.position, self._last)
+        self.position += 1
+        return self._last
+
+
 # Writing.
 
 
@@ -206,7 +219,7 @@ class Reader:
         self._header: str | None = None
         self._has_session = False
         self._agents: set[str] = set()
-        self._position, self._last_id = 0, -1
+        self._sequence = Sequence()
         self._room = MAX_DOCUMENT_BYTES
         self._attachment: tuple[Reference, int, Any] | None = None
 
@@ -267,7 +280,7 @@ class Reader:
         require(agent_id not in self._agents, "it is a second agent with that id")
         self._agents.add(agent_id)
         self._counts["agents"] += 1
-        self._position, self._last_id = 0, -1
+        self._sequence = Sequence()
         return AgentRead(agent_id, self._fitting(checked_agent(fields)))
 
     def _message(self, message: Document) -> MessageRead:
@@ -283,9 +296,7 @@ class Reader:
         if renamed:
             listed = {renamed[text]["v"] if text in renamed else text for text in message["attachments"]}
             message = {**attached(message, renamed), "attachments": sorted(listed)}
-        self._last_id = following_id(message.get("message_id"), self._position, self._last_id)
-        self._position += 1
-        message, size = checked_message(message, self._last_id)
+        message, size = checked_message(message, self._sequence.next(message.get("message_id")))
         self._counts["messages"] += 1
         return MessageRead(message, size)
 

@@ -11,12 +11,12 @@ from typing import Any
 from .._format.attachment_refs import Reference, references_of
 from .._format.dates import now
 from .._format.documents import Document
-from .._format.ids import agent_id_of, agent_key, checked_id, following_id
+from .._format.ids import agent_id_of, agent_key, checked_id
 from .._format.layout import Place
 from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
-from .export_format import Writer
+from .export_format import Sequence, Writer
 from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
 _ROUNDS = 8
@@ -64,7 +64,7 @@ class Export:
         # Versions before 1.0 did not encode ids.
         agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
         yield [writer.agent(agent_id, _without(agent, AGENT_NOT_COPIED))]
-        sequence = _Sequence()
+        sequence = Sequence()
         position, archived = 0, int(agent.get("archived") or 0)
         while position < archived:
             async with self._connection.operation():
@@ -107,7 +107,7 @@ class Export:
         return True
 
     async def _message_lines(
-        self, source: _Source, agent_id: str, sequence: _Sequence, messages: Iterable[Document], writer: Writer
+        self, source: _Source, agent_id: str, sequence: Sequence, messages: Iterable[Document], writer: Writer
     ) -> AsyncGenerator[list[str], None]:
         session_id = source.place.session_id
         waiting: list[Document] = []
@@ -134,18 +134,18 @@ class Export:
                 # The message might have been redacted or replaced since it was read.
                 if await self._is_elsewhere(source):
                     continue
-                current = await self._message_now(session_id, agent_id, stored)
+                async with self._connection.operation():
+                    identity = stored.get("message_id"), stored.get("created_at")
+                    current = await self._store.archive.find_message(session_id, agent_id, *identity)
                 if current is None or current.get("attachments") == message["attachments"]:
-                    raise _damaged(session_id, agent_id, message_id, missing)
+                    raise AttachmentError(
+                        f"session {session_id!r}: message {message_id} of agent {agent_id!r} has a missing or damaged "
+                        f"attachment (SHA-256 {missing.sha256})"
+                    )
                 message = {**current, "message_id": message_id}
             waiting.append(message)
         if waiting:
             yield await asyncio.to_thread(_lines_of, writer, waiting)
-
-    async def _message_now(self, session_id: str, agent_id: str, stored: Document) -> Document | None:
-        async with self._connection.operation():
-            message_id, created_at = stored.get("message_id"), stored.get("created_at")
-            return await self._store.archive.find_message(session_id, agent_id, message_id, created_at)
 
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
@@ -171,19 +171,6 @@ class _Source:
     created_at: Any
 
 
-class _Sequence:
-    """The exported ids of an agent's messages: the stored ids, unless these do not increase."""
-
-    def __init__(self) -> None:
-        self.position = 0
-        self._last = -1
-
-    def next(self, stored: object) -> int:
-        self._last = following_id(stored, self.position, self._last)
-        self.position += 1
-        return self._last
-
-
 def _without(fields: Document, names: Iterable[str]) -> Document:
     return {name: value for name, value in fields.items() if name not in names}
 
@@ -195,10 +182,3 @@ def _lines_of(writer: Writer, messages: Iterable[Document]) -> list[str]:
 def _pieces_of(writer: Writer, reference: Reference, at: int, data: bytes, digest: Any) -> list[str]:
     digest.update(data)
     return list(writer.pieces(reference, at, data))
-
-
-def _damaged(session_id: str, agent_id: str, message_id: int, reference: Reference) -> AttachmentError:
-    return AttachmentError(
-        f"session {session_id!r}: message {message_id} of agent {agent_id!r} has a missing or damaged attachment "
-        f"(SHA-256 {reference.sha256})"
-    )

@@ -173,10 +173,7 @@ def _check_dates(fields: Document, prefix: str) -> None:
 def _check_numbers(values: Any, name: str) -> None:
     require(type(values) in (dict, NoneType), f"{name} must be an object")
     for key, number in (values or {}).items():
-        require(
-            is_number(number),
-            f"{name} must contain numbers from -2**62 to 2**62 only",
-        )
+        require(is_number(number), f"{name} must contain numbers from -2**62 to 2**62 only")
         require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must contain names of fields only")
 
 

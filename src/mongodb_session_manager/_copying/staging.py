@@ -24,13 +24,7 @@ from .._format.retention import next_date
 from .._io.driver_errors import DuplicateKeyError
 from .._store.deletion import LEASE
 from .._store.store import SessionStore
-from ..errors import (
-    DatabaseError,
-    MongoDBSessionError,
-    SessionConflictError,
-    SessionExistsError,
-    raise_alone,
-)
+from ..errors import DatabaseError, MongoDBSessionError, SessionConflictError, SessionExistsError, raise_alone
 
 logger = logging.getLogger(__name__)
 
@@ -101,22 +95,13 @@ class Staging:
     async def update(self, update: Document | list[Document]) -> bool:
         return await self._sessions.update_one(self.own, update)
 
-    async def fill(self, fields: Document) -> None:
-        """Store fields of the session, by path.
+    async def fill(self, update: Document | list[Document]) -> None:
+        """Store fields of the session.
 
         Raises:
             SessionConflictError: Another process has removed the copy after its lease expired.
         """
-        if not await self.update({"$set": fields}):
-            raise self.lost()
-
-    async def fill_all(self, fields: Document) -> None:
-        """Store fields of the session whose names need not be paths.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy, because its lease was over.
-        """
-        if not await self.update([{"$replaceWith": {"$mergeObjects": ["$$ROOT", {"$literal": fields}]}}]):
+        if not await self.update(update):
             raise self.lost()
 
     async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:

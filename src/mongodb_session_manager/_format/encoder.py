@@ -258,8 +258,7 @@ def _base_of(value: Any) -> Any:
             return data
         raise RefusedError("a memoryview of other items than bytes", ": convert it with .tolist()")
     if _is_numpy_scalar(value):
-        item = value.item()
-        if type(item) in _NUMPY_ITEMS.get(value.dtype.kind, ()) and (item == value or item != item):
+        if type(item := value.item()) in _NUMPY_ITEMS.get(value.dtype.kind, ()):
             return item
         raise RefusedError(f"a {_type_name(value)} that no number or date equals", ": convert it first")
     raise RefusedError(f"a value of the unsupported type {_type_name(value)}", _advice(value))

@@ -20,11 +20,15 @@ def checked_id(value: object, name: str) -> str:
         raise InvalidArgumentError(f"{name} must not be empty")
     if "\0" in value:
         raise InvalidArgumentError(f"{name} must not contain a NUL character")
+    return checked_text(value, name)
+
+
+def checked_text(text: str, name: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
-    return value
+    return text
 
 
 def checked_message_id(value: object) -> int:

@@ -68,6 +68,10 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} contains both {'.'.join(shorter)!r} and {'.'.join(longer)!r}")
 
 
+def is_within(key: str, of: str) -> bool:
+    return key == of or key.startswith(f"{of}.")
+
+
 def name_of(key: str) -> str:
     """Return the name of a metadata value in errors: `metadata['a']['b']` for the key `a.b`."""
     return "metadata" + "".join(map(subscript, key.split(".")))

@@ -73,12 +73,7 @@ def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId
 def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: str, moment: datetime) -> Update:
     """Return the statement that overwrites the stored state with an encoded one, once for each `writer`."""
     path = path_of(multi_agent_id)
-    sets = {
-        f"{path}.state": state,
-        f"{path}.writer": writer,
-        f"{path}.updated_at": moment,
-        "updated_at": moment,
-    }
+    sets = {f"{path}.state": state, f"{path}.writer": writer, f"{path}.updated_at": moment, "updated_at": moment}
     condition = {"_id": session_id, path: {"$exists": True}, f"{path}.writer": {"$ne": writer}}
     return Update(condition, {"$set": sets, "$inc": {f"{path}.revision": 1}}, None)
 

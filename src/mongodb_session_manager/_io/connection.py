@@ -105,17 +105,13 @@ class Connection:
     @property
     def portal(self) -> Portal:
         """The portal to the loop that does this connection's I/O for managers, factories and the sync repository."""
-        if self.settings.client is None:
-            return io_portal()
         self._refuse_in_child()
-        if self._client is None:
+        if self.settings.client is None or self._client is None:
             return io_portal()
-        if self._loop is None:
-            self._loop = bound_loop(self._client) or running_loop()
+        self._loop = self._loop or bound_loop(self._client) or running_loop()
         if self._loop is None:
             return io_portal()
-        if self._portal is None:
-            self._portal = portal_to(self._loop)
+        self._portal = self._portal or portal_to(self._loop)
         return self._portal
 
     @property

@@ -20,6 +20,9 @@ class PoolStats(TypedDict):
     wait_queue: int | None
 
 
+NO_POOL: PoolStats = {"pool_config": {}, "connections_open": None, "connections_in_use": None, "wait_queue": None}
+
+
 @dataclass
 class PoolCounter(monitoring.ConnectionPoolListener):
     open: int = 0

@@ -13,7 +13,7 @@ from strands import tool
 from strands.interrupt import InterruptException
 from strands.types.tools import AgentTool
 
-from .._format.metadata import checked_keys, checked_metadata
+from .._format.metadata import checked_keys, checked_metadata, is_within
 from .._io.requested_fields import ACTED_ON
 from .._notifications.notification import describe
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
@@ -112,7 +112,7 @@ class MetadataPolicy:
 
     def _check_allowed(self, keys: Any) -> None:
         for key in keys:
-            if self.allowed_keys is not None and not any(_is_within(key, allowed) for allowed in self.allowed_keys):
+            if self.allowed_keys is not None and not any(is_within(key, allowed) for allowed in self.allowed_keys):
                 raise InvalidArgumentError(f"the key {key!r} is not one of {', '.join(self.allowed_keys)}")
 
     def visible(self, metadata: dict[str, Any], keys: list[str] | None) -> dict[str, Any]:
@@ -133,10 +133,6 @@ def _at(metadata: Any, key: str) -> Any:
             return _ABSENT
         metadata = metadata[part]
     return metadata
-
-
-def _is_within(key: str, allowed: str) -> bool:
-    return key == allowed or key.startswith(f"{allowed}.")
 
 
 def _folded(name: str) -> str:

@@ -62,7 +62,7 @@ class Source:
     waiting: int = 0
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
+@dataclass(eq=False, slots=True)
 class Notification:
     name: str
     session_id: str

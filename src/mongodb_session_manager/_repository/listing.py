@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from .._format.dates import date_from, to_date
 from .._format.documents import USAGE, Document, usable_numbers
 from .._format.expressions import array_at, entries_at, number_at
-from .._format.ids import agent_id_of, checked_id
+from .._format.ids import agent_id_of, checked_id, checked_text
 from .._format.layout import LIVE, UNFINISHED
 from .._format.malformed import usable_field
 from .._format.metadata import checked_metadata, decode_values, encoded, name_of
@@ -108,7 +108,7 @@ class Criteria:
         if application_name is not None:
             if not isinstance(application_name, str):
                 raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
-            equal["application_name"] = _valid(application_name, "application_name")
+            equal["application_name"] = checked_text(application_name, "application_name")
         if metadata is not None:
             if isinstance(metadata, dict) and least_size(metadata, MAX_DOCUMENT_BYTES) > MAX_DOCUMENT_BYTES:
                 raise InvalidArgumentError(f"metadata must be a filter of at most {MAX_DOCUMENT_BYTES} bytes")
@@ -197,10 +197,10 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
 
 
 def checked_order(order: object) -> Order:
-    for known in get_args(Order):
-        if order == known and isinstance(order, str):
-            return known  # type: ignore[no-any-return]
-    raise InvalidArgumentError(f"order must be one of {', '.join(get_args(Order))}")
+    orders: tuple[Order, ...] = get_args(Order)
+    if not isinstance(order, str) or order not in orders:
+        raise InvalidArgumentError(f"order must be one of {', '.join(orders)}")
+    return orders[orders.index(order)]
 
 
 def checked_limit(limit: object) -> int:
@@ -237,14 +237,6 @@ def _checked_date(value: object, name: str) -> datetime:
         return to_date(value)
     except InvalidArgumentError:  # the first or last day of the calendar, in another zone
         raise_alone(InvalidArgumentError(f"{name} must be a moment that UTC can express"))
-
-
-def _valid(text: str, name: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
-    return text
 
 
 def _refuse_operators(value: object, name: str) -> None:
@@ -318,13 +310,7 @@ class ListingMethods(RepositoryMethods):
         created_after: datetime | None = None,
         updated_after: datetime | None = None,
     ) -> int:
-        """Return the number of sessions that meet every criterion.
-
-        Args:
-            application_name: The name that the session was created with; `None` for any.
-            metadata: Values by key, `a.b` for `b` within `a`. A stored list matches if it contains the value.
-            created_after: The session was created later; a moment without a zone is UTC.
-            updated_after: The session was written to later; a moment without a zone is UTC.
+        """Return the number of sessions that meet every criterion; those are the same as for `list_sessions`.
 
         Raises:
             InvalidArgumentError: An argument is invalid, or contains an operator.

@@ -307,9 +307,4 @@ def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> A
     path = f"agents.{agent_key(agent_id)}.agent_data"
     data: Document = usable_field(dict, stored.get("agent_data"), session_id, path)
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
-    return {
-        "agent_id": agent_id,
-        "model": model,
-        "system_prompt": system_prompt,
-        "prompt_metadata": prompt_metadata,
-    }
+    return {"agent_id": agent_id, "model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}

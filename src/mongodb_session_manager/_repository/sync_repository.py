@@ -22,18 +22,9 @@ if TYPE_CHECKING:
 
 
 class MongoDBSessionRepository(SessionRepository):
-    """The synchronous twin of `AsyncMongoDBSessionRepository`, with the same methods and errors.
+    """The synchronous twin of `AsyncMongoDBSessionRepository`, with the same arguments, methods and errors.
 
     Its methods can be called from any thread, and block it. On a thread that runs an event loop, use the twin.
-
-    Args:
-        connection_string: The server; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
-        collection_name: The collection of the sessions.
-        **options: `RepositoryOptions` documents them.
-
-    Raises:
-        ConfigurationError: An argument is invalid.
     """
 
     def __init__(

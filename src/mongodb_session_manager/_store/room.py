@@ -25,11 +25,7 @@ class Room:
         self._mover = mover
 
     async def store_part(
-        self,
-        update: Update,
-        part: str,
-        value: Any,
-        command: Callable[[AsyncCollection, Update], Awaitable[T]],
+        self, update: Update, part: str, value: Any, command: Callable[[AsyncCollection, Update], Awaitable[T]]
     ) -> T | None:
         """Send a statement that stores a part of a session; the command is that of `Expiry.update`.
 

@@ -11,12 +11,7 @@ from .._format.layout import live_at
 from .._format.malformed import malformed_fields
 from .._format.statements import Update
 from .._io.collection import Collection
-from ..errors import (
-    AgentNotFoundError,
-    AttachmentError,
-    DatabaseError,
-    SessionNotFoundError,
-)
+from ..errors import AgentNotFoundError, AttachmentError, DatabaseError, SessionNotFoundError
 
 T = TypeVar("T")
 

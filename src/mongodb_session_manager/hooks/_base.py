@@ -89,7 +89,7 @@ class AwsHook(ABC):
         """Submit the notification of an operation that succeeded."""
 
     def _submit(self, name: str, session_id: str, deliver: Callable[[], Awaitable[object]], body: str) -> None:
-        submit(name, session_id, deliver, policy=POLICY, on_error=self._on_error, message=body)
+        submit(name, session_id, deliver, POLICY, self._on_error, body)
 
 
 def updated(action: str, argument: dict[str, Any]) -> dict[str, Any]:

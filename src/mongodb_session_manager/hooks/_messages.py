@@ -14,6 +14,8 @@ from datetime import UTC, date, datetime
 from string import Formatter
 from typing import Any
 
+from .._format.metadata import is_within
+
 logger = logging.getLogger(__name__)
 
 SNS_LIMIT = SQS_LIMIT = 256 * 1024
@@ -114,15 +116,15 @@ def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: 
 
     Keys and fields can be dotted paths: if `a` changed, the field `a.b` selects a part of it.
     """
-    shown = {key: value for key, value in metadata.items() if not any(_is_within(key, name) for name in hidden)}
+    shown = {key: value for key, value in metadata.items() if not any(is_within(key, name) for name in hidden)}
     if fields is None:
         return shown
     chosen: dict[str, Any] = {}
     for field in fields:
         for key, value in shown.items():
-            if _is_within(key, field):
+            if is_within(key, field):
                 chosen[key] = value
-            elif _is_within(field, key) and not any(_is_within(key, other) for other in fields):
+            elif is_within(field, key) and not any(is_within(key, other) for other in fields):
                 part = _part(value, field[len(key) + 1 :].split("."))
                 if part is not _ABSENT:
                     chosen[field] = part
@@ -130,10 +132,6 @@ def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: 
 
 
 _ABSENT = object()
-
-
-def _is_within(path: str, of: str) -> bool:
-    return path == of or path.startswith(f"{of}.")
 
 
 def _part(value: Any, path: Sequence[str]) -> Any:
