@@ -130,16 +130,14 @@ class Limits:
     @classmethod
     def checked(cls, max_embedded_messages: object, max_embedded_bytes: object) -> Self:
         """Return valid limits, or raise `ConfigurationError`."""
-        for name, value in (
-            ("max_embedded_messages", max_embedded_messages),
-            ("max_embedded_bytes", max_embedded_bytes),
-        ):
+        limits = {"max_embedded_messages": max_embedded_messages, "max_embedded_bytes": max_embedded_bytes}
+        for name, value in limits.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"{name} must be an int >= 1, got {value!r}")
-        limits = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
-        if limits.size > _MAX_EMBEDDED_BYTES:
-            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MAX_EMBEDDED_BYTES}, got {limits.size}")
-        return limits
+        checked = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
+        if checked.size > _MAX_EMBEDDED_BYTES:
+            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MAX_EMBEDDED_BYTES}, got {checked.size}")
+        return checked
 
     def exceeded(self, head: Head, times: int = 1) -> bool:
         """Return whether messages must move; the newest stays, whatever its size."""
@@ -188,15 +186,11 @@ def numbers_of(key: str) -> Document:
     return {"_id": 0, "head": {"$cond": [is_object(path), head_numbers(path), None]}}
 
 
+_KEYED_NUMBERS = {"key": "$$agent.k", **head_numbers("$$agent.v")}
+
 NUMBERS_OF_ALL: Document = {
     "_id": 0,
-    "heads": {
-        "$map": {
-            "input": entries_at("$agents"),
-            "as": "agent",
-            "in": {"key": "$$agent.k", **head_numbers("$$agent.v")},
-        }
-    },
+    "heads": {"$map": {"input": entries_at("$agents"), "as": "agent", "in": _KEYED_NUMBERS}},
 }
 """The projection for the `heads` of all agents, each with its `key`."""
 
@@ -230,20 +224,11 @@ def _taken(messages: str, step: Step) -> Document:
     size = {"$add": ["$$value.size", size_at("$$this")]}
     wanted = {"$or": [{"$lt": ["$$value.count", step.messages]}, {"$lt": ["$$value.size", step.size]}]}
     fits = {"$or": [{"$eq": ["$$value.count", 0]}, {"$lte": [size, _BUCKET_BYTES]}]}
-    more = {
-        "$cond": [
-            {"$and": ["$$value.more", wanted, fits]},
-            {"count": {"$add": ["$$value.count", 1]}, "size": size, "more": True},
-            {"count": "$$value.count", "size": "$$value.size", "more": False},
-        ]
-    }
-    counted = {
-        "$reduce": {
-            "input": {"$slice": [messages, step.most]},
-            "initialValue": {"count": 0, "size": 0, "more": True},
-            "in": more,
-        }
-    }
+    longer = {"count": {"$add": ["$$value.count", 1]}, "size": size, "more": True}
+    same = {"count": "$$value.count", "size": "$$value.size", "more": False}
+    more = {"$cond": [{"$and": ["$$value.more", wanted, fits]}, longer, same]}
+    begin = {"count": 0, "size": 0, "more": True}
+    counted = {"$reduce": {"input": {"$slice": [messages, step.most]}, "initialValue": begin, "in": more}}
     return {"$max": [1, {"$let": {"vars": {"taken": counted}, "in": "$$taken.count"}}]}
 
 

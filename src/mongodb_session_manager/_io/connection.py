@@ -31,21 +31,10 @@ from ..errors import (
     MongoDBSessionError,
     SessionClosedError,
 )
+from . import drivers
 from .clock import clock_of
 from .driver_errors import Account, driver_errors, may_be_sent_again
-from .drivers import (
-    AsyncClient,
-    AsyncCollection,
-    MotorClient,
-    SyncClient,
-    bound_loop,
-    close_client,
-    is_motor,
-    motor_over,
-    open_motor,
-    options_of,
-    topology_of,
-)
+from .drivers import AsyncClient, AsyncCollection, MotorClient, SyncClient, options_of
 from .gate import Gate, gate_of
 from .loop import ExitOrder, close_at_exit, io_portal, portal_to
 from .pool_stats import PoolCounter, PoolStats, pool_config
@@ -57,7 +46,7 @@ logger = logging.getLogger(__name__)
 _CHECK_GRACE = 0.5  # seconds
 
 _HELLO_PAUSES = (0.05, 0.2, 0.8)
-"""Pauses in seconds before the server's clock is read again after a lost connection."""
+"""Seconds before the server's clock is read again after a lost connection."""
 
 _UNKNOWN_COMMAND = 59
 
@@ -108,7 +97,7 @@ class Connection:
         self._refuse_in_child()
         if self.settings.client is None or self._client is None:
             return io_portal()
-        self._loop = self._loop or bound_loop(self._client) or running_loop()
+        self._loop = self._loop or drivers.bound_loop(self._client) or running_loop()
         if self._loop is None:
             return io_portal()
         self._portal = self._portal or portal_to(self._loop)
@@ -156,7 +145,7 @@ class Connection:
         if self._is_left_behind:
             self._leave_behind()
         if self._loop is None:
-            self._loop = loop if self._client is None else bound_loop(self._client) or loop
+            self._loop = loop if self._client is None else drivers.bound_loop(self._client) or loop
         if self._loop is not loop:
             raise EventLoopError(
                 "this connection belongs to another event loop: open one repository per loop, or use the managers, "
@@ -170,14 +159,16 @@ class Connection:
 
     async def _open_client(self, loop: asyncio.AbstractEventLoop) -> AsyncClient:
         if self._synchronous is not None:
-            return motor_over(self._synchronous, loop)
+            return drivers.motor_over(self._synchronous, loop)
         options = self.settings.bounded_options()
         listeners = [*options.pop("event_listeners", ()), self._counter, self._clock]
         options |= {"event_listeners": listeners}
         refusal: ConfigurationError | None = None
         try:
             # In a thread, because the driver looks at files to describe the machine to the server.
-            client = await loop.run_in_executor(None, open_motor, self.settings.connection_string, loop, options)
+            client = await loop.run_in_executor(
+                None, drivers.open_motor, self.settings.connection_string, loop, options
+            )
         except (OSError, driver.PyMongoError, ValueError, TypeError, LookupError) as error:
             refusal = self.settings.refused(error)
         if refusal is not None:  # outside of `except`: the driver's error can contain the password
@@ -192,12 +183,12 @@ class Connection:
     async def _commanded(self) -> AsyncClient:
         """Return the client for commands; a Motor client gets the thread pool of its gate."""
         client = await self.client()
-        if not is_motor(client):
+        if not drivers.is_motor(client):
             return client
         if self._threaded is None:
             loop = asyncio.get_running_loop()
             self._gate = gate_of(client.delegate, loop)
-            self._threaded = motor_over(client.delegate, loop, self._gate.executor)
+            self._threaded = drivers.motor_over(client.delegate, loop, self._gate.executor)
         return self._threaded
 
     def admission(self) -> AbstractAsyncContextManager[None]:
@@ -334,7 +325,7 @@ class Connection:
             return Account(database=database)
         pool = options_of(self._client).pool_options
         credentials = getattr(pool, "_credentials", None)  # the drivers have no public attribute
-        servers = topology_of(self._client).server_descriptions()
+        servers = drivers.topology_of(self._client).server_descriptions()
         return Account(
             user=getattr(credentials, "username", None),
             source=getattr(credentials, "source", None),
@@ -413,7 +404,7 @@ class Connection:
             self._client, self._threaded = None, None
             if self._finalizer is not None:
                 self._finalizer.detach()
-            await close_client(client)
+            await drivers.close_client(client)
             if self._gate is not None:
                 self._gate.executor.shutdown(wait=False)
 
@@ -424,4 +415,4 @@ class Connection:
 def _close_collected(client: AsyncClient, loop: asyncio.AbstractEventLoop, pid: int) -> None:
     """End the sockets and threads of a client whose connection was collected without being closed."""
     if pid == os.getpid() and loop.is_running():
-        portal_to(loop).submit(close_client, client)
+        portal_to(loop).submit(drivers.close_client, client)

@@ -130,6 +130,8 @@ class MongoDBSessionManagerFactory:
     session_exists_async = awaitable(Repository.session_exists)
     fork_session = blocking(Repository.fork_session)
     fork_session_async = awaitable(Repository.fork_session)
+    ping = blocking(Repository.ping)
+    ping_async = awaitable(Repository.ping)
     write_back = blocking(Repository.write_back)
     write_back_async = awaitable(Repository.write_back)
 
@@ -171,17 +173,6 @@ class MongoDBSessionManagerFactory:
     def get_notification_stats(self) -> NotificationStats:
         """Return the state of the notifications that hooks of the factory's sessions submitted in this process."""
         return stats_of(self._connection)
-
-    def ping(self) -> None:
-        """Raise unless the server answers.
-
-        Raises:
-            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
-        """
-        self._portal.call(self._connection.ping)
-
-    async def ping_async(self) -> None:
-        await self._portal.run(self._connection.ping)
 
     def check(self, timeout: float = 5.0) -> None:
         """Raise unless the factory can read its collection of sessions: for the start of an application.

@@ -74,14 +74,6 @@ class MetadataPolicy:
     def checked(cls, read_only: bool, allowed_keys: Sequence[str] | None) -> MetadataPolicy:
         return cls(read_only, None if allowed_keys is None else tuple(checked_keys(allowed_keys, "allowed_keys")))
 
-    @property
-    def description(self) -> str:
-        return _READ_ONLY_DESCRIPTION if self.read_only else _DESCRIPTION
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        return _READ_ONLY_SCHEMA if self.read_only else _SCHEMA
-
     def request(self, action: Any, metadata: Any, keys: Any) -> _Request:
         """Return the request that a model sends, or raise `InvalidArgumentError` if it is not valid or not allowed."""
         name = str(action).strip().lower()
@@ -199,10 +191,14 @@ class Operations(NamedTuple):
         return self.get()
 
 
+def _tool(policy: MetadataPolicy, function: Callable[..., Any]) -> AgentTool:
+    description, schema = (_READ_ONLY_DESCRIPTION, _READ_ONLY_SCHEMA) if policy.read_only else (_DESCRIPTION, _SCHEMA)
+    return tool(name="manage_metadata", description=description, inputSchema=schema)(function)
+
+
 def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
     """Return the tool over a synchronous manager's methods; Strands runs it in a thread."""
 
-    @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
@@ -210,13 +206,12 @@ def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
         except Exception as error:
             return _failure(error)
 
-    return manage_metadata
+    return _tool(policy, manage_metadata)
 
 
 def async_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
     """Return the tool over an asynchronous manager's methods; Strands awaits it."""
 
-    @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     async def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
@@ -224,4 +219,4 @@ def async_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
         except Exception as error:
             return _failure(error)
 
-    return manage_metadata
+    return _tool(policy, manage_metadata)

@@ -37,21 +37,14 @@ _LAST = datetime(9999, 12, 31, 23, 59, 59, 999000, tzinfo=UTC)
 _VALUE_DEPTH = 2  # document, metadata, value
 _BAD_VALUE = 2  # the error code for a hint that names no index
 
+_SUMMARY_OF_AGENT: Document = {
+    "key": "$$this.k",
+    "usage": "$$this.v.usage",
+    "messages": {"$add": [number_at("$$this.v.archived"), {"$size": array_at("$$this.v.messages")}]},
+}
 _SUMMARY: Document = {
-    "application_name": 1,
-    "created_at": 1,
-    "updated_at": 1,
-    "metadata": 1,
-    "agents": {
-        "$map": {
-            "input": entries_at("$agents"),
-            "in": {
-                "key": "$$this.k",
-                "usage": "$$this.v.usage",
-                "messages": {"$add": [number_at("$$this.v.archived"), {"$size": array_at("$$this.v.messages")}]},
-            },
-        }
-    },
+    **dict.fromkeys(("application_name", "created_at", "updated_at", "metadata"), 1),
+    "agents": {"$map": {"input": entries_at("$agents"), "in": _SUMMARY_OF_AGENT}},
 }
 
 
@@ -93,42 +86,30 @@ class SessionPage:
     next_cursor: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Criteria:
-    """The criteria of a list, values and never operators: required values by path, and dates to be later than."""
+def criteria(application_name: object, metadata: object, created_after: object, updated_after: object) -> Document:
+    """Return the filter for the sessions that meet every criterion: values, never operators.
 
-    equal: Mapping[str, Any]
-    after: Mapping[str, datetime]
-
-    @classmethod
-    def checked(
-        cls, application_name: object, metadata: object, created_after: object, updated_after: object
-    ) -> Criteria:
-        equal: dict[str, Any] = {}
-        if application_name is not None:
-            if not isinstance(application_name, str):
-                raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
-            equal["application_name"] = checked_text(application_name, "application_name")
-        if metadata is not None:
-            if isinstance(metadata, dict) and least_size(metadata, MAX_DOCUMENT_BYTES) > MAX_DOCUMENT_BYTES:
-                raise InvalidArgumentError(f"metadata must be a filter of at most {MAX_DOCUMENT_BYTES} bytes")
-            for key, value in checked_metadata(metadata).items():
-                _refuse_operators(value, f"metadata[{key!r}]")
-                try:
-                    equal[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
-                except EncodingError as error:
-                    raise_alone(InvalidArgumentError(f"metadata[{key!r}] cannot be searched for: {error}"))
-        after = {}
-        for name, moment in (("created_at", created_after), ("updated_at", updated_after)):
-            if moment is not None:
-                after[name] = _checked_date(moment, name.replace("_at", "_after"))
-        return cls(equal, after)
-
-    def filter(self) -> Document:
-        return {
-            **{path: {"$eq": value} for path, value in self.equal.items()},
-            **{name: {"$gt": moment} for name, moment in self.after.items()},
-        }
+    Raises:
+        InvalidArgumentError: An argument is invalid.
+    """
+    meant: Document = {}
+    if application_name is not None:
+        if not isinstance(application_name, str):
+            raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
+        meant["application_name"] = {"$eq": checked_text(application_name, "application_name")}
+    if metadata is not None:
+        if isinstance(metadata, dict) and least_size(metadata, MAX_DOCUMENT_BYTES) > MAX_DOCUMENT_BYTES:
+            raise InvalidArgumentError(f"metadata must be a filter of at most {MAX_DOCUMENT_BYTES} bytes")
+        for key, value in checked_metadata(metadata).items():
+            _refuse_operators(value, f"metadata[{key!r}]")
+            try:
+                meant[f"metadata.{key}"] = {"$eq": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))}
+            except EncodingError as error:
+                raise_alone(InvalidArgumentError(f"metadata[{key!r}] cannot be searched for: {error}"))
+    for name, moment in (("created_at", created_after), ("updated_at", updated_after)):
+        if moment is not None:
+            meant[name] = {"$gt": _checked_date(moment, name.replace("_at", "_after"))}
+    return meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +154,10 @@ class Query:
     hint: list[tuple[str, int]] | None
 
 
-def page_query(criteria: Criteria, order: Order, position: Position | None, metadata_fields: Sequence[str]) -> Query:
+def page_query(wanted: Document, order: Order, position: Position | None, metadata_fields: Sequence[str]) -> Query:
     date = order.removeprefix("-")
     backwards = order.startswith("-")
-    meant = criteria.filter()
+    meant = dict(wanted)
     # The order includes only sessions with the date, and only if a cursor can hold the date.
     bounds: Document = {"$gte": _FIRST, "$lte": _LAST, **meant.pop(date, {})}
     if position is None:
@@ -290,10 +271,10 @@ class ListingMethods(RepositoryMethods):
         Raises:
             InvalidArgumentError: An argument is invalid, or contains an operator.
         """
-        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
+        meant = await compute(criteria, application_name, metadata, created_after, updated_after)
         order, limit = checked_order(order), checked_limit(limit)
         position = None if cursor is None else Position.of(cursor, order)
-        query = page_query(criteria, order, position, self._store.metadata_fields)
+        query = page_query(meant, order, position, self._store.metadata_fields)
         async with self._connection.operation():
             self._store.ensure_indexes()
             found = await self._page(query, limit + 1)
@@ -315,8 +296,7 @@ class ListingMethods(RepositoryMethods):
         Raises:
             InvalidArgumentError: An argument is invalid, or contains an operator.
         """
-        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
-        meant = criteria.filter()
+        meant = await compute(criteria, application_name, metadata, created_after, updated_after)
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
         unfinished = {**meant, **UNFINISHED}  # counted separately, so that an index answers each query

@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
 
+from .._format import multi_agents as states
 from .._format.codec import decode
 from .._format.documents import Document
 from .._format.ids import checked_id
 from .._format.malformed import MalformedField
-from .._format.multi_agents import (
-    MultiAgentWrite,
-    compile_overwrite,
-    compile_write,
-    encode_state,
-    first_write,
-    path_of,
-    reconcile_write,
-)
+from .._format.multi_agents import MultiAgentWrite
 from .._format.sizes import of_multi_agent
 from .._format.statements import Update
 from .._io.threads import compute
@@ -45,9 +38,9 @@ class MultiAgentMethods(RepositoryMethods):
             StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
-        write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
+        write = await compute(states.first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            update = compile_write(session_id, replace(write, moment=self._connection.now()))
+            update = states.compile_write(session_id, replace(write, moment=self._connection.now()))
             if not await self._store_state(multi_agent.id, update, write.state):
                 await self._store.sessions.get(session_id, {"_id": 1})
 
@@ -70,9 +63,11 @@ class MultiAgentMethods(RepositoryMethods):
             StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
-        state = await compute(encode_state, multi_agent.serialize_state())
+        state = await compute(states.encode_state, multi_agent.serialize_state())
         async with self._connection.operation():
-            update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
+            update = states.compile_overwrite(
+                session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now()
+            )
             if not await self._store_state(multi_agent.id, update, state):
                 stored = await self._find_state(session_id, multi_agent.id, "writer")
                 if stored is None:
@@ -98,20 +93,18 @@ class MultiAgentMethods(RepositoryMethods):
                     return None
                 try:
                     rest = replace(rest, moment=self._connection.now())
-                    update = compile_write(session_id, rest, incarnation)
+                    update = states.compile_write(session_id, rest, incarnation)
                     if await self._store_state(rest.multi_agent_id, update, rest.state):
                         return None
-                    if (
-                        incarnation is not None
-                        and (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation")
-                        != incarnation
-                    ):
-                        raise SessionNotFoundError(f"session {session_id!r} no longer exists")
+                    if incarnation is not None:
+                        session = await self._store.sessions.get(session_id, {"incarnation": 1})
+                        if session.get("incarnation") != incarnation:
+                            raise SessionNotFoundError(f"session {session_id!r} no longer exists")
                     stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
                 try:
-                    rest = reconcile_write(rest, stored)
+                    rest = states.reconcile_write(rest, stored)
                 except MongoDBSessionError as error:
                     return error
         raise DatabaseError(f"session {session_id!r} kept changing while it was written")
@@ -120,7 +113,7 @@ class MultiAgentMethods(RepositoryMethods):
         return bool(await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, matched))
 
     async def _find_state(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
-        path = path_of(multi_agent_id)
+        path = states.path_of(multi_agent_id)
         found: Any = await self._store.sessions.get(session_id, {f"{path}.{field}": 1 for field in fields})
         for name in path.split("."):
             found = found.get(name) if isinstance(found, dict) else None

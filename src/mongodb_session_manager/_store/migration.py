@@ -42,27 +42,14 @@ def is_of_v1(document: Document) -> bool:
     return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & OF_V1)
 
 
-HAS_PARTS: Document = {
-    "$anyElementTrue": {
-        "$map": {
-            "input": entries_at("$agents"),
-            "in": {
-                "$or": [
-                    {"$gt": [number_at("$$this.v.archived"), 0]},
-                    {
-                        "$anyElementTrue": {
-                            "$map": {
-                                "input": array_at("$$this.v.messages"),
-                                "as": "message",
-                                "in": {"$isArray": ["$$message.attachments"]},
-                            }
-                        }
-                    },
-                ]
-            },
-        }
-    }
+_HAS_ATTACHMENTS: Document = {
+    "$map": {"input": array_at("$$this.v.messages"), "as": "message", "in": {"$isArray": ["$$message.attachments"]}}
 }
+_HAS_OWN_PARTS: Document = {
+    "$or": [{"$gt": [number_at("$$this.v.archived"), 0]}, {"$anyElementTrue": _HAS_ATTACHMENTS}]
+}
+
+HAS_PARTS: Document = {"$anyElementTrue": {"$map": {"input": entries_at("$agents"), "in": _HAS_OWN_PARTS}}}
 """The expression for whether a session has archived messages, or attachments in GridFS."""
 
 
