@@ -93,11 +93,7 @@ class SessionBuilder:
             await self._archive(agent, limits.step(head))
 
     async def fill(self) -> None:
-        """Store the session document.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy, because its lease had expired.
-        """
+        """Store the session document; raise `SessionConflictError` as `Staging.fill` does."""
         await self._make_room()
         content = self._content()
         # Applications have stored fields that no path can name.

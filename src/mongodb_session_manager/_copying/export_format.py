@@ -28,9 +28,8 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import bson
 from bson import json_util
@@ -167,24 +166,21 @@ class Writer:
 # Reading.
 
 
-@dataclass(frozen=True, slots=True)
-class SessionRead:
+class SessionRead(NamedTuple):
     """A session without its agents; `session_id` is the id of the exported session."""
 
     session_id: str
     fields: Document
 
 
-@dataclass(frozen=True, slots=True)
-class AgentRead:
+class AgentRead(NamedTuple):
     """An agent, without its messages."""
 
     agent_id: str
     fields: Document
 
 
-@dataclass(frozen=True, slots=True)
-class MessageRead:
+class MessageRead(NamedTuple):
     """A message of the last agent that was read, and its size in bytes.
 
     Each of its references belongs to a complete attachment that was read before.
@@ -194,8 +190,7 @@ class MessageRead:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class PieceRead:
+class PieceRead(NamedTuple):
     """Bytes of an attachment, from the offset `at`; `whole` if they are the last ones and the attachment is intact."""
 
     reference: Reference

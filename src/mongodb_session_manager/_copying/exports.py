@@ -91,11 +91,7 @@ class Export:
                 raise missing
 
     async def _is_elsewhere(self, source: _Source) -> bool:
-        """Return whether the session was migrated since it was read; update its place.
-
-        Raises:
-            SessionNotFoundError: The session no longer exists.
-        """
+        """Return whether the session was migrated since it was read, and update its place; raise if it was removed."""
         session_id, before = source.place
         document = await self._store.sessions.get(session_id, {"incarnation": 1, "created_at": 1})
         now_at = document.get("incarnation")
@@ -118,7 +114,7 @@ class Export:
             message_id = sequence.next(stored.get("message_id"))
             message = {**stored, "message_id": message_id}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
-                yield await asyncio.to_thread(_lines_of, writer, waiting)
+                yield await asyncio.to_thread(list, map(writer.message, waiting))
                 waiting = []
             for _ in range(_ROUNDS if references_of(message) else 0):
                 missing = None
@@ -145,7 +141,7 @@ class Export:
                 message = {**current, "message_id": message_id}
             waiting.append(message)
         if waiting:
-            yield await asyncio.to_thread(_lines_of, writer, waiting)
+            yield await asyncio.to_thread(list, map(writer.message, waiting))
 
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
@@ -173,10 +169,6 @@ class _Source:
 
 def _without(fields: Document, names: Iterable[str]) -> Document:
     return {name: value for name, value in fields.items() if name not in names}
-
-
-def _lines_of(writer: Writer, messages: Iterable[Document]) -> list[str]:
-    return [writer.message(message) for message in messages]
 
 
 def _pieces_of(writer: Writer, reference: Reference, at: int, data: bytes, digest: Any) -> list[str]:

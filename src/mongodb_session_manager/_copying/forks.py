@@ -80,11 +80,7 @@ class _Fork:
         self._replaced: list[Reference] = []
 
     async def copy(self, at_message: int | dict[str, int] | None) -> None:
-        """Copy the session up to the given messages.
-
-        Raises:
-            ReadAgainError: The archived messages were moved elsewhere after the session was read.
-        """
+        """Copy the session up to the given messages; raise `ReadAgainError` if its archived messages were moved."""
         document, agents = self._source.document, self._source.agents
         ends = ends_of(self._session_id, at_message, map(agent_id_of, agents))
         fields = session_fields(document, ends, self._store.connection.now())
@@ -110,7 +106,8 @@ class _Fork:
                 count += len(batch)
                 kept = 0 if is_complete else len(batch)
                 if last is not None and not is_complete:
-                    kept = _position_after(last, [message for message, _ in batch])
+                    ids = [stored_id(message) for message, _ in batch]
+                    kept = ids.index(last) + 1 if last in ids else 0
                     is_complete = kept > 0
                     kept = kept or len(batch)
                 await self._add(builder, agent_id, batch[:kept])
@@ -168,11 +165,6 @@ class _Fork:
                 raise AttachmentError(f"session {session_id!r} was not forked: it has attachments that are missing")
             message, missing = current, await self._copy_files(set(references_of(current)))
         raise _changed_too_often(session_id)
-
-
-def _position_after(last: int, messages: Iterable[Any]) -> int:
-    ids = list(map(stored_id, messages))
-    return ids.index(last) + 1 if last in ids else 0
 
 
 def _sized(messages: Iterable[Any]) -> list[Sized]:

@@ -111,11 +111,7 @@ def checked_agent(fields: Document) -> Document:
 
 
 def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
-    """Return a stored message with its id, and its size in bytes.
-
-    Raises:
-        InvalidArgumentError: It is not a stored message, or Strands cannot restore it.
-    """
+    """Return a stored message with its id, and its size in bytes; raise `InvalidArgumentError` if it is none."""
     message = {**message, "message_id": message_id}
     _check_names(message, "the message")
     kinds = {"usage": dict, "event_loop_metrics": dict, "guardrail_event": dict, "attachments": list}

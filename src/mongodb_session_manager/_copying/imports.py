@@ -154,10 +154,8 @@ def feed_blocking(portal: Portal, session: Import, stream: object) -> str:
 
 
 async def _in_threads(batches: Iterator[list[Any]]) -> AsyncIterator[list[Any]]:
-    def following() -> list[Any]:
-        return next(batches, [])
-
-    while lines := await asyncio.to_thread(following):
+    lines: list[Any]
+    while lines := await asyncio.to_thread(next, batches, []):
         yield lines
 
 

@@ -96,11 +96,7 @@ class Staging:
         return await self._sessions.update_one(self.own, update)
 
     async def fill(self, update: Document | list[Document]) -> None:
-        """Store fields of the session.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy after its lease expired.
-        """
+        """Store fields of the session; raise `SessionConflictError` if another process has removed the copy."""
         if not await self.update(update):
             raise self.lost()
 
@@ -127,11 +123,7 @@ class Staging:
             more = 2 * (end - begin)
 
     async def go_live(self, fields: Document) -> None:
-        """Make the session live, and set fields of its document.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy after its lease expired.
-        """
+        """Make the session live, and set fields of its document; raise `SessionConflictError` as `fill` does."""
         update: Document = {"$unset": dict.fromkeys({"state", "state_by", "state_until"} - fields.keys(), "")}
         if fields:
             update["$set"] = fields

@@ -134,11 +134,7 @@ class MultiAgents:
             self._known[multi_agent_id] = _Known(newest, revision)
 
     def read(self, multi_agent_id: str) -> dict[str, Any] | None:
-        """Return the newest state of an orchestrator, `None` without the orchestrator.
-
-        Raises:
-            DatabaseError: The stored value is malformed.
-        """
+        """Return the newest state of an orchestrator, if there is one; raise `DatabaseError` if it is malformed."""
         if (field := self._unusable.get(multi_agent_id, self._malformed)) is not None:
             raise field.error(self._session_id)
         known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymongo import monitoring
 
@@ -29,8 +28,7 @@ _FRESH = 3600.0
 """Seconds after which the server's clock is read again."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Measurement:
+class _Measurement(NamedTuple):
     """One reading of a server's clock: by how many seconds it and the local clock differ from the monotonic clock."""
 
     offset: float

@@ -166,9 +166,8 @@ class Connection:
         refusal: ConfigurationError | None = None
         try:
             # In a thread, because the driver looks at files to describe the machine to the server.
-            client = await loop.run_in_executor(
-                None, drivers.open_motor, self.settings.connection_string, loop, options
-            )
+            uri = self.settings.connection_string
+            client = await loop.run_in_executor(None, drivers.open_motor, uri, loop, options)
         except (OSError, driver.PyMongoError, ValueError, TypeError, LookupError) as error:
             refusal = self.settings.refused(error)
         if refusal is not None:  # outside of `except`: the driver's error can contain the password

@@ -155,10 +155,7 @@ def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
 
 
 def close_at_exit(close: CloseAtExit, loop: asyncio.AbstractEventLoop, order: ExitOrder) -> None:
-    """Register a method that is called at interpreter exit, unless its object was collected before.
-
-    The method is not registered if `loop` is not the library's own: no other loop runs that late.
-    """
+    """Register a method that is called at interpreter exit. Only the library's own loop runs that late."""
     if _thread is not None and _thread.portal.loop is loop:
         key = order, -next(_serial)
         _open_at_exit[key] = weakref.WeakMethod(close, lambda _: _open_at_exit.pop(key, None))

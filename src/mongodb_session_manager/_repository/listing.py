@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .._format.dates import date_from, to_date
 from .._format.documents import USAGE, Document, usable_numbers
@@ -87,11 +87,7 @@ class SessionPage:
 
 
 def criteria(application_name: object, metadata: object, created_after: object, updated_after: object) -> Document:
-    """Return the filter for the sessions that meet every criterion: values, never operators.
-
-    Raises:
-        InvalidArgumentError: An argument is invalid.
-    """
+    """Return the filter for the sessions that meet every criterion: values, never operators."""
     meant: Document = {}
     if application_name is not None:
         if not isinstance(application_name, str):
@@ -145,8 +141,7 @@ class Position:
         return position
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(NamedTuple):
     """The arguments of `find` for a page; `hint` is `None` if no index answers the query, or several can help."""
 
     filter: Document

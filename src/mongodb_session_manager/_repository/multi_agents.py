@@ -65,9 +65,8 @@ class MultiAgentMethods(RepositoryMethods):
         checked_id(session_id, "session_id")
         state = await compute(states.encode_state, multi_agent.serialize_state())
         async with self._connection.operation():
-            update = states.compile_overwrite(
-                session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now()
-            )
+            writer, moment = uuid.uuid4().hex, self._connection.now()
+            update = states.compile_overwrite(session_id, multi_agent.id, state, writer, moment)
             if not await self._store_state(multi_agent.id, update, state):
                 stored = await self._find_state(session_id, multi_agent.id, "writer")
                 if stored is None:

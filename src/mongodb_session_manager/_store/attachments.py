@@ -72,15 +72,13 @@ class Attachments:
             write.attached = [references[id(each.data)] for each in needed[write.agent_id]]
             write.dates = dates
         for key, attachment in {id(each.data): each for each in itertools.chain(*needed.values())}.items():
-            await self._upload(place, references[key], attachment.data, dates.expires_at)
+            reference, data = references[key], attachment.data
+            for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+                await self.put_chunk(place, reference, n, data[start : start + CHUNK_BYTES], dates.expires_at)
+            await self.put_entry(place, reference, dates.expires_at)
         texts = {key: str(reference) for key, reference in references.items()}
         for write in writes:
             write.exchange(lambda message: detached(message, texts) if message.get("attachments") else message)
-
-    async def _upload(self, place: Place, reference: Reference, data: bytes, date: datetime | None) -> None:
-        for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            await self.put_chunk(place, reference, n, data[start : start + CHUNK_BYTES], date)
-        await self.put_entry(place, reference, date)
 
     async def put_chunk(
         self, place: Place, reference: Reference, n: int, data: bytes, date: datetime | None = None

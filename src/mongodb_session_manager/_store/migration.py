@@ -42,14 +42,11 @@ def is_of_v1(document: Document) -> bool:
     return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & OF_V1)
 
 
-_HAS_ATTACHMENTS: Document = {
-    "$map": {"input": array_at("$$this.v.messages"), "as": "message", "in": {"$isArray": ["$$message.attachments"]}}
-}
-_HAS_OWN_PARTS: Document = {
-    "$or": [{"$gt": [number_at("$$this.v.archived"), 0]}, {"$anyElementTrue": _HAS_ATTACHMENTS}]
-}
+_REFERS: Document = {"$isArray": ["$$message.attachments"]}
+_REFER: Document = {"$map": {"input": array_at("$$this.v.messages"), "as": "message", "in": _REFERS}}
+_HAS_OWN: Document = {"$or": [{"$gt": [number_at("$$this.v.archived"), 0]}, {"$anyElementTrue": _REFER}]}
 
-HAS_PARTS: Document = {"$anyElementTrue": {"$map": {"input": entries_at("$agents"), "in": _HAS_OWN_PARTS}}}
+HAS_PARTS: Document = {"$anyElementTrue": {"$map": {"input": entries_at("$agents"), "in": _HAS_OWN}}}
 """The expression for whether a session has archived messages, or attachments in GridFS."""
 
 
@@ -86,11 +83,7 @@ class Migration:
         self._mover = mover
 
     async def migrate(self, session_id: str) -> Life:
-        """Migrate a session, or finish its migration.
-
-        Raises:
-            SessionNotFoundError: The session does not exist.
-        """
+        """Migrate a session, or finish its migration; raise `SessionNotFoundError` if it does not exist."""
         for _ in range(ROUNDS):
             document = await self._sessions.find(session_id, _OF_V1)
             if document is None:
