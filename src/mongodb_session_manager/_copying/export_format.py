@@ -41,7 +41,7 @@ from .._format.bounded import Bounded
 from .._format.codec import CODEC_OPTIONS, MARKER
 from .._format.dates import to_iso
 from .._format.documents import Document
-from .._format.ids import checked_id, following_id
+from .._format.ids import ExportedIds, checked_id
 from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from ..errors import InvalidArgumentError, raise_alone
 from .import_checks import checked_agent, checked_message, checked_session, require
@@ -85,19 +85,6 @@ _REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionE
 def _recent() -> Bounded[str, Reference]:
     """Return an empty register of recent attachments, by SHA-256; writer and reader drop the same ones."""
     return Bounded(REMEMBERED)
-
-
-class Sequence:
-    """The exported ids of an agent's messages: the stored ids, unless these do not increase."""
-
-    def __init__(self) -> None:
-        self.position = 0
-        self._last = -1
-
-    def next(self, stored: object) -> int:
-        self._last = following_id(stored, self.position, self._last)
-        self.position += 1
-        return self._last
 
 
 # Writing.
@@ -214,7 +201,7 @@ class Reader:
         self._header: str | None = None
         self._has_session = False
         self._agents: set[str] = set()
-        self._sequence = Sequence()
+        self._sequence = ExportedIds()
         self._room = MAX_DOCUMENT_BYTES
         self._attachment: tuple[Reference, int, Any] | None = None
 
@@ -275,7 +262,7 @@ class Reader:
         require(agent_id not in self._agents, "it is a second agent with that id")
         self._agents.add(agent_id)
         self._counts["agents"] += 1
-        self._sequence = Sequence()
+        self._sequence = ExportedIds()
         return AgentRead(agent_id, self._fitting(checked_agent(fields)))
 
     def _message(self, message: Document) -> MessageRead:

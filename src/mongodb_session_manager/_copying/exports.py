@@ -11,12 +11,12 @@ from typing import Any
 from .._format.attachment_refs import Reference, references_of
 from .._format.dates import now
 from .._format.documents import Document
-from .._format.ids import agent_id_of, agent_key, checked_id
+from .._format.ids import ExportedIds, agent_id_of, agent_key, checked_id
 from .._format.layout import Place
 from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
-from .export_format import Sequence, Writer
+from .export_format import Writer
 from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
 _ROUNDS = 8
@@ -64,7 +64,7 @@ class Export:
         # Versions before 1.0 did not encode ids.
         agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
         yield [writer.agent(agent_id, _without(agent, AGENT_NOT_COPIED))]
-        sequence = Sequence()
+        sequence = ExportedIds()
         position, archived = 0, int(agent.get("archived") or 0)
         while position < archived:
             async with self._connection.operation():
@@ -103,7 +103,7 @@ class Export:
         return True
 
     async def _message_lines(
-        self, source: _Source, agent_id: str, sequence: Sequence, messages: Iterable[Document], writer: Writer
+        self, source: _Source, agent_id: str, sequence: ExportedIds, messages: Iterable[Document], writer: Writer
     ) -> AsyncGenerator[list[str], None]:
         session_id = source.place.session_id
         waiting: list[Document] = []

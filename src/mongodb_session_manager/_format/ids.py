@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidArgumentError, raise_alone
@@ -79,7 +79,20 @@ def following_id(stored: Any, position: int, last: int) -> int:
     return int(stored) if is_message_id(stored) and stored > last else max(position, last + 1)
 
 
-def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tuple[list[Any], int]:
+class ExportedIds:
+    """The exported ids of an agent's messages: the stored ids, unless these do not increase."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self._last = -1
+
+    def next(self, stored: object) -> int:
+        self._last = following_id(stored, self.position, self._last)
+        self.position += 1
+        return self._last
+
+
+def numbered(ids: list[Any], archived: int = 0, following: Any = None) -> tuple[list[Any], int]:
     """Return strictly increasing ids for the messages of a head, and the id that follows them.
 
     Gaps are allowed. A message gets another id only if its id is invalid, or not greater than the id before it. That

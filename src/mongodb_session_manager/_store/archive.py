@@ -115,7 +115,7 @@ class Archive:
         return Place(session_id, Life.of(await self._sessions.get(session_id, LIFE)).incarnation)
 
     async def read_bucket(self, place: Place, key: str, since: Any, begin: int, end: int) -> list[Document]:
-        """Return the messages from `begin` to the end of its bucket or to below `end`; raise `DatabaseError` without it."""
+        """Return the messages from `begin` to the end of its bucket or to `end`; raise `DatabaseError` if missing."""
         condition = holding_positions(place, key, since, begin, end)
         buckets = await self.collection.find(condition, sort=[("_id", 1)], limit=1)
         reach = min(end, begin + 1 if not buckets else int(buckets[0]["last"]) + 1)
