@@ -108,8 +108,6 @@ def line_of(record: Document) -> str:
 
 
 class Writer:
-    """Writes the lines of one session."""
-
     def __init__(self) -> None:
         self._recent = _recent()
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
@@ -135,14 +133,12 @@ class Writer:
         return self._digested(line_of({"message": dict(message)}))
 
     def pieces(self, reference: Reference, at: int, data: bytes) -> Iterator[str]:
-        """Return the lines of a part of an attachment, which begins at the offset `at`."""
         for start in range(0, len(data), PIECE_BYTES):
             encoded = base64.b64encode(data[start : start + PIECE_BYTES]).decode()
             line = json.dumps({"attachment": str(reference), "at": at + start, "data": encoded})
             yield self._digested(f"{line}\n")
 
     def whole(self, reference: Reference) -> None:
-        """Count an attachment whose last piece was written."""
         self._counts["attachments"] += 1
         self._recent[reference.sha256] = reference
 

@@ -36,8 +36,6 @@ Sized = tuple[Any, int]
 
 
 class Forker:
-    """Forks sessions."""
-
     def __init__(self, store: SessionStore) -> None:
         self._store = store
 
@@ -70,8 +68,6 @@ class Forker:
 
 
 class _Fork:
-    """One attempt to copy a session."""
-
     def __init__(self, store: SessionStore, source: Source, staging: Staging) -> None:
         self._store = store
         self._source = source

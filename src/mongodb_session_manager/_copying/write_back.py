@@ -76,8 +76,6 @@ class _Agent:
 
 
 class WriteBack:
-    """Writes sessions back."""
-
     def __init__(self, store: SessionStore) -> None:
         self._store = store
         self._connection = store.connection

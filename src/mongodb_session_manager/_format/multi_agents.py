@@ -102,8 +102,6 @@ def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) ->
 
 
 class _Known:
-    """The newest state of one orchestrator, and the stored revision."""
-
     def __init__(self, newest: MultiAgentWrite, stored: int | None) -> None:
         self.newest = newest
         self.stored = stored

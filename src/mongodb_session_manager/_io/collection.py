@@ -27,8 +27,6 @@ _PAUSES = (0.05, 0.2, 0.8)
 
 
 class Collection:
-    """A collection on a connection."""
-
     def __init__(self, connection: Connection, database: str, name: str) -> None:
         self.connection = connection
         self.database = database

@@ -312,7 +312,6 @@ class Connection:
             await asyncio.sleep(pause)
 
     async def _server(self, client: AsyncClient) -> None:
-        """Wait until a server that accepts writes is known, for at most as long as a command waits."""
         if self._gate is not None:
             await self._gate.server()
         elif isinstance(client, AsyncMongoClient):

@@ -108,7 +108,6 @@ class MetadataPolicy:
                 raise InvalidArgumentError(f"the key {key!r} is not one of {', '.join(self.allowed_keys)}")
 
     def visible(self, metadata: dict[str, Any], keys: list[str] | None) -> dict[str, Any]:
-        """Return the metadata that a model requested and may see, under the dotted keys of the request."""
         wanted = keys if keys is not None else self.allowed_keys
         if wanted is None:
             return metadata
@@ -183,7 +182,6 @@ class Operations(NamedTuple):
     delete: Callable[[list[str]], Any]
 
     def perform(self, request: _Request) -> Any:
-        """Return the result of the method for a request, an awaitable one for an asynchronous manager."""
         if request.action == "update":
             return self.update(request.metadata)
         if request.action == "delete":

@@ -102,15 +102,9 @@ class Dispatcher:
 
     def oldest_wait(self, source: Source | None = None) -> float:
         with self._lock:
-            oldest = min(
-                (
-                    pending[0].submitted_at
-                    for pending in self._queue.values()
-                    if source is None or pending[0].source is source
-                ),
-                default=None,
-            )
-        return 0.0 if oldest is None else max(0.0, time.time() - oldest)
+            first = [pending[0] for pending in self._queue.values()]
+        now = time.time()
+        return max([0.0, *(now - each.submitted_at for each in first if source in (None, each.source))])
 
     def waiting(self, session_id: str | None = None, source: Source | None = None) -> list[Notification]:
         with self._lock:

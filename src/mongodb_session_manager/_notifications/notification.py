@@ -53,8 +53,6 @@ class Policy:
 
 @dataclass(eq=False)
 class Source:
-    """The counters of the notifications of one connection."""
-
     submitted: int = 0
     delivered: int = 0
     retried: int = 0

@@ -30,8 +30,6 @@ _ALL = 2**31 - 1
 
 
 class ConversationMethods(RepositoryMethods):
-    """The methods for sessions, agents and messages."""
-
     # The operations of a session manager, in one command each.
 
     async def open_session(self, session_id: str) -> Document:

@@ -236,8 +236,6 @@ def _refuse_operators(value: object, name: str) -> None:
 
 
 class ListingMethods(RepositoryMethods):
-    """The methods that find sessions."""
-
     async def list_sessions(
         self,
         application_name: str | None = None,

@@ -80,8 +80,6 @@ def _unique_moment(connection: Connection) -> datetime:
 
 
 class MetadataMethods(RepositoryMethods):
-    """The methods for metadata, feedback, and the configuration and usage of agents."""
-
     async def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set keys of a session's metadata and keep the others.
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 class MultiAgentMethods(RepositoryMethods):
-    """The methods for the states of graphs and swarms."""
-
     async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store a new graph or swarm; an existing one stays unchanged.
 

@@ -83,7 +83,6 @@ class Bucket:
         return b"".join(chunk["data"] for chunk in chunks)
 
     async def name(self, file: ObjectId, key: str) -> None:
-        """Name a file: it is the value of its key."""
         await self._files.update_one({"_id": file}, {"$set": {"filename": key}})
 
     async def unname(self, file: ObjectId) -> None:

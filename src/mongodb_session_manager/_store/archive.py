@@ -21,8 +21,6 @@ from .sessions import ReadAgainError, Sessions
 
 
 class Archive:
-    """The archived messages of a collection of sessions."""
-
     def __init__(self, sessions: Sessions, migration: Migration, attachments: Attachments, mover: Mover) -> None:
         self.collection = sessions.collection.part(ARCHIVE)
         self._sessions = sessions
@@ -134,7 +132,6 @@ class Archive:
         return None
 
     async def change(self, place: Place, key: str, message_id: int, fields: Document, created_at: Any = None) -> None:
-        """Set fields of a message in the bucket that holds it, if one does; remove its old attachments."""
         head = self._mover.head(place.session_id, key) or await self._mover.read_head(place.session_id, key)
         if head is None:
             return

@@ -48,8 +48,6 @@ _NAMED: Document = {
 
 
 class Attachments:
-    """The attachments of a collection of sessions."""
-
     def __init__(self, sessions: Collection) -> None:
         self._connection = sessions.connection
         self._sessions = sessions

@@ -52,8 +52,6 @@ _SEARCH = ("state", "state_until")
 
 
 class Deletion:
-    """Deletes sessions and their parts."""
-
     def __init__(self, sessions: Sessions, expiry: Expiry) -> None:
         self._sessions = sessions
         self._collection = sessions.collection

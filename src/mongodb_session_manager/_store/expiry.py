@@ -76,7 +76,6 @@ class Expiry:
         self._lives.pop(session_id, None)
 
     async def life(self, session_id: str) -> Life:
-        """Return the `Life` of a session from memory, or as `read_life` does."""
         life = self._lives.get(session_id)
         return life if life is not None and life.incarnation is not None else await self.read_life(session_id)
 

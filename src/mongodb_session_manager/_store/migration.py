@@ -69,8 +69,6 @@ _OF_V1: Document = {
 
 
 class Migration:
-    """Migrates sessions of 1.0.0, and agents that a version before 1.0 has written to."""
-
     def __init__(
         self, sessions: Sessions, expiry: Expiry, deletion: Deletion, attachments: Attachments, mover: Mover
     ) -> None:

@@ -124,7 +124,6 @@ class Supervisor:
 
 
 def close_all(*pipes: IO[bytes]) -> None:
-    """Close the pipes, which ends the server."""
     for pipe in pipes:
         pipe.close()
 

@@ -162,7 +162,6 @@ def shared_client(
     aws_session: Session | None,
     config: Config | None,
 ) -> AwsClient:
-    """Return the client with these options. Hooks with equal options share it."""
     key = _Key(service, region_name, endpoint_url, aws_session, config)
     return _clients.setdefault(key, AwsClient(key))
 
