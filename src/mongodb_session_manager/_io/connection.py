@@ -77,7 +77,7 @@ class Connection:
         self._operations = 0
         self._idle = asyncio.Event()
         self._opening = asyncio.Lock()
-        self._closing = False
+        self.closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._abandoned: list[object] = []
         self._gate: Gate | None = None
@@ -85,11 +85,7 @@ class Connection:
 
     def __repr__(self) -> str:
         kind = "borrowed" if self.settings.client is not None else "owned"
-        return f"<Connection {kind}, {'closed' if self._closing else 'open'}>"
-
-    @property
-    def closed(self) -> bool:
-        return self._closing
+        return f"<Connection {kind}, {'closed' if self.closed else 'open'}>"
 
     @property
     def portal(self) -> Portal:
@@ -128,7 +124,7 @@ class Connection:
             ConfigurationError: The client is PyMongo's asynchronous one.
             SessionClosedError: The connection is closed.
         """
-        if self._closing:
+        if self.closed:
             raise SessionClosedError("the connection is closed: open a new manager or factory")
         client = self.settings.client
         if client is None:
@@ -242,7 +238,7 @@ class Connection:
             SessionClosedError: The connection is closed or closing.
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
-        if self._closing and not _entered.get():
+        if self.closed and not _entered.get():
             raise SessionClosedError("the connection is closed: open a new manager or factory")
         if self._is_left_behind:
             self._leave_behind()
@@ -380,16 +376,16 @@ class Connection:
 
     def close_blocking(self) -> None:
         """Close from synchronous code; see `aclose`. A second call does nothing, even when the interpreter ends."""
-        if not self._closing:
+        if not self.closed:
             self.portal.call(self.aclose)
 
     async def close_async(self) -> None:
-        if not self._closing:
+        if not self.closed:
             await self.portal.run(self.aclose)
 
     async def aclose(self) -> None:
         """Wait for operations and tasks, then close an owned client. Idempotent. Call it on the client's loop."""
-        self._closing = True
+        self.closed = True
         if self._is_left_behind:
             self._leave_behind()
         while self._tasks or self._operations:
