@@ -68,7 +68,7 @@ PIECE_BYTES = 512 * 1024
 """The maximum number of bytes of an attachment in an exported line."""
 
 REMEMBERED = 1024
-"""How many recent attachments reader and writer remember, so that the same bytes are exported once."""
+"""How many recent attachments reader and writer remember, by SHA-256, so that the same bytes are exported once."""
 
 _MAX_LEVELS = 120
 """The maximum number of levels of a line; the server accepts 180, and a message in a bucket has 4 levels above it."""
@@ -80,11 +80,6 @@ _OPTIONS = json_util.JSONOptions(
 _READ_OPTIONS = _OPTIONS.with_options(uuid_representation=UuidRepresentation.UNSPECIFIED)
 _REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """The errors that damaged Extended JSON can raise."""
-
-
-def _recent() -> Bounded[str, Reference]:
-    """Return an empty register of recent attachments, by SHA-256; writer and reader drop the same ones."""
-    return Bounded(REMEMBERED)
 
 
 # Writing.
@@ -109,7 +104,7 @@ def line_of(record: Document) -> str:
 
 class Writer:
     def __init__(self) -> None:
-        self._recent = _recent()
+        self._recent: Bounded[str, Reference] = Bounded(REMEMBERED)
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
         self._digest = hashlib.sha256()
 
@@ -193,7 +188,7 @@ class Reader:
         self._number = 0
         self._digest = hashlib.sha256()
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
-        self._recent = _recent()
+        self._recent: Bounded[str, Reference] = Bounded(REMEMBERED)
         self._header: str | None = None
         self._has_session = False
         self._agents: set[str] = set()

@@ -172,7 +172,7 @@ class Connection:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
         self._finalizer.atexit = False
-        close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
+        close_at_exit(self.aclose, loop, ExitOrder.CONNECTIONS)
         return client
 
     async def _commanded(self) -> AsyncClient:
@@ -383,8 +383,8 @@ class Connection:
         if not self.closed:
             await self.portal.run(self.aclose)
 
-    async def aclose(self) -> None:
-        """Wait for operations and tasks, then close an owned client. Idempotent. Call it on the client's loop."""
+    async def aclose(self, seconds: float = 0.0) -> None:
+        """Wait for operations and tasks, then close an owned client. Call it on its loop; `seconds` is unused."""
         self.closed = True
         if self._is_left_behind:
             self._leave_behind()
@@ -401,9 +401,6 @@ class Connection:
             await drivers.close_client(client)
             if self._gate is not None:
                 self._gate.executor.shutdown(wait=False)
-
-    async def aclose_at_exit(self, seconds: float) -> None:
-        await self.aclose()
 
 
 def _close_collected(client: AsyncClient, loop: asyncio.AbstractEventLoop, pid: int) -> None:

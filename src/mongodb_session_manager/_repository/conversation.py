@@ -197,9 +197,8 @@ class ConversationMethods(RepositoryMethods):
             return None
         found = await compute(documents.message_from, message, message_id)
         if found is None:
-            raise MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(
-                session_id
-            )
+            field = f"agents.{agent_key(agent_id)}.messages"
+            raise MalformedField(field, message.get("message"), dict).error(session_id)
         return found
 
     async def update_message(

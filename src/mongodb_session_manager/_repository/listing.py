@@ -231,8 +231,6 @@ def _refuse_operators(value: object, name: str) -> None:
                 waiting += found.values()
             case list() | tuple() | set() | frozenset():
                 waiting += found
-            case _:
-                pass
 
 
 class ListingMethods(RepositoryMethods):

@@ -176,9 +176,8 @@ class MetadataMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist.
         """
         key = agent_key(agent_id)
-        document = await self._store.sessions.get(
-            session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG}
-        )
+        fields = {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG}
+        document = await self._store.sessions.get(session_id, fields)
         stored = usable_agents(session_id, document).get(key)
         return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
