@@ -72,7 +72,14 @@ def agent_fields(agent: Mapping[str, Any]) -> Document:
 
 
 def cut_fields(fields: Document, kept: int, count: int, usage: Mapping[str, Any]) -> Document:
-    """Return the fields of an agent of which a fork has `kept` of `count` messages; `usage` is that of the others."""
+    """Return the fields of an agent that is cut.
+
+    Args:
+        fields: The fields of the agent in the session.
+        kept: How many messages the fork has.
+        count: How many messages the session has.
+        usage: The usage of the messages that the fork does not have.
+    """
     data = usable(dict, fields.get("agent_data"))
     state = _manager_state(data.get("conversation_manager_state"), kept, count)
     changed = {**fields, "agent_data": {**data, "conversation_manager_state": state, "_internal_state": {}}}

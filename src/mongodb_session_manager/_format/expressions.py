@@ -84,7 +84,8 @@ def _left_out(agent: str) -> Document:
 def ids_of(messages: Any) -> Document:
     """Return the expression for the ids of `messages`, as `stored_id` returns them; any number is a valid id here."""
     stored: Document = {"$cond": [{"$isNumber": "$$this.message_id"}, "$$this.message_id", None]}
-    return {"$map": {"input": messages, "in": {"$cond": [is_object("$$this"), stored, NO_MESSAGE]}}}
+    stored = {"$cond": [is_object("$$this"), stored, NO_MESSAGE]}
+    return {"$map": {"input": messages, "in": stored}}
 
 
 def with_ids(messages: str, ids: Sequence[int]) -> Document:

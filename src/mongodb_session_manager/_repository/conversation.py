@@ -49,9 +49,13 @@ class ConversationMethods(RepositoryMethods):
     async def _apply(
         self, session_id: str, changes: Iterable[Change], incarnation: ObjectId | None = None
     ) -> dict[str, MongoDBSessionError]:
-        """Store recorded changes exactly once, oldest first, in one command unless another writer interferes.
+        """Store recorded changes exactly once, in one command unless another writer interferes.
 
-        They are stored in the session of this incarnation; `None` is the one that has the id now.
+        Args:
+            session_id: The session.
+            changes: The recorded changes, oldest first.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
 
         Returns:
             The errors of agents whose changes could not be stored, by agent id: `SessionConflictError`,

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
 
-from .._format import multi_agents as states
 from .._format.codec import decode
 from .._format.documents import Document
 from .._format.ids import checked_id
 from .._format.malformed import MalformedField
-from .._format.multi_agents import MultiAgentWrite
+from .._format.multi_agents import (
+    MultiAgentWrite,
+    compile_overwrite,
+    compile_write,
+    encode_state,
+    first_write,
+    path_of,
+    reconcile_write,
+)
 from .._format.sizes import of_multi_agent
 from .._format.statements import Update
 from .._io.threads import compute
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 
 
 class MultiAgentMethods(RepositoryMethods):
+    """The methods for the states of graphs and swarms."""
+
     async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store a new graph or swarm; an existing one stays unchanged.
 
@@ -36,9 +45,9 @@ class MultiAgentMethods(RepositoryMethods):
             StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
-        write = await compute(states.first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
+        write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            update = states.compile_write(session_id, replace(write, moment=self._connection.now()))
+            update = compile_write(session_id, replace(write, moment=self._connection.now()))
             if not await self._store_state(multi_agent.id, update, write.state):
                 await self._store.sessions.get(session_id, {"_id": 1})
 
@@ -61,10 +70,9 @@ class MultiAgentMethods(RepositoryMethods):
             StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
-        state = await compute(states.encode_state, multi_agent.serialize_state())
+        state = await compute(encode_state, multi_agent.serialize_state())
         async with self._connection.operation():
-            writer, moment = uuid.uuid4().hex, self._connection.now()
-            update = states.compile_overwrite(session_id, multi_agent.id, state, writer, moment)
+            update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
             if not await self._store_state(multi_agent.id, update, state):
                 stored = await self._find_state(session_id, multi_agent.id, "writer")
                 if stored is None:
@@ -74,6 +82,12 @@ class MultiAgentMethods(RepositoryMethods):
         self, session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None
     ) -> MongoDBSessionError | None:
         """Store a recorded state exactly once, in one command unless another writer interferes.
+
+        Args:
+            session_id: The session.
+            write: The recorded state.
+            incarnation: The incarnation of the session that was opened; `None` writes to the session that has the id
+                now.
 
         Returns:
             `None` if the state is stored, else the error of a state that cannot be stored: `SessionConflictError`,
@@ -90,18 +104,20 @@ class MultiAgentMethods(RepositoryMethods):
                     return None
                 try:
                     rest = replace(rest, moment=self._connection.now())
-                    update = states.compile_write(session_id, rest, incarnation)
+                    update = compile_write(session_id, rest, incarnation)
                     if await self._store_state(rest.multi_agent_id, update, rest.state):
                         return None
-                    if incarnation is not None:
-                        session = await self._store.sessions.get(session_id, {"incarnation": 1})
-                        if session.get("incarnation") != incarnation:
-                            raise SessionNotFoundError(f"session {session_id!r} no longer exists")
+                    if (
+                        incarnation is not None
+                        and (await self._store.sessions.get(session_id, {"incarnation": 1})).get("incarnation")
+                        != incarnation
+                    ):
+                        raise SessionNotFoundError(f"session {session_id!r} no longer exists")
                     stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
                 try:
-                    rest = states.reconcile_write(rest, stored)
+                    rest = reconcile_write(rest, stored)
                 except MongoDBSessionError as error:
                     return error
         raise DatabaseError(f"session {session_id!r} kept changing while it was written")
@@ -110,7 +126,7 @@ class MultiAgentMethods(RepositoryMethods):
         return bool(await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, matched))
 
     async def _find_state(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
-        path = states.path_of(multi_agent_id)
+        path = path_of(multi_agent_id)
         found: Any = await self._store.sessions.get(session_id, {f"{path}.{field}": 1 for field in fields})
         for name in path.split("."):
             found = found.get(name) if isinstance(found, dict) else None
