@@ -197,11 +197,7 @@ class Reader:
         self._attachment: tuple[Reference, int, Any] | None = None
 
     def read(self, line: object) -> Read | None:
-        """Return the content of a line, or `None` if there is nothing to store.
-
-        Raises:
-            InvalidArgumentError: The line is not one of an exported session, or not allowed in this place.
-        """
+        """Return the content of a line, or `None` if it has none; raise `InvalidArgumentError` if it is refused."""
         self._number += 1
         try:
             data = _stripped(line)

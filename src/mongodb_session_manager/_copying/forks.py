@@ -40,7 +40,6 @@ class Forker:
         self._store = store
 
     async def fork(self, session_id: str, new_id: str, at_message: object) -> None:
-        """Fork a session, as `AsyncMongoDBSessionRepository.fork_session` describes."""
         checked_id(session_id, "session_id")
         staging, ends = Staging(self._store, checked_id(new_id, "new_id")), checked_ends(at_message)
         async with self._store.connection.operation():

@@ -59,11 +59,7 @@ class Staging:
     # Begin, and end.
 
     async def begin(self) -> None:
-        """Insert the document of the copy, and start to renew its lease.
-
-        Raises:
-            SessionExistsError: There is a session of that id, or another copy into it is in progress.
-        """
+        """Insert the document of the copy, and start to renew its lease; raise `SessionExistsError` if it cannot."""
         document = {**self.own, "session_id": self.session_id, "state_until": self.lease()}
         for _ in range(_ROUNDS):
             try:

@@ -81,7 +81,6 @@ class WriteBack:
         self._connection = store.connection
 
     async def write_back(self, session_id: str) -> None:
-        """Write a session back, as `AsyncMongoDBSessionRepository.write_back` describes."""
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             for _ in range(ROUNDS):

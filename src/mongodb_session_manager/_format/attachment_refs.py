@@ -70,7 +70,6 @@ class Attachment(NamedTuple):
 
 
 def checked_inline_bytes(value: object) -> int:
-    """Return a valid `max_inline_attachment_bytes`, or raise `ConfigurationError`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_MESSAGE_BYTES:
         raise ConfigurationError(
             f"max_inline_attachment_bytes must be an int from 0 to {MAX_MESSAGE_BYTES}, got {value!r}"

@@ -129,7 +129,6 @@ class Limits:
 
     @classmethod
     def checked(cls, max_embedded_messages: object, max_embedded_bytes: object) -> Self:
-        """Return valid limits, or raise `ConfigurationError`."""
         limits = {"max_embedded_messages": max_embedded_messages, "max_embedded_bytes": max_embedded_bytes}
         for name, value in limits.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -285,7 +285,6 @@ def has_old_config_set(agent: Mapping[str, Any]) -> bool:
 
 
 def config_set(agent: Mapping[str, Any]) -> set[str]:
-    """Return the names of the configuration fields of a stored agent that a user has set."""
     old = agent["agent_data"]["config_set"] if has_old_config_set(agent) else None
     places = (agent.get("config_set"), old)
     return {name for place in places if isinstance(place, list) for name in place if isinstance(name, str)}

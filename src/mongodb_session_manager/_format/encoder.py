@@ -244,7 +244,6 @@ def _read(convert: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _base_of(value: Any) -> Any:
-    """Convert a value to its supported base type, or to an equal value of a supported type."""
     for base, convert in _BASES:
         if isinstance(value, base):
             converted = convert(value)

@@ -364,7 +364,6 @@ class Connection:
         return answer
 
     def pool_stats(self) -> PoolStats:
-        """Return the pool's configuration and its connections, as counted by the driver's pool events."""
         client = self._client if self._pid == os.getpid() else None
         borrowed = self.settings.client is not None
         return {

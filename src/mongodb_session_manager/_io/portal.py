@@ -97,7 +97,6 @@ class Portal:
         return _BLOCKED_START_TIMEOUT if self._blocked else START_TIMEOUT
 
     def _cancel_unstarted(self, future: Future[Any]) -> None:
-        """Cancel a call that the loop has not started: the loop is blocked."""
         if future.cancel():
             self._blocked = True
 

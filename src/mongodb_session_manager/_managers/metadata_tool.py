@@ -195,8 +195,6 @@ def _tool(policy: MetadataPolicy, function: Callable[..., Any]) -> AgentTool:
 
 
 def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
-    """Return the tool over a synchronous manager's methods; Strands runs it in a thread."""
-
     def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
@@ -208,8 +206,6 @@ def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
 
 
 def async_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
-    """Return the tool over an asynchronous manager's methods; Strands awaits it."""
-
     async def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)

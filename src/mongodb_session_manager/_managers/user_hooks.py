@@ -44,7 +44,6 @@ Operation = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def checked_hook(hook: object, name: str) -> None:
-    """Raise `ConfigurationError` unless the hook is a function or `None`."""
     if hook is not None and not callable(hook):
         raise ConfigurationError(f"{name} must be a function, not {type(hook).__name__}")
 

@@ -90,7 +90,6 @@ def names_of(notifications: Iterable[Notification]) -> str:
 
 
 def give_up(notification: Notification, error: BaseException) -> None:
-    """Log that a notification will not be delivered, and call its `on_error`."""
     logger.error(
         "event=<%r>, session_id=<%r>, tries=<%d>, error=<%s> | notification not delivered",
         notification.name,

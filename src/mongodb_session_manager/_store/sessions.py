@@ -86,7 +86,6 @@ class Sessions:
         return True
 
     async def raise_malformed(self, session_id: str) -> None:
-        """Raise the error for the first field of a session that cannot be written into, if there is one."""
         for field in malformed_fields(await self.find(session_id, {}) or {}):
             if field.value is not None:
                 raise field.error(session_id)

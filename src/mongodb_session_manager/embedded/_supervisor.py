@@ -156,7 +156,6 @@ class Child:
         return {"pid": self.process.pid}
 
     def end(self) -> None:
-        """End the process with SIGTERM, and after a grace period with SIGKILL."""
         if self.process is None or self.process.poll() is not None:
             return
         self.process.send_signal(signal.SIGTERM)

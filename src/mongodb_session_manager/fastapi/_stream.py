@@ -121,7 +121,6 @@ class _Turn:
         self._raise_failure()
 
     async def as_sse(self) -> AsyncIterator[str]:
-        """Yield the events as Server-Sent Events; an error is the last event."""
         numbers = itertools.count()
         try:
             async for event in self._events():
