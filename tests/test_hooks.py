@@ -541,8 +541,9 @@ async def test_def_hook_of_the_async_manager_runs_off_every_loop(factory: MongoD
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("combined", [lambda hook: hook, chain_hooks], ids=["alone", "in a chain"])
 async def test_async_def_hook_of_the_async_manager_runs_in_the_callers_task(
-    factory: MongoDBSessionManagerFactory,
+    factory: MongoDBSessionManagerFactory, combined: Callable[[Hook], Hook]
 ) -> None:
     tasks: list[Any] = []
 
@@ -552,7 +553,7 @@ async def test_async_def_hook_of_the_async_manager_runs_in_the_callers_task(
         tasks.append(asyncio.current_task())
         return result
 
-    manager = await factory.create_session_manager_async("s", metadata_hook=hook)
+    manager = await factory.create_session_manager_async("s", metadata_hook=combined(hook))
     await manager.update_metadata({"a": 1})
     assert tasks == [asyncio.current_task()] * 2
 

@@ -599,6 +599,41 @@ def test_a_part_that_is_stored_while_its_session_gets_a_longer_ttl_does_not_expi
         check_all_dated(stored)
 
 
+def test_a_part_that_is_stored_between_the_dates_of_a_longer_ttl_does_not_expire_before_its_session(
+    server: str, database: str, stored: Stored
+) -> None:
+    """Even if the writer with the longer one ends at once: the other one has read the session before."""
+    found: list[dict[str, Any]] = []
+
+    class Meanwhile(monitoring.CommandListener):
+        """Stores a message with an attachment after the parts are dated, and before the session is."""
+
+        statement = 0
+
+        def started(self, event: monitoring.CommandStartedEvent) -> None:
+            if event.command.get("update") == "agent_sessions" and not self.statement:
+                self.statement = event.request_id
+                earlier.create_message(ID, "agent", said(12, PICTURE[5:]))
+
+        def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+            if event.request_id == self.statement:
+                session = stored.find_one({"_id": ID})
+                found.extend([session, *parts_of(stored, session)])
+
+        def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+    with (
+        MongoDBSessionRepository(server, database, session_ttl=TTL / 10, **SMALL) as earlier,
+        MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[Meanwhile()], **SMALL) as later,
+    ):
+        fill(earlier)
+        later.update_metadata(ID, {"longer": True})
+        session, *parts = found
+        assert session["metadata"] == {"longer": True}
+        assert len(parts) >= 4
+        assert [part["_id"] for part in parts if part["expires_at"] < session["expires_at"]] == []
+
+
 def test_a_bucket_of_a_session_that_does_not_expire_stays(
     repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored
 ) -> None:
