@@ -30,6 +30,7 @@ EXTRAS = ("aioboto3", "aiobotocore", "aiohttp", "fastapi")
 
 import mongodb_session_manager.hooks
 assert not [name for name in sys.modules if name.partition(".")[0] in EXTRAS]
+assert "mongodb_session_manager.demo" not in sys.modules
 for name in [name for name in sys.modules if name.startswith("mongodb_session_manager")]:
     del sys.modules[name]
 
