@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pymongo
 import pytest
 
 import interpreter
-from fix_servers import Server
+from proxy import Proxy
 from support import eventually, texts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `dev` brings Playwright")
@@ -95,8 +94,15 @@ def module_database(driver: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def served(server: str, module_database: str) -> Iterator[Served]:
-    process = Served(server, module_database)
+def line(server: str) -> Iterator[Proxy]:
+    """The line between the example and its database, which a test may cut."""
+    with Proxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def served(line: Proxy, module_database: str) -> Iterator[Served]:
+    process = Served(line.uri, module_database)
     yield process
     process.end()
 
@@ -306,36 +312,20 @@ def test_a_lost_server_is_said_and_the_page_recovers(page: Any, served: Served) 
     expect(page.locator(".said")).to_have_count(2)
 
 
-# The database is killed.
+# The database is unreachable.
 
 AWAY = "The database is unreachable"
 SOON = 5_000  # milliseconds within which the page must say so
 
 
-@pytest.fixture(scope="module")
-def mortal(kept_in_memory: None) -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def mortal_served(mortal: Server) -> Iterator[Served]:
-    process = Served(mortal.connection_string, "chat")
-    yield process
-    process.end()
-
-
 @pytest.fixture
-def mortal_page(tab: Any, mortal: Server, mortal_served: Served) -> Iterator[Any]:
-    """The chat on a database of its own, with a conversation."""
-    if httpx.get(f"{mortal_served.url}/health").status_code != 200:
-        mortal.restart()
-    with pymongo.MongoClient(mortal.connection_string) as client:
-        client["chat"]["agent_sessions"].delete_many({})
-    with opened(tab, mortal_served.url) as page:
-        ask(page, "My name is Ada.", NICE)
-        expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])
-        yield page
+def begun(page: Any, served: Served, line: Proxy) -> Iterator[Any]:
+    """The page with a conversation; the test may leave the database unreachable."""
+    ask(page, "My name is Ada.", NICE)
+    expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])
+    yield page
+    line.accept()
+    eventually(lambda: httpx.get(f"{served.url}/health").status_code == 200)
 
 
 def refused(page: Any) -> None:
@@ -345,12 +335,10 @@ def refused(page: Any) -> None:
     page.evaluate("document.getElementById('alert').hidden = true")
 
 
-def test_whatever_is_done_without_the_database_is_refused_in_words_and_nothing_is_lost(
-    mortal_page: Any, mortal: Server
-) -> None:
-    page, alert = mortal_page, mortal_page.get_by_role("alert")
+def test_whatever_is_done_without_the_database_is_refused_in_words_and_nothing_is_lost(begun: Any, line: Proxy) -> None:
+    page, alert = begun, begun.get_by_role("alert")
     before = said(page)
-    mortal.kill()
+    line.refuse()
     page.locator("#list .open").click()
     refused(page)
     page.get_by_role("button", name="Good answer").last.click()
@@ -373,18 +361,18 @@ def test_whatever_is_done_without_the_database_is_refused_in_words_and_nothing_i
     expect(alert).to_contain_text(AWAY, timeout=SOON)
     expect(box).to_have_value("What is my name?")
 
-    mortal.restart()
+    line.accept()
     alert.get_by_role("button", name="Try again").click()
     expect(page.locator(".said").last).to_have_text("Your name is Ada.", timeout=30_000)
     expect(box).to_have_value("")
     assert said(page) == [*before, "What is my name?", "Your name is Ada."]
 
 
-def test_a_new_chat_and_a_reload_without_the_database_show_no_empty_page(mortal_page: Any, mortal: Server) -> None:
-    page, alert = mortal_page, mortal_page.get_by_role("alert")
+def test_a_new_chat_and_a_reload_without_the_database_show_no_empty_page(begun: Any, line: Proxy) -> None:
+    page, alert = begun, begun.get_by_role("alert")
     box = page.get_by_label("Message", exact=True)
     before = said(page)
-    mortal.kill()
+    line.refuse()
     page.get_by_role("button", name="New chat", exact=True).click()
     expect(alert).to_contain_text(AWAY, timeout=SOON)
     say(page, "half a thought")
@@ -402,18 +390,18 @@ def test_a_new_chat_and_a_reload_without_the_database_show_no_empty_page(mortal_
     expect(page.get_by_role("heading", level=1)).to_have_text("Not available")
     expect(box).to_have_value("half a thought")
 
-    mortal.restart()
+    line.accept()
     alert.get_by_role("button", name="Try again").click()
     expect(page.locator(".said")).to_have_text(before, use_inner_text=True, timeout=30_000)
     expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])
     expect(alert).to_be_hidden()
 
 
-def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(mortal_page: Any, mortal: Server) -> None:
-    page, alert = mortal_page, mortal_page.get_by_role("alert")
+def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(begun: Any, line: Proxy) -> None:
+    page, alert = begun, begun.get_by_role("alert")
     say(page, "Tell me a story")
     expect(page.locator(".writing .said")).to_contain_text("Once upon")
-    mortal.kill()
+    line.refuse()
     expect(alert).to_contain_text("database is unreachable", timeout=30_000)  # it is stored when it is complete
     expect(page.get_by_role("status")).to_have_text("")
     assert said(page)[3] == "Tell me a story"
@@ -423,7 +411,7 @@ def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(mortal
     expect(alert).to_contain_text(AWAY, timeout=SOON)
     assert said(page)[3] == "Tell me a story"
 
-    mortal.restart()
+    line.accept()
     alert.get_by_role("button", name="Try again").click()
     expect(page.locator(".said")).to_have_count(5, timeout=30_000)
     expect(page.locator(".said").last).to_contain_text("The end.", timeout=30_000)
