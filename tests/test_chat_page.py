@@ -285,16 +285,18 @@ def test_what_fails_is_said_and_can_be_tried_again(page: Any) -> None:
 def test_what_was_read_before_a_message_was_sent_is_not_shown_after_it(page: Any) -> None:
     ask(page, "hello", "Hello! I have been sent 1 message.")
     late: list[Any] = []
-    page.route("**/api/sessions/*", lambda route: route.continue_() if late else late.append(route))
+    page.route("**/api/sessions/*", lambda route: route.continue_() if late else late.append((route, route.fetch())))
     say(page, "please fail")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("The answer failed: ConnectionError.")
     eventually(lambda: late or page.wait_for_timeout(10))
     ask(page, "and now?", "Hello! I have been sent 4 messages.")
     with page.expect_response("**/api/sessions/*"):
-        late[0].continue_()
+        route, response = late[0]
+        route.fulfill(response=response)
     page.evaluate("new Promise((done) => setTimeout(done, 50))")
     expect(alert).to_be_hidden()
+    page.unroute_all()
 
 
 def test_a_lost_server_is_said_and_the_page_recovers(page: Any, served: Served) -> None:
