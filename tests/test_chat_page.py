@@ -22,6 +22,7 @@ from support import eventually, texts
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra `dev` brings Playwright")
 expect = playwright.expect
+expect.set_options(timeout=30_000)  # milliseconds; nothing waits for it unless something is broken
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "example_fastapi_streaming.py"
@@ -306,7 +307,7 @@ def test_a_lost_server_is_said_and_the_page_recovers(page: Any, served: Served) 
     expect(page.get_by_role("status")).to_have_text("Connection lost. Reconnecting…")
     served.start()
     alert = page.get_by_role("alert")
-    expect(alert).to_contain_text("The last message was not answered.", timeout=30_000)
+    expect(alert).to_contain_text("The last message was not answered.")
     expect(page.locator(".said")).to_have_text(["Tell me a story"])
     alert.get_by_role("button", name="Try again").click()
     answered(page)
@@ -317,7 +318,7 @@ def test_a_lost_server_is_said_and_the_page_recovers(page: Any, served: Served) 
 # The database is unreachable.
 
 AWAY = "The database is unreachable"
-SOON = 5_000  # milliseconds within which the page must say so
+SOON = 10_000  # milliseconds within which the page must say so
 
 
 @pytest.fixture
@@ -365,7 +366,7 @@ def test_whatever_is_done_without_the_database_is_refused_in_words_and_nothing_i
 
     line.accept()
     alert.get_by_role("button", name="Try again").click()
-    expect(page.locator(".said").last).to_have_text("Your name is Ada.", timeout=30_000)
+    expect(page.locator(".said").last).to_have_text("Your name is Ada.")
     expect(box).to_have_value("")
     assert said(page) == [*before, "What is my name?", "Your name is Ada."]
 
@@ -376,10 +377,8 @@ def test_a_new_chat_and_a_reload_without_the_database_show_no_empty_page(begun: 
     before = said(page)
     line.refuse()
     page.get_by_role("button", name="New chat", exact=True).click()
-    expect(alert).to_contain_text(AWAY, timeout=SOON)
+    refused(page)
     say(page, "half a thought")
-    expect(page.get_by_role("status")).to_have_text("Sending…")
-    expect(page.get_by_role("status")).to_have_text("")
     expect(alert).to_contain_text(AWAY, timeout=SOON)
     expect(box).to_have_value("half a thought")
     expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])  # what is known stays
@@ -394,7 +393,7 @@ def test_a_new_chat_and_a_reload_without_the_database_show_no_empty_page(begun: 
 
     line.accept()
     alert.get_by_role("button", name="Try again").click()
-    expect(page.locator(".said")).to_have_text(before, use_inner_text=True, timeout=30_000)
+    expect(page.locator(".said")).to_have_text(before, use_inner_text=True)
     expect(page.locator("#list .open span")).to_have_text(["My name is Ada."])
     expect(alert).to_be_hidden()
 
@@ -404,7 +403,7 @@ def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(begun:
     say(page, "Tell me a story")
     expect(page.locator(".writing .said")).to_contain_text("Once upon")
     line.refuse()
-    expect(alert).to_contain_text("database is unreachable", timeout=30_000)  # it is stored when it is complete
+    expect(alert).to_contain_text("database is unreachable")  # it is stored when it is complete
     expect(page.get_by_role("status")).to_have_text("")
     assert said(page)[3] == "Tell me a story"
 
@@ -415,8 +414,8 @@ def test_an_answer_that_loses_its_database_says_so_and_can_be_tried_again(begun:
 
     line.accept()
     alert.get_by_role("button", name="Try again").click()
-    expect(page.locator(".said")).to_have_count(5, timeout=30_000)
-    expect(page.locator(".said").last).to_contain_text("The end.", timeout=30_000)
+    expect(page.locator(".said")).to_have_count(5)
+    expect(page.locator(".said").last).to_contain_text("The end.")
     answered(page)
     assert said(page)[3] == "Tell me a story"
 
