@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from fix_progress import Progress
 from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from support import CommandLog, eventually
+
+SharedFactory = tuple[MongoDBSessionManagerFactory, CommandLog]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -216,20 +219,53 @@ def large(driver: pymongo.MongoClient[dict[str, Any]]) -> None:
     driver.admin.command({"setParameter": 1, "wiredTigerEngineRuntimeConfig": "cache_size=1G"})
 
 
+def shares_factory(request: pytest.FixtureRequest) -> bool:
+    """Return whether a test uses the factory of its module."""
+    marked = request.node.get_closest_marker
+    return marked("shared_factory") is not None and marked("own_database") is None
+
+
+@pytest.fixture(scope="module")
+def shared_factory(server: str, shared_database: str) -> Iterator[Callable[[], SharedFactory]]:
+    """Return the factory of the module and the log of its commands; another factory once a test has closed it."""
+    made: list[SharedFactory] = []
+
+    def shared() -> SharedFactory:
+        if not made or made[-1][0]._connection.closed:
+            log = CommandLog()
+            made.append((MongoDBSessionManagerFactory(server, shared_database, event_listeners=[log]), log))
+        return made[-1]
+
+    yield shared
+    for factory, _ in made:
+        factory.close()
+
+
 @pytest.fixture
-def commands() -> CommandLog:
+def commands(request: pytest.FixtureRequest) -> CommandLog:
     """The commands that the clients it is passed to have sent."""
-    return CommandLog()
+    shared = shares_factory(request) and "factory" in request.fixturenames
+    return request.getfixturevalue("shared_factory")()[1] if shared else CommandLog()
 
 
 @pytest.fixture
-def factory(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
-    """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted."""
-    with MongoDBSessionManagerFactory(server, database, event_listeners=[commands]) as factory:
+def factory(
+    request: pytest.FixtureRequest, server: str, database: str, commands: CommandLog
+) -> Iterator[MongoDBSessionManagerFactory]:
+    """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted.
+
+    Marked `shared_factory`: the one factory of the module, which saves a test 20 ms of processor time.
+    """
+    with ExitStack() as stack:
+        if shares_factory(request):
+            factory = request.getfixturevalue("shared_factory")()[0]
+        else:
+            factory = stack.enter_context(MongoDBSessionManagerFactory(server, database, event_listeners=[commands]))
         factory.list_sessions()  # before there is a document: indexes take the server a third of the time
         eventually(lambda: not factory._connection._tasks)
         commands.clear()
         yield factory
+        eventually(lambda: not factory._connection._tasks)  # before the next test empties the database
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,6 +26,8 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent
 
+pytestmark = pytest.mark.shared_factory
+
 Stored = Collection[dict[str, Any]]
 
 

@@ -30,6 +30,8 @@ from mongodb_session_manager import (
 from proxy import Proxy, command
 from support import agent, fail_point, message_ids, sampled, texts
 
+pytestmark = pytest.mark.shared_factory
+
 Stored = pymongo.collection.Collection[dict[str, Any]]
 Manager = MongoDBSessionManager | AsyncMongoDBSessionManager
 

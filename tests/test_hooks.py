@@ -27,6 +27,8 @@ from mongodb_session_manager import (
 )
 from support import CommandLog, Session
 
+pytestmark = pytest.mark.shared_factory
+
 Stored = Collection[dict[str, Any]]
 Hook = Callable[..., Any]
 

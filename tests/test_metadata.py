@@ -31,6 +31,8 @@ from mongodb_session_manager import (
 )
 from support import CommandLog, agent, eventually, message_ids, texts
 
+pytestmark = pytest.mark.shared_factory
+
 Stored = Collection[dict[str, Any]]
 
 
