@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from fix_progress import Progress
 from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from support import CommandLog, eventually
+from support import CommandLog, chance, eventually
 
 SharedFactory = tuple[MongoDBSessionManagerFactory, CommandLog]
 
@@ -84,9 +85,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path in FAST and not any(part in item.name for part in NOT_FAST):
             item.add_marker("fast")
     if not config.getoption("full_adversity"):
-        left_out = [item for item in items if item.get_closest_marker("full_adversity")]
-        config.hook.pytest_deselected(items=left_out)
+        left_out = {*not_drawn(items), *(item for item in items if item.get_closest_marker("full_adversity"))}
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
+
+
+def not_drawn(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the cases that are not drawn, of the tests with parameters from `support.halves`."""
+    cases: dict[str, list[tuple[int, pytest.Item]]] = defaultdict(list)
+    for item in items:
+        if numbers := [mark.args[0] for mark in item.iter_markers("half")]:
+            cases[item.nodeid.partition("[")[0]].append((sum(numbers) % 2, item))
+    random = chance()
+    for test in sorted(cases):
+        drawn = random.randrange(2)
+        yield from (item for half, item in cases[test] if half != drawn)
 
 
 @pytest.hookimpl(trylast=True)

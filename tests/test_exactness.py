@@ -28,14 +28,14 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from proxy import Proxy, command
-from support import agent, fail_point, message_ids, sampled, texts
+from support import agent, fail_point, halves, message_ids, sampled, texts
 
 pytestmark = pytest.mark.shared_factory
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 Manager = MongoDBSessionManager | AsyncMongoDBSessionManager
 
-SAVE_ON = pytest.mark.parametrize("save_on", ["message", "invocation"])
+SAVE_ON = pytest.mark.parametrize("save_on", halves("message")("invocation"))
 
 
 @tool
@@ -92,7 +92,7 @@ class Async:
 Api = Sync | Async
 
 
-@pytest.fixture(params=[Sync, Async], ids=["sync", "async"])
+@pytest.fixture(params=halves(Sync)(Async), ids=["sync", "async"])
 def api(request: pytest.FixtureRequest) -> Api:
     return request.param()
 
@@ -246,7 +246,7 @@ def test_a_refused_agent_does_not_harm_another_of_the_same_manager(
 # Two agents.
 
 
-@pytest.mark.parametrize("managers", [1, 2])
+@pytest.mark.parametrize("managers", halves(1)(2))
 def test_two_agents_take_turns(api: Api, factory: MongoDBSessionManagerFactory, stored: Stored, managers: int) -> None:
     first = api.open(factory, "s")
     second = first if managers == 1 else api.open(factory, "s")
@@ -264,27 +264,27 @@ def test_two_agents_take_turns(api: Api, factory: MongoDBSessionManagerFactory, 
 
 @pytest.mark.anyio
 @SAVE_ON
-@pytest.mark.parametrize("managers", [1, 2])
+@pytest.mark.parametrize("managers", halves(1)(2))
 async def test_agents_of_a_session_work_at_the_same_time(
     factory: MongoDBSessionManagerFactory, stored: Stored, managers: int, save_on: str
 ) -> None:
     opened = [await factory.create_session_manager_async("s", save_on=save_on) for _ in range(managers)]
-    agents = [agent(opened[n % managers], agent_id=f"agent-{n}", tools=[add]) for n in range(10)]
+    agents = [agent(opened[n % managers], agent_id=f"agent-{n}", tools=[add]) for n in range(8)]
 
     async def talk(talking: Agent) -> None:
-        for turn in range(4):
+        for turn in range(3):
             talking.model.replies.extend([CALL_ADD, f"answer {turn}"])
             await talking.invoke_async(f"turn {turn}")
 
     await asyncio.gather(*map(talk, agents))
-    for n in range(10):
+    for n in range(8):
         assert conversation(stored, key=f"agent-{n}") == [
-            text for turn in range(4) for text in (f"turn {turn}", "", "", f"answer {turn}")
+            text for turn in range(3) for text in (f"turn {turn}", "", "", f"answer {turn}")
         ]
 
 
 @pytest.mark.anyio
-async def test_forty_sessions_at_once(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+async def test_twenty_sessions_at_once(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
     async def life(session_id: str) -> None:
         async with await factory.create_session_manager_async(session_id) as created:
             await agent(created, "created").invoke_async(f"{session_id} one")
@@ -294,13 +294,13 @@ async def test_forty_sessions_at_once(factory: MongoDBSessionManagerFactory, sto
             await continued.invoke_async(f"{session_id} two")
             await continued.invoke_async(f"{session_id} three")
 
-    names = [f"session-{n}" for n in range(40)]
+    names = [f"session-{n}" for n in range(20)]
     await asyncio.gather(*map(life, names))
     for name in names:
         assert conversation(stored, name) == [
             f"{name} one", "created", f"{name} two", "", "", "resumed", f"{name} three", "continued",
         ]  # fmt: skip
-    assert stored.count_documents({"_id": {"$regex": "^session-"}}) == 40
+    assert stored.count_documents({"_id": {"$regex": "^session-"}}) == 20
 
 
 # Many processes.
@@ -645,7 +645,7 @@ def test_several_failed_flushes_and_then_recovery(api: Api, server: str, databas
         api.close(manager)
 
 
-@pytest.mark.parametrize("reply", [CALL_ADD, "answer"], ids=["at a tool call", "at the end"])
+@pytest.mark.parametrize("reply", halves(CALL_ADD)("answer"), ids=["at a tool call", "at the end"])
 def test_an_outage_in_the_middle_of_a_turn(
     api: Api, server: str, database: str, stored: Stored, reply: dict[str, Any] | str
 ) -> None:
@@ -681,7 +681,7 @@ def test_closing_after_an_outage_stores_what_is_pending(server: str, database: s
         assert conversation(stored) == ["one", "1", "two"]
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first turn", "later turn"])
+@pytest.mark.parametrize("first", halves(True)(False), ids=["first turn", "later turn"])
 def test_what_a_failed_flush_has_stored_is_not_stored_again(
     api: Api, server: str, database: str, stored: Stored, first: bool
 ) -> None:
@@ -705,7 +705,7 @@ def test_what_a_failed_flush_has_stored_is_not_stored_again(
         api.close(manager)
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["like Strands", "by another message"])
+@pytest.mark.parametrize("in_place", halves(True)(False), ids=["like Strands", "by another message"])
 def test_a_redaction_after_a_flush_that_failed_though_it_stored(
     server: str, database: str, stored: Stored, in_place: bool
 ) -> None:
