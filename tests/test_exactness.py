@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
-import multiprocessing.synchronize
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import pytest
 from strands import Agent, tool
 from strands.hooks import BeforeModelCallEvent
 
+import interpreter
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     DatabaseError,
@@ -307,56 +306,48 @@ async def test_twenty_sessions_at_once(factory: MongoDBSessionManagerFactory, st
 
 PROCESSES = 4
 
+PROGRAM = """
+import sys
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from support import agent
 
-def enter_with_own_agent(server: str, database: str, number: int, start: multiprocessing.synchronize.Barrier) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        factory.ping()
-        start.wait(60)
-        with factory.create_session_manager("s") as manager:
-            own = agent(manager, "answer", agent_id=f"agent-{number}")
-            own(f"question {number}")
+server, database, number = sys.argv[1:]
 
+def wait_for_the_others():
+    print("here", flush=True)
+    sys.stdin.readline()
 
-def enter_with_same_agent(server: str, database: str, number: int, start: multiprocessing.synchronize.Barrier) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        factory.ping()
-        start.wait(60)
-        with factory.create_session_manager("s", application_name="app") as manager:
-            manager.sync_agent(agent(manager))
-            manager.flush()
-
-
-def in_processes(target: Callable[..., None], server: str, database: str) -> None:
-    """Run `target` in four processes that begin at the same moment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["strands", "mongodb_session_manager", "support"])
-    start = context.Barrier(PROCESSES)
-    processes = [context.Process(target=target, args=(server, database, n, start)) for n in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-        process.close()
-    assert codes == [0] * PROCESSES
+with MongoDBSessionManagerFactory(server, database) as factory:
+    factory.ping()
+    wait_for_the_others()
+    with factory.create_session_manager("s") as manager:
+        agent(manager, "answer", agent_id=f"agent-{number}")(f"question {number}")
+    wait_for_the_others()
+    with factory.create_session_manager("t", application_name="app") as manager:
+        manager.sync_agent(agent(manager))
+        manager.flush()
+"""
 
 
 def test_four_processes_enter_a_new_session_at_once(server: str, database: str, stored: Stored) -> None:
-    in_processes(enter_with_own_agent, server, database)
-    assert stored.count_documents({}) == 1
+    """Each with an agent of its own, and in the other session all with the same one."""
+    processes = [interpreter.start(PROGRAM, server, database, number) for number in range(PROCESSES)]
+    for _ in ("s", "t"):
+        assert [process.stdout.readline() for process in processes] == ["here\n"] * PROCESSES
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert stored.count_documents({}) == 2
     for number in range(PROCESSES):
         assert conversation(stored, key=f"agent-{number}") == [f"question {number}", "answer"]
-
-
-def test_four_processes_open_the_same_agent_at_once(server: str, database: str, stored: Stored) -> None:
-    in_processes(enter_with_same_agent, server, database)
-    (document,) = stored.find()
+    document = stored.find_one({"_id": "t"})
+    assert document is not None
     assert document["application_name"] == "app"
     assert list(document["agents"]) == ["agent"]
-    assert conversation(stored) == []
+    assert conversation(stored, "t") == []
 
 
 def test_an_agent_created_by_two_belongs_to_who_writes_first(
