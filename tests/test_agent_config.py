@@ -24,7 +24,9 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent
+from support import CommandLog, agent, halves
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 
@@ -70,7 +72,7 @@ def replies() -> Replies:
     return Replies()
 
 
-@pytest.fixture(params=["manager", "async manager", "repository", "async repository"])
+@pytest.fixture(params=halves("manager", "async repository")("async manager", "repository"))
 def session(
     request: pytest.FixtureRequest,
     factory: MongoDBSessionManagerFactory,

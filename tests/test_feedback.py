@@ -22,7 +22,9 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from support import CommandLog, agent
+from support import CommandLog, agent, halves
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 
@@ -43,7 +45,7 @@ class Blocking:
         return call
 
 
-@pytest.fixture(params=["manager", "async manager", "repository", "async repository"])
+@pytest.fixture(params=halves("manager", "async repository")("async manager", "repository"))
 def session(
     request: pytest.FixtureRequest,
     factory: MongoDBSessionManagerFactory,

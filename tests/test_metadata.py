@@ -29,7 +29,9 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from support import CommandLog, agent, eventually, message_ids, texts
+from support import CommandLog, agent, eventually, halves, message_ids, texts
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 
@@ -50,7 +52,7 @@ class Blocking:
         return call
 
 
-KINDS = ["manager", "async manager", "repository", "async repository"]
+KINDS = halves("manager", "async repository")("async manager", "repository")
 
 
 @pytest.fixture(params=KINDS)
