@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import random
 import shutil
+import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +88,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("full_adversity")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+sys.dont_write_bytecode = False
+"""What is compiled is kept, whatever the environment says: it takes a worker longer than to collect all tests."""
+
+
+def _import_in_another_order(config: pytest.Config) -> None:
+    """Have each worker begin with other modules, so that it finds the rest compiled by the others."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None or config.args != config.getini("testpaths"):
+        return
+    modules = sorted(FAST if config.getoption("markexpr") == "fast" else HERE.rglob("test_*.py"))
+    first = len(modules) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for module in modules[first:] + modules[:first]:
+            with suppress(BaseException):  # it is imported again, where failures are reported
+                importlib.import_module(module.stem)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Leave what is imported and collected to itself: it stays, and the garbage collector need not look at it."""
+    gc.disable()
+    try:
+        _import_in_another_order(session.config)
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arrivals import Queue, Topics
 from endpoint import Endpoint
@@ -36,6 +35,8 @@ def credentials() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def moto(credentials: dict[str, str]) -> Iterator[str]:
     """The URL of a server that does what AWS does."""
+    from moto.server import ThreadedMotoServer  # half a second, in one of the workers
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
