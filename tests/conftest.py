@@ -16,7 +16,7 @@ from typing import Any
 
 import pymongo
 import pytest
-from blockbuster import BlockBuster, blockbuster_ctx
+from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
 
 from fix_progress import Progress
@@ -131,14 +131,23 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="module")
+def detector() -> BlockBuster:
+    """Made once per module: that takes as long as to run an empty test."""
+    return BlockBuster("mongodb_session_manager", excluded_modules=["mongodb_session_manager.demo"])
+
+
 @pytest.fixture(autouse=True)
-def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
+def blocking_calls_are_errors(request: pytest.FixtureRequest, detector: BlockBuster) -> Iterator[BlockBuster | None]:
     """Fail a test in which the package blocks a running event loop, its own included; Strands reads files on it."""
     if request.node.get_closest_marker("may_block"):
         yield None
         return
-    with blockbuster_ctx("mongodb_session_manager", excluded_modules=["mongodb_session_manager.demo"]) as detector:
+    detector.activate()
+    try:
         yield detector
+    finally:
+        detector.deactivate()
 
 
 @pytest.fixture
