@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import random
 import shutil
+import sys
 import uuid
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pymongo
 import pytest
-from blockbuster import BlockBuster, blockbuster_ctx
+from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
 
 from fix_progress import Progress
@@ -102,6 +105,36 @@ def not_drawn(items: list[pytest.Item]) -> Iterator[pytest.Item]:
         yield from (item for half, item in cases[test] if half != drawn)
 
 
+sys.dont_write_bytecode = False
+"""What is compiled is kept, whatever the environment says: it takes a worker longer than to collect all tests."""
+
+
+def _import_in_another_order(config: pytest.Config) -> None:
+    """Have each worker begin with other modules, so that it finds the rest compiled by the others."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None or config.args != config.getini("testpaths"):
+        return
+    modules = sorted(FAST if config.getoption("markexpr") == "fast" else HERE.rglob("test_*.py"))
+    first = len(modules) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for module in modules[first:] + modules[:first]:
+            with suppress(BaseException):  # it is imported again, where failures are reported
+                importlib.import_module(module.stem)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Leave what is imported and collected to itself: it stays, and the garbage collector need not look at it."""
+    gc.disable()
+    try:
+        _import_in_another_order(session.config)
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
@@ -113,14 +146,23 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="module")
+def detector() -> BlockBuster:
+    """Made once per module: that takes as long as to run an empty test."""
+    return BlockBuster("mongodb_session_manager", excluded_modules=["mongodb_session_manager.demo"])
+
+
 @pytest.fixture(autouse=True)
-def blocking_calls_are_errors(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
+def blocking_calls_are_errors(request: pytest.FixtureRequest, detector: BlockBuster) -> Iterator[BlockBuster | None]:
     """Fail a test in which the package blocks a running event loop, its own included; Strands reads files on it."""
     if request.node.get_closest_marker("may_block"):
         yield None
         return
-    with blockbuster_ctx("mongodb_session_manager", excluded_modules=["mongodb_session_manager.demo"]) as detector:
+    detector.activate()
+    try:
         yield detector
+    finally:
+        detector.deactivate()
 
 
 @pytest.fixture

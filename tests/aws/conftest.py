@@ -12,7 +12,6 @@ import botocore.loaders
 import botocore.session
 import certifi
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arrivals import Queue, Topics
 from endpoint import Endpoint
@@ -54,6 +53,8 @@ def descriptions_are_read_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def moto(credentials: dict[str, str]) -> Iterator[str]:
     """The URL of a server that does what AWS does."""
+    from moto.server import ThreadedMotoServer  # half a second, in one of the workers
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
