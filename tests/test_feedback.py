@@ -133,7 +133,8 @@ def test_adding_changes_nothing_else(session: Blocking, stored: Stored) -> None:
     before = stored.find_one({"_id": "s"})
     session.add_feedback({"rating": "up"})
     after = stored.find_one({"_id": "s"})
-    assert after.pop("updated_at") >= before.pop("updated_at")
+    # Each client reads the clock of the server for itself, to within a round trip.
+    assert after.pop("updated_at") >= before.pop("updated_at") - timedelta(seconds=1)
     assert (len(before.pop("feedbacks")), len(after.pop("feedbacks"))) == (0, 1)
     assert after == before
 

@@ -134,7 +134,8 @@ def test_a_change_moves_updated_at_and_nothing_else(session: Blocking, stored: S
     before = stored.find_one({"_id": "s"})
     session.update_metadata({"a": 1})
     after = stored.find_one({"_id": "s"})
-    assert after.pop("updated_at") >= before.pop("updated_at")
+    # Each client reads the clock of the server for itself, to within a round trip.
+    assert after.pop("updated_at") >= before.pop("updated_at") - timedelta(seconds=1)
     assert (before.pop("metadata"), after.pop("metadata")) == ({}, {"a": 1})
     assert after == before
 
