@@ -30,6 +30,8 @@ def types(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
+    for suite in ("adversity", "aws"):  # one at a time: all have the same name
+        session.run("mypy", f"tests/{suite}/conftest.py")
 
 
 @nox.session

@@ -256,7 +256,7 @@ def create_app(connection_string: str) -> FastAPI:
 
     async def existing(session_id: str, factory: MongoDBSessionManagerFactory) -> AsyncMongoDBSessionManager:
         if not await factory.session_exists_async(session_id):
-            raise HTTPException(404, "There is no such session.")
+            raise HTTPException(404, "The session does not exist.")
         return await factory.create_session_manager_async(session_id)
 
     @app.get("/", include_in_schema=False)

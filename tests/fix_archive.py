@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pymongo
@@ -12,6 +13,8 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
 )
 from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
+from mongodb_session_manager._format.changes import AppendMessage
+from mongodb_session_manager._format.documents import stored_message
 from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.retention import UNDATED
 from support import bson_of, eventually, texts
@@ -109,6 +112,11 @@ def begin(repository: MongoDBSessionRepository, agent_id: str = "agent") -> None
 def append(repository: MongoDBSessionRepository, *message_ids: int, agent_id: str = "agent") -> None:
     for message_id in message_ids:
         repository.create_message("s", agent_id, said(message_id))
+
+
+def appends(message_ids: Iterable[int], text: str = "text {}") -> list[AppendMessage]:
+    """The changes that append messages, to be stored with `apply` in one command."""
+    return [AppendMessage("agent", stored_message(said(n, text.format(n)), n)) for n in message_ids]
 
 
 class Other:

@@ -49,7 +49,7 @@ def left_of(stored: Stored, session_id: str) -> list[str]:
     return [
         name
         for name in database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
-        for document in database[name].find({})
+        for document in database[name].find({}, {"session_id": 1})
         if session_id in (document["_id"], document.get("session_id"))
         or (isinstance(document["_id"], dict) and document["_id"].get("session_id") == session_id)
         or (isinstance(document["_id"], dict) and document["_id"].get("file", {}).get("session_id") == session_id)
@@ -99,9 +99,9 @@ def every_failure(
     Args:
         numbers: Numbers of the commands, from 0; by default of all of them.
     """
-    for number in range(count + 1) if numbers is None else numbers:
-        with copying(server, database) as repository:
-            repository.session_exists("warm-up")
+    with copying(server, database) as repository:
+        repository.session_exists("warm-up")
+        for number in range(count + 1) if numbers is None else numbers:
             with fails_at(server, number, errorCode=8000):
                 try:
                     act(repository)
@@ -116,5 +116,5 @@ def every_failure(
                 assert not repository.session_exists("t")
                 act(repository)
             check(repository)
-        for name in stored.database.list_collection_names():
-            stored.database[name].delete_many({"session_id": "t"})
+            for name in stored.database.list_collection_names():
+                stored.database[name].delete_many({"session_id": "t"})

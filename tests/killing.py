@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -129,8 +130,7 @@ def start(
     os._exit(0)
 
 
-def kill_points(count: int, full: bool, most: int = 4) -> list[tuple[int, bool]]:
-    """Return where to kill an operation of `count` commands: everywhere, or at a few points, the last among them."""
-    every = [(number, after) for number in range(1, count + 1) for after in (False, True)]
-    step = 1 if full else max(1, -(-len(every) // most))
-    return every[:: -(step | 1)][::-1]  # an odd step meets both kinds
+def kill_points(count: int, full: bool, most: int = 3) -> list[tuple[int, bool]]:
+    """Return where to kill an operation of `count` commands: everywhere, or at the last point and some others."""
+    *others, last = [(number, after) for number in range(1, count + 1) for after in (False, True)]
+    return [*(others if full else sorted(random.sample(others, min(most - 1, len(others))))), last]

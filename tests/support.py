@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -67,6 +69,33 @@ def sampled(cases: Iterable[Any], *chosen: Any) -> list[Any]:
         else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full_adversity)
         for case in known
     ]
+
+
+def in_half(number: int, value: Any) -> Any:
+    """Return a case of a parametrized test that is in one half, as in `halves`; a tuple has several parameters."""
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.half(number))
+
+
+def halves(*first: Any) -> Callable[..., list[Any]]:
+    """Return the values of a parameter, of which a test runs with one half, drawn for each test in each run.
+
+    Of several such parameters, a test runs with one half of all combinations, in which each value occurs, and each two
+    values of three or more parameters. `--full-adversity`: with all combinations.
+
+        @pytest.mark.parametrize("save_on", halves("message")("invocation"))
+    """
+
+    return lambda *second: [*(in_half(0, value) for value in first), *(in_half(1, value) for value in second)]
+
+
+def alternating(*values: Any) -> list[Any]:
+    """Return the values of a parameter that are in one half, as in `halves`, and in the other by turns."""
+    return [in_half(number % 2, value) for number, value in enumerate(values)]
+
+
+def chance() -> random.Random:
+    """Return random numbers for the cases of a test: the same in all workers of a run, others in each run."""
+    return random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
 
 
 def agent(manager: SessionManager | None, *replies: Any, agent_id: str = "agent", **options: Any) -> Agent:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import interpreter
 from benchmarks.__main__ import main
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "benchmarks", "--quick", "commands", "streams"]
-    outputs = ["--json", str(directory / "run.json"), "--plots", str(directory)]
-    ended = subprocess.run(
-        [*command, *outputs], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == ""
+    code = "import runpy; runpy.run_module('benchmarks', run_name='__main__')"
+    outputs = ["--json", directory / "run.json", "--plots", directory]
+    shown, _ = interpreter.run(code, "--quick", "commands", "streams", *outputs, timeout=120)
+    assert shown == ""
     return directory
 
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -39,7 +39,19 @@ from mongodb_session_manager import (
     create_mongodb_session_manager_async,
 )
 from mongodb_session_manager._io.loop import io_portal
-from support import CommandLog, agent, assert_no_driver_error, chained, eventually, fail_point, sampled, texts
+from support import (
+    CommandLog,
+    agent,
+    alternating,
+    assert_no_driver_error,
+    chained,
+    eventually,
+    fail_point,
+    halves,
+    in_half,
+    sampled,
+    texts,
+)
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
@@ -52,10 +64,10 @@ FRESH_DRIVERS = pytest.mark.parametrize(
 FRESH_AND_USED_DRIVERS = pytest.mark.parametrize(
     ("driver_class", "used"),
     [
-        (AsyncIOMotorClient, False),
-        (AsyncIOMotorClient, True),
-        pytest.param(AsyncMongoClient, False, marks=may_block),
-        (AsyncMongoClient, True),
+        in_half(0, (AsyncIOMotorClient, False)),
+        in_half(1, (AsyncIOMotorClient, True)),
+        pytest.param(AsyncMongoClient, False, marks=[may_block, pytest.mark.half(1)]),
+        in_half(0, (AsyncMongoClient, True)),
     ],
 )
 
@@ -574,23 +586,28 @@ BAD_URIS = [
 
 @pytest.mark.parametrize("uri", BAD_URIS, ids=range(len(BAD_URIS)))
 def test_a_bad_connection_string_shows_no_password(
-    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    some: Callable[[list[Callable[[], None]], int], list[Callable[[], None]]],
 ) -> None:
     caplog.set_level(logging.DEBUG)
     options = {"serverSelectionTimeoutMS": 50, "connectTimeoutMS": 500}
-    errors: list[MongoDBSessionError] = []
-    with pytest.raises(MongoDBSessionError) as raised:
-        MongoDBSessionManager("s", uri, **options)
-    errors.append(raised.value)
-    with pytest.raises(MongoDBSessionError) as raised:
-        asyncio.run(create_mongodb_session_manager_async("s", uri, **options))
-    errors.append(raised.value)
-    monkeypatch.setenv("MONGODB_URI", uri)
-    with pytest.raises(MongoDBSessionError) as raised, MongoDBSessionManagerFactory(**options) as factory:
-        factory.create_session_manager("s")
-    errors.append(raised.value)
-    for error in errors:
-        assert SECRET not in all_text(error)
+
+    def through_the_factory() -> None:
+        monkeypatch.setenv("MONGODB_URI", uri)
+        with MongoDBSessionManagerFactory(**options) as factory:
+            factory.create_session_manager("s")
+
+    ways: list[Callable[[], Any]] = [
+        lambda: MongoDBSessionManager("s", uri, **options),
+        lambda: asyncio.run(create_mongodb_session_manager_async("s", uri, **options)),
+        through_the_factory,
+    ]
+    for way in some(ways, 1):
+        with pytest.raises(MongoDBSessionError) as raised:
+            way()
+        assert SECRET not in all_text(raised.value)
     assert SECRET not in caplog.text
 
 
@@ -714,7 +731,7 @@ def test_a_wrong_password_is_not_shown(server: str, database: str) -> None:
 # What the driver raises, as ours.
 
 
-@pytest.fixture(params=["replica set", "standalone"])
+@pytest.fixture(params=halves("replica set")("standalone"))
 def any_server(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("server" if request.param == "replica set" else "standalone"))
 
@@ -737,7 +754,7 @@ FAILURES: list[tuple[dict[str, Any], type[MongoDBSessionError]]] = [
 ]
 PERSISTENT = pytest.mark.parametrize(
     ("failure", "expected"),
-    FAILURES,
+    alternating(*FAILURES),
     ids=["Unauthorized", "MaxTimeMSExpired", "NotWritablePrimary", "connection"],
 )
 
@@ -825,12 +842,12 @@ TRANSIENT: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("failure", "times"),
-    [
+    alternating(
         ({"errorCode": 10107}, 1),
         ({"errorCode": 11600}, 1),
         ({"closeConnection": True}, 1),
         ({"closeConnection": True}, 3),
-    ],
+    ),
     ids=["NotWritablePrimary", "InterruptedAtShutdown", "connection", "connection thrice"],
 )
 def test_what_passes_is_not_noticed(
@@ -969,7 +986,7 @@ CONTENT = "a7f3-content-of-a-conversation"
 
 @pytest.mark.parametrize(
     "failure",
-    [
+    alternating(
         {"errorCode": 13},
         {"errorCode": 50},
         {"errorCode": 10107},
@@ -977,7 +994,7 @@ CONTENT = "a7f3-content-of-a-conversation"
         {"closeConnection": True},
         {"writeConcernError": TIMED_OUT},
         {"writeConcernError": {"code": 100, "errmsg": "not enough nodes"}},
-    ],
+    ),
     ids=str,
 )
 def test_content_is_in_no_error_and_no_log(
@@ -1056,11 +1073,11 @@ def test_statistics_count_what_the_pool_does(server: str, database: str) -> None
         eventually(lambda: factory.get_connection_stats()["connections_in_use"] == 0)
         log.clear()
         threads = [threading.Thread(target=factory.create_session_manager, args=(f"s{n}",)) for n in range(5)]
-        with fail_point(server, failCommands=["findAndModify"], times=5, blockConnection=True, blockTimeMS=2000):
+        with fail_point(server, failCommands=["findAndModify"], times=5, blockConnection=True, blockTimeMS=1200):
             for thread in threads:
                 thread.start()
             eventually(lambda: log.names.count("findAndModify") == 2)
-            time.sleep(0.5)  # the others queue meanwhile
+            time.sleep(0.2)  # the others queue meanwhile
             stats = factory.get_connection_stats()
             for thread in threads:
                 thread.join()

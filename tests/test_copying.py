@@ -514,7 +514,7 @@ def test_exports_beside_a_writer_are_consistent(long: MongoDBSessionRepository) 
     done = threading.Event()
 
     def write() -> None:
-        for message_id in range(30, 150):
+        for message_id in range(30, 75):
             append(long, message_id)
         done.set()
 
@@ -540,7 +540,7 @@ def test_a_redaction_meanwhile_is_exported_whole_or_not_at_all(
     repository: MongoDBSessionRepository, stored: Stored, pulled: int
 ) -> None:
     begin(repository)
-    image = content(5 * MIB)
+    image = content(3 * MIB)
     for message_id in range(12):
         repository.create_message("s", "agent", with_image(message_id, image) if message_id == 1 else said(message_id))
         settled(stored)

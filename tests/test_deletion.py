@@ -17,6 +17,7 @@ from pymongo.collection import Collection
 from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent
 
+from fix_archive import documents_of, store_again
 from fix_deletion import (
     COUNT,
     EVERYWHERE,
@@ -53,11 +54,23 @@ def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]
         yield repository
 
 
+@pytest.fixture(scope="module")
+def documents(server: str, driver: Driver) -> Iterator[dict[str, list[Any]]]:
+    """A session with parts in every collection, by collection."""
+    database = f"test_{uuid.uuid4().hex}"
+    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+        fill(repository)
+        wait_for_moves(driver[database]["agent_sessions"])
+    assert traces(driver, database) == EVERYWHERE
+    yield documents_of(driver[database]["agent_sessions"])
+    driver.drop_database(database)
+
+
 @pytest.fixture
-def full(repository: MongoDBSessionRepository, stored: Stored, driver: Driver) -> MongoDBSessionRepository:
-    fill(repository)
-    wait_for_moves(stored)
-    assert traces(driver, stored.database.name) == EVERYWHERE
+def full(
+    repository: MongoDBSessionRepository, stored: Stored, documents: dict[str, list[Any]]
+) -> MongoDBSessionRepository:
+    store_again(stored, documents)
     return repository
 
 

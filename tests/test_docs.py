@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from blockbuster import BlockBuster
 
+import interpreter
 from documented import PAGES, ROOT, Program, blocks, uri_of
 
 WITH_AWS = {
@@ -108,8 +109,8 @@ def check_requirement(requirement: str) -> None:
 @functools.cache
 def options_of(module: str) -> frozenset[str]:
     """Ask a module for its options: most of the commands run until they are stopped, or take long."""
-    command = [sys.executable, "-m", module, "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code = f"import runpy, sys; sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__')"
+    shown, _ = interpreter.run(code, "--help")
     return frozenset(re.findall(r"--[a-z-]+", shown))
 
 

@@ -20,7 +20,7 @@ import pytest
 from pymongo import MongoClient
 
 import interpreter
-from fix_servers import Cluster, Server
+from fix_servers import Server
 from interpreter import Process
 from mongodb_session_manager.embedded import EmbeddedMongoDB, _binary, _server, find_mongod, main
 from mongodb_session_manager.errors import ConfigurationError, EmbeddedServerError
@@ -94,17 +94,29 @@ def told(process: Process) -> dict[str, Any]:
     return answer
 
 
-def test_default_is_a_replica_set_of_one_that_takes_writes_and_leaves_nothing(temporary: Path) -> None:
-    with EmbeddedMongoDB() as server:
-        port = server.port
+def test_default_is_a_replica_set_of_one_that_survives_its_death_and_leaves_nothing(temporary: Path) -> None:
+    with Server() as server:  # with the options of an EmbeddedMongoDB()
+        pid, port = server.pid, server.port
         assert server.connection_string == f"mongodb://127.0.0.1:{port}/?replicaSet=rs0"
         assert server.data_directory.parent == temporary
         with connected(server.connection_string) as client, client.start_session() as session:
             session.with_transaction(lambda inner: client.db.things.insert_one({"_id": 1}, session=inner))
-            assert client.db.things.find_one() == {"_id": 1}
-            assert client.admin.command("serverStatus")["pid"] == server._pid
+            assert client.admin.command("serverStatus")["pid"] == pid
             assert client.admin.command("getCmdLineOpts")["parsed"]["net"]["bindIp"] == "127.0.0.1"
-        pid = server._pid
+
+        server.kill()
+        assert not runs(pid)
+        assert not listens(port)
+        with pytest.raises(EmbeddedServerError, match="mongod exited with code -9"):
+            server._check()
+
+        server.restart()
+        assert server.pid != pid
+        assert server.port == port
+        with connected(server.connection_string) as client:
+            assert client.db.things.find_one() == {"_id": 1}
+            client.db.things.insert_one({"_id": 2})
+        pid = server.pid
     assert not runs(pid)
     assert not listens(port)
     assert not server.data_directory.exists()
@@ -113,7 +125,7 @@ def test_default_is_a_replica_set_of_one_that_takes_writes_and_leaves_nothing(te
 def test_start_and_stop_are_idempotent_and_can_be_repeated() -> None:
     server = EmbeddedMongoDB(standalone=True)
     server.stop()
-    for _ in range(2):
+    for frozen in (False, True):
         server.start()
         pid = server._pid
         server.start()
@@ -121,6 +133,8 @@ def test_start_and_stop_are_idempotent_and_can_be_repeated() -> None:
         with connected(server.connection_string) as client:
             assert client.db.things.count_documents({}) == 0
             client.db.things.insert_one({})
+        if frozen:
+            os.kill(pid, signal.SIGSTOP)
         server.stop()
         server.stop()
         assert not runs(pid)
@@ -139,77 +153,63 @@ def test_a_port_that_does_not_exist_is_refused(port: int) -> None:
         EmbeddedMongoDB(port=port)
 
 
-def test_standalone_on_a_given_port_with_server_parameters() -> None:
-    port = _server._free_port()
+@pytest.fixture(scope="module")
+def standalone_server() -> Iterator[Server]:
+    """A standalone server on a given port, with parameters; no test stops it."""
     parameters: dict[str, str | int] = {"enableTestCommands": 1, "ttlMonitorEnabled": False}
-    with Server(standalone=True, port=port, server_parameters=parameters) as server:
-        assert server.port == port
-        assert server.connection_string == f"mongodb://127.0.0.1:{port}/?directConnection=true"
-        with connected(server.connection_string) as client:
-            client.db.things.insert_one({})
-            hello = client.admin.command("hello", compression=["snappy", "zstd", "zlib"])
-            assert "setName" not in hello
-            assert "compression" not in hello  # on the loopback interface
-            assert client.admin.command("getParameter", 1, ttlMonitorEnabled=1)["ttlMonitorEnabled"] is False
-            client.admin.command("configureFailPoint", "failCommand", mode="off")
+    with Server(standalone=True, port=_server._free_port(), server_parameters=parameters) as server:
+        yield server
 
 
-def test_a_given_directory_is_made_kept_and_found_again_also_on_another_port(tmp_path: Path) -> None:
+def test_standalone_on_a_given_port_with_server_parameters(standalone_server: Server) -> None:
+    port = standalone_server._given_port
+    assert standalone_server.port == port
+    assert standalone_server.connection_string == f"mongodb://127.0.0.1:{port}/?directConnection=true"
+    with connected(standalone_server.connection_string) as client:
+        client.db.things.insert_one({})
+        hello = client.admin.command("hello", compression=["snappy", "zstd", "zlib"])
+        assert "setName" not in hello
+        assert "compression" not in hello  # on the loopback interface
+        assert client.admin.command("getParameter", 1, ttlMonitorEnabled=1)["ttlMonitorEnabled"] is False
+        client.admin.command("configureFailPoint", "failCommand", mode="off")
+
+
+def modes(directory: Path) -> dict[str, int]:
+    """Return the permissions of a directory and of everything in it."""
+    return {str(path): path.stat().st_mode & 0o777 for path in [directory, *directory.rglob("*")]}
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_a_given_directory_is_made_for_its_owner_and_kept_and_found_again_also_on_another_port(tmp_path: Path) -> None:
     directory = tmp_path / "made" / "here"
     with EmbeddedMongoDB(data_directory=directory) as server:
         first = server.port
         assert server.data_directory == directory
         with connected(server.connection_string) as client:
             client.db.things.insert_one({"_id": 1})
-    ports = [first, _server._free_port()]
-    for count, port in enumerate(ports, start=2):
-        with (
-            EmbeddedMongoDB(data_directory=directory, port=port) as server,
-            connected(server.connection_string) as client,
-        ):
-            client.db.things.insert_one({"_id": count})
-            assert [thing["_id"] for thing in client.db.things.find().sort("_id")] == list(range(1, count + 1))
-            assert client.admin.command("hello")["hosts"] == [f"127.0.0.1:{port}"]
+        assert {path: oct(mode) for path, mode in modes(directory).items() if mode & 0o077} == {}
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+    with (
+        EmbeddedMongoDB(data_directory=directory) as server,
+        connected(server.connection_string) as client,
+    ):
+        assert server.port != first
+        client.db.things.insert_one({"_id": 2})
+        assert client.db.things.count_documents({}) == 2
+        assert client.admin.command("hello")["hosts"] == [f"127.0.0.1:{server.port}"]
     with (
         EmbeddedMongoDB(data_directory=directory, standalone=True) as server,
         connected(server.connection_string) as client,
     ):
-        assert client.db.things.count_documents({}) == 3
-
-
-def test_a_killed_server_comes_back_with_its_data() -> None:
-    with Server() as server:  # where what was written is on the disk
-        with connected(server.connection_string) as client:
-            client.db.things.insert_one({"_id": 1})
-        pid, port = server._pid, server.port
-        server.kill()
-        assert not runs(pid)
-        assert not listens(port)
-        with pytest.raises(EmbeddedServerError, match="mongod exited with code -9"):
-            server._check()
-        server.restart()
-        assert server._pid != pid
-        assert server.port == port
-        with connected(server.connection_string) as client:
-            assert client.db.things.find_one() == {"_id": 1}
-            client.db.things.insert_one({"_id": 2})
-
-
-def test_three_servers_outlive_their_primary() -> None:
-    with Cluster() as servers, connected(servers.connection_string) as client:
-        things = client.db.get_collection("things")
-        things.insert_one({"_id": 1})
-        killed = servers.primary()
-        servers.kill(killed)
-        assert servers.primary() != killed
-        things.insert_one({"_id": 2})
-        servers.restart(killed)
-        with MongoClient("127.0.0.1", servers.members[killed].port, directConnection=True) as member:
-            eventually(
-                lambda: member.db.get_collection("things").count_documents({}) == 2, "the restarted member catching up"
-            )
-        pids = [member.pid for member in servers.members]
-    assert not any(runs(pid) for pid in pids)
+        assert client.db.things.count_documents({}) == 2
 
 
 def test_an_explicit_binary_comes_before_the_environment_before_the_path(
@@ -264,25 +264,21 @@ def test_the_wheel_is_found_without_being_imported(tmp_path: Path) -> None:
         "print(find_mongod())\n"
         "sys.exit('fiftyone' in sys.modules)\n"
     )
-    environment = {**os.environ, "PATH": str(tmp_path), "MONGOD_BINARY": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    assert Path(done.stdout.strip()).parts[-4:] == ("fiftyone", "db", "bin", "mongod")
-    assert os.access(done.stdout.strip(), os.X_OK)
+    found, _ = interpreter.run(script, env={**os.environ, "PATH": str(tmp_path), "MONGOD_BINARY": ""})
+    assert Path(found.strip()).parts[-4:] == ("fiftyone", "db", "bin", "mongod")
+    assert os.access(found.strip(), os.X_OK)
 
 
-def test_a_given_port_in_use_is_an_error_that_says_so() -> None:
+def test_a_given_port_in_use_is_an_error_that_says_so(standalone_server: Server) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(EmbeddedServerError, match=f"port {port} is in use"):
             EmbeddedMongoDB(port=port).start()
-    with EmbeddedMongoDB(standalone=True) as other:
-        with pytest.raises(EmbeddedServerError, match=f"port {other.port} is in use"):
-            EmbeddedMongoDB(port=other.port).start()
-        assert runs(other._pid)
+    with pytest.raises(EmbeddedServerError, match=f"port {standalone_server.port} is in use"):
+        EmbeddedMongoDB(port=standalone_server.port).start()
+    assert runs(standalone_server.pid)
 
 
 def test_a_free_port_that_was_lost_to_somebody_else_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,13 +322,6 @@ def test_a_server_left_to_the_garbage_collector_ends() -> None:
         servers.clear()
     gc.collect()
     eventually(lambda: not runs(pid), "the end of mongod")
-
-
-def test_a_frozen_server_is_ended_too() -> None:
-    with EmbeddedMongoDB(standalone=True) as server:
-        os.kill(server._pid, signal.SIGSTOP)
-        pid = server._pid
-    assert not runs(pid)
 
 
 @pytest.mark.parametrize(
@@ -411,18 +400,6 @@ time.sleep(600)
             os.kill(child, signal.SIGKILL)
 
 
-def test_async_with() -> None:
-    server = EmbeddedMongoDB(standalone=True)
-
-    async def use() -> int:
-        async with server as entered:
-            assert entered is server
-            return server._pid
-
-    assert not runs(anyio.run(use))
-    assert not server.data_directory.exists()
-
-
 def test_async_with_passes_on_the_error_of_a_failed_start(tmp_path: Path) -> None:
     async def use() -> None:
         async with EmbeddedMongoDB(binary=tmp_path / "missing"):
@@ -432,13 +409,14 @@ def test_async_with_passes_on_the_error_of_a_failed_start(tmp_path: Path) -> Non
         anyio.run(use)
 
 
-def test_a_cancelled_scope_ends_the_server() -> None:
+def test_async_with_ends_the_server_also_in_a_cancelled_scope() -> None:
     server = EmbeddedMongoDB(standalone=True)
     pids = []
 
     async def use() -> None:
         with anyio.CancelScope() as scope:
-            async with server:
+            async with server as entered:
+                assert entered is server
                 pids.append(server._pid)
                 scope.cancel()
                 await anyio.sleep_forever()
@@ -446,6 +424,7 @@ def test_a_cancelled_scope_ends_the_server() -> None:
 
     anyio.run(use)
     assert not runs(pids[0])
+    assert not server.data_directory.exists()
 
 
 def has_ports(server: EmbeddedMongoDB) -> bool:
@@ -519,25 +498,17 @@ def test_command_line_is_stopped_while_it_starts(temporary: Path) -> None:
         assert not list(temporary.iterdir())
 
 
-def test_command_line_options(tmp_path: Path) -> None:
+def test_command_line_options_and_an_error_when_the_server_dies(tmp_path: Path) -> None:
     port = _server._free_port()
     options = ["--standalone", "--port", str(port), "--data-directory", str(tmp_path / "data")]
     with forked_command_line(*options, "--binary", str(find_mongod())) as process:
         uri = process.stdout.readline().strip()
         assert uri == f"mongodb://127.0.0.1:{port}/?directConnection=true"
         with connected(uri) as client:
-            client.db.things.insert_one({})
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(BOUND) == 0
-    assert (tmp_path / "data").is_dir()
-
-
-def test_command_line_ends_with_an_error_when_the_server_dies() -> None:
-    with forked_command_line("--standalone") as process:
-        with connected(process.stdout.readline().strip()) as client:
             server = client.admin.command("serverStatus")["pid"]
         os.kill(server, signal.SIGKILL)
         assert process.wait(BOUND) == 1
+    assert (tmp_path / "data").is_dir()
 
 
 def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -563,33 +534,6 @@ def test_waits_for_the_server_of_an_owner_that_ended_a_moment_ago(tmp_path: Path
         assert client.admin.command("ping")["ok"]
 
 
-# What others on the machine may see.
-
-
-def modes(directory: Path) -> dict[str, int]:
-    """Return the permissions of a directory and of everything in it."""
-    return {str(path): path.stat().st_mode & 0o777 for path in [directory, *directory.rglob("*")]}
-
-
-@pytest.fixture
-def open_umask() -> Iterator[None]:
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
-
-
-@pytest.mark.usefixtures("open_umask")
-def test_nobody_else_reads_the_data_or_the_log(tmp_path: Path) -> None:
-    directory = tmp_path / "made" / "for it"
-    with (
-        EmbeddedMongoDB(data_directory=directory, standalone=True) as server,
-        connected(server.connection_string) as client,
-    ):
-        client.db.things.insert_one({})
-        assert {path: oct(mode) for path, mode in modes(directory).items() if mode & 0o077} == {}
-    assert directory.stat().st_mode & 0o777 == 0o700
-
-
 @pytest.mark.usefixtures("open_umask")
 def test_what_an_earlier_version_made_is_closed_and_the_users_directory_stays_as_it_is(tmp_path: Path) -> None:
     directory = tmp_path / "data"
@@ -601,13 +545,13 @@ def test_what_an_earlier_version_made_is_closed_and_the_users_directory_stays_as
     assert opened == {str(directory): "0o755"}
 
 
-def test_the_log_quotes_no_slow_command() -> None:
-    with EmbeddedMongoDB(standalone=True) as server, connected(server.connection_string) as client:
-        client.db.things.insert_one({"said": "hush-hush"})
-        slow = client.db.things.find({"$where": "sleep(300) || true", "said": "hush-hush"}).to_list()
+def test_the_log_quotes_no_slow_command(standalone_server: Server) -> None:
+    with connected(standalone_server.connection_string) as client:
+        client.quoted.things.insert_one({"said": "hush-hush"})
+        slow = client.quoted.things.find({"$where": "sleep(300) || true", "said": "hush-hush"}).to_list()
         assert len(slow) == 1
-        client.db.things.update_many({"$where": "sleep(300) || true"}, {"$set": {"said": "hush-hush, too"}})
-        logs = list(server.data_directory.glob("*.log"))
+        client.quoted.things.update_many({"$where": "sleep(300) || true"}, {"$set": {"said": "hush-hush, too"}})
+        logs = list(standalone_server.data_directory.glob("*.log"))
         assert len(logs) == 1
         assert "hush-hush" not in logs[0].read_text()
 

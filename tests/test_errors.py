@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import copy
+import functools
 import io
 import logging
 import pickle
@@ -45,9 +46,13 @@ from support import agent, assert_no_driver_error, chained, eventually, fail_poi
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
-SOURCES = {path: ast.parse(path.read_text()) for path in sorted(Path(package.__file__).parent.rglob("*.py"))}
 SECRET = "x7q-" + "said-by-a-user"
 ALWAYS = 1_000_000
+
+
+@functools.cache
+def sources() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for path in sorted(Path(package.__file__).parent.rglob("*.py"))}
 
 
 def check_silent(error: BaseException, secret: str = SECRET) -> None:
@@ -207,7 +212,7 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
     harmless |= {name for name in dir(package) if name.endswith("Error")} | {"RefusedError"}
     harmless |= {"importlib", "metadata", "PackageNotFoundError"}
     raising = []
-    for path, tree in SOURCES.items():
+    for path, tree in sources().items():
         for handler in ast.walk(tree):
             if not isinstance(handler, ast.ExceptHandler):
                 continue
@@ -228,7 +233,7 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
 def test_only_what_translates_the_drivers_errors_names_them() -> None:
     knowing = {
         path.stem
-        for path, tree in SOURCES.items()
+        for path, tree in sources().items()
         for node in ast.walk(tree)
         if (isinstance(node, ast.ImportFrom) and node.module == "pymongo.errors")
         or (isinstance(node, ast.ImportFrom) and node.module == "pymongo" and "errors" in [n.name for n in node.names])
@@ -540,7 +545,7 @@ def called(expression: ast.expr) -> str:
 def test_every_log_line_escapes_what_comes_from_outside() -> None:
     unescaped = []
     calls = 0
-    for path, tree in SOURCES.items():
+    for path, tree in sources().items():
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
                 continue
@@ -566,7 +571,7 @@ def test_every_log_line_escapes_what_comes_from_outside() -> None:
 def test_every_error_escapes_what_comes_from_outside() -> None:
     unescaped = [
         f"{path.stem}: {ast.unparse(value)}"
-        for path, tree in SOURCES.items()
+        for path, tree in sources().items()
         for error in ast.walk(tree)
         if isinstance(error, ast.Call) and re.search(r"Error$", called(error.func))
         for text in error.args

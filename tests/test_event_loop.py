@@ -22,7 +22,9 @@ from strands.types.tools import ToolContext
 from mongodb_session_manager import AsyncMongoDBSessionManager, MongoDBSessionError, MongoDBSessionManagerFactory
 from mongodb_session_manager.demo import Redaction, ScriptedModel
 from proxy import Proxy
-from support import CommandLog, agent, eventually, message_ids, texts
+from support import CommandLog, agent, eventually, halves, message_ids, texts
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -112,13 +114,13 @@ class Kind:
             await asyncio.to_thread(manager.flush)
 
 
-@pytest.fixture(params=["sync", "async", "mixed"])
+@pytest.fixture(params=halves("sync", "mixed")("async"))
 def kind(request: pytest.FixtureRequest) -> Kind:
     return Kind(request.param)
 
 
-ON_A_LOOP = pytest.mark.parametrize("kind", ["async", "mixed"], indirect=True)
-SYNC_AND_ASYNC = pytest.mark.parametrize("kind", ["sync", "async"], indirect=True)
+ON_A_LOOP = pytest.mark.parametrize("kind", halves("async")("mixed"), indirect=True)
+SYNC_AND_ASYNC = pytest.mark.parametrize("kind", halves("sync")("async"), indirect=True)
 
 
 def stored_agent(stored: Stored, key: str = "agent") -> dict[str, Any]:
@@ -146,7 +148,7 @@ def count(stored: Stored) -> int:
 
 @pytest.mark.anyio
 @ON_A_LOOP
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", halves(False)(True))
 async def test_the_loop_goes_round_while_a_turn_is_written(
     kind: Kind, remote: MongoDBSessionManagerFactory, proxy: Proxy, ticks: Ticks, stored: Stored, streaming: bool
 ) -> None:
@@ -274,7 +276,7 @@ async def test_what_failed_behind_the_back_is_raised_by_the_next_flush(
 # From anywhere.
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", halves(False)(True))
 def test_one_manager_serves_threads_and_loops(
     factory: MongoDBSessionManagerFactory, stored: Stored, asynchronous: bool
 ) -> None:
@@ -293,20 +295,20 @@ def test_one_manager_serves_threads_and_loops(
         asyncio.run(worker.invoke_async("thanks"))
 
     async def on_a_loop(name: str) -> None:
-        members = [agent(manager, CALL_ADD, "three", agent_id=f"{name}-{n}", tools=[add]) for n in range(5)]
+        members = [agent(manager, CALL_ADD, "three", agent_id=f"{name}-{n}", tools=[add]) for n in range(3)]
         await asyncio.gather(*(member.invoke_async("1 + 2?") for member in members))
 
-    with ThreadPoolExecutor(22) as threads:
-        work = [threads.submit(in_a_thread, number) for number in range(20)]
+    with ThreadPoolExecutor(12) as threads:
+        work = [threads.submit(in_a_thread, number) for number in range(10)]
         work += [threads.submit(lambda name=name: asyncio.run(on_a_loop(name))) for name in ("left", "right")]
         for done in work:
             done.result()
     lead("four")
     assert conversation(stored, "lead") == ["one", "1", "two", "2", "three", "3", "four", "4"]
-    for number in range(20):
+    for number in range(10):
         assert conversation(stored, f"worker-{number}") == ["1 + 2?", "", "", "three", "thanks", "bye"]
     for name in ("left", "right"):
-        for number in range(5):
+        for number in range(3):
             assert conversation(stored, f"{name}-{number}") == ["1 + 2?", "", "", "three"]
 
 
@@ -319,7 +321,7 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
             manager.flush()
 
     def create(worker: int) -> None:
-        for number in range(200):
+        for number in range(80):
             agent(manager, agent_id=f"agent-{worker}-{number}")
 
     interval = sys.getswitchinterval()
@@ -336,28 +338,27 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
     finally:
         sys.setswitchinterval(interval)
     manager.flush()
-    assert len(stored.find_one({"_id": "s"})["agents"]) == 400
+    assert len(stored.find_one({"_id": "s"})["agents"]) == 160
 
 
 # What becomes of messages.
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("save_on", "writes"), [("message", 4), ("invocation", 1)])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
 async def test_a_tool_that_the_application_calls_is_stored_when_the_call_returns(
     kind: Kind,
     factory: MongoDBSessionManagerFactory,
     stored: Stored,
     commands: CommandLog,
     save_on: str,
-    writes: int,
 ) -> None:
     """It belongs to no invocation, so nothing tells its end."""
     asked = agent(await kind.open(factory, save_on=save_on), "hello", "fine", tools=[add])
     for count in (1, 2):
         commands.clear()
         await asyncio.to_thread(asked.tool.add, a=1, b=2)
-        assert commands.names == ["update"] * writes
+        assert commands.names == ["update"] * (4 if save_on == "message" else 1)
         assert len(conversation(stored)) == 6 * count - 2
         assert conversation(stored)[-1] == "agent.tool.add was called."
         await kind.ask(asked, "hi")
@@ -366,7 +367,7 @@ async def test_a_tool_that_the_application_calls_is_stored_when_the_call_returns
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
 async def test_a_merged_continuation_replaces(
     kind: Kind, factory: MongoDBSessionManagerFactory, stored: Stored, save_on: str
 ) -> None:
@@ -417,7 +418,7 @@ def raw_bytes(stored: Stored) -> bytes:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
 async def test_a_redacted_question_is_nowhere(
     kind: Kind, factory: MongoDBSessionManagerFactory, stored: Stored, save_on: str
 ) -> None:
@@ -660,7 +661,7 @@ def with_metrics(messages: list[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
 async def test_metrics_are_on_the_last_message_of_each_invocation(
     kind: Kind, factory: MongoDBSessionManagerFactory, stored: Stored, save_on: str
 ) -> None:

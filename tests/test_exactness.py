@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
-import multiprocessing.synchronize
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import pytest
 from strands import Agent, tool
 from strands.hooks import BeforeModelCallEvent
 
+import interpreter
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     DatabaseError,
@@ -28,12 +27,14 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from proxy import Proxy, command
-from support import agent, fail_point, message_ids, sampled, texts
+from support import agent, fail_point, halves, message_ids, sampled, texts
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 Manager = MongoDBSessionManager | AsyncMongoDBSessionManager
 
-SAVE_ON = pytest.mark.parametrize("save_on", ["message", "invocation"])
+SAVE_ON = pytest.mark.parametrize("save_on", halves("message")("invocation"))
 
 
 @tool
@@ -90,7 +91,7 @@ class Async:
 Api = Sync | Async
 
 
-@pytest.fixture(params=[Sync, Async], ids=["sync", "async"])
+@pytest.fixture(params=halves(Sync)(Async), ids=["sync", "async"])
 def api(request: pytest.FixtureRequest) -> Api:
     return request.param()
 
@@ -244,7 +245,7 @@ def test_a_refused_agent_does_not_harm_another_of_the_same_manager(
 # Two agents.
 
 
-@pytest.mark.parametrize("managers", [1, 2])
+@pytest.mark.parametrize("managers", halves(1)(2))
 def test_two_agents_take_turns(api: Api, factory: MongoDBSessionManagerFactory, stored: Stored, managers: int) -> None:
     first = api.open(factory, "s")
     second = first if managers == 1 else api.open(factory, "s")
@@ -262,27 +263,27 @@ def test_two_agents_take_turns(api: Api, factory: MongoDBSessionManagerFactory, 
 
 @pytest.mark.anyio
 @SAVE_ON
-@pytest.mark.parametrize("managers", [1, 2])
+@pytest.mark.parametrize("managers", halves(1)(2))
 async def test_agents_of_a_session_work_at_the_same_time(
     factory: MongoDBSessionManagerFactory, stored: Stored, managers: int, save_on: str
 ) -> None:
     opened = [await factory.create_session_manager_async("s", save_on=save_on) for _ in range(managers)]
-    agents = [agent(opened[n % managers], agent_id=f"agent-{n}", tools=[add]) for n in range(10)]
+    agents = [agent(opened[n % managers], agent_id=f"agent-{n}", tools=[add]) for n in range(8)]
 
     async def talk(talking: Agent) -> None:
-        for turn in range(4):
+        for turn in range(3):
             talking.model.replies.extend([CALL_ADD, f"answer {turn}"])
             await talking.invoke_async(f"turn {turn}")
 
     await asyncio.gather(*map(talk, agents))
-    for n in range(10):
+    for n in range(8):
         assert conversation(stored, key=f"agent-{n}") == [
-            text for turn in range(4) for text in (f"turn {turn}", "", "", f"answer {turn}")
+            text for turn in range(3) for text in (f"turn {turn}", "", "", f"answer {turn}")
         ]
 
 
 @pytest.mark.anyio
-async def test_forty_sessions_at_once(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+async def test_twenty_sessions_at_once(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
     async def life(session_id: str) -> None:
         async with await factory.create_session_manager_async(session_id) as created:
             await agent(created, "created").invoke_async(f"{session_id} one")
@@ -292,69 +293,61 @@ async def test_forty_sessions_at_once(factory: MongoDBSessionManagerFactory, sto
             await continued.invoke_async(f"{session_id} two")
             await continued.invoke_async(f"{session_id} three")
 
-    names = [f"session-{n}" for n in range(40)]
+    names = [f"session-{n}" for n in range(20)]
     await asyncio.gather(*map(life, names))
     for name in names:
         assert conversation(stored, name) == [
             f"{name} one", "created", f"{name} two", "", "", "resumed", f"{name} three", "continued",
         ]  # fmt: skip
-    assert stored.count_documents({"_id": {"$regex": "^session-"}}) == 40
+    assert stored.count_documents({"_id": {"$regex": "^session-"}}) == 20
 
 
 # Many processes.
 
 PROCESSES = 4
 
+PROGRAM = """
+import sys
+from mongodb_session_manager import MongoDBSessionManagerFactory
+from support import agent
 
-def enter_with_own_agent(server: str, database: str, number: int, start: multiprocessing.synchronize.Barrier) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        factory.ping()
-        start.wait(60)
-        with factory.create_session_manager("s") as manager:
-            own = agent(manager, "answer", agent_id=f"agent-{number}")
-            own(f"question {number}")
+server, database, number = sys.argv[1:]
 
+def wait_for_the_others():
+    print("here", flush=True)
+    sys.stdin.readline()
 
-def enter_with_same_agent(server: str, database: str, number: int, start: multiprocessing.synchronize.Barrier) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        factory.ping()
-        start.wait(60)
-        with factory.create_session_manager("s", application_name="app") as manager:
-            manager.sync_agent(agent(manager))
-            manager.flush()
-
-
-def in_processes(target: Callable[..., None], server: str, database: str) -> None:
-    """Run `target` in four processes that begin at the same moment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["strands", "mongodb_session_manager", "support"])
-    start = context.Barrier(PROCESSES)
-    processes = [context.Process(target=target, args=(server, database, n, start)) for n in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-        process.close()
-    assert codes == [0] * PROCESSES
+with MongoDBSessionManagerFactory(server, database) as factory:
+    factory.ping()
+    wait_for_the_others()
+    with factory.create_session_manager("s") as manager:
+        agent(manager, "answer", agent_id=f"agent-{number}")(f"question {number}")
+    wait_for_the_others()
+    with factory.create_session_manager("t", application_name="app") as manager:
+        manager.sync_agent(agent(manager))
+        manager.flush()
+"""
 
 
 def test_four_processes_enter_a_new_session_at_once(server: str, database: str, stored: Stored) -> None:
-    in_processes(enter_with_own_agent, server, database)
-    assert stored.count_documents({}) == 1
+    """Each with an agent of its own, and in the other session all with the same one."""
+    processes = [interpreter.start(PROGRAM, server, database, number) for number in range(PROCESSES)]
+    for _ in ("s", "t"):
+        assert [process.stdout.readline() for process in processes] == ["here\n"] * PROCESSES
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert stored.count_documents({}) == 2
     for number in range(PROCESSES):
         assert conversation(stored, key=f"agent-{number}") == [f"question {number}", "answer"]
-
-
-def test_four_processes_open_the_same_agent_at_once(server: str, database: str, stored: Stored) -> None:
-    in_processes(enter_with_same_agent, server, database)
-    (document,) = stored.find()
+    document = stored.find_one({"_id": "t"})
+    assert document is not None
     assert document["application_name"] == "app"
     assert list(document["agents"]) == ["agent"]
-    assert conversation(stored) == []
+    assert conversation(stored, "t") == []
 
 
 def test_an_agent_created_by_two_belongs_to_who_writes_first(
@@ -643,7 +636,7 @@ def test_several_failed_flushes_and_then_recovery(api: Api, server: str, databas
         api.close(manager)
 
 
-@pytest.mark.parametrize("reply", [CALL_ADD, "answer"], ids=["at a tool call", "at the end"])
+@pytest.mark.parametrize("reply", halves(CALL_ADD)("answer"), ids=["at a tool call", "at the end"])
 def test_an_outage_in_the_middle_of_a_turn(
     api: Api, server: str, database: str, stored: Stored, reply: dict[str, Any] | str
 ) -> None:
@@ -679,7 +672,7 @@ def test_closing_after_an_outage_stores_what_is_pending(server: str, database: s
         assert conversation(stored) == ["one", "1", "two"]
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first turn", "later turn"])
+@pytest.mark.parametrize("first", halves(True)(False), ids=["first turn", "later turn"])
 def test_what_a_failed_flush_has_stored_is_not_stored_again(
     api: Api, server: str, database: str, stored: Stored, first: bool
 ) -> None:
@@ -703,7 +696,7 @@ def test_what_a_failed_flush_has_stored_is_not_stored_again(
         api.close(manager)
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["like Strands", "by another message"])
+@pytest.mark.parametrize("in_place", halves(True)(False), ids=["like Strands", "by another message"])
 def test_a_redaction_after_a_flush_that_failed_though_it_stored(
     server: str, database: str, stored: Stored, in_place: bool
 ) -> None:

@@ -8,8 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,19 +16,18 @@ import httpx
 import pymongo
 import pytest
 
-from documented import uri_of
+import interpreter
+from documented import ROOT, uri_of
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
-PYTHON = [sys.executable, "-W", "error"]
-COMMANDS = {"python": PYTHON, "uvicorn": [*PYTHON, "-m", "uvicorn"]}
+UVICORN = "import runpy, sys; sys.argv[0] = 'uvicorn'; runpy.run_module('uvicorn', run_name='__main__')"
 
 
 class Example:
     """An example in a directory of its own. It uses the test's database, or starts a server as it does by default."""
 
-    def __init__(self, directory: Path, uri: str) -> None:
-        self._directory = directory
+    def __init__(self, uri: str) -> None:
         self._environment = {**os.environ, "MONGODB_URI": uri}
         self.uri = uri
 
@@ -38,40 +35,33 @@ class Example:
         del self._environment["MONGODB_URI"]
         return self
 
-    def commands(self, name: str) -> list[list[str]]:
-        """Copy an example and return the commands of its `run:` line."""
-        shutil.copy(EXAMPLES / name, self._directory)
+    def commands(self, name: str) -> list[tuple[str | Path, list[str]]]:
+        """Copy an example and return its programs and their arguments, as its `run:` line names them."""
+        shutil.copy(EXAMPLES / name, ".")
         found = re.search("^run: +(.+)$", (EXAMPLES / name).read_text(), re.MULTILINE)
         assert found is not None
         commands = [shlex.split(command) for command in found[1].split("&&")]
-        return [[*COMMANDS[program], *arguments] for program, *arguments in commands]
+        return [
+            (UVICORN, arguments) if program == "uvicorn" else (Path(arguments[0]), arguments[1:])
+            for program, *arguments in commands
+        ]
 
     def run(self, name: str) -> list[str]:
         """Run an example and return the lines it printed, without the random part of session ids."""
         printed = ""
-        for command in self.commands(name):
-            shown = subprocess.run(
-                command, cwd=self._directory, env=self._environment, capture_output=True, text=True, timeout=110
-            )
-            assert (shown.returncode, shown.stderr) == (0, "")
-            printed += shown.stdout
+        for code, arguments in self.commands(name):
+            shown, errors = interpreter.run(code, *arguments, env=self._environment)
+            assert errors == ""
+            printed += shown
         return re.sub(r"-[0-9a-f]{8}\b", "-#", printed).splitlines()
 
     @contextmanager
     def serving(self, name: str) -> Iterator[str]:
         """Run an example that is a server on a free port, yield its address, and end it as Ctrl+C does."""
-        [command] = self.commands(name)
-        process = subprocess.Popen(
-            [*command, "--port", "0"],
-            cwd=self._directory,
-            env=self._environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
+        [(code, arguments)] = self.commands(name)
+        process = interpreter.start(code, *arguments, "--port", 0, env=self._environment)
         logged = ""
         try:
-            assert process.stderr is not None
             for line in process.stderr:
                 logged += line
                 if found := re.search(r"running on (http://[\d.:]+)", line):
@@ -79,15 +69,24 @@ class Example:
                     break
         finally:
             process.send_signal(signal.SIGINT)
-            logged += process.communicate(timeout=60)[1]
+            logged += process.communicate()[1]
         assert process.returncode in (0, -signal.SIGINT), logged
         assert "Application shutdown complete." in logged
         assert "Traceback" not in logged
 
 
 @pytest.fixture
-def example(server: str, database: str, tmp_path: Path) -> Example:
-    return Example(tmp_path, uri_of(server, database))
+def example(server: str, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Example:
+    monkeypatch.chdir(tmp_path)
+    return Example(uri_of(server, database))
+
+
+def test_examples_import_no_module_of_this_checkout() -> None:
+    folders = [EXAMPLES, ROOT / "tests", ROOT / "benchmarks"]
+    ours = {part for folder in folders for path in folder.rglob("*.py") for part in (folder.name, path.stem)}
+    for name in NAMES:
+        imports = re.findall(r"^ *(?:from|import) ([\w.]+)", (EXAMPLES / name).read_text(), re.MULTILINE)
+        assert not {module.partition(".")[0] for module in imports} & ours, name
 
 
 @pytest.mark.parametrize("name", NAMES)

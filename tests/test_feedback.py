@@ -22,7 +22,9 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from support import CommandLog, agent
+from support import CommandLog, agent, halves
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 
@@ -43,7 +45,7 @@ class Blocking:
         return call
 
 
-@pytest.fixture(params=["manager", "async manager", "repository", "async repository"])
+@pytest.fixture(params=halves("manager", "async repository")("async manager", "repository"))
 def session(
     request: pytest.FixtureRequest,
     factory: MongoDBSessionManagerFactory,
@@ -131,7 +133,8 @@ def test_adding_changes_nothing_else(session: Blocking, stored: Stored) -> None:
     before = stored.find_one({"_id": "s"})
     session.add_feedback({"rating": "up"})
     after = stored.find_one({"_id": "s"})
-    assert after.pop("updated_at") >= before.pop("updated_at")
+    # Each client reads the clock of the server for itself, to within a round trip.
+    assert after.pop("updated_at") >= before.pop("updated_at") - timedelta(seconds=1)
     assert (len(before.pop("feedbacks")), len(after.pop("feedbacks"))) == (0, 1)
     assert after == before
 

@@ -18,6 +18,7 @@ from fix_archive import (
     SMALL,
     Other,
     append,
+    appends,
     begin,
     documents_of,
     expected,
@@ -28,7 +29,7 @@ from fix_archive import (
     store_again,
     told,
 )
-from fix_copying import KIB, MIB, all_of, content, every_failure, left_of, same_content, with_image
+from fix_copying import KIB, all_of, content, every_failure, left_of, same_content, with_image
 from fix_legacy import conversation, old_agent, old_session
 from mongodb_session_manager import (
     AgentNotFoundError,
@@ -44,14 +45,23 @@ from mongodb_session_manager import (
     demo,
 )
 from mongodb_session_manager.demo import Redaction
-from support import CommandLog, agent, eventually, fail_point, sampled, texts
+from support import CommandLog, agent, apply, eventually, fail_point, sampled, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
+Prepared = tuple[dict[str, list[Any]], ...]
 
 
 @pytest.fixture(autouse=True)
 def words_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_count_words", len)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chunks_are_small() -> Iterator[None]:
+    """Store attachments in chunks of 64 KiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mongodb_session_manager._store.attachments.CHUNK_BYTES", 64 * KIB)
+        yield
 
 
 @pytest.fixture
@@ -68,27 +78,41 @@ def small(server: str, database: str) -> Iterator[MongoDBSessionManagerFactory]:
         yield factory
 
 
-@pytest.fixture(scope="module")
-def long_documents(server: str, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[dict[str, list[Any]]]:
+IMAGES = {3: content(65 * KIB, 3), 28: content(5000, 28)}
+
+
+def thirty(
+    repository: MongoDBSessionRepository, stored: Stored, images: dict[int, bytes], text: str | None = None
+) -> dict[str, list[Any]]:
     """The documents of a session of 30 messages, of which 25 are archived, by collection."""
+    begin(repository)
+    for n in range(30):
+        repository.create_message("s", "agent", with_image(n, images[n]) if n in images else said(n, text))
+        settled(stored)
+    assert head(stored)["archived"] == 25
+    documents = documents_of(stored)
+    repository.delete_session("s")
+    return documents
+
+
+@pytest.fixture(scope="module")
+def prepared(server: str, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[Prepared]:
+    """Sessions of 30 messages: one without images, one with two of them, of which one is archived, and another one."""
     database = f"test_{uuid.uuid4().hex}"
     stored = driver[database]["agent_sessions"]
-    with MongoDBSessionRepository(server, database, **SMALL) as repository:
-        begin(repository)
-        for message_id in range(30):
-            append(repository, message_id)
-            settled(stored)
-    assert head(stored)["archived"] == 25
-    yield documents_of(stored)
+    with MongoDBSessionRepository(server, database, **SMALL, max_inline_attachment_bytes=1000) as repository:
+        yield (
+            thirty(repository, stored, {}),
+            thirty(repository, stored, IMAGES),
+            thirty(repository, stored, dict.fromkeys(IMAGES, content(5000, 9)), "other"),
+        )
     driver.drop_database(database)
 
 
 @pytest.fixture
-def long(
-    repository: MongoDBSessionRepository, stored: Stored, long_documents: dict[str, list[Any]]
-) -> MongoDBSessionRepository:
+def long(repository: MongoDBSessionRepository, stored: Stored, prepared: Prepared) -> MongoDBSessionRepository:
     """A repository with a session of 30 messages, of which 25 are archived."""
-    store_again(stored, long_documents)
+    store_again(stored, prepared[0])
     return repository
 
 
@@ -126,7 +150,7 @@ def test_a_fork_is_the_same_session(
 ) -> None:
     with small.create_session_manager("s") as manager:
         one = agent(manager, *[f"a{n}" for n in range(12)], agent_id="a.b")
-        one([{"text": "q0"}, {"image": {"format": "png", "source": {"bytes": content(3 * MIB)}}}])
+        one([{"text": "q0"}, {"image": {"format": "png", "source": {"bytes": content(100 * KIB)}}}])
         for n in range(1, 12):
             one(f"q{n}")
         two = agent(manager, Redaction("[redacted]"), agent_id="two", system_prompt="Be brief.")
@@ -168,12 +192,12 @@ def test_a_fork_and_its_session_go_their_own_ways(small: MongoDBSessionManagerFa
 
 def test_redacting_in_one_leaves_the_other(repository: MongoDBSessionRepository, stored: Stored) -> None:
     begin(repository)
-    image = content(3 * MIB)
+    image = content(5000)
     for message_id in range(20):
         repository.create_message(
             "s", "agent", with_image(message_id, image) if message_id in (2, 19) else said(message_id)
         )
-        settled(stored)
+    settled(stored)
     repository.fork_session("s", "t")
     repository.fork_session("t", "u")
     for message_id in (2, 19):
@@ -221,11 +245,8 @@ def test_a_fork_ends_with_a_message(long: MongoDBSessionRepository, stored: Stor
     assert long.get_message_count("t", "agent") == last + 1
     assert long.read_message("t", "agent", last).message == said(last).message
     assert long.read_message("t", "agent", last + 1) is None
-    for message_id in range(last + 1, last + 22):
-        long.create_message("t", "agent", said(message_id, f"other {message_id}"))
-    assert told(long.list_messages("t", "agent")) == expected(last + 1) + [
-        f"other {n}" for n in range(last + 1, last + 22)
-    ]
+    long.create_message("t", "agent", said(last + 1, f"other {last + 1}"))
+    apply(long, "t", appends(range(last + 2, last + 22), "other {}"))
     eventually(lambda: len(stored.find_one({"_id": "t"})["agents"]["agent"]["messages"]) <= 8)
     assert told(long.list_messages("t", "agent")) == expected(last + 1) + [
         f"other {n}" for n in range(last + 1, last + 22)
@@ -235,38 +256,37 @@ def test_a_fork_ends_with_a_message(long: MongoDBSessionRepository, stored: Stor
     assert snapshot(stored) == before
 
 
-@pytest.mark.parametrize("turns", sampled([1, 3, 8, 10], 1, 8))
-def test_an_agent_goes_on_from_a_fork(small: MongoDBSessionManagerFactory, stored: Stored, turns: int) -> None:
+def test_an_agent_goes_on_from_a_fork(small: MongoDBSessionManagerFactory, stored: Stored) -> None:
     talk(small, 10)
     eventually(lambda: len(head(stored)["messages"]) <= 8)
-    small.fork_session("s", "t", 2 * turns - 1)
-    with small.create_session_manager("t") as manager:
-        resumed = agent(manager, "another answer")
-        assert texts(resumed.messages) == said_in(turns)
-        resumed("another question")
-        assert manager.get_message_count("agent") == 2 * turns + 2
-    with small.create_session_manager("t") as manager:
-        assert texts(agent(manager).messages) == [*said_in(turns), "another question", "another answer"]
+    for turns in (1, 3, 8, 10):
+        small.fork_session("s", fork := f"t{turns}", 2 * turns - 1)
+        with small.create_session_manager(fork) as manager:
+            resumed = agent(manager, "another answer")
+            assert texts(resumed.messages) == said_in(turns)
+            resumed("another question")
+            assert manager.get_message_count("agent") == 2 * turns + 2
+        with small.create_session_manager(fork) as manager:
+            assert texts(agent(manager).messages) == [*said_in(turns), "another question", "another answer"]
 
 
-@pytest.mark.parametrize("turns", sampled([1, 3, 8, 10], 1, 8))
 def test_the_totals_are_those_of_the_messages(
-    small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored, turns: int
+    small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
-    def session(session_id: str, count: int) -> None:
-        with small.create_session_manager(session_id) as manager:
-            replies = [r for n in range(count) for r in ({"tool": "weather", "input": {"city": "Oslo"}}, f"a{n}")]
-            one = agent(manager, *replies, tools=[weather])
-            for n in range(count):
-                one(f"q{n}")
-
-    session("s", 10)
-    session("expected", turns)
+    turns = range(1, 7)
+    with small.create_session_manager("s") as manager:
+        replies = [r for n in turns for r in ({"tool": "weather", "input": {"city": "Oslo"}}, f"a{n}")]
+        one = agent(manager, *replies, tools=[weather])
+        usage = {}
+        for n in turns:
+            one(f"q{n}")
+            usage[n] = manager.get_usage()
     eventually(lambda: len(head(stored)["messages"]) <= 8)
-    repository.fork_session("s", "t", 4 * turns - 1)
-    assert repository.get_usage("t") == repository.get_usage("expected")
-    assert repository.get_usage("t")["total"]["toolCalls"] == turns
-    assert repository.get_usage("t")["total"]["invocations"] == turns
+    for n in turns:
+        repository.fork_session("s", f"t{n}", 4 * n - 1)
+        assert repository.get_usage(f"t{n}") == usage[n]
+        assert usage[n]["total"]["toolCalls"] == n
+        assert usage[n]["total"]["invocations"] == n
 
 
 def test_several_agents_are_cut_by_name(
@@ -335,11 +355,11 @@ def test_guardrail_events_of_what_is_cut_off_are_left_behind(
 def test_attachments_of_what_is_cut_off_are_left_behind(repository: MongoDBSessionRepository, stored: Stored) -> None:
     begin(repository)
     for message_id in range(20):
-        image = content(3 * MIB, message_id)
+        image = content(5000, message_id)
         repository.create_message(
             "s", "agent", with_image(message_id, image) if message_id in (2, 3, 18, 19) else said(message_id)
         )
-        settled(stored)
+    settled(stored)
     for session_id, last, count in (("t", 2, 1), ("u", 17, 2), ("v", 18, 3)):
         repository.fork_session("s", session_id, last)
         assert left_of(stored, session_id).count("agent_sessions_attachments.files") == count
@@ -349,18 +369,18 @@ def test_attachments_of_what_is_cut_off_are_left_behind(repository: MongoDBSessi
 # What the conversation manager shows.
 
 
-@pytest.mark.parametrize(("turns", "shown"), [(10, 4), (9, 4), (2, 4), (1, 2)])
-def test_a_window_is_as_long_as_it_was(small: MongoDBSessionManagerFactory, turns: int, shown: int) -> None:
+def test_a_window_is_as_long_as_it_was(small: MongoDBSessionManagerFactory) -> None:
     talk(small, 10, conversation_manager=SlidingWindowConversationManager(window_size=4))
-    small.fork_session("s", "t", 2 * turns - 1)
-    with small.create_session_manager("t") as manager:
-        resumed = agent(manager, "on", conversation_manager=SlidingWindowConversationManager(window_size=4))
-        assert texts(resumed.messages) == said_in(turns)[-shown:]
-        resumed("go on")
-    with small.create_session_manager("t") as manager:
-        resumed = agent(manager, conversation_manager=SlidingWindowConversationManager(window_size=4))
-        assert texts(resumed.messages)[-2:] == ["go on", "on"]
-        assert resumed.conversation_manager.removed_message_count + len(resumed.messages) == 2 * turns + 2
+    for turns, shown in ((10, 4), (9, 4), (2, 4), (1, 2)):
+        small.fork_session("s", fork := f"t{turns}", 2 * turns - 1)
+        with small.create_session_manager(fork) as manager:
+            resumed = agent(manager, "on", conversation_manager=SlidingWindowConversationManager(window_size=4))
+            assert texts(resumed.messages) == said_in(turns)[-shown:]
+            resumed("go on")
+        with small.create_session_manager(fork) as manager:
+            resumed = agent(manager, conversation_manager=SlidingWindowConversationManager(window_size=4))
+            assert texts(resumed.messages)[-2:] == ["go on", "on"]
+            assert resumed.conversation_manager.removed_message_count + len(resumed.messages) == 2 * turns + 2
 
 
 def test_a_summary_stays_if_the_fork_holds_what_it_tells(small: MongoDBSessionManagerFactory) -> None:
@@ -445,27 +465,23 @@ def test_a_fork_may_stop_at_every_command(
     request: pytest.FixtureRequest,
     repository: MongoDBSessionRepository,
     stored: Stored,
+    prepared: Prepared,
     server: str,
     database: str,
     last: int | None,
 ) -> None:
-    begin(repository)
-    for message_id in range(30):
-        image = content(300 * KIB, message_id)
-        repository.create_message(
-            "s", "agent", with_image(message_id, image) if message_id in (1, 27) else said(message_id)
-        )
-        settled(stored)
+    store_again(stored, prepared[1])
     before = snapshot(stored)
     repository.fork_session("s", "expected", last)
+    should = all_of(repository, "expected")
+    del should["session"]
 
     def whole(other: MongoDBSessionRepository) -> None:
-        found, should = all_of(other, "t"), all_of(other, "expected")
-        for each in (found, should):
-            del each["session"]
+        found = all_of(other, "t")
+        del found["session"]
         assert found == should
         names = [name for name in left_of(stored, "t") if name.startswith("agent_sessions_attachments")]
-        assert len(names) == 2 * (1 if last == 10 else 2)
+        assert len(names) == (3 if last in (10, 27) else 5)  # an entry and two chunks, an entry and one
         assert snapshot(stored) == before
 
     # Together, the three meet every other command, and the last ones.
@@ -495,7 +511,7 @@ def test_forks_beside_a_writer_are_consistent(long: MongoDBSessionRepository, st
     done = threading.Event()
 
     def write() -> None:
-        for message_id in range(30, 120):
+        for message_id in range(30, 70):
             append(long, message_id)
         done.set()
 
@@ -536,7 +552,7 @@ def test_a_session_whose_attachments_are_missing_is_not_forked(
     repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
     begin(repository)
-    repository.create_message("s", "agent", with_image(0, content(3 * MIB)))
+    repository.create_message("s", "agent", with_image(0, content(5000)))
     stored.database["agent_sessions_attachments.files"].delete_many({})
     with pytest.raises(AttachmentError, match="was not forked: it has attachments that are missing"):
         repository.fork_session("s", "t")
@@ -575,11 +591,12 @@ class Meanwhile(monitoring.CommandListener):
 def test_what_happens_just_before_the_fork_is_made_is_in_it(
     server: str, database: str, stored: Stored, what: str
 ) -> None:
-    image = content(3 * MIB)
+    image = content(5000)
     with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=1000) as repository:
         begin(repository)
-        for message_id in range(20):
+        for message_id in range(4):
             repository.create_message("s", "agent", with_image(3, image) if message_id == 3 else said(message_id))
+        apply(repository, "s", appends(range(4, 20)))
 
         def move() -> None:
             other = Other(stored)
@@ -603,9 +620,9 @@ def test_what_happens_just_before_the_fork_is_made_is_in_it(
 class AtCommand(monitoring.CommandListener):
     """Does something before the command of a number, or between two steps of the server's, after it."""
 
-    def __init__(self, number: int, act: Callable[[], object]) -> None:
-        self.left = number
-        self.act: Callable[[], object] | None = act
+    def __init__(self) -> None:
+        self.left = 0
+        self.act: Callable[[], object] | None = None
         self.error: BaseException | None = None  # which the driver would swallow
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
@@ -645,22 +662,6 @@ def check_fork(
     assert stored.count_documents({"state": {"$exists": True}}) == 0
 
 
-IMAGES = {3: content(2 * MIB + 1000, 3), 28: content(5000, 28)}
-
-
-@pytest.fixture(scope="module")
-def thirty(server: str) -> Iterator[list[str]]:
-    """The export of a session of 30 messages, of which two have images, one of them in the archive."""
-    database = f"test_{uuid.uuid4().hex}"
-    with MongoDBSessionRepository(server, database, **SMALL, max_inline_attachment_bytes=1000) as repository:
-        begin(repository)
-        for n in range(30):
-            repository.create_message("s", "agent", with_image(n, IMAGES[n]) if n in IMAGES else said(n))
-        yield list(repository.export_session("s"))
-    with pymongo.MongoClient[Any](server) as client:
-        client.drop_database(database)
-
-
 EVENTS = ("append", "replace", "redact", "write back", "write back and go on", "delete", "again")
 LASTS = (None, 28, 10)
 
@@ -672,16 +673,16 @@ def test_whatever_happens_between_two_commands_of_a_fork(
     server: str,
     database: str,
     stored: Stored,
-    thirty: list[str],
+    prepared: Prepared,
     number: int,
     what: str,
 ) -> None:
     if request.config.getoption("--full-adversity"):
         for last in LASTS:
-            happens_between_two_commands(repository, server, database, stored, thirty, what, last)
+            happens_between_two_commands(repository, server, database, stored, prepared, what, last)
     else:
         happens_between_two_commands(
-            repository, server, database, stored, thirty, what, LASTS[number % 3], number % 4, 4
+            repository, server, database, stored, prepared, what, LASTS[number % 3], number % 4, 4
         )
 
 
@@ -690,7 +691,7 @@ def happens_between_two_commands(
     server: str,
     database: str,
     stored: Stored,
-    lines: list[str],
+    prepared: Prepared,
     what: str,
     last: int | None,
     first: int = 0,
@@ -700,16 +701,12 @@ def happens_between_two_commands(
 
     def go_on() -> None:
         with MongoDBSessionRepository(server, database, **SMALL) as writer:
-            append(writer, *range(30, 50))
+            apply(writer, "s", appends(range(30, 50)))
             settled(stored)
 
     def again() -> None:
         repository.delete_session("s")
-        begin(repository)
-        for n in range(30):
-            repository.create_message(
-                "s", "agent", with_image(n, content(5000, 9)) if n in IMAGES else said(n, "other")
-            )
+        store_again(stored, prepared[2])
 
     def act() -> None:
         if what == "append":
@@ -729,31 +726,31 @@ def happens_between_two_commands(
             if what == "write back and go on":
                 go_on()
 
-    number, is_over = first, False
-    while not is_over:
-        repository.import_session(lines)
-        before = {message.message_id: message for message in repository.list_messages("s", "agent")}
-        at = AtCommand(number, act)
-        with MongoDBSessionRepository(server, database, **SMALL, event_listeners=[at]) as other:
+    number, at = first, AtCommand()
+    with MongoDBSessionRepository(server, database, **SMALL, event_listeners=[at]) as forking:
+        forking.session_exists("warm-up")
+        while at.act is None:
+            store_again(stored, prepared[1])
+            before = {message.message_id: message for message in repository.list_messages("s", "agent")}
+            at.left, at.act = number, act
             try:
-                other.fork_session("s", "t", last)
+                forking.fork_session("s", "t", last)
                 failed = False
             except SessionNotFoundError:
                 failed = True
-        is_over = at.act is not None
-        assert at.error is None
-        if failed:
-            assert what in ("delete", "again")
-            assert left_of(stored, "t") == []
-        else:
-            exists = repository.session_exists("s")
-            after = {m.message_id: m for m in repository.list_messages("s", "agent")} if exists else {}
-            check_fork(repository, stored, 29 if last is None else last, [before, after], "write back" in what)
-            assert repository.delete_session("t")
-        repository.delete_session("s")
-        for name in stored.database.list_collection_names():
-            assert stored.database[name].count_documents({}) == 0, name
-        number += step
+            assert at.error is None
+            if failed:
+                assert what in ("delete", "again")
+                assert left_of(stored, "t") == []
+            else:
+                exists = repository.session_exists("s")
+                after = {m.message_id: m for m in repository.list_messages("s", "agent")} if exists else {}
+                check_fork(repository, stored, 29 if last is None else last, [before, after], "write back" in what)
+                assert repository.delete_session("t")
+            repository.delete_session("s")
+            for name in stored.database.list_collection_names():
+                assert stored.database[name].count_documents({}) == 0, name
+            number += step
     assert number > 8
 
 
@@ -772,19 +769,19 @@ def happens_between_two_commands(
     ],
     ids=["message", "event", "number", "usage", "names", "fields"],
 )
-@pytest.mark.parametrize("last", [None, 2])
 def test_what_an_application_has_stored_is_forked(
-    repository: MongoDBSessionRepository, stored: Stored, change: Any, last: int | None
+    repository: MongoDBSessionRepository, stored: Stored, change: Any
 ) -> None:
     begin(repository)
-    for message_id in range(4):
-        append(repository, message_id)
+    apply(repository, "s", appends(range(4)))
     stored.update_one({"_id": "s"}, change)
-    repository.fork_session("s", "t", last)
-    session, fork = stored.find_one({"_id": "s"}), stored.find_one({"_id": "t"})
-    assert fork["agents"]["agent"]["messages"] == session["agents"]["agent"]["messages"][: None if last is None else 3]
-    for name in ("metadata", "guardrail_events", "$tag", "my.tag"):
-        assert fork.get(name) == session.get(name)
+    session = stored.find_one({"_id": "s"})
+    for new_id, last, count in (("t", None, None), ("u", 2, 3)):
+        repository.fork_session("s", new_id, last)
+        fork = stored.find_one({"_id": new_id})
+        assert fork["agents"]["agent"]["messages"] == session["agents"]["agent"]["messages"][:count]
+        for name in ("metadata", "guardrail_events", "$tag", "my.tag"):
+            assert fork.get(name) == session.get(name)
 
 
 def test_a_session_with_an_agent_that_is_no_object_is_not_forked(
@@ -799,7 +796,7 @@ def test_a_session_with_an_agent_that_is_no_object_is_not_forked(
 
 def test_a_session_with_half_an_attachment_is_not_forked(repository: MongoDBSessionRepository, stored: Stored) -> None:
     begin(repository)
-    repository.create_message("s", "agent", with_image(0, content(3 * MIB)))
+    repository.create_message("s", "agent", with_image(0, content(100 * KIB)))
     stored.database["agent_sessions_attachments.chunks"].delete_one({"n": 1})
     with pytest.raises(AttachmentError, match="was not forked: it has attachments that are missing"):
         repository.fork_session("s", "t")

@@ -16,7 +16,9 @@ from strands.types.exceptions import SessionException
 from mongodb_session_manager import GUARDRAIL_STOP_REASONS, MongoDBSessionManagerFactory
 from mongodb_session_manager._managers.capture import guardrail_event, summarize_policies
 from mongodb_session_manager.demo import Redaction, ScriptedModel
-from support import CommandLog, Session, agent, fail_point, message_ids, texts
+from support import CommandLog, Session, agent, fail_point, halves, message_ids, texts
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 Driver = pymongo.MongoClient[dict[str, Any]]
@@ -30,7 +32,7 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-@pytest.fixture(params=[False, True], ids=["manager", "async manager"])
+@pytest.fixture(params=halves(False)(True), ids=["manager", "async manager"])
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
     return Session(factory, runner, request.param)
 
@@ -51,8 +53,8 @@ def streamed(live: Agent, text: str) -> None:
     asyncio.run(stream())
 
 
-TURNS = pytest.mark.parametrize("turn", [called, invoked, streamed])
-SAVE_ON = pytest.mark.parametrize("save_on", ["message", "invocation"])
+TURNS = pytest.mark.parametrize("turn", halves(called, streamed)(invoked))
+SAVE_ON = pytest.mark.parametrize("save_on", halves("message")("invocation"))
 
 
 def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bool:
@@ -146,10 +148,11 @@ def test_a_redacted_tool_result_is_gone(
     assert block["toolResult"]["content"] == [{"text": "[removed]"}]
 
 
-@pytest.mark.parametrize(("save_on", "without"), [("message", 2), ("invocation", 1)])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
 def test_a_redaction_costs_at_most_one_command(
-    session: Session, commands: CommandLog, save_on: str, without: int, stored: Stored
+    session: Session, commands: CommandLog, save_on: str, stored: Stored
 ) -> None:
+    without = 2 if save_on == "message" else 1
     session.open(save_on=save_on)
     live = agent(session.manager, "Hello.", Redaction("[removed]"))
     live("hi")

@@ -25,7 +25,9 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     chain_hooks,
 )
-from support import CommandLog, Session
+from support import CommandLog, Session, alternating, halves
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 Hook = Callable[..., Any]
@@ -45,7 +47,7 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-@pytest.fixture(params=[False, True], ids=["manager", "async manager"])
+@pytest.fixture(params=halves(False)(True), ids=["manager", "async manager"])
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
     return Session(factory, runner, request.param)
 
@@ -119,9 +121,9 @@ FORMS: dict[str, Callable[[Callable[..., Any]], Hook]] = {
     "partial of object": lambda inner: functools.partial(PlainCallable(written_def(inner))),
     "partial of async object": lambda inner: functools.partial(AsyncCallable(written_async_def(inner))),
 }
-FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+FORM = pytest.mark.parametrize("form", alternating(*FORMS.values()), ids=FORMS)
 NO_DEADLOCK = pytest.mark.timeout(60)
-BOTH = pytest.mark.parametrize("form", [written_def, written_async_def], ids=["def", "async def"])
+BOTH = pytest.mark.parametrize("form", halves(written_def)(written_async_def), ids=["def", "async def"])
 
 # What a hook does is a generator, so that `def` and `async def` can do the same: it yields the positional arguments
 # for `original_func`, or None so as not to call it, and then gets the result and yields what the caller gets.
@@ -402,7 +404,7 @@ AWAITABLES: dict[str, Callable[[Hook], Hook]] = {
 }
 
 
-@pytest.mark.parametrize("form", AWAITABLES.values(), ids=AWAITABLES)
+@pytest.mark.parametrize("form", alternating(*AWAITABLES.values()), ids=AWAITABLES)
 def test_what_a_def_hook_returns_is_awaited(session: Session, form: Callable[[Hook], Hook]) -> None:
     async def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
         await asyncio.sleep(0)
@@ -416,7 +418,7 @@ def test_what_a_def_hook_returns_is_awaited(session: Session, form: Callable[[Ho
     assert len(session.get_feedbacks()) == 1
 
 
-@pytest.mark.parametrize("form", AWAITABLES.values(), ids=AWAITABLES)
+@pytest.mark.parametrize("form", alternating(*AWAITABLES.values()), ids=AWAITABLES)
 def test_what_it_raises_while_it_is_awaited_reaches_the_caller(session: Session, form: Callable[[Hook], Hook]) -> None:
     async def hook(original_func: Any, action: str, session_id: str, **kwargs: Any) -> Any:
         raise Refused("not today")
@@ -483,7 +485,7 @@ def test_a_def_hook_may_leave_the_operation_to_a_thread_of_its_own(session: Sess
     assert session.get_metadata() == {"metadata": {"a": 1}}
 
 
-@pytest.mark.parametrize("other", [written_def, written_async_def])
+@pytest.mark.parametrize("other", halves(written_def)(written_async_def))
 def test_a_def_hook_in_a_chain_may_leave_the_operation_to_a_thread_of_its_own(
     session: Session, other: Callable[..., Hook]
 ) -> None:
@@ -541,8 +543,9 @@ async def test_def_hook_of_the_async_manager_runs_off_every_loop(factory: MongoD
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("combined", [lambda hook: hook, chain_hooks], ids=["alone", "in a chain"])
 async def test_async_def_hook_of_the_async_manager_runs_in_the_callers_task(
-    factory: MongoDBSessionManagerFactory,
+    factory: MongoDBSessionManagerFactory, combined: Callable[[Hook], Hook]
 ) -> None:
     tasks: list[Any] = []
 
@@ -552,7 +555,7 @@ async def test_async_def_hook_of_the_async_manager_runs_in_the_callers_task(
         tasks.append(asyncio.current_task())
         return result
 
-    manager = await factory.create_session_manager_async("s", metadata_hook=hook)
+    manager = await factory.create_session_manager_async("s", metadata_hook=combined(hook))
     await manager.update_metadata({"a": 1})
     assert tasks == [asyncio.current_task()] * 2
 
@@ -699,7 +702,7 @@ def on_a_new_loop(call: Callable[..., Any]) -> Any:
 
 @NO_DEADLOCK
 @pytest.mark.anyio
-@pytest.mark.parametrize("way", [from_the_loop, on_a_new_loop])
+@pytest.mark.parametrize("way", halves(from_the_loop)(on_a_new_loop))
 async def test_def_hook_of_the_async_manager_calls_the_manager(
     factory: MongoDBSessionManagerFactory, way: Callable[..., Any]
 ) -> None:
@@ -718,7 +721,7 @@ async def test_def_hook_of_the_async_manager_calls_the_manager(
 
 @NO_DEADLOCK
 @pytest.mark.anyio
-@pytest.mark.parametrize("way", [from_the_loop, on_a_new_loop])
+@pytest.mark.parametrize("way", halves(from_the_loop)(on_a_new_loop))
 async def test_many_def_hooks_of_the_async_manager_call_the_manager_at_once(
     factory: MongoDBSessionManagerFactory, way: Callable[..., Any]
 ) -> None:

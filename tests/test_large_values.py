@@ -25,10 +25,10 @@ from support import CommandLog, agent
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
-DENSE: list[Any] = [{"a": [1]} for _ in range(60_000)]
+DENSE: list[Any] = [{"a": [1]}] * 60_000
 """1.6 MB of BSON that Python takes about a third of a second to encode."""
 
-TOO_DENSE: list[Any] = [[] for _ in range(4_000_000)]
+TOO_DENSE: list[Any] = [[]] * 4_000_000
 """12 MB of JSON that no document can hold."""
 
 

@@ -29,7 +29,9 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from support import CommandLog, agent, eventually, message_ids, texts
+from support import CommandLog, agent, eventually, halves, message_ids, texts
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 
@@ -50,7 +52,7 @@ class Blocking:
         return call
 
 
-KINDS = ["manager", "async manager", "repository", "async repository"]
+KINDS = halves("manager", "async repository")("async manager", "repository")
 
 
 @pytest.fixture(params=KINDS)
@@ -132,7 +134,8 @@ def test_a_change_moves_updated_at_and_nothing_else(session: Blocking, stored: S
     before = stored.find_one({"_id": "s"})
     session.update_metadata({"a": 1})
     after = stored.find_one({"_id": "s"})
-    assert after.pop("updated_at") >= before.pop("updated_at")
+    # Each client reads the clock of the server for itself, to within a round trip.
+    assert after.pop("updated_at") >= before.pop("updated_at") - timedelta(seconds=1)
     assert (before.pop("metadata"), after.pop("metadata")) == ({}, {"a": 1})
     assert after == before
 
@@ -410,7 +413,9 @@ def test_keys_of_the_codec_itself_stay_keys(session: Blocking, stored: Stored) -
 
 
 @pytest.mark.own_database
-@pytest.mark.parametrize("kind", [MongoDBSessionManager, AsyncMongoDBSessionManager, *KINDS[2:]], ids=str)
+@pytest.mark.parametrize(
+    "kind", [MongoDBSessionManager, AsyncMongoDBSessionManager, "repository", "async repository"], ids=str
+)
 def test_metadata_fields_get_an_index(server: str, database: str, stored: Stored, kind: Any) -> None:
     fields = ["customer", "city.name"]
     with asyncio.Runner() as runner:

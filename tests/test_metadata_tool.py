@@ -27,7 +27,9 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from mongodb_session_manager._io.requested_fields import ACTED_ON
-from support import CommandLog, agent, fail_point
+from support import CommandLog, agent, fail_point, halves
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 
@@ -97,11 +99,11 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(
-    params=[(False, False), (True, True)],
+    params=halves(False)(True),
     ids=["manager", "async manager awaited"],
 )
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
-    return Session(factory, runner, *request.param).open()
+    return Session(factory, runner, request.param, request.param).open()
 
 
 def values(answer: str) -> Any:
@@ -188,10 +190,16 @@ NONSENSE = [
 ]
 
 
-def test_nonsense_is_answered_and_changes_nothing(session: Session, commands: CommandLog) -> None:
+def test_nonsense_is_answered_and_changes_nothing(
+    session: Session, some: Callable[[list[Any], int], list[Any]]
+) -> None:
     session.update_metadata({"kept": "text"})
-    for given_input, answer in zip(NONSENSE, session.ask(*NONSENSE), strict=True):
-        assert answer.startswith("Error: "), (given_input, answer)
+    for request, result in zip(NONSENSE, call_directly(session.manager, NONSENSE), strict=True):
+        (content,) = result["content"]
+        assert content["text"].startswith("Error: "), (request, content)
+    asked = some(NONSENSE, 6)
+    for request, answer in zip(asked, session.ask(*asked), strict=True):
+        assert answer.startswith("Error: "), (request, answer)
     assert session.metadata == {"kept": "text"}
 
 
@@ -399,8 +407,8 @@ def call_directly(manager: Any, requests: list[dict[str, Any]], **policy: Any) -
     return [live.tool.manage_metadata(**request) for request in requests]
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["manager", "async manager"])
-@pytest.mark.parametrize("allowed_keys", [None, ["a.b", "_id"]], ids=["all keys", "some keys"])
+@pytest.mark.parametrize("is_async", halves(False)(True), ids=["manager", "async manager"])
+@pytest.mark.parametrize("allowed_keys", halves(None)(["a.b", "_id"]), ids=["all keys", "some keys"])
 def test_no_key_leads_out_of_metadata(
     factory: MongoDBSessionManagerFactory,
     runner: asyncio.Runner,
@@ -511,22 +519,29 @@ ACTIONS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "name"), FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("is_async", [False, True], ids=["def", "async def"])
 def test_whatever_fails_is_answered_without_content(
-    session: Session, caplog: pytest.LogCaptureFixture, error: Exception, name: str, is_async: bool
+    session: Session, caplog: pytest.LogCaptureFixture, is_async: bool
 ) -> None:
+    errors: list[Exception] = []
+
     def fail(*_: Any, **__: Any) -> Any:
-        raise error
+        raise errors[-1]
 
     async def fail_async(*_: Any, **__: Any) -> Any:
-        raise error
+        raise errors[-1]
 
     session.open(metadata_hook=fail_async if is_async else fail)
-    assert session.ask(*ACTIONS) == [f"Error: the metadata could not be used ({name})"] * 3
-    assert "4111" not in caplog.text
-    assert "s3cret" not in caplog.text
-    assert name in caplog.text or "exist" in caplog.text or "no usable" in caplog.text
+    for error, name in FAILURES.values():
+        caplog.clear()
+        errors.append(error)
+        answers = [f"Error: the metadata could not be used ({name})"] * 3
+        if len(errors) == 1:
+            assert session.ask(*ACTIONS) == answers
+        assert [session.ask_directly(action) for action in ACTIONS] == answers
+        assert "4111" not in caplog.text
+        assert "s3cret" not in caplog.text
+        assert name in caplog.text or "exist" in caplog.text or "no usable" in caplog.text
 
 
 def test_what_the_database_refuses_is_answered(session: Session, server: str) -> None:

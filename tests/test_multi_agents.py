@@ -35,7 +35,9 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import Async, Odd, Streaming, Sync, handoff, join, node, pipeline, sent, team
 from proxy import Proxy, command
-from support import CommandLog, agent, eventually, fail_point, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, halves, texts
+
+pytestmark = pytest.mark.shared_factory
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -46,7 +48,7 @@ SWARM = pytest.mark.may_block
 BOTH = pytest.mark.parametrize("kind", ["graph", pytest.param("swarm", marks=SWARM)])
 
 
-@pytest.fixture(params=[Sync, Async, Streaming], ids=["sync", "async", "streamed"])
+@pytest.fixture(params=halves(Sync, Streaming)(Async), ids=["sync", "streamed", "async"])
 def api(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
@@ -120,13 +122,13 @@ KEY = {"graph": "pipeline", "swarm": "team"}
 
 
 @BOTH
-@pytest.mark.parametrize(("save_on", "writes"), [("message", 4), ("invocation", 1)])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
 def test_one_update_per_node_and_one_at_the_end(
-    api: Any, factory: MongoDBSessionManagerFactory, commands: CommandLog, kind: str, save_on: str, writes: int
+    api: Any, factory: MongoDBSessionManagerFactory, commands: CommandLog, kind: str, save_on: str
 ) -> None:
     result = api.run(api.open(factory, save_on=save_on), Trio(kind).build, "the task")
     assert result.status == Status.COMPLETED
-    assert commands.names == [OPEN] + [WRITE] * writes
+    assert commands.names == [OPEN] + [WRITE] * (4 if save_on == "message" else 1)
 
 
 @BOTH
@@ -290,7 +292,7 @@ class BrokenError(Exception):
     """What a node fails with."""
 
 
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
 def test_a_graph_goes_on_after_an_exception(
     api: Any, factory: MongoDBSessionManagerFactory, save_on: str, tmp_path: Path
 ) -> None:
@@ -325,8 +327,8 @@ def test_a_swarm_begins_again_after_an_exception_as_strands_has_it(
 
 
 @BOTH
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
-@pytest.mark.parametrize("how", ["cancelled", "abandoned"])
+@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("how", halves("cancelled")("abandoned"))
 def test_it_goes_on_after_it_was_cancelled(
     factory: MongoDBSessionManagerFactory, kind: str, save_on: str, how: str
 ) -> None:
@@ -535,7 +537,7 @@ def test_a_human_who_says_no(api: Any, factory: MongoDBSessionManagerFactory, st
 
 
 @BOTH
-@pytest.mark.parametrize("exists", [False, True], ids=["new", "old"])
+@pytest.mark.parametrize("exists", halves(False)(True), ids=["new", "old"])
 def test_of_two_writers_the_second_is_refused(
     api: Any, factory: MongoDBSessionManagerFactory, stored: Stored, kind: str, exists: bool
 ) -> None:
@@ -651,15 +653,15 @@ def behind_proxy(
     proxy: Proxy, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MongoDBSessionManagerFactory]:
     with MongoDBSessionManagerFactory(
-        proxy.uri, database, serverMonitoringMode="poll", serverSelectionTimeoutMS=1000
+        proxy.uri, database, serverMonitoringMode="poll", serverSelectionTimeoutMS=300
     ) as factory:
         factory.create_session_manager("warm-up").close()
         yield factory
 
 
 @BOTH
-@pytest.mark.parametrize("lost", ["request", "acknowledgement"])
-@pytest.mark.parametrize("at", ["first", "second", "third"])
+@pytest.mark.parametrize("lost", halves("request")("acknowledgement"))
+@pytest.mark.parametrize("at", alternating("first", "second", "third"))
 def test_lost_on_the_way_and_stored_once(
     proxy: Proxy, behind_proxy: MongoDBSessionManagerFactory, stored: Stored, kind: str, lost: str, at: str
 ) -> None:
@@ -682,7 +684,7 @@ def test_lost_on_the_way_and_stored_once(
 
 
 @BOTH
-@pytest.mark.parametrize("applied", [False, True], ids=["not applied", "applied"])
+@pytest.mark.parametrize("applied", halves(False)(True), ids=["not applied", "applied"])
 def test_an_outage_stops_it_where_it_happened(
     proxy: Proxy, behind_proxy: MongoDBSessionManagerFactory, stored: Stored, kind: str, applied: bool
 ) -> None:

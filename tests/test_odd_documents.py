@@ -8,9 +8,11 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
 from typing import Any
 
 import bson
+import pymongo
 import pytest
 from bson import Binary, DatetimeMS, Decimal128, Int64, ObjectId, Regex
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -67,7 +69,6 @@ SESSION = [
     "migrating",
     "moved",
     "state",
-    "agents",
     "multi_agents",
     "multi_agents.graph",
 ]
@@ -107,13 +108,13 @@ MESSAGE = [
     ".event_loop_metrics",
     ".guardrail_event",
 ]
-PATHS = [
-    *SESSION,
-    *(f"agents.agent{path}" for path in AGENT),
+AGENTS = ["agents", *(f"agents.agent{path}" for path in AGENT)]
+MESSAGES = [
     *(f"agents.agent.messages.{n}{path}" for n in (1, 4) for path in MESSAGE),
     "agents.agent.messages.1.message.content.0.toolUse",
     "agents.agent.messages.2.message.content.0.toolResult",
 ]
+PATHS = [*SESSION, *AGENTS, *MESSAGES]
 
 READ = CodecOptions(tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO)
 
@@ -198,15 +199,16 @@ FOLLOWS = (
 class Server:
     """Documents, and what every test does with one."""
 
-    def __init__(self, uri: str, database: str, stored: Documents, factory: MongoDBSessionManagerFactory) -> None:
-        self.stored = stored.with_options(READ)
-        self.factory = factory
-        self.repository = MongoDBSessionRepository(uri, database)
+    def __init__(self, factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository) -> None:
+        self.factory, self.repository = factory, repository
+        self.stored: Documents
+        self.some: Some
 
     def use(self, document: dict[str, Any]) -> None:
         self.stored.delete_many({})
         self.stored.insert_one(copy.deepcopy(document))
-        self.read("s")
+        self.read_before()
+        self.read()
         # With a turn, or with an error before anything of it is stored.
         with self.factory.create_session_manager("s") as manager:
             made = attempt(lambda: agent(manager, "a reply"))
@@ -227,10 +229,11 @@ class Server:
         lost = [path for path in left(document, after) if not path.startswith(FOLLOWS) and not was_null(document, path)]
         lost = [path for path in lost if not path.endswith(".message_id")]  # an id that is none is exchanged
         assert not lost, lost
-        self.read("s")
+        self.read(3)
         if not is_error(attempt(self.repository.fork_session, "s", "f")):
-            self.read("f")
-            self.repository.delete_session("f")
+            assert self.repository.get_usage("f") == self.repository.get_usage("s")
+            attempt(self.repository.read_agent, "f", "agent")
+            attempt(self.repository.list_messages, "f", "agent")
         if not is_error(attempt(lambda: list(self.repository.export_session("s")))):
             pass
         attempt(self.repository.update_metadata, "s", {"a": 1})
@@ -238,23 +241,35 @@ class Server:
         assert self.repository.delete_session("s")
         assert self.stored.find_one({"_id": "s"}) is None
 
-    def read(self, session_id: str) -> None:
+    def read_before(self) -> None:
+        """Ask what reads one field, or the session among others."""
         repository = self.repository
-        assert repository.read_session(session_id) is not None
-        assert repository.session_exists(session_id)
-        assert repository.count_sessions() >= 1
+        assert repository.session_exists("s")
+        assert repository.count_sessions() == 1
         for order in ("-updated_at", "created_at"):
             repository.list_sessions(order=order, limit=1)  # one without a date is in no order of it
-        assert isinstance(repository.get_metadata(session_id)["metadata"], dict)
-        for reading in (repository.get_feedbacks, repository.list_agents, repository.get_usage):
-            reading(session_id)
-        if not is_error(attempt(repository.get_agent_config, session_id, "agent")):
-            attempt(repository.read_agent, session_id, "agent")
-        attempt(repository.list_messages, session_id, "agent")
-        attempt(repository.list_messages, session_id, "agent", limit=2, offset=3)
-        attempt(repository.get_message_count, session_id, "agent")
-        for n in range(6):
-            attempt(repository.read_message, session_id, "agent", n)
+        attempt(repository.list_messages, "s", "agent", limit=2, offset=3)
+        for n in (0, 5):
+            attempt(repository.read_message, "s", "agent", n)
+
+    def read(self, count: int = 9) -> None:
+        """Ask so many of what reads a session."""
+        repository = self.repository
+        assert repository.read_session("s") is not None
+        attempt(repository.list_messages, "s", "agent")
+        readings: list[Callable[[], Any]] = [
+            lambda: repository.get_feedbacks("s"),
+            lambda: repository.list_agents("s"),
+            lambda: repository.get_usage("s"),
+            lambda: repository.get_metadata("s")["metadata"].items(),
+            lambda: attempt(repository.get_agent_config, "s", "agent"),
+            lambda: attempt(repository.read_agent, "s", "agent"),
+            lambda: attempt(repository.get_message_count, "s", "agent"),
+            lambda: attempt(repository.read_message, "s", "agent", 1),
+            lambda: attempt(repository.read_message, "s", "agent", 4),
+        ]
+        for reading in self.some(readings, count):
+            reading()
 
 
 def was_null(document: Any, path: str) -> bool:
@@ -264,25 +279,37 @@ def was_null(document: Any, path: str) -> bool:
     return document is None
 
 
+@pytest.fixture(scope="module")
+def connected(server: str, shared_database: str) -> Iterator[Server]:
+    with (
+        MongoDBSessionManagerFactory(server, shared_database) as factory,
+        MongoDBSessionRepository(server, shared_database) as repository,
+    ):
+        yield Server(factory, repository)
+
+
 @pytest.fixture
-def odd_server(
-    server: str, database: str, stored: Documents, factory: MongoDBSessionManagerFactory
-) -> Iterator[Server]:
-    odd = Server(server, database, stored, factory)
-    yield odd
-    odd.repository.close()
+def odd_server(connected: Server, stored: Documents, some: Some) -> Server:
+    connected.stored, connected.some = stored.with_options(READ), some
+    return connected
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_session_with_an_odd_field_is_used(odd_server: Server, some: Some, path: str) -> None:
-    for value in some(ODD, 1):
+PAIRS = [*((path,) for path in AGENTS), *zip_longest(MESSAGES, SESSION)]
+"""Each path; those of a message with one of the session, which keeps no agent from its turn."""
+
+
+@pytest.mark.parametrize("paths", PAIRS, ids=lambda paths: " ".join(filter(None, paths)))
+def test_a_session_with_an_odd_field_is_used(odd_server: Server, some: Some, paths: tuple[str | None, ...]) -> None:
+    fields = [path for path in paths if path is not None]
+    for values in zip(*(some(ODD, 1) for _ in fields), strict=True):
         document = usual()
-        put(document, path, value)
+        for path, value in zip(fields, values, strict=True):
+            put(document, path, value)
         document.setdefault("colour", uuid.uuid4().hex)
         try:
             odd_server.use(document)
         except BaseException as error:
-            error.add_note(f"{path} = {value!r}")
+            error.add_note(f"{fields} = {values!r}")
             raise
 
 
@@ -297,7 +324,7 @@ odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
 )
 
 
-@settings(max_examples=settings.default.max_examples // 2)
+@settings(max_examples=settings.default.max_examples // 3)
 @example([("agents.agent.messages.1.message_id", [])])
 @given(st.lists(st.tuples(st.sampled_from(PATHS), odd_values), min_size=1, max_size=4))
 def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: list[tuple[str, Any]]) -> None:
@@ -610,18 +637,28 @@ EVERYWHERE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def good(server: str, shared_database: str, driver: pymongo.MongoClient[dict[str, Any]]) -> dict[str, Any]:
+    """The document of a session without anything odd, as it is stored today."""
+    with (
+        MongoDBSessionManagerFactory(server, shared_database) as factory,
+        factory.create_session_manager("good") as manager,
+    ):
+        agent(manager, "hello")("hi")
+        manager.update_metadata({"a": 1})
+        manager.add_feedback({"a": 1})
+    found = driver[shared_database]["agent_sessions"].find_one({"_id": "good"})
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("name", ODDEST)
 def test_one_odd_document_ends_no_list_and_its_session_goes_on(
-    factory: MongoDBSessionManagerFactory, stored: Documents, some: Some, name: str
+    good: dict[str, Any], factory: MongoDBSessionManagerFactory, stored: Documents, some: Some, name: str
 ) -> None:
-    with factory.create_session_manager("good") as good:
-        agent(good, "hello")("hi")
-        good.update_metadata({"a": 1})
-        good.add_feedback({"a": 1})
-    whole = stored.find_one({"_id": "good"})
-    assert whole is not None
+    stored.insert_one(good)
     for path in some(EVERYWHERE, 2):
-        stored.replace_one({"_id": "odd"}, {**whole, "_id": "odd", "session_id": "odd"}, upsert=True)
+        stored.replace_one({"_id": "odd"}, {**good, "_id": "odd", "session_id": "odd"}, upsert=True)
         stored.update_one({"_id": "odd"}, {"$set": {path: ODDEST[name]}})
         try:
             for order in ("updated_at", "created_at"):

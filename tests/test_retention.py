@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +19,7 @@ from pymongo.collection import Collection
 from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from fix_archive import documents_of, store_again
 from fix_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
@@ -206,6 +208,7 @@ def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_d
     ):
         fill(lasting, "lasting")
         fill(repository)
+        time.sleep(5)  # without asking meanwhile
         eventually(lambda: not stored.count_documents({"_id": ID}))
         eventually(lambda: not traces(expiring_driver, database))
         # A session without a time to live stays, with all of it.
@@ -218,13 +221,15 @@ def test_a_session_expires_with_all_that_belongs_to_it(expiring: str, expiring_d
 @pytest.mark.own_database
 def test_a_manager_on_a_session_that_expired(expiring: str, expiring_driver: Driver, database: str) -> None:
     stored = expiring_driver[database]["agent_sessions"]
-    options: Any = {"session_ttl": timedelta(seconds=4), **SMALL}
+    options: Any = {"session_ttl": TTL, **SMALL}
     with MongoDBSessionManager(ID, expiring, database, **options) as manager:
         live = agent(manager, "hello", "again")
         live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE}}}])
+        age(stored, TTL * 2)
         eventually(lambda: not stored.count_documents({"_id": ID}))
         with pytest.raises(MongoDBSessionError, match=r"no longer exists|does not exist"):
             live([{"text": "look"}, {"image": {"format": "png", "source": {"bytes": PICTURE[1:]}}}])
+    age(stored, TTL * 2)
     eventually(lambda: not traces(expiring_driver, database))
     expiring_driver.drop_database(database)
 
@@ -430,6 +435,22 @@ def swarm(repository: MongoDBSessionRepository) -> Swarm:
     return Swarm([agent(None, "x", agent_id="one")], id="swarm")
 
 
+Documents = dict[str, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def prepared(server: str, driver: Driver) -> Iterator[tuple[Documents, Documents]]:
+    """A session that expires in eight hours and one that does not expire, filled, by collection."""
+    database, found = f"test_{uuid.uuid4().hex}", []
+    for options in ({"session_ttl": TTL}, {}):
+        with MongoDBSessionRepository(server, database, **options, **SMALL) as repository:
+            fill(repository)
+            found.append(documents_of(driver[database]["agent_sessions"]))
+            repository.delete_session(ID)
+    yield found[0], found[1]
+    driver.drop_database(database)
+
+
 WRITES: dict[str, Callable[[Any], Any]] = {
     "create_agent": lambda r: r.create_agent(ID, SessionAgent("another", {}, {})),
     "update_agent": lambda r: r.update_agent(ID, SessionAgent("agent", {"n": 1}, {})),
@@ -455,10 +476,10 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     ),
 )
 def test_every_write_keeps_the_whole_session(
-    request: pytest.FixtureRequest, repository: MongoDBSessionRepository, stored: Stored, write: str, who: str
+    request: pytest.FixtureRequest, prepared: tuple[Documents, Documents], stored: Stored, write: str, who: str
 ) -> None:
     """Also by a writer that has no `session_ttl`, and did not open the session."""
-    fill(repository)
+    store_again(stored, prepared[0])
     age(stored, TTL * 0.9)
     begin = datetime.now(UTC)
     WRITES[write](request.getfixturevalue(who))
@@ -534,9 +555,9 @@ def test_an_expires_at_of_the_application_is_left_alone(lasting: MongoDBSessionR
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_session_expires_from_the_first_write_of_a_repository_with_a_ttl(
-    repository: MongoDBSessionRepository, lasting: MongoDBSessionRepository, stored: Stored, write: str
+    prepared: tuple[Documents, Documents], repository: MongoDBSessionRepository, stored: Stored, write: str
 ) -> None:
-    fill(lasting)
+    store_again(stored, prepared[1])
     WRITES[write](repository)
     assert ttl_of(stored) == 28800
     check_all_dated(stored)
@@ -597,6 +618,41 @@ def test_a_part_that_is_stored_while_its_session_gets_a_longer_ttl_does_not_expi
         later.update_metadata(ID, {"longer": True})
         assert stored.find_one({"_id": ID})["expires_at"] >= datetime.now(UTC) + TTL - timedelta(minutes=1)
         check_all_dated(stored)
+
+
+def test_a_part_that_is_stored_between_the_dates_of_a_longer_ttl_does_not_expire_before_its_session(
+    server: str, database: str, stored: Stored
+) -> None:
+    """Even if the writer with the longer one ends at once: the other one has read the session before."""
+    found: list[dict[str, Any]] = []
+
+    class Meanwhile(monitoring.CommandListener):
+        """Stores a message with an attachment after the parts are dated, and before the session is."""
+
+        statement = 0
+
+        def started(self, event: monitoring.CommandStartedEvent) -> None:
+            if event.command.get("update") == "agent_sessions" and not self.statement:
+                self.statement = event.request_id
+                earlier.create_message(ID, "agent", said(12, PICTURE[5:]))
+
+        def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+            if event.request_id == self.statement:
+                session = stored.find_one({"_id": ID})
+                found.extend([session, *parts_of(stored, session)])
+
+        def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+    with (
+        MongoDBSessionRepository(server, database, session_ttl=TTL / 10, **SMALL) as earlier,
+        MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[Meanwhile()], **SMALL) as later,
+    ):
+        fill(earlier)
+        later.update_metadata(ID, {"longer": True})
+        session, *parts = found
+        assert session["metadata"] == {"longer": True}
+        assert len(parts) >= 4
+        assert [part["_id"] for part in parts if part["expires_at"] < session["expires_at"]] == []
 
 
 def test_a_bucket_of_a_session_that_does_not_expire_stays(
@@ -672,7 +728,7 @@ def test_however_much_time_passes_between_writes_no_part_goes_before_its_session
     try:
         begin(chance.choice(writers))
         count = 0
-        for _ in range(60):
+        for _ in range(30):
             age(stored, EIGHTH * chance.uniform(0, 3))
             writer = chance.choice(writers)
             match chance.randrange(4):
@@ -721,6 +777,7 @@ def test_many_writers_at_once(server: str, database: str, stored: Stored) -> Non
             while not done.is_set():
                 if (session := stored.find_one({"_id": ID})) is not None:
                     check_dates(stored, session)
+                time.sleep(0.02)
         except BaseException as error:
             failures.append(error)
 

@@ -23,7 +23,9 @@ from mongodb_session_manager._format.changes import AppendMessage, UpdateAgent
 from mongodb_session_manager._format.dates import now
 from mongodb_session_manager._format.documents import agent_state, stored_message
 from orchestrators import Odd
-from support import CommandLog, agent, apply, fail_point, texts
+from support import CommandLog, agent, alternating, apply, fail_point, halves, texts
+
+pytestmark = pytest.mark.shared_factory
 
 MIB = 1024 * 1024
 LARGE = "x" * (17 * MIB)
@@ -80,12 +82,12 @@ def conversation(stored: Any, key: str = "agent") -> list[str]:
 
 @pytest.mark.parametrize(
     ("field", "save_on", "ask"),
-    [
+    alternating(
         ("state", "message", ask),
         ("state", "invocation", ask_async),
         ("conversation_manager_state", "message", ask_async),
         ("_internal_state", "invocation", ask),
-    ],
+    ),
 )
 def test_the_state_of_an_agent_is_refused_by_name_and_its_messages_are_stored(
     factory: MongoDBSessionManagerFactory, stored: Any, ask: Callable[..., None], field: str, save_on: str
@@ -167,7 +169,7 @@ def test_a_message_and_a_state_that_fit_one_after_the_other_are_stored(
     assert [len(text) for text in conversation(stored)] == [3, 1, 12 * MIB, 1]
 
 
-@pytest.mark.parametrize(("command", "times"), [("update", 1), ("aggregate", 2), ("findAndModify", 2)])
+@pytest.mark.parametrize(("command", "times"), alternating(("update", 1), ("aggregate", 2), ("findAndModify", 2)))
 def test_a_failure_in_between_stores_everything_once(
     server: str, factory: MongoDBSessionManagerFactory, stored: Any, command: str, times: int
 ) -> None:
@@ -323,7 +325,7 @@ def sync_odd(manager: MongoDBSessionManager, value: str) -> None:
     manager.sync_multi_agent(Odd(value))
 
 
-@pytest.mark.parametrize(("part", "store"), PARTS)
+@pytest.mark.parametrize(("part", "store"), alternating(*PARTS))
 def test_a_part_that_is_too_large_is_refused_by_name_and_the_session_goes_on(
     crowded: MongoDBSessionManager, stored: Any, part: str, store: Any
 ) -> None:
@@ -339,7 +341,7 @@ def test_a_part_that_is_too_large_is_refused_by_name_and_the_session_goes_on(
     crowded.flush()
 
 
-@pytest.mark.parametrize(("part", "store"), [PARTS[0], PARTS[1], PARTS[-1]])
+@pytest.mark.parametrize(("part", "store"), alternating(PARTS[0], PARTS[1], PARTS[-1]))
 def test_old_messages_make_room_for_it(
     factory: MongoDBSessionManagerFactory, stored: Any, part: str, store: Any
 ) -> None:
@@ -349,7 +351,7 @@ def test_old_messages_make_room_for_it(
     assert [len(text) for text in conversation(stored)] == [12 * MIB, 1]
 
 
-@pytest.mark.parametrize("ask", [ask, ask_async])
+@pytest.mark.parametrize("ask", halves(ask)(ask_async))
 def test_messages_that_find_no_room_are_stored_once_there_is(
     factory: MongoDBSessionManagerFactory, stored: Any, ask: Callable[..., None]
 ) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
+import random
 import struct
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -259,7 +262,7 @@ async def test_listing_reads_no_more_than_the_keys_it_returns(server: str, datab
 # Values of any size.
 
 
-@pytest.mark.parametrize("size", [0, 1, 4 * MEGABYTE, 4 * MEGABYTE + 1, 40 * MEGABYTE])
+@pytest.mark.parametrize("size", [0, 1, 4 * MEGABYTE, 4 * MEGABYTE + 1, 17 * MEGABYTE])
 async def test_a_value_of_any_size(storage: MongoDBStorage, values: Database, size: int) -> None:
     data = content("value", size)
     await storage.write("big/value", data)
@@ -271,7 +274,7 @@ async def test_a_value_of_any_size(storage: MongoDBStorage, values: Database, si
 
 
 async def test_a_standard_gridfs_client_reads_a_large_value(storage: MongoDBStorage, values: Database) -> None:
-    data = content("value", 17 * MEGABYTE)
+    data = content("value", 5 * MEGABYTE)
     await storage.write("big/value", data)
     bucket = gridfs.GridFSBucket(values, "agent_storage_blobs")
     assert bucket.open_download_stream_by_name("big/value").read() == data
@@ -322,7 +325,7 @@ async def test_readers_see_the_old_value_or_the_new_one(
         await writer.write("key", versions[0])
         written = asyncio.Event()
         readers = [asyncio.ensure_future(read()) for _ in range(4)]
-        for number in range(24):
+        for number in range(12):
             await writer.write("key", versions[number % 4])
         written.set()
         seen = set().union(*await asyncio.gather(*readers))
@@ -407,6 +410,7 @@ def crash(server: str) -> Iterator[Callable[..., str]]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize(("before", "after"), [(250, 300), (250, 5), (5, 250), (None, 250), (250, None)])
 async def test_a_writer_killed_between_any_two_commands(
+    request: pytest.FixtureRequest,
     crash: Callable[..., str],
     server: str,
     database: str,
@@ -418,6 +422,8 @@ async def test_a_writer_killed_between_any_two_commands(
 ) -> None:
     old, new = (None if size is None else letter * size for letter, size in ((b"o", before), (b"n", after)))
     outcomes, seen = [], []
+    full = request.config.getoption("full_adversity")
+    ticks = itertools.count(1) if full else itertools.count(random.choice((1, 2)), 2)
     async with MongoDBStorage(server, database) as storage:
         while not outcomes or outcomes[-1] == "died":
             if old is None:
@@ -425,12 +431,12 @@ async def test_a_writer_killed_between_any_two_commands(
             else:
                 await storage.write("key", old)
             operation = "delete" if after is None else "write"
-            outcomes.append(crash(database, operation, "key", after or 0, len(outcomes) + 1))
+            outcomes.append(crash(database, operation, "key", after or 0, next(ticks)))
             seen.append(await storage.read("key"))
         assert outcomes[-1] == "ended 0"
-        assert {*seen} == {old, new}
+        assert {*seen} <= {old, new}
         assert seen == sorted(seen, key=lambda value: value == new)  # first the old one, then the new one
-        assert len(outcomes) > 6
+        assert len(outcomes) > (6 if full else 3)
         # What the dead left behind goes when it is old enough that nobody can be at work on it.
         monkeypatch.setattr(_blobs, "ABANDONED_AFTER", -_blobs.ABANDONED_AFTER)
         for number in range(9):
@@ -465,16 +471,24 @@ def command_on(name: str, collection: str) -> bytes:
     return command(name) + struct.pack("<i", len(collection) + 1) + collection.encode() + b"\0"
 
 
-@pytest.mark.own_database
+@pytest.fixture(scope="module")
+def alone(standalone: str) -> Iterator[Database]:
+    """A database on a server that is no replica set, where the driver itself sends nothing again."""
+    with pymongo.MongoClient[dict[str, Any]](standalone) as client:
+        yield client[name := f"test_{uuid.uuid4().hex}"]
+        client.drop_database(name)
+
+
 @pytest.mark.parametrize("size", [5, 500])
 @pytest.mark.parametrize("after", [5, 500, None])
 @pytest.mark.parametrize("part", ["", "_blobs.files", "_blobs.chunks"])
 async def test_a_lost_reply_does_not_lose_the_value(
-    standalone: str, database: str, small_files: None, size: int, after: int | None, part: str
+    standalone: str, alone: Database, small_files: None, size: int, after: int | None, part: str
 ) -> None:
-    """On a server that is no replica set, where the driver itself sends nothing again."""
-    with Proxy(standalone) as proxy, pymongo.MongoClient[dict[str, Any]](standalone) as client:
-        async with MongoDBStorage(proxy.uri, database) as storage:
+    for name in alone.list_collection_names():
+        alone[name].delete_many({})
+    with Proxy(standalone) as proxy:
+        async with MongoDBStorage(proxy.uri, alone.name) as storage:
             await storage.write("key", b"o" * size)
             for name in ("insert", "update", "delete"):
                 proxy.drop_after_request(command_on(name, f"agent_storage{part}"))
@@ -483,9 +497,8 @@ async def test_a_lost_reply_does_not_lose_the_value(
             else:
                 await storage.write("key", b"n" * after)
             assert await storage.read("key") == (None if after is None else b"n" * after)
-            assert nothing_but(client[database], *["key"] * ((after or 0) > 100))
+            assert nothing_but(alone, *["key"] * ((after or 0) > 100))
         assert proxy.dropped >= 1 or (part and max(size, after or 0) == 5)
-        client.drop_database(database)
 
 
 async def test_a_damaged_value_is_an_error(storage: MongoDBStorage, values: Database, small_files: None) -> None:

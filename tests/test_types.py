@@ -81,6 +81,8 @@ def valid(listener: CommandListener) -> None:
     options: ManagerOptions = {"save_on": "message", "maxPoolSize": 5}
     factory = MongoDBSessionManagerFactory("mongodb://localhost", **options)
     factory.create_session_manager("s", database_name="other", collection_name="other", save_on="invocation")
+    factory.list_sessions("a", {"customer": 7}, order="-created_at", limit=5).sessions[0].session_id.upper()
+    MongoDBSessionRepository().count_sessions(metadata={"customer": 7}).bit_length()
 
 
 async def valid_async(factory: MongoDBSessionManagerFactory) -> None:
@@ -128,16 +130,26 @@ async def invalid(factory: MongoDBSessionManagerFactory) -> None:
     initialize_global_factory(save_on=True)  # error: "save_on"
     MongoDBConnectionPool.initialize(nonsense=3)  # error: Unexpected keyword argument "nonsense"
     MongoDBConnectionPool.initialize(save_on="message")  # error: Unexpected keyword argument "save_on"
+    factory.list_sessions(nonsense=3)  # error: Unexpected keyword argument "nonsense"
+    factory.list_sessions(order="newest")  # error: "order"
+    await factory.list_sessions_async(metadata="customer")  # error: "metadata"
+    await factory.count_sessions_async(limit=3)  # error: Unexpected keyword argument "limit"
+    MongoDBSessionRepository().list_sessions(limit="many")  # error: "limit"
+    factory.list_sessions().get("s")  # error: has no attribute "get"
     factory.create_session_manager_async("s").flush()  # error: has no attribute "flush"
 """
 
 
-# What Strands imports is large, and nothing here depends on its types.
+# Checks the program alone: its errors depend on the signatures of this package and of the driver, not on their bodies.
 CONFIG = """
 [mypy]
 strict = True
-[mypy-strands.*]
 follow_imports = skip
+[mypy-mongodb_session_manager.*,pymongo.*,bson.*,gridfs.*,motor.*]
+follow_imports = silent
+ignore_errors = True
+[mypy-numpy.*]
+follow_imports_for_stubs = True
 """
 
 

@@ -59,7 +59,7 @@ from .errors import (
     SessionNotFoundError,
     StateTooLargeError,
 )
-from .hooks import _has_extra
+from .hooks import _ORIGINS, _has_extra
 
 if typing.TYPE_CHECKING:
     from .hooks.sns import FeedbackSNSHook, create_feedback_sns_hook
@@ -138,14 +138,7 @@ __all__ = [
     "notify_later",
 ]
 
-_WITH_AWS = {
-    "FeedbackSNSHook": "sns",
-    "MetadataSQSHook": "sqs",
-    "MetadataWebSocketHook": "websocket",
-    "create_feedback_sns_hook": "sns",
-    "create_metadata_sqs_hook": "sqs",
-    "create_metadata_websocket_hook": "websocket",
-}
+_WITH_AWS = {name: module for module, name in _ORIGINS.values()}
 
 
 if not _has_extra():  # `from mongodb_session_manager import *` imports the names of the installed extras

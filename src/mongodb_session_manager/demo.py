@@ -217,7 +217,6 @@ def _answer_from(messages: Messages) -> str:
 
 
 def _assistant_content(reply: Any) -> tuple[list[ContentBlock], StopReason]:
-    """Return the assistant's message for a reply, and its stop reason."""
     if isinstance(reply, Redaction):
         return [{"text": reply.answer}], "guardrail_intervened"
     if isinstance(reply, str):

@@ -322,14 +322,21 @@ def texts_of(repository: MongoDBSessionRepository, session_id: str) -> list[str]
     return [text for text, _ in content(repository, session_id)] if repository.list_agents(session_id) else []
 
 
+@pytest.fixture(scope="module")
+def lines(server: str, shared_database: str) -> list[str]:
+    """The session that the operations work with, exported."""
+    with MongoDBSessionRepository(server, shared_database, **LIMITS) as repository:
+        fill(repository, "source")
+        return list(repository.export_session("source"))
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: type(operation).__name__)
 def test_a_process_is_killed_between_any_two_commands(
-    server: str, driver: Driver, database: str, operation: Operation, pytestconfig: pytest.Config
+    server: str, driver: Driver, database: str, lines: list[str], operation: Operation, pytestconfig: pytest.Config
 ) -> None:
     with MongoDBSessionRepository(server, database, **LIMITS) as repository:
-        fill(repository, "source")
-        lines = list(repository.export_session("source"))
+        repository.import_session(lines, "source")
     context = Context(server, driver[database], lines)
 
     def prepare(session_ids: list[str]) -> None:

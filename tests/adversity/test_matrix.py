@@ -29,7 +29,7 @@ from sites import Site, answers
 
 from mongodb_session_manager import DatabaseTimeoutError, DatabaseUnavailableError, MongoDBSessionManagerFactory
 from proxy import command
-from support import CommandLog, agent, eventually, sampled, texts
+from support import CommandLog, agent, chance, eventually, sampled, texts
 
 EXPECTED = """
            refused dropped unacked died        frozen mute  demoted no-primary write-concern pool cancelled
@@ -49,8 +49,6 @@ overlap    down    ok      ok      down+       slow?  slow! ok      down       o
 """
 
 ERRORS = {"down": DatabaseUnavailableError, "slow": DatabaseTimeoutError}
-
-ALIKE = ("sync", "metadata", "feedback", "redaction", "close")
 
 RETRIES_OF_THE_DRIVER = ("dropped", "unacked")
 """Faults that a driver meets with a retry of its own on a replica set, and without on a standalone server."""
@@ -84,19 +82,22 @@ def cells() -> list[Cell]:
 # A cell.
 
 
-def with_both_managers(*faults: str) -> list[Any]:
-    """Return cells with a kind of manager in turn, but with both where they differ, and for all of `append`.
+def drawn(*faults: str) -> list[Any]:
+    """Return cells with a kind of manager in turn, but with both where they differ, and for `append`.
 
-    Of the operations that are a command of their own, each fault meets every third one. `--full-adversity`: all cells
-    with both.
+    Of three cells one is drawn, other ones in each run: each operation meets some faults, each fault some operations.
+    `--full-adversity`: all cells with both.
     """
-    cases, chosen = [], []
-    for number, cell in enumerate(cell for cell in cells() if cell.fault in faults):
-        left_out = cell.operation in ALIKE and (ALIKE.index(cell.operation) + faults.index(cell.fault)) % 3 != 0
-        for turn, api in enumerate((Sync, Async)):
-            cases.append((cell, api))
-            if cell.operation == "append" or "/" in cell.outcome or ((number + turn) % 2 == 0 and not left_out):
-                chosen.append((cell, api))
+    random, share = chance(), min(3, len(faults))
+    rows = random.sample(list(OPERATIONS), len(OPERATIONS))
+    columns = random.sample(faults, len(faults))
+    cases, chosen, turns = [], [], 0
+    for cell in (cell for cell in cells() if cell.fault in faults):
+        cases += [(cell, Sync), (cell, Async)]
+        if (rows.index(cell.operation) + columns.index(cell.fault)) % share == 0:
+            both = cell.operation == "append" or "/" in cell.outcome
+            chosen += cases[-2:] if both else [cases[turns % 2 - 2]]
+            turns += 1
     return sampled(cases, *chosen)
 
 
@@ -104,12 +105,12 @@ def shown(value: Cell | type[Api]) -> str:
     return str(value) if isinstance(value, Cell) else value.name
 
 
-@pytest.mark.parametrize(("cell", "api"), with_both_managers(*FAULTS), ids=shown)
+@pytest.mark.parametrize(("cell", "api"), drawn(*FAULTS), ids=shown)
 def test_on_a_replica_set(cell: Cell, api: type[Api], replica_set_site: Site) -> None:
     check(cell, api(), replica_set_site)
 
 
-@pytest.mark.parametrize(("cell", "api"), with_both_managers(*RETRIES_OF_THE_DRIVER), ids=shown)
+@pytest.mark.parametrize(("cell", "api"), drawn(*RETRIES_OF_THE_DRIVER), ids=shown)
 def test_on_a_standalone_server(cell: Cell, api: type[Api], standalone_site: Site) -> None:
     check(cell, api(), standalone_site)
 

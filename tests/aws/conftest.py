@@ -4,11 +4,14 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.loaders
+import botocore.session
+import certifi
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arrivals import Queue, Topics
 from endpoint import Endpoint
@@ -26,16 +29,32 @@ CREDENTIALS = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def credentials() -> Iterator[dict[str, str]]:
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Set them in the environment, with a bundle of one authority: each client loads the whole bundle."""
+    one, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
+    authority = tmp_path_factory.mktemp("aws") / "authority.pem"
+    authority.write_text(one + end)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
+        patch.setenv("AWS_CA_BUNDLE", str(authority))
         yield CREDENTIALS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def descriptions_are_read_once() -> Iterator[None]:
+    """Have all sessions of botocore share what they read of AWS' interfaces."""
+    shared = botocore.loaders.create_loader(None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.session.create_loader", lambda search_path_string=None: shared)
+        yield
 
 
 @pytest.fixture(scope="session")
 def moto(credentials: dict[str, str]) -> Iterator[str]:
     """The URL of a server that does what AWS does."""
+    from moto.server import ThreadedMotoServer  # half a second, in one of the workers
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -62,7 +81,7 @@ def a_dispatcher_of_its_own() -> Iterator[None]:
             dispatcher.portal.call(client.aclose)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sqs(moto: str) -> Iterator[Any]:
     """A plain client, to see what arrived."""
     client = boto3.client("sqs", endpoint_url=moto)
@@ -80,7 +99,7 @@ def fifo_queue(sqs: Any) -> Queue:
     return Queue(sqs, f"{uuid.uuid4().hex}.fifo", FifoQueue="true")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def topics(moto: str, sqs: Any) -> Iterator[Topics]:
     client = boto3.client("sns", endpoint_url=moto)
     yield Topics(client, sqs)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import pytest
-
 from arrivals import Queue, Topics
 from endpoint import Endpoint
 from mongodb_session_manager import (
@@ -53,31 +51,18 @@ FEEDBACK: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("feedback", "prefixes", "subject", "body", "rating"),
-    FEEDBACK.values(),
-    ids=FEEDBACK,
-)
-def test_feedback(
-    factory: Any,
-    moto: str,
-    topics: Topics,
-    feedback: dict[str, Any],
-    prefixes: dict[str, str],
-    subject: str,
-    body: str,
-    rating: str,
-) -> None:
+def test_feedback(factory: Any, moto: str, topics: Topics) -> None:
     topic = topics.new()
-    hook = create_feedback_sns_hook(topic.arn, topic.arn, topic.arn, **prefixes, endpoint_url=moto)
-    with factory.create_session_manager("s-1", feedback_hook=hook) as manager:
-        manager.add_feedback(feedback)
-    [message] = topic.arrived()
-    assert (message["Subject"], message["Message"]) == (subject, body)
-    assert message["MessageAttributes"] == {
-        "session_id": {"Type": "String", "Value": "s-1"},
-        "rating": {"Type": "String", "Value": rating},
-    }
+    for name, (feedback, prefixes, subject, body, rating) in FEEDBACK.items():
+        hook = create_feedback_sns_hook(topic.arn, topic.arn, topic.arn, **prefixes, endpoint_url=moto)
+        with factory.create_session_manager("s-1", feedback_hook=hook) as manager:
+            manager.add_feedback(feedback)
+        [message] = topic.arrived()
+        assert (message["Subject"], message["Message"]) == (subject, body), name
+        assert message["MessageAttributes"] == {
+            "session_id": {"Type": "String", "Value": "s-1"},
+            "rating": {"Type": "String", "Value": rating},
+        }, name
 
 
 ODD = {"d": {1: 2, None: 4, 1.5: "é", False: 0}, "l": [1, (2, 3)], "f": 1.0, "n": None, "b": True, "big": 2**70}
@@ -103,31 +88,24 @@ CHANGES: dict[str, tuple[list[str] | None, str, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("fields", "action", "changed", "metadata"), CHANGES.values(), ids=CHANGES)
-def test_metadata(
-    factory: Any,
-    moto: str,
-    queue: Queue,
-    endpoint: Endpoint,
-    fields: list[str] | None,
-    action: str,
-    changed: Any,
-    metadata: str,
-) -> None:
-    factory.create_session_manager("s-1").update_metadata({"connection_id": "c-1"})
-    endpoint.answers(200)
-    for hook in (
-        create_metadata_sqs_hook(queue.url, fields, endpoint_url=moto),
-        create_metadata_websocket_hook(endpoint.url, fields),
-    ):
-        with factory.create_session_manager("s-1", metadata_hook=hook) as manager:
-            getattr(manager, f"{action}_metadata")(changed)
-    [message] = queue.arrived()
-    [(_, posted)] = endpoint.requests
-    rest = f'"operation": "{action}", "metadata": {metadata}, NOW}}'
-    assert MOMENT.sub("NOW", message.body) == f'{{"session_id": "s-1", "event": "metadata_update", {rest}'
-    assert MOMENT.sub("NOW", posted.decode()) == f'{{"event": "metadata_update", "session_id": "s-1", {rest}'
-    assert message.attributes == {"session_id": "s-1", "event": "metadata_update"}
+def test_metadata(factory: Any, stored: Any, moto: str, queue: Queue, endpoint: Endpoint) -> None:
+    for name, (fields, action, changed, metadata) in CHANGES.items():
+        stored.delete_one({"_id": "s-1"})
+        endpoint.requests.clear()
+        factory.create_session_manager("s-1").update_metadata({"connection_id": "c-1"})
+        endpoint.answers(200)
+        for hook in (
+            create_metadata_sqs_hook(queue.url, fields, endpoint_url=moto),
+            create_metadata_websocket_hook(endpoint.url, fields),
+        ):
+            with factory.create_session_manager("s-1", metadata_hook=hook) as manager:
+                getattr(manager, f"{action}_metadata")(changed)
+        [message] = queue.arrived()
+        [(_, posted)] = endpoint.requests
+        rest = f'"operation": "{action}", "metadata": {metadata}, NOW}}'
+        assert MOMENT.sub("NOW", message.body) == f'{{"session_id": "s-1", "event": "metadata_update", {rest}', name
+        assert MOMENT.sub("NOW", posted.decode()) == f'{{"event": "metadata_update", "session_id": "s-1", {rest}', name
+        assert message.attributes == {"session_id": "s-1", "event": "metadata_update"}, name
 
 
 def test_the_password_of_a_stored_session_never_leaves(

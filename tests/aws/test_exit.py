@@ -12,8 +12,9 @@ import interpreter
 from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
+from support import halves
 
-UPDATES = 60
+UPDATES = 20
 
 SLOW = 60.0
 """Seconds that a busy machine may take for what is bounded by five otherwise."""
@@ -36,7 +37,7 @@ def run(body: str, *arguments: str) -> tuple[str, str]:
     return interpreter.run(script(body), *arguments, timeout=100)
 
 
-@pytest.mark.parametrize("kind", ["manager", "factory"])
+@pytest.mark.parametrize("kind", halves("manager")("factory"))
 def test_close_right_after_many_updates_delivers_them_all(
     server: str, database: str, moto: str, queue: Queue, kind: str
 ) -> None:
@@ -62,7 +63,9 @@ async def test_close_of_an_async_manager_too(server: str, database: str, moto: s
     assert [message.metadata["n"] for message in queue.arrived()] == list(range(UPDATES))
 
 
-@pytest.mark.parametrize("opened", ["MongoDBSessionManager('s', uri, database", "factory.create_session_manager('s'"])
+@pytest.mark.parametrize(
+    "opened", halves("MongoDBSessionManager('s', uri, database")("factory.create_session_manager('s'")
+)
 def test_the_end_of_the_interpreter_delivers_them_too(
     server: str, database: str, stored: Any, moto: str, queue: Queue, opened: str
 ) -> None:
@@ -84,6 +87,8 @@ def test_the_end_of_the_interpreter_is_bounded_and_names_what_it_loses(
 ) -> None:
     endpoint.hangs()
     body = """
+        from mongodb_session_manager._io import loop as _loop
+        _loop.EXIT_TIMEOUT = 1.0
         manager = MongoDBSessionManager("s", uri, database, metadata_hook=hook)
         for number in range(3):
             manager.update_metadata({"n": number})

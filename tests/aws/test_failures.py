@@ -22,7 +22,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager.hooks import _aws
 from proxy import Proxy
-from support import CommandLog, eventually
+from support import CommandLog, alternating, eventually, in_half
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def outage(kind: str, endpoint: Endpoint) -> str:
     return endpoint.url
 
 
-KINDS = pytest.mark.parametrize("kind", ["down", "hanging", "refusing", "failing"])
+KINDS = pytest.mark.parametrize("kind", alternating("down", "hanging", "refusing", "failing"))
 
 
 @KINDS
@@ -120,7 +120,12 @@ def test_what_hangs_arrives_once_it_hangs_no_more(
     assert [message.metadata["n"] for message in queue.arrived()] == list(range(5))
 
 
-@pytest.mark.parametrize("trouble", [500, 503, 429, (400, "ThrottlingException", ""), (403, "RequestThrottled", "")])
+TROUBLES = [(400, "ThrottlingException", ""), (403, "RequestThrottled", "")]
+
+
+@pytest.mark.parametrize(
+    "trouble", [in_half(n % 2, (each,)) for n, each in enumerate([500, 503, 429, *TROUBLES])], ids=str
+)
 def test_three_failures_and_then_it_arrives(
     factory: MongoDBSessionManagerFactory, endpoint: Endpoint, queue: Queue, trouble: Any
 ) -> None:

@@ -21,12 +21,12 @@ from mongodb_session_manager import (
     create_metadata_sqs_hook,
     create_metadata_websocket_hook,
 )
-from support import CommandLog, Session, eventually, sampled
+from support import CommandLog, Session, alternating, eventually, halves, sampled
 
 Hook = Callable[..., Any]
 
 
-@pytest.fixture(params=[False, True], ids=["manager", "async manager"])
+@pytest.fixture(params=halves(False)(True), ids=["manager", "async manager"])
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory) -> Iterator[Session]:
     with asyncio.Runner() as runner:
         yield Session(factory, runner, request.param)
@@ -125,7 +125,7 @@ async def plain_async(original_func: Any, action: str, session_id: str, **argume
 DISTINCT = ("def", "async def", "def that ignores the result", "chain in a def", "chain with a def in an async def")
 """Forms of which no two call the AWS hook in the same way."""
 
-FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+FORM = pytest.mark.parametrize("form", alternating(*FORMS.values()), ids=FORMS)
 SAMPLED_FORM = pytest.mark.parametrize("form_name", sampled(FORMS, *DISTINCT))
 
 
@@ -172,7 +172,7 @@ def test_reading_metadata_returns_it(session: Session, moto: str, form_name: str
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
-@pytest.mark.parametrize("is_async", [False, True], ids=["def", "async def"])
+@pytest.mark.parametrize("is_async", halves(False)(True), ids=["def", "async def"])
 def test_each_call_is_one_operation_and_one_notification(
     session: Session, moto: str, queue: Queue, commands: CommandLog, is_async: bool, times: int
 ) -> None:
@@ -209,7 +209,7 @@ def test_from_a_thread_of_the_hooks_own(session: Session, endpoint: Endpoint) ->
     assert told(endpoint) == [("c-1", "update", {"n": 1})]
 
 
-@pytest.mark.parametrize("form", ["def", "async def", "def that returns a coroutine", "chain in a def"])
+@pytest.mark.parametrize("form", alternating("def", "async def", "def that returns a coroutine", "chain in a def"))
 def test_an_operation_that_fails_is_told_to_the_caller_alone(
     session: Session, factory: MongoDBSessionManagerFactory, moto: str, form: str
 ) -> None:
@@ -236,7 +236,7 @@ CONTEXTS: dict[str, Callable[[Hook], Hook]] = {
 }
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", alternating(*CONTEXTS))
 def test_chains_of_every_mixture(
     request: pytest.FixtureRequest, session: Session, endpoint: Endpoint, context: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The package without the extra: the import of what it brings is refused as an environment without it would.
+"""The package without its extras: the import of what they bring is refused as an environment without it would.
 
 boto3 and botocore stay, because Strands needs them itself.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-import textwrap
 from typing import Any
 
 import pytest
@@ -24,74 +23,64 @@ AWS_NAMES = [
     "create_metadata_websocket_hook",
 ]
 
-WITHOUT = """
+WITHOUT = f"""
 import sys
+
+EXTRAS = ("aioboto3", "aiobotocore", "aiohttp", "fastapi")
+
+import mongodb_session_manager.hooks
+assert not [name for name in sys.modules if name.partition(".")[0] in EXTRAS]
+assert "mongodb_session_manager.demo" not in sys.modules
+for name in [name for name in sys.modules if name.startswith("mongodb_session_manager")]:
+    del sys.modules[name]
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("aioboto3", "aiobotocore", "aiohttp"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
+
+import mongodb_session_manager as package
+from mongodb_session_manager import *
+assert not package.is_feedback_sns_hook_available()
+assert not package.is_metadata_sqs_hook_available()
+assert not package.is_metadata_websocket_hook_available()
+assert MongoDBSessionManager and notify_later and chain_hooks
+from mongodb_session_manager.hooks import *
+assert package.hooks.__all__ == []
+print(*[name for name in package.__all__ if "Hook" in name or name.startswith("create")])
+
+for name in {AWS_NAMES}:
+    for touch in (
+        lambda: getattr(package, name),
+        lambda: exec(f"from mongodb_session_manager import {{name}}"),
+        lambda: exec("from mongodb_session_manager.hooks.sns import FeedbackSNSHook"),
+        lambda: exec(f"from mongodb_session_manager.hooks import {{name.replace('feedback_sns', 'feedback')}}"),
+    ):
+        try:
+            touch()
+        except package.MissingExtraError as error:
+            assert isinstance(error, ImportError) and isinstance(error, package.MongoDBSessionError)
+            assert "pip install 'mongodb-session-manager[aws]'" in str(error)
+            print(name)
+
+try:
+    import mongodb_session_manager.fastapi
+except ImportError as error:
+    print(error)
 """
 
 
-def without_extra(body: str) -> str:
-    shown = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WITHOUT + textwrap.dedent(body)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert shown.returncode == 0, shown.stderr
-    return shown.stdout
-
-
-def test_the_package_is_whole_but_for_the_hooks() -> None:
-    body = """
-        import mongodb_session_manager as package
-        from mongodb_session_manager import *
-        assert not package.is_feedback_sns_hook_available()
-        assert not package.is_metadata_sqs_hook_available()
-        assert not package.is_metadata_websocket_hook_available()
-        assert MongoDBSessionManager and notify_later and chain_hooks
-        from mongodb_session_manager.hooks import *
-        assert package.hooks.__all__ == []
-        print(*[name for name in package.__all__ if "Hook" in name or name.startswith("create")])
-    """
-    openers = ["create_mongodb_session_manager", "create_mongodb_session_manager_async"]
-    assert without_extra(body).split() == ["Hook", *openers]
-
-
-def test_touching_a_hook_says_what_to_install() -> None:
-    body = f"""
-        import mongodb_session_manager as package
-        for name in {AWS_NAMES}:
-            for touch in (
-                lambda: getattr(package, name),
-                lambda: exec(f"from mongodb_session_manager import {{name}}"),
-                lambda: exec("from mongodb_session_manager.hooks.sns import FeedbackSNSHook"),
-                lambda: exec(f"from mongodb_session_manager.hooks import {{name.replace('feedback_sns', 'feedback')}}"),
-            ):
-                try:
-                    touch()
-                except package.MissingExtraError as error:
-                    assert isinstance(error, ImportError) and isinstance(error, package.MongoDBSessionError)
-                    assert "pip install 'mongodb-session-manager[aws]'" in str(error)
-                    print(name)
-    """
-    assert without_extra(body).split() == [name for name in AWS_NAMES for _ in range(4)]
-
-
-def test_importing_the_package_imports_nothing_of_aws() -> None:
-    body = """
-        import sys, mongodb_session_manager.hooks
-        print([name for name in sys.modules if name.partition(".")[0] in ("aioboto3", "aiobotocore", "aiohttp")])
-    """
-    shown = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=100, check=True
-    )
-    assert shown.stdout == "[]\n"
+def test_without_them_the_rest_of_the_package_is_there_and_an_error_says_what_to_install() -> None:
+    command = [sys.executable, "-W", "error", "-c", WITHOUT]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == [
+        "Hook create_mongodb_session_manager create_mongodb_session_manager_async",
+        *(name for name in AWS_NAMES for _ in range(4)),
+        "mongodb_session_manager.fastapi needs FastAPI: pip install 'mongodb-session-manager[fastapi]'",
+    ]
 
 
 def test_with_the_extra() -> None:

@@ -35,17 +35,7 @@ _RESERVE = 16 * 1024
 
 @dataclass
 class NewAgent:
-    """An agent of a session that is built.
-
-    Attributes:
-        key: The key of the agent.
-        fields: Its sub-document, without the fields that `document` adds.
-        archived: The number of archived messages.
-        next_id: The id of the next message.
-        messages: The messages in the head.
-        sizes: Their sizes in bytes.
-        total: The sum of the sizes.
-    """
+    """An agent of a session that is built; `total` is the sum of the `sizes` of the messages in the head, in bytes."""
 
     key: str
     fields: Document
@@ -57,7 +47,6 @@ class NewAgent:
 
     @property
     def count(self) -> int:
-        """The number of messages."""
         return self.archived + len(self.messages)
 
     @property
@@ -67,24 +56,16 @@ class NewAgent:
 
     @property
     def head(self) -> Head:
-        """The numbers of the head."""
         removed = removed_messages(self.fields)
         return Head(archived=self.archived, below=self.archived, next_id=self.count, size=self.total, removed=removed)
 
     def document(self) -> Document:
-        """Return the sub-document of the agent."""
         archived = {"archived": self.archived} if self.archived else {}
         return {**self.fields, "next_message_id": self.next_id, **archived, "messages": self.messages}
 
 
 class SessionBuilder:
-    """Fills a staged session.
-
-    Args:
-        store: The store of the session.
-        staging: The staged session.
-        fields: The fields of the session document. `agents` holds sub-documents that are stored unchanged.
-    """
+    """Fills a staged session; `agents` of the fields holds sub-documents that are stored unchanged."""
 
     def __init__(self, store: SessionStore, staging: Staging, fields: Document) -> None:
         self.staging = staging
@@ -98,7 +79,6 @@ class SessionBuilder:
         return self._agents[-1]
 
     async def add_message(self, message: Any, size: int) -> None:
-        """Add a message to the last agent; `size` is that of the message in bytes."""
         agent = self._agents[-1]
         agent.messages.append(message)
         agent.sizes.append(size)
@@ -113,18 +93,14 @@ class SessionBuilder:
             await self._archive(agent, limits.step(head))
 
     async def fill(self) -> None:
-        """Store the session document.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy, because its lease had expired.
-        """
+        """Store the session document; raise `SessionConflictError` as `Staging.fill` does."""
         await self._make_room()
         content = self._content()
         # Applications have stored fields that no path can name.
         if unnamed := {name: content.pop(name) for name in list(content) if not _is_path(name)}:
-            await self.staging.fill_all(unnamed)
+            await self.staging.fill([{"$replaceWith": {"$mergeObjects": ["$$ROOT", {"$literal": unnamed}]}}])
         for part in await asyncio.to_thread(_parts_of, content):
-            await self.staging.fill(part)
+            await self.staging.fill({"$set": part})
 
     async def _archive(self, agent: NewAgent, step: Step) -> None:
         count = min(taken(agent.sizes, step), BUCKET_MESSAGES)

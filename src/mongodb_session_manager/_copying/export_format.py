@@ -28,9 +28,8 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import bson
 from bson import json_util
@@ -42,7 +41,7 @@ from .._format.bounded import Bounded
 from .._format.codec import CODEC_OPTIONS, MARKER
 from .._format.dates import to_iso
 from .._format.documents import Document
-from .._format.ids import checked_id, following_id
+from .._format.ids import ExportedIds, checked_id
 from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from ..errors import InvalidArgumentError, raise_alone
 from .import_checks import checked_agent, checked_message, checked_session, require
@@ -69,7 +68,7 @@ PIECE_BYTES = 512 * 1024
 """The maximum number of bytes of an attachment in an exported line."""
 
 REMEMBERED = 1024
-"""How many recent attachments reader and writer remember, so that the same bytes are exported once."""
+"""How many recent attachments reader and writer remember, by SHA-256, so that the same bytes are exported once."""
 
 _MAX_LEVELS = 120
 """The maximum number of levels of a line; the server accepts 180, and a message in a bucket has 4 levels above it."""
@@ -81,11 +80,6 @@ _OPTIONS = json_util.JSONOptions(
 _READ_OPTIONS = _OPTIONS.with_options(uuid_representation=UuidRepresentation.UNSPECIFIED)
 _REFUSALS = (BSONError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """The errors that damaged Extended JSON can raise."""
-
-
-def _recent() -> Bounded[str, Reference]:
-    """Return an empty register of recent attachments, by SHA-256; writer and reader drop the same ones."""
-    return Bounded(REMEMBERED)
 
 
 # Writing.
@@ -109,15 +103,12 @@ def line_of(record: Document) -> str:
 
 
 class Writer:
-    """Writes the lines of one session."""
-
     def __init__(self) -> None:
-        self._recent = _recent()
+        self._recent: Bounded[str, Reference] = Bounded(REMEMBERED)
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
         self._digest = hashlib.sha256()
 
     def knows(self, reference: Reference) -> bool:
-        """Return whether an attachment with the same bytes was written recently."""
         return reference.sha256 in self._recent
 
     def _digested(self, line: str) -> str:
@@ -125,58 +116,49 @@ class Writer:
         return line
 
     def head(self, session_id: str, fields: Document, moment: datetime) -> list[str]:
-        """Return the first two lines."""
         header = {"format": FORMAT, "version": VERSION, "session_id": session_id, "exported_at": to_iso(moment)}
         return [self._digested(f"{json.dumps(header)}\n"), self._digested(line_of({"session": fields}))]
 
     def agent(self, agent_id: str, fields: Document) -> str:
-        """Return the line of an agent, which precedes its messages."""
         self._counts["agents"] += 1
         return self._digested(line_of({"agent": agent_id, "fields": fields}))
 
     def message(self, message: Mapping[str, Any]) -> str:
-        """Return the line of a message, which follows the lines of its attachments."""
         self._counts["messages"] += 1
         return self._digested(line_of({"message": dict(message)}))
 
     def pieces(self, reference: Reference, at: int, data: bytes) -> Iterator[str]:
-        """Return the lines of a part of an attachment, which begins at the offset `at`."""
         for start in range(0, len(data), PIECE_BYTES):
             encoded = base64.b64encode(data[start : start + PIECE_BYTES]).decode()
             line = json.dumps({"attachment": str(reference), "at": at + start, "data": encoded})
             yield self._digested(f"{line}\n")
 
     def whole(self, reference: Reference) -> None:
-        """Count an attachment whose last piece was written."""
         self._counts["attachments"] += 1
         self._recent[reference.sha256] = reference
 
     def end(self) -> str:
-        """Return the last line."""
         return f"{json.dumps({'end': {**self._counts, 'sha256': self._digest.hexdigest()}})}\n"
 
 
 # Reading.
 
 
-@dataclass(frozen=True, slots=True)
-class SessionRead:
+class SessionRead(NamedTuple):
     """A session without its agents; `session_id` is the id of the exported session."""
 
     session_id: str
     fields: Document
 
 
-@dataclass(frozen=True, slots=True)
-class AgentRead:
+class AgentRead(NamedTuple):
     """An agent, without its messages."""
 
     agent_id: str
     fields: Document
 
 
-@dataclass(frozen=True, slots=True)
-class MessageRead:
+class MessageRead(NamedTuple):
     """A message of the last agent that was read, and its size in bytes.
 
     Each of its references belongs to a complete attachment that was read before.
@@ -186,8 +168,7 @@ class MessageRead:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class PieceRead:
+class PieceRead(NamedTuple):
     """Bytes of an attachment, from the offset `at`; `whole` if they are the last ones and the attachment is intact."""
 
     reference: Reference
@@ -207,20 +188,16 @@ class Reader:
         self._number = 0
         self._digest = hashlib.sha256()
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
-        self._recent = _recent()
+        self._recent: Bounded[str, Reference] = Bounded(REMEMBERED)
         self._header: str | None = None
         self._has_session = False
         self._agents: set[str] = set()
-        self._position, self._last_id = 0, -1
+        self._sequence = ExportedIds()
         self._room = MAX_DOCUMENT_BYTES
         self._attachment: tuple[Reference, int, Any] | None = None
 
     def read(self, line: object) -> Read | None:
-        """Return the content of a line, or `None` if there is nothing to store.
-
-        Raises:
-            InvalidArgumentError: The line is not one of an exported session, or not allowed in this place.
-        """
+        """Return the content of a line, or `None` if it has none; raise `InvalidArgumentError` if it is refused."""
         self._number += 1
         try:
             data = _stripped(line)
@@ -236,11 +213,7 @@ class Reader:
         return found
 
     def check_end(self) -> None:
-        """Refuse an incomplete stream.
-
-        Raises:
-            InvalidArgumentError: The last line is missing.
-        """
+        """Raise `InvalidArgumentError` if the last line is missing."""
         if not self.is_complete:
             where = f"after line {self._number}" if self._number else "before its first line"
             raise InvalidArgumentError(f"the export is truncated: it ends {where}, without the last line")
@@ -268,7 +241,6 @@ class Reader:
         raise InvalidArgumentError("unknown record type")
 
     def _fitting(self, fields: Document) -> Document:
-        """Return fields of the session document; refuse them if the document would be too large."""
         self._room -= stored_size(fields)
         require(self._room >= 0, f"the fields of the session and its agents exceed {MAX_DOCUMENT_BYTES} bytes")
         return fields
@@ -277,7 +249,7 @@ class Reader:
         require(agent_id not in self._agents, "it is a second agent with that id")
         self._agents.add(agent_id)
         self._counts["agents"] += 1
-        self._position, self._last_id = 0, -1
+        self._sequence = ExportedIds()
         return AgentRead(agent_id, self._fitting(checked_agent(fields)))
 
     def _message(self, message: Document) -> MessageRead:
@@ -293,9 +265,7 @@ class Reader:
         if renamed:
             listed = {renamed[text]["v"] if text in renamed else text for text in message["attachments"]}
             message = {**attached(message, renamed), "attachments": sorted(listed)}
-        self._last_id = following_id(message.get("message_id"), self._position, self._last_id)
-        self._position += 1
-        message, size = checked_message(message, self._last_id)
+        message, size = checked_message(message, self._sequence.next(message.get("message_id")))
         self._counts["messages"] += 1
         return MessageRead(message, size)
 
@@ -342,7 +312,6 @@ def _stripped(line: object) -> bytes:
 
 
 def _record(data: bytes) -> Document:
-    """Return the object of a line after a round trip through BSON."""
     require(_has_few_elements(data), f"it contains more than {MAX_ELEMENTS} values")
     try:
         text = data.decode()

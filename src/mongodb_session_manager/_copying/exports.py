@@ -11,7 +11,7 @@ from typing import Any
 from .._format.attachment_refs import Reference, references_of
 from .._format.dates import now
 from .._format.documents import Document
-from .._format.ids import agent_id_of, agent_key, checked_id, following_id
+from .._format.ids import ExportedIds, agent_id_of, agent_key, checked_id
 from .._format.layout import Place
 from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
@@ -31,10 +31,6 @@ class Export:
 
     Every `pull` sends its own commands and leaves no cursor open, so stopping early leaks no cursor, and a slow reader
     does not run into the cursor timeout.
-
-    Args:
-        store: The sessions.
-        session_id: The session.
     """
 
     def __init__(self, store: SessionStore, session_id: str) -> None:
@@ -43,7 +39,6 @@ class Export:
         self._pending = self._lines(session_id)
 
     async def pull(self) -> list[str]:
-        """Return the next lines, none after the last."""
         return await anext(self._pending, [])
 
     async def _lines(self, session_id: str) -> AsyncGenerator[list[str], None]:
@@ -69,7 +64,7 @@ class Export:
         # Versions before 1.0 did not encode ids.
         agent_id = key if agent.get("next_message_id") is None else agent_id_of(key)
         yield [writer.agent(agent_id, _without(agent, AGENT_NOT_COPIED))]
-        sequence = _Sequence()
+        sequence = ExportedIds()
         position, archived = 0, int(agent.get("archived") or 0)
         while position < archived:
             async with self._connection.operation():
@@ -96,11 +91,7 @@ class Export:
                 raise missing
 
     async def _is_elsewhere(self, source: _Source) -> bool:
-        """Return whether the session was migrated since it was read; update its place.
-
-        Raises:
-            SessionNotFoundError: The session no longer exists.
-        """
+        """Return whether the session was migrated since it was read, and update its place; raise if it was removed."""
         session_id, before = source.place
         document = await self._store.sessions.get(session_id, {"incarnation": 1, "created_at": 1})
         now_at = document.get("incarnation")
@@ -112,7 +103,7 @@ class Export:
         return True
 
     async def _message_lines(
-        self, source: _Source, agent_id: str, sequence: _Sequence, messages: Iterable[Document], writer: Writer
+        self, source: _Source, agent_id: str, sequence: ExportedIds, messages: Iterable[Document], writer: Writer
     ) -> AsyncGenerator[list[str], None]:
         session_id = source.place.session_id
         waiting: list[Document] = []
@@ -123,7 +114,7 @@ class Export:
             message_id = sequence.next(stored.get("message_id"))
             message = {**stored, "message_id": message_id}
             if len(waiting) == _AT_ONCE or (waiting and references_of(message)):
-                yield await asyncio.to_thread(_lines_of, writer, waiting)
+                yield await asyncio.to_thread(list, map(writer.message, waiting))
                 waiting = []
             for _ in range(_ROUNDS if references_of(message) else 0):
                 missing = None
@@ -139,18 +130,18 @@ class Export:
                 # The message might have been redacted or replaced since it was read.
                 if await self._is_elsewhere(source):
                     continue
-                current = await self._message_now(session_id, agent_id, stored)
+                async with self._connection.operation():
+                    identity = stored.get("message_id"), stored.get("created_at")
+                    current = await self._store.archive.find_message(session_id, agent_id, *identity)
                 if current is None or current.get("attachments") == message["attachments"]:
-                    raise _damaged(session_id, agent_id, message_id, missing)
+                    raise AttachmentError(
+                        f"session {session_id!r}: message {message_id} of agent {agent_id!r} has a missing or damaged "
+                        f"attachment (SHA-256 {missing.sha256})"
+                    )
                 message = {**current, "message_id": message_id}
             waiting.append(message)
         if waiting:
-            yield await asyncio.to_thread(_lines_of, writer, waiting)
-
-    async def _message_now(self, session_id: str, agent_id: str, stored: Document) -> Document | None:
-        async with self._connection.operation():
-            message_id, created_at = stored.get("message_id"), stored.get("created_at")
-            return await self._store.archive.find_message(session_id, agent_id, message_id, created_at)
+            yield await asyncio.to_thread(list, map(writer.message, waiting))
 
     async def _attachment_lines(
         self, place: Place, reference: Reference, writer: Writer
@@ -170,46 +161,16 @@ class Export:
 
 @dataclass
 class _Source:
-    """A session that is being exported.
-
-    Attributes:
-        place: The ids of its parts; it changes when the session is migrated.
-        created_at: Distinguishes the session from a later one with the same id.
-    """
+    """A session that is being exported; its place changes if it is migrated, but never its `created_at`."""
 
     place: Place
     created_at: Any
-
-
-class _Sequence:
-    """The exported ids of an agent's messages: the stored ids, unless these do not increase."""
-
-    def __init__(self) -> None:
-        self.position = 0
-        self._last = -1
-
-    def next(self, stored: object) -> int:
-        """Return the exported id of the next message; `stored` is its stored id."""
-        self._last = following_id(stored, self.position, self._last)
-        self.position += 1
-        return self._last
 
 
 def _without(fields: Document, names: Iterable[str]) -> Document:
     return {name: value for name, value in fields.items() if name not in names}
 
 
-def _lines_of(writer: Writer, messages: Iterable[Document]) -> list[str]:
-    return [writer.message(message) for message in messages]
-
-
 def _pieces_of(writer: Writer, reference: Reference, at: int, data: bytes, digest: Any) -> list[str]:
     digest.update(data)
     return list(writer.pieces(reference, at, data))
-
-
-def _damaged(session_id: str, agent_id: str, message_id: int, reference: Reference) -> AttachmentError:
-    return AttachmentError(
-        f"session {session_id!r}: message {message_id} of agent {agent_id!r} has a missing or damaged attachment "
-        f"(SHA-256 {reference.sha256})"
-    )

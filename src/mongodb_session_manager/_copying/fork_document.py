@@ -15,11 +15,7 @@ from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
 
 def checked_ends(at_message: object) -> int | dict[str, int] | None:
-    """Return a valid `at_message`: a message id, or message ids by agent id.
-
-    Raises:
-        InvalidArgumentError: It is neither.
-    """
+    """Return a valid `at_message`, or raise `InvalidArgumentError`."""
     if at_message is None:
         return None
     if not isinstance(at_message, Mapping):
@@ -32,7 +28,7 @@ def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: It
 
     Raises:
         InvalidArgumentError: `at_message` is a single id, but the session has several agents.
-        AgentNotFoundError: There is no such agent.
+        AgentNotFoundError: The session has no such agent.
     """
     known = list(agents)
     if isinstance(at_message, int):
@@ -73,7 +69,6 @@ def _is_left_out(event: Document, ends: Mapping[str, int]) -> bool:
 
 
 def agent_fields(agent: Mapping[str, Any]) -> Document:
-    """Return the fields of an agent's sub-document that a fork copies."""
     return {name: value for name, value in agent.items() if name not in AGENT_NOT_COPIED}
 
 

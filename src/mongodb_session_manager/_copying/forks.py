@@ -37,13 +37,10 @@ Sized = tuple[Any, int]
 
 
 class Forker:
-    """Forks sessions."""
-
     def __init__(self, store: SessionStore) -> None:
         self._store = store
 
     async def fork(self, session_id: str, new_id: str, at_message: object) -> None:
-        """Fork a session, as `AsyncMongoDBSessionRepository.fork_session` describes."""
         checked_id(session_id, "session_id")
         staging, ends = Staging(self._store, checked_id(new_id, "new_id")), checked_ends(at_message)
         async with self._store.connection.operation():
@@ -71,14 +68,6 @@ class Forker:
 
 
 class _Fork:
-    """One attempt to copy a session.
-
-    Args:
-        store: The sessions.
-        source: The session.
-        staging: The fork.
-    """
-
     def __init__(self, store: SessionStore, source: Source, staging: Staging) -> None:
         self._store = store
         self._source = source
@@ -87,11 +76,7 @@ class _Fork:
         self._replaced: list[Reference] = []
 
     async def copy(self, at_message: int | dict[str, int] | None) -> None:
-        """Copy the session up to the given messages.
-
-        Raises:
-            ReadAgainError: The archived messages were moved elsewhere after the session was read.
-        """
+        """Copy the session up to the given messages; raise `ReadAgainError` if its archived messages were moved."""
         document, agents = self._source.document, self._source.agents
         ends = ends_of(self._session_id, at_message, map(agent_id_of, agents))
         fields = session_fields(document, ends, self._store.connection.now())
@@ -117,7 +102,8 @@ class _Fork:
                 count += len(batch)
                 kept = 0 if is_complete else len(batch)
                 if last is not None and not is_complete:
-                    kept = _position_after(last, [message for message, _ in batch])
+                    ids = [stored_id(message) for message, _ in batch]
+                    kept = ids.index(last) + 1 if last in ids else 0
                     is_complete = kept > 0
                     kept = kept or len(batch)
                 await self._add(builder, agent, agent_id, batch[:kept])
@@ -132,7 +118,6 @@ class _Fork:
             agent.fields = cut_fields(agent.fields, last, agent.count, count, usage)
 
     async def _batches(self, key: str) -> AsyncGenerator[list[Sized], None]:
-        """Yield all messages of an agent, oldest first."""
         batch: list[Sized] = []
         async with aclosing(archived_messages(self._store, self._source, key)) as buckets:
             async for messages in buckets:
@@ -179,12 +164,6 @@ class _Fork:
                 raise AttachmentError(f"session {session_id!r} was not forked: it has attachments that are missing")
             message, missing = current, await self._copy_files(set(references_of(current)))
         raise _changed_too_often(session_id)
-
-
-def _position_after(last: int, messages: Iterable[Any]) -> int:
-    """Return the position after the message with an id, 0 without it."""
-    ids = list(map(stored_id, messages))
-    return ids.index(last) + 1 if last in ids else 0
 
 
 def _sized(messages: Iterable[Any]) -> list[Sized]:

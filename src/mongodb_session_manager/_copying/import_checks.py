@@ -57,17 +57,12 @@ _MANAGERS = (NullConversationManager, SlidingWindowConversationManager, Summariz
 
 
 def require(condition: bool, otherwise: str) -> None:
-    """Raise `InvalidArgumentError` unless the condition holds."""
     if not condition:
         raise InvalidArgumentError(otherwise)
 
 
 def checked_session(fields: Document) -> Document:
-    """Return the fields of a session document that are copied.
-
-    Raises:
-        InvalidArgumentError: A field is not valid in a session document.
-    """
+    """Return the copied fields of a session document, or raise `InvalidArgumentError`."""
     fields = {name: value for name, value in fields.items() if name not in NOT_COPIED}
     _check_names(fields, "the session")
     for field in malformed_fields({name: value for name, value in fields.items() if value is not None}):
@@ -90,11 +85,7 @@ def checked_session(fields: Document) -> Document:
 
 
 def checked_agent(fields: Document) -> Document:
-    """Return the fields of an agent's sub-document that are copied.
-
-    Raises:
-        InvalidArgumentError: A field is not valid in an agent's sub-document.
-    """
+    """Return the copied fields of an agent's sub-document, or raise `InvalidArgumentError`."""
     fields = {name: value for name, value in fields.items() if name not in AGENT_NOT_COPIED}
     _check_names(fields, "the agent")
     _check_kinds(fields, "", {"agent_data": dict, "usage": dict})
@@ -126,11 +117,7 @@ def checked_agent(fields: Document) -> Document:
 
 
 def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
-    """Return a stored message with its id, and its size in bytes.
-
-    Raises:
-        InvalidArgumentError: It is not a stored message, or Strands cannot restore it.
-    """
+    """Return a stored message with its id, and its size in bytes; raise `InvalidArgumentError` if it is none."""
     message = {**message, "message_id": message_id}
     _check_names(message, "the message")
     kinds = {"usage": dict, "event_loop_metrics": dict, "guardrail_event": dict, "attachments": list}
@@ -153,7 +140,6 @@ def checked_message(message: Document, message_id: int) -> tuple[Document, int]:
 
 
 def _check_body(body: Any, name: str) -> None:
-    """Refuse the content of a message that Strands cannot restore."""
     found = message_from({"message": body}, 0)
     if found is None:
         raise InvalidArgumentError(f"{name} must have a role and a list of content")
@@ -189,10 +175,7 @@ def _check_dates(fields: Document, prefix: str) -> None:
 def _check_numbers(values: Any, name: str) -> None:
     require(type(values) in (dict, NoneType), f"{name} must be an object")
     for key, number in (values or {}).items():
-        require(
-            is_number(number),
-            f"{name} must contain numbers from -2**62 to 2**62 only",
-        )
+        require(is_number(number), f"{name} must contain numbers from -2**62 to 2**62 only")
         require(bool(key) and not key.startswith("$") and "." not in key, f"{name} must contain names of fields only")
 
 
@@ -202,7 +185,6 @@ def _check_count(value: Any, most: int, name: str) -> None:
 
 
 def _decoded(stored: Any, name: str) -> Any:
-    """Return a decoded value."""
     try:
         return decode_own(stored)
     except EncodingError as error:
@@ -210,7 +192,6 @@ def _decoded(stored: Any, name: str) -> Any:
 
 
 def _check_encodes(value: Any, depth: int, name: str) -> None:
-    """Refuse a decoded value that the next turn could not store again."""
     try:
         encode(value, depth=depth, name=name)
     except EncodingError as error:
@@ -218,7 +199,6 @@ def _check_encodes(value: Any, depth: int, name: str) -> None:
 
 
 def _is_message(value: Any) -> bool:
-    """Return whether a decoded value is a message that Strands can restore unchanged."""
     found = message_from({"message": value}, 0)
     return found is not None and type(value["content"]) is list and is_restorable(found) and _has_texts(value)
 
@@ -228,7 +208,6 @@ def _has_texts(message: Mapping[str, Any]) -> bool:
 
 
 def _check_state(fields: Document) -> None:
-    """Refuse the state of an agent that Strands cannot restore."""
     agent = agent_from("agent", fields)
     internal = _decoded((fields.get("agent_data") or {}).get("_internal_state"), "")
     require(usable_internal_state(internal or {}) == (internal or {}), "agent_data._internal_state cannot be restored")

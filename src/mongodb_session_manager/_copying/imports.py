@@ -30,12 +30,7 @@ _READ = 64 * 1024
 
 
 class Import:
-    """A running import; calls are serialized.
-
-    Args:
-        store: The store of the session.
-        session_id: The id of the new session; `None` for the id it was exported with.
-    """
+    """A running import; calls are serialized. Without a `session_id`, the session gets the id it was exported with."""
 
     def __init__(self, store: SessionStore, session_id: str | None) -> None:
         self._store = store
@@ -49,7 +44,6 @@ class Import:
         self._is_over = False
 
     async def store(self, lines: Iterable[object]) -> None:
-        """Read lines, and store the archived messages and the attachments."""
         async with self._turn, self._store.connection.operation():
             self._check()
             for found in await asyncio.to_thread(self._read, lines):
@@ -73,7 +67,6 @@ class Import:
             return staging.session_id
 
     async def abandon(self) -> None:
-        """Remove the copy, unless the session is live."""
         async with self._turn, self._store.connection.operation():
             if not self._is_over and self._builder is not None:
                 await self._builder.staging.abandon()
@@ -132,7 +125,6 @@ class Import:
 
 
 def _agent_fields(fields: Document) -> Document:
-    """Return the fields of an agent's sub-document in their current form."""
     data = {name: value for name, value in (fields.get("agent_data") or {}).items() if value is not None}
     data.pop("config_set", None)
     names = config_set(fields)
@@ -152,7 +144,6 @@ async def feed(portal: Portal, session: Import, stream: object) -> str:
 
 
 def feed_blocking(portal: Portal, session: Import, stream: object) -> str:
-    """Import a session from a stream that is read on the calling thread."""
     try:
         for lines in _batches(stream):
             portal.call(session.store, lines)
@@ -163,10 +154,8 @@ def feed_blocking(portal: Portal, session: Import, stream: object) -> str:
 
 
 async def _in_threads(batches: Iterator[list[Any]]) -> AsyncIterator[list[Any]]:
-    def following() -> list[Any]:
-        return next(batches, [])
-
-    while lines := await asyncio.to_thread(following):
+    lines: list[Any]
+    while lines := await asyncio.to_thread(next, batches, []):
         yield lines
 
 
@@ -183,7 +172,6 @@ class _Lines:
         self._begin_line()
 
     def add(self, part: Any) -> Iterator[list[Any]]:
-        """Add a part; yield the batches that are complete."""
         if isinstance(part, str):
             part = part.encode(errors="surrogatepass")  # the reader refuses a surrogate, and names the line
         elif isinstance(part, bytearray | memoryview):
@@ -205,7 +193,6 @@ class _Lines:
                 yield from self._end_line()  # the reader refuses it
 
     def end(self) -> Iterator[list[Any]]:
-        """Yield the batches that are left."""
         yield from self._end_line()
         if self._batch:
             yield self._batch

@@ -17,13 +17,7 @@ from ..errors import DatabaseError
 
 
 class Source(NamedTuple):
-    """A session.
-
-    Attributes:
-        place: The ids of its parts.
-        document: Its document.
-        agents: The sub-documents of its agents by key, except the ones that opening ignores.
-    """
+    """A session, the place of its parts, and the agents by key, except the ones that opening ignores."""
 
     place: Place
     document: Document

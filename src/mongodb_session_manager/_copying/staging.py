@@ -24,13 +24,7 @@ from .._format.retention import next_date
 from .._io.driver_errors import DuplicateKeyError
 from .._store.deletion import LEASE
 from .._store.store import SessionStore
-from ..errors import (
-    DatabaseError,
-    MongoDBSessionError,
-    SessionConflictError,
-    SessionExistsError,
-    raise_alone,
-)
+from ..errors import DatabaseError, MongoDBSessionError, SessionConflictError, SessionExistsError, raise_alone
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +36,7 @@ _not_removed: set[Place] = set()
 
 
 class Staging:
-    """The copy of one import or fork, until it is live.
-
-    Args:
-        store: The store of the copy.
-        session_id: The id of the new session.
-
-    Attributes:
-        place: The ids of the archive and the attachments of the new session.
-    """
+    """The copy of one import or fork, until it is live; `place` is that of its archive and attachments."""
 
     def __init__(self, store: SessionStore, session_id: str) -> None:
         self.place = Place(session_id, ObjectId())
@@ -61,26 +47,19 @@ class Staging:
 
     @property
     def session_id(self) -> str:
-        """The id of the new session."""
         return self.place.session_id
 
     @property
     def own(self) -> Document:
-        """The filter for the document of the copy."""
         return _own(self.place)
 
     def lease(self) -> datetime:
-        """Return the end of a lease that begins now."""
         return self._store.connection.now() + LEASE
 
     # Begin, and end.
 
     async def begin(self) -> None:
-        """Insert the document of the copy, and start to renew its lease.
-
-        Raises:
-            SessionExistsError: There is a session of that id, or another copy into it is in progress.
-        """
+        """Insert the document of the copy, and start to renew its lease; raise `SessionExistsError` if it cannot."""
         document = {**self.own, "session_id": self.session_id, "state_until": self.lease()}
         for _ in range(_ROUNDS):
             try:
@@ -103,7 +82,6 @@ class Staging:
         self._heartbeat = asyncio.get_running_loop().create_task(self._renew())
 
     async def _renew(self) -> None:
-        """Renew the lease until the copy ends."""
         renewed = True
         while renewed:
             await asyncio.sleep(LEASE.total_seconds() / 2)
@@ -111,25 +89,11 @@ class Staging:
                 renewed = await self.update({"$set": {"state_until": self.lease()}})
 
     async def update(self, update: Document | list[Document]) -> bool:
-        """Update the document of the copy; return whether it existed."""
         return await self._sessions.update_one(self.own, update)
 
-    async def fill(self, fields: Document) -> None:
-        """Store fields of the session, by path.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy after its lease expired.
-        """
-        if not await self.update({"$set": fields}):
-            raise self.lost()
-
-    async def fill_all(self, fields: Document) -> None:
-        """Store fields of the session whose names need not be paths.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy, because its lease was over.
-        """
-        if not await self.update([{"$replaceWith": {"$mergeObjects": ["$$ROOT", {"$literal": fields}]}}]):
+    async def fill(self, update: Document | list[Document]) -> None:
+        """Store fields of the session; raise `SessionConflictError` if another process has removed the copy."""
+        if not await self.update(update):
             raise self.lost()
 
     async def _find(self, condition: Document, projection: Document | None = None) -> Document | None:
@@ -140,9 +104,6 @@ class Staging:
 
         When this returns, the session expires no earlier than after its time to live. If setting the dates takes longer
         than the margin of `next_date`, they are set again.
-
-        Args:
-            seconds: The time to live of the session, `None` if it does not expire.
         """
         if seconds is None:
             return {}
@@ -158,11 +119,7 @@ class Staging:
             more = 2 * (end - begin)
 
     async def go_live(self, fields: Document) -> None:
-        """Make the session live, and set fields of its document.
-
-        Raises:
-            SessionConflictError: Another process has removed the copy after its lease expired.
-        """
+        """Make the session live, and set fields of its document; raise `SessionConflictError` as `fill` does."""
         update: Document = {"$unset": dict.fromkeys({"state", "state_by", "state_until"} - fields.keys(), "")}
         if fields:
             update["$set"] = fields
@@ -176,7 +133,6 @@ class Staging:
         return await self._find(live) is not None
 
     async def clear(self) -> None:
-        """Remove the archive and the attachments of the copy."""
         await self._store.deletion.remove_parts(self.place)
 
     async def abandon(self) -> None:
@@ -205,7 +161,6 @@ class Staging:
         return has_begun
 
     def lost(self) -> SessionConflictError:
-        """Return the error for a copy that another process has removed."""
         return SessionConflictError(f"session {self.session_id!r} was removed by another process while it was copied")
 
 

@@ -37,24 +37,14 @@ _OF_ARCHIVE = ("archived", "archive_revision")
 
 @dataclass
 class _Agent:
-    """An agent whose messages are gathered in one list.
-
-    Attributes:
-        key: The agent's key.
-        stored: Its sub-document.
-        head: The messages in the session document.
-        older: The archived messages that have been read.
-        count: The number of archived messages, even if they are not kept here.
-        revision: The highest of the head and of any bucket.
-        references: The attachments of all messages.
-    """
+    """An agent whose messages are gathered: `older` in the archive, `head` in the document."""
 
     key: str
     stored: Document
     head: list[Any]
     older: list[Any] = field(default_factory=list)
-    count: int = 0
-    revision: int = 0
+    count: int = 0  # of archived messages, even if they are not kept here
+    revision: int = 0  # the highest of the head and of any bucket
     changed: dict[int, Any] = field(default_factory=dict)
     references: list[str] = field(default_factory=list)
 
@@ -77,25 +67,20 @@ class _Agent:
         return self.revision + 1 + _STUCK_CHANGES
 
     def begin(self) -> None:
-        """Reset the fields that are read from the buckets."""
         self.older, self.count, self.revision = [], 0, number(self.stored, "revision")
 
     def following(self, bucket: Mapping[str, Any]) -> list[Any]:
-        """Return the messages of a bucket after the ones already read."""
         first = int(bucket["_id"]["first"])
         self.revision = max(self.revision, number(bucket, "revision"))
         return bucket["messages"][self.count - first : self.archived - first] if first <= self.count else []
 
 
 class WriteBack:
-    """Writes sessions back."""
-
     def __init__(self, store: SessionStore) -> None:
         self._store = store
         self._connection = store.connection
 
     async def write_back(self, session_id: str) -> None:
-        """Write a session back, as `AsyncMongoDBSessionRepository.write_back` describes."""
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             for _ in range(ROUNDS):
@@ -181,7 +166,6 @@ class WriteBack:
         agent.changed = {n: new for n, (new, old) in enumerate(zip(head, agent.head, strict=True)) if new is not old}
 
     async def _remove_left_over(self, place: Place, agents: Iterable[_Agent]) -> None:
-        """Remove the buckets and attachments that readers no longer use."""
         session_id = place.session_id
         for agent in agents:
             self._store.mover.forget(session_id, agent.key)
@@ -193,13 +177,11 @@ class WriteBack:
 
 
 def _refers(stored: Mapping[str, Any]) -> bool:
-    """Return whether the field `attachments` of a message lists references and nothing else."""
     listed = stored.get("attachments")
     return isinstance(listed, list) and len(references_of(stored)) == len(listed)
 
 
 def _has_old_usage(stored: Mapping[str, Any]) -> bool:
-    """Return whether the usage of a message is where 1.0.0 kept it, and can move to its place."""
     return type(stored.get("usage")) is dict and type(stored.get("event_loop_metrics", {})) is dict
 
 
@@ -236,7 +218,6 @@ def _element_size(stored: Any, position: int) -> int:
 
 
 def _frame_of(document: Mapping[str, Any], agents: Sequence[_Agent]) -> Document:
-    """Return the session document after the write-back, without messages."""
     frame: Document = {**document, "agents": dict(document.get("agents") or {})}
     for agent in agents:
         stored = {**agent.stored, "messages": []}
@@ -269,7 +250,6 @@ def _unchanged(agents: Iterable[_Agent]) -> Document:
 
 
 def _put_back(session_id: str, incarnation: ObjectId, agents: Sequence[_Agent]) -> Update:
-    """Return the update that stores all messages of agents in the session document."""
     condition: Document = {"_id": session_id, "incarnation": incarnation, **_unchanged(agents)}
     sets: Document = {}
     new = []

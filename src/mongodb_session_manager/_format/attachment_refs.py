@@ -45,8 +45,6 @@ _FORM = re.compile(r"([0-9a-f]{64}):([0-9]{1,18}):([0-9a-f]{24}|[0-9]{1,18})")
 
 
 class Reference(NamedTuple):
-    """A reference to bytes in GridFS."""
-
     sha256: str
     length: int
     token: str
@@ -56,13 +54,11 @@ class Reference(NamedTuple):
 
     @classmethod
     def parse(cls, text: object) -> Self | None:
-        """Parse a reference; return `None` if `text` is not a reference."""
         match = _FORM.fullmatch(text) if isinstance(text, str) else None
         return None if match is None else cls(match[1], int(match[2]), match[3])
 
     @property
     def is_of_v1(self) -> bool:
-        """Whether 1.0.0 made the reference."""
         return self.token.isdecimal() and len(self.token) < _TOKEN_LENGTH
 
 
@@ -74,11 +70,6 @@ class Attachment(NamedTuple):
 
 
 def checked_inline_bytes(value: object) -> int:
-    """Return a valid `max_inline_attachment_bytes`.
-
-    Raises:
-        ConfigurationError: `value` is invalid.
-    """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_MESSAGE_BYTES:
         raise ConfigurationError(
             f"max_inline_attachment_bytes must be an int from 0 to {MAX_MESSAGE_BYTES}, got {value!r}"
@@ -110,17 +101,12 @@ def set_aside(fields: T, max_inline: int) -> tuple[T, int]:
 
 
 def replacement(fields: Document, max_inline: int) -> tuple[Document, int]:
-    """Return the fields of a message that replace its content and all its attachments, as `set_aside` does.
-
-    Raises:
-        MessageTooLargeError: The rest is larger than `MAX_MESSAGE_BYTES`.
-    """
+    """Return the fields that replace the content and all attachments of a message, as `set_aside` does."""
     fields, size = set_aside(fields, max_inline)
     return {"attachments": [], **fields}, size
 
 
 def _bytes_in(values: Iterable[Any]) -> dict[int, bytes]:
-    """Return the bytes within values that are longer than a reference, by identity."""
     found: dict[int, bytes] = {}
     left = list(values)
     while left:
@@ -148,7 +134,6 @@ def detached(fields: Mapping[str, Any], references: Mapping[int, str]) -> Docume
 
 
 def references_of(stored: object) -> list[Reference]:
-    """Return the references of a stored message."""
     listed = stored.get("attachments") if isinstance(stored, Mapping) else None
     found = map(Reference.parse, listed if isinstance(listed, list) else ())
     return [reference for reference in found if reference is not None]

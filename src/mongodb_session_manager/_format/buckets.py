@@ -87,7 +87,6 @@ class Head:
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> Self:
-        """Return the head that a result of `head_numbers` describes."""
         archived, count = int(numbers["archived"]), int(numbers["count"])
         next_id = int(numbers.get("next_message_id") or archived + count)
         return cls(
@@ -105,7 +104,6 @@ class Head:
 
     @property
     def count(self) -> int:
-        """The number of messages."""
         return self.next_id - self.below
 
     @property
@@ -131,21 +129,14 @@ class Limits:
 
     @classmethod
     def checked(cls, max_embedded_messages: object, max_embedded_bytes: object) -> Self:
-        """Return valid limits.
-
-        Raises:
-            ConfigurationError: A limit is invalid.
-        """
-        for name, value in (
-            ("max_embedded_messages", max_embedded_messages),
-            ("max_embedded_bytes", max_embedded_bytes),
-        ):
+        limits = {"max_embedded_messages": max_embedded_messages, "max_embedded_bytes": max_embedded_bytes}
+        for name, value in limits.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"{name} must be an int >= 1, got {value!r}")
-        limits = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
-        if limits.size > _MAX_EMBEDDED_BYTES:
-            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MAX_EMBEDDED_BYTES}, got {limits.size}")
-        return limits
+        checked = cls(int(max_embedded_messages), int(max_embedded_bytes))  # type: ignore[call-overload]
+        if checked.size > _MAX_EMBEDDED_BYTES:
+            raise ConfigurationError(f"max_embedded_bytes must be an int <= {_MAX_EMBEDDED_BYTES}, got {checked.size}")
+        return checked
 
     def exceeded(self, head: Head, times: int = 1) -> bool:
         """Return whether messages must move; the newest stays, whatever its size."""
@@ -190,20 +181,15 @@ def head_numbers(path: str) -> Document:
 
 
 def numbers_of(key: str) -> Document:
-    """Return the projection for the `head` of an agent; `null` without the agent."""
     path = f"$agents.{key}"
     return {"_id": 0, "head": {"$cond": [is_object(path), head_numbers(path), None]}}
 
 
+_KEYED_NUMBERS = {"key": "$$agent.k", **head_numbers("$$agent.v")}
+
 NUMBERS_OF_ALL: Document = {
     "_id": 0,
-    "heads": {
-        "$map": {
-            "input": entries_at("$agents"),
-            "as": "agent",
-            "in": {"key": "$$agent.k", **head_numbers("$$agent.v")},
-        }
-    },
+    "heads": {"$map": {"input": entries_at("$agents"), "as": "agent", "in": _KEYED_NUMBERS}},
 }
 """The projection for the `heads` of all agents, each with its `key`."""
 
@@ -237,25 +223,15 @@ def _taken(messages: str, step: Step) -> Document:
     size = {"$add": ["$$value.size", size_at("$$this")]}
     wanted = {"$or": [{"$lt": ["$$value.count", step.messages]}, {"$lt": ["$$value.size", step.size]}]}
     fits = {"$or": [{"$eq": ["$$value.count", 0]}, {"$lte": [size, _BUCKET_BYTES]}]}
-    more = {
-        "$cond": [
-            {"$and": ["$$value.more", wanted, fits]},
-            {"count": {"$add": ["$$value.count", 1]}, "size": size, "more": True},
-            {"count": "$$value.count", "size": "$$value.size", "more": False},
-        ]
-    }
-    counted = {
-        "$reduce": {
-            "input": {"$slice": [messages, step.most]},
-            "initialValue": {"count": 0, "size": 0, "more": True},
-            "in": more,
-        }
-    }
+    longer = {"count": {"$add": ["$$value.count", 1]}, "size": size, "more": True}
+    same = {"count": "$$value.count", "size": "$$value.size", "more": False}
+    more = {"$cond": [{"$and": ["$$value.more", wanted, fits]}, longer, same]}
+    begin = {"count": 0, "size": 0, "more": True}
+    counted = {"$reduce": {"input": {"$slice": [messages, step.most]}, "initialValue": begin, "in": more}}
     return {"$max": [1, {"$let": {"vars": {"taken": counted}, "in": "$$taken.count"}}]}
 
 
 def taken(sizes: Sequence[int], step: Step) -> int:
-    """Return how many messages of these sizes a step moves, computed as in `merge`."""
     count = size = 0
     for added in sizes[: step.most]:
         if not (count < step.messages or size < step.size) or (count and size + added > _BUCKET_BYTES):
@@ -276,10 +252,7 @@ def bucket_of(place: Place, key: str, first: int, messages: Sequence[Document]) 
 
 
 def merge(session_id: str, key: str, head: Head, step: Step, archive: str, dates: Dates) -> list[Document]:
-    """Return the aggregation that copies the oldest messages of a head into their bucket in `archive`.
-
-    `dates` is the expiry of the bucket.
-    """
+    """Return the aggregation that copies the oldest messages of a head into their bucket, which gets `dates`."""
     messages = f"$agents.{key}.messages"
     bucket = {
         "_id": {"$literal": Place(session_id, head.life.incarnation).bucket_id(key, head.archived, head.since)},
@@ -307,7 +280,6 @@ MERGE_REFUSED = 66
 
 
 def cut(session_id: str, key: str, head: Head, step: Step, dates: Dates) -> Update:
-    """Return the update that removes from a head the messages that `merge` has copied."""
     path = f"agents.{key}"
     condition = {**_unchanged(session_id, key, head), **dates.may_be_added}
     sets = {
@@ -331,10 +303,7 @@ def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
 
 
 def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) -> Document:
-    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived.
-
-    `since` is the agent's `created_at`, for a session that is not migrated.
-    """
+    """Return the filter for the buckets that hold positions from `begin` to below `end`, where `end` is archived."""
     low, high = (place.bucket_id(key, first, since) for first in (begin - BUCKET_MESSAGES, end))
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
@@ -344,15 +313,8 @@ def holding_message(
 ) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
-    The first covers the buckets where the id is the position of its message; the second, if ids can differ, all.
-
-    Args:
-        place: The session.
-        key: The agent's key.
-        message_id: The message.
-        since: The agent's `created_at`, for a session that is not migrated.
-        is_regular: Whether every id is known to be the position of its message.
-        created_at: The `created_at` of the message, if it is known: 1.0.0 might have archived duplicate ids.
+    The first covers the buckets where the id is the position of its message; the second, if ids can differ, all. The
+    `created_at` of the message distinguishes duplicate ids, which 1.0.0 might have archived.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, ALL))

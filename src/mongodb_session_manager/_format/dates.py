@@ -12,16 +12,11 @@ _MAX_SECONDS = 10**11  # the year 5138; a larger number is milliseconds
 
 
 def now() -> datetime:
-    """Return the current time as MongoDB stores it."""
     return to_milliseconds(datetime.fromtimestamp(time.time(), UTC))
 
 
 def to_date(value: object) -> datetime:
-    """Return the BSON date of an ISO string or datetime; without a zone it is UTC. `None` is the current time.
-
-    Raises:
-        InvalidArgumentError: The value is not a date.
-    """
+    """Return the BSON date of an ISO string or datetime, without a zone in UTC, or raise `InvalidArgumentError`."""
     if value is None:
         return now()
     try:
@@ -54,7 +49,6 @@ def date_from(value: object) -> datetime:
 
 
 def as_date(value: object) -> object:
-    """Return a stored value as a date if it is one, else unchanged."""
     try:
         return to_date(value) if isinstance(value, str | datetime) else value
     except InvalidArgumentError:
@@ -62,10 +56,8 @@ def as_date(value: object) -> object:
 
 
 def to_milliseconds(moment: datetime) -> datetime:
-    """Return a date without its microseconds."""
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
 def to_iso(value: object) -> str:
-    """Return the ISO string, in UTC, of a stored date."""
     return date_from(value).isoformat()

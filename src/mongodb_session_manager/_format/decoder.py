@@ -29,12 +29,9 @@ class TooDeepError(Exception):
 
 
 def decoded(stored: Any, nesting: int, strict: bool) -> Any:
-    """Return a decoded value.
+    """Return a decoded value with at most `nesting` levels; a packed form counts as one.
 
-    Args:
-        stored: The stored value.
-        nesting: Its maximum number of levels; a packed form counts as one.
-        strict: Refuse a marker that is not part of a form that `encode` writes, in the place of reading it as a dict.
+    With `strict`, a marker that is not part of a form that `encode` writes is refused, else read as a dict.
 
     Raises:
         TooDeepError: The value has more levels.

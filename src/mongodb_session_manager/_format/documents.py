@@ -88,7 +88,6 @@ class StoredMessage(TypedDict):
 
 
 def new_session(session_id: str, application_name: str | None, moment: datetime) -> Document:
-    """Return the document of an empty session."""
     return {
         "_id": session_id,
         "session_id": session_id,
@@ -130,13 +129,11 @@ def is_number(value: object) -> bool:
 
 
 def agent_state(agent: SessionAgent) -> Document:
-    """Return the encoded state of an agent, as fields of `agent_data`."""
     state = {name: encode(getattr(agent, name), depth=STATE_DEPTH, name=name) for name in STATE_FIELDS}
     return {**state, "updated_at": to_date(agent.updated_at)}
 
 
 def new_agent(agent: SessionAgent) -> Document:
-    """Return the sub-document of an agent that has no messages yet."""
     created_at = to_date(agent.created_at)
     return {
         "agent_data": {"agent_id": agent.agent_id, "created_at": created_at, **agent_state(agent)},
@@ -148,7 +145,6 @@ def new_agent(agent: SessionAgent) -> Document:
 
 
 def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
-    """Return Strands' view of a stored agent."""
     data: Document = usable(dict, stored.get("agent_data"))
     state, manager_state, internal_state = (usable(dict, decode(data.get(name))) for name in STATE_FIELDS)
     return SessionAgent(
@@ -162,7 +158,6 @@ def agent_from(agent_id: str, stored: Mapping[str, Any]) -> SessionAgent:
 
 
 def usable_internal_state(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of a decoded `_internal_state` that Strands can restore."""
     checked = ("interrupt_state", "model_state")
     return {name: value for name, value in stored.items() if name not in checked or _is_internal(name, value)}
 
@@ -184,7 +179,6 @@ def message_body(message: SessionMessage) -> Document:
 
 
 def stored_message(message: SessionMessage, message_id: int) -> StoredMessage:
-    """Return the element of `messages` for a message."""
     body = message_body(message)
     stored: StoredMessage = {
         "message": body["message"],
@@ -254,7 +248,6 @@ def restorable(message: SessionMessage) -> SessionMessage | None:
 
 
 def is_restorable(message: SessionMessage) -> bool:
-    """Return whether Strands can restore a message unchanged."""
     return all(
         all(map(_is_block, shown["content"])) and type(shown.get("tracking_id", "")) is str for shown in _shown(message)
     )
@@ -289,12 +282,10 @@ def needs_upgrade(agent: Mapping[str, Any]) -> bool:
 
 
 def has_old_config_set(agent: Mapping[str, Any]) -> bool:
-    """Return whether `config_set` is where 1.0.0 kept it."""
     return type(usable(dict, agent.get("agent_data")).get("config_set")) is list
 
 
 def config_set(agent: Mapping[str, Any]) -> set[str]:
-    """Return the names of the configuration fields of a stored agent that a user has set."""
     old = agent["agent_data"]["config_set"] if has_old_config_set(agent) else None
     places = (agent.get("config_set"), old)
     return {name for place in places if isinstance(place, list) for name in place if isinstance(name, str)}

@@ -39,12 +39,7 @@ class RefusedError(Exception):
 
 
 def encoded(value: Any, room: int, nesting: int) -> Any:
-    """Return an encoded value.
-
-    Args:
-        value: The value.
-        room: The levels of the document that are left for it.
-        nesting: The levels of nesting that are left for it.
+    """Return an encoded value that takes at most `room` levels of the document, and `nesting` of its own.
 
     Raises:
         RefusedError: The value cannot be stored.
@@ -121,7 +116,6 @@ def _encode_members(value: Iterable[Any], room: int, nesting: int) -> list[Any]:
 
 
 def _is_plain(value: dict[Any, Any]) -> bool:
-    """Return whether a dict with these keys is the same dict after BSON."""
     for key in value:
         if type(key) is not str or "\0" in key or not (key.isascii() or _is_unicode(key)):
             return False
@@ -164,7 +158,6 @@ def _encode_iso(value: date | time) -> dict[str, Any]:
 
 
 def _encode_bson_type(value: Any) -> Any:
-    """Return a value of a type of `bson` if BSON preserves it."""
     if isinstance(value, Binary) and value.subtype in (0, 4):
         # Subtype 0 decodes to bytes, and 4 to a UUID where the length allows.
         return bytes(value) if value.subtype == 0 else marked("binary", bytes([4]) + value)
@@ -251,7 +244,6 @@ def _read(convert: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _base_of(value: Any) -> Any:
-    """Convert a value to its supported base type, or to an equal value of a supported type."""
     for base, convert in _BASES:
         if isinstance(value, base):
             converted = convert(value)
@@ -265,8 +257,7 @@ def _base_of(value: Any) -> Any:
             return data
         raise RefusedError("a memoryview of other items than bytes", ": convert it with .tolist()")
     if _is_numpy_scalar(value):
-        item = value.item()
-        if type(item) in _NUMPY_ITEMS.get(value.dtype.kind, ()) and (item == value or item != item):
+        if type(item := value.item()) in _NUMPY_ITEMS.get(value.dtype.kind, ()):
             return item
         raise RefusedError(f"a {_type_name(value)} that no number or date equals", ": convert it first")
     raise RefusedError(f"a value of the unsupported type {_type_name(value)}", _advice(value))
@@ -278,7 +269,6 @@ def _is_numpy_scalar(value: Any) -> bool:
 
 
 def _advice(value: Any) -> str:
-    """Return the conversion that an error suggests for a value of an unsupported type."""
     kind = type(value)
     for method, call in _CONVERSIONS:
         if hasattr(kind, method):

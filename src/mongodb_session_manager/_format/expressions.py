@@ -16,17 +16,14 @@ ALL = 2**31 - 1
 
 
 def array_at(path: str) -> Document:
-    """Return the expression for an array; another value is read as an empty array."""
     return {"$cond": [{"$isArray": [path]}, path, []]}
 
 
 def number_at(path: str) -> Document:
-    """Return the expression for a whole number; another value is read as 0."""
     return {"$cond": [{"$in": [{"$type": path}, ["int", "long"]]}, path, 0]}
 
 
 def is_object(path: str) -> Document:
-    """Return the expression for whether a value is an object."""
     return {"$eq": [{"$type": path}, "object"]}
 
 
@@ -35,12 +32,10 @@ def _entries(path: str) -> Document:
 
 
 def entries_at(path: str) -> Document:
-    """Return the expression for the fields of an object that are objects, as `k` and `v`."""
     return {"$filter": {"input": _entries(path), "cond": is_object("$$this.v")}}
 
 
 def size_at(message: str) -> Document:
-    """Return the expression for the size in bytes of an element of `messages`."""
     return {"$bsonSize": {"$cond": [is_object(message), message, {"m": message}]}}
 
 
@@ -60,7 +55,6 @@ def malformed_at(path: str, kind: str) -> Document:
 
 
 def stored_removed(agent: str) -> Document:
-    """Return the expression for `removed_messages` of an agent."""
     removed = number_at(f"{agent}.agent_data.conversation_manager_state.removed_message_count")
     return {"$max": [removed, 0]}
 
@@ -123,11 +117,9 @@ def with_ids(messages: str, ids: Sequence[int]) -> Document:
 
 
 def restored(message: str) -> Document:
-    """Return the expression for the fields of an element of `messages` that restoring needs."""
     fields = {name: f"{message}.{name}" for name in RESTORED}
     return {"$cond": [is_object(message), fields, NO_MESSAGE]}
 
 
 def stored_config_set(agent: str) -> Document:
-    """Return the expression for the `config_set` of an agent."""
     return {"$setUnion": [array_at(f"{agent}.config_set"), array_at(f"{agent}.agent_data.config_set")]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InvalidArgumentError, raise_alone
@@ -13,39 +13,30 @@ NO_MESSAGE: list[Any] = []
 
 
 def checked_id(value: object, name: str) -> str:
-    """Return a valid session id or agent id.
-
-    Raises:
-        InvalidArgumentError: The value is not a non-empty `str` that MongoDB can store.
-    """
+    """Return a valid session id or agent id, or raise `InvalidArgumentError`."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
     if not value:
         raise InvalidArgumentError(f"{name} must not be empty")
     if "\0" in value:
         raise InvalidArgumentError(f"{name} must not contain a NUL character")
+    return checked_text(value, name)
+
+
+def checked_text(text: str, name: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
-    return value
+    return text
 
 
 def checked_message_id(value: object) -> int:
-    """Return a valid message id.
-
-    Raises:
-        InvalidArgumentError: The value is not an int >= 0 that MongoDB can store.
-    """
     return checked_count(value, "message_id")
 
 
 def checked_count(value: object, name: str) -> int:
-    """Return a valid number of messages.
-
-    Raises:
-        InvalidArgumentError: The value is not an int >= 0 that MongoDB can store.
-    """
+    """Return a valid number of messages, or raise `InvalidArgumentError`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidArgumentError(f"{name} must be an int >= 0, not {type(value).__name__}")
     if not 0 <= value < 2**63:
@@ -59,7 +50,6 @@ def agent_key(agent_id: str) -> str:
 
 
 def agent_id_of(key: str) -> str:
-    """Return the agent id of a key; the inverse of `agent_key`."""
     return re.sub(r"%(25|2E|24)", lambda match: chr(int(match[1], 16)), key)
 
 
@@ -89,16 +79,25 @@ def following_id(stored: Any, position: int, last: int) -> int:
     return int(stored) if is_message_id(stored) and stored > last else max(position, last + 1)
 
 
-def numbered(ids: Sequence[Any], archived: int = 0, following: Any = None) -> tuple[list[Any], int]:
+class ExportedIds:
+    """The exported ids of an agent's messages: the stored ids, unless these do not increase."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self._last = -1
+
+    def next(self, stored: object) -> int:
+        self._last = following_id(stored, self.position, self._last)
+        self.position += 1
+        return self._last
+
+
+def numbered(ids: list[Any], archived: int = 0, following: Any = None) -> tuple[list[Any], int]:
     """Return strictly increasing ids for the messages of a head, and the id that follows them.
 
     Gaps are allowed. A message gets another id only if its id is invalid, or not greater than the id before it. That
-    happens if a version before 1.0, which keeps its own counter, has also written.
-
-    Args:
-        ids: The stored ids, `None` for a message without one.
-        archived: The number of messages below the head.
-        following: The stored `next_message_id`; every archived message has an id below it.
+    happens if a version before 1.0, which keeps its own counter, has also written. `archived` messages are below the
+    head, and `following`, the stored `next_message_id`, is above them all.
     """
     last = archived - 1
     if archived and is_message_id(following) and not any(is_message_id(each) and each > last for each in ids):

@@ -49,7 +49,6 @@ def live_at(moment: datetime) -> Document:
 
 
 def is_unfinished(document: Mapping[str, Any]) -> bool:
-    """Return whether a session is being copied or deleted, as `UNFINISHED` matches it."""
     return document.get("state") in ("copying", "deleting") and isinstance(document.get("state_until"), datetime)
 
 
@@ -58,12 +57,7 @@ OF_V1 = frozenset({"session_ttl", "migrating", "moved"})
 
 
 class Place(NamedTuple):
-    """The prefix of the ids of a session's parts, and the ids and ranges that follow from it.
-
-    Attributes:
-        session_id: The id of the session.
-        incarnation: The incarnation of the session; `None` for parts that 1.0.0 has stored.
-    """
+    """The ids of a session's parts; the incarnation of parts that 1.0.0 has stored is `None`."""
 
     session_id: str
     incarnation: ObjectId | None
@@ -78,42 +72,32 @@ class Place(NamedTuple):
     def bucket_id(self, key: str, first: int, since: Any = None) -> Document:
         """Return the `_id` of a bucket. The ids of an agent's buckets sort in the order of its messages.
 
-        Args:
-            key: The agent's key.
-            first: The position of the bucket's first message.
-            since: The agent's `created_at`, which is a part of the ids of 1.0.0.
+        The `created_at` of the agent, `since`, is a part of the ids of 1.0.0.
         """
         agent = {"agent": key} if self.incarnation is not None else {"agent": key, "since": since}
         return {**self._prefix, **agent, "first": first}
 
     def buckets(self) -> Document:
-        """Return the condition on `_id` that matches all buckets of the session."""
         return self._range("agent")
 
     def file_id(self, reference: Reference) -> Document:
-        """Return the `_id` of the file of an attachment."""
         if self.incarnation is None:
             return {**self._prefix, "sha256": reference.sha256, "generation": int(reference.token)}
         return {**self._prefix, "sha256": reference.sha256, "token": reference.token}
 
     def chunk_id(self, reference: Reference, n: int) -> Document:
-        """Return the `_id` of a chunk of an attachment's file."""
         return {"file": self.file_id(reference), "n": n}
 
     def chunks_of(self, reference: Reference) -> Document:
-        """Return the condition on `_id` that matches all chunks of an attachment's file."""
         file = self.file_id(reference)
         return {"$gte": {"file": file}, "$lte": {"file": file, "n": MaxKey()}}
 
     def files(self) -> Document:
-        """Return the condition on `_id` that matches all files of the session."""
         return self._range("sha256")
 
     def chunks(self) -> Document:
-        """Return the condition on `_id` that matches all chunks of the session."""
         return {operator: {"file": bound} for operator, bound in self.files().items()}
 
     def outside(self) -> list[tuple[str, Document]]:
-        """Return the suffix of each collection, with the filter for the session's parts in it."""
         ranges = {ARCHIVE: self.buckets(), CHUNKS: self.chunks(), FILES: self.files()}
         return [(suffix, {"_id": ranges[suffix]}) for suffix in OUTSIDE]

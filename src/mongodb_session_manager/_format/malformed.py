@@ -42,7 +42,6 @@ class MalformedField(NamedTuple):
     kind: type
 
     def error(self, session_id: str) -> DatabaseError:
-        """Return the error for an operation that needs the field."""
         return DatabaseError(
             f"session {session_id!r} holds a {type(self.value).__name__} in the field {self.path!r}, where a "
             f"{self.kind.__name__} is needed: correct or remove it"

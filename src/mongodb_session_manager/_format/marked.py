@@ -36,12 +36,10 @@ decoded at a greater depth of the stack.
 
 
 def marked(tag: str, value: Any) -> dict[str, Any]:
-    """Return the marked form of a value."""
     return {MARKER: tag, "v": value}
 
 
 def dump(value: Any) -> bytes:
-    """Return the BSON of `{"v": value}`."""
     return bson.encode({"v": value}, codec_options=CODEC_OPTIONS)
 
 

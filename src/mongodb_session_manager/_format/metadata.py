@@ -21,11 +21,6 @@ _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 
 
 def checked_metadata(metadata: object, name: str = "metadata") -> dict[str, Any]:
-    """Return valid metadata.
-
-    Raises:
-        InvalidArgumentError: It is not a dict, or a key is invalid.
-    """
     if not isinstance(metadata, dict):
         raise InvalidArgumentError(f"{name} must be a dict, not {type(metadata).__name__}")
     _checked_paths(metadata, name)
@@ -33,11 +28,7 @@ def checked_metadata(metadata: object, name: str = "metadata") -> dict[str, Any]
 
 
 def checked_keys(keys: object, name: str = "keys") -> list[str]:
-    """Return valid keys to delete.
-
-    Raises:
-        InvalidArgumentError: `keys` is not a list of keys.
-    """
+    """Return valid keys to delete, each once, or raise `InvalidArgumentError`."""
     if isinstance(keys, str | bytes | Mapping) or not isinstance(keys, Iterable):
         raise InvalidArgumentError(f"{name} must be a list of str, not {type(keys).__name__}")
     listed: list[Any] = list(keys)
@@ -48,11 +39,6 @@ def checked_keys(keys: object, name: str = "keys") -> list[str]:
 
 
 def checked_feedback(feedback: object) -> dict[str, Any]:
-    """Return valid feedback.
-
-    Raises:
-        InvalidArgumentError: It is not a dict.
-    """
     if not isinstance(feedback, dict):
         raise InvalidArgumentError(f"feedback must be a dict, not {type(feedback).__name__}")
     return feedback
@@ -82,6 +68,10 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(f"{name} contains both {'.'.join(shorter)!r} and {'.'.join(longer)!r}")
 
 
+def is_within(key: str, of: str) -> bool:
+    return key == of or key.startswith(f"{of}.")
+
+
 def name_of(key: str) -> str:
     """Return the name of a metadata value in errors: `metadata['a']['b']` for the key `a.b`."""
     return "metadata" + "".join(map(subscript, key.split(".")))
@@ -90,11 +80,7 @@ def name_of(key: str) -> str:
 def encoded(value: Any, depth: int, name: str, *, arrays: bool = True) -> Any:
     """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds.
 
-    Args:
-        value: The value.
-        depth: Levels from the root of the document to the value.
-        name: The name of the value in errors.
-        arrays: Whether tuples and sets become arrays, so that queries find their elements. They come back as lists.
+    With `arrays`, tuples and sets become arrays, so that queries find their elements; they come back as lists.
     """
     try:
         return encode(_queryable(value, arrays), depth=depth, name=name)
@@ -128,7 +114,6 @@ def _place(member: Any) -> tuple[str, Any]:
 
 
 def encoded_metadata(session_id: str, metadata: object) -> Document:
-    """Return the encoded values of metadata, by path in the document."""
     if isinstance(metadata, dict):
         refuse_unstorable(session_id, "metadata", metadata)
     return {
@@ -149,12 +134,10 @@ def encoded_config(session_id: str, part: str, config: Document) -> Document:
 
 
 def decode_values(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return decoded values of metadata by their keys."""
     return {key: decode(value) for key, value in stored.items()}
 
 
 def decode_all(stored: Iterable[Any]) -> list[Any]:
-    """Return decoded values."""
     return [decode(value) for value in stored]
 
 

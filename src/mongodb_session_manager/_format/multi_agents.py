@@ -33,16 +33,7 @@ _STATE_DEPTH = 4  # document, multi_agents, key, state
 
 @dataclass(frozen=True, slots=True)
 class MultiAgentWrite:
-    """The new state of an orchestrator.
-
-    Attributes:
-        multi_agent_id: The id of the orchestrator.
-        state: Its encoded state.
-        revision: The new revision.
-        expected: The stored revision, as far as the writer knows; `None` to create the orchestrator.
-        writer: The token of the writer.
-        moment: The time at which the state was recorded.
-    """
+    """The new state of an orchestrator; `expected` is the stored revision, or `None` to create the orchestrator."""
 
     multi_agent_id: str
     state: Any
@@ -53,23 +44,19 @@ class MultiAgentWrite:
 
 
 def path_of(multi_agent_id: str) -> str:
-    """Return the path of an orchestrator in the session document."""
     return f"multi_agents.{agent_key(checked_id(multi_agent_id, 'multi_agent_id'))}"
 
 
 def encode_state(state: Any) -> Any:
-    """Return the encoded state of an orchestrator."""
     return encode(state, depth=_STATE_DEPTH, name="state")
 
 
 def first_write(multi_agent_id: str, state: Any, writer: str) -> MultiAgentWrite:
-    """Return the write that creates an orchestrator."""
     checked_id(multi_agent_id, "multi_agent_id")
     return MultiAgentWrite(multi_agent_id, encode_state(state), 0, None, writer, now())
 
 
 def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId | None = None) -> Update:
-    """Return the statement that stores a write, or matches nothing; `incarnation` is that of the session."""
     path = path_of(write.multi_agent_id)
     fields = {"state": write.state, "revision": write.revision, "writer": write.writer, "updated_at": write.moment}
     if write.expected is None:
@@ -86,22 +73,13 @@ def compile_write(session_id: str, write: MultiAgentWrite, incarnation: ObjectId
 def compile_overwrite(session_id: str, multi_agent_id: str, state: Any, writer: str, moment: datetime) -> Update:
     """Return the statement that overwrites the stored state with an encoded one, once for each `writer`."""
     path = path_of(multi_agent_id)
-    sets = {
-        f"{path}.state": state,
-        f"{path}.writer": writer,
-        f"{path}.updated_at": moment,
-        "updated_at": moment,
-    }
+    sets = {f"{path}.state": state, f"{path}.writer": writer, f"{path}.updated_at": moment, "updated_at": moment}
     condition = {"_id": session_id, path: {"$exists": True}, f"{path}.writer": {"$ne": writer}}
     return Update(condition, {"$set": sets, "$inc": {f"{path}.revision": 1}}, None)
 
 
 def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) -> MultiAgentWrite | None:
     """Return the write to send after a write matched nothing, or `None` if the write is stored already.
-
-    Args:
-        write: The write.
-        stored: The stored `revision` and `writer`, `None` without the orchestrator.
 
     Raises:
         SessionConflictError: Another writer has stored a state; the write is not stored.
@@ -124,8 +102,6 @@ def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) ->
 
 
 class _Known:
-    """The newest state of one orchestrator, and the stored revision."""
-
     def __init__(self, newest: MultiAgentWrite, stored: int | None) -> None:
         self.newest = newest
         self.stored = stored
@@ -138,14 +114,7 @@ class _Known:
 
 
 class MultiAgents:
-    """The orchestrators of one open session.
-
-    A state replaces the previous one, so only the newest is kept and sent.
-
-    Args:
-        stored: `multi_agents` of the session document.
-        session_id: The session.
-    """
+    """The orchestrators of one open session. A state replaces the previous one, so only the newest is kept and sent."""
 
     def __init__(self, stored: Any, session_id: str = "") -> None:
         self._session_id = session_id
@@ -163,11 +132,7 @@ class MultiAgents:
             self._known[multi_agent_id] = _Known(newest, revision)
 
     def read(self, multi_agent_id: str) -> dict[str, Any] | None:
-        """Return the newest state of an orchestrator, `None` without the orchestrator.
-
-        Raises:
-            DatabaseError: The stored value is malformed.
-        """
+        """Return the newest state of an orchestrator, if there is one; raise `DatabaseError` if it is malformed."""
         if (field := self._unusable.get(multi_agent_id, self._malformed)) is not None:
             raise field.error(self._session_id)
         known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
@@ -179,7 +144,6 @@ class MultiAgents:
         return known is not None and known.refusal is None
 
     def create(self, multi_agent_id: str, state: Any) -> None:
-        """Record a new orchestrator."""
         self._known[multi_agent_id] = _Known(first_write(multi_agent_id, state, self._writer), None)
 
     def update(self, multi_agent_id: str, state: Any) -> None:
@@ -201,7 +165,6 @@ class MultiAgents:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every newest state is stored or refused."""
         return all(known.is_settled for known in tuple(self._known.values()))
 
     def pending(self) -> list[MultiAgentWrite]:
@@ -213,7 +176,6 @@ class MultiAgents:
         ]
 
     def settle(self, write: MultiAgentWrite, refusal: MongoDBSessionError | None) -> None:
-        """Record that a write is stored, or the error with which it was refused."""
         known = self._known[write.multi_agent_id]
         if refusal is None:
             known.stored = write.revision

@@ -22,11 +22,7 @@ _STEPS = 8
 
 
 def checked_ttl(value: object) -> int | None:
-    """Return the seconds of a `session_ttl`, rounded up to a whole number.
-
-    Raises:
-        ConfigurationError: The value is not a `timedelta` of a valid length.
-    """
+    """Return the seconds of a `session_ttl`, rounded up, or raise `ConfigurationError`."""
     if value is None:
         return None
     if not isinstance(value, timedelta):
@@ -47,12 +43,7 @@ NO_TIME_TO_LIVE: Document = {"$not": {"$type": "int", "$gt": 0, "$not": {"$type"
 
 
 class Dates(NamedTuple):
-    """The expiry of a part that is stored before its session refers to it.
-
-    Attributes:
-        time_to_live: The time to live of the session when the part is stored; `None` if the session does not expire.
-        expires_at: The date of the part; `None` if it does not expire.
-    """
+    """The expiry of a part that is stored before its session refers to it, and the time to live at that moment."""
 
     time_to_live: int | None
     expires_at: datetime | None
@@ -69,21 +60,14 @@ UNDATED = Dates(None, None)
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """The incarnation and the expiry of a session. The values can be older than the stored ones.
-
-    Attributes:
-        incarnation: The prefix of the ids of its parts; `None` before it is migrated from 1.0.0.
-        time_to_live: In seconds; `None` if the session does not expire.
-        expires_at: A lower bound of the stored date, which never moves back.
-    """
+    """The incarnation, `None` in 1.0.0, and the expiry of a session. The values can be older than the stored ones."""
 
     incarnation: ObjectId | None = None
-    time_to_live: int | None = None
-    expires_at: datetime | None = None
+    time_to_live: int | None = None  # in seconds; `None` if it does not expire
+    expires_at: datetime | None = None  # a lower bound of the stored date, which never moves back
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
-        """Return the `Life` of a session document that was read with the projection `LIFE`."""
         incarnation, ttl, date = (document.get(name) for name in ("incarnation", "time_to_live", "expires_at"))
         return cls(
             incarnation if isinstance(incarnation, ObjectId) else None,
@@ -100,7 +84,6 @@ class Life:
         return Dates(self.time_to_live, max(until, self.expires_at or until) + timedelta(seconds=seconds))
 
     def outlives(self, part: Dates) -> bool:
-        """Return whether the session can expire later than a part with these dates."""
         if self.time_to_live != part.time_to_live:
             return True
         return self.expires_at is not None and part.expires_at is not None and self.expires_at > part.expires_at

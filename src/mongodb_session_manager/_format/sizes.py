@@ -27,12 +27,10 @@ AGENT_FIELDS = (*STATE_FIELDS, "system_prompt", "model", "prompt_metadata")
 
 
 def stored_size(document: Mapping[str, Any]) -> int:
-    """Return the size of an encoded dict."""
     return len(bson.encode(document, codec_options=CODEC_OPTIONS))
 
 
 def size_of(value: Any) -> int:
-    """Return the size of an encoded value, computed as in `PART_SIZES`."""
     return stored_size({"v": value})
 
 
@@ -82,7 +80,6 @@ def _digits(count: int) -> int:
 
 
 def is_large(value: object) -> bool:
-    """Return whether a value is larger than `LARGE`."""
     return least_size(value, LARGE) > LARGE
 
 
@@ -118,21 +115,15 @@ PART_SIZES: Document = {
 
 
 def of_agent(field: str, agent_id: str) -> str:
-    """Return the name of a part of an agent in errors."""
     return f"{field} of agent {agent_id!r}"
 
 
 def of_multi_agent(multi_agent_id: str) -> str:
-    """Return the name of the state of an orchestrator in errors."""
     return f"state of multi-agent {multi_agent_id!r}"
 
 
 def refuse_unstorable(session_id: str, part: str, value: Any) -> None:
-    """Refuse a value before encoding if it is too large for any document.
-
-    Raises:
-        StateTooLargeError: It is larger than `MAX_DOCUMENT_BYTES`.
-    """
+    """Raise `StateTooLargeError`, before encoding, for a value that is too large for any document."""
     size = least_size(value, MAX_DOCUMENT_BYTES)
     if size > MAX_DOCUMENT_BYTES:
         raise StateTooLargeError(
@@ -142,14 +133,7 @@ def refuse_unstorable(session_id: str, part: str, value: Any) -> None:
 
 
 def too_large(session_id: str, part: str, size: int, sizes: Mapping[str, Any]) -> StateTooLargeError:
-    """Return the error for a part of a session that was not stored.
-
-    Args:
-        session_id: The session.
-        part: The name of the part.
-        size: Its size in bytes.
-        sizes: The result of `PART_SIZES`; empty for a part that is too large for any document.
-    """
+    """Return the error for a refused part; `sizes`, a result of `PART_SIZES`, is empty if no document can hold it."""
     refused = f"session {session_id!r}: {part} was not stored: it takes {size} bytes, "
     if not sizes:
         return StateTooLargeError(f"{refused}but a MongoDB document can hold at most {MAX_DOCUMENT_BYTES}")

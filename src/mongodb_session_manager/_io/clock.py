@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymongo import monitoring
 
@@ -29,15 +28,8 @@ _FRESH = 3600.0
 """Seconds after which the server's clock is read again."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Measurement:
-    """One reading of a server's clock.
-
-    Attributes:
-        offset: The server's time minus the monotonic clock, in seconds.
-        taken: The time of the reading, by the monotonic clock.
-        wall: The local clock minus the monotonic clock at that time.
-    """
+class _Measurement(NamedTuple):
+    """One reading of a server's clock: by how many seconds it and the local clock differ from the monotonic clock."""
 
     offset: float
     taken: float
@@ -58,7 +50,6 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         self.command: asyncio.Task[None] | None = None
 
     def is_known(self) -> bool:
-        """Return whether there is a valid estimate."""
         reading = self._reading
         return reading is not None and abs(_wall() - reading.wall) < _WALL_STEP
 
@@ -88,7 +79,6 @@ class ServerClock(monitoring.ServerHeartbeatListener):
         self._readings[self._writable] = _Measurement(offset, time.monotonic(), _wall())
 
     def command_done(self, command: asyncio.Task[None]) -> None:
-        """Forget a command that is done."""
         self.command = None
         if not command.cancelled():
             command.exception()  # marked as retrieved: all callers might have been cancelled

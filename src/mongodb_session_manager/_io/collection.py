@@ -27,8 +27,6 @@ _PAUSES = (0.05, 0.2, 0.8)
 
 
 class Collection:
-    """A collection on a connection."""
-
     def __init__(self, connection: Connection, database: str, name: str) -> None:
         self.connection = connection
         self.database = database
@@ -38,7 +36,6 @@ class Collection:
         return f"{self.database}.{self.name}"
 
     def part(self, suffix: str) -> Collection:
-        """Return the collection whose name is the name of this one and a suffix."""
         return Collection(self.connection, self.database, f"{self.name}{suffix}")
 
     async def send(self, command: Callable[[AsyncCollection], Awaitable[T]]) -> T:
@@ -74,11 +71,9 @@ class Collection:
             raise
 
     async def find_one(self, condition: Document, projection: Mapping[str, Any] | None = None) -> Document | None:
-        """Return the first document that matches a filter, or `None` if there is none."""
         return await self.send(lambda collection: collection.find_one(condition, projection))
 
     async def find(self, condition: Document, projection: Document | None = None, **options: Any) -> list[Document]:
-        """Return all documents that match a filter; `options` are those of the driver's `find`."""
         return await self.send(lambda collection: collection.find(condition, projection, **options).to_list())
 
     async def aggregate(self, pipeline: Sequence[Document]) -> list[Document]:
@@ -86,25 +81,17 @@ class Collection:
         return await self.send(lambda collection: run_pipeline(collection, pipeline))
 
     async def insert_one(self, document: Document) -> None:
-        """Insert a document.
-
-        Raises:
-            DuplicateKeyError: A document with the same `_id` exists.
-        """
+        """Insert a document, or raise `DuplicateKeyError`."""
         await self.send(lambda collection: collection.insert_one(document))
 
     async def update_one(self, condition: Document, update: Document | list[Document]) -> bool:
-        """Update a document; return whether one matched."""
         return bool((await self.send(lambda collection: collection.update_one(condition, update))).matched_count)
 
     async def update_many(self, condition: Document, update: Document) -> None:
-        """Update all documents that match a filter."""
         await self.send(lambda collection: collection.update_many(condition, update))
 
     async def delete_one(self, condition: Document) -> bool:
-        """Delete a document; return whether one matched."""
         return bool((await self.send(lambda collection: collection.delete_one(condition))).deleted_count)
 
     async def delete_many(self, condition: Document) -> None:
-        """Delete all documents that match a filter."""
         await self.send(lambda collection: collection.delete_many(condition))

@@ -31,21 +31,10 @@ from ..errors import (
     MongoDBSessionError,
     SessionClosedError,
 )
+from . import drivers
 from .clock import clock_of
 from .driver_errors import Account, driver_errors, may_be_sent_again
-from .drivers import (
-    AsyncClient,
-    AsyncCollection,
-    MotorClient,
-    SyncClient,
-    bound_loop,
-    close_client,
-    is_motor,
-    motor_over,
-    open_motor,
-    options_of,
-    topology_of,
-)
+from .drivers import AsyncClient, AsyncCollection, MotorClient, SyncClient, options_of
 from .gate import Gate, gate_of
 from .loop import ExitOrder, close_at_exit, io_portal, portal_to
 from .pool_stats import PoolCounter, PoolStats, pool_config
@@ -57,7 +46,7 @@ logger = logging.getLogger(__name__)
 _CHECK_GRACE = 0.5  # seconds
 
 _HELLO_PAUSES = (0.05, 0.2, 0.8)
-"""Pauses in seconds before the server's clock is read again after a lost connection."""
+"""Seconds before the server's clock is read again after a lost connection."""
 
 _UNKNOWN_COMMAND = 59
 
@@ -88,7 +77,7 @@ class Connection:
         self._operations = 0
         self._idle = asyncio.Event()
         self._opening = asyncio.Lock()
-        self._closing = False
+        self.closed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.before_close: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._abandoned: list[object] = []
@@ -97,27 +86,18 @@ class Connection:
 
     def __repr__(self) -> str:
         kind = "borrowed" if self.settings.client is not None else "owned"
-        return f"<Connection {kind}, {'closed' if self._closing else 'open'}>"
-
-    @property
-    def closed(self) -> bool:
-        """Whether `aclose` was called."""
-        return self._closing
+        return f"<Connection {kind}, {'closed' if self.closed else 'open'}>"
 
     @property
     def portal(self) -> Portal:
         """The portal to the loop that does this connection's I/O for managers, factories and the sync repository."""
-        if self.settings.client is None:
-            return io_portal()
         self._refuse_in_child()
-        if self._client is None:
+        if self.settings.client is None or self._client is None:
             return io_portal()
-        if self._loop is None:
-            self._loop = bound_loop(self._client) or running_loop()
+        self._loop = self._loop or drivers.bound_loop(self._client) or running_loop()
         if self._loop is None:
             return io_portal()
-        if self._portal is None:
-            self._portal = portal_to(self._loop)
+        self._portal = self._portal or portal_to(self._loop)
         return self._portal
 
     @property
@@ -131,7 +111,6 @@ class Connection:
             weakref.finalize(self.settings.client, function, self.identity).atexit = False
 
     def database_name(self, wanted: str | None) -> str:
-        """Return `wanted`, else the database named in the connection string, else `"agent_sessions"`."""
         if wanted is not None:
             return wanted
         if self.settings.client is not None:
@@ -146,7 +125,7 @@ class Connection:
             ConfigurationError: The client is PyMongo's asynchronous one.
             SessionClosedError: The connection is closed.
         """
-        if self._closing:
+        if self.closed:
             raise SessionClosedError("the connection is closed: open a new manager or factory")
         client = self.settings.client
         if client is None:
@@ -158,16 +137,12 @@ class Connection:
         return client if isinstance(client, MongoClient) else client.delegate
 
     async def client(self) -> AsyncClient:
-        """Return the client, opened on the running loop if this is its first use.
-
-        Raises:
-            EventLoopError: The client belongs to another loop.
-        """
+        """Return the client, opened on the running loop if this is its first use, or raise `EventLoopError`."""
         loop = asyncio.get_running_loop()
         if self._is_left_behind:
             self._leave_behind()
         if self._loop is None:
-            self._loop = loop if self._client is None else bound_loop(self._client) or loop
+            self._loop = loop if self._client is None else drivers.bound_loop(self._client) or loop
         if self._loop is not loop:
             raise EventLoopError(
                 "this connection belongs to another event loop: open one repository per loop, or use the managers, "
@@ -181,14 +156,15 @@ class Connection:
 
     async def _open_client(self, loop: asyncio.AbstractEventLoop) -> AsyncClient:
         if self._synchronous is not None:
-            return motor_over(self._synchronous, loop)
+            return drivers.motor_over(self._synchronous, loop)
         options = self.settings.bounded_options()
         listeners = [*options.pop("event_listeners", ()), self._counter, self._clock]
         options |= {"event_listeners": listeners}
         refusal: ConfigurationError | None = None
         try:
             # In a thread, because the driver looks at files to describe the machine to the server.
-            client = await loop.run_in_executor(None, open_motor, self.settings.connection_string, loop, options)
+            uri = self.settings.connection_string
+            client = await loop.run_in_executor(None, drivers.open_motor, uri, loop, options)
         except (OSError, driver.PyMongoError, ValueError, TypeError, LookupError) as error:
             refusal = self.settings.refused(error)
         if refusal is not None:  # outside of `except`: the driver's error can contain the password
@@ -197,25 +173,22 @@ class Connection:
             raise ConfigurationError("w=0: a session cannot rely on unacknowledged writes")
         self._finalizer = weakref.finalize(self, _close_collected, client, loop, os.getpid())
         self._finalizer.atexit = False
-        close_at_exit(self.aclose_at_exit, loop, ExitOrder.CONNECTIONS)
+        close_at_exit(self.aclose, loop, ExitOrder.CONNECTIONS)
         return client
 
     async def _commanded(self) -> AsyncClient:
         """Return the client for commands; a Motor client gets the thread pool of its gate."""
         client = await self.client()
-        if not is_motor(client):
+        if not drivers.is_motor(client):
             return client
         if self._threaded is None:
             loop = asyncio.get_running_loop()
             self._gate = gate_of(client.delegate, loop)
-            self._threaded = motor_over(client.delegate, loop, self._gate.executor)
+            self._threaded = drivers.motor_over(client.delegate, loop, self._gate.executor)
         return self._threaded
 
     def admission(self) -> AbstractAsyncContextManager[None]:
-        """Return a context manager for sending a command: entering it waits for a server and a thread.
-
-        Entering it raises errors of the driver.
-        """
+        """Return a context that waits for a server and a thread to send a command; it raises errors of the driver."""
         return _OPEN if self._gate is None else self._gate
 
     @property
@@ -261,14 +234,13 @@ class Connection:
     async def operation(self, *, timed: bool = True) -> AsyncIterator[None]:
         """Run a block for which closing waits. Operations nest: during closing, inner ones can still start.
 
-        Args:
-            timed: Whether to read the server's clock first, if it is unknown.
+        Unless `timed` is false, an unknown clock of the server is read first.
 
         Raises:
             SessionClosedError: The connection is closed or closing.
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
-        if self._closing and not _entered.get():
+        if self.closed and not _entered.get():
             raise SessionClosedError("the connection is closed: open a new manager or factory")
         if self._is_left_behind:
             self._leave_behind()
@@ -285,7 +257,6 @@ class Connection:
                 self._idle.set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `work` in the background; closing waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -321,7 +292,6 @@ class Connection:
             logger.debug("error=<%s> | the server's clock was not read again", type(error).__name__)
 
     async def _say_hello(self) -> None:
-        """Take a reading of the server's clock with a command."""
         client = await self._commanded()
         for pause in (*_HELLO_PAUSES, None):
             try:
@@ -340,7 +310,6 @@ class Connection:
             await asyncio.sleep(pause)
 
     async def _server(self, client: AsyncClient) -> None:
-        """Wait until a server that accepts writes is known, for at most as long as a command waits."""
         if self._gate is not None:
             await self._gate.server()
         elif isinstance(client, AsyncMongoClient):
@@ -348,12 +317,11 @@ class Connection:
                 _ = await client.is_primary
 
     def account(self, database: str | None = None) -> Account:
-        """Return the client's user and servers, for errors about access to a database."""
         if self._client is None:
             return Account(database=database)
         pool = options_of(self._client).pool_options
         credentials = getattr(pool, "_credentials", None)  # the drivers have no public attribute
-        servers = topology_of(self._client).server_descriptions()
+        servers = drivers.topology_of(self._client).server_descriptions()
         return Account(
             user=getattr(credentials, "username", None),
             source=getattr(credentials, "source", None),
@@ -362,13 +330,11 @@ class Connection:
         )
 
     async def ping(self) -> None:
-        """Raise unless the server answers."""
         async with self.operation(timed=False):
             with driver_errors(account=self.account):
                 await self._ask("ping")
 
     async def check(self, database: str, name: str, seconds: float) -> None:
-        """Read from a collection within a time limit, which includes opening the client."""
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
             raise InvalidArgumentError(f"timeout must be a number of seconds > 0, got {seconds!r}")
         try:
@@ -400,7 +366,6 @@ class Connection:
         return answer
 
     def pool_stats(self) -> PoolStats:
-        """Return the pool's configuration and its connections, as counted by the driver's pool events."""
         client = self._client if self._pid == os.getpid() else None
         borrowed = self.settings.client is not None
         return {
@@ -412,17 +377,16 @@ class Connection:
 
     def close_blocking(self) -> None:
         """Close from synchronous code; see `aclose`. A second call does nothing, even when the interpreter ends."""
-        if not self._closing:
+        if not self.closed:
             self.portal.call(self.aclose)
 
     async def close_async(self) -> None:
-        """Close from any event loop; see `aclose`."""
-        if not self._closing:
+        if not self.closed:
             await self.portal.run(self.aclose)
 
-    async def aclose(self) -> None:
-        """Wait for operations and tasks, then close an owned client. Idempotent. Call it on the client's loop."""
-        self._closing = True
+    async def aclose(self, seconds: float = 0.0) -> None:
+        """Wait for operations and tasks, then close an owned client. Call it on its loop; `seconds` is unused."""
+        self.closed = True
         if self._is_left_behind:
             self._leave_behind()
         if self.before_close is not None:
@@ -439,16 +403,12 @@ class Connection:
             self._client, self._threaded = None, None
             if self._finalizer is not None:
                 self._finalizer.detach()
-            await close_client(client)
+            await drivers.close_client(client)
             if self._gate is not None:
                 self._gate.executor.shutdown(wait=False)
-
-    async def aclose_at_exit(self, seconds: float) -> None:
-        """Close when the interpreter ends."""
-        await self.aclose()
 
 
 def _close_collected(client: AsyncClient, loop: asyncio.AbstractEventLoop, pid: int) -> None:
     """End the sockets and threads of a client whose connection was collected without being closed."""
     if pid == os.getpid() and loop.is_running():
-        portal_to(loop).submit(close_client, client)
+        portal_to(loop).submit(drivers.close_client, client)

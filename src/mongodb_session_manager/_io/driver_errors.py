@@ -70,7 +70,6 @@ class Account:
     database: str | None = None
 
     def refused(self, code: int | None) -> AccessDeniedError:
-        """Return the error for a refused authentication or authorization."""
         if code != _UNAUTHORIZED:
             return AccessDeniedError(
                 f"MongoDB at {self.hosts} refused to authenticate user {self.user!r} (authSource {self.source!r}, "
@@ -122,7 +121,6 @@ def may_be_sent_again(error: Exception) -> bool:
 
 
 def may_have_been_applied(error: Exception) -> bool:
-    """Return whether the server may have carried out the command that failed."""
     lost = isinstance(error, driver.AutoReconnect) and not isinstance(error, driver.ServerSelectionTimeoutError)
     partly = isinstance(error, driver.BulkWriteError) and bool((error.details or {}).get("writeConcernErrors"))
     return lost or partly or isinstance(error, driver.WriteConcernError) or _code(error) in _UNAVAILABLE
@@ -130,11 +128,7 @@ def may_have_been_applied(error: Exception) -> bool:
 
 @dataclass
 class Attempts:
-    """The outcome of a command that is sent several times.
-
-    Attributes:
-        unknown: Whether a failed attempt may have been applied.
-    """
+    """Whether a failed attempt of a command that is sent several times may have been applied."""
 
     unknown: bool = False
 
@@ -143,13 +137,8 @@ class Attempts:
 def driver_errors(*, account: Callable[[], Account] = Account) -> Iterator[Attempts]:
     """Translate the driver's errors. They are not chained, because they can quote user content.
 
-    The message says when it is unknown whether the command was carried out, by this or an earlier attempt.
-
-    Args:
-        account: Returns the user and the servers, for errors about access.
-
-    Raises:
-        MongoDBSessionError: The subclass that fits, with the code and the operation of the driver's error.
+    The message says when it is unknown whether the command was carried out, by this or an earlier attempt. The
+    `account` gives the user and the servers for errors about access.
     """
     attempts = Attempts()
     try:
@@ -172,7 +161,6 @@ def translate(
     error: driver.PyMongoError | BSONError | UnicodeEncodeError | OverflowError,
     account: Callable[[], Account] = Account,
 ) -> MongoDBSessionError:
-    """Return the library's error for a driver's error, without the content that it can quote."""
     match error:
         case driver.ServerSelectionTimeoutError() if _TLS_MISMATCH.search(_first_line(error)):
             return ConfigurationError(
@@ -241,7 +229,6 @@ def _first_line(error: driver.PyMongoError) -> str:
 
 
 def _refusal(error: Exception) -> Mapping[str, Any]:
-    """Return the part of the server's reply that holds the code."""
     details: Any = error.details if isinstance(error, driver.OperationFailure | driver.NotPrimaryError) else None
     if not isinstance(details, Mapping):
         return {}

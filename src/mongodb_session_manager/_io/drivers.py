@@ -99,12 +99,7 @@ async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[s
 
 
 def check_client(client: object) -> None:
-    """Refuse a value that is not a client, and a client with unacknowledged writes.
-
-    Raises:
-        ClientTypeError: It is not a MongoDB client.
-        ConfigurationError: Its write concern is w=0.
-    """
+    """Raise `ClientTypeError` unless it is a client, and `ConfigurationError` if its writes are unacknowledged."""
     if isinstance(client, AsyncIOMotorClient | AsyncMongoClient | MongoClient):
         if not options_of(client).write_concern.acknowledged:
             raise ConfigurationError("client has write concern w=0: a session cannot rely on unacknowledged writes")
@@ -116,24 +111,19 @@ def check_client(client: object) -> None:
 
 
 def is_motor(client: Client) -> TypeGuard[MotorClient]:
-    """Return whether a client is Motor's."""
     return isinstance(client, AsyncIOMotorClient)
 
 
 def open_motor(
     connection_string: str | None, loop: asyncio.AbstractEventLoop, options: Mapping[str, Any]
 ) -> MotorClient:
-    """Return a new Motor client; it connects in the background."""
     return AsyncIOMotorClient(connection_string, io_loop=loop, **options)
 
 
 def motor_over(client: SyncClient, loop: asyncio.AbstractEventLoop, executor: ThreadPool | None = None) -> MotorClient:
     """Return a Motor client for an event loop that uses the connections of a synchronous client.
 
-    Args:
-        client: The synchronous client.
-        loop: The event loop.
-        executor: Runs the commands; `None` is Motor's own, which all clients of the process share.
+    The executor runs its commands; `None` is Motor's own, which all clients of the process share.
     """
     wrapper: MotorClient = AsyncIOMotorClient.__new__(AsyncIOMotorClient)  # its constructor opens its own pool
     AgnosticBase.__init__(wrapper, client)
@@ -162,12 +152,10 @@ def bound_loop(client: AsyncClient) -> asyncio.AbstractEventLoop | None:
 
 
 def options_of(client: Client) -> ClientOptions:
-    """Return the options of a client."""
     return cast(ClientOptions, client.options)
 
 
 def topology_of(client: Client) -> TopologyDescription:
-    """Return the servers that a client knows."""
     return cast(TopologyDescription, client.topology_description)
 
 

@@ -75,7 +75,6 @@ class Gate:
 
     @property
     def waiting(self) -> int:
-        """The number of waiting commands."""
         return len(self._queue)
 
     async def __aenter__(self) -> None:
@@ -131,11 +130,7 @@ class Gate:
                 )
 
     async def server(self) -> None:
-        """Wait on the loop until a writable server is known, at most `serverSelectionTimeoutMS`.
-
-        Raises:
-            ServerSelectionTimeoutError: No writable server was found in time.
-        """
+        """Wait until a writable server is known, at most `serverSelectionTimeoutMS`, or raise the driver's error."""
         if self._selection_timeout <= 0 or self._has_writable_server():
             return  # with a timeout of 0, the driver selects a server itself
         loop = asyncio.get_running_loop()

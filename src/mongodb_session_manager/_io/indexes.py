@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pymongo import IndexModel
 
@@ -67,13 +67,7 @@ def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
 
 
 def ensure_indexes(collection: Collection, wanted: Iterable[Fields], **options: Any) -> None:
-    """Build missing indexes of a collection in the background, once per process.
-
-    Args:
-        collection: The collection.
-        wanted: The fields of each index.
-        **options: Options of the indexes in addition to their usual ones.
-    """
+    """Build missing indexes in the background, once per process; `options` are further ones of all of them."""
     if missing := unseen(collection, wanted):
         collection.connection.start(_build_indexes(collection, missing, options))
 
@@ -92,7 +86,6 @@ def unseen(collection: Collection, wanted: Iterable[Fields]) -> list[Fields]:
 
 
 def see_again(collection: Collection, fields: Iterable[Fields], after: float = 0.0) -> None:
-    """Let the first opening after `after` seconds build indexes of a collection again."""
     seen = _indexed.get(collection.connection.identity, {})
     seen.update(dict.fromkeys((_key(collection, each) for each in fields), time.monotonic() + after))
 
@@ -106,21 +99,14 @@ def _forget(identity: object) -> None:
     _logged.difference_update([key for key in tuple(_logged) if key[0] == identity])
 
 
-class _Failure(NamedTuple):
-    """Why an index was not built."""
-
-    text: str
-    code: int | None
-
-
 async def _build_indexes(collection: Collection, wanted: Sequence[Fields], options: Document) -> None:
     """Build indexes with one command, or one by one if the server refuses it; log each missing index once."""
     missing = await _build(collection, wanted, options)
-    if len(wanted) > 1 and any(failure.code not in _ALIKE for failure in missing.values()):
+    if len(wanted) > 1 and any(error.code not in _ALIKE for error in missing.values()):
         missing = {}
         for fields in wanted:
             missing |= await _build(collection, [fields], options)
-    refused = [fields for fields, failure in missing.items() if failure.code not in _PASSING]
+    refused = [fields for fields, error in missing.items() if error.code not in _PASSING]
     see_again(collection, missing.keys() - refused)
     see_again(collection, refused, after=_RETRY_REFUSED)
     keys = {fields: (collection.connection.identity, *_key(collection, fields)) for fields in wanted}
@@ -132,15 +118,16 @@ async def _build_indexes(collection: Collection, wanted: Sequence[Fields], optio
             "collection=<%r>, indexes=<%s> | indexes not built: queries are slow without them, and without expires_at "
             "nothing expires",
             repr(collection),
-            ", ".join(f"{'+'.join(fields)}: {missing[fields].text}" for fields in unlogged),
+            ", ".join(f"{'+'.join(fields)}: {missing[fields]}" for fields in unlogged),
         )
 
 
-async def _build(collection: Collection, wanted: Sequence[Fields], options: Document) -> dict[Fields, _Failure]:
-    """Build indexes with one command; return the reasons, by index, if it failed."""
+async def _build(
+    collection: Collection, wanted: Sequence[Fields], options: Document
+) -> dict[Fields, MongoDBSessionError]:
     indexes = [IndexModel([(field, 1) for field in fields], **_OPTIONS.get(fields, {}), **options) for fields in wanted]
     try:
         await collection.send(lambda driver: driver.create_indexes(indexes))
     except MongoDBSessionError as error:
-        return dict.fromkeys(wanted, _Failure(str(error), error.code))
+        return dict.fromkeys(wanted, error)
     return {}

@@ -53,8 +53,6 @@ Lock = threading.Lock
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """Threads for the I/O of one client."""
-
     def __init__(self, size: int) -> None:
         super().__init__(size, _THREAD_NAMES)
 
@@ -152,16 +150,12 @@ def _refuse_greenlets() -> None:
 
 
 def portal_to(loop: asyncio.AbstractEventLoop) -> Portal:
-    """Return a portal to `loop`, the library's own or any other."""
     with _lock:
         return _thread.portal if _thread is not None and _thread.portal.loop is loop else Portal(loop)
 
 
 def close_at_exit(close: CloseAtExit, loop: asyncio.AbstractEventLoop, order: ExitOrder) -> None:
-    """Register a method that is called at interpreter exit, unless its object was collected before.
-
-    The method is not registered if `loop` is not the library's own: no other loop runs that late.
-    """
+    """Register a method that is called at interpreter exit. Only the library's own loop runs that late."""
     if _thread is not None and _thread.portal.loop is loop:
         key = order, -next(_serial)
         _open_at_exit[key] = weakref.WeakMethod(close, lambda _: _open_at_exit.pop(key, None))
@@ -203,10 +197,6 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _waits_for_main_thread(frame: FrameType) -> bool:
-    """Return whether a function waits for the main thread, which ends only after `_finish`.
-
-    Such a function joins the main thread, or calls both `main_thread` and `is_alive`.
-    """
     if frame.f_code is threading.Thread.join.__code__:
         return frame.f_locals.get("self") is threading.main_thread()
     return {"main_thread", "is_alive"} <= set(frame.f_code.co_names)

@@ -12,7 +12,6 @@ T = TypeVar("T")
 
 
 def given(value: T | None, default: T) -> T:
-    """Return the value of an option, or the default if it is `None`."""
     return default if value is None else value
 
 
@@ -32,11 +31,7 @@ _MAX_BYTES = {"database_name": 63, "collection_name": 170}
 
 
 def checked_name(value: object, name: str) -> str:
-    """Return a valid name of a database or collection; `name` is the name of the argument.
-
-    Raises:
-        ConfigurationError: MongoDB would refuse it.
-    """
+    """Return a valid name of a database or collection, or raise `ConfigurationError` about the argument `name`."""
     text = checked_text(value, name)
     shown = reprlib.repr(text)
     if not text:

@@ -20,10 +20,11 @@ class PoolStats(TypedDict):
     wait_queue: int | None
 
 
+NO_POOL: PoolStats = {"pool_config": {}, "connections_open": None, "connections_in_use": None, "wait_queue": None}
+
+
 @dataclass
 class PoolCounter(monitoring.ConnectionPoolListener):
-    """Counts a client's connections from the pool events of the driver."""
-
     open: int = 0
     in_use: int = 0
     waiting: int = 0

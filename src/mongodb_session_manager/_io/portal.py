@@ -44,7 +44,6 @@ _POLL = 0.005  # seconds
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop that runs on the calling thread, if any."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -71,11 +70,7 @@ class Portal:
         self._blocked = False
 
     def submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Start `function(*args, **kwargs)` on the loop and return at once; calls start in the order of submission.
-
-        Raises:
-            EventLoopError: The loop is closed or stopped.
-        """
+        """Start `function(*args, **kwargs)` on the loop and return at once; calls start in the order of submission."""
         if not self.is_alive():
             raise EventLoopError(_GONE)
         future: Future[T] = Future()
@@ -108,7 +103,6 @@ class Portal:
         return _BLOCKED_START_TIMEOUT if self._blocked else START_TIMEOUT
 
     def _cancel_unstarted(self, future: Future[Any]) -> None:
-        """Cancel a call that the loop has not started: the loop is blocked."""
         if future.cancel():
             self._blocked = True
 
@@ -136,11 +130,7 @@ class Portal:
         return future.result()
 
     async def run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `function(*args, **kwargs)` on the loop; the caller's own loop is not blocked.
-
-        Raises:
-            EventLoopError: Something blocks the loop.
-        """
+        """Run `function(*args, **kwargs)` on the loop; the caller's own loop is not blocked."""
         caller = asyncio.get_running_loop()
         if caller is self.loop:  # a client that the caller owns
             task = caller.create_task(function(*args, **kwargs))

@@ -21,13 +21,7 @@ ACTED_ON = frozenset({CONNECTION_ID})
 
 @dataclass
 class StoredFields:
-    """Fields of a session's metadata after a change, requested with `requesting`.
-
-    Attributes:
-        names: The requested fields, all of them in `ACTED_ON`.
-        values: The stored ones after the change.
-        remove: Removes a field, unless its value has changed.
-    """
+    """Fields of `ACTED_ON` after a change of the metadata; `remove` removes one, unless its value has changed."""
 
     names: tuple[str, ...]
     values: dict[str, Any] = field(default_factory=dict)
@@ -48,5 +42,4 @@ def requesting(fields: StoredFields) -> Iterator[None]:
 
 
 def requested_by_callers() -> tuple[StoredFields, ...]:
-    """Return the requests of the callers of this change."""
     return _requested.get()

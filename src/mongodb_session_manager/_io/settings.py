@@ -43,11 +43,7 @@ class Settings:
     ) -> Settings:
         """Return valid settings; `MONGODB_URI` replaces a missing connection string.
 
-        Args:
-            connection_string: Where MongoDB is.
-            client: A client that the caller owns.
-            client_options: Options of the driver; an option that is `None` is not given.
-            ours: The caller's own options, for the error that names an unknown option.
+        The error for an unknown option names `ours`, the caller's own.
 
         Raises:
             ConfigurationError: No connection or two connections are configured, or an option is unknown or invalid.
@@ -83,7 +79,6 @@ class Settings:
         return "" if any(secret and secret in str(error) for secret in secrets) else f": {error}"
 
     def refused(self, error: Exception) -> ConfigurationError:
-        """Return the error for a driver that refuses to open a client with these settings."""
         if isinstance(error, OSError):
             reason = f": {_unreadable(error, self.client_options)}"
         else:
@@ -93,7 +88,6 @@ class Settings:
         return ConfigurationError(f"the MongoDB client refused its configuration{reason}")
 
     def bounded_options(self) -> dict[str, Any]:
-        """Return the client options, with a default `socketTimeoutMS`."""
         named = {name.lower() for name in self.client_options} | set(
             re.findall(r"[?&](\w+)=", (self.connection_string or "").lower())
         )
@@ -119,7 +113,6 @@ _FILES = {"tlscafile", "tlscertificatekeyfile", "tlscrlfile"}
 
 @cache
 def _driver_options() -> dict[str, str]:
-    """Return the documented names of the driver's options, by their names in lower case."""
     names = re.findall(r"`(\w+)`", MongoClient.__init__.__doc__ or "")
     return {name: name for name in common.VALIDATORS} | {
         name.lower(): name for name in names if name.lower() in common.VALIDATORS
@@ -127,7 +120,6 @@ def _driver_options() -> dict[str, str]:
 
 
 def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str, Any]:
-    """Return the given options of the driver that are not `None`."""
     for name in given:
         if name.lower() not in _driver_options():
             raise unexpected_option(name, ours, _driver_options().values())
@@ -148,7 +140,6 @@ def _checked_options(given: Mapping[str, Any], ours: Iterable[str]) -> dict[str,
 
 
 def _unreadable(error: OSError, options: Mapping[str, Any]) -> str:
-    """Return the message for an unreadable file, with the option that names it."""
     names = [name for name, value in options.items() if name.lower() in _FILES]
     named = [name for name in names if error.filename is not None and options[name] == error.filename] or names
     reason = f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror

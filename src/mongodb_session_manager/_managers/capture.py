@@ -18,19 +18,13 @@ from .._format.documents import Document
 
 
 class CapturedConfig(NamedTuple):
-    """The configuration that an agent runs with.
-
-    Attributes:
-        model: The model's id; `None` if it is unknown.
-        system_prompt: The system prompt as text.
-    """
+    """The model's id, `None` if it is unknown, and the system prompt as text."""
 
     model: str | None
     system_prompt: str | None
 
 
 def capture_config(agent: LocalAgent) -> CapturedConfig:
-    """Return the model id and the system prompt of an agent."""
     config = agent.model.get_config() if hasattr(agent.model, "get_config") else None
     model_id = config.get("model_id") if isinstance(config, Mapping) else None
     return CapturedConfig(None if model_id is None else str(model_id), agent.system_prompt)
@@ -166,7 +160,6 @@ def without_quotes(trace: Any) -> Any:
 
 
 def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: Any) -> Document:
-    """Return the guardrail event that is stored with a redacted message."""
     event: Document = {"action": action, "timestamp": moment}
     if stop_reason:
         event["stop_reason"] = stop_reason
@@ -178,5 +171,4 @@ def guardrail_event(action: str, stop_reason: str | None, trace: Any, moment: An
 
 
 def count_tool_calls(message: Mapping[str, Any]) -> int:
-    """Return the number of tool calls in a message."""
     return sum("toolUse" in block for block in message["content"])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
 from dataclasses import replace
-from datetime import datetime
-from typing import Any, ParamSpec, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 from .._copying.imports import feed, feed_blocking
 from .._io.connection import Connection
-from .._io.twins import copy_docstrings
+from .._io.portal import Portal
+from .._io.twins import awaitable, blocking, copy_docstrings
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
-from .._repository.listing import Order, SessionPage
+from .._repository.async_repository import AsyncMongoDBSessionRepository as Repository
 from .._storage.storage import MongoDBStorage, SharedStorage
 from ..errors import ConfigurationError
 from .async_manager import AsyncMongoDBSessionManager
@@ -19,9 +19,6 @@ from .options import Configuration, ManagerOptions, SessionOptions
 from .pending import PendingSession
 from .pool import ConnectionStats, connection_stats
 from .sync_manager import MongoDBSessionManager
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class MongoDBSessionManagerFactory:
@@ -50,14 +47,18 @@ class MongoDBSessionManagerFactory:
         self._configuration = Configuration.of(connection_string, database_name, collection_name, options)
         self._options = self._configuration.options
         self._connection = self._configuration.connection
-        self._repository = self._configuration.repository()  # now, because it checks its options
+        self._async = self._configuration.repository()  # now, because it checks its options
 
     def _share(self, connection: Connection) -> None:
         """Use another connection with the same settings; only before the first use."""
         if connection is not self._connection:
             self._configuration = replace(self._configuration, connection=connection)
             self._connection = connection
-            self._repository = self._configuration.repository()
+            self._async = self._configuration.repository()
+
+    @property
+    def _portal(self) -> Portal:
+        return self._connection.portal
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._connection!r}>"
@@ -121,130 +122,57 @@ class MongoDBSessionManagerFactory:
             raise ConfigurationError(f"collection_name {collection_name!r} is where the factory keeps its sessions")
         return SharedStorage(self._connection, database_name or self._options.database_name, collection_name)
 
-    def list_sessions(
-        self,
-        application_name: str | None = None,
-        metadata: dict[str, Any] | None = None,
-        created_after: datetime | None = None,
-        updated_after: datetime | None = None,
-        order: Order = "-updated_at",
-        limit: int = 50,
-        cursor: str | None = None,
-    ) -> SessionPage:
-        """Return a page of the sessions that meet every criterion; see `MongoDBSessionRepository.list_sessions`."""
-        criteria = application_name, metadata, created_after, updated_after
-        return self._call(self._repository.list_sessions, *criteria, order, limit, cursor)
-
-    async def list_sessions_async(
-        self,
-        application_name: str | None = None,
-        metadata: dict[str, Any] | None = None,
-        created_after: datetime | None = None,
-        updated_after: datetime | None = None,
-        order: Order = "-updated_at",
-        limit: int = 50,
-        cursor: str | None = None,
-    ) -> SessionPage:
-        criteria = application_name, metadata, created_after, updated_after
-        return await self._run(self._repository.list_sessions, *criteria, order, limit, cursor)
-
-    def count_sessions(
-        self,
-        application_name: str | None = None,
-        metadata: dict[str, Any] | None = None,
-        created_after: datetime | None = None,
-        updated_after: datetime | None = None,
-    ) -> int:
-        """Return the number of sessions that meet every criterion; see `MongoDBSessionRepository.count_sessions`."""
-        criteria = application_name, metadata, created_after, updated_after
-        return self._call(self._repository.count_sessions, *criteria)
-
-    async def count_sessions_async(
-        self,
-        application_name: str | None = None,
-        metadata: dict[str, Any] | None = None,
-        created_after: datetime | None = None,
-        updated_after: datetime | None = None,
-    ) -> int:
-        criteria = application_name, metadata, created_after, updated_after
-        return await self._run(self._repository.count_sessions, *criteria)
-
-    def session_exists(self, session_id: str) -> bool:
-        """Return whether a session exists.
-
-        Raises:
-            InvalidArgumentError: `session_id` is not a valid id.
-        """
-        return self._call(self._repository.session_exists, session_id)
-
-    async def session_exists_async(self, session_id: str) -> bool:
-        return await self._run(self._repository.session_exists, session_id)
+    list_sessions = blocking(Repository.list_sessions)
+    list_sessions_async = awaitable(Repository.list_sessions)
+    count_sessions = blocking(Repository.count_sessions)
+    count_sessions_async = awaitable(Repository.count_sessions)
+    session_exists = blocking(Repository.session_exists)
+    session_exists_async = awaitable(Repository.session_exists)
+    fork_session = blocking(Repository.fork_session)
+    fork_session_async = awaitable(Repository.fork_session)
+    ping = blocking(Repository.ping)
+    ping_async = awaitable(Repository.ping)
+    write_back = blocking(Repository.write_back)
+    write_back_async = awaitable(Repository.write_back)
 
     def export_session(self, session_id: str) -> Generator[str, None, None]:
         """Yield a session as lines of JSON; see `MongoDBSessionRepository.export_session`."""
-        export = self._repository._export(session_id)
-        while lines := self._call(export.pull):
+        export = self._async._export(session_id)
+        while lines := self._portal.call(export.pull):
             yield from lines
 
     async def export_session_async(self, session_id: str) -> AsyncGenerator[str, None]:
-        export = self._repository._export(session_id)
-        while lines := await self._run(export.pull):
+        export = self._async._export(session_id)
+        while lines := await self._portal.run(export.pull):
             for line in lines:
                 yield line
 
     def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
         """Store an exported session and return its id; see `MongoDBSessionRepository.import_session`."""
-        return feed_blocking(self._connection.portal, self._repository._import(session_id), stream)
+        return feed_blocking(self._portal, self._async._import(session_id), stream)
 
     async def import_session_async(
         self, stream: Iterable[str | bytes] | AsyncIterable[str | bytes], session_id: str | None = None
     ) -> str:
-        return await feed(self._connection.portal, self._repository._import(session_id), stream)
-
-    def fork_session(self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None) -> None:
-        """Copy a session, or its beginning, to a new session; see `MongoDBSessionRepository.fork_session`."""
-        self._call(self._repository.fork_session, session_id, new_id, at_message)
-
-    async def fork_session_async(
-        self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None
-    ) -> None:
-        await self._run(self._repository.fork_session, session_id, new_id, at_message)
+        return await feed(self._portal, self._async._import(session_id), stream)
 
     def delete_session(self, session_id: str, **kwargs: Any) -> bool:
         """Delete a session with everything that belongs to it; see `MongoDBSessionRepository.delete_session`."""
-        return self._call(self._repository.delete_session, session_id, **kwargs)
+        return self._portal.call(self._async.delete_session, session_id, **kwargs)
 
     async def delete_session_async(self, session_id: str, **kwargs: Any) -> bool:
-        return await self._run(self._repository.delete_session, session_id, **kwargs)
-
-    def write_back(self, session_id: str) -> None:
-        """Write a session back into one document; see `MongoDBSessionRepository.write_back`."""
-        self._call(self._repository.write_back, session_id)
-
-    async def write_back_async(self, session_id: str) -> None:
-        await self._run(self._repository.write_back, session_id)
+        return await self._portal.run(self._async.delete_session, session_id, **kwargs)
 
     def get_connection_stats(self) -> ConnectionStats:
         """Return the state of the pool, with the version of the server, which is asked for it."""
-        return self._call(connection_stats, self._connection)
+        return self._portal.call(connection_stats, self._connection)
 
     async def get_connection_stats_async(self) -> ConnectionStats:
-        return await self._run(connection_stats, self._connection)
+        return await self._portal.run(connection_stats, self._connection)
 
     def get_notification_stats(self) -> NotificationStats:
         """Return the state of the notifications that hooks of the factory's sessions submitted in this process."""
         return stats_of(self._connection)
-
-    def ping(self) -> None:
-        """Raise unless the server answers.
-
-        Raises:
-            DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
-        """
-        self._call(self._connection.ping)
-
-    async def ping_async(self) -> None:
-        await self._run(self._connection.ping)
 
     def check(self, timeout: float = 5.0) -> None:
         """Raise unless the factory can read its collection of sessions: for the start of an application.
@@ -258,10 +186,10 @@ class MongoDBSessionManagerFactory:
             DatabaseUnavailableError: No server could be reached in time.
             DatabaseTimeoutError: A server was reached and did not answer in time.
         """
-        self._call(self._check, timeout)
+        self._portal.call(self._check, timeout)
 
     async def check_async(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - the twin of check
-        await self._run(self._check, timeout)
+        await self._portal.run(self._check, timeout)
 
     def close(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         """Deliver pending notifications, wait for writes in progress, and close the client if the factory owns it.
@@ -273,20 +201,14 @@ class MongoDBSessionManagerFactory:
                 name; their delivery continues while the process runs.
         """
         if not self._connection.closed:
-            self._call(self._aclose, notification_timeout)
+            self._portal.call(self._aclose, notification_timeout)
 
     async def close_async(self, *, notification_timeout: float = DRAIN_TIMEOUT) -> None:
         if not self._connection.closed:
-            await self._run(self._aclose, notification_timeout)
-
-    def _call(self, operation: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._connection.portal.call(operation, *args, **kwargs)
-
-    async def _run(self, operation: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._connection.portal.run(operation, *args, **kwargs)
+            await self._portal.run(self._aclose, notification_timeout)
 
     async def _check(self, seconds: float) -> None:
-        collection = self._repository._store.collection
+        collection = self._async._store.collection
         await self._connection.check(collection.database, collection.name, seconds)
 
     async def _aclose(self, notification_timeout: float) -> None:

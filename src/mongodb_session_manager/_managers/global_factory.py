@@ -66,7 +66,6 @@ def _exchange(factory: MongoDBSessionManagerFactory | None) -> None:
 
 @contextmanager
 def factory_of_application(factory: MongoDBSessionManagerFactory) -> Iterator[None]:
-    """Register the factory of an application while the application runs."""
     with _global_lock:
         _of_applications.append(factory)
     try:

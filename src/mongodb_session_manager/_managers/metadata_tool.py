@@ -13,7 +13,7 @@ from strands import tool
 from strands.interrupt import InterruptException
 from strands.types.tools import AgentTool
 
-from .._format.metadata import checked_keys, checked_metadata
+from .._format.metadata import checked_keys, checked_metadata, is_within
 from .._io.requested_fields import ACTED_ON
 from .._notifications.notification import describe
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
@@ -54,8 +54,6 @@ Args:
 
 @dataclass(frozen=True)
 class _Request:
-    """A checked request of a model."""
-
     action: str
     metadata: dict[str, Any]
     keys: list[str] | None
@@ -65,10 +63,8 @@ class _Request:
 class MetadataPolicy:
     """The permissions of a model.
 
-    Attributes:
-        read_only: Whether the model may only read.
-        allowed_keys: The keys that the model may see and change, with everything within them; `None` allows all, but
-            the keys in `ACTED_ON` cannot be changed.
+    `allowed_keys` are the keys that it may see and change, with everything within them; `None` allows all, but those in
+    `ACTED_ON` cannot be changed.
     """
 
     read_only: bool = False
@@ -76,29 +72,10 @@ class MetadataPolicy:
 
     @classmethod
     def checked(cls, read_only: bool, allowed_keys: Sequence[str] | None) -> MetadataPolicy:
-        """Return the policy.
-
-        Raises:
-            InvalidArgumentError: `allowed_keys` is not a list of keys.
-        """
         return cls(read_only, None if allowed_keys is None else tuple(checked_keys(allowed_keys, "allowed_keys")))
 
-    @property
-    def description(self) -> str:
-        """The description of the tool."""
-        return _READ_ONLY_DESCRIPTION if self.read_only else _DESCRIPTION
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """The schema of the tool's arguments."""
-        return _READ_ONLY_SCHEMA if self.read_only else _SCHEMA
-
     def request(self, action: Any, metadata: Any, keys: Any) -> _Request:
-        """Return the request that a model sends.
-
-        Raises:
-            InvalidArgumentError: It is not valid or not allowed.
-        """
+        """Return the request that a model sends, or raise `InvalidArgumentError` if it is not valid or not allowed."""
         name = str(action).strip().lower()
         if name not in ("get", "set", "update", "delete"):
             raise InvalidArgumentError("action must be get, set, update or delete")
@@ -127,11 +104,10 @@ class MetadataPolicy:
 
     def _check_allowed(self, keys: Any) -> None:
         for key in keys:
-            if self.allowed_keys is not None and not any(_is_within(key, allowed) for allowed in self.allowed_keys):
+            if self.allowed_keys is not None and not any(is_within(key, allowed) for allowed in self.allowed_keys):
                 raise InvalidArgumentError(f"the key {key!r} is not one of {', '.join(self.allowed_keys)}")
 
     def visible(self, metadata: dict[str, Any], keys: list[str] | None) -> dict[str, Any]:
-        """Return the metadata that a model requested and may see, under the dotted keys of the request."""
         wanted = keys if keys is not None else self.allowed_keys
         if wanted is None:
             return metadata
@@ -150,17 +126,12 @@ def _at(metadata: Any, key: str) -> Any:
     return metadata
 
 
-def _is_within(key: str, allowed: str) -> bool:
-    return key == allowed or key.startswith(f"{allowed}.")
-
-
 def _folded(name: str) -> str:
     """Return a name without differences of case, surrounding spaces and Unicode forms."""
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
 def _from_json(value: Any, name: str) -> Any:
-    """Return an argument, which models also send as a JSON string."""
     if not isinstance(value, str):
         return value
     try:
@@ -182,11 +153,7 @@ def _answer(request: _Request, result: Any, policy: MetadataPolicy) -> str:
 
 
 def _failure(error: Exception) -> str:
-    """Return the tool's answer for an error, with the text of the error only if the model can correct the cause.
-
-    Raises:
-        InterruptException: The error is Strands' request for human input.
-    """
+    """Return the tool's answer for an error, with its text only if the model can correct the cause."""
     if isinstance(error, InterruptException):
         raise error
     if isinstance(error, InvalidArgumentError | EncodingError):
@@ -196,7 +163,6 @@ def _failure(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can show."""
     match value:
         case dict():
             return {str(key): _plain(item) for key, item in value.items()}
@@ -216,7 +182,6 @@ class Operations(NamedTuple):
     delete: Callable[[list[str]], Any]
 
     def perform(self, request: _Request) -> Any:
-        """Return the result of the method for a request, an awaitable one for an asynchronous manager."""
         if request.action == "update":
             return self.update(request.metadata)
         if request.action == "delete":
@@ -224,10 +189,12 @@ class Operations(NamedTuple):
         return self.get()
 
 
-def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
-    """Return the tool over a synchronous manager's methods; Strands runs it in a thread."""
+def _tool(policy: MetadataPolicy, function: Callable[..., Any]) -> AgentTool:
+    description, schema = (_READ_ONLY_DESCRIPTION, _READ_ONLY_SCHEMA) if policy.read_only else (_DESCRIPTION, _SCHEMA)
+    return tool(name="manage_metadata", description=description, inputSchema=schema)(function)
 
-    @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
+
+def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
     def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
@@ -235,13 +202,10 @@ def blocking_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
         except Exception as error:
             return _failure(error)
 
-    return manage_metadata
+    return _tool(policy, manage_metadata)
 
 
 def async_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
-    """Return the tool over an asynchronous manager's methods; Strands awaits it."""
-
-    @tool(name="manage_metadata", description=policy.description, inputSchema=policy.schema)
     async def manage_metadata(action: str, metadata: Any = None, keys: Any = None) -> str:
         try:
             request = policy.request(action, metadata, keys)
@@ -249,4 +213,4 @@ def async_tool(policy: MetadataPolicy, operations: Operations) -> AgentTool:
         except Exception as error:
             return _failure(error)
 
-    return manage_metadata
+    return _tool(policy, manage_metadata)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, TypedDict, Unpack, cast
+from typing import Any, ClassVar, Self, Unpack, cast
 
 from .._io.connection import Connection
 from .._io.drivers import SyncClient
 from .._io.loop import Lock
 from .._io.options import ClientOptions
+from .._io.pool_stats import NO_POOL, PoolStats
 from .._io.settings import Settings
 from .._store.lease_queue import NO_LEASES, lease_stats
 from ..errors import MongoDBSessionError
 
 
-class ConnectionStats(TypedDict):
+class ConnectionStats(PoolStats):
     """The current state of a connection.
 
     Attributes:
@@ -32,17 +33,12 @@ class ConnectionStats(TypedDict):
     status: str
     error: str | None
     server_version: str | None
-    pool_config: dict[str, Any]
-    connections_open: int | None
-    connections_in_use: int | None
-    wait_queue: int | None
     lease_waits: int
     lease_wait_seconds: float
     leases_lost: int
 
 
 async def connection_stats(connection: Connection) -> ConnectionStats:
-    """Return the state of the pool, with the version that the server answers."""
     pool = connection.pool_stats()  # counted before the command, because the command can wait for a connection
     version, status, error = None, "connected", None
     try:
@@ -110,16 +106,7 @@ class MongoDBConnectionPool:
         """
         current = cls._current()
         if current is None:
-            return {
-                "status": "not_initialized",
-                "error": None,
-                "server_version": None,
-                "pool_config": {},
-                "connections_open": None,
-                "connections_in_use": None,
-                "wait_queue": None,
-                **NO_LEASES,
-            }
+            return {"status": "not_initialized", "error": None, "server_version": None, **NO_POOL, **NO_LEASES}
         stats = current.portal.call(connection_stats, current)
         if stats["status"] != "connected":
             stats["status"] = "error"

@@ -44,11 +44,6 @@ Operation = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def checked_hook(hook: object, name: str) -> None:
-    """Check that a hook can be called.
-
-    Raises:
-        ConfigurationError: `hook` is neither a function nor `None`.
-    """
     if hook is not None and not callable(hook):
         raise ConfigurationError(f"{name} must be a function, not {type(hook).__name__}")
 
@@ -77,7 +72,6 @@ def _unbound(hook: Hook) -> Hook:
 
 
 def _is_async(hook: Hook) -> bool:
-    """Return whether a hook must be awaited."""
     hook = _unbound(hook)
     if isinstance(hook, _Chain):
         return any(map(_is_async, hook.hooks))
@@ -93,14 +87,11 @@ def _is_either(hook: Hook) -> bool:
 
 
 def _original_waits(hook: Hook) -> bool:
-    """Return whether the `original_func` of a hook waits where it is called."""
     waits = _waits.get()
     return not _is_async(hook) if waits is None else waits
 
 
 def _original(portal: Portal, hook: Hook, operation: Operation, session_id: str) -> Callable[..., Any]:
-    """Return the `original_func` of a hook: the operation, for one session."""
-
     def original(*args: Any, **kwargs: Any) -> Any:
         run = portal.call if _original_waits(hook) else portal.run
         return run(operation, session_id, *args, **kwargs)
@@ -109,7 +100,6 @@ def _original(portal: Portal, hook: Hook, operation: Operation, session_id: str)
 
 
 async def _awaited(call: Callable[[], Any]) -> Any:
-    """Return the result of a call, awaited if it is awaitable."""
     with _original_that(waits=False):
         result = call()
         while inspect.isawaitable(result):
@@ -133,18 +123,10 @@ def _waited_for(result: Any, portal: Portal | None = None) -> Any:
 def call_hooked(
     portal: Portal, hook: Hook | None, operation: Operation, action: str, session_id: str, **argument: Any
 ) -> Any:
-    """Run an operation from synchronous code, through the hook if there is one.
+    """Run an operation for a session from synchronous code, through the hook if there is one.
 
     A `def` hook runs on the calling thread. An `async def` hook runs on the I/O loop, and so does an awaitable that a
     `def` hook returns.
-
-    Args:
-        portal: The portal to the I/O loop.
-        hook: The user's hook.
-        operation: A method of the asynchronous repository.
-        action: The `action` of the hook.
-        session_id: The first argument of the operation.
-        **argument: The other argument.
     """
     if hook is None:
         return portal.call(operation, session_id, **argument)
@@ -159,18 +141,10 @@ def call_hooked(
 async def run_hooked(
     portal: Portal, hook: Hook | None, operation: Operation, action: str, session_id: str, **argument: Any
 ) -> Any:
-    """Run an operation from asynchronous code, through the hook if there is one.
+    """Run an operation for a session from asynchronous code, through the hook if there is one.
 
     An `async def` hook runs in the caller's task, a `def` hook in a thread, in which its `original_func` waits. An
     awaitable that a `def` hook returns is awaited in the caller's task.
-
-    Args:
-        portal: The portal to the I/O loop.
-        hook: The user's hook.
-        operation: A method of the asynchronous repository.
-        action: The `action` of the hook.
-        session_id: The first argument of the operation.
-        **argument: The other argument.
     """
     if hook is None:
         return await portal.run(operation, session_id, **argument)
@@ -179,12 +153,10 @@ async def run_hooked(
 
 
 async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
-    """Return the result of a call of `hook`: in this task if the hook can be awaited, else in a thread."""
     return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
 
 
 async def _threaded(call: Callable[[], Any]) -> Any:
-    """Return the result of a call in a thread, awaited here if it is awaitable."""
     with _original_that(waits=True):
         result = await _in_thread(call)
     return await _awaited(lambda: result)
@@ -242,7 +214,6 @@ class _Chain:
             return self._call(0, original_func, action, session_id, argument)
 
     def _call(self, place: int, original: Callable[..., Any], action: str, session_id: str, argument: Any) -> Any:
-        """Call the hooks from `place` on, and wait for them."""
         if place == len(self.hooks):
             return _waited_for(original(**argument))
         hook = self.hooks[place]
@@ -255,7 +226,6 @@ class _Chain:
         return io_portal().call(_awaited, call) if _is_async(hook) else _waited_for(call())
 
     async def _run(self, place: int, original: Callable[..., Any], action: str, session_id: str, argument: Any) -> Any:
-        """Call the hooks from `place` on, and await them."""
         if place == len(self.hooks):
             return await _awaited(partial(original, **argument))
         hook = self.hooks[place]

@@ -44,11 +44,6 @@ class Dispatcher:
 
     `submit` can be called from any thread; everything else runs on the loop. Each session with pending notifications
     has a task, which delivers them one after the other. A task that pauses before a retry occupies no worker.
-
-    Args:
-        portal: The way to the event loop.
-        max_waiting: The maximum number of notifications in the queue.
-        max_bytes: The maximum number of bytes of messages in the queue.
     """
 
     def __init__(self, portal: Portal, *, max_waiting: int = MAX_WAITING, max_bytes: int = MAX_WAITING_BYTES) -> None:
@@ -106,20 +101,12 @@ class Dispatcher:
             self.portal.loop.call_soon_threadsafe(self._start, session_id)
 
     def oldest_wait(self, source: Source | None = None) -> float:
-        """Return the age of the oldest pending notification in seconds."""
         with self._lock:
-            oldest = min(
-                (
-                    pending[0].submitted_at
-                    for pending in self._queue.values()
-                    if source is None or pending[0].source is source
-                ),
-                default=None,
-            )
-        return 0.0 if oldest is None else max(0.0, time.time() - oldest)
+            first = [pending[0] for pending in self._queue.values()]
+        now = time.time()
+        return max([0.0, *(now - each.submitted_at for each in first if source in (None, each.source))])
 
     def waiting(self, session_id: str | None = None, source: Source | None = None) -> list[Notification]:
-        """Return the pending notifications, filtered by session and source."""
         with self._lock:
             queues = self._queue.values() if session_id is None else [self._queue.get(session_id, ())]
             return [entry for pending in queues for entry in pending if source is None or entry.source is source]
@@ -131,7 +118,6 @@ class Dispatcher:
         task.add_done_callback(self._tasks.discard)
 
     async def _deliver_all(self, session_id: str) -> None:
-        """Deliver the pending notifications of a session."""
         pending = self._queue[session_id]
         while pending:
             notification = pending[0]
@@ -167,7 +153,6 @@ class Dispatcher:
         return None
 
     async def _pause(self, session_id: str, seconds: float) -> None:
-        """Wait before the next try. `drain` ends the wait."""
         ended = self._pausing[session_id] = asyncio.Event()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -43,14 +43,7 @@ def describe(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Policy:
-    """The retry policy of a notification.
-
-    Attributes:
-        max_tries: The maximum number of tries.
-        time_limit: Seconds for one try.
-        is_worth_retrying: Returns whether an error can be transient.
-        describe: Returns the text to log for an error.
-    """
+    """The retry policy: the tries, the seconds of one, which errors are worth another, and the text to log for one."""
 
     max_tries: int = 8
     time_limit: float = 10.0
@@ -60,8 +53,6 @@ class Policy:
 
 @dataclass(eq=False)
 class Source:
-    """The counters of the notifications of one connection."""
-
     submitted: int = 0
     delivered: int = 0
     retried: int = 0
@@ -69,10 +60,8 @@ class Source:
     waiting: int = 0
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
+@dataclass(eq=False, slots=True)
 class Notification:
-    """A message to deliver."""
-
     name: str
     session_id: str
     deliver: Callable[[], Awaitable[object]]
@@ -86,12 +75,10 @@ class Notification:
 
     @property
     def size(self) -> int:
-        """The length of the message."""
         return 0 if self.message is None else len(self.message)
 
     @property
     def event(self) -> NotificationEvent:
-        """The argument for `on_error`."""
         submitted_at = datetime.fromtimestamp(self.submitted_at, UTC)
         return NotificationEvent(self.name, self.session_id, submitted_at, self.tries, self.message)
 
@@ -103,7 +90,6 @@ def names_of(notifications: Iterable[Notification]) -> str:
 
 
 def give_up(notification: Notification, error: BaseException) -> None:
-    """Log that a notification will not be delivered, and call its `on_error`."""
     logger.error(
         "event=<%r>, session_id=<%r>, tries=<%d>, error=<%s> | notification not delivered",
         notification.name,

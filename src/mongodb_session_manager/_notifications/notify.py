@@ -8,12 +8,12 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from .._io.loop import ExitOrder, Lock, close_at_exit, io_portal
 from ..errors import ConfigurationError, EventLoopError, NotificationError
 from .dispatcher import Dispatcher
-from .notification import Notification, OnError, Policy, Source, describe, give_up, names_of
+from .notification import Notification, OnError, Policy, Source, give_up, names_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,34 +90,23 @@ def notify_later(
     """
     if not callable(deliver) or not (on_error is None or callable(on_error)):
         raise ConfigurationError("deliver and on_error must be functions")
-    worth = retry_on if callable(retry_on) and not isinstance(retry_on, type) else _is_one_of(retry_on)
-    policy = Policy(max_tries, time_limit, worth, describe)
-    submit(event_name, session_id, deliver, policy=policy, on_error=on_error, message=message)
-
-
-def _is_one_of(types: type[Exception] | tuple[type[Exception], ...]) -> Callable[[Exception], bool]:
-    return lambda error: isinstance(error, types)
+    types: Any = retry_on
+    worth = (lambda error: isinstance(error, types)) if isinstance(retry_on, type | tuple) else retry_on
+    policy = Policy(max_tries, time_limit, worth)
+    submit(event_name, session_id, deliver, policy, on_error, message)
 
 
 def submit(
-    event_name: str,
+    name: str,
     session_id: str,
     deliver: Callable[[], Awaitable[object]],
-    *,
     policy: Policy,
     on_error: OnError | None,
     message: str | bytes | None,
 ) -> None:
     """Submit a notification to the dispatcher of the process, counted for the manager whose hook is running."""
-    notification = Notification(
-        name=event_name,
-        session_id=session_id,
-        deliver=deliver,
-        source=_current.get() or _unattributed,
-        policy=policy,
-        on_error=on_error,
-        message=message,
-    )
+    source = _current.get() or _unattributed
+    notification = Notification(name, session_id, deliver, source, policy, on_error, message)
     try:
         dispatcher = _started()
     except EventLoopError:
@@ -140,7 +129,6 @@ def _started() -> Dispatcher:
 
 @contextmanager
 def attributed_to(owner: object) -> Iterator[None]:
-    """Count the notifications that are submitted in this block for `owner`."""
     token = _current.set(_source_of(owner))
     try:
         yield
@@ -154,7 +142,6 @@ def _source_of(owner: object) -> Source:
 
 
 def stats_of(owner: object) -> NotificationStats:
-    """Return the counts of an owner's notifications."""
     source = _source_of(owner)
     return {
         "submitted": source.submitted,

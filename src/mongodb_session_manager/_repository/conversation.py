@@ -8,19 +8,11 @@ from typing import Any
 from bson import ObjectId
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from .._format import documents
 from .._format.attachment_refs import replacement, set_aside
 from .._format.changes import AppendMessage, Change, CreateAgent, Identity, ReplaceMessage, UpdateAgent
 from .._format.dates import now, to_date
-from .._format.documents import (
-    Document,
-    agent_from,
-    agent_state,
-    message_body,
-    message_from,
-    new_agent,
-    session_from,
-    stored_message,
-)
+from .._format.documents import Document
 from .._format.expressions import array_at, number_at
 from .._format.ids import agent_key, checked_count, checked_id, checked_message_id, is_message_id
 from .._format.layout import OF_V1, Place
@@ -40,8 +32,6 @@ _ALL = 2**31 - 1
 
 
 class ConversationMethods(RepositoryMethods):
-    """The methods for sessions, agents and messages."""
-
     # The operations of a session manager, in one command each.
 
     async def open_session(self, session_id: str) -> Document:
@@ -122,7 +112,7 @@ class ConversationMethods(RepositoryMethods):
             return None
         if not is_of_v1(document):
             self._store.expiry.learn(session_id, document)
-        return session_from(document)
+        return documents.session_from(document)
 
     async def delete_session(self, session_id: str, **kwargs: Any) -> bool:
         """Delete a session: its document, its archived messages and its attachments.
@@ -152,7 +142,7 @@ class ConversationMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist.
             StateTooLargeError: The session document has no room for the state; the stored state stays.
         """
-        document = await compute(new_agent, session_agent)
+        document = await compute(documents.new_agent, session_agent)
         await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
 
     async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
@@ -168,7 +158,7 @@ class ConversationMethods(RepositoryMethods):
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
             raise MalformedField(f"agents.{key}", stored, dict).error(session_id)
-        return None if stored is None else await compute(agent_from, agent_id, stored)
+        return None if stored is None else await compute(documents.agent_from, agent_id, stored)
 
     async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Store an agent's state; its creation date and configuration stay.
@@ -178,7 +168,7 @@ class ConversationMethods(RepositoryMethods):
             AgentNotFoundError: The session has no such agent.
             StateTooLargeError: The session document has no room for the state; the stored state stays.
         """
-        state = await compute(agent_state, session_agent)
+        state = await compute(documents.agent_state, session_agent)
         async with self._connection.operation():
             change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
             await self._apply_one(session_id, change)
@@ -199,7 +189,7 @@ class ConversationMethods(RepositoryMethods):
         message_id = checked_message_id(session_message.message_id)
         if not is_message_id(message_id):  # the next opening would renumber the message
             raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
-        message = await compute(stored_message, session_message, message_id)
+        message = await compute(documents.stored_message, session_message, message_id)
         message, size = set_aside(message, self._store.max_inline)
         await self._apply_one(session_id, AppendMessage(agent_id, message, by_id=True, size=size))
 
@@ -229,11 +219,10 @@ class ConversationMethods(RepositoryMethods):
             message = await read_consistently(session_id, read)
         if message is None:
             return None
-        found = await compute(message_from, message, message_id)
+        found = await compute(documents.message_from, message, message_id)
         if found is None:
-            raise MalformedField(f"agents.{agent_key(agent_id)}.messages", message.get("message"), dict).error(
-                session_id
-            )
+            field = f"agents.{agent_key(agent_id)}.messages"
+            raise MalformedField(field, message.get("message"), dict).error(session_id)
         return found
 
     async def update_message(
@@ -250,7 +239,7 @@ class ConversationMethods(RepositoryMethods):
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
         message_id = checked_message_id(session_message.message_id)
-        body = {**(await compute(message_body, session_message)), "updated_at": now()}
+        body = {**(await compute(documents.message_body, session_message)), "updated_at": now()}
         fields, size = replacement(body, self._store.max_inline)
         given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
         await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True, size=size))
@@ -278,12 +267,8 @@ class ConversationMethods(RepositoryMethods):
         path = f"$agents.{agent_key(agent_id)}"
         position = number_at(f"{path}.archived")
         begin = {"$max": [0, {"$subtract": [offset, position]}]}
-        count = {
-            "$min": [
-                _ALL,
-                {"$subtract": [{"$subtract": [offset + (_ALL if limit is None else limit), position]}, begin]},
-            ]
-        }
+        end = offset + (_ALL if limit is None else limit)
+        count = {"$min": [_ALL, {"$subtract": [{"$subtract": [end, position]}, begin]}]}
         sliced = {"$slice": [array_at(f"{path}.messages"), begin, {"$max": [1, count]}]}
         created_at = f"{path}.created_at"
         wanted = {

@@ -15,8 +15,6 @@ from .base import RepositoryMethods
 
 
 class CopyingMethods(RepositoryMethods):
-    """The methods that copy sessions, and `write_back`."""
-
     def _export(self, session_id: str) -> Export:
         return Export(self._store, session_id)
 

@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .._format.dates import date_from, to_date
 from .._format.documents import USAGE, Document, usable_numbers
 from .._format.expressions import array_at, entries_at, number_at
-from .._format.ids import agent_id_of, checked_id
+from .._format.ids import agent_id_of, checked_id, checked_text
 from .._format.layout import LIVE, UNFINISHED
 from .._format.malformed import usable_field
 from .._format.metadata import checked_metadata, decode_values, encoded, name_of
@@ -37,21 +37,14 @@ _LAST = datetime(9999, 12, 31, 23, 59, 59, 999000, tzinfo=UTC)
 _VALUE_DEPTH = 2  # document, metadata, value
 _BAD_VALUE = 2  # the error code for a hint that names no index
 
+_SUMMARY_OF_AGENT: Document = {
+    "key": "$$this.k",
+    "usage": "$$this.v.usage",
+    "messages": {"$add": [number_at("$$this.v.archived"), {"$size": array_at("$$this.v.messages")}]},
+}
 _SUMMARY: Document = {
-    "application_name": 1,
-    "created_at": 1,
-    "updated_at": 1,
-    "metadata": 1,
-    "agents": {
-        "$map": {
-            "input": entries_at("$agents"),
-            "in": {
-                "key": "$$this.k",
-                "usage": "$$this.v.usage",
-                "messages": {"$add": [number_at("$$this.v.archived"), {"$size": array_at("$$this.v.messages")}]},
-            },
-        }
-    },
+    **dict.fromkeys(("application_name", "created_at", "updated_at", "metadata"), 1),
+    "agents": {"$map": {"input": entries_at("$agents"), "in": _SUMMARY_OF_AGENT}},
 }
 
 
@@ -93,53 +86,26 @@ class SessionPage:
     next_cursor: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Criteria:
-    """The criteria of a list: values, never operators.
-
-    Attributes:
-        equal: The required values, by path in the document.
-        after: The moments that dates must be later than, by the name of the date.
-    """
-
-    equal: Mapping[str, Any]
-    after: Mapping[str, datetime]
-
-    @classmethod
-    def checked(
-        cls, application_name: object, metadata: object, created_after: object, updated_after: object
-    ) -> Criteria:
-        """Return criteria from arguments.
-
-        Raises:
-            InvalidArgumentError: An argument is invalid.
-        """
-        equal: dict[str, Any] = {}
-        if application_name is not None:
-            if not isinstance(application_name, str):
-                raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
-            equal["application_name"] = _valid(application_name, "application_name")
-        if metadata is not None:
-            if isinstance(metadata, dict) and least_size(metadata, MAX_DOCUMENT_BYTES) > MAX_DOCUMENT_BYTES:
-                raise InvalidArgumentError(f"metadata must be a filter of at most {MAX_DOCUMENT_BYTES} bytes")
-            for key, value in checked_metadata(metadata).items():
-                _refuse_operators(value, f"metadata[{key!r}]")
-                try:
-                    equal[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
-                except EncodingError as error:
-                    raise_alone(InvalidArgumentError(f"metadata[{key!r}] cannot be searched for: {error}"))
-        after = {}
-        for name, moment in (("created_at", created_after), ("updated_at", updated_after)):
-            if moment is not None:
-                after[name] = _checked_date(moment, name.replace("_at", "_after"))
-        return cls(equal, after)
-
-    def filter(self) -> Document:
-        """Return the filter for the sessions that meet the criteria."""
-        return {
-            **{path: {"$eq": value} for path, value in self.equal.items()},
-            **{name: {"$gt": moment} for name, moment in self.after.items()},
-        }
+def criteria(application_name: object, metadata: object, created_after: object, updated_after: object) -> Document:
+    """Return the filter for the sessions that meet every criterion: values, never operators."""
+    meant: Document = {}
+    if application_name is not None:
+        if not isinstance(application_name, str):
+            raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
+        meant["application_name"] = {"$eq": checked_text(application_name, "application_name")}
+    if metadata is not None:
+        if isinstance(metadata, dict) and least_size(metadata, MAX_DOCUMENT_BYTES) > MAX_DOCUMENT_BYTES:
+            raise InvalidArgumentError(f"metadata must be a filter of at most {MAX_DOCUMENT_BYTES} bytes")
+        for key, value in checked_metadata(metadata).items():
+            _refuse_operators(value, f"metadata[{key!r}]")
+            try:
+                meant[f"metadata.{key}"] = {"$eq": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))}
+            except EncodingError as error:
+                raise_alone(InvalidArgumentError(f"metadata[{key!r}] cannot be searched for: {error}"))
+    for name, moment in (("created_at", created_after), ("updated_at", updated_after)):
+        if moment is not None:
+            meant[name] = {"$gt": _checked_date(moment, name.replace("_at", "_after"))}
+    return meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +124,7 @@ class Position:
 
     @classmethod
     def of(cls, cursor: object, order: Order) -> Position:
-        """Return the position of a cursor.
-
-        Raises:
-            InvalidArgumentError: The cursor is invalid, or belongs to another order.
-        """
+        """Return the position of a cursor; raise `InvalidArgumentError` if it is invalid, or of another order."""
         if not isinstance(cursor, str):
             raise InvalidArgumentError(f"cursor must be a str, not {type(cursor).__name__}")
         try:
@@ -179,26 +141,18 @@ class Position:
         return position
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """The arguments of `find` for a page.
-
-    Attributes:
-        filter: The query.
-        sort: The order.
-        hint: The index that answers the query, `None` if there is none, or several can help.
-    """
+class Query(NamedTuple):
+    """The arguments of `find` for a page; `hint` is `None` if no index answers the query, or several can help."""
 
     filter: Document
     sort: list[tuple[str, int]]
     hint: list[tuple[str, int]] | None
 
 
-def page_query(criteria: Criteria, order: Order, position: Position | None, metadata_fields: Sequence[str]) -> Query:
-    """Return the query for a page."""
+def page_query(wanted: Document, order: Order, position: Position | None, metadata_fields: Sequence[str]) -> Query:
     date = order.removeprefix("-")
     backwards = order.startswith("-")
-    meant = criteria.filter()
+    meant = dict(wanted)
     # The order includes only sessions with the date, and only if a cursor can hold the date.
     bounds: Document = {"$gte": _FIRST, "$lte": _LAST, **meant.pop(date, {})}
     if position is None:
@@ -219,30 +173,19 @@ def page_query(criteria: Criteria, order: Order, position: Position | None, meta
 
 
 def checked_order(order: object) -> Order:
-    """Return a valid order.
-
-    Raises:
-        InvalidArgumentError: The order is unknown.
-    """
-    for known in get_args(Order):
-        if order == known and isinstance(order, str):
-            return known  # type: ignore[no-any-return]
-    raise InvalidArgumentError(f"order must be one of {', '.join(get_args(Order))}")
+    orders: tuple[Order, ...] = get_args(Order)
+    if not isinstance(order, str) or order not in orders:
+        raise InvalidArgumentError(f"order must be one of {', '.join(orders)}")
+    return orders[orders.index(order)]
 
 
 def checked_limit(limit: object) -> int:
-    """Return a valid limit.
-
-    Raises:
-        InvalidArgumentError: The limit is invalid.
-    """
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_PAGE:
         raise InvalidArgumentError(f"limit must be an int from 1 to {MAX_PAGE}")
     return limit
 
 
 def summary_from(document: Mapping[str, Any]) -> SessionSummary:
-    """Return the summary of a session that was read with the projection `_SUMMARY`."""
     session_id, name = document["_id"], document.get("application_name")
     agents = {agent_id_of(agent["key"]): agent for agent in document.get("agents") or []}
     totals = [usable_numbers(agent.get("usage")) for agent in agents.values()]
@@ -272,16 +215,7 @@ def _checked_date(value: object, name: str) -> datetime:
         raise_alone(InvalidArgumentError(f"{name} must be a moment that UTC can express"))
 
 
-def _valid(text: str, name: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
-    return text
-
-
 def _refuse_operators(value: object, name: str) -> None:
-    """Refuse a value that contains an operator of MongoDB at any depth."""
     waiting, seen = [value], set()
     while waiting:
         found = waiting.pop()
@@ -297,13 +231,9 @@ def _refuse_operators(value: object, name: str) -> None:
                 waiting += found.values()
             case list() | tuple() | set() | frozenset():
                 waiting += found
-            case _:
-                pass
 
 
 class ListingMethods(RepositoryMethods):
-    """The methods that find sessions."""
-
     async def list_sessions(
         self,
         application_name: str | None = None,
@@ -332,10 +262,10 @@ class ListingMethods(RepositoryMethods):
         Raises:
             InvalidArgumentError: An argument is invalid, or contains an operator.
         """
-        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
+        meant = await compute(criteria, application_name, metadata, created_after, updated_after)
         order, limit = checked_order(order), checked_limit(limit)
         position = None if cursor is None else Position.of(cursor, order)
-        query = page_query(criteria, order, position, self._store.metadata_fields)
+        query = page_query(meant, order, position, self._store.metadata_fields)
         async with self._connection.operation():
             self._store.ensure_indexes()
             found = await self._page(query, limit + 1)
@@ -352,19 +282,12 @@ class ListingMethods(RepositoryMethods):
         created_after: datetime | None = None,
         updated_after: datetime | None = None,
     ) -> int:
-        """Return the number of sessions that meet every criterion.
-
-        Args:
-            application_name: The name that the session was created with; `None` for any.
-            metadata: Values by key, `a.b` for `b` within `a`. A stored list matches if it contains the value.
-            created_after: The session was created later; a moment without a zone is UTC.
-            updated_after: The session was written to later; a moment without a zone is UTC.
+        """Return the number of sessions that meet every criterion; those are the same as for `list_sessions`.
 
         Raises:
             InvalidArgumentError: An argument is invalid, or contains an operator.
         """
-        criteria = await compute(Criteria.checked, application_name, metadata, created_after, updated_after)
-        meant = criteria.filter()
+        meant = await compute(criteria, application_name, metadata, created_after, updated_after)
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
         unfinished = {**meant, **UNFINISHED}  # counted separately, so that an index answers each query

@@ -80,8 +80,6 @@ def _unique_moment(connection: Connection) -> datetime:
 
 
 class MetadataMethods(RepositoryMethods):
-    """The methods for metadata, feedback, and the configuration and usage of agents."""
-
     async def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
         """Set keys of a session's metadata and keep the others.
 
@@ -178,9 +176,8 @@ class MetadataMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist.
         """
         key = agent_key(agent_id)
-        document = await self._store.sessions.get(
-            session_id, {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG}
-        )
+        fields = {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG}
+        document = await self._store.sessions.get(session_id, fields)
         stored = usable_agents(session_id, document).get(key)
         return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
@@ -256,7 +253,6 @@ class MetadataMethods(RepositoryMethods):
         return {"agents": agents, "total": {name: sum(usage[name] for usage in agents.values()) for name in USAGE}}
 
     async def _agents(self, session_id: str, field: str) -> dict[str, Document]:
-        """Return one field of every agent, by agent key."""
         entries = entries_at("$agents")
         pair = {"k": "$$this.k", "v": {field: f"$$this.v.{field}"}}
         projection = {"agents": {"$arrayToObject": {"$map": {"input": entries, "in": pair}}}}
@@ -281,7 +277,6 @@ class MetadataMethods(RepositoryMethods):
             return bool(changed)
 
     async def _answer(self, session_id: str, asked: Iterable[StoredFields], document: Document) -> None:
-        """Give the fields that hooks asked for to the hooks."""
         metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         remove = partial(self._remove_unchanged, session_id)
         for fields in asked:
@@ -290,7 +285,6 @@ class MetadataMethods(RepositoryMethods):
             fields.remove = partial(self._connection.portal.run, remove)
 
     async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
-        """Remove a field of a session's metadata, unless its value has changed."""
         path = f"metadata.{name}"
         async with self._connection.operation():
             update = {"$unset": {path: ""}, "$set": {"updated_at": self._connection.now()}}
@@ -310,9 +304,4 @@ def _config_from(session_id: str, agent_id: str, stored: Mapping[str, Any]) -> A
     path = f"agents.{agent_key(agent_id)}.agent_data"
     data: Document = usable_field(dict, stored.get("agent_data"), session_id, path)
     model, system_prompt, prompt_metadata = (decode(data.get(name)) for name in _CONFIG)
-    return {
-        "agent_id": agent_id,
-        "model": model,
-        "system_prompt": system_prompt,
-        "prompt_metadata": prompt_metadata,
-    }
+    return {"agent_id": agent_id, "model": model, "system_prompt": system_prompt, "prompt_metadata": prompt_metadata}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from datetime import datetime
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from pymongo.collection import Collection
@@ -12,32 +11,20 @@ from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._copying.imports import feed_blocking
-from .._format.documents import Document
 from .._io.drivers import SyncClient
 from .._io.options import RepositoryOptions
 from .._io.portal import Portal
-from .._io.twins import copy_docstrings
-from .async_repository import AsyncMongoDBSessionRepository
-from .listing import Order, SessionPage
-from .metadata import AgentConfig, UsageReport
+from .._io.twins import blocking, copy_docstrings
+from .async_repository import AsyncMongoDBSessionRepository as Async
 
 if TYPE_CHECKING:
     from strands.multiagent import MultiAgentBase
 
 
 class MongoDBSessionRepository(SessionRepository):
-    """The synchronous twin of `AsyncMongoDBSessionRepository`, with the same methods and errors.
+    """The synchronous twin of `AsyncMongoDBSessionRepository`, with the same arguments, methods and errors.
 
     Its methods can be called from any thread, and block it. On a thread that runs an event loop, use the twin.
-
-    Args:
-        connection_string: The server; `None` reads the environment variable `MONGODB_URI`.
-        database_name: `None` uses the database named in the connection string, else `"agent_sessions"`.
-        collection_name: The collection of the sessions.
-        **options: `RepositoryOptions` documents them.
-
-    Raises:
-        ConfigurationError: An argument is invalid.
     """
 
     def __init__(
@@ -47,7 +34,7 @@ class MongoDBSessionRepository(SessionRepository):
         collection_name: str | None = "agent_sessions",
         **options: Unpack[RepositoryOptions],
     ) -> None:
-        self._async = AsyncMongoDBSessionRepository(connection_string, database_name, collection_name, **options)
+        self._async = Async(connection_string, database_name, collection_name, **options)
 
     @property
     def client(self) -> SyncClient:
@@ -85,11 +72,26 @@ class MongoDBSessionRepository(SessionRepository):
     def close(self) -> None:
         self._async._connection.close_blocking()
 
-    def ping(self) -> None:
-        self._portal.call(self._async.ping)
+    ping = blocking(Async.ping)
+    open_session = blocking(Async.open_session)
+    update_metadata = blocking(Async.update_metadata)
+    get_metadata = blocking(Async.get_metadata)
+    delete_metadata = blocking(Async.delete_metadata)
+    add_feedback = blocking(Async.add_feedback)
+    get_application_name = blocking(Async.get_application_name)
+    get_feedbacks = blocking(Async.get_feedbacks)
+    get_agent_config = blocking(Async.get_agent_config)
+    list_agents = blocking(Async.list_agents)
+    update_agent_config = blocking(Async.update_agent_config)
+    get_message_count = blocking(Async.get_message_count)
+    get_usage = blocking(Async.get_usage)
+    list_sessions = blocking(Async.list_sessions)
+    count_sessions = blocking(Async.count_sessions)
+    session_exists = blocking(Async.session_exists)
+    fork_session = blocking(Async.fork_session)
+    write_back = blocking(Async.write_back)
 
-    def open_session(self, session_id: str) -> Document:
-        return self._portal.call(self._async.open_session, session_id)
+    # The methods of Strands' `SessionRepository`.
 
     def create_session(self, session: Session, **kwargs: Any) -> Session:
         return self._portal.call(self._async.create_session, session, **kwargs)
@@ -132,72 +134,6 @@ class MongoDBSessionRepository(SessionRepository):
     def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
 
-    def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
-        self._portal.call(self._async.update_metadata, session_id, metadata)
-
-    def get_metadata(self, session_id: str) -> dict[str, Any]:
-        return self._portal.call(self._async.get_metadata, session_id)
-
-    def delete_metadata(self, session_id: str, keys: list[str]) -> None:
-        self._portal.call(self._async.delete_metadata, session_id, keys)
-
-    def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
-        self._portal.call(self._async.add_feedback, session_id, feedback)
-
-    def get_application_name(self, session_id: str) -> str | None:
-        return self._portal.call(self._async.get_application_name, session_id)
-
-    def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
-        return self._portal.call(self._async.get_feedbacks, session_id)
-
-    def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
-        return self._portal.call(self._async.get_agent_config, session_id, agent_id)
-
-    def list_agents(self, session_id: str) -> list[AgentConfig]:
-        return self._portal.call(self._async.list_agents, session_id)
-
-    def update_agent_config(
-        self,
-        session_id: str,
-        agent_id: str,
-        model: str | None = None,
-        system_prompt: str | None = None,
-        prompt_metadata: dict[str, Any] | None = None,
-    ) -> None:
-        self._portal.call(self._async.update_agent_config, session_id, agent_id, model, system_prompt, prompt_metadata)
-
-    def get_message_count(self, session_id: str, agent_id: str) -> int:
-        return self._portal.call(self._async.get_message_count, session_id, agent_id)
-
-    def get_usage(self, session_id: str) -> UsageReport:
-        return self._portal.call(self._async.get_usage, session_id)
-
-    def list_sessions(
-        self,
-        application_name: str | None = None,
-        metadata: dict[str, Any] | None = None,
-        created_after: datetime | None = None,
-        updated_after: datetime | None = None,
-        order: Order = "-updated_at",
-        limit: int = 50,
-        cursor: str | None = None,
-    ) -> SessionPage:
-        return self._portal.call(
-            self._async.list_sessions, application_name, metadata, created_after, updated_after, order, limit, cursor
-        )
-
-    def count_sessions(
-        self,
-        application_name: str | None = None,
-        metadata: dict[str, Any] | None = None,
-        created_after: datetime | None = None,
-        updated_after: datetime | None = None,
-    ) -> int:
-        return self._portal.call(self._async.count_sessions, application_name, metadata, created_after, updated_after)
-
-    def session_exists(self, session_id: str) -> bool:
-        return self._portal.call(self._async.session_exists, session_id)
-
     def export_session(self, session_id: str) -> Generator[str, None, None]:
         export = self._async._export(session_id)
         while lines := self._portal.call(export.pull):
@@ -206,11 +142,5 @@ class MongoDBSessionRepository(SessionRepository):
     def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
         return feed_blocking(self._portal, self._async._import(session_id), stream)
 
-    def fork_session(self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None) -> None:
-        self._portal.call(self._async.fork_session, session_id, new_id, at_message)
 
-    def write_back(self, session_id: str) -> None:
-        self._portal.call(self._async.write_back, session_id)
-
-
-copy_docstrings(MongoDBSessionRepository, AsyncMongoDBSessionRepository)
+copy_docstrings(MongoDBSessionRepository, Async)

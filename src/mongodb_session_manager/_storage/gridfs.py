@@ -45,7 +45,6 @@ class Bucket:
         self._chunks = bucket.part(".chunks")
 
     async def upload(self, key: str, data: bytes) -> ObjectId:
-        """Write a file without a name; return its id."""
         ensure_indexes(self._files, [("filename", "uploadDate")])
         ensure_indexes(self._chunks, [("files_id", "n")])
         file = ObjectId()
@@ -66,16 +65,11 @@ class Bucket:
         return file
 
     def check_time(self, file: ObjectId) -> None:
-        """Refuse a file that a sweep could soon remove as abandoned.
-
-        Raises:
-            DatabaseTimeoutError: The file was begun longer ago than `WRITING_TIME`.
-        """
+        """Raise `DatabaseTimeoutError` if a sweep could soon remove the file as abandoned."""
         if now() - file.generation_time > WRITING_TIME:
             raise DatabaseTimeoutError(f"writing the value took longer than {WRITING_TIME}")
 
     async def download(self, file: ObjectId, size: int) -> bytes | None:
-        """Return the content of a file, or `None` if it is incomplete."""
         chunks: list[Document] = []
         length = 0
         while length < size:
@@ -89,24 +83,17 @@ class Bucket:
         return b"".join(chunk["data"] for chunk in chunks)
 
     async def name(self, file: ObjectId, key: str) -> None:
-        """Name a file: it is the value of its key."""
         await self._files.update_one({"_id": file}, {"$set": {"filename": key}})
 
     async def unname(self, file: ObjectId) -> None:
-        """Remove the name of a file that is being replaced."""
         await self._files.update_one({"_id": file}, {"$unset": {"filename": ""}})
 
     async def delete(self, file: ObjectId) -> None:
-        """Remove a file that no document refers to."""
         await self._chunks.delete_many({"files_id": file})
         await self._files.delete_one({"_id": file})
 
     async def sweep(self, current: Callable[[str], Awaitable[ObjectId | None]]) -> None:
-        """Name or remove abandoned files.
-
-        Args:
-            current: Returns the id of the file that a key's document refers to.
-        """
+        """Name or remove abandoned files; `current` returns the id of the file that a key's document refers to."""
         abandoned = {
             "filename": None,
             "uploadDate": {"$lt": self._connection.now() - ABANDONED_AFTER},

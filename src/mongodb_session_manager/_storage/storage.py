@@ -18,13 +18,14 @@ from strands.storage import Storage
 from strands.storage import storage as strands_storage
 
 from .._format.documents import Document
+from .._format.ids import checked_text
 from .._io.collection import Collection
 from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import Client
 from .._io.names import checked_name, given
 from .._io.settings import Settings
-from ..errors import DatabaseError, InvalidArgumentError, raise_alone
+from ..errors import DatabaseError, InvalidArgumentError
 from .gridfs import Bucket
 
 P = ParamSpec("P")
@@ -273,11 +274,6 @@ class SharedStorage(MongoDBStorage):
 
 
 def normalized_key(key: object) -> str:
-    """Return a key in the form of Strands' path-based backends.
-
-    Raises:
-        InvalidArgumentError: The key is invalid.
-    """
     normalized = _normalized(key, "key").strip("/")
     if not normalized:
         raise InvalidArgumentError("key must not be empty")
@@ -285,11 +281,7 @@ def normalized_key(key: object) -> str:
 
 
 def normalized_prefix(prefix: object) -> str:
-    """Return a prefix in the form of Strands' path-based backends; a trailing `/` is significant.
-
-    Raises:
-        InvalidArgumentError: The prefix is invalid.
-    """
+    """Return a prefix in the form of Strands' path-based backends; a trailing `/` is significant."""
     return _normalized(prefix, "prefix").lstrip("/")
 
 
@@ -300,11 +292,7 @@ def _normalized(value: object, name: str) -> str:
         raise InvalidArgumentError(f"{name} must not contain a backslash")
     if ".." in value.split("/"):
         raise InvalidArgumentError(f"{name} must not contain the segment '..'")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise_alone(InvalidArgumentError(f"{name} must be valid Unicode without lone surrogates"))
-    return re.sub("/+", "/", value)
+    return re.sub("/+", "/", checked_text(value, name))
 
 
 def prefix_range(prefix: str) -> Document:

@@ -21,8 +21,6 @@ from .sessions import ReadAgainError, Sessions
 
 
 class Archive:
-    """The archived messages of a collection of sessions."""
-
     def __init__(self, sessions: Sessions, migration: Migration, attachments: Attachments, mover: Mover) -> None:
         self.collection = sessions.collection.part(ARCHIVE)
         self._sessions = sessions
@@ -33,9 +31,7 @@ class Archive:
     async def read(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> dict[str, list[Document]]:
         """Return archived messages without their metrics, oldest first, from one query.
 
-        Args:
-            place: The session.
-            wanted: By agent key: the agent's `created_at`, the first position, and the position after the last.
+        For each agent key, `wanted` has its `created_at`, the first position, and the position after the last.
 
         Raises:
             DatabaseError: A message is missing.
@@ -67,7 +63,6 @@ class Archive:
         return {key: [buckets[first] for first in sorted(buckets)] for key, buckets in found.items()}
 
     async def raise_if_moved(self, place: Place, wanted: Mapping[str, tuple[Any, int, int]]) -> None:
-        """Raise `ReadAgainError` if archived messages were moved elsewhere after the session was read."""
         if await self.has_moved(place):
             raise_alone(ReadAgainError())
         for key, (since, _, end) in wanted.items():
@@ -94,10 +89,7 @@ class Archive:
     async def find_message(
         self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message of the head or the archive, or `None` if the agent has no message with that id.
-
-        `created_at` is the message's, if it is known.
-        """
+        """Return a message of the head or the archive, if there is one; `created_at` is its own, if that is known."""
         key = agent_key(agent_id)
         path = f"agents.{key}.messages"
         wanted = {name: f"$agents.{key}.{name}" for name in ("archived", "created_at")} | {
@@ -127,11 +119,7 @@ class Archive:
         return Place(session_id, Life.of(await self._sessions.get(session_id, LIFE)).incarnation)
 
     async def read_bucket(self, place: Place, key: str, since: Any, begin: int, end: int) -> list[Document]:
-        """Return the messages from position `begin` to the end of the bucket that holds it, or to below `end`.
-
-        Raises:
-            DatabaseError: No bucket holds it.
-        """
+        """Return the messages from `begin` to the end of its bucket or to `end`; raise `DatabaseError` if missing."""
         condition = holding_positions(place, key, since, begin, end)
         buckets = await self.collection.find(condition, sort=[("_id", 1)], limit=1)
         reach = min(end, begin + 1 if not buckets else int(buckets[0]["last"]) + 1)
@@ -140,10 +128,6 @@ class Archive:
     async def find_archived(
         self, place: Place, key: str, message_id: int, since: Any, created_at: Any = None
     ) -> Document | None:
-        """Return a message of an agent that was created at `since`, or `None` if no bucket holds it.
-
-        `created_at` is the message's, if it is known.
-        """
         head = self._mover.head(place.session_id, key)
         is_regular = head is not None and head.is_regular
         for condition in holding_message(place, key, message_id, since, is_regular, created_at):
@@ -154,7 +138,6 @@ class Archive:
         return None
 
     async def change(self, place: Place, key: str, message_id: int, fields: Document, created_at: Any = None) -> None:
-        """Set fields of a message in the bucket that holds it, if one does; remove its old attachments."""
         head = self._mover.head(place.session_id, key) or await self._mover.read_head(place.session_id, key)
         if head is None:
             return
@@ -171,7 +154,6 @@ class Archive:
 
 
 def _joined(session_id: str, buckets: Iterable[Document], begin: int, end: int) -> list[Document]:
-    """Return the messages at positions from `begin` to below `end`, all of which must exist."""
     messages: list[Any] = []
     for bucket in buckets:
         first = bucket["_id"]["first"]

@@ -48,8 +48,6 @@ _NAMED: Document = {
 
 
 class Attachments:
-    """The attachments of a collection of sessions."""
-
     def __init__(self, sessions: Collection) -> None:
         self._connection = sessions.connection
         self._sessions = sessions
@@ -60,13 +58,7 @@ class Attachments:
     # Storing.
 
     async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
-        """Store the attachments of writes, and replace them by references in the writes.
-
-        Args:
-            place: The session.
-            writes: The writes.
-            dates: The dates of the files.
-        """
+        """Store the attachments of writes, in files with these dates, and replace them by references in the writes."""
         needed = {write.agent_id: list(_attachments(write.contents())) for write in writes}
         earlier = {write.agent_id: list(_attachments(write.earlier_contents())) for write in writes}
         writes = [write for write in writes if needed[write.agent_id] or earlier[write.agent_id]]
@@ -78,15 +70,13 @@ class Attachments:
             write.attached = [references[id(each.data)] for each in needed[write.agent_id]]
             write.dates = dates
         for key, attachment in {id(each.data): each for each in itertools.chain(*needed.values())}.items():
-            await self._upload(place, references[key], attachment.data, dates.expires_at)
+            reference, data = references[key], attachment.data
+            for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+                await self.put_chunk(place, reference, n, data[start : start + CHUNK_BYTES], dates.expires_at)
+            await self.put_entry(place, reference, dates.expires_at)
         texts = {key: str(reference) for key, reference in references.items()}
         for write in writes:
             write.exchange(lambda message: detached(message, texts) if message.get("attachments") else message)
-
-    async def _upload(self, place: Place, reference: Reference, data: bytes, date: datetime | None) -> None:
-        for n, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            await self.put_chunk(place, reference, n, data[start : start + CHUNK_BYTES], date)
-        await self.put_entry(place, reference, date)
 
     async def put_chunk(
         self, place: Place, reference: Reference, n: int, data: bytes, date: datetime | None = None
@@ -140,13 +130,11 @@ class Attachments:
     # Copying.
 
     async def chunk(self, place: Place, reference: Reference, n: int) -> bytes | None:
-        """Return the bytes of a chunk, or `None` if it is not stored."""
         condition = {"_id": {"$in": [each.chunk_id(reference, n) for each in _places(place, reference)]}}
         found = await self._chunks.find_one(condition, {"data": 1})
         return None if found is None else found["data"]
 
     async def drop_chunks(self, place: Place, reference: Reference) -> None:
-        """Remove the chunks of a file that was not completed."""
         file = place.file_id(reference)
         if await self._files.find_one({"_id": file}, {"_id": 1}) is None:
             await self._chunks.delete_many({"_id": place.chunks_of(reference)})
@@ -179,7 +167,6 @@ class Attachments:
         return {(file["_id"]["sha256"], file["_id"]["token"]): file["count"] for file in found}
 
     async def copy_from_v1(self, source: Place, target: Place) -> None:
-        """Copy all files of a session from the ids of 1.0.0."""
         await self._copy_chunks({"_id": source.chunks()}, target)
         await self._copy_files({"_id": source.files()}, target)
 
@@ -214,7 +201,6 @@ class Attachments:
 
 
 def parsed(listed: object) -> list[Reference]:
-    """Parse a stored list of references; leave out invalid ones."""
     return references_of({"attachments": listed})
 
 
@@ -236,7 +222,6 @@ def _references_to(attachments: Mapping[int, Attachment]) -> dict[int, Reference
 
 
 def _filters(place: Place, references: Iterable[Reference]) -> tuple[Document, Document]:
-    """Return the filters for the chunks and for the entries of files."""
     stored = [(each, one) for one in references for each in _places(place, one)]
     chunks = {"$or": [{"_id": each.chunks_of(one)} for each, one in stored]}
     return chunks, {"_id": {"$in": [each.file_id(one) for each, one in stored]}}
@@ -253,7 +238,6 @@ async def _insert(collection: Collection, document: Document, date: datetime | N
 
 
 def _copied_id(file: str, target: Place) -> Document:
-    """Return the expression for the `_id` of the copy of a file."""
     token = {"$ifNull": [f"{file}.token", {"$toString": f"{file}.generation"}]}
     return {"incarnation": target.incarnation, "sha256": f"{file}.sha256", "token": token}
 
@@ -286,7 +270,6 @@ async def _named_in_archive(place: Place, references: Sequence[Reference], archi
 async def _parts(
     chunks: AsyncCollection, place: Place, references: Iterable[Reference]
 ) -> dict[Reference, dict[int, bytes]]:
-    """Return the chunks of several files, by reference and number, from one query."""
     parts: dict[tuple[str, str], tuple[Reference, dict[int, bytes]]] = {}
     ranges = []
     for reference in references:

@@ -52,8 +52,6 @@ _SEARCH = ("state", "state_until")
 
 
 class Deletion:
-    """Deletes sessions and their parts."""
-
     def __init__(self, sessions: Sessions, expiry: Expiry) -> None:
         self._sessions = sessions
         self._collection = sessions.collection
@@ -61,7 +59,6 @@ class Deletion:
         self._expiry = expiry
 
     async def delete(self, session_id: str) -> bool:
-        """Delete a session and its parts; return whether it existed."""
         async with self._connection.operation():
             if await self.delete_matching(session_id, live_at(self._connection.now())):
                 return True
@@ -100,20 +97,14 @@ class Deletion:
         await self._collection.delete_one({"_id": session_id, "state": "deleting", "state_by": marked["state_by"]})
 
     async def remove_parts(self, place: Place) -> None:
-        """Remove the archive and the attachments of a session."""
         for suffix, condition in place.outside():
             await self._collection.part(suffix).delete_many(condition)
 
     async def _find_state(self, session_id: str) -> Document | None:
-        """Return the state of the document with an id, live or not; `None` without a document."""
         return await self._collection.find_one({"_id": session_id}, _STATE)
 
     async def _finish(self, session_id: str, found: Document | None = None) -> Document | None:
-        """Finish a deletion; delete a copy whose lease has expired, or an expired session.
-
-        Returns:
-            The state of the document that is left, `None` if none is.
-        """
+        """Finish a deletion; delete an abandoned copy, or an expired session. Return the state of what is left."""
         found = found or await self._find_state(session_id)
         if found is None:
             return None
@@ -134,9 +125,7 @@ class Deletion:
     async def free_id(self, session_id: str, seconds: float = 0.0) -> None:
         """Free an id for a new session: finish a deletion, or delete an abandoned copy or an expired session.
 
-        Args:
-            session_id: The id.
-            seconds: How long to wait for a copy whose lease has not expired.
+        Wait at most `seconds` for a copy whose lease has not expired.
 
         Raises:
             SessionExistsError: There is a live session with that id.

@@ -43,7 +43,6 @@ _KNOWN_LIVES = 4096
 
 
 async def matched(collection: AsyncCollection, update: Update) -> bool:
-    """Send a statement; return whether it matched."""
     result = await collection.update_one(update.filter, update.update, array_filters=update.array_filters)
     return bool(result.matched_count)
 
@@ -51,10 +50,7 @@ async def matched(collection: AsyncCollection, update: Update) -> bool:
 class Expiry:
     """Sends the statements of writers, and moves `expires_at` of the session and its parts with them.
 
-    Args:
-        sessions: The session documents.
-        session_ttl: The time to live, in seconds, that writes set; `None` keeps the one of the session.
-        migrate: Migrates a session of 1.0.0 and returns its `Life`.
+    The `session_ttl`, in seconds, is the time to live that writes set; `None` keeps that of the session.
     """
 
     def __init__(self, sessions: Sessions, session_ttl: int | None, migrate: Callable[[str], Awaitable[Life]]) -> None:
@@ -67,7 +63,6 @@ class Expiry:
     # Known lives.
 
     def known(self, session_id: str) -> Life | None:
-        """Return the `Life` of a session as this process last read it."""
         return self._lives.get(session_id)
 
     def learn(self, session_id: str, document: Mapping[str, Any]) -> Life:
@@ -78,24 +73,14 @@ class Expiry:
         return life
 
     def forget(self, session_id: str) -> None:
-        """Forget the `Life` of a session, so that the next write reads it."""
         self._lives.pop(session_id, None)
 
     async def life(self, session_id: str) -> Life:
-        """Return the `Life` of a session, from memory or from the server. A session of 1.0.0 is migrated first.
-
-        Raises:
-            SessionNotFoundError: The session does not exist.
-        """
         life = self._lives.get(session_id)
         return life if life is not None and life.incarnation is not None else await self.read_life(session_id)
 
     async def read_life(self, session_id: str) -> Life:
-        """Return the `Life` of a session from the server. A session of 1.0.0 is migrated first.
-
-        Raises:
-            SessionNotFoundError: The session does not exist.
-        """
+        """Return the `Life` of a session from the server; migrate one of 1.0.0 first. Raises `SessionNotFoundError`."""
         document = await self._sessions.find(session_id, {**LIFE, **dict.fromkeys(OF_V1, 1)})
         if document is None:
             self.forget(session_id)
@@ -105,7 +90,6 @@ class Expiry:
         return self.learn(session_id, document)
 
     def dates(self, life: Life) -> Dates:
-        """Return the dates of a part that is stored now."""
         return life.dates(self._connection.now(), self.session_ttl)
 
     # Writing.
@@ -113,14 +97,8 @@ class Expiry:
     async def update(self, update: Update, command: Callable[[AsyncCollection, Update], Awaitable[T]]) -> T | None:
         """Send a statement of a writer. One that sets `updated_at` moves `expires_at` of the session and its parts.
 
-        A `null` in a field that the statement writes into is removed.
-
-        Args:
-            update: The statement.
-            command: Sends it to the collection; its result is false if the statement matched nothing.
-
-        Returns:
-            The result of `command`.
+        A `null` in a field that the statement writes into is removed. The result of `command` must be false if the
+        statement matched nothing.
         """
         session_id, moment = update.filter["_id"], self._connection.now()
         statement = update._replace(filter={**update.filter, **live_at(moment)})
@@ -189,7 +167,6 @@ class Expiry:
             await self._sessions.collection.part(suffix).update_many(condition, {"$max": {"expires_at": until}})
 
     def ensure_indexes(self) -> None:
-        """Build the TTL indexes of the session documents and of their parts, in the background."""
         for suffix in ("", *OUTSIDE):
             # An application might have stored its own `expires_at` in session documents.
             dated = {"expires_at" if suffix else "time_to_live": {"$exists": True}}
@@ -198,14 +175,7 @@ class Expiry:
 
 
 class _Step(NamedTuple):
-    """How a statement that sets `updated_at` moves the date of its session.
-
-    Attributes:
-        moment: The new `updated_at`.
-        condition: A further condition on the session document.
-        seconds: The new `time_to_live`; `None` leaves it and the date unchanged.
-        date: The new `expires_at`.
-    """
+    """How a statement that sets `updated_at` moves the date of its session; no `seconds` leave it unchanged."""
 
     moment: datetime
     condition: Document
@@ -219,7 +189,6 @@ def _touches(update: Update) -> bool:
 
 
 def _touching(update: Update, step: _Step) -> Update:
-    """Return a statement that sets `updated_at` and moves the date of its session."""
     first, *rest = update.update if isinstance(update.update, list) else [update.update]
     first = {**first, "$set": {**first["$set"], "updated_at": step.moment}}
     if step.seconds is not None:

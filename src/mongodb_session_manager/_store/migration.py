@@ -39,31 +39,14 @@ _NUMBERS = ("archived", "revision", "archive_revision")
 
 
 def is_of_v1(document: Document) -> bool:
-    """Return whether a session must be migrated, or its migration must be completed."""
     return not isinstance(document.get("incarnation"), ObjectId) or bool(document.keys() & OF_V1)
 
 
-HAS_PARTS: Document = {
-    "$anyElementTrue": {
-        "$map": {
-            "input": entries_at("$agents"),
-            "in": {
-                "$or": [
-                    {"$gt": [number_at("$$this.v.archived"), 0]},
-                    {
-                        "$anyElementTrue": {
-                            "$map": {
-                                "input": array_at("$$this.v.messages"),
-                                "as": "message",
-                                "in": {"$isArray": ["$$message.attachments"]},
-                            }
-                        }
-                    },
-                ]
-            },
-        }
-    }
-}
+_REFERS: Document = {"$isArray": ["$$message.attachments"]}
+_REFER: Document = {"$map": {"input": array_at("$$this.v.messages"), "as": "message", "in": _REFERS}}
+_HAS_OWN: Document = {"$or": [{"$gt": [number_at("$$this.v.archived"), 0]}, {"$anyElementTrue": _REFER}]}
+
+HAS_PARTS: Document = {"$anyElementTrue": {"$map": {"input": entries_at("$agents"), "in": _HAS_OWN}}}
 """The expression for whether a session has archived messages, or attachments in GridFS."""
 
 
@@ -86,8 +69,6 @@ _OF_V1: Document = {
 
 
 class Migration:
-    """Migrates sessions of 1.0.0, and agents that a version before 1.0 has written to."""
-
     def __init__(
         self, sessions: Sessions, expiry: Expiry, deletion: Deletion, attachments: Attachments, mover: Mover
     ) -> None:
@@ -100,11 +81,7 @@ class Migration:
         self._mover = mover
 
     async def migrate(self, session_id: str) -> Life:
-        """Migrate a session, or finish its migration.
-
-        Raises:
-            SessionNotFoundError: The session does not exist.
-        """
+        """Migrate a session, or finish its migration; raise `SessionNotFoundError` if it does not exist."""
         for _ in range(ROUNDS):
             document = await self._sessions.find(session_id, _OF_V1)
             if document is None:

@@ -12,20 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from .._format import buckets
 from .._format.bounded import Bounded
-from .._format.buckets import (
-    MERGE_REFUSED,
-    NUMBERS_OF_ALL,
-    Head,
-    Limits,
-    Step,
-    cut,
-    everything,
-    merge,
-    numbers_of,
-    outrun,
-    stale_buckets,
-)
+from .._format.buckets import Head, Limits, Step
 from .._format.changes import AgentWrite
 from .._format.documents import Document, removed_messages
 from .._format.ids import agent_key
@@ -63,26 +52,21 @@ class Mover:
     # Known heads.
 
     def head(self, session_id: str, key: str) -> Head | None:
-        """Return the known head of an agent."""
         return self._heads.get((session_id, key))
 
     def learn(self, session_id: str, key: str, numbers: Mapping[str, Any]) -> Head:
-        """Remember the head that a result of `head_numbers` describes."""
         self._heads[session_id, key] = head = Head.of(numbers)
         return head
 
     def change(self, session_id: str, key: str, **changes: Any) -> None:
-        """Change numbers of a head, if it is known."""
         if (head := self.head(session_id, key)) is not None:
             self._heads[session_id, key] = replace(head, **changes)
 
     def forget(self, session_id: str, key: str) -> None:
-        """Forget a head, so that the next move reads it."""
         self._heads.pop((session_id, key), None)
 
     async def read_head(self, session_id: str, key: str) -> Head | None:
-        """Return the head of an agent from the server, or `None` if it no longer exists."""
-        document = await self._collection.find_one({"_id": session_id}, numbers_of(key))
+        document = await self._collection.find_one({"_id": session_id}, buckets.numbers_of(key))
         return None if document is None or document["head"] is None else self.learn(session_id, key, document["head"])
 
     # Starting a move.
@@ -119,7 +103,6 @@ class Mover:
             self._connection.start(self._move_all(session_id, key))
 
     def _current(self, session_id: str, key: str) -> asyncio.Future[None] | None:
-        """Return the future of the move in progress, or `None`."""
         move = self._moves.get((session_id, key))
         # After a fork of the process, the moves of the parent do not run in the child.
         return move if move is not None and move.get_loop() is asyncio.get_running_loop() else None
@@ -180,17 +163,17 @@ class Mover:
             return False
         dates = self._expiry.dates(head.life)
         try:
-            await self._collection.aggregate(merge(session_id, key, head, step, self._archive.name, dates))
+            await self._collection.aggregate(buckets.merge(session_id, key, head, step, self._archive.name, dates))
         except DuplicateKeyError:
             return False  # another process created the same bucket concurrently
         except DatabaseError as error:
-            if error.code != MERGE_REFUSED:
+            if error.code != buckets.MERGE_REFUSED:
                 raise
             await self._outrun(place, key, head)
             return False
-        update = cut(session_id, key, head, step, dates)
+        update = buckets.cut(session_id, key, head, step, dates)
         numbers = await self._collection.send(
-            lambda sessions: find_and_modify(sessions, update.filter, update.update, numbers_of(key))
+            lambda sessions: find_and_modify(sessions, update.filter, update.update, buckets.numbers_of(key))
         )
         if numbers is None:
             await self.remove_orphan(place, key, head)
@@ -214,7 +197,7 @@ class Mover:
     async def remove_stale(self, place: Place, key: str, since: Any, below: int) -> None:
         """Remove the buckets that a write-back has left behind, and re-enable moves."""
         for each in {place, Place(place.session_id, None)}:  # 1.0.0 might have begun the write-back
-            await self._archive.delete_many(stale_buckets(each, key, since, below))
+            await self._archive.delete_many(buckets.stale_buckets(each, key, since, below))
         path = f"agents.{key}"
         condition = {"_id": place.session_id, f"{path}.created_at": since, f"{path}.stale_below": below}
         await self._sessions.update(Update(condition, {"$unset": {f"{path}.stale_below": ""}}, None))
@@ -223,12 +206,11 @@ class Mover:
         """Raise the head's revision, so that the next `merge` can replace a bucket that this one must not replace."""
         bucket = await self._archive.find_one({"_id": place.bucket_id(key, head.archived, head.since)}, {"revision": 1})
         revision = 0 if bucket is None else int(bucket["revision"])
-        await self._sessions.update(outrun(place.session_id, key, head, revision))
+        await self._sessions.update(buckets.outrun(place.session_id, key, head, revision))
 
     # Making room.
 
     async def update_with_room(self, update: Update) -> bool:
-        """Send an update by `Sessions.update`; make room if the session document has none."""
         while True:
             try:
                 return await self._sessions.update(update)
@@ -239,17 +221,12 @@ class Mover:
     async def make_room(self, session_id: str, refusal: MessageTooLargeError) -> bool:
         """Move messages of the agent with the largest head in the session document.
 
-        Args:
-            session_id: The session.
-            refusal: The error of the statement that does not fit.
-
-        Returns:
-            Whether the statement can be sent again: the server refused it, and there was a message to move.
+        Return whether the statement that was refused can be sent again: the server refused it, and a message moved.
         """
         if refusal.code is None:
             return False
         for _ in range(_TRIES):
-            document = await self._collection.find_one({"_id": session_id}, NUMBERS_OF_ALL)
+            document = await self._collection.find_one({"_id": session_id}, buckets.NUMBERS_OF_ALL)
             heads: list[Document] = [] if document is None else document["heads"]
             numbers = max((head for head in heads if head["count"]), key=lambda head: head["bytes"], default=None)
             if numbers is None:
@@ -259,6 +236,6 @@ class Mover:
                 await asyncio.wait({move})
                 return True
             head = self.learn(session_id, key, numbers)
-            if await self._move(session_id, key, head, everything(head)):
+            if await self._move(session_id, key, head, buckets.everything(head)):
                 return True
         return False

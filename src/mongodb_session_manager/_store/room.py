@@ -25,19 +25,9 @@ class Room:
         self._mover = mover
 
     async def store_part(
-        self,
-        update: Update,
-        part: str,
-        value: Any,
-        command: Callable[[AsyncCollection, Update], Awaitable[T]],
+        self, update: Update, part: str, value: Any, command: Callable[[AsyncCollection, Update], Awaitable[T]]
     ) -> T | None:
-        """Send a statement that stores a part of a session.
-
-        Args:
-            update: The statement.
-            part: The name of the part in errors.
-            value: The encoded part.
-            command: As for `Expiry.update`.
+        """Send a statement that stores a part of a session; the command is that of `Expiry.update`.
 
         Raises:
             StateTooLargeError: There is no room.
@@ -54,7 +44,6 @@ class Room:
     async def too_large(
         self, session_id: str, part: str, value: Any, refusal: MessageTooLargeError
     ) -> StateTooLargeError:
-        """Return the error for a refused part; query the server for the sizes of the parts that are stored."""
         size = size_of(value)
         document = None
         if size < MAX_DOCUMENT_BYTES:

@@ -11,12 +11,7 @@ from .._format.layout import live_at
 from .._format.malformed import malformed_fields
 from .._format.statements import Update
 from .._io.collection import Collection
-from ..errors import (
-    AgentNotFoundError,
-    AttachmentError,
-    DatabaseError,
-    SessionNotFoundError,
-)
+from ..errors import AgentNotFoundError, AttachmentError, DatabaseError, SessionNotFoundError
 
 T = TypeVar("T")
 
@@ -36,21 +31,11 @@ class Sessions:
         self.connection = collection.connection
 
     async def find(self, session_id: str, projection: Document) -> Document | None:
-        """Return fields of a session, or `None` if it does not exist.
-
-        Raises:
-            InvalidArgumentError: `session_id` is not a valid id.
-        """
         checked_id(session_id, "session_id")
         async with self.connection.operation():
             return await self.collection.find_one({"_id": session_id, **live_at(self.connection.now())}, projection)
 
     async def get(self, session_id: str, projection: Document) -> Document:
-        """Return fields of a session.
-
-        Raises:
-            SessionNotFoundError: The session does not exist.
-        """
         document = await self.find(session_id, projection)
         if document is None:
             raise SessionNotFoundError(f"session {session_id!r} does not exist")
@@ -101,7 +86,6 @@ class Sessions:
         return True
 
     async def raise_malformed(self, session_id: str) -> None:
-        """Raise the error for the first field of a session that cannot be written into, if there is one."""
         for field in malformed_fields(await self.find(session_id, {}) or {}):
             if field.value is not None:
                 raise field.error(session_id)

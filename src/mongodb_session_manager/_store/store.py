@@ -25,17 +25,7 @@ from .sessions import Sessions
 
 
 class SessionStore:
-    """The sessions of a collection.
-
-    Args:
-        connection: The connection.
-        database_name: `None` uses the database named in the connection string.
-        collection_name: `None` is `"agent_sessions"`.
-        **options: `ContentOptions` documents them.
-
-    Raises:
-        ConfigurationError: An argument is invalid.
-    """
+    """The sessions of a collection; raises `ConfigurationError` for an invalid argument."""
 
     def __init__(
         self,
@@ -78,7 +68,6 @@ class SessionStore:
         self.deletion.search_unfinished()
 
     def new_session(self, session_id: str, moment: datetime) -> Document:
-        """Return the document of a session that is created at a moment."""
         document: Document = dict(new_session(session_id, self.application_name, moment))
         if (seconds := self.expiry.session_ttl) is not None:
             now = self.connection.now()

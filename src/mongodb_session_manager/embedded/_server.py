@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import anyio
@@ -152,9 +151,7 @@ class EmbeddedMongoDB:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     async def __aenter__(self) -> Self:
@@ -165,9 +162,7 @@ class EmbeddedMongoDB:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await _run_uncancelled(self.stop)
 
     # `member-0` is the name of earlier versions, whose data stays usable.
@@ -228,7 +223,6 @@ class EmbeddedMongoDB:
             self._launch()
 
     def _answers(self) -> bool | None:
-        """Return whether this mongod, and no other server, answers on the port."""
         try:
             socket.create_connection((_HOST, self._port), timeout=1.0).close()
         except OSError:
@@ -309,7 +303,6 @@ def _free_port() -> int:
 
 
 def is_writable(client: MongoClient[dict[str, Any]]) -> bool | None:
-    """Return whether a server accepts writes, or `None` if it does not."""
     return client.admin.command("hello")["isWritablePrimary"] or None
 
 

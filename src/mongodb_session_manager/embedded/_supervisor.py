@@ -38,14 +38,7 @@ class SupervisorError(RuntimeError):
 
 
 class Supervisor:
-    """The owner's side: a supervisor process and the pipes to it.
-
-    Args:
-        temporary_in: The directory in which to create a temporary directory, or an empty string for none.
-
-    Raises:
-        SupervisorError: The process cannot be started.
-    """
+    """The owner's side: a supervisor process and the pipes to it; creates a temporary directory in `temporary_in`."""
 
     def __init__(self, temporary_in: str) -> None:
         self._owner = os.getpid()
@@ -111,7 +104,6 @@ class Supervisor:
                 shutil.rmtree(self._directory, ignore_errors=True)  # repeated, because a dying mongod can still write
 
     def forget(self) -> None:
-        """Close the pipes in a forked child."""
         self._close()
         self._process.returncode = 0  # it is not a child of this process
 
@@ -132,7 +124,6 @@ class Supervisor:
 
 
 def close_all(*pipes: IO[bytes]) -> None:
-    """Close the pipes, which ends the server."""
     for pipe in pipes:
         pipe.close()
 
@@ -148,13 +139,10 @@ os.register_at_fork(after_in_child=forget_all)
 
 
 class Child:
-    """The supervisor's side: the mongod process."""
-
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
 
     def obey(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Execute a command and return its answer."""
         if command["do"] == "poll":
             return {"code": self.process and self.process.poll()}
         try:
@@ -168,7 +156,6 @@ class Child:
         return {"pid": self.process.pid}
 
     def end(self) -> None:
-        """End the process with SIGTERM, and after a grace period with SIGKILL."""
         if self.process is None or self.process.poll() is not None:
             return
         self.process.send_signal(signal.SIGTERM)
@@ -181,7 +168,6 @@ class Child:
 
 
 def serve(child: Child) -> None:
-    """Execute commands until the owner sends `quit` or exits."""
     buffer = b""
     while True:
         readable, _, _ = select.select([0], [], [], REAP_INTERVAL)
@@ -201,12 +187,10 @@ def serve(child: Child) -> None:
 
 
 def say(answer: dict[str, Any]) -> None:
-    """Send a line to the owner."""
     os.write(1, json.dumps(answer).encode() + b"\n")
 
 
 def leave(*_: object) -> None:
-    """Exit in order when a signal arrives."""
     raise SystemExit(0)
 
 

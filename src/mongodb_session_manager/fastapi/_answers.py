@@ -7,23 +7,7 @@ from typing import NamedTuple
 
 from strands.types.exceptions import EventLoopException
 
-from ..errors import (
-    AgentNotFoundError,
-    ConfigurationError,
-    DatabaseError,
-    DatabaseTimeoutError,
-    DatabaseUnavailableError,
-    EncodingError,
-    InvalidArgumentError,
-    MessageNotFoundError,
-    MessageTooLargeError,
-    MongoDBSessionError,
-    SessionBusyError,
-    SessionConflictError,
-    SessionExistsError,
-    SessionNotFoundError,
-    StateTooLargeError,
-)
+from .. import errors
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +28,21 @@ class Answer(NamedTuple):
 
 # The status of an invalid argument is 422, as in FastAPI's own validation. The close codes of a WebSocket are 1008 (the
 # client must send another request), 1013 (try again later) and 1011 (an error of the server).
-ANSWERS: dict[type[MongoDBSessionError], Answer] = {
-    SessionBusyError: Answer(409, 1013, "the session is busy with another request: repeat this one later"),
-    SessionConflictError: Answer(409, 1013, "another request changed the session concurrently: repeat this one"),
-    SessionExistsError: Answer(409, 1008, "a session with that id already exists"),
-    SessionNotFoundError: Answer(404, 1008, "the session does not exist"),
-    AgentNotFoundError: Answer(404, 1008, "the session has no such agent"),
-    MessageNotFoundError: Answer(404, 1008, "the agent has no such message"),
-    InvalidArgumentError: Answer(422, 1008, ""),
-    EncodingError: Answer(422, 1008, "a value cannot be stored"),
-    MessageTooLargeError: Answer(413, 1008, "the message is too large"),
-    StateTooLargeError: Answer(413, 1008, "the session is too large"),
-    DatabaseUnavailableError: Answer(503, 1013, "the database is unreachable: try again later"),
-    DatabaseTimeoutError: Answer(503, 1013, "the database takes too long: try again later"),
-    DatabaseError: Answer(500, 1011, "the database refused a command"),
-    ConfigurationError: Answer(500, 1011, "the server is not configured correctly"),
+ANSWERS: dict[type[errors.MongoDBSessionError], Answer] = {
+    errors.SessionBusyError: Answer(409, 1013, "the session is busy with another request: repeat this one later"),
+    errors.SessionConflictError: Answer(409, 1013, "another request changed the session concurrently: repeat this one"),
+    errors.SessionExistsError: Answer(409, 1008, "a session with that id already exists"),
+    errors.SessionNotFoundError: Answer(404, 1008, "the session does not exist"),
+    errors.AgentNotFoundError: Answer(404, 1008, "the session has no such agent"),
+    errors.MessageNotFoundError: Answer(404, 1008, "the agent has no such message"),
+    errors.InvalidArgumentError: Answer(422, 1008, ""),
+    errors.EncodingError: Answer(422, 1008, "a value cannot be stored"),
+    errors.MessageTooLargeError: Answer(413, 1008, "the message is too large"),
+    errors.StateTooLargeError: Answer(413, 1008, "the session is too large"),
+    errors.DatabaseUnavailableError: Answer(503, 1013, "the database is unreachable: try again later"),
+    errors.DatabaseTimeoutError: Answer(503, 1013, "the database takes too long: try again later"),
+    errors.DatabaseError: Answer(500, 1011, "the database refused a command"),
+    errors.ConfigurationError: Answer(500, 1011, "the server is not configured correctly"),
 }
 UNEXPECTED = Answer(500, 1011, "the request failed")
 """The answer for an error that is not one of this library: a bug of the application."""
@@ -72,7 +56,6 @@ def original(error: BaseException) -> BaseException:
 
 
 def answer_to(error: BaseException) -> Answer:
-    """Return the answer for an error."""
     error = original(error)
     answer = next((answer for kind, answer in ANSWERS.items() if isinstance(error, kind)), UNEXPECTED)
     return answer if answer.detail else answer._replace(detail=str(error))

@@ -20,13 +20,7 @@ from ._factory import OUTER_FACTORY, factory_in, get_factory
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request that `add_session_support` serves.
-
-    Attributes:
-        stack: Closed after the response.
-        receive: Receives the messages of the client.
-        path: The path of the request.
-    """
+    """A request that `add_session_support` serves; the stack is closed after the response."""
 
     stack: AsyncExitStack
     receive: Receive
@@ -38,11 +32,7 @@ _exchange: ContextVar[Exchange | None] = ContextVar("mongodb_session_manager_exc
 
 
 def current_exchange(purpose: str) -> Exchange:
-    """Return the current request.
-
-    Raises:
-        RuntimeError: `add_session_support` was not called.
-    """
+    """Return the current request, or raise `RuntimeError` if `add_session_support` was not called."""
     if (exchange := _exchange.get()) is None:
         raise RuntimeError(f"nothing would {purpose}: call add_session_support(app) before the app starts")
     return exchange

@@ -121,7 +121,6 @@ class _Turn:
         self._raise_failure()
 
     async def as_sse(self) -> AsyncIterator[str]:
-        """Yield the events as Server-Sent Events; an error is the last event."""
         numbers = itertools.count()
         try:
             async for event in self._events():
@@ -132,11 +131,6 @@ class _Turn:
             yield _framed(next(numbers), _Event("error", {"status": answer.status, "detail": answer.detail}))
 
     async def as_text(self) -> AsyncIterator[bytes]:
-        """Yield the text of the answer.
-
-        Raises:
-            Exception: The agent failed.
-        """
         async for event in self._events():
             if event.name == "text":
                 yield event.data.encode("utf-8", "replace")  # a model can send half of a surrogate pair
@@ -154,7 +148,6 @@ class _Turn:
 
 
 def _shown(event: Mapping[str, Any]) -> Iterator[_Event]:
-    """Yield the client's events for an event of Strands."""
     if "data" in event:
         yield _Event("text", event["data"])
     elif "message" in event:
@@ -171,6 +164,5 @@ def _framed(number: int, event: _Event) -> str:
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

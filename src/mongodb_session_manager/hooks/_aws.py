@@ -65,7 +65,6 @@ def describe(error: BaseException) -> str:
 
 
 def is_gone(error: Exception) -> bool:
-    """Return whether a WebSocket connection no longer exists."""
     return isinstance(error, aws.ClientError) and (_code(error) == "GoneException" or _status(error) == 410)
 
 
@@ -74,8 +73,6 @@ POLICY = Policy(is_worth_retrying=is_worth_retrying, describe=describe)
 
 @dataclass(frozen=True)
 class _Key:
-    """The options of a client."""
-
     service: str
     region_name: str | None
     endpoint_url: str | None
@@ -91,7 +88,6 @@ class _Opened:
     task: asyncio.Task[Any] | None = None
 
     async def close(self) -> None:
-        """Close the client."""
         task, self.task = self.task, None
         if task is not None:
             await asyncio.wait([task])
@@ -111,7 +107,6 @@ class AwsClient:
         weakref.finalize(self, _close_collected, self._opened).atexit = False
 
     async def call(self, operation: str, **parameters: Any) -> Any:
-        """Call an operation of the service, on the library's event loop."""
         opened, loop = self._opened, asyncio.get_running_loop()
         if opened.loop is not loop:  # the first call of the process, which can be a forked child
             _abandon(opened)
@@ -126,7 +121,6 @@ class AwsClient:
 
     @property
     def is_open(self) -> bool:
-        """Whether the client is open."""
         task = self._opened.task
         return task is not None and task.done() and not _has_failed(task)
 
@@ -168,7 +162,6 @@ def shared_client(
     aws_session: Session | None,
     config: Config | None,
 ) -> AwsClient:
-    """Return the client with these options. Hooks with equal options share it."""
     key = _Key(service, region_name, endpoint_url, aws_session, config)
     return _clients.setdefault(key, AwsClient(key))
 
@@ -179,7 +172,6 @@ def _default_session() -> Session:
 
 
 async def _open(key: _Key) -> Any:
-    """Return an open client."""
     loop = asyncio.get_running_loop()
     config = AioConfig(**_DEFAULTS)
     if key.config is not None:

@@ -89,7 +89,7 @@ class AwsHook(ABC):
         """Submit the notification of an operation that succeeded."""
 
     def _submit(self, name: str, session_id: str, deliver: Callable[[], Awaitable[object]], body: str) -> None:
-        submit(name, session_id, deliver, policy=POLICY, on_error=self._on_error, message=body)
+        submit(name, session_id, deliver, POLICY, self._on_error, body)
 
 
 def updated(action: str, argument: dict[str, Any]) -> dict[str, Any]:
@@ -98,11 +98,6 @@ def updated(action: str, argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_fields(fields: Any) -> tuple[str, ...] | None:
-    """Return `metadata_fields`.
-
-    Raises:
-        ConfigurationError: The argument is not a list of field names.
-    """
     if fields is None:
         return None
     if isinstance(fields, str) or not all(isinstance(field, str) for field in fields):
@@ -113,11 +108,6 @@ def checked_fields(fields: Any) -> tuple[str, ...] | None:
 
 
 def checked_text(value: object, name: str) -> str:
-    """Return a required argument.
-
-    Raises:
-        ConfigurationError: The argument is not a non-empty str.
-    """
     if not isinstance(value, str) or not value:
         raise ConfigurationError(f"{name} must be a non-empty str, got {type(value).__name__}")
     return value

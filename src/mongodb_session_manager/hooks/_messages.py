@@ -14,6 +14,8 @@ from datetime import UTC, date, datetime
 from string import Formatter
 from typing import Any
 
+from .._format.metadata import is_within
+
 logger = logging.getLogger(__name__)
 
 SNS_LIMIT = SQS_LIMIT = 256 * 1024
@@ -32,13 +34,11 @@ RATINGS = {"up": "positive", "down": "negative"}
 
 
 def rating_of(feedback: Mapping[str, Any]) -> str:
-    """Return `"positive"`, `"negative"` or `"neutral"`."""
     rating = feedback.get("rating")
     return RATINGS.get(rating, "neutral") if isinstance(rating, str) else "neutral"
 
 
 def timestamp() -> str:
-    """Return the current time in ISO 8601, UTC."""
     return datetime.now(UTC).isoformat()
 
 
@@ -47,11 +47,6 @@ class Template:
 
     A text with an unknown placeholder, a conversion (`!r`) or an unmatched brace is used literally, and logged as a
     warning.
-
-    Args:
-        text: The template; `None` is the empty text.
-        name: The name of the argument, for the warning.
-        placeholders: The names of the placeholders.
     """
 
     def __init__(self, text: str | None, name: str, placeholders: Sequence[str]) -> None:
@@ -68,7 +63,6 @@ class Template:
             logger.warning("template=<%r>, placeholders=<%r> | the template is invalid and used literally", name, known)
 
     def render(self, **values: str) -> str:
-        """Return the text with its placeholders replaced."""
         return self._text if self._is_plain else self._text.format(**values)
 
 
@@ -82,7 +76,6 @@ def subject(text: str) -> str:
 
 
 def feedback_body(prefix: str, session_id: str, comment: object, limit: int) -> str:
-    """Return the body for a feedback, truncated to `limit` bytes."""
     shown = "" if comment is None else comment if isinstance(comment, str) else dumped(comment)
     body = text(f"{prefix}Session: {session_id}\n\n{shown}")
     encoded = body.encode()
@@ -123,15 +116,15 @@ def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: 
 
     Keys and fields can be dotted paths: if `a` changed, the field `a.b` selects a part of it.
     """
-    shown = {key: value for key, value in metadata.items() if not any(_is_within(key, name) for name in hidden)}
+    shown = {key: value for key, value in metadata.items() if not any(is_within(key, name) for name in hidden)}
     if fields is None:
         return shown
     chosen: dict[str, Any] = {}
     for field in fields:
         for key, value in shown.items():
-            if _is_within(key, field):
+            if is_within(key, field):
                 chosen[key] = value
-            elif _is_within(field, key) and not any(_is_within(key, other) for other in fields):
+            elif is_within(field, key) and not any(is_within(key, other) for other in fields):
                 part = _part(value, field[len(key) + 1 :].split("."))
                 if part is not _ABSENT:
                     chosen[field] = part
@@ -139,10 +132,6 @@ def selected(metadata: Mapping[str, Any], fields: Sequence[str] | None, hidden: 
 
 
 _ABSENT = object()
-
-
-def _is_within(path: str, of: str) -> bool:
-    return path == of or path.startswith(f"{of}.")
 
 
 def _part(value: Any, path: Sequence[str]) -> Any:
@@ -157,7 +146,6 @@ def _part(value: Any, path: Sequence[str]) -> Any:
 
 
 def dumped(value: Any) -> str:
-    """Return ASCII JSON."""
     return json.dumps(to_json(value))
 
 
@@ -198,12 +186,10 @@ def text(value: str) -> str:
 
 
 def attributes(**values: str) -> dict[str, dict[str, str]]:
-    """Return message attributes in the format of SNS and SQS."""
     return {name: {"DataType": "String", "StringValue": text(value)} for name, value in values.items()}
 
 
 def size_of(described: Mapping[str, Mapping[str, str]]) -> int:
-    """Return the size of message attributes in bytes."""
     return sum(
         len(part.encode()) for name, value in described.items() for part in (name, *value.values()) if part is not None
     )
