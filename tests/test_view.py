@@ -282,6 +282,13 @@ def test_a_state_that_was_set_after_the_last_turn_is_stored_by_close(factory: Mo
     assert texts(restored(factory).messages) == ["q0"]
 
 
+def test_a_state_that_was_set_before_the_first_turn_is_stored_by_close(factory: MongoDBSessionManagerFactory) -> None:
+    with factory.create_session_manager("s") as manager:
+        live = agent(manager)
+        live.state.set("mood", "good")
+    assert restored(factory).state.get("mood") == "good"
+
+
 @pytest.mark.anyio
 async def test_closing_an_asynchronous_manager_stores_the_last_changes(factory: MongoDBSessionManagerFactory) -> None:
     async with factory.create_session_manager_async("s") as manager:
