@@ -13,13 +13,13 @@ from bson import json_util
 from hypothesis import given
 from hypothesis import strategies as st
 from strands import Agent, tool
-from strands._context_manager.strategies.offload import Offload
 from strands.agent.conversation_manager import (
     NullConversationManager,
     SlidingWindowConversationManager,
     SummarizingConversationManager,
 )
 from strands.agent.conversation_manager.compression.pin_message import pin_message
+from strands.experimental.context_manager import Offload
 from strands.hooks import AfterInvocationEvent, BeforeModelCallEvent
 from strands.storage import InMemoryStorage
 from strands.types.exceptions import ContextWindowOverflowException
