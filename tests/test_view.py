@@ -13,13 +13,13 @@ from bson import json_util
 from hypothesis import given
 from hypothesis import strategies as st
 from strands import Agent, tool
-from strands._context_manager.strategies.offload import Offload
 from strands.agent.conversation_manager import (
     NullConversationManager,
     SlidingWindowConversationManager,
     SummarizingConversationManager,
 )
 from strands.agent.conversation_manager.compression.pin_message import pin_message
+from strands.experimental.context_manager import Offload
 from strands.hooks import AfterInvocationEvent, BeforeModelCallEvent
 from strands.storage import InMemoryStorage
 from strands.types.exceptions import ContextWindowOverflowException
@@ -29,10 +29,11 @@ from mongodb_session_manager import (
     EncodingError,
     InvalidArgumentError,
     MongoDBSessionManagerFactory,
+    SessionConflictError,
     StateTooLargeError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent, texts
+from support import CommandLog, agent, fail_point, sampled, texts
 
 Documents = Any
 
@@ -93,11 +94,26 @@ def repeat(messages: list[Any]) -> None:
     messages.extend(copy.deepcopy(messages[:2]))
 
 
+def insert_a_version_of_the_last(messages: list[Any]) -> None:
+    messages.insert(0, {**messages[-1], "content": [{"text": "another"}]})
+
+
 def merge(messages: list[Any]) -> None:
     messages[2:4] = [{**messages[0], "content": [*messages[0]["content"], *messages[3]["content"]]}]
 
 
-EDITS = [clear, say, drop_last_turn, drop_first_turn, edit_text, pin, reverse, repeat, merge]
+EDITS = [
+    clear,
+    say,
+    drop_last_turn,
+    drop_first_turn,
+    edit_text,
+    pin,
+    reverse,
+    repeat,
+    insert_a_version_of_the_last,
+    merge,
+]
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -264,6 +280,13 @@ def test_a_state_that_was_set_after_the_last_turn_is_stored_by_close(factory: Mo
     manager.close()  # without a turn
     assert restored(factory).state.get("mood") == "better"
     assert texts(restored(factory).messages) == ["q0"]
+
+
+def test_a_state_that_was_set_before_the_first_turn_is_stored_by_close(factory: MongoDBSessionManagerFactory) -> None:
+    with factory.create_session_manager("s") as manager:
+        live = agent(manager)
+        live.state.set("mood", "good")
+    assert restored(factory).state.get("mood") == "good"
 
 
 @pytest.mark.anyio
@@ -469,8 +492,13 @@ def test_merged_messages_lose_what_was_redacted(factory: MongoDBSessionManagerFa
 # Copies.
 
 
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("copy_of", ["fork", "export", "write back"])
+COPIES = [(edit, copy_of) for edit in EDITS for copy_of in ("fork", "export", "write back")]
+
+
+@pytest.mark.parametrize(
+    ("edit", "copy_of"),
+    sampled(COPIES, (pin, "fork"), (merge, "fork"), (merge, "export"), (clear, "export"), (say, "write back")),
+)
 def test_copies_restore_the_live_messages(
     server: str, database: str, edit: Callable[[list[Any]], None], copy_of: str
 ) -> None:
@@ -565,6 +593,33 @@ def test_a_version_before_1_0_that_reuses_an_id_leaves_the_view_intact(
     again = restored(factory)
     assert again.messages == [*before, said]
     assert restored(factory).messages == [*before, said]
+
+
+def test_a_lost_acknowledgement_stores_the_view_once(
+    factory: MongoDBSessionManagerFactory, server: str, stored: Documents
+) -> None:
+    manager, live = turns(factory)
+    pin_message(live.messages, 0)
+    del live.messages[1:3]
+    error = {"code": 6, "errmsg": "the acknowledgement is lost"}
+    with fail_point(
+        server, failCommands=["update"], writeConcernError=error, times=2, errorLabels=["RetryableWriteError"]
+    ):
+        live("next")
+    manager.close()
+    assert restored(factory).messages == live.messages
+    assert told(factory._call(factory._repository.list_messages, "s", "agent"))[-2:] == ["next", "a3"]
+
+
+def test_a_stale_agent_does_not_replace_the_view(factory: MongoDBSessionManagerFactory, stored: Documents) -> None:
+    turns(factory)[0].close()
+    stale_manager, manager = (factory.create_session_manager("s") for _ in range(2))
+    stale, live = agent(stale_manager), agent(manager, "a3")
+    live("next")
+    stale.messages.clear()
+    with pytest.raises(SessionConflictError):
+        stale_manager.close()
+    assert restored(factory).messages == live.messages
 
 
 def test_an_inserted_message_that_cannot_be_stored_is_refused(factory: MongoDBSessionManagerFactory) -> None:

@@ -208,6 +208,7 @@ class SessionManagerBase(ReloadableSessionManager):
             self._restore(agent, **kwargs)
         work.keep_malformed_state(agent)
         if isinstance(agent, Agent):
+            self._synced.discard(agent.agent_id)
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
         else:

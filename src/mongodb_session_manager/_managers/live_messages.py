@@ -228,7 +228,7 @@ class LiveMessages:
             del self._stored[n]
             self._former.pop(n, None)
         # A message that is only shown with other content can be large: it was shortened.
-        for n in {n for item in view.items for n in item.of} - used:
+        for n in {n for item in view.items for n in item.of if n < view.after} - used:
             self._stored.pop(n, None)
         unknown = (at for at, n in enumerate(self._order) if n != _NO_MESSAGE and n not in self._stored)
         count = 1 + max(unknown, default=-1)  # what restoring gives without a view is unknown from before there

@@ -180,6 +180,10 @@ class RecordedAgent:
         self.versions[message_id] = fields["updated_at"]
         if message_id == self.next_message_id - 1:
             self.last = LastMessage.of(session_message.to_message())
+        if self.view is not None and self.messages is not None:  # not restored yet
+            self.view = self.view.without_content_of({message_id})
+            if message_id in self.shown:
+                self.shown[message_id] = session_message
         if self.live is not None and continues:
             self.live.extend(message_id, session_message.to_message())
         elif self.live is not None:

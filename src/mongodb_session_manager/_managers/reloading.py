@@ -13,7 +13,7 @@ from strands.types.agent import LocalAgent
 
 from .._format.documents import Document
 from .._repository.async_repository import SharedRepository
-from .._store.lease import Caller
+from .._store.lease_queue import Caller
 from ..errors import MongoDBSessionError, SessionConflictError, SessionNotFoundError
 from .multi_agents import OrchestratorSessionManager
 from .unit_of_work import UnitOfWork

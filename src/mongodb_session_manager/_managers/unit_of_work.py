@@ -230,13 +230,13 @@ class UnitOfWork(SessionRepository):
             stored.defaults = {name: state[name] for name in stored.malformed_state}
 
     def has_other_state(self, agent: Agent) -> bool:
-        """Return whether the state of an agent is not the one that was loaded.
+        """Return whether the state of an agent is not the one that was loaded; a new agent has another one.
 
         Fields that an earlier version has not stored do not count.
         """
         loaded, current = self._agents[agent.agent_id].loaded, SessionAgent.from_agent(agent)
         if loaded is None:
-            return False
+            return True
         return loaded.state != current.state or any(
             getattr(current, part).get(name) != value
             for part in STATE_FIELDS[1:]

@@ -55,50 +55,57 @@ def _restored_messages(messages: Document) -> Document:
     return {"$map": {"input": messages, "as": "message", "in": restored("$$message")}}
 
 
-def _restored_fields(*, with_views: bool) -> Document:
-    """Return the projection for the parts of a session that restoring needs."""
-    view = {"view": "$$agent.v.view", "shown": _restored_messages(needed_before("$$agent.v"))} if with_views else {}
-    return {
-        "session_id": 1,
-        "application_name": 1,
-        "session_type": 1,
-        "created_at": 1,
-        "updated_at": 1,
-        "multi_agents": 1,
-        **LIFE,
-        "removed_attachments": 1,
-        **dict.fromkeys(OF_V1, 1),
-        "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
-        "malformed_agents": MALFORMED_AGENTS,
-        # All agents. No restored agent needs the metrics of messages.
-        "agents": {
-            "$arrayToObject": {
-                "$map": {
-                    "input": entries_at("$agents"),
-                    "as": "agent",
-                    "in": {
-                        "k": "$$agent.k",
-                        "v": {
-                            "agent_data": "$$agent.v.agent_data",
-                            "config_set": "$$agent.v.config_set",
-                            "updated_at": "$$agent.v.updated_at",
-                            "usage": "$$agent.v.usage",
-                            "malformed_messages": malformed_at("$$agent.v.messages", "array"),
-                            **head_numbers("$$agent.v"),
-                            "archive_revision": number_at("$$agent.v.archive_revision"),
-                            "ids": ids_left_out("$$agent.v", with_view=with_views),
-                            "messages": _restored_messages(to_restore("$$agent.v", with_view=with_views)),
-                            **view,
-                        },
+_RESTORE: Document = {
+    "session_id": 1,
+    "application_name": 1,
+    "session_type": 1,
+    "created_at": 1,
+    "updated_at": 1,
+    "multi_agents": 1,
+    **LIFE,
+    "removed_attachments": 1,
+    **dict.fromkeys(OF_V1, 1),
+    "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
+    "malformed_agents": MALFORMED_AGENTS,
+    # All agents. No restored agent needs the metrics of messages.
+    "agents": {
+        "$arrayToObject": {
+            "$map": {
+                "input": entries_at("$agents"),
+                "as": "agent",
+                "in": {
+                    "k": "$$agent.k",
+                    "v": {
+                        "agent_data": "$$agent.v.agent_data",
+                        "config_set": "$$agent.v.config_set",
+                        "updated_at": "$$agent.v.updated_at",
+                        "usage": "$$agent.v.usage",
+                        "malformed_messages": malformed_at("$$agent.v.messages", "array"),
+                        **head_numbers("$$agent.v"),
+                        "archive_revision": number_at("$$agent.v.archive_revision"),
+                        "view": "$$agent.v.view",
+                        "shown": _restored_messages(needed_before("$$agent.v")),
+                        "ids": ids_left_out("$$agent.v"),
+                        "messages": _restored_messages(to_restore("$$agent.v")),
                     },
-                }
+                },
             }
-        },
-    }
+        }
+    },
+}
 
 
-_RESTORE = _restored_fields(with_views=True)
-_RESTORE_WITHOUT_VIEWS = _restored_fields(with_views=False)
+def _without_views(fields: Document) -> Document:
+    """Return the projection `_RESTORE` for a session with a view that cannot be used."""
+    agents = fields["agents"]["$arrayToObject"]["$map"]
+    agent = {name: value for name, value in agents["in"]["v"].items() if name not in ("view", "shown")}
+    agent["ids"] = ids_left_out("$$agent.v", with_view=False)
+    agent["messages"] = _restored_messages(to_restore("$$agent.v", with_view=False))
+    entry = {**agents["in"], "v": agent}
+    return {**fields, "agents": {"$arrayToObject": {"$map": {**agents, "in": entry}}}}
+
+
+_RESTORE_WITHOUT_VIEWS = _without_views(_RESTORE)
 
 
 class _UnusableViewError(Exception):
