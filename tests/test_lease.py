@@ -10,12 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pymongo
 import pytest
 from bson import ObjectId
+from strands.agent import _continuation
 from strands.hooks import AfterInvocationEvent, HookProvider, HookRegistry
 
 import interpreter
@@ -29,7 +31,9 @@ from mongodb_session_manager import (
     SessionConflictError,
     SessionNotFoundError,
 )
-from mongodb_session_manager._store.lease_queue import _of_connections
+from mongodb_session_manager._store.lease import Lease
+from mongodb_session_manager._store.lease_queue import of_connections
+from mongodb_session_manager._store.opening import Opening
 from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import node, pipeline, team
 from support import CommandLog, agent, eventually, message_ids, texts
@@ -84,7 +88,7 @@ async def happens(condition: Callable[[], object], seconds: float = 30.0) -> Non
 
 def waits(factory: MongoDBSessionManagerFactory) -> int:
     """Return how many managers have waited or are waiting."""
-    leases = _of_connections.get(factory._connection)
+    leases = of_connections.get(factory._connection)
     if leases is None:
         return 0
     return leases.waits + sum(waiter.has_slept for queue in leases.queues.values() for waiter in queue.waiters)
@@ -354,6 +358,112 @@ async def test_orchestrators_take_turns(waiting: MongoDBSessionManagerFactory, s
     assert "token" not in lease_of(stored)
 
 
+def test_state_that_waited_leaves_the_session_free(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    with waiting.create_session_manager("s") as manager:
+        live = agent(manager, "one")
+        live("first")
+        take_lease(stored, 60)
+        live.state.set("seen", 1)
+        storing = threading.Thread(target=manager.sync_agent, args=(live,))
+        storing.start()
+        eventually(lambda: waits(waiting))
+        stored.update_one({}, {"$unset": {"lease.token": "", "lease.until": ""}})
+        storing.join(60)
+        assert stored.find_one({})["agents"]["agent"]["agent_data"]["state"] == {"seen": 1}
+        assert "token" not in lease_of(stored)
+
+
+async def test_a_turn_after_a_reload_keeps_its_lease_while_the_model_answers(
+    waiting: MongoDBSessionManagerFactory,
+) -> None:
+    async with waiting.create_session_manager_async("s", save_on="invocation", lease=0.9) as manager:
+        live = agent(manager, "one")
+        await live.invoke_async("first")
+        await manager.reload()
+        await asyncio.sleep(0.5)  # the lease is not renewed between two turns
+        live.model = model = Paused("two")
+        turn = asyncio.create_task(live.invoke_async("second"))
+        await model.asked.wait()
+        await asyncio.sleep(1.5)
+        with pytest.raises(SessionBusyError):
+            await waiting.create_session_manager_async("s", on_busy="refuse")
+        model.go.set()
+        await turn
+
+
+async def test_a_turn_long_after_a_reload_does_not_trust_its_lease(waiting: MongoDBSessionManagerFactory) -> None:
+    async with waiting.create_session_manager_async("s", save_on="overlap", lease=0.3) as manager:
+        live = agent(manager, "one", "two")
+        await live.invoke_async("first")
+        await manager.reload()
+        await asyncio.sleep(0.4)
+        await request(waiting, "beside", "ok")
+        with pytest.raises(SessionConflictError):
+            await live.invoke_async("second")
+        assert len(live.model.calls) == 1
+
+
+async def test_a_further_turn_that_is_cancelled_while_it_waits_ends_at_once(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = await waiting.create_session_manager_async("s", busy_timeout=60)
+    live = agent(manager, "one", "two")
+    await live.invoke_async("first")
+    take_lease(stored, 60)
+    turn = asyncio.create_task(live.invoke_async("second"))
+    await happens(lambda: waits(waiting))
+    turn.cancel()
+    await asyncio.wait({turn}, timeout=30)
+    assert turn.cancelled()
+    assert len(live.model.calls) == 1
+    stored.update_one({}, {"$unset": {"lease.token": "", "lease.until": ""}})
+    assert await request(waiting, "third", "three") == ["first", "one", "third"]
+    with suppress(SessionBusyError):
+        await manager.close()
+    assert "token" not in lease_of(stored)
+
+
+@pytest.mark.parametrize("on_busy", ["wait", "refuse"])
+async def test_a_further_turn_without_a_message_sends_nothing_to_a_model_while_the_session_is_busy(
+    factory: MongoDBSessionManagerFactory, stored: Stored, on_busy: Any
+) -> None:
+    manager = await factory.create_session_manager_async("s", on_busy=on_busy, busy_timeout=0.05)
+    live = agent(manager, "one", "two")
+    await live.invoke_async("first")
+    take_lease(stored, 60)
+    with pytest.raises(SessionBusyError):
+        await live.invoke_async(None)
+    assert len(live.model.calls) == 1
+    stored.update_one({}, {"$unset": {"lease.token": "", "lease.until": ""}})
+    await live.invoke_async(None)
+    assert "token" not in lease_of(stored)
+    await manager.close()
+    await happens(lambda: not lease_of(stored).get("line"))
+
+
+class Told(HookProvider):
+    """A background task that has the agent continue once, as those of Strands do."""
+
+    def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
+        registry.add_callback(AfterInvocationEvent, self._continue)
+
+    def _continue(self, event: AfterInvocationEvent) -> None:
+        if len(event.agent.messages) == 2:
+            _continuation.add_input(event, _continuation._ContinuationInput(args="the task is done"))
+
+
+async def test_an_agent_that_a_background_task_continues_keeps_its_turn(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    async def ask(number: int) -> None:
+        async with waiting.create_session_manager_async("s") as manager:
+            await agent(manager, "one", "two", hooks=[Told()]).invoke_async(f"q{number}")
+
+    await asyncio.gather(ask(0), ask(1))
+    assert texts(stored.find_one({})["agents"]["agent"]["messages"])[1:4] == ["one", "the task is done", "two"]
+    assert lease_of(stored)["fence"] == 2
+
+
 # Who is gone.
 
 
@@ -433,6 +543,21 @@ async def test_a_caller_that_is_cancelled_leaves_nothing_behind(
     await turn
     assert await last == ["first", "one", "last"]
     await happens(lambda: "token" not in lease_of(stored))
+
+
+async def test_an_opening_of_unknown_outcome_does_not_release_the_lease_of_the_next(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    lease = Lease(waiting._async._store, "s", True, 30.0, 30.0)
+
+    async def open_twice() -> None:
+        opening = Opening(waiting._async._store)
+        lease.give_up()  # as if the reply to a first opening was lost
+        await opening.open("s", lease)
+        await asyncio.sleep(0.2)
+
+    await waiting._connection.portal.run(open_twice)
+    assert "token" in lease_of(stored)
 
 
 async def test_cancelled_at_any_moment(waiting: MongoDBSessionManagerFactory, stored: Stored) -> None:

@@ -34,6 +34,7 @@ from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
 from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
+from .._store.lease import Lease
 from .._store.lease_queue import Caller
 from ..errors import (
     AgentNotFoundError,
@@ -42,6 +43,7 @@ from ..errors import (
     InvalidArgumentError,
     MessageTooLargeError,
     MongoDBSessionError,
+    SessionBusyError,
     SessionClosedError,
 )
 from .capture import capture_base, capture_config, capture_metrics, guardrail_event
@@ -79,6 +81,12 @@ def _can_be_changed(event: AfterInvocationEvent) -> bool:
     modules = (getattr(callback, "__module__", None) or "" for callback in agent.hooks.get_callbacks_for(event))
     is_cleared: bool = agent.model.stateful  # by Strands, because the server of the model keeps the conversation
     return is_cleared or not all(module.startswith((*_HARMLESS, __package__)) for module in modules)
+
+
+def _continues(event: AfterInvocationEvent) -> bool:
+    """Return whether the agent continues at once, because a callback or a background task says so."""
+    ends = event.result is not None and event.result.stop_reason in ("end_turn", "stop_sequence")
+    return event.resume is not None or (ends and getattr(event, "_continuation_state", None) is not None)
 
 
 def _follows_its_own_id(message: Message, agent: LocalAgent) -> bool:
@@ -163,6 +171,15 @@ class SessionManagerBase(ReloadableSessionManager):
         inline = self._options.max_inline_attachment_bytes
         return await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
 
+    async def _take_turn(self, lease: Lease, agent_id: str) -> None:
+        """Take the lease for an invocation with a command of its own."""
+        try:
+            await self._connection.portal.run(self._flusher.take_lease, lease)
+        except BaseException:
+            lease.stop_waiting()
+            lease.end(agent_id)
+            raise
+
     async def _give_up(self) -> None:
         if self._lease is not None:
             await self._lease.release()
@@ -175,8 +192,8 @@ class SessionManagerBase(ReloadableSessionManager):
 
     async def _leave(self, caller: Caller) -> None:
         caller.leave()
-        if self._work is not None:  # opened at the same moment
-            await self._give_up()
+        if self._work is not None and self._lease is not None and not self._lease.has_turns:
+            await self._give_up()  # opened at the same moment
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -318,6 +335,10 @@ class SessionManagerBase(ReloadableSessionManager):
         except MongoDBSessionError as error:
             self._stopped[agent.agent_id] = error
             raise
+        except asyncio.CancelledError:
+            if self._lease is not None:
+                self._lease.stop_waiting()
+            raise
 
     def _append_added(self, message: Message, agent: LocalAgent) -> None:
         """Append a message. Remove it from `agent.messages` if it cannot be stored, so that the agent can continue."""
@@ -344,12 +365,16 @@ class SessionManagerBase(ReloadableSessionManager):
             self._lease.end(event.agent.agent_id)
         await self._flush(event.agent.agent_id)
 
-    def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
-        self._invoked.add(event.agent.agent_id)
-        self._stopped.pop(event.agent.agent_id, None)
-        self._unit.start_invocation(event.agent.agent_id)
+    async def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
+        agent_id = event.agent.agent_id
         if self._lease is not None:
-            self._lease.begin(event.agent.agent_id)
+            self._lease.begin(agent_id)
+            if not event.messages and not self._lease.is_held:
+                # No message is stored, by a statement that takes the lease, before a model or tool is called.
+                await self._take_turn(self._lease, agent_id)
+        self._invoked.add(agent_id)
+        self._stopped.pop(agent_id, None)
+        self._unit.start_invocation(agent_id)
 
     async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
         """Store the turn. A failure is raised after the other callbacks: they can release resources."""
@@ -369,6 +394,14 @@ class SessionManagerBase(ReloadableSessionManager):
             self._stopped.setdefault(agent.agent_id, error)
 
     async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
+        try:
+            await self._finish_invocation(event)
+        except SessionBusyError:
+            if self._lease is None or not self._lease.is_cancelled:
+                raise
+            # Otherwise the caller gets the cancellation.
+
+    async def _finish_invocation(self, event: AfterInvocationEvent) -> None:
         agent = event.agent
         stopped = self._stopped.pop(agent.agent_id, None)
         if stopped is not None:
@@ -386,7 +419,7 @@ class SessionManagerBase(ReloadableSessionManager):
         """Have the next flush release the lease, unless other callbacks follow or the agent continues at once."""
         if self._lease is None:
             return
-        if event.resume is not None or (is_first and _can_be_changed(event)):
+        if _continues(event) or (is_first and _can_be_changed(event)):
             self._lease.pause()
         else:
             self._lease.end(event.agent.agent_id)
@@ -409,7 +442,7 @@ class SessionManagerBase(ReloadableSessionManager):
             self._options.save_on == "overlap"
             and message["role"] == "user"
             and agent.agent_id in self._invoked
-            and (self._lease is None or self._lease.is_held)
+            and (self._lease is None or self._lease.is_certain)
         )
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:

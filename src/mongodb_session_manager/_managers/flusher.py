@@ -67,7 +67,7 @@ class Flusher:
         """Flush on the loop of the client, also while the interpreter ends."""
         async with self._connection.operation(), self.lock():
             # Before the changes are read: if the turn is over, all of its changes are recorded.
-            releases = self._lease is not None and self._lease.is_to_be_released
+            releases = self._lease is not None and self._lease.is_over
             try:
                 await self._send(work, releases)
             except BaseException:
@@ -76,6 +76,14 @@ class Flusher:
                 raise
             if self._lease is not None and releases:
                 await self._lease.release()
+
+    async def take_lease(self, lease: Lease) -> None:
+        """Take the lease before an invocation that stores nothing first. Runs on the loop of the client."""
+        async with self._connection.operation(), self.lock():
+            if not lease.is_held:
+                await lease.take()
+            if not lease.has_turns:  # cancelled meanwhile
+                await lease.release()
 
     async def _send(self, work: UnitOfWork, releases: bool) -> None:
         """Send the pending changes; the last statement releases the lease."""

@@ -77,7 +77,13 @@ class MongoDBSessionManager(SessionManagerBase):
 
     def reload(self) -> None:
         self._check_reloadable()
-        self._continue_with(self._connection.portal.call(self._read_again, Caller()))
+        caller = Caller()
+        try:
+            work = self._connection.portal.call(self._read_again, caller)
+        except (KeyboardInterrupt, SystemExit):
+            self._stop_opening(caller)
+            raise
+        self._continue_with(work)
 
     def get_application_name(self) -> str | None:
         return self._unit.application_name

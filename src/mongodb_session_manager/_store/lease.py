@@ -26,7 +26,7 @@ from .._format.statements import Update
 from .._io.driver_errors import DuplicateKeyError
 from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import MongoDBSessionError, SessionBusyError, SessionClosedError, SessionConflictError
-from .lease_queue import Caller, Holding, Queue, Waiter, leases_of, release_collected
+from .lease_queue import Caller, Holding, Queue, Waiter, leases_of, of_connections, release_collected
 from .store import SessionStore
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Lease:
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._claim: tuple[int, Claim] | None = None
         self._turns: set[Hashable] = set()
+        self._writer = Caller()
         self._is_over = False
 
     # Turns. Any thread can call these methods.
@@ -72,8 +73,10 @@ class Lease:
         """Note that an invocation begins; its first write takes the lease, unless the manager holds it."""
         if not self._turns and self._holding is not None and self._holding.state == "lost":
             self._holding = None
-        if self._holding is not None:
-            self._holding.is_paused = False
+        if self._holding is not None and self._holding.is_paused:
+            self._holding.resume()
+        if not self._turns or self._writer.is_gone:
+            self._writer = Caller()
         self._turns.add(turn)
         self._is_over = False
 
@@ -87,6 +90,13 @@ class Lease:
         if len(self._turns) <= 1 and self._holding is not None:
             self._holding.is_paused = True
 
+    def stop_waiting(self) -> None:
+        """Refuse the writes of the only invocation, which was cancelled, if they wait for another manager's turn."""
+        leases = of_connections.get(self._connection)
+        if len(self._turns) == 1 and leases is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                leases.loop.call_soon_threadsafe(self._writer.leave)
+
     def end_all(self) -> None:
         """Note that no further invocation follows."""
         self._turns.clear()
@@ -96,6 +106,26 @@ class Lease:
     def is_held(self) -> bool:
         """Whether this process holds the lease, as far as it knows."""
         return self._holding is not None and self._holding.state == "held" and self._is_of_this_process
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether no other manager can have taken the lease."""
+        return self.is_held and self._holding is not None and not self._holding.has_expired
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the invocation was cancelled while its writes waited."""
+        return self._writer.is_gone
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether an invocation runs."""
+        return bool(self._turns)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether an invocation has ended, and none has begun since."""
+        return self._is_over
 
     @property
     def is_to_be_released(self) -> bool:
@@ -134,16 +164,23 @@ class Lease:
         if self.is_held and self._holding is not None:
             await self._holding.release()
 
-    async def give_up(self) -> None:
-        """Release the lease, even if the reply to the statement that has taken it was lost."""
-        if self.is_held:
-            await self.release()
-            return
+    def give_up(self) -> None:
+        """Start to release the lease, even if the reply to the statement that has taken it was lost.
+
+        The manager has another claim afterwards: a release that comes late does not release a lease that it takes then.
+        """
+        if not self._turns and not self._connection.closed:
+            claim, holding = self.claim, self._holding
+            is_held, self._claim, self._holding = self.is_held, None, None
+            release = holding.release() if is_held and holding is not None else self._release_if_taken(claim)
+            self._connection.start(release)
+
+    async def _release_if_taken(self, claim: Claim) -> None:
         end = asyncio.get_running_loop().time() + self._seconds
         while not self._connection.closed and asyncio.get_running_loop().time() < end:
             try:
                 async with self._connection.operation():
-                    await self._store.sessions.update(self.claim.release(self._session_id))
+                    await self._store.sessions.update(claim.release(self._session_id))
                 return
             except MongoDBSessionError as error:
                 logger.debug("session_id=<%r>, error=<%s> | lease not released", self._session_id, error)
@@ -195,6 +232,41 @@ class Lease:
                 queue.is_in_line = False
                 self._connection.start(self._leave_line())
             leases.tidy(self._key)
+
+    async def take(self) -> None:
+        """Take the lease with a command of its own, if the session exists.
+
+        Raises:
+            SessionBusyError: The session is busy, and the manager does not wait, or has waited long enough.
+            SessionClosedError: The connection was closed, or the invocation was cancelled.
+        """
+        if self._waits:
+            if (busy := await self.wait_to_write()) is not None:
+                raise busy
+            return
+        leases = leases_of(self._connection)
+        queue = leases.queue(self._key)
+        try:
+            if not await self._poll(queue):
+                raise SessionBusyError(f"session {self._session_id!r} is busy: another manager has its turn")
+        finally:
+            if queue.is_in_line and not queue.waiters:
+                queue.is_in_line = False
+                self._connection.start(self._leave_line())
+            leases.tidy(self._key)
+
+    async def wait_to_write(self) -> SessionBusyError | None:
+        """Wait for the lease; return the error for the writes if the session stays busy or their turn is cancelled."""
+        writer = self._writer
+        try:
+            await self.wait(caller=writer)
+        except SessionBusyError as error:
+            return error
+        except SessionClosedError:
+            if not writer.is_gone:
+                raise
+            return SessionBusyError(f"session {self._session_id!r} was busy until the invocation was cancelled")
+        return None
 
     async def _wait(
         self,
@@ -380,8 +452,4 @@ class Turn:
         """
         if self._mode == "holds" or not self._lease.is_busy(document, in_line=self.takes):
             return None
-        try:
-            await self._lease.wait()
-        except SessionBusyError as error:
-            return error
-        return None
+        return await self._lease.wait_to_write()

@@ -134,21 +134,21 @@ class Leases:
                 await holding.release()
 
 
-_of_connections: weakref.WeakKeyDictionary[Connection, Leases] = weakref.WeakKeyDictionary()
+of_connections: weakref.WeakKeyDictionary[Connection, Leases] = weakref.WeakKeyDictionary()
 
 
 def leases_of(connection: Connection) -> Leases:
     """Return the leases of a connection; a forked child and a new loop begin with none."""
-    leases, loop = _of_connections.get(connection), asyncio.get_running_loop()
+    leases, loop = of_connections.get(connection), asyncio.get_running_loop()
     if leases is None or leases.pid != os.getpid() or leases.loop is not loop:
-        leases = _of_connections[connection] = Leases(loop)
+        leases = of_connections[connection] = Leases(loop)
         connection.before_close = leases.close
     return leases
 
 
 def lease_stats(connection: Connection) -> LeaseStats:
     """Return the counters of a connection. Any thread can call it."""
-    leases = _of_connections.get(connection)
+    leases = of_connections.get(connection)
     if leases is None or leases.pid != os.getpid():
         return NO_LEASES.copy()
     return {
@@ -180,12 +180,32 @@ class Holding:
 
     def renewed(self) -> None:
         """Note that a statement has renewed the lease."""
-        self._due = self._leases.loop.time() + self._interval
+        self.renewed_at = self._leases.loop.time()
+        self._due = self.renewed_at + self._interval
         if self.state != "held" or self.is_paused:
             return
         self._leases.queue(self._key).held.add(self)
         if self._timer is None:
             self._timer = self._leases.loop.call_later(self._interval, self._beat)
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether the lease was not renewed in time, so that another manager can have taken it. Any thread can ask."""
+        return self._leases.loop.time() >= self.renewed_at + self.claim.lease.total_seconds()
+
+    def resume(self) -> None:
+        """Renew the lease again: a further invocation begins. Any thread can call it."""
+        self.is_paused = False
+        with suppress(RuntimeError):  # the loop is closed
+            self._leases.loop.call_soon_threadsafe(self._resume)
+
+    def _resume(self) -> None:
+        if self.state != "held" or self.is_paused:
+            return
+        self._leases.queue(self._key).held.add(self)
+        if self._timer is None:  # soon, if it is due: the first write of the invocation can renew it before
+            left = self._due - self._leases.loop.time()
+            self._timer = self._leases.loop.call_later(max(left, self._interval / _RETRY), self._beat)
 
     def end(self, state: Literal["free", "lost"]) -> None:
         """Note that the lease is not held any more."""

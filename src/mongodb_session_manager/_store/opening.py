@@ -166,8 +166,8 @@ class Opening:
                 return await read_consistently(session_id, lambda: self._open_once(query))
         except BaseException as error:
             is_unknown = not isinstance(error, MongoDBSessionError) or error.outcome_unknown
-            if lease is not None and (lease.is_held or is_unknown) and not self._connection.closed:
-                self._connection.start(lease.give_up())
+            if lease is not None and (lease.is_held or is_unknown):
+                lease.give_up()
             raise
 
     async def _open_once(self, query: _Query) -> Document:
