@@ -464,6 +464,25 @@ async def test_an_agent_that_a_background_task_continues_keeps_its_turn(
     assert lease_of(stored)["fence"] == 2
 
 
+@pytest.mark.may_block
+@pytest.mark.parametrize("kind", ["graph", "swarm"])
+async def test_a_further_run_of_an_orchestrator_sends_nothing_to_a_model_while_the_session_is_busy(
+    waiting: MongoDBSessionManagerFactory, stored: Stored, kind: str
+) -> None:
+    manager = await waiting.create_session_manager_async("s", busy_timeout=0.05)
+    only = node("a", "done", "done", "done")
+    multi_agent = pipeline(manager, only) if kind == "graph" else team(manager, only)
+    await multi_agent.invoke_async("go")
+    take_lease(stored, 60)
+    with pytest.raises(SessionBusyError):
+        await multi_agent.invoke_async("again")
+    assert len(only.model.calls) == 1
+    stored.update_one({}, {"$unset": {"lease.token": "", "lease.until": ""}})
+    await multi_agent.invoke_async("again")
+    assert "token" not in lease_of(stored)
+    await manager.close()
+
+
 # Who is gone.
 
 
@@ -783,6 +802,18 @@ async def test_a_session_that_is_deleted_is_not_busy(waiting: MongoDBSessionMana
     with pytest.raises(SessionNotFoundError):
         await turn
     assert await request(waiting, "second", "two") == ["second"]
+
+
+async def test_a_reload_of_a_session_that_was_created_again_does_not_keep_it(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = await waiting.create_session_manager_async("s")
+    await agent(manager, "one").invoke_async("first")
+    await waiting.delete_session_async("s")
+    await request(waiting, "second", "two")
+    with pytest.raises(SessionNotFoundError, match="created again"):
+        await manager.reload()
+    assert "token" not in lease_of(stored)
 
 
 async def test_who_waits_for_a_session_that_is_deleted_gets_a_new_one(

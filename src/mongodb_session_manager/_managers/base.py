@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any, Unpack
 from weakref import WeakValueDictionary
@@ -171,17 +172,21 @@ class SessionManagerBase(ReloadableSessionManager):
         inline = self._options.max_inline_attachment_bytes
         return await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
 
-    async def _take_turn(self, lease: Lease, agent_id: str) -> None:
-        """Take the lease for an invocation with a command of its own."""
+    async def _begin_turn(self, lease: Lease, turn: Hashable, *, is_stored_first: bool) -> None:
+        """Begin an invocation; take the lease, unless a message is stored before a model or tool is called."""
+        lease.begin(turn)
+        if is_stored_first or lease.is_held:
+            return
         try:
             await self._connection.portal.run(self._flusher.take_lease, lease)
         except BaseException:
             lease.stop_waiting()
-            lease.end(agent_id)
+            lease.end(turn)
             raise
 
     async def _give_up(self) -> None:
-        if self._lease is not None:
+        """Release the lease, unless an invocation runs."""
+        if self._lease is not None and not self._lease.has_turns:
             await self._lease.release()
 
     def _stop_opening(self, caller: Caller) -> None:
@@ -192,8 +197,8 @@ class SessionManagerBase(ReloadableSessionManager):
 
     async def _leave(self, caller: Caller) -> None:
         caller.leave()
-        if self._work is not None and self._lease is not None and not self._lease.has_turns:
-            await self._give_up()  # opened at the same moment
+        if self._work is not None:  # opened at the same moment
+            await self._give_up()
 
     # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
@@ -368,10 +373,7 @@ class SessionManagerBase(ReloadableSessionManager):
     async def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
         agent_id = event.agent.agent_id
         if self._lease is not None:
-            self._lease.begin(agent_id)
-            if not event.messages and not self._lease.is_held:
-                # No message is stored, by a statement that takes the lease, before a model or tool is called.
-                await self._take_turn(self._lease, agent_id)
+            await self._begin_turn(self._lease, agent_id, is_stored_first=bool(event.messages))
         self._invoked.add(agent_id)
         self._stopped.pop(agent_id, None)
         self._unit.start_invocation(agent_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -41,6 +42,9 @@ class OrchestratorSessionManager(RepositorySessionManager):
     @property
     @abstractmethod
     def _unit(self) -> UnitOfWork: ...
+
+    @abstractmethod
+    async def _begin_turn(self, lease: Lease, turn: Hashable, *, is_stored_first: bool) -> None: ...
 
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
         # First: another callback that is slow or raises must not prevent storing a node's result.
@@ -81,10 +85,11 @@ class OrchestratorSessionManager(RepositorySessionManager):
         await self._flusher.flush(self._unit)
         self._unit.multi_agents.raise_refusal(multi_agent_id)
 
-    def _on_before_multi_agent_invocation(self, event: BeforeMultiAgentInvocationEvent) -> None:
-        self._invoked_multi_agents.add(event.source.id)
+    async def _on_before_multi_agent_invocation(self, event: BeforeMultiAgentInvocationEvent) -> None:
         if self._lease is not None:
-            self._lease.begin(("multi_agent", event.source.id))
+            # The first node calls a model before anything is stored.
+            await self._begin_turn(self._lease, ("multi_agent", event.source.id), is_stored_first=False)
+        self._invoked_multi_agents.add(event.source.id)
 
     async def _on_after_node_call(self, event: AfterNodeCallEvent) -> None:
         source = event.source

@@ -36,6 +36,9 @@ class ReloadableSessionManager(OrchestratorSessionManager):
     async def _loaded(self, document: Document) -> UnitOfWork: ...
 
     @abstractmethod
+    async def _give_up(self) -> None: ...
+
+    @abstractmethod
     def _check_open(self) -> None: ...
 
     def _check_reloadable(self) -> None:
@@ -49,11 +52,15 @@ class ReloadableSessionManager(OrchestratorSessionManager):
         await self._flusher.flush_here(work)
         work.raise_pending_refusal()
         document = await self._repository._open(self.session_id, self._lease, caller, creates=False)
-        if document["incarnation"] != work.incarnation:
-            raise SessionNotFoundError(
-                f"session {self.session_id!r} was deleted and created again: open it with a new manager"
-            )
-        return await self._loaded(document)
+        try:
+            if document["incarnation"] != work.incarnation:
+                raise SessionNotFoundError(
+                    f"session {self.session_id!r} was deleted and created again: open it with a new manager"
+                )
+            return await self._loaded(document)
+        except BaseException:
+            await self._give_up()
+            raise
 
     def _continue_with(self, work: UnitOfWork) -> None:
         """Restore the agents and orchestrators in use from a session that was loaded again."""
