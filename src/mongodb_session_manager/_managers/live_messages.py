@@ -335,8 +335,8 @@ class _Match:
                 uses.add(place[0])
                 blocks.append(list(place))
             else:
+                blocks.append(encode(block, depth=BLOCK_DEPTH, name="message.content"))  # refuses what has no end
                 of.update(self._related(block))
-                blocks.append(encode(block, depth=BLOCK_DEPTH, name="message.content"))
         of |= uses
         first = [] if own is None else [own]
         ids = (*first, *sorted(of - set(first)))
