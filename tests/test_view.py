@@ -143,6 +143,18 @@ def test_an_edit_between_turns_is_restored(
     assert texts(stored.find_one("s")["agents"]["agent"]["messages"])[:6] == ["q0", "a0", "q1", "a1", "q2", "a2"]
 
 
+def test_a_message_that_was_edited_and_then_continued_is_also_kept_as_it_was_said(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    manager, live = turns(factory, 1)
+    live.messages[1]["content"][0]["text"] = "edited"
+    live.messages[1] = {**live.messages[1], "content": [*live.messages[1]["content"], {"text": " and more"}]}
+    manager.append_message(live.messages[1], live)  # as Strands does if a hook continues a message
+    assert told(manager.list_messages("agent")) == ["q0", "a0", "edited and more"]
+    manager.close()
+    assert restored(factory).messages == live.messages
+
+
 # Who edits.
 
 

@@ -51,7 +51,7 @@ class LastMessage(NamedTuple):
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Self:
         """Return the identifying values of a message."""
-        return cls(message.get("tracking_id"), list(message.get("content") or ()))
+        return cls(message.get("tracking_id"), shadow(list(message.get("content") or ())))
 
     def is_start_of(self, message: Mapping[str, Any]) -> bool:
         """Return whether `message` is this one with further content blocks."""
