@@ -658,6 +658,28 @@ def test_an_edit_with_a_value_that_cannot_be_stored_leaves_the_message_as_it_is_
     assert len([record for record in caplog.records if "an edit of a live message" in record.message]) == 1
 
 
+class Array:
+    """Compares as an array of numpy."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise ValueError("ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_an_edit_that_cannot_be_compared_leaves_the_message_as_it_is_stored(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    manager, live = turns(factory)
+    before = copy.deepcopy(live.messages)
+    live.messages[2]["content"][0]["text"] = Array()
+    manager.close()
+    assert restored(factory).messages == before
+
+
 @pytest.mark.parametrize("depth", [None, 3000])
 def test_an_edit_that_has_no_end_leaves_the_message_as_it_is_stored(
     factory: MongoDBSessionManagerFactory, depth: int | None
