@@ -143,6 +143,18 @@ def test_an_edit_between_turns_is_restored(
     assert texts(stored.find_one("s")["agents"]["agent"]["messages"])[:6] == ["q0", "a0", "q1", "a1", "q2", "a2"]
 
 
+def test_a_message_that_was_edited_and_then_continued_is_also_kept_as_it_was_said(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    manager, live = turns(factory, 1)
+    live.messages[1]["content"][0]["text"] = "edited"
+    live.messages[1] = {**live.messages[1], "content": [*live.messages[1]["content"], {"text": " and more"}]}
+    manager.append_message(live.messages[1], live)  # as Strands does if a hook continues a message
+    assert told(manager.list_messages("agent")) == ["q0", "a0", "edited and more"]
+    manager.close()
+    assert restored(factory).messages == live.messages
+
+
 # Who edits.
 
 
@@ -242,7 +254,7 @@ def test_what_context_strategies_have_cut_stays_cut(
 
 
 def test_a_tool_result_that_was_shortened_after_an_overflow_stays_short(
-    factory: MongoDBSessionManagerFactory, stored: Documents
+    factory: MongoDBSessionManagerFactory, stored: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
     live = agent(factory.create_session_manager("s"), TELL, "a story", overflow(), "long", "bye", tools=[tell])
     live("tell")
@@ -250,6 +262,7 @@ def test_a_tool_result_that_was_shortened_after_an_overflow_stays_short(
     assert "[truncated:" in str(live.messages)
     again = restored(factory, tools=[tell])
     assert again.messages == live.messages
+    assert "toolUse" not in caplog.text  # no call without a result
     assert str(stored.find_one("s")["agents"]["agent"]["messages"]).count("once upon a time") == 60
     again("and?")
     assert restored(factory, tools=[tell]).messages == again.messages
@@ -263,7 +276,7 @@ def test_a_regenerated_turn_is_restored_and_the_first_answer_is_kept(
     live("q1 again")
     assert texts(live.messages) == ["q0", "a0", "q1 again", "a2"]
     assert texts(restored(factory).messages) == ["q0", "a0", "q1 again", "a2"]
-    assert told(factory._call(factory._repository.list_messages, "s", "agent")) == [
+    assert told(factory._portal.call(factory._async.list_messages, "s", "agent")) == [
         *("q0", "a0", "q1", "a1", "q1 again", "a2")
     ]
 
@@ -396,7 +409,7 @@ def test_a_view_that_is_too_large_is_refused_by_name(
         live("next")
     assert view_of(stored) is None
     live("told once")
-    assert told(factory._call(factory._repository.list_messages, "s", "agent"))[-2:] == ["told once", "a2"]
+    assert told(factory._portal.call(factory._async.list_messages, "s", "agent"))[-2:] == ["told once", "a2"]
     del live.messages[2:4]
     live("smaller")
     manager.close()
@@ -409,10 +422,10 @@ SECRET = "my password is swordfish, keep it please"
 
 
 def redact(factory: MongoDBSessionManagerFactory, message_id: int) -> None:
-    read, update = factory._repository.read_message, factory._repository.update_message
-    message = factory._call(read, "s", "agent", message_id)
+    read, update = factory._async.read_message, factory._async.update_message
+    message = factory._portal.call(read, "s", "agent", message_id)
     message.redact_message = {"role": "user", "content": [{"text": "[redacted]"}]}
-    factory._call(update, "s", "agent", message)
+    factory._portal.call(update, "s", "agent", message)
 
 
 def everything(stored: Documents) -> str:
@@ -465,7 +478,7 @@ def test_a_message_that_the_manager_replaces_is_restored_with_the_new_content(
     factory: MongoDBSessionManagerFactory, stored: Documents
 ) -> None:
     manager, live = edited_secret(factory)
-    message = factory._call(factory._repository.read_message, "s", "agent", 0)
+    message = factory._portal.call(factory._async.read_message, "s", "agent", 0)
     message.redact_message = {"role": "user", "content": [{"text": "[redacted]"}]}
     manager._work.update_message("s", "agent", message)
     live("q3")
@@ -608,7 +621,7 @@ def test_a_lost_acknowledgement_stores_the_view_once(
         live("next")
     manager.close()
     assert restored(factory).messages == live.messages
-    assert told(factory._call(factory._repository.list_messages, "s", "agent"))[-2:] == ["next", "a3"]
+    assert told(factory._portal.call(factory._async.list_messages, "s", "agent"))[-2:] == ["next", "a3"]
 
 
 def test_a_stale_agent_does_not_replace_the_view(factory: MongoDBSessionManagerFactory, stored: Documents) -> None:
@@ -643,6 +656,44 @@ def test_an_edit_with_a_value_that_cannot_be_stored_leaves_the_message_as_it_is_
     manager.close()
     assert restored(factory).messages == before
     assert len([record for record in caplog.records if "an edit of a live message" in record.message]) == 1
+
+
+class Array:
+    """Compares as an array of numpy."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise ValueError("ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_an_edit_that_cannot_be_compared_leaves_the_message_as_it_is_stored(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    manager, live = turns(factory)
+    before = copy.deepcopy(live.messages)
+    live.messages[2]["content"][0]["text"] = Array()
+    manager.close()
+    assert restored(factory).messages == before
+
+
+@pytest.mark.parametrize("depth", [None, 3000])
+def test_an_edit_that_has_no_end_leaves_the_message_as_it_is_stored(
+    factory: MongoDBSessionManagerFactory, depth: int | None
+) -> None:
+    manager, live = turns(factory)
+    before = copy.deepcopy(live.messages)
+    nested: Any = {"text": "around and around"}
+    if depth is None:
+        nested["again"] = nested
+    for _ in range(depth or 0):
+        nested = {"text": nested}
+    live.messages[2]["content"].append(nested)
+    manager.close()
+    assert restored(factory).messages == before
 
 
 def test_editing_a_restored_message_that_was_live_twice_changes_one(factory: MongoDBSessionManagerFactory) -> None:
@@ -811,6 +862,6 @@ def test_whatever_is_edited_is_restored_and_nothing_that_was_said_is_lost(
             else:
                 edit_at(live.messages, *step)
         manager.close()
-        stored = told(factory._call(factory._repository.list_messages, session_id, "agent"))
+        stored = told(factory._portal.call(factory._async.list_messages, session_id, "agent"))
         assert stored[::2] == said[::2]
         assert len(stored) == len(said)

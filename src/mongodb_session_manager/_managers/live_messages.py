@@ -31,6 +31,13 @@ class _Expected(NamedTuple):
     ids: list[int | None]
 
 
+def _are_equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # values such as arrays of numpy, which an application can put into a message
+        return False
+
+
 class LiveMessages:
     """The messages that restoring an agent gives now, as the recorded changes leave them.
 
@@ -141,7 +148,7 @@ class LiveMessages:
         Raises:
             EncodingError: An inserted message holds a value that cannot be stored.
         """
-        if self._repaired is not None and messages == self._repaired:
+        if self._repaired is not None and _are_equal(messages, self._repaired):
             return None
         self._repaired = None
         without_view = None if base is None else self._without_view(*base)
@@ -182,10 +189,10 @@ class LiveMessages:
         return _Expected([*messages, *(self._stored[n] for n in tail)], [*ids, *tail])
 
     def _are_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
-        if messages == expected.messages:
+        if _are_equal(messages, expected.messages):
             return True
         return len(messages) == len(expected.messages) and all(
-            live == known or (n is not None and self.is_same(live, n))
+            _are_equal(live, known) or (n is not None and self.is_same(live, n))
             for live, known, n in zip(messages, *expected, strict=True)
         )
 
@@ -195,11 +202,12 @@ class LiveMessages:
         A stored message without tracking id gets one when its agent is invoked.
         """
         known = self._stored.get(message_id)
-        gained = known is not None and type(live) is dict and "tracking_id" in live and "tracking_id" not in known
-        if gained and {name: value for name, value in live.items() if name != "tracking_id"} == known:
-            known["tracking_id"] = live["tracking_id"]
-            return True
-        return live == known or any(live == former for former in self._former.get(message_id, ()))
+        if known is not None and type(live) is dict and "tracking_id" in live and "tracking_id" not in known:
+            without_id = {name: value for name, value in live.items() if name != "tracking_id"}
+            if _are_equal(without_id, known):
+                known["tracking_id"] = live["tracking_id"]
+                return True
+        return _are_equal(live, known) or any(_are_equal(live, old) for old in self._former.get(message_id, ()))
 
     def _count_tail(self, found: Sequence[Shown]) -> int:
         """Return how many of the last live messages are the last stored ones, in order."""
@@ -292,7 +300,7 @@ class _Match:
         if same:
             return [self._stored(next((n for n in same if n not in self._used), same[0]))]
         for each in self._made.get(tracking_id, ()):
-            if each.message == message:
+            if _are_equal(each.message, message):
                 return [each]
         if tracking_id is None:
             return self._edited(message, None)
@@ -335,8 +343,8 @@ class _Match:
                 uses.add(place[0])
                 blocks.append(list(place))
             else:
+                blocks.append(encode(block, depth=BLOCK_DEPTH, name="message.content"))  # refuses what has no end
                 of.update(self._related(block))
-                blocks.append(encode(block, depth=BLOCK_DEPTH, name="message.content"))
         of |= uses
         first = [] if own is None else [own]
         ids = (*first, *sorted(of - set(first)))
@@ -348,10 +356,10 @@ class _Match:
         for n in (*(() if own is None else (own,)), *islice(others, _KEPT)):
             stored = self._live.stored.get(n)
             content = () if stored is None else stored.get("content", ())
-            if n == own and position < len(content) and content[position] == block:
+            if n == own and position < len(content) and _are_equal(content[position], block):
                 return n, position
             for at, other in enumerate(content):
-                if other == block:
+                if _are_equal(other, block):
                     return n, at
         return None
 

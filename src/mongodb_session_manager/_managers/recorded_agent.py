@@ -51,7 +51,7 @@ class LastMessage(NamedTuple):
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Self:
         """Return the identifying values of a message."""
-        return cls(message.get("tracking_id"), list(message.get("content") or ()))
+        return cls(message.get("tracking_id"), shadow(list(message.get("content") or ())))
 
     def is_start_of(self, message: Mapping[str, Any]) -> bool:
         """Return whether `message` is this one with further content blocks."""
@@ -220,6 +220,8 @@ class RecordedAgent:
             yield
         finally:
             self.is_restoring = False
+            for record, message in self._records:
+                _set_message(record, message)
         self.end_restore(agent)
 
     def restored_from(self, first: int, messages: Iterable[SessionMessage | None]) -> None:
@@ -231,7 +233,7 @@ class RecordedAgent:
     def begin_view(self, view: View, session_id: str) -> list[SessionMessage]:
         """Return the stored messages that a view shows, for Strands to restore; `end_restore` shows the live ones.
 
-        Strands repairs broken tool calls in what it restores, so the messages are copies until then.
+        Strands repairs broken tool calls in what it restores, and warns of them, so the messages are empty until then.
         """
         tail = {message.message_id: message for message in self.messages or () if message is not None}
         records = {n: record for n, record in self.shown.items() if n < view.after} | tail
@@ -254,13 +256,11 @@ class RecordedAgent:
         live = {each.message_id for each in found} | tail.keys()
         self._records = [(record, messages[n]) for n, record in records.items() if n in live]
         for record, message in self._records:
-            _set_message(record, shadow(message))
+            _set_message(record, {"role": message["role"], "content": []})
         return [record for record, _ in self._records]
 
     def end_restore(self, agent: LocalAgent) -> None:
         """Let the agent continue with the live messages of its view, if it has one."""
-        for record, message in self._records:
-            _set_message(record, message)
         if isinstance(agent, Agent) and agent.model.stateful:  # its provider has the messages
             self.live = None
         elif self._live_list is not None:
