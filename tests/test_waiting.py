@@ -195,11 +195,12 @@ async def test_who_leaves_the_queue_holds_nobody_up(server: str, database: str) 
 @pytest.mark.own_database
 async def test_who_waits_too_long_in_the_queue_is_told_so_and_holds_nobody_up(server: str, database: str) -> None:
     log = CommandLog()
+    async with AsyncMongoDBSessionRepository(server, database, event_listeners=[log]) as repository:
+        await repository.open_session("s")
+        await asyncio.to_thread(log.wait_for_start)  # with the options below, it could be refused itself
+        log.clear()
     options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 300, "event_listeners": [log]}
     async with AsyncMongoDBSessionRepository(server, database, **options) as repository:
-        await repository.open_session("s")
-        await asyncio.to_thread(log.wait_for_start)
-        log.clear()
         with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=1500):
             first = asyncio.create_task(repository.read_session("s"))
             await asyncio.to_thread(log.wait_for, "find")
