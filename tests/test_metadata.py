@@ -412,7 +412,9 @@ def test_keys_of_the_codec_itself_stay_keys(session: Blocking, stored: Stored) -
 
 
 @pytest.mark.own_database
-@pytest.mark.parametrize("kind", [MongoDBSessionManager, AsyncMongoDBSessionManager, *KINDS[2:]], ids=str)
+@pytest.mark.parametrize(
+    "kind", [MongoDBSessionManager, AsyncMongoDBSessionManager, *alternating("async repository", "repository")], ids=str
+)
 def test_metadata_fields_get_an_index(server: str, database: str, stored: Stored, kind: Any) -> None:
     fields = ["customer", "city.name"]
     with asyncio.Runner() as runner:

@@ -48,7 +48,7 @@ SWARM = pytest.mark.may_block
 BOTH = pytest.mark.parametrize("kind", ["graph", pytest.param("swarm", marks=SWARM)])
 
 
-@pytest.fixture(params=alternating(Sync, Async, Streaming), ids=["sync", "streamed", "async"])
+@pytest.fixture(params=alternating(Sync, Async, Streaming), ids=["sync", "async", "streamed"])
 def api(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
