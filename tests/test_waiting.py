@@ -17,7 +17,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
 )
 from proxy import Proxy
-from support import CommandLog, eventually, fail_point, halves
+from support import CommandLog, alternating, eventually, fail_point
 
 pytestmark = pytest.mark.anyio
 
@@ -132,7 +132,7 @@ async def test_waiting_for_a_server_sends_nothing_more(proxy: Proxy, database: s
 
 
 @pytest.mark.own_database
-@pytest.mark.parametrize("size", halves(100, 4)(10))
+@pytest.mark.parametrize("size", alternating(100, 10, 4))
 async def test_a_health_check_waits_behind_no_other_command(server: str, database: str, size: int) -> None:
     log = CommandLog()
     options: dict[str, Any] = {} if size == 100 else {"maxPoolSize": size}

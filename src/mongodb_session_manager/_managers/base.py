@@ -169,7 +169,7 @@ class SessionManagerBase(OrchestratorSessionManager):
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
         else:
-            work.start_invocation(agent.agent_id)  # there is no event for the start of one
+            work.start_invocation(agent.agent_id)  # no event marks the start of a bidirectional agent's invocation
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
 

@@ -120,7 +120,7 @@ class MultiAgentMethods(RepositoryMethods):
                     rest = reconcile_write(rest, stored)
                 except MongoDBSessionError as error:
                     return error
-        raise DatabaseError(f"session {session_id!r} kept changing while it was written")
+        raise DatabaseError(f"session {session_id!r} kept changing while it was written: try again later")
 
     async def _store_state(self, multi_agent_id: str, update: Update, state: Any) -> bool:
         return bool(await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, matched))
