@@ -23,18 +23,22 @@ from hypothesis import HealthCheck, settings
 from fix_progress import Progress
 from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from support import CommandLog, chance, eventually
+from support import CommandLog, eventually, run_random
 
 SharedFactory = tuple[MongoDBSessionManagerFactory, CommandLog]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full-adversity", action="store_true", help="fail over ten times and kill twenty processes instead of a few"
+        "--full-adversity", action="store_true", help="run every case of the tests that otherwise run a sample"
     )
-    parser.addoption("--seeds", help="which changed exports are imported: the first seed, a plus sign, and how many")
     parser.addoption(
-        "--full-conformance", action="store_true", help="resume each cut of a conversation in every way, not in one"
+        "--seeds", help="the seeds of the damaged exports: the first seed, a plus sign, and the number of seeds"
+    )
+    parser.addoption(
+        "--full-conformance",
+        action="store_true",
+        help="resume each conversation at every cut in every way, not only in one",
     )
 
 
@@ -56,12 +60,12 @@ FAST = {HERE / f"{name}.py" for name in MODULES.split()}
 """The modules whose tests are marked `fast`: pure, or with one server and no other process."""
 
 NOT_FAST = ("later_process", "importing_the_package", "standalone")
-"""Parts of the names of their tests that start a process or a further server all the same."""
+"""Parts of the names of tests in these modules that are not fast: they start a process or a further server."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the fast tests with two workers at most: each further one takes as long to start as it saves."""
+    """Run the fast tests with at most two workers: a third one takes as long to start as it saves."""
     if config.getoption("markexpr") == "fast" and isinstance(count := config.getoption("numprocesses", None), int):
         config.option.numprocesses = min(count, 2)
 
@@ -69,11 +73,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 LONGEST = """
 chat_page embedded process odd_documents matrix connection fastapi examples_run retention staging forking copying
 """
-"""The modules, without `test_`, that a worker begins with, so that none is left to one worker in the end."""
+"""The longest modules, without `test_`. They run first, so that none is still running when other workers are idle."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import nothing that `-m fast` would leave out: that took most of the time."""
+    """With `-m fast`, do not import the modules that have no fast tests: importing them took most of the time."""
     left_out = HERE in collection_path.parents and not any(
         collection_path in (module, *module.parents) for module in FAST
     )
@@ -81,7 +85,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is fast, put the longest modules first, and leave out what only `--full-adversity` runs."""
+    """Mark the fast tests, put the longest modules first, and deselect the cases that only `--full-adversity` runs."""
     names = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: names.get(item.path.stem, len(names)))
     for item in items:
@@ -94,23 +98,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def not_drawn(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Yield the cases that are not drawn, of the tests with parameters from `support.halves`."""
+    """Yield the half of the cases that this run leaves out, of each test with parameters from `support.alternating`."""
     cases: dict[str, list[tuple[int, pytest.Item]]] = defaultdict(list)
     for item in items:
         if numbers := [mark.args[0] for mark in item.iter_markers("half")]:
             cases[item.nodeid.partition("[")[0]].append((sum(numbers) % 2, item))
-    random = chance()
+    random = run_random()
     for test in sorted(cases):
         drawn = random.randrange(2)
         yield from (item for half, item in cases[test] if half != drawn)
 
 
 sys.dont_write_bytecode = False
-"""What is compiled is kept, whatever the environment says: it takes a worker longer than to collect all tests."""
+"""Write bytecode even if the environment forbids it: compiling takes a worker longer than collecting all tests."""
 
 
-def _import_in_another_order(config: pytest.Config) -> None:
-    """Have each worker begin with other modules, so that it finds the rest compiled by the others."""
+def _compile_in_parallel(config: pytest.Config) -> None:
+    """Import all test modules, in each worker from another one on, so that each worker compiles only some of them.
+
+    When a worker reaches the modules that another worker began with, their bytecode is already on disk.
+    """
     worker = getattr(config, "workerinput", None)
     if worker is None or config.args != config.getini("testpaths"):
         return
@@ -119,16 +126,16 @@ def _import_in_another_order(config: pytest.Config) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for module in modules[first:] + modules[:first]:
-            with suppress(BaseException):  # it is imported again, where failures are reported
+            with suppress(BaseException):  # pytest imports it again and reports the failure
                 importlib.import_module(module.stem)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """Leave what is imported and collected to itself: it stays, and the garbage collector need not look at it."""
+    """Keep imported modules and collected tests out of garbage collection: they stay alive until the end."""
     gc.disable()
     try:
-        _import_in_another_order(session.config)
+        _compile_in_parallel(session.config)
         return (yield)
     finally:
         gc.freeze()
@@ -148,7 +155,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def detector() -> BlockBuster:
-    """Made once per module: that takes as long as to run an empty test."""
+    """Detects blocking calls. One per module, because creating it takes as long as running an empty test."""
     return BlockBuster("mongodb_session_manager", excluded_modules=["mongodb_session_manager.demo"])
 
 
@@ -167,14 +174,14 @@ def blocking_calls_are_errors(request: pytest.FixtureRequest, detector: BlockBus
 
 @pytest.fixture
 def some(request: pytest.FixtureRequest) -> Callable[[Iterable[Any], int], list[Any]]:
-    """Choose so many of many cases, others in each run; `--full-adversity` has all of them."""
+    """Return a function that draws `count` cases, anew in each run; with `--full-adversity`, it returns all cases."""
     full = request.config.getoption("full_adversity")
     return lambda cases, count: list(cases) if full else random.sample(list(cases), count)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def retries_come_fast() -> Iterator[None]:
-    """Have the driver look for a lost server at once, and the library send again sooner."""
+    """Shorten the pauses of the driver and the library before they retry."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
         patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
@@ -184,7 +191,7 @@ def retries_come_fast() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kept_in_memory() -> Iterator[None]:
-    """Have servers keep their data in memory where there is room: most tests make a database with all its indexes."""
+    """Keep the servers' data in memory if there is room, because most tests create a database with all its indexes."""
     memory = Path("/dev/shm")
     with pytest.MonkeyPatch.context() as patch:
         if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 << 30:
@@ -213,21 +220,21 @@ def standalone(kept_in_memory: None) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def expiring(kept_in_memory: None) -> Iterator[str]:
-    """The connection string of a server that looks for what has expired every second."""
+    """The connection string of a server that removes expired documents every second."""
     with Server(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
         yield server.connection_string
 
 
 @pytest.fixture(scope="session")
 def driver(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
-    """A plain client, to look at what is stored and to write what others would."""
+    """A plain client, to inspect stored documents and to write as another application would."""
     with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def drop_later(driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[Callable[[str], None]]:
-    """Drop databases while tests go on: a replica set takes a tenth of a second for each."""
+    """Drop databases in the background: on a replica set, each drop takes a tenth of a second."""
     drops: list[Future[None]] = []
     with ThreadPoolExecutor(1) as dropping:
         yield lambda name: drops.append(dropping.submit(driver.drop_database, name))
@@ -237,7 +244,7 @@ def drop_later(driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[Callable
 
 @pytest.fixture(scope="session")
 def shared_database(server: str, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
-    """The name of a database with all its indexes: to delete what is in it takes a hundredth of making another."""
+    """The name of a database with all its indexes: emptying it takes a hundredth of the time of creating one."""
     name, log = f"test_{uuid.uuid4().hex}", CommandLog()
     with MongoDBSessionManagerFactory(server, name, event_listeners=[log]) as factory:
         factory.list_sessions()
@@ -248,7 +255,7 @@ def shared_database(server: str, driver: pymongo.MongoClient[dict[str, Any]]) ->
 
 @pytest.fixture
 def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[str, Any]]) -> Iterator[str]:
-    """The name of a database with nothing in it but indexes; marked `own_database`: of one that nobody has used."""
+    """The name of a database that is empty except for its indexes. Marked `own_database`: of a new database."""
     if request.node.get_closest_marker("own_database"):
         name, drop = f"test_{uuid.uuid4().hex}", request.getfixturevalue("drop_later")
         yield name
@@ -282,7 +289,7 @@ def shares_factory(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def shared_factory(server: str, shared_database: str) -> Iterator[Callable[[], SharedFactory]]:
-    """Return the factory of the module and the log of its commands; another factory once a test has closed it."""
+    """Return a getter of the module's factory and its command log; the getter replaces a factory that was closed."""
     made: list[SharedFactory] = []
 
     def shared() -> SharedFactory:
@@ -298,7 +305,7 @@ def shared_factory(server: str, shared_database: str) -> Iterator[Callable[[], S
 
 @pytest.fixture
 def commands(request: pytest.FixtureRequest) -> CommandLog:
-    """The commands that the clients it is passed to have sent."""
+    """The log of the commands of all clients that it is passed to."""
     shared = shares_factory(request) and "factory" in request.fixturenames
     return request.getfixturevalue("shared_factory")()[1] if shared else CommandLog()
 
@@ -316,7 +323,7 @@ def factory(
             factory = request.getfixturevalue("shared_factory")()[0]
         else:
             factory = stack.enter_context(MongoDBSessionManagerFactory(server, database, event_listeners=[commands]))
-        factory.list_sessions()  # before there is a document: indexes take the server a third of the time
+        factory.list_sessions()  # in the empty database, where building the indexes takes a third of the time
         eventually(lambda: not factory._connection._tasks)
         commands.clear()
         yield factory
@@ -324,8 +331,8 @@ def factory(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_is_left_open() -> Iterator[None]:
-    """Have what is left over complain; what is still in use is not looked at again: that took half of all the time."""
+def no_resource_leaks() -> Iterator[None]:
+    """Collect garbage after each module, so that unclosed resources warn; freeze the rest, which is slow to scan."""
     yield
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""What several test modules use."""
+"""Helpers of several test modules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mongodb_session_manager.demo import ScriptedModel
 
 
 class CommandLog(monitoring.CommandListener):
-    """The names of the commands that were sent, without those that open and close connections."""
+    """The names of the commands that were sent, except the commands that open and close connections."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -43,7 +43,7 @@ class CommandLog(monitoring.CommandListener):
         self.names.clear()
 
     def wait_for_start(self) -> None:
-        """Wait for what a process sends once for a collection, in the background."""
+        """Wait for the commands that a process sends once for a collection, in the background."""
         self.wait_for("createIndexes")
         self.wait_for("find")  # unfinished sessions
 
@@ -60,7 +60,7 @@ def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 def sampled(cases: Iterable[Any], *chosen: Any) -> list[Any]:
-    """Return the cases of a parametrized test, of which all but the chosen ones only run with `--full-adversity`."""
+    """Return the cases of a parametrized test; all except the chosen ones run only with `--full-adversity`."""
     known = list(cases)
     assert all(case in known for case in chosen)
     return [
@@ -71,30 +71,28 @@ def sampled(cases: Iterable[Any], *chosen: Any) -> list[Any]:
     ]
 
 
-def in_half(number: int, value: Any) -> Any:
-    """Return a case of a parametrized test that is in one half, as in `halves`; a tuple has several parameters."""
-    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.half(number))
-
-
-def halves(*first: Any) -> Callable[..., list[Any]]:
-    """Return the values of a parameter, of which a test runs with one half, drawn for each test in each run.
-
-    Of several such parameters, a test runs with one half of all combinations, in which each value occurs, and each two
-    values of three or more parameters. `--full-adversity`: with all combinations.
-
-        @pytest.mark.parametrize("save_on", halves("message")("invocation"))
-    """
-
-    return lambda *second: [*(in_half(0, value) for value in first), *(in_half(1, value) for value in second)]
-
-
 def alternating(*values: Any) -> list[Any]:
-    """Return the values of a parameter that are in one half, as in `halves`, and in the other by turns."""
-    return [in_half(number % 2, value) for number, value in enumerate(values)]
+    """Return the values of a parameter, marked alternately as half 0 and half 1; a tuple sets several parameters.
+
+    Each run draws one half for each test and runs only that half; `--full-adversity` runs both.
+
+        @pytest.mark.parametrize("save_on", alternating("message", "invocation"))
+        @pytest.mark.parametrize("is_async", alternating(False, True))
+
+    With several such parameters, a combination is in half 0 if the sum of its marks is even, in half 1 if it is odd. So
+    each run has every value of every parameter and, of three or more parameters, every pair of values.
+    """
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.half(number % 2))
+        for number, value in enumerate(values)
+    ]
 
 
-def chance() -> random.Random:
-    """Return random numbers for the cases of a test: the same in all workers of a run, others in each run."""
+def run_random() -> random.Random:
+    """Return a random generator that has the same seed in all workers of a run, and another seed in each run.
+
+    Workers must agree on the collected cases. `--testrunuid` sets the seed of a run with workers.
+    """
     return random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
 
 
@@ -121,7 +119,7 @@ def message_ids(document: dict[str, Any], agent_key: str = "agent") -> list[int]
 
 
 def chained(error: BaseException) -> list[BaseException]:
-    """Return an error and all that error trackers find behind it, whether or not a traceback shows it."""
+    """Return an error and all its causes and contexts, as error trackers do, even those that a traceback hides."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -133,7 +131,7 @@ def chained(error: BaseException) -> list[BaseException]:
 
 
 def assert_no_driver_error(error: BaseException) -> None:
-    """Nothing behind an error is of a kind that quotes what users wrote."""
+    """Assert that no cause or context of an error is of a type whose message can quote user data."""
     quoting = (PyMongoError, BSONError, UnicodeError, JSONDecodeError, OverflowError)
     assert [each for each in chained(error) if isinstance(each, quoting)] == []
 
@@ -146,7 +144,7 @@ def bson_of(collection: Collection[dict[str, Any]], **options: Any) -> Iterator[
 
 @contextmanager
 def fail_point(uri: str, **data: Any) -> Iterator[None]:
-    """Have the server fail commands as `failCommand` describes; `times` says how often (default: once)."""
+    """Make the server fail commands, with `data` for the fail point `failCommand`, `times` times (default 1)."""
     mode: Any = {"times": data.pop("times", 1)}
     with pymongo.MongoClient[dict[str, Any]](uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})

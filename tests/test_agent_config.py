@@ -24,7 +24,7 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent, halves
+from support import CommandLog, agent, alternating
 
 pytestmark = pytest.mark.shared_factory
 
@@ -72,7 +72,7 @@ def replies() -> Replies:
     return Replies()
 
 
-@pytest.fixture(params=halves("manager", "async repository")("async manager", "repository"))
+@pytest.fixture(params=alternating("manager", "async manager", "async repository", "repository"))
 def session(
     request: pytest.FixtureRequest,
     factory: MongoDBSessionManagerFactory,

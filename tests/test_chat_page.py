@@ -8,7 +8,8 @@ import shutil
 import signal
 import socket
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,19 +120,32 @@ def tab(browser: Any) -> Any:
     return browser.new_context(viewport=WINDOW, reduced_motion="reduce").new_page()
 
 
+def asks_nothing(asked: list[str], ended: list[str]) -> bool:
+    """Return whether all requests of the page have ended, but for the streams of events."""
+    return not {each for each in Counter(asked) - Counter(ended) if not each.endswith("/events")}
+
+
 @contextmanager
 def opened(tab: Any, url: str) -> Iterator[Any]:
     """Open the page as in a new tab, and see that no script fails and that nothing is fetched from elsewhere."""
     wrong: list[str] = []
     asked: list[str] = []
-    note_error, note_request = lambda error: wrong.append(str(error.error)), lambda request: asked.append(request.url)
-    tab.context.on("weberror", note_error)
-    tab.context.on("request", note_request)
+    ended: list[str] = []
+    notes: dict[Any, Callable[[Any], None]] = {
+        "weberror": lambda error: wrong.append(str(error.error)),
+        "request": lambda request: asked.append(request.url),
+        "requestfinished": lambda request: ended.append(request.url),
+        "requestfailed": lambda request: ended.append(request.url),
+    }
+    for event, note in notes.items():
+        tab.context.on(event, note)
     tab.goto(url)
     yield tab
+    # A request that is still being served could create its session again when the next test has deleted it.
+    eventually(lambda: asks_nothing(asked, ended) or tab.wait_for_timeout(10))
     tab.evaluate("sessionStorage.clear()")
-    tab.context.remove_listener("weberror", note_error)
-    tab.context.remove_listener("request", note_request)
+    for event, note in notes.items():
+        tab.context.remove_listener(event, note)
     assert wrong == []
     assert [each for each in asked if not each.startswith((f"{url}/", "data:"))] == []
     assert asked

@@ -47,8 +47,6 @@ from support import (
     chained,
     eventually,
     fail_point,
-    halves,
-    in_half,
     sampled,
     texts,
 )
@@ -64,10 +62,8 @@ FRESH_DRIVERS = pytest.mark.parametrize(
 FRESH_AND_USED_DRIVERS = pytest.mark.parametrize(
     ("driver_class", "used"),
     [
-        in_half(0, (AsyncIOMotorClient, False)),
-        in_half(1, (AsyncIOMotorClient, True)),
+        *alternating((AsyncIOMotorClient, False), (AsyncIOMotorClient, True), (AsyncMongoClient, True)),
         pytest.param(AsyncMongoClient, False, marks=[may_block, pytest.mark.half(1)]),
-        in_half(0, (AsyncMongoClient, True)),
     ],
 )
 
@@ -731,7 +727,7 @@ def test_a_wrong_password_is_not_shown(server: str, database: str) -> None:
 # What the driver raises, as ours.
 
 
-@pytest.fixture(params=halves("replica set")("standalone"))
+@pytest.fixture(params=alternating("replica set", "standalone"))
 def any_server(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("server" if request.param == "replica set" else "standalone"))
 

@@ -41,6 +41,7 @@ from mongodb_session_manager import (
     SessionNotFoundError,
     demo,
 )
+from mongodb_session_manager._format.buckets import Step, taken
 from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
 from support import CommandLog, agent, apply, eventually, fail_point, texts
@@ -819,3 +820,11 @@ def test_when_nobody_knows_whether_the_content_is_stored_nothing_is_left(
         assert left_of(stored, "t") == []
         copy()
         assert told(other.list_messages("t", "agent")) == expected(30)
+
+
+@pytest.mark.parametrize(
+    ("step", "count"),
+    [(Step(3, 0, 9), 3), (Step(0, 450, 9), 5), (Step(2, 450, 9), 5), (Step(0, 900, 4), 4), (Step(0, 0, 9), 1)],
+)
+def test_a_copy_archives_as_many_messages_at_once_as_the_limits_ask_for(step: Step, count: int) -> None:
+    assert taken([100] * 10, step) == count

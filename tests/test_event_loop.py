@@ -22,7 +22,7 @@ from strands.types.tools import ToolContext
 from mongodb_session_manager import AsyncMongoDBSessionManager, MongoDBSessionError, MongoDBSessionManagerFactory
 from mongodb_session_manager.demo import Redaction, ScriptedModel
 from proxy import Proxy
-from support import CommandLog, agent, eventually, halves, message_ids, texts
+from support import CommandLog, agent, alternating, eventually, message_ids, texts
 
 pytestmark = pytest.mark.shared_factory
 
@@ -114,13 +114,13 @@ class Kind:
             await asyncio.to_thread(manager.flush)
 
 
-@pytest.fixture(params=halves("sync", "mixed")("async"))
+@pytest.fixture(params=alternating("sync", "async", "mixed"))
 def kind(request: pytest.FixtureRequest) -> Kind:
     return Kind(request.param)
 
 
-ON_A_LOOP = pytest.mark.parametrize("kind", halves("async")("mixed"), indirect=True)
-SYNC_AND_ASYNC = pytest.mark.parametrize("kind", halves("sync")("async"), indirect=True)
+ON_A_LOOP = pytest.mark.parametrize("kind", alternating("async", "mixed"), indirect=True)
+SYNC_AND_ASYNC = pytest.mark.parametrize("kind", alternating("sync", "async"), indirect=True)
 
 
 def stored_agent(stored: Stored, key: str = "agent") -> dict[str, Any]:
@@ -148,7 +148,7 @@ def count(stored: Stored) -> int:
 
 @pytest.mark.anyio
 @ON_A_LOOP
-@pytest.mark.parametrize("streaming", halves(False)(True))
+@pytest.mark.parametrize("streaming", alternating(False, True))
 async def test_the_loop_goes_round_while_a_turn_is_written(
     kind: Kind, remote: MongoDBSessionManagerFactory, proxy: Proxy, ticks: Ticks, stored: Stored, streaming: bool
 ) -> None:
@@ -276,7 +276,7 @@ async def test_what_failed_behind_the_back_is_raised_by_the_next_flush(
 # From anywhere.
 
 
-@pytest.mark.parametrize("asynchronous", halves(False)(True))
+@pytest.mark.parametrize("asynchronous", alternating(False, True))
 def test_one_manager_serves_threads_and_loops(
     factory: MongoDBSessionManagerFactory, stored: Stored, asynchronous: bool
 ) -> None:
@@ -345,7 +345,7 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 async def test_a_tool_that_the_application_calls_is_stored_when_the_call_returns(
     kind: Kind,
     factory: MongoDBSessionManagerFactory,
@@ -367,7 +367,7 @@ async def test_a_tool_that_the_application_calls_is_stored_when_the_call_returns
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 async def test_a_merged_continuation_replaces(
     kind: Kind, factory: MongoDBSessionManagerFactory, stored: Stored, save_on: str
 ) -> None:
@@ -418,7 +418,7 @@ def raw_bytes(stored: Stored) -> bytes:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 async def test_a_redacted_question_is_nowhere(
     kind: Kind, factory: MongoDBSessionManagerFactory, stored: Stored, save_on: str
 ) -> None:
@@ -661,7 +661,7 @@ def with_metrics(messages: list[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 async def test_metrics_are_on_the_last_message_of_each_invocation(
     kind: Kind, factory: MongoDBSessionManagerFactory, stored: Stored, save_on: str
 ) -> None:

@@ -27,14 +27,14 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from proxy import Proxy, command
-from support import agent, fail_point, halves, message_ids, sampled, texts
+from support import agent, alternating, fail_point, message_ids, sampled, texts
 
 pytestmark = pytest.mark.shared_factory
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 Manager = MongoDBSessionManager | AsyncMongoDBSessionManager
 
-SAVE_ON = pytest.mark.parametrize("save_on", halves("message")("invocation"))
+SAVE_ON = pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 
 
 @tool
@@ -91,7 +91,7 @@ class Async:
 Api = Sync | Async
 
 
-@pytest.fixture(params=halves(Sync)(Async), ids=["sync", "async"])
+@pytest.fixture(params=alternating(Sync, Async), ids=["sync", "async"])
 def api(request: pytest.FixtureRequest) -> Api:
     return request.param()
 
@@ -245,7 +245,7 @@ def test_a_refused_agent_does_not_harm_another_of_the_same_manager(
 # Two agents.
 
 
-@pytest.mark.parametrize("managers", halves(1)(2))
+@pytest.mark.parametrize("managers", alternating(1, 2))
 def test_two_agents_take_turns(api: Api, factory: MongoDBSessionManagerFactory, stored: Stored, managers: int) -> None:
     first = api.open(factory, "s")
     second = first if managers == 1 else api.open(factory, "s")
@@ -263,7 +263,7 @@ def test_two_agents_take_turns(api: Api, factory: MongoDBSessionManagerFactory, 
 
 @pytest.mark.anyio
 @SAVE_ON
-@pytest.mark.parametrize("managers", halves(1)(2))
+@pytest.mark.parametrize("managers", alternating(1, 2))
 async def test_agents_of_a_session_work_at_the_same_time(
     factory: MongoDBSessionManagerFactory, stored: Stored, managers: int, save_on: str
 ) -> None:
@@ -636,7 +636,7 @@ def test_several_failed_flushes_and_then_recovery(api: Api, server: str, databas
         api.close(manager)
 
 
-@pytest.mark.parametrize("reply", halves(CALL_ADD)("answer"), ids=["at a tool call", "at the end"])
+@pytest.mark.parametrize("reply", alternating(CALL_ADD, "answer"), ids=["at a tool call", "at the end"])
 def test_an_outage_in_the_middle_of_a_turn(
     api: Api, server: str, database: str, stored: Stored, reply: dict[str, Any] | str
 ) -> None:
@@ -672,7 +672,7 @@ def test_closing_after_an_outage_stores_what_is_pending(server: str, database: s
         assert conversation(stored) == ["one", "1", "two"]
 
 
-@pytest.mark.parametrize("first", halves(True)(False), ids=["first turn", "later turn"])
+@pytest.mark.parametrize("first", alternating(True, False), ids=["first turn", "later turn"])
 def test_what_a_failed_flush_has_stored_is_not_stored_again(
     api: Api, server: str, database: str, stored: Stored, first: bool
 ) -> None:
@@ -696,7 +696,7 @@ def test_what_a_failed_flush_has_stored_is_not_stored_again(
         api.close(manager)
 
 
-@pytest.mark.parametrize("in_place", halves(True)(False), ids=["like Strands", "by another message"])
+@pytest.mark.parametrize("in_place", alternating(True, False), ids=["like Strands", "by another message"])
 def test_a_redaction_after_a_flush_that_failed_though_it_stored(
     server: str, database: str, stored: Stored, in_place: bool
 ) -> None:

@@ -16,7 +16,7 @@ import pymongo
 import pytest
 import uvicorn
 from blockbuster import BlockBuster
-from fastapi import FastAPI, HTTPException, Response, WebSocket
+from fastapi import Depends, FastAPI, HTTPException, Response, WebSocket
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from strands import tool
@@ -153,6 +153,22 @@ def client(application: Application) -> Iterator[httpx.Client]:
 def conversation(stored: Stored, session_id: str = "s") -> list[str]:
     document = stored.find_one({"_id": session_id})
     return [] if document is None else texts(document["agents"]["agent"]["messages"])
+
+
+def test_methods_of_a_factory_are_endpoints_and_dependencies(server: str, database: str) -> None:
+    app = FastAPI()
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        factory.create_session_manager("s").close()
+        app.get("/ready", dependencies=[Depends(factory.ping), Depends(factory.ping_async)])(lambda: "ready")
+        app.get("/exists")(factory.session_exists)
+        app.get("/exists_async")(factory.session_exists_async)
+        app.get("/sessions")(factory.list_sessions)
+        with serving(app) as client:
+            assert client.get("/ready").json() == "ready"
+            assert client.get("/exists?session_id=s").json() is True
+            assert client.get("/exists_async?session_id=s").json() is True
+            (found,) = client.get("/sessions?limit=1").json()["sessions"]
+    assert found["session_id"] == "s"
 
 
 # Turns.

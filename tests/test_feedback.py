@@ -22,7 +22,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from support import CommandLog, agent, halves
+from support import CommandLog, agent, alternating
 
 pytestmark = pytest.mark.shared_factory
 
@@ -45,7 +45,7 @@ class Blocking:
         return call
 
 
-@pytest.fixture(params=halves("manager", "async repository")("async manager", "repository"))
+@pytest.fixture(params=alternating("manager", "async manager", "async repository", "repository"))
 def session(
     request: pytest.FixtureRequest,
     factory: MongoDBSessionManagerFactory,

@@ -16,7 +16,7 @@ from strands.types.exceptions import SessionException
 from mongodb_session_manager import GUARDRAIL_STOP_REASONS, MongoDBSessionManagerFactory
 from mongodb_session_manager._managers.capture import guardrail_event, summarize_policies
 from mongodb_session_manager.demo import Redaction, ScriptedModel
-from support import CommandLog, Session, agent, fail_point, halves, message_ids, texts
+from support import CommandLog, Session, agent, alternating, fail_point, message_ids, texts
 
 pytestmark = pytest.mark.shared_factory
 
@@ -32,7 +32,7 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-@pytest.fixture(params=halves(False)(True), ids=["manager", "async manager"])
+@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
     return Session(factory, runner, request.param)
 
@@ -53,8 +53,8 @@ def streamed(live: Agent, text: str) -> None:
     asyncio.run(stream())
 
 
-TURNS = pytest.mark.parametrize("turn", halves(called, streamed)(invoked))
-SAVE_ON = pytest.mark.parametrize("save_on", halves("message")("invocation"))
+TURNS = pytest.mark.parametrize("turn", alternating(called, invoked, streamed))
+SAVE_ON = pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 
 
 def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bool:
@@ -148,7 +148,7 @@ def test_a_redacted_tool_result_is_gone(
     assert block["toolResult"]["content"] == [{"text": "[removed]"}]
 
 
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 def test_a_redaction_costs_at_most_one_command(
     session: Session, commands: CommandLog, save_on: str, stored: Stored
 ) -> None:

@@ -25,7 +25,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     chain_hooks,
 )
-from support import CommandLog, Session, alternating, halves
+from support import CommandLog, Session, alternating
 
 pytestmark = pytest.mark.shared_factory
 
@@ -47,7 +47,7 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-@pytest.fixture(params=halves(False)(True), ids=["manager", "async manager"])
+@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
     return Session(factory, runner, request.param)
 
@@ -123,7 +123,7 @@ FORMS: dict[str, Callable[[Callable[..., Any]], Hook]] = {
 }
 FORM = pytest.mark.parametrize("form", alternating(*FORMS.values()), ids=FORMS)
 NO_DEADLOCK = pytest.mark.timeout(60)
-BOTH = pytest.mark.parametrize("form", halves(written_def)(written_async_def), ids=["def", "async def"])
+BOTH = pytest.mark.parametrize("form", alternating(written_def, written_async_def), ids=["def", "async def"])
 
 # What a hook does is a generator, so that `def` and `async def` can do the same: it yields the positional arguments
 # for `original_func`, or None so as not to call it, and then gets the result and yields what the caller gets.
@@ -485,7 +485,7 @@ def test_a_def_hook_may_leave_the_operation_to_a_thread_of_its_own(session: Sess
     assert session.get_metadata() == {"metadata": {"a": 1}}
 
 
-@pytest.mark.parametrize("other", halves(written_def)(written_async_def))
+@pytest.mark.parametrize("other", alternating(written_def, written_async_def))
 def test_a_def_hook_in_a_chain_may_leave_the_operation_to_a_thread_of_its_own(
     session: Session, other: Callable[..., Hook]
 ) -> None:
@@ -702,7 +702,7 @@ def on_a_new_loop(call: Callable[..., Any]) -> Any:
 
 @NO_DEADLOCK
 @pytest.mark.anyio
-@pytest.mark.parametrize("way", halves(from_the_loop)(on_a_new_loop))
+@pytest.mark.parametrize("way", alternating(from_the_loop, on_a_new_loop))
 async def test_def_hook_of_the_async_manager_calls_the_manager(
     factory: MongoDBSessionManagerFactory, way: Callable[..., Any]
 ) -> None:
@@ -721,7 +721,7 @@ async def test_def_hook_of_the_async_manager_calls_the_manager(
 
 @NO_DEADLOCK
 @pytest.mark.anyio
-@pytest.mark.parametrize("way", halves(from_the_loop)(on_a_new_loop))
+@pytest.mark.parametrize("way", alternating(from_the_loop, on_a_new_loop))
 async def test_many_def_hooks_of_the_async_manager_call_the_manager_at_once(
     factory: MongoDBSessionManagerFactory, way: Callable[..., Any]
 ) -> None:

@@ -29,7 +29,7 @@ from mongodb_session_manager import (
     MongoDBSessionRepository,
     SessionNotFoundError,
 )
-from support import CommandLog, agent, eventually, halves, message_ids, texts
+from support import CommandLog, agent, alternating, eventually, message_ids, texts
 
 pytestmark = pytest.mark.shared_factory
 
@@ -52,7 +52,7 @@ class Blocking:
         return call
 
 
-KINDS = halves("manager", "async repository")("async manager", "repository")
+KINDS = alternating("manager", "async manager", "async repository", "repository")
 
 
 @pytest.fixture(params=KINDS)

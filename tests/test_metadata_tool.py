@@ -27,7 +27,7 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from mongodb_session_manager._io.requested_fields import ACTED_ON
-from support import CommandLog, agent, fail_point, halves
+from support import CommandLog, agent, alternating, fail_point
 
 pytestmark = pytest.mark.shared_factory
 
@@ -99,7 +99,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(
-    params=halves(False)(True),
+    params=alternating(False, True),
     ids=["manager", "async manager awaited"],
 )
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
@@ -407,8 +407,8 @@ def call_directly(manager: Any, requests: list[dict[str, Any]], **policy: Any) -
     return [live.tool.manage_metadata(**request) for request in requests]
 
 
-@pytest.mark.parametrize("is_async", halves(False)(True), ids=["manager", "async manager"])
-@pytest.mark.parametrize("allowed_keys", halves(None)(["a.b", "_id"]), ids=["all keys", "some keys"])
+@pytest.mark.parametrize("is_async", alternating(False, True), ids=["manager", "async manager"])
+@pytest.mark.parametrize("allowed_keys", alternating(None, ["a.b", "_id"]), ids=["all keys", "some keys"])
 def test_no_key_leads_out_of_metadata(
     factory: MongoDBSessionManagerFactory,
     runner: asyncio.Runner,

@@ -35,7 +35,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import Async, Odd, Streaming, Sync, handoff, join, node, pipeline, sent, team
 from proxy import Proxy, command
-from support import CommandLog, agent, alternating, eventually, fail_point, halves, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, texts
 
 pytestmark = pytest.mark.shared_factory
 
@@ -48,7 +48,7 @@ SWARM = pytest.mark.may_block
 BOTH = pytest.mark.parametrize("kind", ["graph", pytest.param("swarm", marks=SWARM)])
 
 
-@pytest.fixture(params=halves(Sync, Streaming)(Async), ids=["sync", "streamed", "async"])
+@pytest.fixture(params=alternating(Sync, Async, Streaming), ids=["sync", "async", "streamed"])
 def api(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
@@ -122,7 +122,7 @@ KEY = {"graph": "pipeline", "swarm": "team"}
 
 
 @BOTH
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 def test_one_update_per_node_and_one_at_the_end(
     api: Any, factory: MongoDBSessionManagerFactory, commands: CommandLog, kind: str, save_on: str
 ) -> None:
@@ -292,7 +292,7 @@ class BrokenError(Exception):
     """What a node fails with."""
 
 
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 def test_a_graph_goes_on_after_an_exception(
     api: Any, factory: MongoDBSessionManagerFactory, save_on: str, tmp_path: Path
 ) -> None:
@@ -327,8 +327,8 @@ def test_a_swarm_begins_again_after_an_exception_as_strands_has_it(
 
 
 @BOTH
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
-@pytest.mark.parametrize("how", halves("cancelled")("abandoned"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
+@pytest.mark.parametrize("how", alternating("cancelled", "abandoned"))
 def test_it_goes_on_after_it_was_cancelled(
     factory: MongoDBSessionManagerFactory, kind: str, save_on: str, how: str
 ) -> None:
@@ -537,7 +537,7 @@ def test_a_human_who_says_no(api: Any, factory: MongoDBSessionManagerFactory, st
 
 
 @BOTH
-@pytest.mark.parametrize("exists", halves(False)(True), ids=["new", "old"])
+@pytest.mark.parametrize("exists", alternating(False, True), ids=["new", "old"])
 def test_of_two_writers_the_second_is_refused(
     api: Any, factory: MongoDBSessionManagerFactory, stored: Stored, kind: str, exists: bool
 ) -> None:
@@ -660,7 +660,7 @@ def behind_proxy(
 
 
 @BOTH
-@pytest.mark.parametrize("lost", halves("request")("acknowledgement"))
+@pytest.mark.parametrize("lost", alternating("request", "acknowledgement"))
 @pytest.mark.parametrize("at", alternating("first", "second", "third"))
 def test_lost_on_the_way_and_stored_once(
     proxy: Proxy, behind_proxy: MongoDBSessionManagerFactory, stored: Stored, kind: str, lost: str, at: str
@@ -684,7 +684,7 @@ def test_lost_on_the_way_and_stored_once(
 
 
 @BOTH
-@pytest.mark.parametrize("applied", halves(False)(True), ids=["not applied", "applied"])
+@pytest.mark.parametrize("applied", alternating(False, True), ids=["not applied", "applied"])
 def test_an_outage_stops_it_where_it_happened(
     proxy: Proxy, behind_proxy: MongoDBSessionManagerFactory, stored: Stored, kind: str, applied: bool
 ) -> None:

@@ -38,7 +38,7 @@ from mongodb_session_manager import (
     initialize_global_factory,
 )
 from mongodb_session_manager._format.buckets import Head, Limits, cut, head_numbers, merge
-from mongodb_session_manager._format.retention import UNDATED, Dates
+from mongodb_session_manager._format.retention import UNDATED, Dates, Life
 from support import CommandLog, agent, eventually, fail_point, sampled, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
@@ -653,6 +653,20 @@ def test_a_part_that_is_stored_between_the_dates_of_a_longer_ttl_does_not_expire
         assert session["metadata"] == {"longer": True}
         assert len(parts) >= 4
         assert [part["_id"] for part in parts if part["expires_at"] < session["expires_at"]] == []
+
+
+def test_a_part_is_dated_again_if_its_session_can_expire_later() -> None:
+    part = Dates(60, datetime(2030, 1, 1, tzinfo=UTC))
+    second = timedelta(seconds=1)
+    for life, outlives in (
+        (Life(None, 60, part.expires_at + second), True),
+        (Life(None, 60, part.expires_at), False),
+        (Life(None, 60, part.expires_at - second), False),
+        (Life(None, 120, part.expires_at - second), True),
+        (Life(None, None, None), True),
+    ):
+        assert life.outlives(part) == outlives
+    assert not Life().outlives(UNDATED)
 
 
 def test_a_bucket_of_a_session_that_does_not_expire_stays(

@@ -23,7 +23,7 @@ from mongodb_session_manager._format.changes import AppendMessage, UpdateAgent
 from mongodb_session_manager._format.dates import now
 from mongodb_session_manager._format.documents import agent_state, stored_message
 from orchestrators import Odd
-from support import CommandLog, agent, alternating, apply, fail_point, halves, texts
+from support import CommandLog, agent, alternating, apply, fail_point, texts
 
 pytestmark = pytest.mark.shared_factory
 
@@ -351,7 +351,7 @@ def test_old_messages_make_room_for_it(
     assert [len(text) for text in conversation(stored)] == [12 * MIB, 1]
 
 
-@pytest.mark.parametrize("ask", halves(ask)(ask_async))
+@pytest.mark.parametrize("ask", alternating(ask, ask_async))
 def test_messages_that_find_no_room_are_stored_once_there_is(
     factory: MongoDBSessionManagerFactory, stored: Any, ask: Callable[..., None]
 ) -> None:

@@ -5,6 +5,7 @@ import __future__
 
 import ast
 import inspect
+import pickle
 import pydoc
 import re
 import subprocess
@@ -235,6 +236,15 @@ def test_both_repositories_have_the_same_methods() -> None:
 def test_one_repository_awaits_and_the_other_does_not() -> None:
     assert {name for name, method in methods(AsyncMongoDBSessionRepository).items() if not is_async(method)} == set()
     assert {name for name, method in methods(MongoDBSessionRepository).items() if is_async(method)} == set()
+
+
+@pytest.mark.parametrize("cls", [MongoDBSessionRepository, MongoDBSessionManagerFactory, MongoDBSessionManager])
+def test_a_method_that_is_made_from_its_twin_looks_like_one_that_was_written(cls: type) -> None:
+    for name, method in vars(cls).items():
+        if not name.startswith("_") and inspect.isfunction(method):
+            assert (method.__module__, method.__qualname__) == (cls.__module__, f"{cls.__name__}.{name}")
+            assert inspect.unwrap(method) is method, "FastAPI looks there whether a result must be awaited"
+            assert pickle.loads(pickle.dumps(method)) is method
 
 
 def test_the_repositories_document_the_same() -> None:
@@ -549,7 +559,7 @@ def test_importing_the_package_imports_what_it_needs_and_no_more() -> None:
     assert run.returncode == 0, run.stderr
     loaded = set(run.stdout.split())
     assert "mongodb_session_manager._managers.sync_manager" in loaded
-    assert "mongodb_session_manager.embedded" not in loaded
+    assert not {"mongodb_session_manager.embedded", "mongodb_session_manager.demo"} & loaded
     assert not any(name.startswith(("aioboto3", "aiobotocore")) for name in loaded)
     assert loaded & aws_modules() == set()
 

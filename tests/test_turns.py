@@ -36,13 +36,13 @@ from mongodb_session_manager import (
     SessionConflictError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent, eventually, fail_point, halves, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, texts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.shared_factory]
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
-SAVE_ON = pytest.mark.parametrize("save_on", halves("message")("invocation"))
+SAVE_ON = pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 
 
 def question(text: str, tracking_id: str | None = None) -> list[Any]:
@@ -92,7 +92,7 @@ def test_a_front_end_that_keeps_its_ids_across_restarts(factory: MongoDBSessionM
     assert stored_texts(stored) == [f"{kind} {number}" for number in range(3) for kind in ("question", "answer")]
 
 
-@pytest.mark.parametrize("restart", halves(False)(True))
+@pytest.mark.parametrize("restart", alternating(False, True))
 def test_a_retry_with_the_same_list_after_the_model_failed(
     factory: MongoDBSessionManagerFactory, stored: Stored, restart: bool
 ) -> None:
@@ -110,8 +110,8 @@ def test_a_retry_with_the_same_list_after_the_model_failed(
     assert stored_texts(stored) == texts(live.messages) == ["again", "again", "one"]
 
 
-@pytest.mark.parametrize("restart", halves(False)(True))
-@pytest.mark.parametrize("change", halves("the same message")("another message"))
+@pytest.mark.parametrize("restart", alternating(False, True))
+@pytest.mark.parametrize("change", alternating("the same message", "another message"))
 def test_a_retry_with_a_longer_message_of_the_same_id_is_a_message_of_its_own(
     factory: MongoDBSessionManagerFactory, stored: Stored, change: str, restart: bool
 ) -> None:
@@ -271,8 +271,8 @@ def removing(factory: MongoDBSessionManagerFactory, **options: Any) -> None:
         assert live.conversation_manager.removed_message_count == 8
 
 
-@pytest.mark.parametrize("archived", halves(False)(True))
-@pytest.mark.parametrize("count", halves(0, 8)(3, 9))
+@pytest.mark.parametrize("archived", alternating(False, True))
+@pytest.mark.parametrize("count", alternating(0, 3, 8, 9))
 def test_a_conversation_manager_gets_the_messages_it_asks_for(
     factory: MongoDBSessionManagerFactory, archived: bool, count: int
 ) -> None:

@@ -24,7 +24,7 @@ from mongodb_session_manager import (
 )
 from scripted_bidi import ScriptedBidiModel, said
 from scripted_bidi import calls as call_of
-from support import CommandLog, Session, agent, fail_point, halves, message_ids, texts
+from support import CommandLog, Session, agent, alternating, fail_point, message_ids, texts
 
 pytestmark = pytest.mark.shared_factory
 
@@ -48,12 +48,12 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-@pytest.fixture(params=halves(False)(True), ids=["manager", "async manager"])
+@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
     return Session(factory, runner, request.param)
 
 
-SAVE_ON = pytest.mark.parametrize("save_on", halves("message")("invocation"))
+SAVE_ON = pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 
 
 def stored_messages(stored: Stored, key: str = "agent") -> list[dict[str, Any]]:
@@ -231,7 +231,7 @@ def test_synchronising_an_agent_counts_nothing(session: Session) -> None:
 # What it costs.
 
 
-@pytest.mark.parametrize("save_on", halves("message")("invocation"))
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 def test_counting_costs_no_command(session: Session, commands: CommandLog, save_on: str) -> None:
     writes = 4 if save_on == "message" else 1
     session.open(save_on=save_on)
@@ -394,7 +394,7 @@ def test_event_loop_metrics(session: Session, stored: Stored, save_on: str) -> N
 
 @pytest.mark.anyio
 @pytest.mark.may_block
-@pytest.mark.parametrize("is_async", halves(False)(True), ids=["manager", "async manager"])
+@pytest.mark.parametrize("is_async", alternating(False, True), ids=["manager", "async manager"])
 @SAVE_ON
 async def test_a_bidirectional_agent_has_no_metrics_and_does_not_fail(
     factory: MongoDBSessionManagerFactory, stored: Stored, is_async: bool, save_on: str

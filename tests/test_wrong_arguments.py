@@ -162,3 +162,10 @@ def test_a_session_of_somebody_else_is_not_taken_for_ones_own(standalone: str, d
             pytest.raises(SessionExistsError),
         ):
             repository.create_session(session)
+
+
+def test_a_wrong_call_names_the_method_that_was_called(repository: MongoDBSessionRepository) -> None:
+    wrong: Any = repository
+    for call in (lambda: wrong.get_metadata(), lambda: wrong.get_metadata("a", "b"), lambda: wrong.get_metadata(x=1)):
+        with pytest.raises(TypeError, match=r"^MongoDBSessionRepository\.get_metadata\(\) "):
+            call()

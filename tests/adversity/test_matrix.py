@@ -29,7 +29,7 @@ from sites import Site, answers
 
 from mongodb_session_manager import DatabaseTimeoutError, DatabaseUnavailableError, MongoDBSessionManagerFactory
 from proxy import command
-from support import CommandLog, agent, chance, eventually, sampled, texts
+from support import CommandLog, agent, eventually, run_random, sampled, texts
 
 EXPECTED = """
            refused dropped unacked died        frozen mute  demoted no-primary write-concern pool cancelled
@@ -85,10 +85,10 @@ def cells() -> list[Cell]:
 def drawn(*faults: str) -> list[Any]:
     """Return cells with a kind of manager in turn, but with both where they differ, and for `append`.
 
-    Of three cells one is drawn, other ones in each run: each operation meets some faults, each fault some operations.
-    `--full-adversity`: all cells with both.
+    Each run draws another third of the cells, which includes every operation and every fault. `--full-adversity`: all
+    cells with both kinds.
     """
-    random, share = chance(), min(3, len(faults))
+    random, share = run_random(), min(3, len(faults))
     rows = random.sample(list(OPERATIONS), len(OPERATIONS))
     columns = random.sample(faults, len(faults))
     cases, chosen, turns = [], [], 0

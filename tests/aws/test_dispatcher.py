@@ -160,6 +160,16 @@ def test_what_is_given_up_is_logged_once_by_name_and_handed_over(caplog: pytest.
     assert "body" not in repr(event)
 
 
+@pytest.mark.parametrize("types", [OSError, (OSError, KeyError), OSError | KeyError], ids=["one", "several", "a union"])
+def test_a_delivery_is_tried_again_after_the_named_exceptions_only(types: Any) -> None:
+    told: list[BaseException] = []
+    failing, other = Failing(OSError(), OSError()), Failing(ValueError(), ValueError())
+    for each in (failing, other):
+        notify_later("test", "s", each, on_error=lambda _, error: told.append(error), retry_on=types, max_tries=2)
+    eventually(lambda: len(told) == 2)
+    assert (failing.tries, other.tries) == (2, 1)
+
+
 def test_whatever_a_delivery_or_on_error_raises_ends_nothing(gate: Gate) -> None:
     def refuse(event: NotificationEvent, error: BaseException) -> None:
         raise RuntimeError("on_error itself")

@@ -12,7 +12,7 @@ import interpreter
 from arrivals import Queue
 from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
-from support import halves
+from support import alternating
 
 UPDATES = 20
 
@@ -37,7 +37,7 @@ def run(body: str, *arguments: str) -> tuple[str, str]:
     return interpreter.run(script(body), *arguments, timeout=100)
 
 
-@pytest.mark.parametrize("kind", halves("manager")("factory"))
+@pytest.mark.parametrize("kind", alternating("manager", "factory"))
 def test_close_right_after_many_updates_delivers_them_all(
     server: str, database: str, moto: str, queue: Queue, kind: str
 ) -> None:
@@ -64,7 +64,7 @@ async def test_close_of_an_async_manager_too(server: str, database: str, moto: s
 
 
 @pytest.mark.parametrize(
-    "opened", halves("MongoDBSessionManager('s', uri, database")("factory.create_session_manager('s'")
+    "opened", alternating("MongoDBSessionManager('s', uri, database", "factory.create_session_manager('s'")
 )
 def test_the_end_of_the_interpreter_delivers_them_too(
     server: str, database: str, stored: Any, moto: str, queue: Queue, opened: str

@@ -22,7 +22,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager.hooks import _aws
 from proxy import Proxy
-from support import CommandLog, alternating, eventually, in_half
+from support import CommandLog, alternating, eventually
 
 
 @pytest.fixture
@@ -123,9 +123,7 @@ def test_what_hangs_arrives_once_it_hangs_no_more(
 TROUBLES = [(400, "ThrottlingException", ""), (403, "RequestThrottled", "")]
 
 
-@pytest.mark.parametrize(
-    "trouble", [in_half(n % 2, (each,)) for n, each in enumerate([500, 503, 429, *TROUBLES])], ids=str
-)
+@pytest.mark.parametrize("trouble", alternating(500, 503, 429, *((each,) for each in TROUBLES)), ids=str)
 def test_three_failures_and_then_it_arrives(
     factory: MongoDBSessionManagerFactory, endpoint: Endpoint, queue: Queue, trouble: Any
 ) -> None:

@@ -21,12 +21,12 @@ from mongodb_session_manager import (
     create_metadata_sqs_hook,
     create_metadata_websocket_hook,
 )
-from support import CommandLog, Session, alternating, eventually, halves, sampled
+from support import CommandLog, Session, alternating, eventually, sampled
 
 Hook = Callable[..., Any]
 
 
-@pytest.fixture(params=halves(False)(True), ids=["manager", "async manager"])
+@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
 def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory) -> Iterator[Session]:
     with asyncio.Runner() as runner:
         yield Session(factory, runner, request.param)
@@ -172,7 +172,7 @@ def test_reading_metadata_returns_it(session: Session, moto: str, form_name: str
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
-@pytest.mark.parametrize("is_async", halves(False)(True), ids=["def", "async def"])
+@pytest.mark.parametrize("is_async", alternating(False, True), ids=["def", "async def"])
 def test_each_call_is_one_operation_and_one_notification(
     session: Session, moto: str, queue: Queue, commands: CommandLog, is_async: bool, times: int
 ) -> None:

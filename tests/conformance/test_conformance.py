@@ -29,7 +29,7 @@ from strands.hooks import MessageAddedEvent
 from conversations import CONVERSATIONS, TOOLS, Conversation, Turn
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from recording_model import RecordingModel, comparable, overflow
-from support import chance
+from support import run_random
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -295,8 +295,8 @@ async def resumed(kind: Kind, conversation: Conversation, management: str, refer
 
 
 def sampled_cases() -> Iterator[tuple[str, Conversation, str]]:
-    """Yield each conversation once; each management and each kind has its share of them, others in each run."""
-    random = chance()
+    """Yield each conversation once, with a management and a kind, which are drawn evenly and anew in each run."""
+    random = run_random()
     conversations = random.sample(CONVERSATIONS, len(CONVERSATIONS))
     pairs = random.sample(list(itertools.product(KINDS, MANAGEMENTS)), len(KINDS) * len(MANAGEMENTS))
     for conversation, (kind, management) in zip(conversations, itertools.cycle(pairs)):

@@ -197,7 +197,7 @@ class Reader:
         self._attachment: tuple[Reference, int, Any] | None = None
 
     def read(self, line: object) -> Read | None:
-        """Return the content of a line, or `None` if it has none; raise `InvalidArgumentError` if it is refused."""
+        """Return the content of a line, or `None` if it has none; raise `InvalidArgumentError` if it is invalid."""
         self._number += 1
         try:
             data = _stripped(line)

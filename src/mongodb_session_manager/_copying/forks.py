@@ -175,4 +175,4 @@ def _no_message(agent_id: str, message_id: int) -> MessageNotFoundError:
 
 
 def _changed_too_often(session_id: str) -> DatabaseError:
-    return DatabaseError(f"session {session_id!r} kept changing while it was forked")
+    return DatabaseError(f"session {session_id!r} kept changing while it was forked: try again later")

@@ -50,7 +50,7 @@ async def read_source(store: SessionStore, session_id: str) -> Source:
         if not (earlier := [key for key, agent in numbers.items() if needs_upgrade(agent)]):
             return Source(Place(session_id, document["incarnation"]), document, agents)
         await store.migration.migrate_agents(session_id, numbers, earlier)
-    raise DatabaseError(f"session {session_id!r} kept changing while it was read")
+    raise DatabaseError(f"session {session_id!r} kept changing while it was read: try again later")
 
 
 def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Document]:

@@ -90,7 +90,7 @@ class WriteBack:
                 if all(agent.is_whole for agent in agents) or await self._write_back_once(session_id, document, agents):
                     await self._remove_left_over(place, agents)
                     return
-        raise DatabaseError(f"session {session_id!r} kept changing while it was written back")
+        raise DatabaseError(f"session {session_id!r} kept changing while it was written back: try again later")
 
     async def _write_back_once(self, session_id: str, document: Document, agents: Sequence[_Agent]) -> bool:
         """Put the messages of all agents into the session document; return `False` if they changed concurrently."""

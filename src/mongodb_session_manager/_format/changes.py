@@ -323,7 +323,7 @@ class AgentWrite:
         return [fields for message in new for fields in (message.recorded or {}, message.amended)]
 
     def exchange(self, new: Callable[[Mapping[str, Any]], Any]) -> None:
-        """Replace the fields of each message by `new(fields)`."""
+        """Replace the fields of each message with `new(fields)`."""
         for message in self.messages.values():
             message.fields, message.amended = new(message.fields), new(message.amended)
             if message.recorded is not None:

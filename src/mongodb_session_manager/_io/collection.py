@@ -1,4 +1,4 @@
-"""`Collection`: how commands are sent. A command is sent again after a lost connection; errors are this package's."""
+"""`Collection`: sends commands, again after a lost connection, and raises the errors of this package."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Collection:
         return await self.send(lambda collection: collection.find(condition, projection, **options).to_list())
 
     async def aggregate(self, pipeline: Sequence[Document]) -> list[Document]:
-        """Return the result of an aggregation, nothing if it stores its result."""
+        """Return the result of an aggregation; it is empty if the aggregation stores its result."""
         return await self.send(lambda collection: run_pipeline(collection, pipeline))
 
     async def insert_one(self, document: Document) -> None:

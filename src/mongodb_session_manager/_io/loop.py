@@ -122,7 +122,7 @@ def io_portal() -> Portal:
     """Return the portal to the library's own event loop, whose thread the first call starts.
 
     Raises:
-        EventLoopError: The interpreter is shutting down, or gevent has replaced threads by greenlets.
+        EventLoopError: The interpreter is shutting down, or gevent has replaced threads with greenlets.
     """
     global _thread, _exit_registered, _exiting
     with _lock:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine
-from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from .portal import Portal
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Caller(Protocol):
@@ -24,29 +24,66 @@ class Caller(Protocol):
 
 def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
     """Return a method with the parameters of `method` that calls it on the asynchronous object, and waits."""
+    name, check = method.__name__, _checks(method)
 
-    @wraps(method)
     def call(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._portal.call(method, self._async, *args, **kwargs)
+        check(call, self, *args, **kwargs)
+        twin: Callable[..., Coroutine[Any, Any, T]] = getattr(self._async, name)
+        return self._portal.call(twin, *args, **kwargs)
 
-    return call
+    return _like(method, call)
 
 
 def awaitable(
     method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """Return a coroutine function that can be awaited on any event loop, where `method` needs its own."""
+    name, check = method.__name__, _checks(method)
 
-    @wraps(method)
     async def run(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._portal.run(method, self._async, *args, **kwargs)
+        check(run, self, *args, **kwargs)
+        twin: Callable[..., Coroutine[Any, Any, T]] = getattr(self._async, name)
+        return await self._portal.run(twin, *args, **kwargs)
 
-    return run
+    return _like(method, run)
 
 
-def copy_docstrings(target: type, origin: type | None = None) -> None:
-    """Give methods without a docstring that of their twin in `origin`; without it, `name_async` gets that of `name`."""
+def _checks(method: Callable[..., Any]) -> Callable[..., None]:
+    """Return what refuses wrong arguments where they are passed, and names the method that was called."""
+    signature = inspect.signature(method)
+
+    def check(called: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{called.__qualname__}() {error}") from None
+
+    return check
+
+
+def _like(method: Callable[..., Any], twin: F) -> F:
+    """Give a twin the docstring and the parameters of a method.
+
+    There is no `__wrapped__`: FastAPI would take a method that waits for a coroutine function, and await its result.
+    """
+    shown: Any = twin
+    shown.__name__, shown.__doc__ = method.__name__, method.__doc__
+    shown.__signature__ = inspect.signature(method, eval_str=True)
+    shown.__annotations__ = inspect.get_annotations(method, eval_str=True)
+    return twin
+
+
+def finish_twins(target: type, origin: type | None = None) -> None:
+    """Give methods without a docstring that of their twin in `origin`; without it, `name_async` gets that of `name`.
+
+    What `blocking` and `awaitable` have made gets the name that it has in the class.
+    """
     for name, method in vars(target).items():
-        if inspect.isfunction(method) and not method.__doc__ and not name.startswith("_"):
+        if not inspect.isfunction(method) or name.startswith("_"):
+            continue
+        if method.__module__ == __name__:
+            method.__module__, method.__name__ = target.__module__, name
+            method.__qualname__ = f"{target.__qualname__}.{name}"
+        if not method.__doc__:
             twin = getattr(origin, name) if origin is not None else getattr(target, name.removesuffix("_async"))
             method.__doc__ = twin.__doc__

@@ -234,7 +234,7 @@ class SessionManagerBase(ReloadableSessionManager):
             if (offset := work.corrected_offset(agent.agent_id)) is not None:
                 agent.conversation_manager.removed_message_count = offset
         else:
-            work.start_invocation(agent.agent_id)  # there is no event for the start of one
+            work.start_invocation(agent.agent_id)  # no event marks the start of a bidirectional agent's invocation
             if self._lease is not None:
                 self._lease.begin(agent.agent_id)
         work.release(agent.agent_id)

@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 from .._copying.imports import feed, feed_blocking
 from .._io.connection import Connection
 from .._io.portal import Portal
-from .._io.twins import awaitable, blocking, copy_docstrings
+from .._io.twins import awaitable, blocking, finish_twins
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 from .._repository.async_repository import AsyncMongoDBSessionRepository as Repository
 from .._storage.storage import MongoDBStorage, SharedStorage
@@ -230,7 +230,7 @@ class MongoDBSessionManagerFactory:
         await self.close_async()
 
 
-copy_docstrings(MongoDBSessionManagerFactory)
+finish_twins(MongoDBSessionManagerFactory)
 
 
 def create_mongodb_session_manager(

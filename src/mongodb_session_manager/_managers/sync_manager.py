@@ -9,7 +9,7 @@ from strands.types.session import SessionMessage
 from strands.types.tools import AgentTool
 
 from .._format.metadata import checked_feedback, checked_keys, checked_metadata
-from .._io.twins import copy_docstrings
+from .._io.twins import finish_twins
 from .._notifications.notify import DRAIN_TIMEOUT, attributed_to
 from .._repository.metadata import AgentConfig, UsageReport
 from .._store.lease_queue import Caller
@@ -157,4 +157,4 @@ class MongoDBSessionManager(SessionManagerBase):
         return self._connection.portal.call(operation, self.session_id, *args, **kwargs)
 
 
-copy_docstrings(MongoDBSessionManager, AsyncMongoDBSessionManager)
+finish_twins(MongoDBSessionManager, AsyncMongoDBSessionManager)

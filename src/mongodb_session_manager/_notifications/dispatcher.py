@@ -33,7 +33,7 @@ _WORKERS = 16
 """The maximum number of concurrent deliveries."""
 
 _WORKERS_PER_NAME = 6
-"""The maximum number of concurrent deliveries of one name, so that a slow receiver leaves workers for others."""
+"""The maximum number of concurrent deliveries with the same name, so that a slow receiver leaves workers for others."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds between two tries
 _CANCELLATION = 0.5  # seconds that cancelled deliveries have to end

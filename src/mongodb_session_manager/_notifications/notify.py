@@ -91,8 +91,8 @@ def notify_later(
     if not callable(deliver) or not (on_error is None or callable(on_error)):
         raise ConfigurationError("deliver and on_error must be functions")
     types: Any = retry_on
-    worth = (lambda error: isinstance(error, types)) if isinstance(retry_on, type | tuple) else retry_on
-    policy = Policy(max_tries, time_limit, worth)
+    is_function = callable(retry_on) and not isinstance(retry_on, type)  # else a type, a tuple or a union of them
+    policy = Policy(max_tries, time_limit, types if is_function else lambda error: isinstance(error, types))
     submit(event_name, session_id, deliver, policy, on_error, message)
 
 

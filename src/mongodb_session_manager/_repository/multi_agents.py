@@ -129,7 +129,7 @@ class MultiAgentMethods(RepositoryMethods):
                     return lost or error
                 if rest is not None and turn is not None and (refusal := lost or await turn.wait(found)) is not None:
                     return refusal
-        raise DatabaseError(f"session {session_id!r} kept changing while it was written")
+        raise DatabaseError(f"session {session_id!r} kept changing while it was written: try again later")
 
     async def _store_state(self, multi_agent_id: str, update: Update, state: Any, turn: Turn | None = None) -> bool:
         command: Any = matched

@@ -14,7 +14,7 @@ from .._copying.imports import feed_blocking
 from .._io.drivers import SyncClient
 from .._io.options import RepositoryOptions
 from .._io.portal import Portal
-from .._io.twins import blocking, copy_docstrings
+from .._io.twins import blocking, finish_twins
 from .async_repository import AsyncMongoDBSessionRepository as Async
 
 if TYPE_CHECKING:
@@ -143,4 +143,4 @@ class MongoDBSessionRepository(SessionRepository):
         return feed_blocking(self._portal, self._async._import(session_id), stream)
 
 
-copy_docstrings(MongoDBSessionRepository, Async)
+finish_twins(MongoDBSessionRepository, Async)

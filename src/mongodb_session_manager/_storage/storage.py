@@ -236,7 +236,7 @@ class MongoDBStorage(Storage[str, str]):
                 await self._bucket.unname(file)
                 replaced.append(file)
         else:
-            raise DatabaseError("the value kept changing while it was written")
+            raise DatabaseError("the value kept changing while it was written: try again later")
         for file in replaced:
             await self._bucket.delete(file)
 
@@ -254,7 +254,7 @@ class MongoDBStorage(Storage[str, str]):
             if (data := await self._bucket.download(file, document["size"])) is not None:
                 return data
             seen = file  # replaced while it was read, or damaged
-        raise DatabaseError("the value kept changing while it was read")
+        raise DatabaseError("the value kept changing while it was read: try again later")
 
     async def _list(self, prefix: str) -> builtins.list[str]:
         bounds = {"_id": prefix_range(prefix)}

@@ -58,7 +58,7 @@ class Attachments:
     # Storing.
 
     async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
-        """Store the attachments of writes, in files with these dates, and replace them by references in the writes."""
+        """Store the attachments of writes in files with these dates, and replace them with references in the writes."""
         needed = {write.agent_id: list(_attachments(write.contents())) for write in writes}
         earlier = {write.agent_id: list(_attachments(write.earlier_contents())) for write in writes}
         writes = [write for write in writes if needed[write.agent_id] or earlier[write.agent_id]]
@@ -101,7 +101,7 @@ class Attachments:
     # Reading.
 
     async def restore(self, place: Place, messages: Mapping[str, list[Document]]) -> None:
-        """Replace the references in stored messages by the bytes, in place. `messages` maps agent ids to messages.
+        """Replace the references in stored messages with the bytes, in place. `messages` maps agent ids to messages.
 
         Raises:
             AttachmentError: An attachment is missing or damaged.

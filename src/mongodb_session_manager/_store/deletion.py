@@ -6,10 +6,10 @@ A session document that is not live has a `state`:
     state_by      a token of the call that deletes the session
     state_until   the end of its lease, by the server's clock
 
-A deletion replaces the document by these fields, removes the parts of the session, and then the document. The steps are
-idempotent, so any process can finish a deletion at any time. A copy whose lease has expired is abandoned: any process
-can delete it. A call with the same id finishes the deletion of a session or an abandoned copy. Each process also
-searches for unfinished sessions once.
+A deletion replaces the document with these fields, removes the parts of the session, and then the document. The steps
+are idempotent, so any process can finish a deletion at any time. A copy whose lease has expired is abandoned: any
+process can delete it. A call with the same id finishes the deletion of a session or an abandoned copy. Each process
+also searches for unfinished sessions once.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Migration:
                 await self._remove_moved(session_id, document)
             else:
                 await self._migrate_once(session_id, document)
-        raise DatabaseError(f"session {session_id!r} kept changing while it was migrated")
+        raise DatabaseError(f"session {session_id!r} kept changing while it was migrated: try again later")
 
     async def _migrate_once(self, session_id: str, document: Document) -> None:
         known = document.get("incarnation")

@@ -148,7 +148,7 @@ class Mover:
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
         """Move one bucket; return `False`, with nothing moved, if the head has changed.
 
-        If a document of version 1.0.0 is too full to be migrated, the bucket gets an id in the form of 1.0.0.
+        If the document of a session of 1.0.0 has no room for its migration, the bucket still gets an id of 1.0.0.
         """
         place = Place(session_id, head.life.incarnation)
         if await self._move_bucket(place, key, head, step):

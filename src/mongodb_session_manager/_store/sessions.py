@@ -110,4 +110,4 @@ async def read_consistently(session_id: str, read: Callable[[], Awaitable[T]]) -
             if error.references == missing:
                 raise
             missing = error.references
-    raise DatabaseError(f"session {session_id!r} kept changing while it was read")
+    raise DatabaseError(f"session {session_id!r} kept changing while it was read: try again later")

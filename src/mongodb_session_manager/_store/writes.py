@@ -440,7 +440,7 @@ class Flush:
 
 
 def _changed_too_often(session_id: str) -> DatabaseError:
-    return DatabaseError(f"session {session_id!r} kept changing while it was written")
+    return DatabaseError(f"session {session_id!r} kept changing while it was written: try again later")
 
 
 def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:

@@ -1,4 +1,4 @@
-"""The clients of AWS, and the classification of its errors.
+"""AWS clients, and the classification of AWS errors.
 
 The only module that imports aioboto3 and botocore. Clients live on the library's own event loop.
 """
