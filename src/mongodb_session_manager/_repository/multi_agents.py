@@ -25,7 +25,8 @@ from .._format.sizes import of_multi_agent
 from .._format.statements import Update
 from .._io.threads import compute
 from .._store.expiry import matched
-from .._store.lease import Lease, Turn, matched_with_lease
+from .._store.lease import Lease
+from .._store.lease_guard import LeaseGuard, matched_with_lease
 from .._store.sessions import ROUNDS
 from ..errors import AgentNotFoundError, DatabaseError, MongoDBSessionError, SessionNotFoundError, StateTooLargeError
 from .base import RepositoryMethods
@@ -106,7 +107,7 @@ class MultiAgentMethods(RepositoryMethods):
         """
         checked_id(session_id, "session_id")
         rest: MultiAgentWrite | None = write
-        turn = None if lease is None else Turn(lease, releases)
+        guard = None if lease is None else LeaseGuard(lease, releases)
         async with self._connection.operation():
             for _ in range(ROUNDS):
                 if rest is None:
@@ -114,7 +115,7 @@ class MultiAgentMethods(RepositoryMethods):
                 try:
                     rest = replace(rest, moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
-                    if await self._store_state(rest.multi_agent_id, update, rest.state, turn):
+                    if await self._store_state(rest.multi_agent_id, update, rest.state, guard):
                         return None
                     found = await self._store.sessions.get(session_id, {"incarnation": 1, "lease": 1})
                     if incarnation is not None and found.get("incarnation") != incarnation:
@@ -122,23 +123,25 @@ class MultiAgentMethods(RepositoryMethods):
                     stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
-                lost = None if turn is None else turn.check_lost(found)
+                lost = None if guard is None else guard.check_lost(found)
                 try:
                     rest = reconcile_write(rest, stored)
                 except MongoDBSessionError as error:
                     return lost or error
-                if rest is not None and turn is not None and (refusal := lost or await turn.wait(found)) is not None:
+                if rest is not None and guard is not None and (refusal := lost or await guard.wait(found)) is not None:
                     return refusal
         raise DatabaseError(f"session {session_id!r} kept changing while it was written: try again later")
 
-    async def _store_state(self, multi_agent_id: str, update: Update, state: Any, turn: Turn | None = None) -> bool:
+    async def _store_state(
+        self, multi_agent_id: str, update: Update, state: Any, guard: LeaseGuard | None = None
+    ) -> bool:
         command: Any = matched
-        if turn is not None:
-            update = turn.added_to(update, self._connection.now())
-            command = matched_with_lease if turn.takes else matched
+        if guard is not None:
+            update = guard.added_to(update, self._connection.now())
+            command = matched_with_lease if guard.takes else matched
         stored = await self._store.room.store_part(update, of_multi_agent(multi_agent_id), state, command)
-        if stored and turn is not None:
-            turn.confirm(stored if turn.takes else None)
+        if stored and guard is not None:
+            guard.confirm(stored if guard.takes else None)
         return bool(stored)
 
     async def _find_state(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:

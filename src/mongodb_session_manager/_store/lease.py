@@ -15,16 +15,14 @@ import random
 import weakref
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import suppress
-from datetime import datetime
 from typing import Any, Literal
 
 from .._format.documents import Document
 from .._format.layout import live_at
 from .._format.lease import Claim, StoredLease
 from .._format.malformed import MalformedField
-from .._format.statements import Update
 from .._io.driver_errors import DuplicateKeyError
-from .._io.drivers import AsyncCollection, find_and_modify
+from .._io.drivers import find_and_modify
 from ..errors import MongoDBSessionError, SessionBusyError, SessionClosedError, SessionConflictError
 from .lease_queue import Caller, Holding, Queue, Waiter, leases_of, of_connections, release_collected
 from .store import SessionStore
@@ -226,12 +224,8 @@ class Lease:
                 leases.waits += 1
                 leases.wait_seconds += leases.loop.time() - begin
             queue.waiters.remove(waiter)
-            if queue.waiters:
-                queue.wake()
-            elif queue.is_in_line and not self._connection.closed:
-                queue.is_in_line = False
-                self._connection.start(self._leave_line())
-            leases.tidy(self._key)
+            queue.wake()
+            self._leave(queue)
 
     async def take(self) -> None:
         """Take the lease with a command of its own, if the session exists.
@@ -244,16 +238,12 @@ class Lease:
             if (busy := await self.wait_to_write()) is not None:
                 raise busy
             return
-        leases = leases_of(self._connection)
-        queue = leases.queue(self._key)
+        queue = leases_of(self._connection).queue(self._key)
         try:
             if not await self._poll(queue):
-                raise SessionBusyError(f"session {self._session_id!r} is busy: another manager has its turn")
+                raise self._busy()
         finally:
-            if queue.is_in_line and not queue.waiters:
-                queue.is_in_line = False
-                self._connection.start(self._leave_line())
-            leases.tidy(self._key)
+            self._leave(queue)
 
     async def wait_to_write(self) -> SessionBusyError | None:
         """Wait for the lease; return the error for the writes if the session stays busy or their turn is cancelled."""
@@ -309,7 +299,10 @@ class Lease:
     async def _check_free(self) -> None:
         document = await self._store.sessions.find(self._session_id, {"lease": 1})
         if document is not None and self.is_busy(document):
-            raise SessionBusyError(f"session {self._session_id!r} is busy: another manager has its turn")
+            raise self._busy()
+
+    def _busy(self) -> SessionBusyError:
+        return SessionBusyError(f"session {self._session_id!r} is busy: another manager has its turn")
 
     async def repair(self) -> None:
         """Replace a stored `lease` that is `null`, and take the lease if it is free.
@@ -338,6 +331,13 @@ class Lease:
         queue.is_in_line = False
         self.taken(document)
         return True
+
+    def _leave(self, queue: Queue) -> None:
+        """End a wait; the last waiter of the process gives up the place of its connection in the stored line."""
+        if queue.is_in_line and not queue.waiters and not self._connection.closed:
+            queue.is_in_line = False
+            self._connection.start(self._leave_line())
+        leases_of(self._connection).tidy(self._key)
 
     async def _leave_line(self) -> None:
         with suppress(MongoDBSessionError):
@@ -391,65 +391,3 @@ class Lease:
         """Return whether another manager holds the lease of a session or, with `in_line`, waits for it."""
         stored, moment = StoredLease.of(document), self._connection.now()
         return stored.is_held_by_another(self.claim, moment) or (in_line and stored.has_line(moment))
-
-
-async def matched_with_lease(collection: AsyncCollection, update: Update) -> Document | None:
-    """Send a statement that takes the lease; return the new `lease`, `None` if the statement matched nothing."""
-    return await find_and_modify(collection, update.filter, update.update, {"lease": 1})
-
-
-class Turn:
-    """The dependence of a flush on the lease of its manager.
-
-    Args:
-        lease: The lease.
-        releases: Whether the last statement releases the lease.
-    """
-
-    def __init__(self, lease: Lease, releases: bool) -> None:
-        self._lease = lease
-        self._releases = releases
-        self._mode: Mode = "passes"
-
-    def unreleased(self) -> Turn:
-        """Return the dependence of a statement that others follow."""
-        return Turn(self._lease, releases=False)
-
-    @property
-    def takes(self) -> bool:
-        """Whether the last statement takes the lease: its result must contain the field `lease`."""
-        return self._mode == "takes"
-
-    def added_to(self, update: Update, moment: datetime) -> Update:
-        """Return a statement that matches only if it is this manager's turn."""
-        self._mode, claim = self._lease.mode(), self._lease.claim
-        releases = self._mode == "holds" and self._releases
-        self._lease.releasing(releases)
-        if self._mode == "takes":
-            return claim.taking(update, moment)
-        if self._mode == "passes":
-            return claim.passing(update, moment)
-        return claim.releasing(update) if releases else claim.holding(update, moment)
-
-    def confirm(self, document: Document | None) -> None:
-        """Note that the last statement was stored; `document` is its result if it has taken the lease."""
-        if self._mode == "takes" and document is not None:
-            self._lease.taken(document)
-        elif self._mode == "holds":
-            self._lease.releasing(False)
-            self._lease.confirm(self._releases)
-
-    def check_lost(self, document: Document) -> SessionConflictError | None:
-        """Return the error for a last statement that matched nothing because the lease is lost."""
-        self._lease.releasing(False)
-        return self._lease.check_lost(document) if self._mode == "holds" else None
-
-    async def wait(self, document: Document) -> SessionBusyError | None:
-        """Wait for the lease if the last statement matched nothing because it is another manager's turn.
-
-        Returns:
-            The error for its writes if the session stays busy.
-        """
-        if self._mode == "holds" or not self._lease.is_busy(document, in_line=self.takes):
-            return None
-        return await self._lease.wait_to_write()

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bson import ObjectId
 
-from .._format.attachment_refs import references_of
-from .._format.changes import AgentWrite, Change, Identity, MessageWrite, fold, in_parts
+from .._format.changes import AgentWrite, Change, fold, in_parts
 from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
 from .._format.documents import Document
-from .._format.expressions import number_at
 from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
 from .._format.malformed import usable_agents
 from .._format.retention import LIFE
 from .._format.sizes import MAX_DOCUMENT_BYTES, of_agent, size_of
-from .._format.statements import REMOVED, Update, compile_update, removed_without
-from .._format.view import view_without
+from .._format.statements import REMOVED, Update, compile_update
 from .._io.drivers import AsyncCollection, find_and_modify
 from ..errors import (
     DatabaseError,
@@ -28,8 +24,10 @@ from ..errors import (
     SessionNotFoundError,
     StateTooLargeError,
 )
+from .archived_change import ArchivedChange, find_archived
 from .expiry import matched
-from .lease import Lease, Turn
+from .lease import Lease
+from .lease_guard import LeaseGuard
 from .sessions import ROUNDS
 from .store import SessionStore
 
@@ -53,10 +51,10 @@ class Writer:
         async with self._store.sessions.connection.operation():
             parts = list(in_parts(changes))
             for number, part in enumerate(parts, 1):
-                turn = None if lease is None else Turn(lease, releases and number == len(parts))
+                guard = None if lease is None else LeaseGuard(lease, releases and number == len(parts))
                 left = [change for change in part if not refused or _are_messages_stored(refused.get(change.agent_id))]
                 for _ in range(ROUNDS):
-                    flush = await self._prepare(session_id, left, incarnation, turn)
+                    flush = await self._prepare(session_id, left, incarnation, guard)
                     if await flush.store():
                         await self._remove_refused(flush)
                         if incarnation is not None or not await self._is_created_again(flush):
@@ -68,7 +66,7 @@ class Writer:
         return refused
 
     async def _prepare(
-        self, session_id: str, changes: Sequence[Change], opened: ObjectId | None, turn: Turn | None
+        self, session_id: str, changes: Sequence[Change], opened: ObjectId | None, guard: LeaseGuard | None
     ) -> Flush:
         """Store the attachments of changes; return the flush that stores the changes."""
         writes = fold(changes)
@@ -82,7 +80,7 @@ class Writer:
             if write.moment is not None:
                 write.moment = self._store.sessions.connection.now()
         await self._store.attachments.store(place, list(writes.values()), self._store.expiry.dates(life))
-        return Flush(self._store, place, writes, turn=turn)
+        return Flush(self._store, place, writes, guard=guard)
 
     async def _remove_refused(self, flush: Flush) -> None:
         """Remove the attachments of refused messages."""
@@ -101,28 +99,6 @@ async def _matched_with_removed(collection: AsyncCollection, update: Update) -> 
     return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1, "lease": 1})
 
 
-@dataclass
-class _ArchivedChange:
-    """The changes of one agent's archived messages that follow a statement.
-
-    Attributes:
-        fields: The new fields by message id and `created_at`, which is `None` if it is not known.
-        since: The `created_at` of the agent whose archive holds the messages.
-        archived: The number of archived messages at the time of the query.
-        write: The changes as a write, in case a write-back precedes them; `None` if no bucket is known to hold a
-            message.
-    """
-
-    fields: dict[tuple[int, Any], Document] = field(default_factory=dict)
-    since: Any = None
-    archived: int = 0
-    write: AgentWrite | None = None
-
-    def add(self, message_id: int, created_at: Any, fields: Mapping[str, Any]) -> None:
-        """Add new fields of a message that a bucket can hold."""
-        self.fields.setdefault((message_id, created_at), {}).update(fields)
-
-
 class Flush:
     """The storing of writes, until each is stored or refused.
 
@@ -131,7 +107,7 @@ class Flush:
         place: The session.
         writes: The writes by agent id.
         refused: The errors of agents whose writes cannot be stored; storing adds to it.
-        turn: The lease; `None` without one.
+        guard: The lease; `None` without one.
 
     Attributes:
         attached: The references to the attachments that were stored for the writes.
@@ -144,7 +120,7 @@ class Flush:
         place: Place,
         writes: dict[str, AgentWrite],
         refused: dict[str, MongoDBSessionError] | None = None,
-        turn: Turn | None = None,
+        guard: LeaseGuard | None = None,
     ) -> None:
         self.place = place
         self.refused = {} if refused is None else refused
@@ -152,8 +128,8 @@ class Flush:
         self.attempted = bool(writes)
         self._store = store
         self._writes = writes
-        self._turn = turn
-        self._in_archive: dict[str, _ArchivedChange] = {}
+        self._guard = guard
+        self._in_archive: dict[str, ArchivedChange] = {}
 
     async def store(self) -> bool:
         """Store the writes.
@@ -170,9 +146,9 @@ class Flush:
             await mover.slow_down(session_id, writes)
             returns_removed = any(write.replaces_content for write in writes)
             update = compile_update(session_id, writes)
-            if self._turn is not None:
-                update = self._turn.added_to(update, store.connection.now())
-            returns_fields = returns_removed or (self._turn is not None and self._turn.takes)
+            if self._guard is not None:
+                update = self._guard.added_to(update, store.connection.now())
+            returns_fields = returns_removed or (self._guard is not None and self._guard.takes)
             command: Any = _matched_with_removed if returns_fields else matched
             try:
                 stored = await store.expiry.update(update, command)
@@ -180,8 +156,8 @@ class Flush:
                 refusal = error
             else:
                 if stored:
-                    if self._turn is not None:
-                        self._turn.confirm(stored if returns_fields else None)
+                    if self._guard is not None:
+                        self._guard.confirm(stored if returns_fields else None)
                     if returns_removed and stored.get(REMOVED):
                         await store.attachments.remove_removed(self.place, stored[REMOVED])
                     self._note_stored()
@@ -197,8 +173,8 @@ class Flush:
 
     async def _store_alone(self, write: AgentWrite) -> bool:
         """Store a write by its own flush; return the result of `store`."""
-        turn = None if self._turn is None else self._turn.unreleased()
-        return await Flush(self._store, self.place, {write.agent_id: write}, self.refused, turn).store()
+        guard = None if self._guard is None else self._guard.unreleased()
+        return await Flush(self._store, self.place, {write.agent_id: write}, self.refused, guard).store()
 
     def _note_stored(self) -> None:
         """Update the known heads, and record the replaced messages whose old content a stale bucket can contain.
@@ -211,12 +187,12 @@ class Flush:
             head, following = mover.head(session_id, agent_key(agent_id)), write.expected_id
             if following is None and head is not None:
                 following = head.next_id
-            changes = self._in_archive.setdefault(agent_id, _ArchivedChange())
+            change = self._archived_change(agent_id)
             for message_id, fields in write.replaced.items():
                 is_newest = message_id + 1 == following
                 if "message" in fields and not (is_newest and head is not None and head.size <= mover.limits.size):
                     identity = write.identities.get(message_id)
-                    changes.add(message_id, None if identity is None else identity.created_at, fields)
+                    change.add(message_id, None if identity is None else identity.created_at, fields)
         mover.written(session_id, self._writes.values())
         self._writes = {}
 
@@ -235,7 +211,7 @@ class Flush:
             self.refused.update(dict.fromkeys(self._writes, gone))
             self._writes = {}
             return True
-        lost = None if self._turn is None else self._turn.check_lost(document)
+        lost = None if self._guard is None else self._guard.check_lost(document)
         agents = _compared_agents(session_id, document)
         if not await self._number(agents):
             return True
@@ -245,7 +221,7 @@ class Flush:
         for agent_id, write in writes.items():
             agent = agents.get(agent_key(agent_id))
             newer = {} if agent is None else known_messages(write, agent["messages"])
-            older = {} if agent is None else await self._find_archived(write, agent, newer)
+            older = {} if agent is None else await find_archived(store, self.place, write, agent, newer)
             if older is None:
                 self._writes[agent_id] = write
                 continue
@@ -263,10 +239,10 @@ class Flush:
             if rest.attached and store.expiry.learn(session_id, document).outlives(rest.dates):
                 return False
             if agent is not None:
-                rest = self._set_apart(rest, agent, older, newer)
+                rest = self._archived_change(agent_id).set_apart(rest, agent, older, newer)
             if not rest.is_empty:
                 self._writes[agent_id] = rest
-        if self._writes and self._turn is not None and (busy := await self._turn.wait(document)) is not None:
+        if self._writes and self._guard is not None and (busy := await self._guard.wait(document)) is not None:
             self.refused.update(dict.fromkeys(self._writes, busy))
             self._writes = {}
         return True
@@ -299,105 +275,21 @@ class Flush:
                 self._writes[agent_id] = renumbered(write, new_ids)
         return True
 
-    async def _find_archived(
-        self, write: AgentWrite, agent: Document, newer: Mapping[int, Document]
-    ) -> dict[int, Document] | None:
-        """Return the archived messages of a write, by id.
-
-        Returns:
-            `None` if the session was written back or deleted concurrently.
-        """
-        if not agent.get("archived"):
-            return {}
-        archive, place, key, since = (
-            self._store.archive,
-            self.place,
-            agent_key(write.agent_id),
-            agent.get("created_at"),
-        )
-        found = {}
-        for message_id in write.messages.keys() - newer.keys():
-            if message_id >= agent["next_message_id"]:
-                continue
-            ours = write.messages[message_id].identity
-            created_at = None if ours is None else ours.created_at
-            message = await archive.find_archived(place, key, message_id, since, created_at)
-            if message is None and created_at is not None and write.by_id:
-                message = await archive.find_archived(place, key, message_id, since)
-            if message is not None:
-                found[message_id] = message
-            elif await archive.is_back(place.session_id, key, since, agent["archived"]) or (
-                await archive.has_moved(place)
-            ):
-                return None
-        return found
-
-    def _set_apart(
-        self, rest: AgentWrite, agent: Document, older: Mapping[int, Document], newer: Mapping[int, Document]
-    ) -> AgentWrite:
-        """Note the changes of archived messages; return the rest of a write, with the stored ids of its messages."""
-        outdated: set[str] = set()
-        changes = self._in_archive.setdefault(rest.agent_id, _ArchivedChange())
-        messages: dict[int, MessageWrite] = {}
-        new_ids: dict[int, int] = {}
-        for message_id, message in rest.messages.items():
-            if message.recorded is not None:
-                messages[message_id] = message
-                continue
-            if (stored := newer.get(message_id)) is not None and message_id not in older:
-                messages[message_id] = replace(message, known_as=Identity.of(stored))
-                new_ids[message_id] = int(stored["message_id"])
-                continue
-            changes.add(message_id, older[message_id].get("created_at"), message.fields)
-            if "message" in message.fields:
-                outdated.update(map(str, references_of(older[message_id])))
-            if changes.write is None:
-                changes.since, changes.archived = agent.get("created_at"), int(agent["archived"])
-                changes.write = replace(
-                    AgentWrite(rest.agent_id, by_id=rest.by_id, incarnation=rest.incarnation),
-                    attached=rest.attached,
-                    dates=rest.dates,
-                )
-            changes.write.set_fields(message_id, message.fields, message.identity)
-            changes.write.outdated = sorted({*changes.write.outdated, *outdated})
-        left = replace(rest, messages=messages, outdated=[*rest.outdated, *sorted(outdated)])
-        return renumbered(left, new_ids)
-
     # Changing archived messages.
+
+    def _archived_change(self, agent_id: str) -> ArchivedChange:
+        if agent_id not in self._in_archive:
+            self._in_archive[agent_id] = ArchivedChange(self._store, self.place, agent_id)
+        return self._in_archive[agent_id]
 
     async def _change_archive(self) -> bool:
         """Change archived messages after the statement; return the result of `store`."""
-        archive, changed = self._store.archive, self._in_archive
-        for agent_id, changes in changed.items():
+        for agent_id, change in self._in_archive.items():
             if not _are_messages_stored(self.refused.get(agent_id)):
                 continue
-            for (message_id, created_at), fields in changes.fields.items():
-                await archive.change(self.place, agent_key(agent_id), message_id, fields, created_at)
-            if (write := changes.write) is None or await self._count_change(changes, write):
-                continue
-            # Written back concurrently, from buckets without the change; or deleted.
-            if not await self._store_alone(write):
+            if (write := await change.store()) is not None and not await self._store_alone(write):
                 return False
         return True
-
-    async def _count_change(self, changes: _ArchivedChange, write: AgentWrite) -> bool:
-        """Increment `archive_revision`, which a write-back matches; return `False` if the write-back came first.
-
-        The view of the agent no longer shows the old content.
-        Their old attachments have been removed, so `removed_attachments` of the session no longer needs them.
-        """
-        path = f"agents.{agent_key(write.agent_id)}"
-        condition = {
-            "_id": self.place.session_id,
-            f"{path}.created_at": changes.since,
-            f"{path}.archived": {"$gte": changes.archived},
-        }
-        sets: Document = {f"{path}.archive_revision": {"$add": [number_at(f"${path}.archive_revision"), 1]}}
-        if replaced := [n for (n, _), fields in changes.fields.items() if "message" in fields]:
-            sets[f"{path}.view"] = view_without(f"${path}", replaced)
-        if write.outdated:
-            sets[REMOVED] = removed_without(write.outdated)
-        return await self._store.sessions.update(Update(condition, [{"$set": sets}], None))
 
     # Storing the parts that fit.
 
