@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Hashable
 from contextlib import suppress
-from typing import Any, Unpack
-from weakref import WeakValueDictionary
+from typing import Any
 
 from strands import Agent
 from strands.bidi.hooks.events import BidiAgentStopEvent
@@ -29,14 +27,7 @@ from strands.types.content import Message
 from strands.types.session import SessionMessage
 
 from .._format.dates import now
-from .._format.documents import Document
 from .._format.ids import checked_id
-from .._io.loop import ExitOrder, close_at_exit
-from .._io.portal import running_loop
-from .._io.threads import compute
-from .._notifications.notify import DRAIN_TIMEOUT, drain
-from .._store.lease import Lease
-from .._store.lease_queue import Caller
 from ..errors import (
     AgentNotFoundError,
     EncodingError,
@@ -45,15 +36,10 @@ from ..errors import (
     MessageTooLargeError,
     MongoDBSessionError,
     SessionBusyError,
-    SessionClosedError,
 )
 from .capture import capture_base, capture_config, capture_metrics, guardrail_event
-from .flusher import Flusher
-from .open_session import OpenSession
-from .options import Configuration, ManagerOptions
-from .reloading import ReloadableSessionManager
+from .lifecycle import SessionLifecycle
 from .restoring import RESTORE_ERRORS, restore_error
-from .unit_of_work import UnitOfWork
 from .user_hooks import Hook
 
 logger = logging.getLogger(__name__)
@@ -61,33 +47,10 @@ logger = logging.getLogger(__name__)
 _FIRST, _LAST = -math.inf, math.inf
 """Orders of callbacks: before and after those of all other hook providers."""
 
-_HARMLESS = ("strands.agent.", "strands.event_loop.", "strands.models.")
-"""The modules of Strands whose callbacks do not change what is stored of an agent at the end of an invocation."""
-
-_FINAL_MESSAGE_DELAY = 0.1
-"""Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
-
-A user's hook, a middleware or a slow client can delay that end.
-"""
-
 
 def _is_final(message: Message) -> bool:
     """Return whether a message ends a turn: a message of the assistant that calls no tool."""
     return message["role"] == "assistant" and not any("toolUse" in block for block in message["content"])
-
-
-def _can_be_changed(event: AfterInvocationEvent) -> bool:
-    """Return whether callbacks that can change the agent run between the first and the last one of its manager."""
-    agent = event.agent
-    modules = (getattr(callback, "__module__", None) or "" for callback in agent.hooks.get_callbacks_for(event))
-    is_cleared: bool = agent.model.stateful  # by Strands, because the server of the model keeps the conversation
-    return is_cleared or not all(module.startswith((*_HARMLESS, __package__)) for module in modules)
-
-
-def _continues(event: AfterInvocationEvent) -> bool:
-    """Return whether the agent continues at once, because a callback or a background task says so."""
-    ends = event.result is not None and event.result.stop_reason in ("end_turn", "stop_sequence")
-    return event.resume is not None or (ends and getattr(event, "_continuation_state", None) is not None)
 
 
 def _follows_its_own_id(message: Message, agent: LocalAgent) -> bool:
@@ -108,99 +71,8 @@ def checked_prompt_metadata(prompt_metadata: object) -> dict[str, Any]:
     return prompt_metadata
 
 
-class SessionManagerBase(ReloadableSessionManager):
+class SessionManagerBase(SessionLifecycle):
     """Everything but how the caller waits."""
-
-    def __init__(
-        self,
-        session_id: str,
-        connection_string: str | None = None,
-        database_name: str | None = None,
-        collection_name: str | None = "agent_sessions",
-        *,
-        _shared: Configuration | None = None,
-        **options: Unpack[ManagerOptions],
-    ) -> None:
-        self.session_id = checked_id(session_id, "session_id")
-        configuration = _shared or Configuration.of(connection_string, database_name, collection_name, options)
-        self._options = configuration.options
-        self._connection = configuration.connection
-        self._owns_connection = configuration.owns_connection
-        self._repository = configuration.repository()
-        self._work: UnitOfWork | None = None
-        self._closed = False
-        self._closing: asyncio.Event | None = None
-        self._invoked, self._invoked_multi_agents = set(), set()
-        self._synced = set()
-        self._delayed: dict[str, asyncio.TimerHandle] = {}
-        self._stopped: dict[str, MongoDBSessionError] = {}
-        self._stopped_multi_agents = {}
-        self._agents, self._orchestrators = WeakValueDictionary(), WeakValueDictionary()
-        self._lease = configuration.lease(self._repository, self.session_id)
-        self._flusher = Flusher(self.session_id, self._connection, self._repository, self._lease)
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else "new" if self._work is None else "open"
-        return f"<{type(self).__name__} session_id={self.session_id!r}, {state}>"
-
-    @property
-    def _unit(self) -> UnitOfWork:
-        if self._work is None:
-            raise SessionClosedError(
-                f"session {self.session_id!r} is not open: use `async with manager:` or "
-                "`await create_mongodb_session_manager_async(...)`"
-            )
-        return self._work
-
-    async def _open(self, caller: Caller) -> None:
-        """Load the session. Runs on the loop of the client."""
-        async with self._flusher.lock():
-            if self._work is not None:
-                return
-            try:
-                work = await self._loaded(await self._repository._open(self.session_id, self._lease, caller))
-                close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
-                self._session = OpenSession(work, self._repository, self._connection.portal, self._flusher)
-                super().__init__(self.session_id, self._session)
-                caller.check(self.session_id)
-            except BaseException:
-                await self._give_up()
-                raise
-            self._work = work
-
-    async def _loaded(self, document: Document) -> UnitOfWork:
-        inline = self._options.max_inline_attachment_bytes
-        return await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
-
-    async def _begin_turn(self, lease: Lease, turn: Hashable, *, is_stored_first: bool) -> None:
-        """Begin an invocation; take the lease, unless a message is stored before a model or tool is called."""
-        lease.begin(turn)
-        if is_stored_first or lease.is_held:
-            return
-        try:
-            await self._connection.portal.run(self._flusher.take_lease, lease)
-        except BaseException:
-            lease.stop_waiting()
-            lease.end(turn)
-            raise
-
-    async def _give_up(self) -> None:
-        """Release the lease, unless an invocation runs."""
-        if self._lease is not None and not self._lease.has_turns:
-            await self._lease.release()
-
-    def _stop_opening(self, caller: Caller) -> None:
-        """End an opening that its caller does not wait for any more, or that has failed."""
-        if self._lease is not None:
-            with suppress(EventLoopError):
-                self._connection.portal.submit(self._leave, caller)
-
-    async def _leave(self, caller: Caller) -> None:
-        caller.leave()
-        if self._work is not None:  # opened at the same moment
-            await self._give_up()
-
-    # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         """Register the callbacks that store an agent or orchestrator."""
@@ -235,8 +107,7 @@ class SessionManagerBase(ReloadableSessionManager):
                 agent.conversation_manager.removed_message_count = offset
         else:
             work.start_invocation(agent.agent_id)  # no event marks the start of a bidirectional agent's invocation
-            if self._lease is not None:
-                self._lease.begin(agent.agent_id)
+            self._turns.use_lease(agent.agent_id)
         work.release(agent.agent_id)
         work.record_config(agent.agent_id, capture_config(agent))
         self._agents[agent.agent_id] = agent
@@ -308,7 +179,7 @@ class SessionManagerBase(ReloadableSessionManager):
         work.keep_messages(agent.agent_id, len(agent.messages))
         if isinstance(agent, Agent):
             self._synced.add(agent.agent_id)
-            if agent.agent_id not in self._invoked:
+            if agent.agent_id not in self._turns.running:
                 work.record_view(agent, capture_base(agent))
         self._recorded(agent)
 
@@ -334,15 +205,12 @@ class SessionManagerBase(ReloadableSessionManager):
                 else:
                     await self._flush(agent.agent_id)
             elif _is_final(event.message):
-                self._delayed[agent.agent_id] = asyncio.get_running_loop().call_later(
-                    _FINAL_MESSAGE_DELAY, self._start_flush
-                )
+                self._turns.delay(agent.agent_id, self._start_flush)
         except MongoDBSessionError as error:
-            self._stopped[agent.agent_id] = error
+            self._turns.stop(agent.agent_id, error)
             raise
         except asyncio.CancelledError:
-            if self._lease is not None:
-                self._lease.stop_waiting()
+            self._turns.stop_waiting()
             raise
 
     def _append_added(self, message: Message, agent: LocalAgent) -> None:
@@ -366,72 +234,56 @@ class SessionManagerBase(ReloadableSessionManager):
     async def _on_stop(self, event: BidiAgentStopEvent) -> None:
         with self._flusher.recording(event.agent):
             self.sync_agent(event.agent)
-        if self._lease is not None:
-            self._lease.end(event.agent.agent_id)
+        self._turns.leave_lease(event.agent.agent_id)
         await self._flush(event.agent.agent_id)
 
     async def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
         agent_id = event.agent.agent_id
-        if self._lease is not None:
-            await self._begin_turn(self._lease, agent_id, is_stored_first=bool(event.messages))
-        self._invoked.add(agent_id)
-        self._stopped.pop(agent_id, None)
+        await self._turns.begin(agent_id, is_stored_first=bool(event.messages))
         self._unit.start_invocation(agent_id)
 
     async def _on_invocation_ended(self, event: AfterInvocationEvent) -> None:
         """Store the turn. A failure is raised after the other callbacks: they can release resources."""
         agent = event.agent
-        self._invoked.discard(agent.agent_id)
-        if (delayed := self._delayed.pop(agent.agent_id, None)) is not None:
-            delayed.cancel()
+        self._turns.end(agent.agent_id)
         try:
             try:
                 with self._flusher.recording(agent):
                     self.sync_agent(agent)
                 self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
             finally:
-                self._end_turn(event, is_first=True)
+                self._turns.end_lease(event, is_first=True)
                 await self._flusher.flush(self._unit)
         except MongoDBSessionError as error:
-            self._stopped.setdefault(agent.agent_id, error)
+            self._turns.stop(agent.agent_id, error)
 
     async def _on_after_invocation(self, event: AfterInvocationEvent) -> None:
         try:
             await self._finish_invocation(event)
         except SessionBusyError:
-            if self._lease is None or not self._lease.is_cancelled:
+            if not self._turns.is_cancelled:
                 raise
             # Otherwise the caller gets the cancellation.
 
     async def _finish_invocation(self, event: AfterInvocationEvent) -> None:
         agent = event.agent
-        stopped = self._stopped.pop(agent.agent_id, None)
-        if stopped is not None:
+        if (stopped := self._turns.stopped_by(agent.agent_id)) is not None:
             # The changes can be stored by now, but the turn was stopped, and Strands might have wrapped the reason.
-            self._end_turn(event)
-            if self._lease is not None and _can_be_changed(event):
+            self._turns.end_lease(event)
+            if self._turns.keeps_lease_until(event):
                 self._start_flush()  # releases the lease
             raise stopped
         with self._flusher.recording(agent):
             self.sync_agent(agent)
-        self._end_turn(event)
+        self._turns.end_lease(event)
         await self._flush(agent.agent_id)
-
-    def _end_turn(self, event: AfterInvocationEvent, *, is_first: bool = False) -> None:
-        """Have the next flush release the lease, unless other callbacks follow or the agent continues at once."""
-        if self._lease is None:
-            return
-        if _continues(event) or (is_first and _can_be_changed(event)):
-            self._lease.pause()
-        else:
-            self._lease.end(event.agent.agent_id)
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:
         """Return whether a message is flushed now, and not with the end of the invocation."""
         if not isinstance(agent, Agent):
             return True  # there is no event for the end of its invocations
         saves_messages = self._options.save_on != "invocation"
-        if agent.agent_id not in self._invoked:
+        if agent.agent_id not in self._turns.running:
             return _is_final(message) or saves_messages  # there is no event for the end of a direct tool call
         return saves_messages and not _is_final(message)
 
@@ -443,20 +295,9 @@ class SessionManagerBase(ReloadableSessionManager):
         return (
             self._options.save_on == "overlap"
             and message["role"] == "user"
-            and agent.agent_id in self._invoked
-            and (self._lease is None or self._lease.is_certain)
+            and agent.agent_id in self._turns.running
+            and self._turns.is_certain
         )
-
-    def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
-        """Read messages for Strands' synchronous constructor of an agent, which waits for them."""
-        if running_loop() is self._connection.portal.loop:
-            raise EventLoopError(
-                f"the conversation manager of agent {agent_id!r} needs {end - begin} older messages, which were not "
-                "loaded with the session and cannot be read on the event loop of the client: construct the agent in a "
-                "thread, as in `await asyncio.to_thread(Agent, ...)`"
-            )
-        read = self._repository.list_messages
-        return self._connection.portal.call(read, self.session_id, agent_id, end - begin, begin)
 
     async def _flush(self, agent_id: str | None = None) -> None:
         """Wait until every recorded change is stored; raise the error of a failed write, of one agent or of all."""
@@ -466,11 +307,6 @@ class SessionManagerBase(ReloadableSessionManager):
     def _start_flush(self) -> None:
         with suppress(EventLoopError):  # closing, or the next flush, raises it
             self._flusher.start(self._unit)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionClosedError(f"session {self.session_id!r} is closed: open it with a new manager")
-        _ = self._unit
 
     def _hook_for(self, action: str) -> Hook | None:
         return self._options.feedback_hook if action == "add" else self._options.metadata_hook
@@ -497,47 +333,10 @@ class SessionManagerBase(ReloadableSessionManager):
         if self._closed or self._work is None:
             return
         for agent_id, agent in tuple(self._agents.items()):
-            if not isinstance(agent, Agent) or agent_id in self._invoked or self._work.is_refused(agent_id):
+            if not isinstance(agent, Agent) or agent_id in self._turns.running or self._work.is_refused(agent_id):
                 continue
             if agent_id in self._synced or self._work.has_other_state(agent):
                 with self._flusher.recording(agent):
                     self.sync_agent(agent)
             else:
                 self._work.record_view(agent, capture_base(agent))
-
-    async def _aclose(self, notification_timeout: float = DRAIN_TIMEOUT) -> None:
-        """Flush, deliver pending notifications, and close an owned connection. Runs on the loop of the client."""
-        if self._closing is not None:
-            await self._closing.wait()
-            return
-        self._closing = asyncio.Event()
-        try:
-            await self._close_work()
-        finally:
-            try:
-                await drain(self._connection, notification_timeout, self.session_id)
-            finally:
-                try:
-                    if self._owns_connection:
-                        await self._connection.aclose()
-                finally:
-                    self._closing.set()
-
-    async def _aclose_at_exit(self, seconds: float) -> None:
-        """Flush when the interpreter ends; notifications and connections are closed later."""
-        if self._closing is None:
-            self._closing = asyncio.Event()
-            try:
-                await self._close_work()
-            finally:
-                self._closing.set()
-
-    async def _close_work(self) -> None:
-        self._closed = True
-        if self._work is not None:
-            self._work.close()
-            if self._lease is not None:
-                self._lease.end_all()
-            if self._flusher.is_due(self._work):
-                await self._flusher.flush_here(self._work)
-            self._work.raise_unreported_refusal()

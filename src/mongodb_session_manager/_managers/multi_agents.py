@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -19,10 +18,10 @@ from strands.session import RepositorySessionManager
 
 from .._format.ids import checked_id
 from .._format.multi_agents import path_of
-from .._store.lease import Lease
 from ..errors import DatabaseError, MongoDBSessionError
 from .flusher import Flusher
 from .open_session import OpenSession
+from .turns import Turns
 from .unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
@@ -34,17 +33,12 @@ class OrchestratorSessionManager(RepositorySessionManager):
 
     _session: OpenSession
     _orchestrators: WeakValueDictionary[str, MultiAgentBase]
-    _invoked_multi_agents: set[str]
+    _orchestrator_turns: Turns
     _flusher: Flusher
-    _lease: Lease | None
-    _stopped_multi_agents: dict[str, MongoDBSessionError]
 
     @property
     @abstractmethod
     def _unit(self) -> UnitOfWork: ...
-
-    @abstractmethod
-    async def _begin_turn(self, lease: Lease, turn: Hashable, *, is_stored_first: bool) -> None: ...
 
     def _register_multi_agent_hooks(self, registry: HookRegistry, *, each_node: bool) -> None:
         # First: another callback that is slow or raises must not prevent storing a node's result.
@@ -86,10 +80,8 @@ class OrchestratorSessionManager(RepositorySessionManager):
         self._unit.multi_agents.raise_refusal(multi_agent_id)
 
     async def _on_before_multi_agent_invocation(self, event: BeforeMultiAgentInvocationEvent) -> None:
-        if self._lease is not None:
-            # The first node calls a model before anything is stored.
-            await self._begin_turn(self._lease, ("multi_agent", event.source.id), is_stored_first=False)
-        self._invoked_multi_agents.add(event.source.id)
+        # The first node calls a model before anything is stored.
+        await self._orchestrator_turns.begin(event.source.id, is_stored_first=False)
 
     async def _on_after_node_call(self, event: AfterNodeCallEvent) -> None:
         source = event.source
@@ -98,20 +90,19 @@ class OrchestratorSessionManager(RepositorySessionManager):
                 self.sync_multi_agent(source)
             await self._flush_multi_agent(source.id)
         except MongoDBSessionError as error:
-            self._stopped_multi_agents[source.id] = error
+            self._orchestrator_turns.stop(source.id, error)
             raise
 
     async def _on_after_multi_agent_invocation(self, event: AfterMultiAgentInvocationEvent) -> None:
         source = event.source
-        self._invoked_multi_agents.discard(source.id)
-        stopped = self._stopped_multi_agents.pop(source.id, None)
+        self._orchestrator_turns.end(source.id)
+        stopped = self._orchestrator_turns.stopped_by(source.id)
         if stopped is None:
             with self._flusher.recording(source):
                 self.sync_multi_agent(source)
         # Otherwise Strands reports the orchestrator as failed, with no node left to run. The state recorded at the node
         # that could not be stored is the one to resume from.
-        if self._lease is not None:
-            self._lease.end(("multi_agent", source.id))
+        self._orchestrator_turns.leave_lease(source.id)
         await self._flush_multi_agent(source.id)
         if stopped is not None:
             raise stopped  # a swarm has only logged it
