@@ -103,7 +103,7 @@ class SessionManagerBase(SessionLifecycle):
         work.keep_malformed_state(agent)
         if isinstance(agent, Agent):
             self._synced.discard(agent.agent_id)
-            if (offset := work.corrected_offset(agent.agent_id)) is not None:
+            if (offset := work.agent(agent.agent_id).corrected_offset) is not None:
                 agent.conversation_manager.removed_message_count = offset
         else:
             work.start_invocation(agent.agent_id)  # no event marks the start of a bidirectional agent's invocation
@@ -176,7 +176,7 @@ class SessionManagerBase(SessionLifecycle):
             self.initialize(agent)
         work.record_config(agent.agent_id, capture_config(agent))
         self._session.for_strands(super().sync_agent, agent, **kwargs)
-        work.keep_messages(agent.agent_id, len(agent.messages))
+        work.agent(agent.agent_id).stored.keep(len(agent.messages))
         if isinstance(agent, Agent):
             self._synced.add(agent.agent_id)
             if agent.agent_id not in self._turns.running:

@@ -7,19 +7,11 @@ with the message: comparing two equal strings that are the same object takes no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
-from .._format.codec import encode
 from .._format.documents import Document
-from .._format.view import BLOCK_DEPTH, VIEW_DEPTH, Item, Shown, View, runs_of, shadow
-from ..errors import EncodingError
-
-_KEPT = 512
-"""The number of stored messages that are remembered although they are not live: an application can show them again."""
-
-_QUOTE = 32
-"""Two texts are related if one contains the beginning of the other, of this many characters."""
+from .._format.view import Item, Shown, View, runs_of, shadow
+from .message_match import KEPT, Match, are_equal
 
 _NO_MESSAGE = -1
 
@@ -29,13 +21,6 @@ class _Expected(NamedTuple):
 
     messages: list[Any]
     ids: list[int | None]
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except Exception:  # values such as arrays of numpy, which an application can put into a message
-        return False
 
 
 class LiveMessages:
@@ -148,7 +133,7 @@ class LiveMessages:
         Raises:
             EncodingError: An inserted message holds a value that cannot be stored.
         """
-        if self._repaired is not None and _are_equal(messages, self._repaired):
+        if self._repaired is not None and are_equal(messages, self._repaired):
             return None
         self._repaired = None
         without_view = None if base is None else self._without_view(*base)
@@ -160,7 +145,7 @@ class LiveMessages:
         if without_view is not None and self._are_same(messages, without_view):
             self._view, self._shown = None, []
             return {}
-        found = _Match(self, messages, id_of, version_of).found
+        found = Match(self, messages, id_of, version_of).found
         count = self._count_tail(found)
         view = View(found[-count].message_id or 0 if count else next_id, _items_of(found[: len(found) - count]))
         if view == self._view:
@@ -189,10 +174,10 @@ class LiveMessages:
         return _Expected([*messages, *(self._stored[n] for n in tail)], [*ids, *tail])
 
     def _are_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
-        if _are_equal(messages, expected.messages):
+        if are_equal(messages, expected.messages):
             return True
         return len(messages) == len(expected.messages) and all(
-            _are_equal(live, known) or (n is not None and self.is_same(live, n))
+            are_equal(live, known) or (n is not None and self.is_same(live, n))
             for live, known, n in zip(messages, *expected, strict=True)
         )
 
@@ -204,10 +189,10 @@ class LiveMessages:
         known = self._stored.get(message_id)
         if known is not None and type(live) is dict and "tracking_id" in live and "tracking_id" not in known:
             without_id = {name: value for name, value in live.items() if name != "tracking_id"}
-            if _are_equal(without_id, known):
+            if are_equal(without_id, known):
                 known["tracking_id"] = live["tracking_id"]
                 return True
-        return _are_equal(live, known) or any(_are_equal(live, old) for old in self._former.get(message_id, ()))
+        return are_equal(live, known) or any(are_equal(live, old) for old in self._former.get(message_id, ()))
 
     def _count_tail(self, found: Sequence[Shown]) -> int:
         """Return how many of the last live messages are the last stored ones, in order."""
@@ -232,7 +217,7 @@ class LiveMessages:
         """Forget stored messages that the view does not show, except the newest ones."""
         used = {n for item in view.items for a, b in item.loaded for n in range(a, b + 1)}
         unused = [n for n in self._stored if n < view.after and n not in used]
-        for n in unused[:-_KEPT]:
+        for n in unused[:-KEPT]:
             del self._stored[n]
             self._former.pop(n, None)
         # A message that is only shown with other content can be large: it was shortened.
@@ -264,131 +249,6 @@ class LiveMessages:
         if (current := self._stored.get(message_id)) is not None:
             yield current
         yield from self._former.get(message_id, ())
-
-
-class _Match:
-    """Finds the stored message of each live one."""
-
-    def __init__(
-        self,
-        live: LiveMessages,
-        messages: Sequence[Any],
-        id_of: Callable[[str], int | None],
-        version_of: Callable[[int], Any],
-    ) -> None:
-        self._live = live
-        self._id_of = id_of
-        self._version_of = version_of
-        self._live_ids = {message.get("tracking_id") for message in messages if type(message) is dict} - {None}
-        self._used: set[int] = set()
-        self._by_tracking_id: dict[Any, list[int]] = {}
-        for n, message in live.stored.items():
-            self._by_tracking_id.setdefault(message.get("tracking_id"), []).append(n)
-        self._made: dict[Any, list[Shown]] = {}
-        for each in live.shown:
-            if each.item is not None:
-                self._made.setdefault(each.message.get("tracking_id"), []).append(each)
-        self.found = [shown for message in messages if type(message) is dict for shown in self._shown(message)]
-
-    def _shown(self, message: Document) -> list[Shown]:
-        tracking_id = message.get("tracking_id")
-        if type(tracking_id) not in (str, type(None)):
-            tracking_id = None
-        own = self._by_tracking_id.get(tracking_id, [])
-        candidates = own if tracking_id is None else [*own, *self._by_tracking_id.get(None, ())]
-        same = [n for n in candidates if self._live.is_same(message, n)]
-        if same:
-            return [self._stored(next((n for n in same if n not in self._used), same[0]))]
-        for each in self._made.get(tracking_id, ()):
-            if _are_equal(each.message, message):
-                return [each]
-        if tracking_id is None:
-            return self._edited(message, None)
-        stored = next((n for n in own if n not in self._used), own[0] if own else self._id_of(tracking_id))
-        try:
-            return self._edited(message, stored)
-        except EncodingError:
-            if stored is None:
-                raise
-        self._live.unstorable.add(stored)
-        return [Shown(self._live.stored.get(stored, message), None, stored)]
-
-    def _stored(self, message_id: int) -> Shown:
-        self._used.add(message_id)
-        return Shown(self._live.stored[message_id], None, message_id)
-
-    def _edited(self, message: Document, own: int | None) -> list[Shown]:
-        """Return a message with other content; one that shows a redacted message is shown as it is stored."""
-        item = self._item(message, own)
-        at = tuple(map(self._version_of, item.of))
-        if ... not in at and not any(map(self._live.is_redacted, item.of)):
-            if own is not None:
-                self._used.add(own)
-            return [Shown(message, item._replace(at=at), own)]
-        return [Shown(self._live.stored.get(n, message), None, n) for n in item.of]
-
-    def _item(self, message: Document, own: int | None) -> Item:
-        content = message.get("content")
-        if type(content) is not list or not all(type(block) is dict for block in content):
-            encoded = encode(message, depth=VIEW_DEPTH, name="message")
-            return Item(message=encoded, of=() if own is None else (own,))
-        fields = {name: value for name, value in message.items() if name != "content"}
-        encoded = encode(fields, depth=VIEW_DEPTH, name="message")
-        blocks: list[Any] = []
-        uses: set[int] = set()
-        of = set() if own is None else {own}
-        for position, block in enumerate(content):
-            place = self._place_of(block, position, own)
-            if place is not None:
-                uses.add(place[0])
-                blocks.append(list(place))
-            else:
-                blocks.append(encode(block, depth=BLOCK_DEPTH, name="message.content"))  # refuses what has no end
-                of.update(self._related(block))
-        of |= uses
-        first = [] if own is None else [own]
-        ids = (*first, *sorted(of - set(first)))
-        return Item(message=encoded, content=blocks, of=ids, uses=tuple(sorted(uses)))
-
-    def _place_of(self, block: Any, position: int, own: int | None) -> tuple[int, int] | None:
-        """Return where a block is stored: the id of a message, and the position in its content."""
-        others = (n for n in reversed(self._live.stored) if n != own)
-        for n in (*(() if own is None else (own,)), *islice(others, _KEPT)):
-            stored = self._live.stored.get(n)
-            content = () if stored is None else stored.get("content", ())
-            if n == own and position < len(content) and _are_equal(content[position], block):
-                return n, position
-            for at, other in enumerate(content):
-                if _are_equal(other, block):
-                    return n, at
-        return None
-
-    def _related(self, block: Document) -> Iterator[int]:
-        """Yield the messages that are not live, or redacted, whose text or tool result a block seems to show."""
-        texts = list(_texts_of(block))
-        for n, stored in self._live.stored.items():
-            is_redacted = self._live.is_redacted(n)
-            if not is_redacted and stored.get("tracking_id") in self._live_ids:
-                continue
-            least = 4 if is_redacted else _QUOTE
-            if any(_is_quoted(texts, version.get("content"), least) for version in self._live.versions(n)):
-                yield n
-
-
-def _is_quoted(texts: Sequence[str], content: Any, least: int) -> bool:
-    quoted = (text[:_QUOTE] for text in _texts_of(content) if len(text) >= least)
-    return any(quote in text for quote in quoted for text in texts)
-
-
-def _texts_of(value: Any) -> Iterator[str]:
-    if type(value) is str:
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts_of(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts_of(item)
 
 
 def _items_of(found: Iterable[Shown]) -> tuple[Item, ...]:

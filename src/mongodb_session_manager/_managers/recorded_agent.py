@@ -105,7 +105,7 @@ class RecordedAgent:
         self.last_usage: Document = {}
         self.counts_invocation = False
         self.last_redacted: int | None = None
-        self.corrected_offset: int | None = None
+        self.corrected_offset: int | None = None  # how many messages a restore left out, if not as many as requested
         self.refusal: MongoDBSessionError | None = None
         self._refusal_reported = False
         self.too_large: StateTooLargeError | None = None
@@ -177,13 +177,10 @@ class RecordedAgent:
     def replace(self, session_message: SessionMessage, fields: Mapping[str, Any], *, continues: bool) -> None:
         """Remember new content of a message, and its stored fields; `continues` if the agent has continued it."""
         message_id = session_message.message_id
+        self.replace_stored(message_id, fields)
         self.versions[message_id] = fields["updated_at"]
         if message_id == self.next_message_id - 1:
             self.last = LastMessage.of(session_message.to_message())
-        if self.view is not None and self.messages is not None:  # not restored yet
-            self.view = self.view.without_content_of({message_id})
-            if message_id in self.shown:
-                self.shown[message_id] = session_message
         if self.live is not None and continues:
             self.live.extend(message_id, session_message.to_message())
         elif self.live is not None:

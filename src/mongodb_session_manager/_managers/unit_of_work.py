@@ -99,10 +99,6 @@ class UnitOfWork(ChangeLog, SessionRepository):
         agent = self._agents[agent_id]
         agent.messages = agent.last_appended = None
 
-    def keep_messages(self, agent_id: str, count: int) -> None:
-        """Drop all but the `count` newest stored messages of an agent from memory."""
-        self._agents[agent_id].stored.keep(count)
-
     def restoring(self, agent: LocalAgent) -> AbstractContextManager[None]:
         """Return the context in which Strands restores an agent; then, its view is shown."""
         recorded = self._agents.get(agent.agent_id)
@@ -306,8 +302,7 @@ class UnitOfWork(ChangeLog, SessionRepository):
         if is_newest:
             agent.newest_is_plain = is_plain and "attachments" not in fields
         self._record(ReplaceMessage(agent_id, message_id, fields, agent.identities.get(message_id), size=size))
-        agent.replace(session_message, fields, continues=continues)
-        agent.replace_stored(message_id, body)
+        agent.replace(session_message, body, continues=continues)
 
     def is_continuation(self, agent_id: str, message: Mapping[str, Any]) -> bool:
         """Return whether a message is the agent's last one with further content blocks."""
@@ -354,10 +349,6 @@ class UnitOfWork(ChangeLog, SessionRepository):
             messages = messages[offset - agent.first :]
         agent.restored_from(offset, messages)
         return [message for message in messages[:limit] if message is not None]
-
-    def corrected_offset(self, agent_id: str) -> int | None:
-        """Return the number of messages left out when the agent was restored; `None` if it is the requested number."""
-        return self.agent(agent_id).corrected_offset
 
     def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Record a new graph or swarm; it is stored together with its first change."""

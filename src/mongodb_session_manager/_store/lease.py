@@ -103,12 +103,17 @@ class Lease:
     @property
     def is_held(self) -> bool:
         """Whether this process holds the lease, as far as it knows."""
-        return self._holding is not None and self._holding.state == "held" and self._is_of_this_process
+        return self._held is not None
+
+    @property
+    def _held(self) -> Holding | None:
+        holding = self._holding
+        return holding if holding is not None and holding.state == "held" and self._is_of_this_process else None
 
     @property
     def is_certain(self) -> bool:
         """Whether no other manager can have taken the lease."""
-        return self.is_held and self._holding is not None and not self._holding.has_expired
+        return (held := self._held) is not None and not held.has_expired
 
     @property
     def is_cancelled(self) -> bool:
@@ -159,8 +164,8 @@ class Lease:
 
     async def release(self) -> None:
         """Release the lease with a command of its own, if this manager holds it."""
-        if self.is_held and self._holding is not None:
-            await self._holding.release()
+        if (held := self._held) is not None:
+            await held.release()
 
     def give_up(self) -> None:
         """Start to release the lease, even if the reply to the statement that has taken it was lost.
@@ -168,10 +173,9 @@ class Lease:
         The manager has another claim afterwards: a release that comes late does not release a lease that it takes then.
         """
         if not self._turns and not self._connection.closed:
-            claim, holding = self.claim, self._holding
-            is_held, self._claim, self._holding = self.is_held, None, None
-            release = holding.release() if is_held and holding is not None else self._release_if_taken(claim)
-            self._connection.start(release)
+            claim, held = self.claim, self._held
+            self._claim = self._holding = None
+            self._connection.start(self._release_if_taken(claim) if held is None else held.release())
 
     async def _release_if_taken(self, claim: Claim) -> None:
         end = asyncio.get_running_loop().time() + self._seconds
