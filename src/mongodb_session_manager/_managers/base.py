@@ -234,7 +234,7 @@ class SessionManagerBase(SessionLifecycle):
     async def _on_stop(self, event: BidiAgentStopEvent) -> None:
         with self._flusher.recording(event.agent):
             self.sync_agent(event.agent)
-        self._turns.leave_lease(event.agent.agent_id)
+        self._turns.release_lease(event.agent.agent_id)
         await self._flush(event.agent.agent_id)
 
     async def _on_before_invocation(self, event: BeforeInvocationEvent) -> None:
@@ -252,7 +252,7 @@ class SessionManagerBase(SessionLifecycle):
                     self.sync_agent(agent)
                 self._unit.record_metrics(agent.agent_id, capture_metrics(agent))
             finally:
-                self._turns.end_lease(event, is_first=True)
+                self._turns.release_or_pause_lease(event, is_first=True)
                 await self._flusher.flush(self._unit)
         except MongoDBSessionError as error:
             self._turns.stop(agent.agent_id, error)
@@ -269,13 +269,13 @@ class SessionManagerBase(SessionLifecycle):
         agent = event.agent
         if (stopped := self._turns.stopped_by(agent.agent_id)) is not None:
             # The changes can be stored by now, but the turn was stopped, and Strands might have wrapped the reason.
-            self._turns.end_lease(event)
+            self._turns.release_or_pause_lease(event)
             if self._turns.keeps_lease_until(event):
                 self._start_flush()  # releases the lease
             raise stopped
         with self._flusher.recording(agent):
             self.sync_agent(agent)
-        self._turns.end_lease(event)
+        self._turns.release_or_pause_lease(event)
         await self._flush(agent.agent_id)
 
     def _is_due(self, message: Message, agent: LocalAgent) -> bool:

@@ -102,7 +102,7 @@ class OrchestratorSessionManager(RepositorySessionManager):
                 self.sync_multi_agent(source)
         # Otherwise Strands reports the orchestrator as failed, with no node left to run. The state recorded at the node
         # that could not be stored is the one to resume from.
-        self._orchestrator_turns.leave_lease(source.id)
+        self._orchestrator_turns.release_lease(source.id)
         await self._flush_multi_agent(source.id)
         if stopped is not None:
             raise stopped  # a swarm has only logged it

@@ -52,13 +52,13 @@ class Turns:
                 await self._connection.portal.run(self._flusher.take_lease, self._lease)
             except BaseException:
                 self.stop_waiting()
-                self.leave_lease(owner_id)
+                self.release_lease(owner_id)
                 raise
         self.running.add(owner_id)
         self._stopped.pop(owner_id, None)
 
     def end(self, owner_id: str) -> None:
-        """Note that an invocation has ended; `leave_lease` or `end_lease` follows."""
+        """Note that an invocation has ended; `release_lease` or `release_or_pause_lease` follows."""
         self.running.discard(owner_id)
         if (delayed := self._delayed.pop(owner_id, None)) is not None:
             delayed.cancel()
@@ -82,19 +82,19 @@ class Turns:
         if self._lease is not None:
             self._lease.begin((self._kind, owner_id))
 
-    def leave_lease(self, owner_id: str) -> None:
+    def release_lease(self, owner_id: str) -> None:
         """Have the next flush release the lease, unless other invocations run."""
         if self._lease is not None:
             self._lease.end((self._kind, owner_id))
 
-    def end_lease(self, event: AfterInvocationEvent, *, is_first: bool = False) -> None:
+    def release_or_pause_lease(self, event: AfterInvocationEvent, *, is_first: bool = False) -> None:
         """Have the next flush release the lease, unless other callbacks follow or the agent continues at once."""
         if self._lease is None:
             return
         if _continues(event) or (is_first and _can_be_changed(event)):
             self._lease.pause()
         else:
-            self.leave_lease(event.agent.agent_id)
+            self.release_lease(event.agent.agent_id)
 
     def keeps_lease_until(self, event: AfterInvocationEvent) -> bool:
         """Return whether the lease is released by the last callback of an invocation, and not by the first one."""
