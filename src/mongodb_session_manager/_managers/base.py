@@ -237,7 +237,7 @@ class SessionManagerBase(ReloadableSessionManager):
             work.start_invocation(agent.agent_id)  # no event marks the start of a bidirectional agent's invocation
             if self._lease is not None:
                 self._lease.begin(agent.agent_id)
-        work.release(agent.agent_id)
+        work.release(agent)
         work.record_config(agent.agent_id, capture_config(agent))
         self._agents[agent.agent_id] = agent
 

@@ -179,10 +179,9 @@ class UnitOfWork(SessionRepository):
 
     # Restoring.
 
-    def release(self, agent_id: str) -> None:
+    def release(self, agent: LocalAgent) -> None:
         """Drop an agent's loaded messages: the restored agent holds them."""
-        agent = self._agents[agent_id]
-        agent.messages = agent.last_appended = None
+        self._agents[agent.agent_id].release(agent)
 
     def keep_messages(self, agent_id: str, count: int) -> None:
         """Drop all but the `count` newest stored messages of an agent from memory."""
