@@ -728,22 +728,23 @@ def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
 
 @pytest.mark.parametrize("is_archived", [False, True])
 def test_no_bucket_of_an_interrupted_move_is_left(
-    repository: MongoDBSessionRepository, stored: Stored, is_archived: bool
+    server: str, database: str, stored: Stored, is_archived: bool
 ) -> None:
-    begin(repository)
-    append(repository, *range(10))
-    if is_archived:
-        other = Other(stored)
-        other.merge()
-        assert other.cut()
-    killed = Other(stored, 3)
-    killed.merge()
-    repository.write_back("s")
-    assert counts(stored) == [0, 0, 0]
-    assert not killed.cut()
-    assert told(restored_by_the_original(stored)[1]) == everything(stored) == expected(10)
-    append(repository, 10)
-    assert told(repository.list_messages("s", "agent")) == expected(11)
+    with MongoDBSessionRepository(server, database) as repository:
+        begin(repository)
+        append(repository, *range(10))
+        if is_archived:
+            other = Other(stored)
+            other.merge()
+            assert other.cut()
+        killed = Other(stored, 3)
+        killed.merge()
+        repository.write_back("s")
+        assert counts(stored) == [0, 0, 0]
+        assert not killed.cut()
+        assert told(restored_by_the_original(stored)[1]) == everything(stored) == expected(10)
+        append(repository, 10)
+        assert told(repository.list_messages("s", "agent")) == expected(11)
 
 
 def test_an_open_manager_goes_on_after_its_session_was_written_back(
