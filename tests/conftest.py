@@ -71,7 +71,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 LONGEST = """
-chat_page embedded process odd_documents matrix connection fastapi examples_run retention staging forking copying
+chat_page process fastapi from_v100 embedded copying retention storage connection waiting examples_run rolling deletion
+staging failover life forking write_back archive archive_faults matrix import_streams
 """
 """The longest modules, without `test_`. They run first, so that none is still running when other workers are idle."""
 

@@ -174,6 +174,8 @@ def arguments(**ids: Any) -> dict[str, Any]:
         "new_id": "t",
         "at_message": None,
         "incarnation": None,
+        "lease": None,
+        "releases": False,
     }
 
 

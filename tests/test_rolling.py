@@ -301,12 +301,14 @@ def test_a_redaction_never_hits_a_message_that_took_the_place_of_its_own(
     assert said(stored) == ["one", "old"]
 
 
-def test_a_lost_acknowledgement_is_recognised_beside_a_doubled_id(
-    factory: MongoDBSessionManagerFactory, server: str, stored: Stored
-) -> None:
+def test_a_lost_acknowledgement_is_recognised_beside_a_doubled_id(server: str, stored: Stored) -> None:
     from support import fail_point
 
-    with factory.create_session_manager("s") as manager:
+    with (
+        # The driver waits for a heartbeat after this error: ten seconds by default.
+        MongoDBSessionManagerFactory(server, stored.database.name, heartbeatFrequencyMS=500) as factory,
+        factory.create_session_manager("s") as manager,
+    ):
         live = agent(manager, "first", "second", "third")
         live("one")
         old = OldWriter(stored)

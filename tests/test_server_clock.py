@@ -141,6 +141,7 @@ def test_sessions_are_listed_in_the_order_of_their_last_turns_on_machines_with_w
     for number in range(9):
         machines[number % 3].run(take_turn, server, database, f"s{number}")
         written.append(f"s{number}")
+        time.sleep(0.3)  # more than a round trip on a busy machine: a clock is read no more precisely than that
     with MongoDBSessionManagerFactory(server, database) as factory:
         cursor = None
         listed: list[str] = []

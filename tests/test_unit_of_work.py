@@ -176,7 +176,7 @@ def test_an_unknown_agent_is_an_error() -> None:
 
 def test_released_messages_are_not_read_as_no_messages() -> None:
     unit = opened(agent=stored_agent("one"), other=stored_agent("two"))
-    unit.release("agent")
+    unit.release(agent(None))
     with pytest.raises(MongoDBSessionError, match="handed to the restored agent"):
         unit.list_messages("s", "agent")
     assert len(unit.list_messages("s", "other")) == 1
@@ -184,7 +184,7 @@ def test_released_messages_are_not_read_as_no_messages() -> None:
 
 def test_a_released_agent_goes_on() -> None:
     unit = opened(agent=stored_agent("one", "two"))
-    unit.release("agent")
+    unit.release(agent(None))
     unit.create_message("s", "agent", message("three"))
     unit.create_message("s", "agent", continued("three", "four"))
     assert kinds(unit.pending()) == ["AppendMessage", "ReplaceMessage"]

@@ -23,6 +23,7 @@ from strands.experimental.context_manager import Offload
 from strands.hooks import AfterInvocationEvent, BeforeModelCallEvent
 from strands.storage import InMemoryStorage
 from strands.types.exceptions import ContextWindowOverflowException
+from strands.types.session import SessionMessage
 
 from fix_archive import told
 from mongodb_session_manager import (
@@ -300,6 +301,93 @@ def test_a_state_that_was_set_before_the_first_turn_is_stored_by_close(factory: 
         live = agent(manager)
         live.state.set("mood", "good")
     assert restored(factory).state.get("mood") == "good"
+
+
+def said_apart(text: str) -> Any:
+    return {"role": "user", "content": [{"text": text}]}
+
+
+def test_messages_that_an_application_appends_to_the_session_alone_are_restored(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    manager, live = turns(factory, 1)
+    manager.append_message(said_apart("apart"), live)
+    live("q1")
+    manager.append_message(said_apart("last"), live)
+    manager.close()
+    assert view_of(stored) is None
+    assert texts(live.messages) == ["q0", "a0", "q1", "a1"]
+    assert texts(restored(factory).messages) == ["q0", "a0", "apart", "q1", "a1", "last"]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_leaves_out_no_message_that_was_appended_to_the_session_alone(
+    factory: MongoDBSessionManagerFactory, edit: Callable[[list[Any]], None]
+) -> None:
+    manager, live = turns(factory, 2)
+    manager.append_message(said_apart("apart"), live)
+    live("q2")
+    edit(live.messages)
+    manager.sync_agent(live)
+    live("q3")
+    manager.close()
+    manager = factory.create_session_manager("s")
+    again = agent(manager)
+    found = texts(again.messages)
+    assert found.count("apart") == 1
+    assert [text for text in found if text != "apart"] == texts(live.messages)
+    del again.messages[found.index("apart")]
+    manager.close()
+    assert texts(restored(factory).messages) == texts(live.messages)
+
+
+def test_a_message_appended_to_the_session_stands_where_it_was_said(factory: MongoDBSessionManagerFactory) -> None:
+    manager, live = turns(factory, 1)
+    manager.append_message(said_apart("apart"), live)
+    live("q1")
+    live.messages[1]["content"][0]["text"] = "edited"
+    manager.sync_agent(live)
+    live("q2")
+    manager.close()
+    assert texts(restored(factory).messages) == ["q0", "edited", "apart", "q1", "a1", "q2", "a2"]
+
+
+def test_a_message_that_is_created_through_the_repository_of_a_manager_is_restored(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    manager, live = turns(factory, 1)
+    created = SessionMessage.from_message(said_apart("apart"), 0)
+    manager.session_repository.create_message("s", "agent", created)
+    live("q1")
+    manager.close()
+    assert texts(restored(factory).messages) == ["q0", "a0", "apart", "q1", "a1"]
+
+
+def test_a_message_that_becomes_live_after_it_was_appended_is_restored_as_it_is_live(
+    factory: MongoDBSessionManagerFactory, stored: Documents
+) -> None:
+    manager, live = turns(factory, 1)
+    message = said_apart("apart")
+    manager.append_message(message, live)
+    live.messages.append(message)
+    live("q1")
+    assert view_of(stored) is None
+    live.messages.remove(message)
+    manager.close()
+    assert texts(restored(factory).messages) == texts(live.messages) == ["q0", "a0", "q1", "a1"]
+
+
+def test_a_window_removes_a_message_that_was_appended_to_the_session_alone(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    manager, live = turns(factory, 1, conversation_manager=SlidingWindowConversationManager(window_size=4))
+    manager.append_message(said_apart("apart"), live)
+    for n in range(1, 6):
+        live(f"q{n}")
+    manager.close()
+    found = texts(restored(factory, conversation_manager=SlidingWindowConversationManager(window_size=4)).messages)
+    assert found[-4:] == texts(live.messages)
+    assert "apart" not in found
 
 
 @pytest.mark.anyio

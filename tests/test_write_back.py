@@ -186,7 +186,7 @@ def test_writing_back_again_changes_nothing(filled: MongoDBSessionRepository, st
     assert stored.find_one({"_id": "s"}) == before
 
 
-def test_a_short_session_stays_as_it_is_and_costs_three_reads(
+def test_a_short_session_stays_as_it_is_and_costs_four_reads(
     factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
 ) -> None:
     with factory.create_session_manager("s") as manager:
@@ -194,7 +194,7 @@ def test_a_short_session_stays_as_it_is_and_costs_three_reads(
     before = stored.find_one({"_id": "s"})
     commands.clear()
     factory.write_back("s")
-    assert commands.names == ["find", "find", "find"]
+    assert commands.names == ["find"] * 4
     assert stored.find_one({"_id": "s"}) == before
 
 
@@ -724,6 +724,27 @@ def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
         back.write_back("s")
         assert told(restored_by_the_original(stored)[1]) == wanted
     assert counts(stored) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("is_archived", [False, True])
+def test_no_bucket_of_an_interrupted_move_is_left(
+    server: str, database: str, stored: Stored, is_archived: bool
+) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        begin(repository)
+        append(repository, *range(10))
+        if is_archived:
+            other = Other(stored)
+            other.merge()
+            assert other.cut()
+        killed = Other(stored, 3)
+        killed.merge()
+        repository.write_back("s")
+        assert counts(stored) == [0, 0, 0]
+        assert not killed.cut()
+        assert told(restored_by_the_original(stored)[1]) == everything(stored) == expected(10)
+        append(repository, 10)
+        assert told(repository.list_messages("s", "agent")) == expected(11)
 
 
 def test_an_open_manager_goes_on_after_its_session_was_written_back(

@@ -267,7 +267,6 @@ async def redaction(session: Session) -> None:
 async def close(session: Session) -> None:
     """Close with a message that was recorded and not sent."""
     recorded = SessionMessage.from_message(message("op"), 2)
-    session.agent.messages.append(recorded.message)
     session.manager._unit.create_message(session.session_id, "agent", recorded)
     await session.close()
 

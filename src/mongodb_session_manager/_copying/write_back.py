@@ -45,6 +45,7 @@ class _Agent:
     older: list[Any] = field(default_factory=list)
     count: int = 0  # of archived messages, even if they are not kept here
     revision: int = 0  # the highest of the head and of any bucket
+    has_buckets: bool = False  # an interrupted move can leave one that is not part of the session
     changed: dict[int, Any] = field(default_factory=dict)
     references: list[str] = field(default_factory=list)
 
@@ -58,8 +59,8 @@ class _Agent:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every message is in the session document, in the form of versions before 1.0."""
-        return not self.archived and not any(map(_is_to_change, self.head))
+        """Whether the session document alone holds the agent, in the form of versions before 1.0."""
+        return not self.archived and not self.has_buckets and not any(map(_is_to_change, self.head))
 
     @property
     def below(self) -> int:
@@ -71,6 +72,7 @@ class _Agent:
 
     def following(self, bucket: Mapping[str, Any]) -> list[Any]:
         first = int(bucket["_id"]["first"])
+        self.has_buckets = True
         self.revision = max(self.revision, number(bucket, "revision"))
         return bucket["messages"][self.count - first : self.archived - first] if first <= self.count else []
 
@@ -87,7 +89,9 @@ class WriteBack:
                 await self._store.expiry.life(session_id)  # continues an interrupted migration
                 place, document, found = await read_source(self._store, session_id)
                 agents = [_Agent(key, stored, stored.get("messages") or []) for key, stored in found.items()]
-                if all(agent.is_whole for agent in agents) or await self._write_back_once(session_id, document, agents):
+                bucket = await self._store.archive.collection.find_one({"_id": place.buckets()}, {"_id": 1})
+                is_whole = bucket is None and all(agent.is_whole for agent in agents)
+                if is_whole or await self._write_back_once(session_id, document, agents):
                     await self._remove_left_over(place, agents)
                     return
         raise DatabaseError(f"session {session_id!r} kept changing while it was written back: try again later")
@@ -113,7 +117,8 @@ class WriteBack:
             raise refused
         try:
             archived = [agent for agent in agents if not agent.is_whole]
-            return await self._store.sessions.update(_put_back(session_id, document["incarnation"], archived))
+            update = _put_back(session_id, document["incarnation"], archived)
+            return not archived or await self._store.sessions.update(update)
         except MessageTooLargeError:  # it has grown in the meantime
             raise_alone(refused)
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from ..errors import raise_alone
 from .portal import Portal
 
 P = ParamSpec("P")
@@ -56,7 +57,7 @@ def _checks(method: Callable[..., Any]) -> Callable[..., None]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{called.__qualname__}() {error}") from None
+            raise_alone(TypeError(f"{called.__qualname__}() {error}"))
 
     return check
 

@@ -108,7 +108,7 @@ class SessionManagerBase(SessionLifecycle):
         else:
             work.start_invocation(agent.agent_id)  # no event marks the start of a bidirectional agent's invocation
             self._turns.use_lease(agent.agent_id)
-        work.release(agent.agent_id)
+        work.release(agent)
         work.record_config(agent.agent_id, capture_config(agent))
         self._agents[agent.agent_id] = agent
 

@@ -39,6 +39,7 @@ class LiveMessages:
         self._stored: dict[int, Any] = {}
         self._former: dict[int, list[Any]] = {}
         self._redacted: set[int] = set()
+        self._apart: set[int] = set()  # ids of messages that were appended without being live: restoring gives them too
         self.unstorable: set[int] = set()
         self._repaired: list[Any] | None = None
         self._view: View | None = None
@@ -74,9 +75,11 @@ class LiveMessages:
         if list(messages) != list(self._stored.values()):
             self._repaired = shadow(list(messages))
 
-    def append(self, message_id: int, message: Any) -> None:
-        """Add a message that is appended."""
+    def append(self, message_id: int, message: Any, *, is_live: bool = True) -> None:
+        """Add a message that is appended; one that is not live is restored all the same."""
         self._order.append(message_id)
+        if not is_live:
+            self._apart.add(message_id)
         self._stored[message_id] = shadow(message)
 
     def extend(self, message_id: int, message: Any) -> None:
@@ -145,7 +148,7 @@ class LiveMessages:
         if without_view is not None and self._are_same(messages, without_view):
             self._view, self._shown = None, []
             return {}
-        found = Match(self, messages, id_of, version_of).found
+        found = self._with_apart(Match(self, messages, id_of, version_of).found, 0 if base is None else base[1])
         count = self._count_tail(found)
         view = View(found[-count].message_id or 0 if count else next_id, _items_of(found[: len(found) - count]))
         if view == self._view:
@@ -173,7 +176,26 @@ class LiveMessages:
         ids = [None if each.item is not None else each.message_id for each in self._shown]
         return _Expected([*messages, *(self._stored[n] for n in tail)], [*ids, *tail])
 
+    def _with_apart(self, found: list[Shown], removed: int) -> list[Shown]:
+        """Insert the messages that are stored and not live by their order, except those that a window has removed."""
+        self._apart.intersection_update(self._order[max(0, removed - self._first) :])
+        self._apart.difference_update(each.message_id for each in found)
+        for n in sorted(self._apart):
+            later = (at for at, each in enumerate(found) if each.message_id is not None and each.message_id > n)
+            found.insert(next(later, len(found)), Shown(self._stored[n], None, n))
+        return found
+
     def _are_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
+        """Return whether restoring gives the live messages, and those that were never live."""
+        if self._are_all_same(messages, expected):
+            self._apart.difference_update(expected.ids)
+            return True
+        if not self._apart:
+            return False
+        kept = [at for at, n in enumerate(expected.ids) if n not in self._apart]
+        return self._are_all_same(messages, _Expected(*([values[at] for at in kept] for values in expected)))
+
+    def _are_all_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
         if are_equal(messages, expected.messages):
             return True
         return len(messages) == len(expected.messages) and all(
@@ -210,6 +232,7 @@ class LiveMessages:
             for n in self._order[:count]:
                 self._stored.pop(n, None)
                 self._former.pop(n, None)
+                self._apart.discard(n)
             del self._order[:count]
             self._first = removed
 

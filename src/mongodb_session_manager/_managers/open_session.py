@@ -126,7 +126,7 @@ class OpenSession(SessionRepository):
     # Messages.
 
     def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
-        """Append a message to the stored conversation; a live agent does not get it.
+        """Append a message to the stored conversation; a live agent does not get it, a restored one does.
 
         The id is assigned here and written into `session_message`.
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
+from weakref import ref
 
 from strands import Agent
 from strands.types.agent import LocalAgent
@@ -82,6 +83,7 @@ class RecordedAgent:
         self.archive_revision: int = stored.get("archive_revision") or 0
         self.view: View | None = stored.get("view")
         self.live: LiveMessages | None = LiveMessages() if self.loaded is None else None
+        self._agent: ref[LocalAgent] | None = None
         self.is_restoring = False
         self._records: list[tuple[SessionMessage, Any]] = []
         self._live_list: list[Any] | None = None
@@ -141,11 +143,21 @@ class RecordedAgent:
         self.last_usage = message.get("event_loop_metrics") or {}
         self.newest_is_plain = not message.get("attachments")
         if self.live is not None:
-            self.live.append(message_id, session_message.to_message())
+            is_live = self._is_live(session_message.message)
+            self.live.append(message_id, session_message.to_message(), is_live=is_live)
         self._remember(message_id, self.last.tracking_id, message)
         self.next_message_id += 1
         if self.messages is not None:
             self.messages.append(session_message)
+
+    def _is_live(self, message: Any) -> bool:
+        agent = None if self._agent is None else self._agent()
+        return agent is None or any(each is message for each in reversed(agent.messages))
+
+    def release(self, agent: LocalAgent) -> None:
+        """Drop the loaded messages: the restored agent holds them."""
+        self.messages = self.last_appended = None
+        self._agent = ref(agent)
 
     def replace_stored(self, message_id: int, fields: Mapping[str, Any]) -> None:
         """Remember new content of a stored message, also for a later restore."""

@@ -94,10 +94,9 @@ class UnitOfWork(ChangeLog, SessionRepository):
 
     # Restoring.
 
-    def release(self, agent_id: str) -> None:
+    def release(self, agent: LocalAgent) -> None:
         """Drop an agent's loaded messages: the restored agent holds them."""
-        agent = self._agents[agent_id]
-        agent.messages = agent.last_appended = None
+        self._agents[agent.agent_id].release(agent)
 
     def restoring(self, agent: LocalAgent) -> AbstractContextManager[None]:
         """Return the context in which Strands restores an agent; then, its view is shown."""
