@@ -135,9 +135,10 @@ class RecordedAgent:
         # Whether the newest message is known to have no attachments. Only the newest is replaced often: it grows.
         self.newest_is_plain = False
 
-    def append(self, session_message: SessionMessage, message: StoredMessage) -> None:
-        """Remember an appended message in its original and its stored form."""
+    def append(self, session_message: SessionMessage, stored: StoredMessage, message: StoredMessage) -> None:
+        """Remember an appended message: the original, its stored form, and that without its attachments."""
         message_id = session_message.message_id
+        self.stored.append(stored)
         self.last_appended = message_id
         self.last = LastMessage.of(session_message.message)
         self.last_usage = message.get("event_loop_metrics") or {}
@@ -159,20 +160,6 @@ class RecordedAgent:
         self.messages = self.last_appended = None
         self._agent = ref(agent)
 
-    def replace_stored(self, message_id: int, fields: Mapping[str, Any]) -> None:
-        """Remember new content of a stored message, also for a later restore."""
-        self.stored.replace(message_id, fields)
-        if self.messages is None:
-            return
-        if self.view is not None:
-            self.view = self.view.without_content_of({message_id})
-            if message_id < self.view.after and (record := message_from(fields, message_id)) is not None:
-                self.shown[message_id] = record
-        for message in self.messages:
-            if message is not None and message.message_id == message_id:
-                message.message = decode(fields["message"])
-                message.redact_message = decode(fields["redact_message"])
-
     def record_state(self, fields: Mapping[str, Any]) -> None:
         """Remember new fields of the agent's state."""
         self._state = {**self._state, **fields}
@@ -189,7 +176,7 @@ class RecordedAgent:
     def replace(self, session_message: SessionMessage, fields: Mapping[str, Any], *, continues: bool) -> None:
         """Remember new content of a message, and its stored fields; `continues` if the agent has continued it."""
         message_id = session_message.message_id
-        self.replace_stored(message_id, fields)
+        self._replace_stored(message_id, fields)
         self.versions[message_id] = fields["updated_at"]
         if message_id == self.next_message_id - 1:
             self.last = LastMessage.of(session_message.to_message())
@@ -198,6 +185,20 @@ class RecordedAgent:
         elif self.live is not None:
             redacts = session_message.redact_message is not None
             self.live.replace(message_id, session_message.to_message(), redacts=redacts)
+
+    def _replace_stored(self, message_id: int, fields: Mapping[str, Any]) -> None:
+        """Remember new content of a stored message, also for a later restore."""
+        self.stored.replace(message_id, fields)
+        if self.messages is None:
+            return
+        if self.view is not None:
+            self.view = self.view.without_content_of({message_id})
+            if message_id < self.view.after and (record := message_from(fields, message_id)) is not None:
+                self.shown[message_id] = record
+        for message in self.messages:
+            if message is not None and message.message_id == message_id:
+                message.message = decode(fields["message"])
+                message.redact_message = decode(fields["redact_message"])
 
     def view_change(self, agent: Agent, base: tuple[list[Any], int] | None, session_id: str) -> StoreView | None:
         """Return the change that stores the live messages, or `None` if restoring gives them.

@@ -274,8 +274,7 @@ class UnitOfWork(ChangeLog, SessionRepository):
         stored = stored_message(session_message, session_message.message_id)
         message, size = set_aside(stored, self._max_inline)
         self._record(AppendMessage(agent_id, message, agent.count_usage(session_message.message), size=size))
-        agent.append(session_message, message)
-        agent.stored.append(stored)
+        agent.append(session_message, stored, message)
 
     def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
         """Return a copy of a message; `None` if it is not in memory."""
