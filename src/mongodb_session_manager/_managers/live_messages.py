@@ -6,12 +6,12 @@ with the message: comparing two equal strings that are the same object takes no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._format.documents import Document
 from .._format.view import Item, Shown, View, runs_of, shadow
-from .message_match import KEPT, Match, are_equal
+from .message_match import KEPT, KnownMessages, Match, are_equal
 
 _NO_MESSAGE = -1
 
@@ -36,9 +36,7 @@ class LiveMessages:
     def __init__(self, first: int = 0) -> None:
         self._first = first
         self._order: list[int] = []
-        self._stored: dict[int, Any] = {}
-        self._former: dict[int, list[Any]] = {}
-        self._redacted: set[int] = set()
+        self._known = KnownMessages()
         self._apart: set[int] = set()  # ids of messages that were appended without being live: restoring gives them too
         self.unstorable: set[int] = set()
         self._repaired: list[Any] | None = None
@@ -64,7 +62,7 @@ class LiveMessages:
     def show(self, view: View, shown: Iterable[Shown], stored: Mapping[int, Any]) -> None:
         """Begin with a view and what its items show; `stored` are the loaded messages before `after`."""
         self._view = view
-        self._stored = {n: shadow(message) for n, message in stored.items()} | self._stored
+        self._known.messages = {n: shadow(message) for n, message in stored.items()} | self._known.messages
         self._shown = [each._replace(message=shadow(each.message)) for each in shown]
 
     def repaired(self, messages: Sequence[Any]) -> None:
@@ -72,7 +70,7 @@ class LiveMessages:
 
         They are stored with the next change of the live messages: restoring an agent alone stores nothing.
         """
-        if list(messages) != list(self._stored.values()):
+        if list(messages) != list(self._known.messages.values()):
             self._repaired = shadow(list(messages))
 
     def append(self, message_id: int, message: Any, *, is_live: bool = True) -> None:
@@ -80,11 +78,11 @@ class LiveMessages:
         self._order.append(message_id)
         if not is_live:
             self._apart.add(message_id)
-        self._stored[message_id] = shadow(message)
+        self._known.messages[message_id] = shadow(message)
 
     def extend(self, message_id: int, message: Any) -> None:
         """Change a message that its agent has continued."""
-        self._stored[message_id] = shadow(message)
+        self._known.messages[message_id] = shadow(message)
 
     def replace(self, message_id: int, message: Any, *, redacts: bool) -> None:
         """Change a message whose content is replaced: the view shows it as it is stored then.
@@ -93,18 +91,18 @@ class LiveMessages:
         """
         new = shadow(message)
         if redacts:
-            self._redacted.add(message_id)
-        former = self._former.setdefault(message_id, [])
-        if (old := self._stored.get(message_id)) is not None:
+            self._known.redacted.add(message_id)
+        former = self._known.former.setdefault(message_id, [])
+        if (old := self._known.messages.get(message_id)) is not None:
             former.append(old)
-            self._stored[message_id] = new
+            self._known.messages[message_id] = new
         if self._view is None:
             return
         found: list[Shown] = []
         for each in self._shown:
             if each.item is not None and message_id in each.item.of:
                 former.append(each.message)
-                found += [Shown(self._stored.get(n), None, n) for n in each.item.of]
+                found += [Shown(self._known.messages.get(n), None, n) for n in each.item.of]
             elif each.item is None and each.message_id == message_id:
                 found.append(each._replace(message=new))
             else:
@@ -148,7 +146,9 @@ class LiveMessages:
         if without_view is not None and self._are_same(messages, without_view):
             self._view, self._shown = None, []
             return {}
-        found = self._with_apart(Match(self, messages, id_of, version_of).found, 0 if base is None else base[1])
+        match = Match(self._known, self._shown, messages, id_of, version_of)
+        self.unstorable |= match.unstorable
+        found = self._with_apart(match.found, 0 if base is None else base[1])
         count = self._count_tail(found)
         view = View(found[-count].message_id or 0 if count else next_id, _items_of(found[: len(found) - count]))
         if view == self._view:
@@ -163,7 +163,7 @@ class LiveMessages:
         if not 0 <= at <= len(self._order):
             return None
         ids: list[int | None] = [n for n in (self._order[at:] if at else self._order) if n != _NO_MESSAGE]
-        found = list(map(self._stored.get, ids)) if ids else []  # type: ignore[arg-type]
+        found = list(map(self._known.messages.get, ids)) if ids else []  # type: ignore[arg-type]
         if None in found:
             return None
         return (
@@ -174,7 +174,7 @@ class LiveMessages:
         tail = [n for n in self._order if n >= view.after]
         messages = [each.message for each in self._shown]
         ids = [None if each.item is not None else each.message_id for each in self._shown]
-        return _Expected([*messages, *(self._stored[n] for n in tail)], [*ids, *tail])
+        return _Expected([*messages, *(self._known.messages[n] for n in tail)], [*ids, *tail])
 
     def _with_apart(self, found: list[Shown], removed: int) -> list[Shown]:
         """Insert the messages that are stored and not live by their order, except those that a window has removed."""
@@ -182,7 +182,7 @@ class LiveMessages:
         self._apart.difference_update(each.message_id for each in found)
         for n in sorted(self._apart):
             later = (at for at, each in enumerate(found) if each.message_id is not None and each.message_id > n)
-            found.insert(next(later, len(found)), Shown(self._stored[n], None, n))
+            found.insert(next(later, len(found)), Shown(self._known.messages[n], None, n))
         return found
 
     def _are_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
@@ -199,22 +199,9 @@ class LiveMessages:
         if are_equal(messages, expected.messages):
             return True
         return len(messages) == len(expected.messages) and all(
-            are_equal(live, known) or (n is not None and self.is_same(live, n))
+            are_equal(live, known) or (n is not None and self._known.is_same(live, n))
             for live, known, n in zip(messages, *expected, strict=True)
         )
-
-    def is_same(self, live: Any, message_id: int) -> bool:
-        """Return whether a live message is a stored one, or an earlier version of it.
-
-        A stored message without tracking id gets one when its agent is invoked.
-        """
-        known = self._stored.get(message_id)
-        if known is not None and type(live) is dict and "tracking_id" in live and "tracking_id" not in known:
-            without_id = {name: value for name, value in live.items() if name != "tracking_id"}
-            if are_equal(without_id, known):
-                known["tracking_id"] = live["tracking_id"]
-                return True
-        return are_equal(live, known) or any(are_equal(live, old) for old in self._former.get(message_id, ()))
 
     def _count_tail(self, found: Sequence[Shown]) -> int:
         """Return how many of the last live messages are the last stored ones, in order."""
@@ -230,8 +217,8 @@ class LiveMessages:
         """Forget the oldest messages, which the conversation manager has removed."""
         if (count := removed - self._first) > 0:
             for n in self._order[:count]:
-                self._stored.pop(n, None)
-                self._former.pop(n, None)
+                self._known.messages.pop(n, None)
+                self._known.former.pop(n, None)
                 self._apart.discard(n)
             del self._order[:count]
             self._first = removed
@@ -239,39 +226,17 @@ class LiveMessages:
     def _drop_unused(self, view: View) -> None:
         """Forget stored messages that the view does not show, except the newest ones."""
         used = {n for item in view.items for a, b in item.loaded for n in range(a, b + 1)}
-        unused = [n for n in self._stored if n < view.after and n not in used]
+        unused = [n for n in self._known.messages if n < view.after and n not in used]
         for n in unused[:-KEPT]:
-            del self._stored[n]
-            self._former.pop(n, None)
+            del self._known.messages[n]
+            self._known.former.pop(n, None)
         # A message that is only shown with other content can be large: it was shortened.
         for n in {n for item in view.items for n in item.of if n < view.after} - used:
-            self._stored.pop(n, None)
-        unknown = (at for at, n in enumerate(self._order) if n != _NO_MESSAGE and n not in self._stored)
+            self._known.messages.pop(n, None)
+        unknown = (at for at, n in enumerate(self._order) if n != _NO_MESSAGE and n not in self._known.messages)
         count = 1 + max(unknown, default=-1)  # what restoring gives without a view is unknown from before there
         del self._order[:count]
         self._first += count
-
-    # What the matching of live messages with stored ones needs.
-
-    @property
-    def stored(self) -> Mapping[int, Any]:
-        """The known stored messages, by id."""
-        return self._stored
-
-    @property
-    def shown(self) -> Sequence[Shown]:
-        """The messages that the items of the current view show."""
-        return self._shown
-
-    def is_redacted(self, message_id: int) -> bool:
-        """Return whether a message was redacted: the live message can still have the original content."""
-        return message_id in self._redacted
-
-    def versions(self, message_id: int) -> Iterator[Any]:
-        """Yield the current and the earlier versions of a stored message."""
-        if (current := self._stored.get(message_id)) is not None:
-            yield current
-        yield from self._former.get(message_id, ())
 
 
 def _items_of(found: Iterable[Shown]) -> tuple[Item, ...]:
