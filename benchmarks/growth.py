@@ -63,7 +63,7 @@ class _Plan:
     def chosen(cls, quick: bool) -> _Plan:
         """Return the parameters."""
         if quick:
-            return cls((_SMALL, 60, 400), 1, 2, 2, 60)
+            return cls((_SMALL, 200), 1, 2, 2, _SMALL)
         return cls((_SMALL, 100, 1_000, 10_000, 100_000), 8, 4, 8, 10_000)
 
 
