@@ -39,7 +39,7 @@ PRESSED = Pace(tokens=40, seconds=0.0, parsed=20)
 
 
 REAL = Pace(tokens=500, seconds=0.02, parsed=5)
-"""A real model at 50 tokens per second: a turn takes 10 seconds, and 50 streams need a fourth of one processor."""
+"""A real model at 50 tokens per second: a turn takes 10 seconds, and 50 streams need about a fifth of a processor."""
 
 
 @dataclass(frozen=True)
