@@ -28,11 +28,12 @@ _MOST_GAP = {_ONE: 10, _TWO: 500}
 
 @dataclass(frozen=True)
 class _Case:
-    """Requests that arrive at once.
+    """Requests that arrive at once for each session.
 
     Attributes:
         requests: The number of requests, a multiple of `sessions`.
         sessions: The number of sessions; at most as many requests have their turn at the same time.
+        apart: Seconds between the arrivals for two sessions, so that their turns do not end at the same time.
     """
 
     name: str
@@ -40,12 +41,13 @@ class _Case:
     requests: int
     sessions: int
     rounds: int
+    apart: float = 0.0
 
 
 _SLOW = "a model of one second"
 _CASES = (
     _Case("a model without delay", INSTANT, 1_000, 50, 3),
-    _Case(_SLOW, Pace(tokens=20, seconds=0.05, parsed=1), 300, 50, 3),
+    _Case(_SLOW, Pace(tokens=20, seconds=0.05, parsed=1), 300, 50, 3, apart=0.02),
 )
 _QUICK = (_Case(_SLOW, Pace(tokens=2, seconds=0.005, parsed=1), 9, 3, 1),)
 
@@ -107,7 +109,8 @@ async def _requests(way: str, case: _Case, uri: str) -> _Sample:
     # Without a line, as many requests at the same time as there are sessions with one.
     slots = asyncio.Semaphore(case.sessions if way == _NO_LINE else case.requests)
 
-    async def request(subject: Contender, session_id: str) -> None:
+    async def request(number: int, subject: Contender, session_id: str) -> None:
+        await asyncio.sleep(number % case.sessions * case.apart)
         async with slots, subject.session(session_id) as manager:
             begun[session_id].append(time.perf_counter())
             await agent(manager, case.pace).invoke_async("And now?")
@@ -122,7 +125,7 @@ async def _requests(way: str, case: _Case, uri: str) -> _Sample:
         # The requests of a session take turns between the factories.
         turns = [subjects[number // case.sessions % count] for number in range(case.requests)]
         counter.count, start = 0, time.perf_counter()
-        await asyncio.gather(*map(request, turns, sessions))
+        await asyncio.gather(*map(request, range(case.requests), turns, sessions))
         took = time.perf_counter() - start
         commands = counter.count / case.requests
     gaps = [gap for session_id in ended for gap in _gaps(begun[session_id], ended[session_id])] or [0.0]
