@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 
-from . import _machine, commands, growth, latency, portal, streams
+from . import _machine, commands, first_token, growth, latency, line, portal, processor, streams
 from ._bench import Bench
 from ._report import Run, markdown, print_tables
 from ._results import Finding
@@ -24,7 +24,10 @@ from ._results import Finding
 MEASURES: Mapping[str, Callable[[Bench], Awaitable[Finding]]] = {
     "commands": commands.measure,
     "latency": latency.measure,
+    "first_token": first_token.measure,
+    "processor": processor.measure,
     "streams": streams.measure,
+    "line": line.measure,
     "growth": growth.measure,
     "portal": portal.measure,
 }
@@ -80,7 +83,7 @@ def _run(names: Sequence[str], quick: bool, console: Console) -> Run:
     # Warnings of the driver would break the progress bars.
     logging.disable(logging.WARNING)
     findings: dict[str, Finding] = {}
-    columns = TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description:11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress, EmbeddedMongoDB() as server:
         machine = _machine.describe(server.connection_string)
         tasks = {name: progress.add_task(name, start=False, total=None) for name in names}

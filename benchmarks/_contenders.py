@@ -20,6 +20,7 @@ DATABASE = "benchmarks"
 
 NONE = "none"
 LIBRARY = "library"
+OVERLAP = "library, overlapping"
 PER_INVOCATION = "library, per invocation"
 MOTOR = "library, client=Motor"
 PYMONGO = "library, client=PyMongo async"
@@ -29,6 +30,7 @@ SNAPSHOT = "SnapshotSessionManager"
 DESCRIPTIONS = {
     NONE: "no session manager",
     LIBRARY: "a factory with its own client (Motor, on the library's I/O thread), save_on=message",
+    OVERLAP: "the same with save_on=overlap",
     PER_INVOCATION: "the same with save_on=invocation",
     MOTOR: "a factory with the application's AsyncIOMotorClient, on the application's event loop",
     PYMONGO: "a factory with the application's AsyncMongoClient, on the application's event loop",
@@ -94,8 +96,8 @@ def _factory(
         client: AsyncMongoClient[Any] = AsyncMongoClient(uri, **options)
         stack.push_async_callback(client.close)
         return MongoDBSessionManagerFactory(client=client, database_name=DATABASE)
-    if name == PER_INVOCATION:
-        options["save_on"] = "invocation"
+    if name in (OVERLAP, PER_INVOCATION):
+        options = {**options, "save_on": "overlap" if name == OVERLAP else "invocation"}
     return MongoDBSessionManagerFactory(uri, DATABASE, **options)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
-from strands import Agent
+from strands import Agent, tool
 from strands.models.model import Model
 from strands.session import SessionManager
 from strands.types.content import Messages
@@ -112,6 +112,12 @@ class StreamingModel(Model):
         """
         raise NotImplementedError
         yield {}  # type: ignore[unreachable]
+
+
+@tool
+def look() -> str:
+    """Look outside."""
+    return "It rains."
 
 
 def agent(

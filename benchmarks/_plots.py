@@ -59,6 +59,27 @@ def _latency(figure: Figure, finding: Finding) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
+def _first_token(figure: Figure, finding: Finding) -> None:
+    for axes, column in zip(figure.subplots(1, 2), ("new agent, ms", "live agent, ms"), strict=True):
+        _lines(axes, finding, "round trip, ms", column, "contender")
+        axes.set_xlabel("round trip to the server, ms")
+        axes.set_ylabel(f"first token, {column}")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _processor(figure: Figure, finding: Finding) -> None:
+    axes = figure.subplots()
+    _bars(axes, [str(row["way"]) for row in finding.rows], [row["processor, ms"] for row in finding.rows], "%.2f")
+    axes.set_xlabel("processor time, ms")
+
+
+def _line(figure: Figure, finding: Finding) -> None:
+    rows = [row for row in finding.rows if row["gap p99, ms"] is not None]
+    axes = figure.subplots()
+    _bars(axes, [f"{row['case']},\n{row['line']}" for row in rows], [row["gap p99, ms"] for row in rows], "%.0f")
+    axes.set_xlabel("from a release to the next turn, p99, ms")
+
+
 def _streams(figure: Figure, finding: Finding) -> None:
     cases = list(dict.fromkeys(row["case"] for row in finding.rows))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -88,8 +109,9 @@ def _growth(figure: Figure, finding: Finding) -> None:
     )
     for axes, names in zip(figure.subplots(1, 3), columns, strict=True):
         for name in names:
-            sizes = [_middle(row["messages"]) for row in finding.rows]
-            cells = [row[name] for row in finding.rows]
+            rows = [row for row in finding.rows if row[name] is not None]
+            sizes = [_middle(row["messages"]) for row in rows]
+            cells = [row[name] for row in rows]
             axes.errorbar(sizes, [_middle(cell) for cell in cells], _errors(cells), marker="o", ms=3, label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -104,20 +126,26 @@ def _growth(figure: Figure, finding: Finding) -> None:
 
 def _portal(figure: Figure, finding: Finding) -> None:
     axes = figure.subplots()
-    cells = [row["each, µs"] for row in finding.rows]
-    bars = axes.barh([str(row["way"]) for row in finding.rows], [_middle(cell) for cell in cells], xerr=_errors(cells))
-    axes.bar_label(bars, fmt="%.0f", padding=12, fontsize=7)
-    axes.invert_yaxis()
+    _bars(axes, [str(row["way"]) for row in finding.rows], [row["each, µs"] for row in finding.rows], "%.0f")
     axes.set_xlabel("µs each")
 
 
 _PICTURES: dict[str, Callable[[Figure, Finding], None]] = {
     "commands": _commands,
     "latency": _latency,
+    "first_token": _first_token,
+    "processor": _processor,
     "streams": _streams,
+    "line": _line,
     "growth": _growth,
     "portal": _portal,
 }
+
+
+def _bars(axes: Axes, names: list[str], cells: list[Cell], shown: str) -> None:
+    bars = axes.barh(names, [_middle(cell) for cell in cells], xerr=_errors(cells))
+    axes.bar_label(bars, fmt=shown, padding=12, fontsize=7)
+    axes.invert_yaxis()
 
 
 def _lines(axes: Axes, finding: Finding, across: str, column: str, by: str) -> None:

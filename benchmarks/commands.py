@@ -6,40 +6,19 @@ import asyncio
 from dataclasses import dataclass
 from typing import Literal
 
-from pymongo import monitoring
-from strands import Agent, tool
+from strands import Agent
 
 from mongodb_session_manager import AsyncMongoDBSessionManager, MongoDBSessionManagerFactory
 
 from ._bench import Bench, new_id
 from ._contenders import DATABASE
-from ._model import agent
+from ._counting import Counter
+from ._model import agent, look
 from ._results import Budget, Cell, Finding
-
-
-class _Counter(monitoring.CommandListener):
-    """Counts the commands to collections."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def started(self, event: monitoring.CommandStartedEvent) -> None:
-        if event.command_name not in ("createIndexes", "endSessions", "hello", "ping"):
-            self.count += 1
-
-    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
-    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
-
 
 SaveOn = Literal["message", "invocation"]
 
 _SAVE_ON: tuple[SaveOn, SaveOn] = ("message", "invocation")
-
-
-@tool
-def look() -> str:
-    """Look outside."""
-    return "It rains."
 
 
 @dataclass(frozen=True)
@@ -77,7 +56,7 @@ async def measure(bench: Bench) -> Finding:
     bench.begin(len(_CASES) + 1)
     rows: list[dict[str, Cell]] = []
     budgets = []
-    counter = _Counter()
+    counter = Counter()
     with bench.networks([0.0]) as (uri,):
         async with MongoDBSessionManagerFactory(uri, DATABASE, event_listeners=[counter]) as factory:
             async with await factory.create_session_manager_async(new_id()):
@@ -104,7 +83,7 @@ async def measure(bench: Bench) -> Finding:
     return Finding("Commands per turn", {"model": "answers, or calls a tool and answers"}, rows, budgets)
 
 
-async def _count(factory: MongoDBSessionManagerFactory, counter: _Counter, case: _Case, save_on: SaveOn) -> int:
+async def _count(factory: MongoDBSessionManagerFactory, counter: Counter, case: _Case, save_on: SaveOn) -> int:
     session_id = new_id()
     if case.resumed:
         async with await factory.create_session_manager_async(session_id) as manager:
