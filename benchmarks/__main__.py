@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 
-from . import _machine, commands, growth, latency, portal, streams
+from . import _machine, commands, growth, imports, latency, portal, streams
 from ._bench import Bench
 from ._report import Run, markdown, print_tables
 from ._results import Finding
@@ -27,6 +27,7 @@ MEASURES: Mapping[str, Callable[[Bench], Awaitable[Finding]]] = {
     "streams": streams.measure,
     "growth": growth.measure,
     "portal": portal.measure,
+    "imports": imports.measure,
 }
 
 
