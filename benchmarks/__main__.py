@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mongodb_session_manager.embedded import EmbeddedMongoDB
 
-from . import _machine, commands, first_token, growth, latency, line, portal, processor, streams
+from . import _machine, commands, first_token, growth, imports, latency, line, portal, processor, streams
 from ._bench import Bench
 from ._report import Run, markdown, print_tables
 from ._results import Finding
@@ -30,6 +30,7 @@ MEASURES: Mapping[str, Callable[[Bench], Awaitable[Finding]]] = {
     "line": line.measure,
     "growth": growth.measure,
     "portal": portal.measure,
+    "imports": imports.measure,
 }
 
 

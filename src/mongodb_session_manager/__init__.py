@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import typing
 
-from ._io.drivers import Client
 from ._io.options import ClientOptions, ContentOptions, RepositoryOptions
 from ._managers.async_manager import AsyncMongoDBSessionManager
 from ._managers.capture import GUARDRAIL_ACTION_BLOCKED, GUARDRAIL_STOP_REASONS
@@ -62,6 +61,7 @@ from .errors import (
 from .hooks import _ORIGINS, _has_extra
 
 if typing.TYPE_CHECKING:
+    from ._io.drivers import Client
     from .hooks.sns import FeedbackSNSHook, create_feedback_sns_hook
     from .hooks.sqs import MetadataSQSHook, create_metadata_sqs_hook
     from .hooks.websocket import MetadataWebSocketHook, create_metadata_websocket_hook
@@ -139,6 +139,7 @@ __all__ = [
 ]
 
 _WITH_AWS = {name: module for module, name in _ORIGINS.values()}
+_LATER = {"Client", *_WITH_AWS}
 
 
 if not _has_extra():  # `from mongodb_session_manager import *` imports the names of the installed extras
@@ -146,7 +147,7 @@ if not _has_extra():  # `from mongodb_session_manager import *` imports the name
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Import an AWS hook, which needs the extra `aws`, or look up the version on first access."""
+    """Import an AWS hook, which needs the extra `aws`, or Motor, or look up the version on first access."""
     if name == "__version__":
         try:
             return importlib.metadata.version("mongodb-session-manager")
@@ -154,11 +155,15 @@ def __getattr__(name: str) -> typing.Any:
             raise AttributeError("mongodb-session-manager is not installed, so its version is unknown") from None
     if name in _WITH_AWS:
         return getattr(importlib.import_module(f".hooks.{_WITH_AWS[name]}", __name__), name)
+    if name == "Client":
+        from ._io import drivers  # the type of all clients needs Motor
+
+        return drivers.Client
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WITH_AWS, "__version__"})
+    return sorted({*globals(), *_LATER, "__version__"})
 
 
 def _is_importable(module: str) -> bool:

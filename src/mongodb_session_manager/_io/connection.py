@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import pymongo
@@ -34,12 +34,15 @@ from ..errors import (
 from . import drivers
 from .clock import clock_of
 from .driver_errors import Account, driver_errors, may_be_sent_again
-from .drivers import AsyncClient, AsyncCollection, MotorClient, SyncClient, options_of
+from .drivers import AsyncCollection, SyncClient, options_of
 from .gate import Gate, gate_of
 from .loop import ExitOrder, close_at_exit, io_portal, portal_to
 from .pool_stats import PoolCounter, PoolStats, pool_config
 from .portal import Portal, running_loop
 from .settings import DEFAULT_DATABASE, Settings
+
+if TYPE_CHECKING:
+    from .drivers import AsyncClient, MotorClient
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +159,12 @@ class Connection:
 
     async def _open_client(self, loop: asyncio.AbstractEventLoop) -> AsyncClient:
         if self._synchronous is not None:
-            return drivers.motor_over(self._synchronous, loop)
+            return await loop.run_in_executor(None, drivers.motor_over, self._synchronous, loop)
         options = self.settings.bounded_options()
         listeners = [*options.pop("event_listeners", ()), self._counter, self._clock]
         options |= {"event_listeners": listeners}
         refusal: ConfigurationError | None = None
         try:
-            # In a thread, because the driver looks at files to describe the machine to the server.
             uri = self.settings.connection_string
             client = await loop.run_in_executor(None, drivers.open_motor, uri, loop, options)
         except (OSError, driver.PyMongoError, ValueError, TypeError, LookupError) as error:

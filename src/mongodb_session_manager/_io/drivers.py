@@ -1,5 +1,6 @@
 """The two drivers, Motor and PyMongo, behind one interface. The only module that imports Motor.
 
+Motor is imported on first use, because the application pays for every import at its start.
 Everything above sees collections whose methods are awaited, whichever driver they belong to.
 """
 
@@ -7,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeGuard, cast
 
-from motor.core import AgnosticBase
-from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, MongoClient, WriteConcern
 from pymongo import errors as driver
 from pymongo.client_options import ClientOptions
@@ -21,10 +21,23 @@ from .._format.codec import CODEC_OPTIONS
 from ..errors import ClientTypeError, ConfigurationError
 from .loop import ThreadPool
 
-MotorClient: TypeAlias = AsyncIOMotorClient[Any]
-AsyncClient: TypeAlias = AsyncIOMotorClient[Any] | AsyncMongoClient[Any]
+if TYPE_CHECKING:
+    from motor.motor_asyncio import AsyncIOMotorClient
+
+    MotorClient: TypeAlias = AsyncIOMotorClient[Any]
+    AsyncClient: TypeAlias = AsyncIOMotorClient[Any] | AsyncMongoClient[Any]
+    Client: TypeAlias = AsyncClient | MongoClient[Any]
+
 SyncClient: TypeAlias = MongoClient[Any]
-Client: TypeAlias = AsyncClient | SyncClient
+
+
+def __getattr__(name: str) -> Any:
+    """Return the type `Client`, which is public, to code that evaluates it."""
+    if name != "Client":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from motor.motor_asyncio import AsyncIOMotorClient
+
+    return AsyncIOMotorClient[Any] | AsyncMongoClient[Any] | MongoClient[Any]
 
 
 class AsyncCursor(Protocol):
@@ -100,7 +113,7 @@ async def run_pipeline(collection: AsyncCollection, pipeline: Sequence[Mapping[s
 
 def check_client(client: object) -> None:
     """Raise `ClientTypeError` unless it is a client, and `ConfigurationError` if its writes are unacknowledged."""
-    if isinstance(client, AsyncIOMotorClient | AsyncMongoClient | MongoClient):
+    if is_client(client):
         if not options_of(client).write_concern.acknowledged:
             raise ConfigurationError("client has write concern w=0: a session cannot rely on unacknowledged writes")
         return
@@ -110,21 +123,33 @@ def check_client(client: object) -> None:
     )
 
 
-def is_motor(client: Client) -> TypeGuard[MotorClient]:
-    return isinstance(client, AsyncIOMotorClient)
+def is_client(client: object) -> TypeGuard[Client]:
+    return is_motor(client) or isinstance(client, AsyncMongoClient | MongoClient)
+
+
+def is_motor(client: object) -> TypeGuard[MotorClient]:
+    motor = sys.modules.get("motor.motor_asyncio")  # before Motor is imported, there is no client of it
+    return isinstance(client, getattr(motor, "AsyncIOMotorClient", ()))
 
 
 def open_motor(
     connection_string: str | None, loop: asyncio.AbstractEventLoop, options: Mapping[str, Any]
 ) -> MotorClient:
+    """Open a client. Call it in a thread: it imports Motor, and describes the machine to the server from files."""
+    from motor.motor_asyncio import AsyncIOMotorClient
+
     return AsyncIOMotorClient(connection_string, io_loop=loop, **options)
 
 
 def motor_over(client: SyncClient, loop: asyncio.AbstractEventLoop, executor: ThreadPool | None = None) -> MotorClient:
     """Return a Motor client for an event loop that uses the connections of a synchronous client.
 
-    The executor runs its commands; `None` is Motor's own, which all clients of the process share.
+    The executor runs its commands; `None` is Motor's own, which all clients of the process share. The first call
+    imports Motor and must not run on a caller's event loop.
     """
+    from motor.core import AgnosticBase
+    from motor.motor_asyncio import AsyncIOMotorClient
+
     wrapper: MotorClient = AsyncIOMotorClient.__new__(AsyncIOMotorClient)  # its constructor opens its own pool
     AgnosticBase.__init__(wrapper, client)
     wrapper._io_loop = loop if executor is None else _LoopWithExecutor(loop, executor)
@@ -161,7 +186,7 @@ def topology_of(client: Client) -> TopologyDescription:
 
 async def close_client(client: AsyncClient) -> None:
     """Close a client; a Motor client in another thread, because it sends its last command on the calling one."""
-    if isinstance(client, AsyncIOMotorClient):
-        await asyncio.get_running_loop().run_in_executor(None, client.close)
-    else:
+    if isinstance(client, AsyncMongoClient):
         await client.close()
+    else:
+        await asyncio.get_running_loop().run_in_executor(None, client.close)

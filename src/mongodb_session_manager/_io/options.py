@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from datetime import timedelta, tzinfo
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from bson.codec_options import DatetimeConversion, TypeRegistry
 from pymongo.driver_info import DriverInfo
@@ -20,7 +20,8 @@ from pymongo.read_preferences import Nearest, Primary, PrimaryPreferred, Seconda
 from pymongo.server_api import ServerApi
 from pymongo.server_description import ServerDescription
 
-from .drivers import Client
+if TYPE_CHECKING:
+    from .drivers import Client
 
 _Listener: TypeAlias = (
     CommandListener | ConnectionPoolListener | ServerHeartbeatListener | ServerListener | TopologyListener

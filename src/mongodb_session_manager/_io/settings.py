@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from pymongo import MongoClient, common
@@ -17,7 +16,10 @@ from pymongo import errors as driver
 from pymongo.uri_parser import parse_uri
 
 from ..errors import ConfigurationError
-from .drivers import Client, check_client
+from .drivers import check_client
+
+if TYPE_CHECKING:
+    from .drivers import Client
 
 DEFAULT_DATABASE = "agent_sessions"
 
@@ -98,6 +100,8 @@ class Settings:
 def unexpected_option(name: str, expected: Iterable[str], of_driver: Iterable[str] = ()) -> ConfigurationError:
     """Return the error for an unknown option; it suggests the expected options before the driver's."""
     expected = list(expected)
+    import difflib  # for this message only
+
     close = difflib.get_close_matches(name, expected, 1) or difflib.get_close_matches(name, list(of_driver), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     rest = " or an option of pymongo.MongoClient" if of_driver else ""

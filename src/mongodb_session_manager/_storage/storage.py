@@ -11,7 +11,7 @@ import builtins
 import copy
 import re
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from bson import ObjectId
 from strands.storage import Storage
@@ -22,11 +22,13 @@ from .._format.ids import checked_text
 from .._io.collection import Collection
 from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
-from .._io.drivers import Client
 from .._io.names import checked_name, given
 from .._io.settings import Settings
 from ..errors import DatabaseError, InvalidArgumentError
 from .gridfs import Bucket
+
+if TYPE_CHECKING:
+    from .._io.drivers import Client
 
 P = ParamSpec("P")
 T = TypeVar("T")
