@@ -20,10 +20,13 @@ from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 from strands import Agent
 from strands.session import SessionManager
+from strands.telemetry.metrics import MetricsClient
 
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from mongodb_session_manager._format.changes import Change
 from mongodb_session_manager.demo import ScriptedModel
+
+MetricsClient()  # a thread that uses Strands' one instance while another thread makes it finds it incomplete
 
 
 class CommandLog(monitoring.CommandListener):

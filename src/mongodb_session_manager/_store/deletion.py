@@ -104,7 +104,10 @@ class Deletion:
         return await self._collection.find_one({"_id": session_id}, _STATE)
 
     async def _finish(self, session_id: str, found: Document | None = None) -> Document | None:
-        """Finish a deletion; delete an abandoned copy, or an expired session. Return the state of what is left."""
+        """Finish a deletion; delete an abandoned copy, or an expired session.
+
+        Return the state of the document that remains, or `None`.
+        """
         found = found or await self._find_state(session_id)
         if found is None:
             return None
