@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,34 +119,37 @@ def tab(browser: Any) -> Any:
     return browser.new_context(viewport=WINDOW, reduced_motion="reduce").new_page()
 
 
-def asks_nothing(asked: list[str], ended: list[str]) -> bool:
-    """Return whether all requests of the page have ended, but for the streams of events."""
-    return not {each for each in Counter(asked) - Counter(ended) if not each.endswith("/events")}
-
-
 @contextmanager
 def opened(tab: Any, url: str) -> Iterator[Any]:
     """Open the page as in a new tab, and see that no script fails and that nothing is fetched from elsewhere."""
     wrong: list[str] = []
     asked: list[str] = []
-    ended: list[str] = []
+    unanswered: set[Any] = set()
+
+    def began(request: Any) -> None:
+        asked.append(request.url)
+        if not request.url.endswith("/events"):  # these streams end with the page
+            unanswered.add(request)
+
     notes: dict[Any, Callable[[Any], None]] = {
-        "weberror": lambda error: wrong.append(str(error.error)),
-        "request": lambda request: asked.append(request.url),
-        "requestfinished": lambda request: ended.append(request.url),
-        "requestfailed": lambda request: ended.append(request.url),
+        "pageerror": lambda error: wrong.append(str(error)),
+        "request": began,
+        "requestfinished": lambda request: unanswered.discard(request),
+        "requestfailed": lambda request: unanswered.discard(request),
     }
     for event, note in notes.items():
-        tab.context.on(event, note)
+        tab.on(event, note)
     tab.goto(url)
     yield tab
-    # A request that is still being served could create its session again when the next test has deleted it.
-    eventually(lambda: asks_nothing(asked, ended) or tab.wait_for_timeout(10))
+    # A request that is still being served could create its session again when the next test has deleted it. When a tab
+    # is closed, its requests end without an event.
+    eventually(lambda: not unanswered or tab.wait_for_timeout(10))
     tab.evaluate("sessionStorage.clear()")
     for event, note in notes.items():
-        tab.context.remove_listener(event, note)
+        tab.remove_listener(event, note)
     assert wrong == []
-    assert [each for each in asked if not each.startswith((f"{url}/", "data:"))] == []
+    home = url.partition("#")[0].rstrip("/")
+    assert [each for each in asked if not each.startswith((f"{home}/", "data:"))] == []
     assert asked
 
 
@@ -458,17 +460,16 @@ def test_a_reload_follows_the_answer_under_way(page: Any) -> None:
 
 def test_two_tabs_do_not_answer_twice(page: Any, stored: Any) -> None:
     ask(page, "hello", "Hello! I have been sent 1 message.")
-    other = page.context.new_page()
-    other.goto(page.url)
-    expect(other.locator(".said")).to_have_count(2)
-    say(page, "Tell me a story")
-    expect(page.locator(".writing .said")).to_contain_text("Once upon")
-    say(other, "Tell me a story, too")
-    expect(other.get_by_role("alert")).to_contain_text("The last message is being answered.")
-    answered(other)
-    answered(page)
-    assert len(stored.find_one()["agents"]["assistant"]["messages"]) == 4
-    expect(other.locator(".said")).to_have_text(said(page), use_inner_text=True)
+    with opened(page.context.new_page(), page.url) as other:
+        expect(other.locator(".said")).to_have_count(2)
+        say(page, "Tell me a story")
+        expect(page.locator(".writing .said")).to_contain_text("Once upon")
+        say(other, "Tell me a story, too")
+        expect(other.get_by_role("alert")).to_contain_text("The last message is being answered.")
+        answered(other)
+        answered(page)
+        assert len(stored.find_one()["agents"]["assistant"]["messages"]) == 4
+        expect(other.locator(".said")).to_have_text(said(page), use_inner_text=True)
     other.close()
 
 
