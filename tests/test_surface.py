@@ -298,7 +298,7 @@ def test_the_factory_has_each_method_twice() -> None:
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
     finding = {"list_sessions", "count_sessions", "session_exists", "delete_session"}
-    copying = {"export_session", "import_session", "fork_session", "write_back"}
+    copying = {"export_session", "import_session", "fork_session", "rewind_session", "write_back"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "check", "close"}
     assert blocking == finding | copying | others
     blocking -= {"create_storage"}  # which waits for nothing
@@ -313,7 +313,7 @@ def test_the_factory_has_each_method_twice() -> None:
 def test_a_factory_finds_copies_and_deletes_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
     finding = ("list_sessions", "count_sessions", "session_exists", "delete_session")
-    for name in (*finding, "export_session", "import_session", "fork_session", "write_back"):
+    for name in (*finding, "export_session", "import_session", "fork_session", "rewind_session", "write_back"):
         assert ours[name] == theirs[name]
 
 
@@ -521,7 +521,8 @@ NOT_PURE = {"_format.malformed"}  # it has a logger
 PURE = [
     "errors",
     *(name for name in modules() if name.startswith("_format.") and name not in NOT_PURE),
-    *("_copying.import_checks", "_copying.export_format", "_copying.fork_document", "_managers.capture"),
+    *("_copying.import_checks", "_copying.export_format", "_copying.fork_document", "_copying.rewind_statement"),
+    "_managers.capture",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The content of a fork: its session, truncated after the last message that each agent keeps. Pure."""
+"""Truncating a session after the last message that each agent keeps, for forks and rewinds. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._format.codec import decode, encode
 from .._format.documents import MESSAGE_USAGE, STATE_DEPTH, USAGE, Document, is_number, usable, usable_numbers
 from .._format.ids import checked_id, checked_message_id
 from .._format.view import View
-from ..errors import AgentNotFoundError, InvalidArgumentError
+from ..errors import AgentNotFoundError, InvalidArgumentError, MessageNotFoundError
 from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 
 
@@ -44,6 +44,11 @@ def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: It
         if agent_id not in known:
             raise AgentNotFoundError(f"session {session_id!r} has no agent {agent_id!r}")
     return ends
+
+
+def no_message(agent_id: str, message_id: int) -> MessageNotFoundError:
+    """Return the error for a message id that an agent does not have."""
+    return MessageNotFoundError(f"agent {agent_id!r} has no message {message_id}")
 
 
 def session_fields(session: Mapping[str, Any], ends: Mapping[str, int], moment: datetime) -> Document:

@@ -3,7 +3,7 @@
 A fork has the messages of the moment at which the session document was read: its heads are in the document, and the
 buckets below them are read one after the other. The messages pass through this process. Their attachments are copied on
 the server. If the attachments of a message are gone, the message was replaced: the fork gets the new message. If the
-archived messages are gone, the session was written back: the fork restarts.
+archived messages are gone, the session was written back or rewound: the fork restarts.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
-from .._format.documents import Document
+from .._format.documents import Document, number
 from .._format.ids import agent_id_of, checked_id, stored_id
-from .._format.malformed import malformed_fields
+from .._format.layout import Place
 from .._format.retention import Life
 from .._format.sizes import stored_size
 from .._format.view import replaced_in
 from .._store.sessions import ROUNDS, ReadAgainError
 from .._store.store import SessionStore
-from ..errors import AttachmentError, DatabaseError, MessageNotFoundError, SessionNotFoundError
+from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
 from .builder import NewAgent, SessionBuilder
-from .fork_document import agent_fields, checked_ends, cut_fields, ends_of, session_fields, usage_of
-from .source import Source, archived_messages, read_source
+from .fork_document import agent_fields, checked_ends, cut_fields, ends_of, no_message, session_fields, usage_of
+from .source import Source, archived_messages, raise_if_rewound, read_copyable
 from .staging import Staging
 
 _BATCH_MESSAGES = 1024
@@ -40,31 +40,21 @@ class Forker:
     def __init__(self, store: SessionStore) -> None:
         self._store = store
 
-    async def fork(self, session_id: str, new_id: str, at_message: object) -> None:
+    async def fork(self, session_id: str, new_id: str, at_message: object) -> Place:
         checked_id(session_id, "session_id")
         staging, ends = Staging(self._store, checked_id(new_id, "new_id")), checked_ends(at_message)
         async with self._store.connection.operation():
             try:
                 for number in range(ROUNDS):
-                    source = await self._read(session_id)
+                    source = await read_copyable(self._store, session_id)
                     await (staging.clear() if number else staging.begin())
                     with suppress(ReadAgainError):
                         await _Fork(self._store, source, staging).copy(ends)
-                        return
+                        return staging.place
                 raise _changed_too_often(session_id)
             except BaseException:
                 await staging.abandon()
                 raise
-
-    async def _read(self, session_id: str) -> Source:
-        source = await read_source(self._store, session_id)
-        for field in malformed_fields(source.document):
-            is_of_agent = field.path == "agents" or field.path.startswith("agents.")
-            # Malformed numbers and lists of names are copied as they are; opening ignores them, too.
-            is_copied = field.kind is int or field.path.endswith((".usage", ".config_set"))
-            if field.value is not None and is_of_agent and not is_copied:
-                raise field.error(session_id)
-        return source
 
 
 class _Fork:
@@ -76,7 +66,11 @@ class _Fork:
         self._replaced: list[Reference] = []
 
     async def copy(self, at_message: int | dict[str, int] | None) -> None:
-        """Copy the session up to the given messages; raise `ReadAgainError` if its archived messages were moved."""
+        """Copy the session up to the given messages.
+
+        Raises:
+            ReadAgainError: Its archived messages were moved, or it was rewound.
+        """
         document, agents = self._source.document, self._source.agents
         ends = ends_of(self._session_id, at_message, map(agent_id_of, agents))
         fields = session_fields(document, ends, self._store.connection.now())
@@ -85,6 +79,8 @@ class _Fork:
         for key in agents:
             await self._copy_agent(builder, key, ends.get(agent_id_of(key)))
         await builder.fill()
+        if any(number(agent, "archived") for agent in agents.values()):
+            await raise_if_rewound(self._store, self._source)
         await self._store.attachments.remove_unnamed(self._staging.place, self._replaced)
         seconds = self._store.expiry.session_ttl or Life.of(document).time_to_live
         # A `state` of the session is a field of the application.
@@ -94,7 +90,7 @@ class _Fork:
     async def _copy_agent(self, builder: SessionBuilder, key: str, last: int | None) -> None:
         stored, agent_id = self._source.agents[key], agent_id_of(key)
         if last is not None and not 0 <= last < stored["next_message_id"]:
-            raise _no_message(agent_id, last)
+            raise no_message(agent_id, last)
         agent = builder.add_agent(key, agent_fields(stored))
         is_complete, count, usage = False, 0, usage_of(())
         async with aclosing(self._batches(key)) as batches:
@@ -113,7 +109,7 @@ class _Fork:
         if last is None:
             agent.next_id = stored["next_message_id"]
         elif not is_complete:
-            raise _no_message(agent_id, last)
+            raise no_message(agent_id, last)
         else:
             agent.fields = cut_fields(agent.fields, last, agent.count, count, usage)
 
@@ -148,6 +144,7 @@ class _Fork:
         Raises:
             SessionNotFoundError: The session no longer exists.
             AttachmentError: The message was not replaced, but an attachment is missing.
+            ReadAgainError: A rewind has removed the message.
         """
         session_id = self._session_id
         for _ in range(ROUNDS):
@@ -160,6 +157,8 @@ class _Fork:
             session = await self._store.sessions.get(session_id, {"incarnation": 1})
             if session.get("incarnation") != self._source.place.incarnation:
                 raise SessionNotFoundError(f"session {session_id!r} no longer exists")
+            if current is None:
+                await raise_if_rewound(self._store, self._source)
             if current is None or references_of(current) == references:
                 raise AttachmentError(f"session {session_id!r} was not forked: it has attachments that are missing")
             message, missing = current, await self._copy_files(set(references_of(current)))
@@ -168,10 +167,6 @@ class _Fork:
 
 def _sized(messages: Iterable[Any]) -> list[Sized]:
     return [(message, stored_size(message if type(message) is dict else {"": message})) for message in messages]
-
-
-def _no_message(agent_id: str, message_id: int) -> MessageNotFoundError:
-    return MessageNotFoundError(f"agent {agent_id!r} has no message {message_id}")
 
 
 def _changed_too_often(session_id: str) -> DatabaseError:

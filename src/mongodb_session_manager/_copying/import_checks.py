@@ -47,7 +47,9 @@ NOT_COPIED = frozenset(
 )
 """Fields of a session document that are not copied; a copy has its own values, or none."""
 
-AGENT_NOT_COPIED = frozenset({"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id"})
+AGENT_NOT_COPIED = frozenset(
+    {"messages", "archived", "revision", "archive_revision", "stale_below", "next_message_id", "rewound"}
+)
 """Fields of an agent's sub-document that are not copied; a copy has its own values."""
 
 _MAX_SHOWN = 2**20

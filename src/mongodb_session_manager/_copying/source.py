@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from bson import ObjectId
 
-from .._format.documents import Document, needs_upgrade
+from .._format.changes import Loaded
+from .._format.documents import Document, needs_upgrade, number, usable
 from .._format.ids import agent_key, stored_id
 from .._format.layout import Place
-from .._format.malformed import MalformedField, usable_agents
-from .._store.sessions import ROUNDS
+from .._format.malformed import MalformedField, malformed_fields, usable_agents
+from .._store.sessions import ROUNDS, ReadAgainError
 from .._store.store import SessionStore
 from ..errors import DatabaseError
 
@@ -53,6 +54,18 @@ async def read_source(store: SessionStore, session_id: str) -> Source:
     raise DatabaseError(f"session {session_id!r} kept changing while it was read: try again later")
 
 
+async def read_copyable(store: SessionStore, session_id: str) -> Source:
+    """Return a session whose agents can be copied; raise `DatabaseError` as `read_source` does if one is malformed."""
+    source = await read_source(store, session_id)
+    for field in malformed_fields(source.document):
+        is_of_agent = field.path == "agents" or field.path.startswith("agents.")
+        # Malformed numbers and lists of names are copied as they are; opening ignores them, too.
+        is_copied = field.kind is int or field.path.endswith((".usage", ".config_set"))
+        if field.value is not None and is_of_agent and not is_copied:
+            raise field.error(session_id)
+    return source
+
+
 def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Document]:
     stored = document.get("agents")
     copied = {**document, "agents": dict(stored) if type(stored) is dict else stored}  # `usable_agents` removes some
@@ -69,10 +82,18 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Docume
     }
 
 
-def number(fields: Mapping[str, Any], name: str) -> int:
-    """Return a stored whole number; another value is read as 0."""
-    value = fields.get(name)
-    return int(value) if isinstance(value, int) else 0
+async def raise_if_rewound(store: SessionStore, source: Source) -> None:
+    """Raise `ReadAgainError` if an agent was rewound after the session was read.
+
+    Its archive can hold other messages now.
+    """
+    place, fields = source.place, {f"agents.{key}.rewound": 1 for key in source.agents}
+    document = await store.sessions.find(place.session_id, {"incarnation": 1, **fields})
+    if document is None or document.get("incarnation") != place.incarnation:
+        return
+    now = usable(dict, document.get("agents"))
+    if any(Loaded.of(now.get(key, {})) != Loaded.of(agent) for key, agent in source.agents.items()):
+        raise ReadAgainError
 
 
 async def archived_messages(store: SessionStore, source: Source, key: str) -> AsyncGenerator[list[Document], None]:

@@ -17,7 +17,8 @@ from typing import Any
 from bson import ObjectId
 
 from .._format.attachment_refs import attached, references_of
-from .._format.documents import MESSAGE_USAGE, Document
+from .._format.buckets import Head, revision_above
+from .._format.documents import MESSAGE_USAGE, Document, number
 from .._format.expressions import ALL, array_at
 from .._format.ids import agent_id_of, checked_id
 from .._format.layout import Place
@@ -27,10 +28,7 @@ from .._io.drivers import AsyncCollection
 from .._store.sessions import ROUNDS
 from .._store.store import SessionStore
 from ..errors import DatabaseError, MessageTooLargeError, StateTooLargeError, raise_alone
-from .source import number, read_source
-
-_STUCK_CHANGES = 1024
-"""The maximum number of delayed statements that can change a bucket without reaching the revision of later buckets."""
+from .source import read_source
 
 _OF_ARCHIVE = ("archived", "archive_revision")
 
@@ -65,7 +63,7 @@ class _Agent:
     @property
     def below(self) -> int:
         """The new revision of the head: higher than any present or later revision of a bucket."""
-        return self.revision + 1 + _STUCK_CHANGES
+        return revision_above(self.revision)
 
     def begin(self) -> None:
         self.older, self.count, self.revision = [], 0, number(self.stored, "revision")
@@ -175,7 +173,8 @@ class WriteBack:
         for agent in agents:
             self._store.mover.forget(session_id, agent.key)
             if below := (number(agent.stored, "stale_below") if agent.is_whole else agent.below):
-                await self._store.mover.remove_stale(place, agent.key, agent.since, below)
+                head = Head(since=agent.since, stale_below=below)
+                await self._store.mover.remove_stale(place, agent.key, head)
         document = await self._store.sessions.find(session_id, {REMOVED: 1})
         if document is not None and document.get(REMOVED):
             await self._store.attachments.remove_removed(place, document[REMOVED])

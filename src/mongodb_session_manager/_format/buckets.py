@@ -23,10 +23,10 @@ that begins at `archived`; `cut` takes them out of the head and adds their numbe
 refuses to replace a bucket of a higher revision, or a different one of the same revision, so that a delayed statement
 cannot undo a later change. `outrun` raises the head's revision so that the move can continue.
 
-A write-back is the only statement that lowers `archived`, to 0; see `_copying.write_back`. It leaves the agent's
-buckets behind and stores a higher revision than theirs in `stale_below`; the head continues with that revision. No
-message moves while the field is there. Removing the buckets of a lower revision, and then the field, ends the
-write-back.
+Two statements lower `archived`: a write-back, to 0, see `_copying.write_back`, and a rewind that removes archived
+messages, see `_copying.rewind`. They leave the buckets from `archived` on behind and store a higher revision than
+theirs in `stale_below`; the head continues with that revision. No message moves while the field is there. Removing
+these buckets, which have a lower revision, and then the field, ends the write-back or the rewind.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ _BUCKET_BYTES = 2 * 1024 * 1024
 _MAX_EMBEDDED_BYTES = 8 * 1024 * 1024
 _TAKEN = "__taken__"
 
+_STUCK_CHANGES = 1024
+"""The maximum number of delayed statements that can change a bucket without reaching the revision of later buckets."""
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -70,7 +73,8 @@ class Head:
         certain: Whether only appends have changed it since it was read, as far as this process knows.
         is_numbered: Whether the ids of the messages increase; other messages only move if there is no room.
         life: The `Life` of the session when the head was read.
-        stale_below: Buckets of a lower revision are left over from a write-back; 0 without one.
+        stale_below: Buckets of a lower revision, from `archived` on, are left over from a write-back or a rewind; 0
+            without one.
     """
 
     since: Any = None
@@ -296,9 +300,14 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
     return Update(_unchanged(session_id, key, head), {"$set": {f"agents.{key}.revision": higher}}, None)
 
 
-def stale_buckets(place: Place, key: str, since: Any, below: int) -> Document:
-    """Return the filter for the buckets that a write-back has left behind; it never matches a later bucket."""
-    first, last = (place.bucket_id(key, position, since) for position in (0, ALL))
+def revision_above(revision: int) -> int:
+    """Return the revision of a head whose buckets, which have at most the given one, are to be removed."""
+    return revision + 1 + _STUCK_CHANGES
+
+
+def stale_buckets(place: Place, key: str, since: Any, archived: int, below: int) -> Document:
+    """Return the filter for the buckets that a write-back or a rewind has left; it never matches a later bucket."""
+    first, last = (place.bucket_id(key, position, since) for position in (archived, ALL))
     return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
 
 
@@ -309,18 +318,22 @@ def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) 
 
 
 def holding_message(
-    place: Place, key: str, message_id: int, since: Any, is_regular: bool, created_at: Any = None
+    place: Place, key: str, message_id: int, since: Any, is_regular: bool, created_at: Any = None, below: int = ALL
 ) -> list[Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
     The first covers the buckets where the id is the position of its message; the second, if ids can differ, all. The
-    `created_at` of the message distinguishes duplicate ids, which 1.0.0 might have archived.
+    `created_at` of the message distinguishes duplicate ids, which 1.0.0 might have archived. The buckets begin before
+    the position `below`.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
     ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, ALL))
     return [
         {
-            "_id": {"$gte": place.bucket_id(key, low, since), "$lte": place.bucket_id(key, high, since)},
+            "_id": {
+                "$gte": place.bucket_id(key, low, since),
+                "$lte": place.bucket_id(key, min(high, below - 1), since),
+            },
             "messages": {"$elemMatch": message},
         }
         for low, high in ranges[: 1 if is_regular else 2]

@@ -51,6 +51,23 @@ class Identity(NamedTuple):
         )
 
 
+class Loaded(NamedTuple):
+    """An agent as its writer has loaded it.
+
+    Attributes:
+        rewound: The id of its last rewind, `None` without one. A rewind uses message ids again, so `next_message_id`
+            alone does not show that the writer is outdated.
+    """
+
+    rewound: ObjectId | None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the agent in its stored form as a writer loads it."""
+        rewound = stored.get("rewound")
+        return cls(rewound if isinstance(rewound, ObjectId) else None)
+
+
 @dataclass(frozen=True, slots=True)
 class CreateAgent:
     """An agent without messages is created; an existing agent stays unchanged."""
@@ -231,6 +248,7 @@ class AgentWrite:
         dates: The expiry of their files.
         outdated: The references of archived messages whose content is replaced next.
         incarnation: The incarnation of the session.
+        loaded: The agent as the writer has loaded it; `None` for a writer that has not loaded it.
     """
 
     agent_id: str
@@ -248,6 +266,7 @@ class AgentWrite:
     dates: Dates = UNDATED
     outdated: list[str] = field(default_factory=list)
     incarnation: ObjectId | None = None
+    loaded: Loaded | None = None
 
     def add(self, change: Change) -> None:
         """Add the next change."""
@@ -379,6 +398,7 @@ class AgentWrite:
             expected=expected,
             moment=self.moment,
             incarnation=self.incarnation,
+            loaded=self.loaded,
         )
 
     @property

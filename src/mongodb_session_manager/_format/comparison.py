@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from ..errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
-from .changes import AgentWrite, Identity, MessageWrite
+from .changes import AgentWrite, Identity, Loaded, MessageWrite
 from .dates import as_date
 from .documents import Document
 from .ids import is_message_id
@@ -21,10 +21,17 @@ class StoredView:
     Attributes:
         next_message_id: The stored `next_message_id`.
         messages: `message` and `created_at` of the messages that the write refers to, by id.
+        loaded: The agent as a writer would load it now.
     """
 
     next_message_id: int
     messages: Mapping[int, Mapping[str, Any]]
+    loaded: Loaded | None = None
+
+    @classmethod
+    def of(cls, agent: Mapping[str, Any], messages: Mapping[int, Mapping[str, Any]]) -> Self:
+        """Return the facts of an agent in its stored form."""
+        return cls(agent["next_message_id"], messages, Loaded.of(agent))
 
 
 def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None:
@@ -35,7 +42,7 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         stored: The stored agent, `None` if there is none.
 
     Raises:
-        SessionConflictError: Another writer has written; nothing of the write is stored.
+        SessionConflictError: Another writer has written, or the agent was rewound; nothing of the write is stored.
         AgentNotFoundError: The agent does not exist, and the write does not create it.
         MessageNotFoundError: A message to replace does not exist.
     """
@@ -43,6 +50,11 @@ def reconcile(write: AgentWrite, stored: StoredView | None) -> AgentWrite | None
         if write.created is not None:
             return write
         raise AgentNotFoundError(f"the session has no agent {write.agent_id!r}")
+    if write.loaded is not None and write.loaded != stored.loaded:
+        raise SessionConflictError(
+            f"agent {write.agent_id!r}: its conversation was rewound after this session was loaded, so the changes of "
+            "this session were not stored; open it with a new manager and repeat the request"
+        )
     if missing := [message_id for message_id in write.replaced if message_id not in stored.messages]:
         raise MessageNotFoundError(f"agent {write.agent_id!r} has no message {missing[0]}")
 

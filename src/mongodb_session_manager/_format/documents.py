@@ -123,6 +123,12 @@ def usable_numbers(values: object) -> dict[str, Any]:
     return {name: number for name, number in usable(dict, values).items() if is_number(number)}
 
 
+def number(fields: Mapping[str, Any], name: str) -> int:
+    """Return a stored whole number; another value is read as 0."""
+    value = fields.get(name)
+    return int(value) if isinstance(value, int) else 0
+
+
 def is_number(value: object) -> bool:
     """Return whether the server can increment a stored value; it refuses sums beyond 64 bits."""
     return isinstance(value, int | float) and type(value) is not bool and abs(value) <= MAX_NUMBER

@@ -23,6 +23,10 @@ class Update(NamedTuple):
     array_filters: list[Document] | None
 
 
+NOT_REWOUND: Document = {"$not": {"$type": "objectId"}}
+"""The condition for the field `rewound` of an agent that was never rewound."""
+
+
 @dataclass
 class _Parts:
     """The parts of a statement, before they are expressed as update operators or as an aggregation pipeline."""
@@ -60,6 +64,8 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
             condition[path] = None
             parts.sets[path] = _whole(write)
             continue
+        if write.loaded is not None:
+            condition[f"{path}.rewound"] = write.loaded.rewound or NOT_REWOUND
         if write.by_id and (appended := write.appended):
             condition |= _may_follow(path, appended[0]["message_id"])
         elif (expected := write.expected_id) is not None:

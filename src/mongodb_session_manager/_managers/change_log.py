@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .._format.changes import Change
+from .._format.changes import Change, Loaded
 from .._format.multi_agents import MultiAgents
 from ..errors import AgentNotFoundError, MongoDBSessionError, SessionClosedError, StateTooLargeError
 from .recorded_agent import RecordedAgent
@@ -50,6 +50,11 @@ class ChangeLog:
     def is_settled(self) -> bool:
         """Whether no change is pending."""
         return not self._log and self.multi_agents.is_settled
+
+    @property
+    def loaded(self) -> dict[str, Loaded]:
+        """The agents as they were loaded, by id."""
+        return {agent_id: self._agents[agent_id].loaded_as for agent_id in tuple(self._agents)}
 
     def pending(self) -> tuple[Change, ...]:
         """Return the pending changes, oldest first; one flush at a time may call it.

@@ -130,6 +130,8 @@ class MongoDBSessionManagerFactory:
     session_exists_async = awaitable(Repository.session_exists)
     fork_session = blocking(Repository.fork_session)
     fork_session_async = awaitable(Repository.fork_session)
+    rewind_session = blocking(Repository.rewind_session)
+    rewind_session_async = awaitable(Repository.rewind_session)
     ping = blocking(Repository.ping)
     ping_async = awaitable(Repository.ping)
     write_back = blocking(Repository.write_back)

@@ -89,7 +89,9 @@ class Flusher:
         """Send the pending changes; the last statement releases the lease."""
         if changes := work.pending():
             is_last = releases and work.multi_agents.is_settled
-            refused = await self._repository._apply(self._session_id, changes, work.incarnation, self._lease, is_last)
+            refused = await self._repository._apply(
+                self._session_id, changes, work.incarnation, self._lease, is_last, work.loaded
+            )
             work.settle(len(changes), refused)
             for agent_id, error in refused.items():
                 logger.debug("session_id=<%r>, agent_id=<%r>, error=<%s> | refused", self._session_id, agent_id, error)

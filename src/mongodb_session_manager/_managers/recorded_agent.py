@@ -13,7 +13,7 @@ from strands.types.agent import LocalAgent
 from strands.types.session import SessionAgent, SessionMessage
 
 from .._format.bounded import Bounded
-from .._format.changes import Identity, StoreView
+from .._format.changes import Identity, Loaded, StoreView
 from .._format.codec import decode
 from .._format.dates import now
 from .._format.documents import (
@@ -124,6 +124,7 @@ class RecordedAgent:
         self.shown = {message.message_id: message for message, _ in earlier if message is not None}
         known = [(message, document) for message, document in (*earlier, *found) if message is not None]
         self.next_message_id: int = stored["next_message_id"]
+        self.loaded_as = Loaded.of(stored)
         remembered = max(_REMEMBERED, len(known))
         self.message_ids: Bounded[str, int] = Bounded(remembered)
         self.identities: Bounded[int, Identity] = Bounded(remembered)

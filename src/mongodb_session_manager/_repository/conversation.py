@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bson import ObjectId
@@ -10,7 +10,7 @@ from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._format import documents
 from .._format.attachment_refs import replacement, set_aside
-from .._format.changes import AppendMessage, Change, CreateAgent, Identity, ReplaceMessage, UpdateAgent
+from .._format.changes import AppendMessage, Change, CreateAgent, Identity, Loaded, ReplaceMessage, UpdateAgent
 from .._format.dates import now, to_date
 from .._format.documents import Document
 from .._format.expressions import array_at, number_at
@@ -65,6 +65,7 @@ class ConversationMethods(RepositoryMethods):
         incarnation: ObjectId | None = None,
         lease: Lease | None = None,
         releases: bool = False,
+        loaded: Mapping[str, Loaded] | None = None,
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, in one command unless another writer interferes.
 
@@ -75,6 +76,7 @@ class ConversationMethods(RepositoryMethods):
                 now.
             lease: The lease of the manager, which must hold it or take it; `None` writes regardless of leases.
             releases: Whether the last statement releases the lease.
+            loaded: The agents as they were loaded, by id. The changes of an agent that was rewound since are refused.
 
         Returns:
             The errors of agents whose changes could not be stored, by agent id: `SessionConflictError`,
@@ -86,7 +88,7 @@ class ConversationMethods(RepositoryMethods):
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
         """
         checked_id(session_id, "session_id")
-        return await Writer(self._store).apply(session_id, changes, incarnation, lease, releases)
+        return await Writer(self._store).apply(session_id, changes, incarnation, lease, releases, loaded)
 
     async def _apply_one(self, session_id: str, change: Change) -> None:
         for error in (await self._apply(session_id, (change,))).values():

@@ -1,4 +1,4 @@
-"""The methods that export, import, fork and write back sessions."""
+"""The methods that export, import, fork, rewind and write back sessions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 from .._copying.exports import Export
 from .._copying.forks import Forker
 from .._copying.imports import Import, feed
+from .._copying.rewind import Rewinder
 from .._copying.write_back import WriteBack
 from .._format.ids import checked_id
 from .._io.loop import portal_to
@@ -95,6 +96,40 @@ class CopyingMethods(RepositoryMethods):
             AttachmentError: An attachment is missing.
         """
         await portal_to(asyncio.get_running_loop()).run(Forker(self._store).fork, session_id, new_id, at_message)
+
+    async def rewind_session(
+        self, session_id: str, at_message: int | Mapping[str, int], *, keep_as: str | None = None
+    ) -> None:
+        """Remove the messages of a session after a given one, to edit a question or to have it answered again.
+
+        The session is then as a fork that ends with that message: usage totals, guardrail events, live messages and
+        states are truncated as `fork_session` describes. The archived copies and the attachments of the removed
+        messages are deleted. Metadata and feedback stay. Message ids are used again.
+
+        The session is rewound as a whole or not at all. Agents and orchestrators that were loaded before get
+        `SessionConflictError` at their next write. A session whose lease is held is not rewound, so rewind it before
+        you open a manager with `on_busy="wait"` or `"refuse"`.
+
+        Args:
+            session_id: The session.
+            at_message: The id of the last message that stays; -1 removes all messages. For a session with several
+                agents, a mapping of agent ids to message ids; agents that it does not name are not changed.
+            keep_as: The id of a new session with all messages as they were; `None` keeps no copy. If the call is
+                interrupted, there is either no copy and the session is unchanged, or the copy is complete. In the
+                latter case, a further call raises `SessionExistsError`; repeat it without `keep_as`.
+
+        Raises:
+            InvalidArgumentError: An argument is invalid, or `at_message` is one id for several agents.
+            SessionNotFoundError: The session does not exist, or was removed during the call.
+            SessionExistsError: The session `keep_as` exists; nothing is changed.
+            SessionBusyError: A manager holds the lease of the session.
+            SessionConflictError: Another writer has appended a message during the call; nothing is changed.
+            AgentNotFoundError: The session has no agent that `at_message` names.
+            MessageNotFoundError: The agent has no message with that id.
+            AttachmentError: An attachment is missing, so that the session cannot be copied.
+        """
+        portal = portal_to(asyncio.get_running_loop())
+        await portal.run(Rewinder(self._store).rewind, session_id, at_message, keep_as)
 
     async def write_back(self, session_id: str) -> None:
         """Write the archived messages and the attachments of a session back into its document.

@@ -89,6 +89,7 @@ class MongoDBSessionRepository(SessionRepository):
     count_sessions = blocking(Async.count_sessions)
     session_exists = blocking(Async.session_exists)
     fork_session = blocking(Async.fork_session)
+    rewind_session = blocking(Async.rewind_session)
     write_back = blocking(Async.write_back)
 
     # The methods of Strands' `SessionRepository`.

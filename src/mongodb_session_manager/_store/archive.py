@@ -106,7 +106,7 @@ class Archive:
             if not (archived := stored.get("archived")):
                 return None
             since, place = stored.get("created_at"), Place(session_id, Life.of(stored).incarnation)
-            found = await self.find_archived(place, key, message_id, since, created_at)
+            found = await self.find_archived(place, key, message_id, since, archived, created_at)
             if found is not None:
                 return found
             if not await self.has_moved(place) and not await self.is_back(session_id, key, since, archived):
@@ -126,15 +126,22 @@ class Archive:
         return _joined(place.session_id, buckets, begin, reach)
 
     async def find_archived(
-        self, place: Place, key: str, message_id: int, since: Any, created_at: Any = None
+        self, place: Place, key: str, message_id: int, since: Any, archived: int, created_at: Any = None
     ) -> Document | None:
         head = self._mover.head(place.session_id, key)
         is_regular = head is not None and head.is_regular
-        for condition in holding_message(place, key, message_id, since, is_regular, created_at):
+        for condition in holding_message(place, key, message_id, since, is_regular, created_at, archived):
             bucket = await self.collection.find_one(condition, {"messages.$": 1})
             if bucket is not None:
                 message: Document = bucket["messages"][0]
                 return message
+        return None
+
+    async def find_bucket(self, place: Place, key: str, message_id: int, since: Any, archived: int) -> Document | None:
+        """Return the bucket that holds a message, whole."""
+        for condition in holding_message(place, key, message_id, since, False, below=archived):
+            if (bucket := await self.collection.find_one(condition)) is not None:
+                return bucket
         return None
 
     async def change(self, place: Place, key: str, message_id: int, fields: Document, created_at: Any = None) -> None:

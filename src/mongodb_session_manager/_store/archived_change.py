@@ -42,9 +42,9 @@ async def find_archived(
             continue
         ours = write.messages[message_id].identity
         created_at = None if ours is None else ours.created_at
-        message = await archive.find_archived(place, key, message_id, since, created_at)
+        message = await archive.find_archived(place, key, message_id, since, agent["archived"], created_at)
         if message is None and created_at is not None and write.by_id:
-            message = await archive.find_archived(place, key, message_id, since)
+            message = await archive.find_archived(place, key, message_id, since, agent["archived"])
         if message is not None:
             found[message_id] = message
         elif await archive.is_back(place.session_id, key, since, agent["archived"]) or await archive.has_moved(place):
@@ -95,7 +95,7 @@ class ArchivedChange:
             if self._write is None:
                 self._since, self._archived = agent.get("created_at"), int(agent["archived"])
                 self._write = replace(
-                    AgentWrite(rest.agent_id, by_id=rest.by_id, incarnation=rest.incarnation),
+                    AgentWrite(rest.agent_id, by_id=rest.by_id, incarnation=rest.incarnation, loaded=rest.loaded),
                     attached=rest.attached,
                     dates=rest.dates,
                 )

@@ -23,7 +23,7 @@ from typing import Any
 from .._format.attachment_refs import Attachment, Reference, attached, detached, references_of
 from .._format.changes import AgentWrite
 from .._format.documents import Document
-from .._format.expressions import array_at, entries_at
+from .._format.expressions import ALL, array_at, entries_at, number_at
 from .._format.ids import message_id_of
 from .._format.layout import ARCHIVE, CHUNKS, FILES, Place
 from .._format.retention import Dates
@@ -38,12 +38,23 @@ CHUNK_BYTES = 2 * 1024 * 1024
 
 _AT_ONCE = 64
 
+_ALL_ARCHIVED: Document = {"archived": ALL}
+
 _CHUNK: Document = {"n": "$n", "data": "$data"}
 _ENTRY: Document = {name: f"${name}" for name in ("length", "chunkSize", "uploadDate", "filename")}
 """The fields of a chunk and of an entry that are copied unchanged."""
 
 _NAMED: Document = {
-    "attachments": {"$map": {"input": entries_at("$agents"), "in": array_at("$$this.v.messages.attachments")}}
+    "agents": {
+        "$map": {
+            "input": entries_at("$agents"),
+            "in": {
+                "key": "$$this.k",
+                "archived": number_at("$$this.v.archived"),
+                "attachments": array_at("$$this.v.messages.attachments"),
+            },
+        }
+    }
 }
 
 
@@ -189,9 +200,10 @@ class Attachments:
         """Remove files that no message of the session refers to: in 1.0.0, messages shared files."""
         if not references:
             return
-        named = await self._sessions.send(partial(_named_in_head, place))
+        agents = await self._sessions.send(partial(_find_named, place))
+        named = {each for agent in agents.values() for listed in agent["attachments"] for each in parsed(listed)}
         if gone := [reference for reference in references if reference not in named]:
-            named = await self._archive.send(partial(_named_in_archive, place, gone))
+            named = await self._archive.send(partial(_named_in_archive, place, agents, gone))
             gone = [reference for reference in gone if reference not in named]
         for begin in range(0, len(gone), _AT_ONCE):
             batch = gone[begin : begin + _AT_ONCE]
@@ -248,22 +260,25 @@ async def _copy(collection: Collection, condition: Document, target: Place, copi
     await collection.aggregate([{"$match": condition}, {"$replaceWith": document}, {"$merge": into}])
 
 
-async def _named_in_head(place: Place, sessions: AsyncCollection) -> set[Reference]:
+async def _find_named(place: Place, sessions: AsyncCollection) -> dict[str, Document]:
+    """Return, by key of an agent, how many of its messages are archived, and the attachments of the others."""
     condition = {"_id": place.session_id, "incarnation": place.incarnation}
     document = await sessions.find_one(condition, _NAMED)
-    return {
-        reference
-        for messages in (document or {}).get("attachments", ())
-        for listed in messages
-        for reference in parsed(listed)
-    }
+    return {agent["key"]: agent for agent in (document or {}).get("agents", ())}
 
 
-async def _named_in_archive(place: Place, references: Sequence[Reference], archive: AsyncCollection) -> set[Reference]:
+async def _named_in_archive(
+    place: Place, agents: Mapping[str, Document], references: Sequence[Reference], archive: AsyncCollection
+) -> set[Reference]:
+    """Return the references of archived messages; no message is in a bucket that begins after the archived ones."""
     wanted = {"_id": place.buckets(), "messages.attachments": {"$in": list(map(str, references))}}
     buckets = archive.find(wanted, {"messages.attachments": 1})
     return {
-        reference async for bucket in buckets for message in bucket["messages"] for reference in references_of(message)
+        reference
+        async for bucket in buckets
+        if bucket["_id"]["first"] < agents.get(bucket["_id"]["agent"], _ALL_ARCHIVED)["archived"]
+        for message in bucket["messages"]
+        for reference in references_of(message)
     }
 
 

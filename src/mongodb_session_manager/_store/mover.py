@@ -159,7 +159,7 @@ class Mover:
     async def _move_bucket(self, place: Place, key: str, head: Head, step: Step) -> bool:
         session_id = place.session_id
         if head.stale_below:
-            await self.remove_stale(place, key, head.since, head.stale_below)
+            await self.remove_stale(place, key, head)
             return False
         dates = self._expiry.dates(head.life)
         try:
@@ -194,10 +194,11 @@ class Mover:
             bucket = {"_id": place.bucket_id(key, head.archived, head.since)}
             await self._archive.delete_many({**bucket, "revision": {"$lte": head.revision}} if is_there else bucket)
 
-    async def remove_stale(self, place: Place, key: str, since: Any, below: int) -> None:
-        """Remove the buckets that a write-back has left behind, and re-enable moves."""
+    async def remove_stale(self, place: Place, key: str, head: Head) -> None:
+        """Remove the buckets that a write-back or a rewind has left behind, and re-enable moves."""
+        since, below = head.since, head.stale_below
         for each in {place, Place(place.session_id, None)}:  # 1.0.0 might have begun the write-back
-            await self._archive.delete_many(buckets.stale_buckets(each, key, since, below))
+            await self._archive.delete_many(buckets.stale_buckets(each, key, since, head.archived, below))
         path = f"agents.{key}"
         condition = {"_id": place.session_id, f"{path}.created_at": since, f"{path}.stale_below": below}
         await self._sessions.update(Update(condition, {"$unset": {f"{path}.stale_below": ""}}, None))

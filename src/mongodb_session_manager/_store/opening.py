@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from bson import ObjectId
 from pymongo import ReturnDocument
 
-from .._format.buckets import head_numbers
+from .._format.buckets import Head, head_numbers
 from .._format.documents import Document, needs_upgrade, removed_messages
 from .._format.expressions import (
     MALFORMED_AGENTS,
@@ -79,6 +80,7 @@ _RESTORE: Document = {
                         "agent_data": "$$agent.v.agent_data",
                         "config_set": "$$agent.v.config_set",
                         "updated_at": "$$agent.v.updated_at",
+                        "rewound": "$$agent.v.rewound",
                         "usage": "$$agent.v.usage",
                         "malformed_messages": malformed_at("$$agent.v.messages", "array"),
                         **head_numbers("$$agent.v"),
@@ -198,8 +200,10 @@ class Opening:
         if any(map(shows_nothing, agents.values())):
             raise _UnusableViewError
         await self._restore_attachments(place, agents)
-        if removed := document.pop("removed_attachments", None):
-            self._connection.start(self._finish_removal(place, removed))
+        removed = document.pop("removed_attachments", None)
+        stale = {key: Head.of(agent) for key, agent in agents.items() if agent.get("stale_below")}
+        if removed or stale:
+            self._connection.start(self._finish_removal(place, stale, removed))
         return document
 
     async def _restore_attachments(self, place: Place, agents: dict[str, Document]) -> None:
@@ -209,15 +213,18 @@ class Opening:
             count = len(agent.get("shown", ()))
             agent["shown"], agent["messages"] = loaded[key][:count], loaded[key][count:]
 
-    async def _finish_removal(self, place: Place, listed: Any) -> None:
-        """Remove the attachments of replaced messages; log a failure."""
+    async def _finish_removal(self, place: Place, stale: Mapping[str, Head], listed: Any) -> None:
+        """Remove stale buckets, and the attachments of messages that were replaced or removed; log a failure."""
         try:
             async with self._connection.operation():
-                await self._store.attachments.remove_removed(place, listed if isinstance(listed, list) else [])
+                for key, head in stale.items():
+                    await self._store.mover.remove_stale(place, key, head)
+                if listed:
+                    await self._store.attachments.remove_removed(place, listed if isinstance(listed, list) else [])
         except MongoDBSessionError as error:
             logger.warning(
-                "session_id=<%r>, error=<%s> | attachments of replaced messages not removed, the next opening tries "
-                "again",
+                "session_id=<%r>, error=<%s> | messages and attachments of earlier content not removed, the next "
+                "opening tries again",
                 place.session_id,
                 error,
             )

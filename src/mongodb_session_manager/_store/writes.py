@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bson import ObjectId
 
-from .._format.changes import AgentWrite, Change, fold, in_parts
+from .._format.changes import AgentWrite, Change, Loaded, fold, in_parts
 from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
 from .._format.documents import Document
 from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
@@ -45,6 +45,7 @@ class Writer:
         incarnation: ObjectId | None,
         lease: Lease | None = None,
         releases: bool = False,
+        loaded: Mapping[str, Loaded] | None = None,
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, as `AsyncMongoDBSessionRepository._apply` describes."""
         refused: dict[str, MongoDBSessionError] = {}
@@ -54,7 +55,7 @@ class Writer:
                 guard = None if lease is None else LeaseGuard(lease, releases and number == len(parts))
                 left = [change for change in part if not refused or _are_messages_stored(refused.get(change.agent_id))]
                 for _ in range(ROUNDS):
-                    flush = await self._prepare(session_id, left, incarnation, guard)
+                    flush = await self._prepare(session_id, left, incarnation, guard, loaded or {})
                     if await flush.store():
                         await self._remove_refused(flush)
                         if incarnation is not None or not await self._is_created_again(flush):
@@ -66,7 +67,12 @@ class Writer:
         return refused
 
     async def _prepare(
-        self, session_id: str, changes: Sequence[Change], opened: ObjectId | None, guard: LeaseGuard | None
+        self,
+        session_id: str,
+        changes: Sequence[Change],
+        opened: ObjectId | None,
+        guard: LeaseGuard | None,
+        loaded: Mapping[str, Loaded],
     ) -> Flush:
         """Store the attachments of changes; return the flush that stores the changes."""
         writes = fold(changes)
@@ -76,7 +82,7 @@ class Writer:
             return Flush(self._store, Place(session_id, opened), {}, dict.fromkeys(writes, error))
         place = Place(session_id, opened or life.incarnation)
         for write in writes.values():
-            write.incarnation = place.incarnation
+            write.incarnation, write.loaded = place.incarnation, loaded.get(write.agent_id)
             if write.moment is not None:
                 write.moment = self._store.sessions.connection.now()
         await self._store.attachments.store(place, list(writes.values()), self._store.expiry.dates(life))
@@ -226,8 +232,8 @@ class Flush:
                 self._writes[agent_id] = write
                 continue
             try:
-                view = None if agent is None else StoredView(agent["next_message_id"], {**older, **newer})
-                rest = reconcile(write, view)
+                stored = None if agent is None else StoredView.of(agent, {**older, **newer})
+                rest = reconcile(write, stored)
             except MongoDBSessionError as error:
                 self.refused[agent_id] = lost or error
                 continue
@@ -342,7 +348,7 @@ def _are_messages_stored(refusal: MongoDBSessionError | None) -> bool:
 
 def _compared_fields(writes: Iterable[str]) -> Document:
     """Return the projection of a session for `_compare`; `writes` are the ids of the agents."""
-    names = ("created_at", "next_message_id", "archived", "revision")
+    names = ("created_at", "next_message_id", "archived", "revision", "rewound")
     parts = ("messages.message_id", "messages.message", "messages.created_at")
     fields = [f"agents.{agent_key(agent_id)}.{name}" for agent_id in writes for name in (*names, *parts)]
     return {**dict.fromkeys(fields, 1), **LIFE, "lease": 1}

@@ -1,0 +1,836 @@
+"""Rewinding sessions: the messages after a given one are removed in place, as in a fork that ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from bson import ObjectId
+from pymongo import monitoring
+from strands import tool
+from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
+from strands.types.session import SessionAgent
+
+from fix_archive import (
+    SMALL,
+    Driver,
+    Other,
+    Stored,
+    append,
+    appends,
+    archive_of,
+    begin,
+    documents_of,
+    expected,
+    head,
+    in_database,
+    redacted,
+    said,
+    settled,
+    store_again,
+    told,
+)
+from fix_copying import all_of, content, copying, fails_at, left_of, with_image
+from fix_legacy import conversation, old_agent, old_session
+from mongodb_session_manager import (
+    AgentNotFoundError,
+    AsyncMongoDBSessionRepository,
+    InvalidArgumentError,
+    MessageNotFoundError,
+    MongoDBSessionError,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionBusyError,
+    SessionConflictError,
+    SessionExistsError,
+    SessionNotFoundError,
+)
+from mongodb_session_manager.demo import Redaction
+from orchestrators import node, pipeline
+from support import CommandLog, agent, apply, eventually, fail_point, sampled, texts
+
+LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 1000}
+IMAGES = {3: content(5000, 3), 17: content(5000, 17), 28: content(5000, 28)}
+
+
+@pytest.fixture
+def repository(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, database, event_listeners=[commands], **LIMITS) as repository:
+        yield repository
+
+
+@pytest.fixture
+def small(server: str, database: str) -> Iterator[MongoDBSessionManagerFactory]:
+    """A factory that archives what is older than eight messages."""
+    with MongoDBSessionManagerFactory(server, database, **LIMITS) as factory:
+        yield factory
+
+
+@pytest.fixture(scope="module")
+def documents(server: str, driver: Driver) -> Iterator[dict[str, list[Any]]]:
+    """The documents of a session of 30 messages, three of them with an image; 25 messages are archived."""
+    database = f"test_{uuid.uuid4().hex}"
+    stored = driver[database]["agent_sessions"]
+    with MongoDBSessionRepository(server, database, **LIMITS) as repository:
+        begin(repository)
+        for n in range(30):
+            repository.create_message("s", "agent", with_image(n, IMAGES[n]) if n in IMAGES else said(n))
+            settled(stored)
+    assert head(stored)["archived"] == 25
+    yield documents_of(stored)
+    driver.drop_database(database)
+
+
+@pytest.fixture
+def long(
+    repository: MongoDBSessionRepository, stored: Stored, documents: dict[str, list[Any]]
+) -> MongoDBSessionRepository:
+    store_again(stored, documents)
+    return repository
+
+
+def talk(factory: MongoDBSessionManagerFactory, turns: int, session_id: str = "s", **options: Any) -> None:
+    with factory.create_session_manager(session_id) as manager:
+        one = agent(manager, *[f"a{n}" for n in range(turns)], **options)
+        for n in range(turns):
+            one(f"q{n}")
+
+
+def said_in(turns: int) -> list[str]:
+    return [text for n in range(turns) for text in (f"q{n}", f"a{n}")]
+
+
+def as_a_fork(repository: MongoDBSessionRepository, at_message: Any, session_id: str = "s") -> None:
+    """Rewind the session, and see that everything that can be read of it is what a fork has."""
+    feedbacks, created_at = repository.get_feedbacks(session_id), repository.read_session(session_id).created_at
+    repository.fork_session(session_id, "fork", at_message)
+    repository.rewind_session(session_id, at_message)
+    found, fork = all_of(repository, session_id), all_of(repository, "fork")
+    assert found.pop("feedbacks") == feedbacks
+    assert found["session"].pop("created_at") == created_at
+    for each in (found, fork):
+        for name in ("created_at", "updated_at", "feedbacks"):
+            each["session"].pop(name, None)
+        each.pop("feedbacks", None)
+        for one in each["agents"].values():
+            one.updated_at = None
+    assert found == fork
+    repository.delete_session("fork")
+
+
+# The beginning of a conversation stays.
+
+
+LASTS = [-1, 0, 4, 5, 24, 25, 26, 29]
+
+
+@pytest.mark.parametrize("last", sampled(LASTS, -1, 4, 24, 26))
+def test_a_session_ends_with_the_message(long: MongoDBSessionRepository, stored: Stored, last: int) -> None:
+    if last >= 0:
+        as_a_fork(long, last)
+    else:
+        long.rewind_session("s", -1)
+    assert told(long.list_messages("s", "agent")) == expected(last + 1)
+    assert long.get_message_count("s", "agent") == last + 1
+    assert long.read_message("s", "agent", last + 1) is None
+    images = sum(n <= last for n in IMAGES)
+    files = [left_of(stored, "s").count(f"agent_sessions_attachments.{part}") for part in ("files", "chunks")]
+    assert files == [images, images]
+    assert all(bucket["_id"]["first"] < head(stored)["archived"] for bucket in archive_of(stored).find())
+    assert "stale_below" not in head(stored)
+
+    long.create_message("s", "agent", said(last + 1, f"other {last + 1}"))
+    apply(long, "s", appends(range(last + 2, last + 32), "other {}"))
+    settled(stored)
+    assert told(long.list_messages("s", "agent")) == [
+        *expected(last + 1),
+        *(f"other {n}" for n in range(last + 1, last + 32)),
+    ]
+    for n in (0, last + 1, last + 31):
+        assert long.read_message("s", "agent", n).message_id == n
+
+
+def test_nothing_removed_is_left_in_the_database(long: MongoDBSessionRepository, driver: Driver, database: str) -> None:
+    assert in_database(driver, database, "text 10")
+    long.rewind_session("s", 9)
+    for n in range(10, 30):
+        assert not in_database(driver, database, f"text {n}")
+
+
+@tool
+def weather(city: str) -> str:
+    """Tell the weather."""
+    return f"It rains in {city}."
+
+
+def test_totals_and_guardrail_events_are_those_of_the_messages(
+    small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
+) -> None:
+    turns = range(1, 7)
+    with small.create_session_manager("s") as manager:
+        replies = [r for n in turns for r in ({"tool": "weather", "input": {"city": "Oslo"}}, f"a{n}")]
+        one = agent(manager, *replies, Redaction("[redacted]"), tools=[weather])
+        usage = {}
+        for n in turns:
+            one(f"q{n}")
+            usage[n] = manager.get_usage()
+        one("my card")
+    settled(stored)
+    for n in reversed(turns):
+        as_a_fork(repository, 4 * n - 1)
+        assert repository.get_usage("s") == usage[n]
+        assert stored.find_one({"_id": "s"})["guardrail_events"] == []
+
+
+def test_earlier_guardrail_events_stay(small: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    with small.create_session_manager("s") as manager:
+        for agent_id in ("agent", "other"):
+            one = agent(manager, Redaction("[redacted]"), "fine", Redaction("[redacted]"), agent_id=agent_id)
+            for prompt in ("my card", "hello", "my card again"):
+                one(prompt)
+    small.rewind_session("s", {"agent": 3})
+    events = [(event["agent_id"], event["message_id"]) for event in stored.find_one({"_id": "s"})["guardrail_events"]]
+    assert events == [("agent", 0), ("other", 0), ("other", 4)]
+
+
+def test_a_window_is_as_long_as_it_was(small: MongoDBSessionManagerFactory) -> None:
+    def window() -> Any:
+        return SlidingWindowConversationManager(window_size=4)
+
+    talk(small, 10, conversation_manager=window())
+    for turns, shown in ((9, 4), (2, 4), (1, 2)):
+        small.rewind_session("s", 2 * turns - 1)
+        with small.create_session_manager("s") as manager:
+            resumed = agent(manager, "on", conversation_manager=window())
+            assert texts(resumed.messages) == said_in(turns)[-shown:]
+            resumed("go on")
+        with small.create_session_manager("s") as manager:
+            resumed = agent(manager, conversation_manager=window())
+            assert texts(resumed.messages)[-2:] == ["go on", "on"]
+            assert resumed.conversation_manager.removed_message_count + len(resumed.messages) == 2 * turns + 2
+
+
+def test_a_summary_stays_while_the_session_holds_what_it_tells(small: MongoDBSessionManagerFactory) -> None:
+    def manager_of() -> Any:
+        return SummarizingConversationManager(summary_ratio=0.5, preserve_recent_messages=2)
+
+    with small.create_session_manager("s") as manager:
+        one = agent(manager, *[f"a{n}" for n in range(4)], "the summary", "a4", conversation_manager=manager_of())
+        for n in range(4):
+            one(f"q{n}")
+        one.conversation_manager.reduce_context(one)
+        one("q4")
+    small.rewind_session("s", 7)
+    with small.create_session_manager("s") as manager:
+        live = agent(manager, conversation_manager=manager_of())
+        assert texts(live.messages) == ["the summary", "q2", "a2", "q3", "a3"]
+    small.rewind_session("s", 1)
+    with small.create_session_manager("s") as manager:
+        resumed = agent(manager, "on", conversation_manager=manager_of())
+        assert texts(resumed.messages) == ["q0", "a0"]
+        resumed("go on")
+        assert texts(resumed.messages) == ["q0", "a0", "go on", "on"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "at_message", "expected"),
+    [
+        ([0, 2, 3, 6, 7], 7, ["q0", "q1", "a1", "q3", "a3"]),
+        ([0, 2, 3, 6, 7], 6, ["q0", "q1", "a1", "q3"]),
+        ([0, 2, 3, 6, 7], 2, ["q0", "q1"]),
+        ([0, 2, 3, 6, 7], 1, ["q0", "a0"]),  # it is not live: the conversation as it was said
+        ([3, 5, 0], 3, ["a1"]),
+        ([0, 2], -1, []),
+    ],
+)
+def test_edited_messages_are_restored_until_there(
+    factory: MongoDBSessionManagerFactory, kept: list[int], at_message: int, expected: list[str]
+) -> None:
+    talk(factory, 4)
+    with factory.create_session_manager("s") as manager:
+        live = agent(manager)
+        live.messages[:] = [live.messages[n] for n in kept]
+        manager.sync_agent(live)
+    factory.rewind_session("s", at_message)
+    again = agent(factory.create_session_manager("s"), "later")
+    assert texts(again.messages) == expected
+    again("more")
+    assert texts(agent(factory.create_session_manager("s")).messages) == [*expected, "more", "later"]
+
+
+def test_a_pending_interrupt_is_removed_and_the_state_stays(factory: MongoDBSessionManagerFactory) -> None:
+    with factory.create_session_manager("s") as manager:
+        one = agent(manager, "a0", "a1", state={"language": "en"})
+        one("q0")
+        one._interrupt_state.activate()
+        manager.sync_agent(one)
+    factory.rewind_session("s", 0)
+    with factory.create_session_manager("s") as manager:
+        resumed = agent(manager, "again")
+        assert not resumed._interrupt_state.activated
+        assert resumed.state.get("language") == "en"
+        assert texts(resumed.messages) == ["q0"]
+
+
+def test_a_question_is_answered_again(factory: MongoDBSessionManagerFactory) -> None:
+    talk(factory, 2)
+    factory.rewind_session("s", 2)
+    with factory.create_session_manager("s") as manager:
+        assert str(agent(manager, "another answer")()).strip() == "another answer"
+    with factory.create_session_manager("s") as manager:
+        assert texts(agent(manager).messages) == ["q0", "a0", "q1", "another answer"]
+        messages = factory._portal.call(factory._async.list_messages, "s", "agent")
+        assert [message.message_id for message in messages] == [0, 1, 2, 3]
+
+
+def test_the_first_question_is_edited(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    talk(factory, 2)
+    factory.rewind_session("s", -1)
+    with factory.create_session_manager("s") as manager:
+        assert manager.get_usage()["total"]["totalTokens"] == 0
+        live = agent(manager, "another answer")
+        assert live.messages == []
+        live("another question")
+    assert texts(head(stored)["messages"]) == ["another question", "another answer"]
+
+
+def test_metadata_feedback_and_dates_stay(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    talk(factory, 2)
+    with factory.create_session_manager("s") as manager:
+        manager.update_metadata({"tier": "gold"})
+        manager.add_feedback({"rating": "up", "message_id": 3})
+    before = stored.find_one({"_id": "s"})
+    factory.rewind_session("s", 1)
+    after = stored.find_one({"_id": "s"})
+    for name in ("metadata", "feedbacks", "created_at", "incarnation"):
+        assert after[name] == before[name]
+    assert after["updated_at"] > before["updated_at"]
+    assert after["agents"]["agent"]["messages"] == before["agents"]["agent"]["messages"][:2]
+
+
+def test_a_session_of_old_is_rewound(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    unnumbered = [{name: value for name, value in m.items() if name != "message_id"} for m in conversation()]
+    stored.insert_one(old_session(agent=old_agent("agent", *conversation()), **{"50%": old_agent("50%", *unnumbered)}))
+    repository.rewind_session("s", {"50%": 3})
+    session = stored.find_one({"_id": "s"})
+    assert session["agents"]["agent"]["messages"] == conversation()
+    assert session["agents"]["50%25"]["messages"] == conversation()[:4]
+    assert [session["agents"][key]["next_message_id"] for key in ("agent", "50%25")] == [6, 4]
+
+
+def test_several_agents_are_cut_by_name(
+    small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, commands: CommandLog
+) -> None:
+    with small.create_session_manager("s") as manager:
+        for agent_id in ("a.b", "$two", "three"):
+            one = agent(manager, "a0", "a1", agent_id=agent_id)
+            one("q0")
+            one("q1")
+    with small.create_session_manager("s") as manager:
+        live = agent(manager, "a2", agent_id="three")
+        with pytest.raises(InvalidArgumentError, match="has several agents: pass at_message as a dict"):
+            repository.rewind_session("s", 1)
+        with pytest.raises(AgentNotFoundError, match="has no agent 'four'"):
+            repository.rewind_session("s", {"a.b": 1, "four": 1})
+        with pytest.raises(MessageNotFoundError, match=r"agent '\$two' has no message 4"):
+            repository.rewind_session("s", {"a.b": 1, "$two": 4})
+        repository.rewind_session("s", {"a.b": 1, "$two": 2})
+        live("q2")  # it was not rewound
+    counts = {agent_id: repository.get_message_count("s", agent_id) for agent_id in ("a.b", "$two", "three")}
+    assert counts == {"a.b": 2, "$two": 3, "three": 6}
+
+
+@pytest.mark.parametrize("bad", [None, {}, -2, True, "1", 1.5, [1], {"agent": "1"}, {"agent": None}, {1: 1}], ids=repr)
+def test_what_is_no_message_id_is_refused(repository: MongoDBSessionRepository, commands: CommandLog, bad: Any) -> None:
+    with pytest.raises(InvalidArgumentError):
+        repository.rewind_session("s", bad)
+    for wrong in ({"keep_as": ""}, {"keep_as": {"$ne": None}}):
+        with pytest.raises(InvalidArgumentError, match="keep_as must"):
+            repository.rewind_session("s", 1, **wrong)
+    assert commands.names == []
+
+
+def test_what_is_not_there(long: MongoDBSessionRepository, stored: Stored) -> None:
+    before = snapshot(stored)
+    for last in (30, 2**40):
+        with pytest.raises(MessageNotFoundError, match=f"agent 'agent' has no message {last}"):
+            long.rewind_session("s", last, keep_as="kept")
+    with pytest.raises(SessionNotFoundError, match="session 'x' does not exist"):
+        long.rewind_session("x", 1)
+    assert snapshot(stored) == before
+
+
+def snapshot(stored: Stored) -> list[Any]:
+    """Everything that is stored, except the content of uses that a read makes."""
+    return [
+        list(stored.database[name].find(sort=[("_id", 1)])) for name in sorted(stored.database.list_collection_names())
+    ]
+
+
+# Agents that were loaded before.
+
+
+@pytest.mark.parametrize("save_on", ["message", "overlap", "invocation"])
+def test_an_agent_that_was_loaded_before_is_refused(
+    factory: MongoDBSessionManagerFactory, stored: Stored, save_on: Any
+) -> None:
+    talk(factory, 2)
+    stale_manager = factory.create_session_manager("s", save_on=save_on)
+    stale = agent(stale_manager, "late", "later")
+    factory.rewind_session("s", 1)
+    before = head(stored)
+    with pytest.raises(SessionConflictError, match="agent 'agent': its conversation was rewound after this session"):
+        stale("q2")
+    assert head(stored) == before
+    with pytest.raises(SessionConflictError):
+        stale("q3")
+
+
+def test_it_is_refused_when_the_conversation_is_as_long_again(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    talk(factory, 2)
+    managers = [factory.create_session_manager("s") for _ in range(4)]
+    says, syncs, redacts, views = (agent(manager, "late") for manager in managers)
+    factory.rewind_session("s", 1)
+    with factory.create_session_manager("s") as manager:
+        agent(manager, "other")("another")
+    before = head(stored)
+    assert before["next_message_id"] == 4
+    with pytest.raises(SessionConflictError, match="rewound"):
+        says("q2")
+    syncs.state.set("language", "en")
+    with pytest.raises(SessionConflictError, match="rewound"):
+        managers[1].sync_agent(syncs)
+    with pytest.raises(SessionConflictError, match="rewound"):
+        managers[2].redact_latest_message({"role": "user", "content": [{"text": "[redacted]"}]}, redacts)
+    views.messages.clear()
+    with pytest.raises(SessionConflictError, match="rewound"):
+        managers[3].close()
+    assert head(stored) == before
+
+
+def test_a_turn_that_is_under_way_is_refused(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    talk(factory, 2)
+
+    @tool
+    def rewind() -> str:
+        """Rewind."""
+        factory.rewind_session("s", 0)
+        return "rewound"
+
+    one = agent(factory.create_session_manager("s"), {"tool": "rewind", "input": {}}, "late", tools=[rewind])
+    with pytest.raises(SessionConflictError, match="rewound"):
+        one("q2")
+    assert texts(head(stored)["messages"]) == ["q0"]
+
+
+def test_reloading_continues_after_a_rewind(factory: MongoDBSessionManagerFactory) -> None:
+    talk(factory, 2)
+    with factory.create_session_manager("s") as manager:
+        live = agent(manager, "other")
+        factory.rewind_session("s", 1)
+        manager.reload()
+        assert texts(live.messages) == ["q0", "a0"]
+        live("another")
+    assert texts(agent(factory.create_session_manager("s")).messages) == ["q0", "a0", "another", "other"]
+
+
+def test_an_agent_that_the_same_manager_has_created_is_refused(factory: MongoDBSessionManagerFactory) -> None:
+    manager = factory.create_session_manager("s")
+    live = agent(manager, "a0", "a1")
+    live("q0")
+    factory.rewind_session("s", -1)
+    with factory.create_session_manager("s") as other:
+        agent(other, "other")("another")
+    with pytest.raises(SessionConflictError, match="rewound"):
+        live("q1")
+
+
+def test_an_orchestrator_that_was_loaded_before_is_refused(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    talk(factory, 2)
+    with factory.create_session_manager("s") as manager:
+        pipeline(manager, node("one", "1"), node("two", "2"))("the task")
+    stale = pipeline(factory.create_session_manager("s"), node("one", "3"), node("two", "4"))
+    state = stored.find_one({"_id": "s"})["multi_agents"]["pipeline"]["state"]
+    factory.rewind_session("s", 1)
+    assert stored.find_one({"_id": "s"})["multi_agents"]["pipeline"]["state"] == state
+    with pytest.raises(SessionConflictError, match="multi-agent 'pipeline'"):
+        stale("another task")
+    with factory.create_session_manager("s") as manager:
+        pipeline(manager, node("one", "5"), node("two", "6"))("another task")
+
+
+# The lease.
+
+
+def test_a_session_whose_lease_is_held_is_not_rewound(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionManagerFactory(server, database, on_busy="wait") as factory:
+        talk(factory, 2)
+        with factory.create_session_manager("s") as manager:
+            before = snapshot(stored)
+            with pytest.raises(SessionBusyError, match="session 's' is busy: a manager has its turn"):
+                factory.rewind_session("s", 1, keep_as="kept")
+            assert snapshot(stored) == before
+            stale = agent(manager, "late")
+            stale("q2")
+        factory.rewind_session("s", 3)
+        assert texts(head(stored)["messages"]) == ["q0", "a0", "q1", "a1"]
+        with factory.create_session_manager("s") as manager:
+            agent(manager, "a2")("q2")
+        later = factory.create_session_manager("s")
+        live = agent(later, "a3", "late")
+        live("q3")  # its turn is over: it does not hold the lease
+        factory.rewind_session("s", 1)
+        with pytest.raises(SessionConflictError, match="rewound"):
+            live("q4")
+
+
+def hold_lease(stored: Stored, seconds: float) -> None:
+    until = datetime.now(UTC) + timedelta(seconds=seconds)
+    lease = {"token": ObjectId(), "until": until, "fence": 99}
+    stored.update_one({"_id": "s"}, {"$set": {"lease": lease}})
+
+
+def test_a_lease_that_has_expired_holds_nobody_up(long: MongoDBSessionRepository, stored: Stored) -> None:
+    hold_lease(stored, -1)
+    long.rewind_session("s", 27)
+    assert long.get_message_count("s", "agent") == 28
+
+
+# A copy of everything.
+
+
+@pytest.mark.parametrize("last", [27, 10])
+def test_what_came_after_stays_as_a_session(long: MongoDBSessionRepository, stored: Stored, last: int) -> None:
+    messages = long.list_messages("s", "agent")
+    long.rewind_session("s", last, keep_as="kept")
+    assert long.list_messages("kept", "agent") == messages
+    assert long.list_messages("s", "agent") == messages[: last + 1]
+    assert stored.find_one({"_id": "kept"})["copy_of"]["session_id"] == "s"
+    long.delete_session("s")
+    assert long.list_messages("kept", "agent") == messages
+
+
+def test_a_copy_into_a_session_that_exists_changes_nothing(long: MongoDBSessionRepository, stored: Stored) -> None:
+    long.open_session("there")
+    before = snapshot(stored)
+    for keep_as in ("there", "s"):
+        with pytest.raises(SessionExistsError, match=f"session '{keep_as}' already exists"):
+            long.rewind_session("s", 27, keep_as=keep_as)
+    assert snapshot(stored) == before
+
+
+# In every world.
+
+
+@pytest.mark.anyio
+async def test_rewinds_asynchronously(factory: MongoDBSessionManagerFactory, server: str, database: str) -> None:
+    async with await factory.create_session_manager_async("s") as manager:
+        await agent(manager, "a0").invoke_async("q0")
+    await factory.rewind_session_async("s", 0, keep_as="kept")
+    async with AsyncMongoDBSessionRepository(server, database) as repository:
+        assert told(await repository.list_messages("s", "agent")) == ["q0"]
+        await repository.rewind_session("s", {"agent": -1})
+        assert told(await repository.list_messages("s", "agent")) == []
+        assert told(await repository.list_messages("kept", "agent")) == ["q0", "a0"]
+
+
+def test_a_session_that_expires_is_used_by_a_rewind(server: str, database: str, stored: Stored) -> None:
+    with MongoDBSessionManagerFactory(server, database, session_ttl=timedelta(hours=1)) as factory:
+        talk(factory, 2)
+        soon = datetime.now(UTC) + timedelta(minutes=1)
+        stored.update_one({"_id": "s"}, {"$set": {"expires_at": soon}})
+        factory.rewind_session("s", 1)
+        assert stored.find_one({"_id": "s"})["expires_at"] > soon + timedelta(minutes=50)
+
+
+def test_what_a_rewind_costs(long: MongoDBSessionRepository, stored: Stored, commands: CommandLog) -> None:
+    def cost(*args: Any) -> list[str]:
+        commands.clear()
+        long.rewind_session("s", *args)
+        return list(commands.names)
+
+    plain = ["find", "findAndModify"]
+    with_files = ["find", "find", "delete", "delete", "update"]
+    assert cost(28) == plain
+    assert cost(27) == [*plain, *with_files]
+    assert cost(24) == plain
+    in_archive = ["find", "find", "find", "findAndModify", "delete", "delete", "update"]
+    assert cost(18) == in_archive
+    assert cost(9) == [*in_archive, *with_files]
+    assert cost(-1) == [*in_archive[1:], *with_files]
+
+
+# Faults, and others who write.
+
+
+def whole(repository: MongoDBSessionRepository, stored: Stored, last: int) -> None:
+    """The session is rewound, and opening it leaves nothing of what was removed."""
+    repository.open_session("s")
+    eventually(lambda: not repository._async._connection._tasks)
+    assert told(repository.list_messages("s", "agent")) == expected(last + 1)
+    images = sum(n <= last for n in IMAGES)
+    assert left_of(stored, "s").count("agent_sessions_attachments.files") == images
+    assert left_of(stored, "s").count("agent_sessions_attachments.chunks") == images
+    document = stored.find_one({"_id": "s"})
+    assert "stale_below" not in document["agents"]["agent"]
+    assert "removed_attachments" not in document
+    for bucket in archive_of(stored).find({"session_id": "s"}):
+        assert bucket["_id"]["first"] < document["agents"]["agent"]["archived"]
+    apply(repository, "s", appends(range(last + 1, last + 31)))
+    settled(stored)
+    assert told(repository.list_messages("s", "agent")) == expected(last + 31)
+
+
+@pytest.mark.parametrize("keep_as", [None, "t"])
+@pytest.mark.parametrize("last", [26, 10])
+def test_a_rewind_may_stop_at_every_command(
+    repository: MongoDBSessionRepository,
+    stored: Stored,
+    documents: dict[str, list[Any]],
+    server: str,
+    database: str,
+    some: Callable[[Any, int], list[int]],
+    last: int,
+    keep_as: str | None,
+) -> None:
+    commands = {(None, 26): 7, (None, 10): 12, ("t", 26): 22, ("t", 10): 27}[keep_as, last]
+    with copying(server, database) as rewinding:
+        rewinding.session_exists("warm-up")
+        for number in [*some(range(commands - 2), 1), commands - 2, commands - 1]:
+            for name in stored.database.list_collection_names():
+                stored.database[name].delete_many({})
+            store_again(stored, documents)
+            messages = repository.list_messages("s", "agent")
+            with fails_at(server, number, errorCode=8000), contextlib.suppress(MongoDBSessionError):
+                rewinding.rewind_session("s", last, keep_as=keep_as)
+            is_rewound = head(stored)["next_message_id"] == last + 1
+            is_kept = keep_as is not None and repository.session_exists("t")
+            assert is_rewound or number < commands
+            assert is_kept or keep_as is None or not is_rewound
+            if is_kept:
+                assert repository.list_messages("t", "agent") == messages
+            if not is_rewound:
+                assert repository.list_messages("s", "agent") == messages
+                rewinding.rewind_session("s", last, keep_as=None if is_kept else keep_as)
+            if keep_as is not None:
+                assert repository.list_messages("t", "agent") == messages
+            whole(repository, stored, last)
+
+
+@pytest.mark.parametrize(
+    "names", [["find"], ["findAndModify"], ["delete"], ["find", "findAndModify", "delete", "update"]], ids=",".join
+)
+def test_a_rewind_survives_a_lost_connection(
+    long: MongoDBSessionRepository, stored: Stored, server: str, names: list[str], database: str
+) -> None:
+    with copying(server, database) as rewinding:
+        rewinding.session_exists("warm-up")
+        with fail_point(server, failCommands=names, appName="copying", times=2, closeConnection=True):
+            rewinding.rewind_session("s", 10)
+    whole(long, stored, 10)
+
+
+@pytest.mark.parametrize("last", [10, 26, -1])
+def test_a_rewind_whose_acknowledgement_is_lost_is_made_once(
+    long: MongoDBSessionRepository, stored: Stored, server: str, database: str, last: int
+) -> None:
+    error = {"code": 91, "errmsg": "the acknowledgement is lost"}
+    with copying(server, database) as rewinding:
+        rewinding.session_exists("warm-up")
+        lost: Any = {"writeConcernError": error, "errorLabels": ["RetryableWriteError"], "appName": "copying"}
+        with fail_point(server, failCommands=["findAndModify"], times=2, **lost):
+            rewinding.rewind_session("s", last, keep_as="kept")
+    assert told(long.list_messages("kept", "agent")) == expected(30)
+    whole(long, stored, last)
+
+
+def test_turns_and_rewinds_at_the_same_time_are_one_after_the_other(long: MongoDBSessionRepository) -> None:
+    def rewind() -> None:
+        for last in (25, 12, 6, 3):
+            while True:
+                with contextlib.suppress(SessionConflictError):
+                    long.rewind_session("s", last)
+                    break
+
+    appended = 0
+    with ThreadPoolExecutor(1) as threads:
+        rewinding = threads.submit(rewind)
+        while not rewinding.done():
+            number = long.get_message_count("s", "agent")
+            appended += apply(long, "s", appends([number])) == {}
+        rewinding.result()
+    assert appended
+    found = told(long.list_messages("s", "agent"))
+    assert len(found) >= 4
+    assert found == expected(len(found))
+    assert long.get_message_count("s", "agent") == len(found)
+
+
+def test_of_several_rewinds_each_is_whole(long: MongoDBSessionRepository, stored: Stored) -> None:
+    together = threading.Barrier(4)
+
+    def rewind(last: int) -> int | None:
+        together.wait()
+        try:
+            long.rewind_session("s", last)
+        except (SessionConflictError, MessageNotFoundError):
+            return None
+        return last
+
+    with ThreadPoolExecutor(4) as threads:
+        done = [last for last in threads.map(rewind, (5, 12, 26, 28)) if last is not None]
+    assert done
+    whole(long, stored, min(done))
+
+
+class AtCommand(monitoring.CommandListener):
+    """Does something before the command of a number is sent."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.act: Callable[[], object] | None = None
+        self.error: BaseException | None = None  # which the driver would swallow
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name in ("createIndexes", "hello", "endSessions"):
+            return
+        self.left -= 1
+        if self.left < 0 and self.act is not None:
+            act, self.act = self.act, None
+            try:
+                act()
+            except BaseException as error:
+                self.error = error
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+def window(removed: int) -> dict[str, Any]:
+    return {"__name__": "SlidingWindowConversationManager", "removed_message_count": removed, "model_call_count": 0}
+
+
+def move(stored: Stored) -> None:
+    other = Other(stored, 2)
+    other.merge()
+    other.cut()
+
+
+GONE = (SessionNotFoundError, SessionConflictError, MessageNotFoundError)
+EVENTS: dict[str, Any] = {
+    "append": SessionConflictError,
+    "replace": SessionConflictError,
+    "redact": SessionConflictError,
+    "move": (),
+    "state": (),
+    "write back": SessionConflictError,
+    "rewind": (SessionConflictError, MessageNotFoundError),
+    "delete": SessionNotFoundError,
+    "again": GONE,
+    "lease": SessionBusyError,
+}
+"""What happens, and the errors that a rewind can raise then."""
+
+
+@pytest.mark.parametrize("what", EVENTS)
+def test_whatever_happens_between_two_commands_of_a_rewind(
+    repository: MongoDBSessionRepository,
+    server: str,
+    database: str,
+    stored: Stored,
+    documents: dict[str, list[Any]],
+    some: Callable[[Any, int], list[Any]],
+    what: str,
+) -> None:
+    acts: dict[str, Callable[[], object]] = {
+        "append": lambda: apply(repository, "s", appends(range(30, 50))),
+        "replace": lambda: [repository.update_message("s", "agent", with_image(n, IMAGES[28])) for n in (3, 17)],
+        "redact": lambda: [repository.update_message("s", "agent", redacted(n)) for n in (3, 17, 28)],
+        "move": lambda: move(stored),
+        "state": lambda: repository.update_agent("s", SessionAgent("agent", {"language": "en"}, window(7), {})),
+        "write back": lambda: repository.write_back("s"),
+        "rewind": lambda: repository.rewind_session("s", 20),
+        "delete": lambda: repository.delete_session("s"),
+        "again": lambda: [repository.delete_session("s"), begin(repository), append(repository, *range(12))],
+        "lease": lambda: hold_lease(stored, 60),
+    }
+    at = AtCommand()
+    cases = [(last, keep_as, n) for last in (26, 10) for keep_as in (None, "t") for n in range(25 if keep_as else 9)]
+    with MongoDBSessionRepository(server, database, **LIMITS, event_listeners=[at]) as rewinding:
+        rewinding.session_exists("warm-up")
+        for case in some(cases, 2):
+            last, keep_as, number = case
+            for name in stored.database.list_collection_names():
+                stored.database[name].delete_many({})
+            store_again(stored, documents)
+            repository._async._store.mover.forget("s", "agent")
+            before = {message.message_id: message.to_message() for message in repository.list_messages("s", "agent")}
+            at.left, at.act, at.error = number, acts[what], None
+            refusal = None
+            try:
+                rewinding.rewind_session("s", last, keep_as=keep_as)
+            except MongoDBSessionError as error:
+                refusal = error
+            happened, at.act = at.act is None, None
+            print(what, case, happened, repr(refusal), repr(at.error))
+            assert at.error is None or isinstance(at.error, GONE)
+            assert refusal is None or (happened and isinstance(refusal, EVENTS[what]))
+            check_copy(repository, what, before, refusal, keep_as)
+            if repository.session_exists("s"):
+                check_session(repository, stored, what, last, refusal)
+            else:
+                assert what == "delete"
+                assert left_of(stored, "s") == []
+
+
+def check_copy(
+    repository: MongoDBSessionRepository, what: str, before: dict[int, Any], refusal: Any, keep_as: str | None
+) -> None:
+    """The copy holds everything; without a rewind, there is none, or the session is gone or has been rewound."""
+    if keep_as is None:
+        return
+    if not repository.session_exists(keep_as):
+        assert refusal is not None
+        return
+    assert refusal is None or what in ("rewind", "delete", "again")
+    kept = {message.message_id: message.to_message() for message in repository.list_messages(keep_as, "agent")}
+    if what in ("rewind", "again"):  # before the copy was made
+        assert len(kept) in (30, 21, 12)
+    elif what not in ("replace", "redact"):
+        assert {n: kept[n] for n in before} == before
+
+
+def check_session(
+    repository: MongoDBSessionRepository, stored: Stored, what: str, last: int, refusal: MongoDBSessionError | None
+) -> None:
+    stored.update_one({"_id": "s"}, {"$unset": {"lease": ""}})
+    found = repository.list_messages("s", "agent")
+    assert [message.message_id for message in found] == list(range(len(found)))
+    if refusal is None:
+        others = {"rewind": {min(last, 20) + 1}, "again": {12}, "append": {last + 1}}
+        assert len(found) in {last + 1, *others.get(what, ())}
+    else:
+        assert len(found) == {"rewind": 21, "again": 12, "append": 50}.get(what, 30)
+    repository.open_session("s")
+    eventually(lambda: not repository._async._connection._tasks)
+    if what == "redact":
+        shown = [told([message]) for message in found if message.redact_message is not None]
+        assert all(each == ["[redacted]"] for each in shown)
+    files = [len(message.to_message()["content"]) > 1 for message in found]
+    listed = left_of(stored, "s").count("agent_sessions_attachments.files")
+    assert listed <= sum(files) if what == "write back" else listed == sum(files)
+    assert "stale_below" not in head(stored)
+    following = range(len(found), len(found) + 30)
+    assert apply(repository, "s", appends(following, "more {}")) == {}
+    settled(stored)
+    assert told(repository.list_messages("s", "agent"))[following.start :] == [f"more {n}" for n in following]
