@@ -3,7 +3,7 @@
 install: pip install 'mongodb-session-manager[embedded,fastapi]' 'fastapi>=0.135' uvicorn
 run:     python example_fastapi_streaming.py
 expect:  A chat at http://127.0.0.1:8000. Tell it your name, reload the page or restart the server, ask for your name,
-         branch off from an answer, rate it, delete the session.
+         edit a question, have it answered again, branch off from an answer, rate it, delete the session.
 
 The page is `chat.html`, in the same directory as this file. The data stays in the directory `chat-data`. To use your
 own server, set the environment variable MONGODB_URI.
@@ -20,6 +20,7 @@ import argparse
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
@@ -35,6 +36,7 @@ from strands import Agent
 from strands.hooks import BeforeModelCallEvent
 from strands.types.content import Message, Messages
 from strands.types.exceptions import EventLoopException
+from strands.types.session import SessionMessage
 
 from mongodb_session_manager import (
     AgentNotFoundError,
@@ -59,9 +61,13 @@ SYSTEM_PROMPT = "Be brief. When the user tells you their name, store it with man
 
 
 class Prompt(BaseModel):
-    """A message, or `None` to answer the last message again."""
+    """A message, or `None` to answer the last message again.
+
+    `after` is the id of an earlier message; the messages after it are removed first.
+    """
 
     text: Annotated[str, Field(min_length=1, max_length=100_000)] | None
+    after: Annotated[int, Field(ge=-1)] | None = None
 
 
 class Rating(BaseModel):
@@ -154,7 +160,7 @@ class Chat:
         """Return whether an answer of the session is running."""
         return session_id in self.turns and not self.turns[session_id].over
 
-    async def begin(self, session_id: str, prompt: str | None) -> None:
+    async def begin(self, session_id: str, prompt: Prompt) -> None:
         """Store a message and start to answer it."""
         if self.is_answering(session_id):
             raise HTTPException(409, "The last message is being answered.")
@@ -164,11 +170,13 @@ class Chat:
         if turn.refusal is not None:
             raise turn.refusal
 
-    async def _answer(self, session_id: str, prompt: str | None, turn: Turn) -> None:
+    async def _answer(self, session_id: str, prompt: Prompt, turn: Turn) -> None:
         try:
+            if prompt.after is not None:
+                await self._factory.rewind_session_async(session_id, {AGENT_ID: prompt.after})
             async with self._factory.create_session_manager_async(session_id) as session:
                 try:
-                    await self._run(session, prompt, turn)
+                    await self._run(session, prompt.text, turn)
                 except Exception as error:
                     logger.exception("session_id=<%r> | the answer failed", session_id)
                     turn.fail(error)  # before the session closes, which retries to store and waits for the database
@@ -215,6 +223,13 @@ def shown_of(message: Message) -> dict[str, Any] | None:
     return {"role": message["role"], "text": text, "tools": tools} if text or tools else None
 
 
+def rating_of(message: SessionMessage, feedback: dict[str, Any] | None) -> str | None:
+    """Return the rating of a message; feedback that is older was given to a removed message with the same id."""
+    if feedback is None or feedback["created_at"] < datetime.fromisoformat(message.created_at):
+        return None
+    return feedback.get("rating")
+
+
 async def facts(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
     """Return the metadata and the usage of a session, as the page shows them."""
     total = (await session.get_usage())["total"]
@@ -226,13 +241,13 @@ async def facts(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
 
 async def conversation(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
     """Return the messages, the metadata and the usage of a session, as the page shows them."""
-    ratings = {entry.get("message_id"): entry.get("rating") for entry in await session.get_feedbacks()}
+    ratings = {entry.get("message_id"): entry for entry in await session.get_feedbacks()}
     try:
         stored = await session.list_messages(AGENT_ID)
     except AgentNotFoundError:
         stored = []
     messages = [
-        {"id": message.message_id, "rating": ratings.get(message.message_id), **shown}
+        {"id": message.message_id, "rating": rating_of(message, ratings.get(message.message_id)), **shown}
         for message in stored
         if (shown := shown_of(message.to_message()))
     ]
@@ -285,7 +300,7 @@ def create_app(connection_string: str) -> FastAPI:
 
     @app.post("/api/sessions/{session_id}/messages", status_code=202)
     async def say(session_id: str, prompt: Prompt) -> dict[str, str]:
-        await chat.begin(session_id, prompt.text)
+        await chat.begin(session_id, prompt)
         return {"session_id": session_id}
 
     @app.get("/api/sessions/{session_id}/events", response_class=EventSourceResponse)

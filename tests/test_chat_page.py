@@ -561,3 +561,52 @@ def test_a_session_that_is_gone(page: Any, stored: Any) -> None:
     expect(page.get_by_role("alert")).to_contain_text("This session does not exist any more.")
     ask(page, "again", "Hello! I have been sent 1 message.")
     eventually(lambda: stored.count_documents({}) == 1)
+
+
+def test_a_question_is_edited(page: Any, stored: Any) -> None:
+    for number, text in enumerate(("one", "two", "three")):
+        ask(page, text, f"Hello! I have been sent {2 * number + 1} message{'s' if number else ''}.")
+    box = page.get_by_label("Message", exact=True)
+    box.fill("half a thought")
+    page.get_by_role("button", name="Edit this message").nth(1).click()
+    expect(box).to_have_value("two")
+    page.get_by_role("button", name="Cancel").click()
+    expect(box).to_have_value("half a thought")
+    expect(page.locator(".said")).to_have_count(6)
+
+    page.get_by_role("button", name="Edit this message").nth(1).click()
+    ask(page, "another two", "Hello! I have been sent 3 messages.")
+    shown = ["one", "Hello! I have been sent 1 message.", "another two", "Hello! I have been sent 3 messages."]
+    expect(page.locator(".said")).to_have_text(shown)
+    expect(page.locator("#editing")).to_be_hidden()
+    expect(box).to_have_value("half a thought")
+
+    page.get_by_role("button", name="Edit this message").first.click()
+    ask(page, "My name is Ada.", NICE)
+    page.reload()
+    expect(page.locator(".said")).to_have_text(["My name is Ada.", "", NICE], use_inner_text=True)
+    assert [message["message_id"] for message in stored.find_one()["agents"]["assistant"]["messages"]] == [0, 1, 2, 3]
+
+
+def test_a_question_is_answered_again(page: Any, stored: Any) -> None:
+    ask(page, "one", "Hello! I have been sent 1 message.")
+    page.get_by_role("button", name="Good answer").click()
+    eventually(lambda: stored.find_one()["feedbacks"])
+    before = stored.find_one()["agents"]["assistant"]["messages"][1]["message"]["tracking_id"]
+    page.get_by_role("button", name="Answer again").click()
+    eventually(lambda: page.wait_for_timeout(10) or answers(stored) not in ([], [before]))
+    answered(page)
+    page.reload()
+    expect(page.locator(".said")).to_have_text(["one", "Hello! I have been sent 1 message."])
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "false")
+    ask(page, "My name is Ada.", NICE)
+    expect(page.get_by_role("button", name="Answer again")).to_have_count(1)
+    page.get_by_role("button", name="Answer again").click()
+    answered(page)
+    expect(page.locator(".said").last).to_have_text(NICE)
+    expect(page.locator(".said")).to_have_count(5)
+
+
+def answers(stored: Any) -> list[str]:
+    messages = stored.find_one()["agents"]["assistant"]["messages"]
+    return [each["message"]["tracking_id"] for each in messages if each["message"]["role"] == "assistant"]

@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pymongo import monitoring
 from strands import tool
-from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
+from strands.agent.conversation_manager import (
+    NullConversationManager,
+    SlidingWindowConversationManager,
+    SummarizingConversationManager,
+)
+from strands.agent.conversation_manager.compression.pin_message import pin_message
 from strands.types.session import SessionAgent
 
 from fix_archive import (
@@ -106,12 +113,12 @@ def said_in(turns: int) -> list[str]:
     return [text for n in range(turns) for text in (f"q{n}", f"a{n}")]
 
 
-def as_a_fork(repository: MongoDBSessionRepository, at_message: Any, session_id: str = "s") -> None:
+def as_a_fork(repository: MongoDBSessionRepository, at_message: Any, *, keep_fork: bool = False) -> None:
     """Rewind the session, and see that everything that can be read of it is what a fork has."""
-    feedbacks, created_at = repository.get_feedbacks(session_id), repository.read_session(session_id).created_at
-    repository.fork_session(session_id, "fork", at_message)
-    repository.rewind_session(session_id, at_message)
-    found, fork = all_of(repository, session_id), all_of(repository, "fork")
+    feedbacks, created_at = repository.get_feedbacks("s"), repository.read_session("s").created_at
+    repository.fork_session("s", "fork", at_message)
+    repository.rewind_session("s", at_message)
+    found, fork = all_of(repository, "s"), all_of(repository, "fork")
     assert found.pop("feedbacks") == feedbacks
     assert found["session"].pop("created_at") == created_at
     for each in (found, fork):
@@ -121,7 +128,8 @@ def as_a_fork(repository: MongoDBSessionRepository, at_message: Any, session_id:
         for one in each["agents"].values():
             one.updated_at = None
     assert found == fork
-    repository.delete_session("fork")
+    if not keep_fork:
+        repository.delete_session("fork")
 
 
 # The beginning of a conversation stays.
@@ -834,3 +842,82 @@ def check_session(
     assert apply(repository, "s", appends(following, "more {}")) == {}
     settled(stored)
     assert told(repository.list_messages("s", "agent"))[following.start :] == [f"more {n}" for n in following]
+
+
+# Against a fork, as a model.
+
+STEPS = ("say", "show", "use a tool", "redact", "pin", "leave out", "insert", "run a graph")
+
+
+def live_agent(manager: Any, window_size: int | None, *replies: Any) -> Any:
+    keeper = NullConversationManager() if window_size is None else SlidingWindowConversationManager(window_size)
+    return agent(manager, *replies, tools=[weather], conversation_manager=keeper)
+
+
+def take_step(manager: Any, window_size: int | None, step: str, number: int) -> None:
+    if step == "run a graph":
+        pipeline(manager, node("one", f"{number}"))(f"task {number}")
+        return
+    replies = {
+        "use a tool": [{"tool": "weather", "input": {"city": "Oslo"}}, f"answer {number}"],
+        "redact": [Redaction("[redacted]")],
+    }
+    one = live_agent(manager, window_size, *replies.get(step, [f"answer {number}"]))
+    if step == "pin" and one.messages:
+        pin_message(one.messages, 0)
+    elif step == "leave out":
+        del one.messages[2:4]
+    elif step == "insert":
+        one.messages.insert(0, {"role": "user", "content": [{"text": f"inserted {number}"}]})
+    image = {"image": {"format": "png", "source": {"bytes": content(2000, number)}}}
+    one([{"text": f"question {number}"}, *([image] if step == "show" else [])])
+
+
+def shown_of(factory: MongoDBSessionManagerFactory, session_id: str, window_size: int | None) -> list[Any]:
+    with factory.create_session_manager(session_id) as manager:
+        one = live_agent(manager, window_size)
+        return [one.messages, one.conversation_manager.get_state(), one.state.get()]
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(
+    steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=12),
+    places=st.lists(st.floats(0, 1), min_size=1, max_size=2),
+    window_size=st.sampled_from([None, 2, 4]),
+)
+def test_a_rewound_session_is_as_a_fork(
+    small: MongoDBSessionManagerFactory,
+    repository: MongoDBSessionRepository,
+    stored: Stored,
+    steps: list[str],
+    places: list[float],
+    window_size: int | None,
+) -> None:
+    number = 0
+    for place in places:
+        for step in steps:
+            number += 1
+            with small.create_session_manager("s") as manager:
+                take_step(manager, window_size, step, number)
+        if "agent" not in stored.find_one({"_id": "s"})["agents"]:
+            break
+        eventually(lambda: not small._connection._tasks)
+        count = repository.get_message_count("s", "agent")
+        as_a_fork(repository, min(int(place * count), count - 1), keep_fork=True)
+        session, fork = (stored.find_one({"_id": session_id}) for session_id in ("s", "fork"))
+        for name in ("guardrail_events", "metadata"):
+            assert session[name] == fork[name]
+        states = [{key: one["state"] for key, one in each.get("multi_agents", {}).items()} for each in (session, fork)]
+        assert states[0] == states[1]
+        assert shown_of(small, "s", window_size) == shown_of(small, "fork", window_size)
+        for session_id in ("s", "fork"):
+            with small.create_session_manager(session_id) as manager:
+                take_step(manager, window_size, "use a tool", 1000)
+        eventually(lambda: not small._connection._tasks)
+        told_by = [told(repository.list_messages(session_id, "agent")) for session_id in ("s", "fork")]
+        assert told_by[0] == told_by[1]
+        assert repository.get_usage("s") == repository.get_usage("fork")
+        repository.delete_session("fork")
+    repository.delete_session("s")
+    for name in ("_archive", "_attachments.files", "_attachments.chunks"):
+        assert stored.database[f"agent_sessions{name}"].count_documents({}) == 0
