@@ -844,6 +844,47 @@ def check_session(
     assert told(repository.list_messages("s", "agent"))[following.start :] == [f"more {n}" for n in following]
 
 
+@pytest.mark.parametrize("kind", ["export", "fork"])
+def test_a_copy_that_is_made_during_a_rewind_holds_no_mixture(
+    repository: MongoDBSessionRepository,
+    server: str,
+    database: str,
+    stored: Stored,
+    documents: dict[str, list[Any]],
+    some: Callable[[Any, int], list[int]],
+    kind: str,
+) -> None:
+    def rewind_and_go_on() -> None:
+        with MongoDBSessionRepository(server, database, **LIMITS) as writer:
+            writer.rewind_session("s", 6)
+            for begin in range(7, 37, 5):
+                apply(writer, "s", appends(range(begin, begin + 5), "other {}"))
+                settled(stored)
+
+    at = AtCommand()
+    with MongoDBSessionRepository(server, database, **LIMITS, event_listeners=[at]) as copying:
+        copying.session_exists("warm-up")
+        for number in some(range(15), 3):
+            for name in stored.database.list_collection_names():
+                stored.database[name].delete_many({})
+            store_again(stored, documents)
+            at.left, at.act, at.error = number, rewind_and_go_on, None
+            try:
+                if kind == "fork":
+                    copying.fork_session("s", "t")
+                else:
+                    lines = list(copying.export_session("s"))
+                    at.act = None
+                    repository.import_session(lines, "t")
+            except SessionConflictError:
+                assert kind == "export"
+                continue
+            at.act = None
+            assert at.error is None
+            found = told(repository.list_messages("t", "agent"))
+            assert found in (expected(30), [*expected(7), *(f"other {n}" for n in range(7, 37))])
+
+
 # Against a fork, as a model.
 
 STEPS = ("say", "show", "use a tool", "redact", "pin", "leave out", "insert", "run a graph")

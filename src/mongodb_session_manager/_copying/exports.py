@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
+from .._format.changes import Loaded
 from .._format.dates import now
 from .._format.documents import Document
 from .._format.ids import ExportedIds, agent_id_of, agent_key, checked_id
 from .._format.layout import Place
 from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
-from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
+from ..errors import AttachmentError, DatabaseError, SessionConflictError, SessionNotFoundError
 from .export_format import Writer
 from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
+from .source import is_rewound
 
 _ROUNDS = 8
 """An attachment is reported as missing after its message was found changed this often."""
@@ -49,13 +51,18 @@ class Export:
         for field in malformed_fields(document):
             if field.value is not None:
                 raise field.error(session_id)
-        writer, source = Writer(), _Source(Place(session_id, document.get("incarnation")), document.get("created_at"))
         agents: dict[str, Document] = usable_agents(session_id, document)
+        loaded = {key: Loaded.of(agent) for key, agent in agents.items()}
+        has_archive = any(agent.get("archived") for agent in agents.values())
+        place = Place(session_id, document.get("incarnation"))
+        writer, source = Writer(), _Source(place, document.get("created_at"), loaded)
         document.pop("agents", None)
         yield writer.head(session_id, _without(document, NOT_COPIED), now())
         for key in tuple(agents):
             async for lines in self._agent_lines(source, key, agents.pop(key), writer):
                 yield lines
+        if has_archive:
+            await self._check_rewound(source)
         yield [writer.end()]
 
     async def _agent_lines(
@@ -80,6 +87,7 @@ class Export:
 
         Raises:
             SessionNotFoundError: The session no longer exists.
+            SessionConflictError: The session was rewound.
             DatabaseError: A message is missing.
         """
         while True:
@@ -87,8 +95,17 @@ class Export:
                 return await self._store.archive.read_bucket(source.place, key, since, begin, end)
             except DatabaseError as error:
                 missing = error
+            await self._check_rewound(source)
             if not await self._is_elsewhere(source) and not await self._store.migration.move_late_buckets(source.place):
                 raise missing
+
+    async def _check_rewound(self, source: _Source) -> None:
+        session_id = source.place.session_id
+        async with self._connection.operation():
+            if await is_rewound(self._store, session_id, source.loaded):
+                raise SessionConflictError(
+                    f"session {session_id!r} was rewound while it was exported: repeat the request"
+                )
 
     async def _is_elsewhere(self, source: _Source) -> bool:
         """Return whether the session was migrated since it was read, and update its place; raise if it was removed."""
@@ -133,6 +150,8 @@ class Export:
                 async with self._connection.operation():
                     identity = stored.get("message_id"), stored.get("created_at")
                     current = await self._store.archive.find_message(session_id, agent_id, *identity)
+                if current is None:
+                    await self._check_rewound(source)
                 if current is None or current.get("attachments") == message["attachments"]:
                     raise AttachmentError(
                         f"session {session_id!r}: message {message_id} of agent {agent_id!r} has a missing or damaged "
@@ -165,6 +184,7 @@ class _Source:
 
     place: Place
     created_at: Any
+    loaded: dict[str, Loaded]
 
 
 def _without(fields: Document, names: Iterable[str]) -> Document:

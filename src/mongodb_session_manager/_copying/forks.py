@@ -25,7 +25,7 @@ from .._store.store import SessionStore
 from ..errors import AttachmentError, DatabaseError, SessionNotFoundError
 from .builder import NewAgent, SessionBuilder
 from .fork_document import agent_fields, checked_ends, cut_fields, ends_of, no_message, session_fields, usage_of
-from .source import Source, archived_messages, raise_if_rewound, read_copyable
+from .source import Source, archived_messages, is_rewound, read_copyable
 from .staging import Staging
 
 _BATCH_MESSAGES = 1024
@@ -79,8 +79,8 @@ class _Fork:
         for key in agents:
             await self._copy_agent(builder, key, ends.get(agent_id_of(key)))
         await builder.fill()
-        if any(number(agent, "archived") for agent in agents.values()):
-            await raise_if_rewound(self._store, self._source)
+        if any(number(agent, "archived") for agent in agents.values()) and await self._is_rewound():
+            raise ReadAgainError
         await self._store.attachments.remove_unnamed(self._staging.place, self._replaced)
         seconds = self._store.expiry.session_ttl or Life.of(document).time_to_live
         # A `state` of the session is a field of the application.
@@ -157,12 +157,15 @@ class _Fork:
             session = await self._store.sessions.get(session_id, {"incarnation": 1})
             if session.get("incarnation") != self._source.place.incarnation:
                 raise SessionNotFoundError(f"session {session_id!r} no longer exists")
-            if current is None:
-                await raise_if_rewound(self._store, self._source)
+            if current is None and await self._is_rewound():
+                raise ReadAgainError
             if current is None or references_of(current) == references:
                 raise AttachmentError(f"session {session_id!r} was not forked: it has attachments that are missing")
             message, missing = current, await self._copy_files(set(references_of(current)))
         raise _changed_too_often(session_id)
+
+    async def _is_rewound(self) -> bool:
+        return await is_rewound(self._store, self._session_id, self._source.loaded)
 
 
 def _sized(messages: Iterable[Any]) -> list[Sized]:

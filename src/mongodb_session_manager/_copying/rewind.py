@@ -20,7 +20,6 @@ from bson import ObjectId
 
 from .._format.attachment_refs import references_of
 from .._format.buckets import Head
-from .._format.changes import Loaded
 from .._format.documents import Document, number
 from .._format.expressions import ALL
 from .._format.ids import agent_id_of, agent_key, checked_id, checked_message_id, stored_id
@@ -42,7 +41,7 @@ from ..errors import (
 from .fork_document import ends_of, no_message, usage_of
 from .forks import Forker
 from .rewind_statement import Cut, compile_rewind
-from .source import Source, read_copyable
+from .source import Source, is_rewound, read_copyable
 
 logger = logging.getLogger(__name__)
 
@@ -79,25 +78,26 @@ class Rewinder:
             checked_id(keep_as, "keep_as")
         async with self._store.connection.operation():
             await rewind.read()
+            source = rewind.source
             if keep_as is None:
                 await rewind.store()
                 return
-            loaded = rewind.loaded
             copy = await Forker(self._store).fork(session_id, keep_as, None)
             try:
                 await rewind.store(is_copied=True)
             except MongoDBSessionError as error:
                 if not error.outcome_unknown:
-                    await self._remove_copy(copy, session_id, loaded)
+                    await self._remove_copy(copy, source)
                 raise
 
-    async def _remove_copy(self, copy: Place, session_id: str, loaded: Mapping[str, Loaded]) -> None:
-        """Remove the copy of a session that nobody has rewound since it was loaded; log a failure."""
+    async def _remove_copy(self, copy: Place, source: Source) -> None:
+        """Remove the copy of a session that exists and was not rewound since it was read; log a failure."""
+        place, removed = source.place, {"incarnation": copy.incarnation, **LIVE}
         try:
-            document = await self._store.sessions.find(session_id, {f"agents.{key}.rewound": 1 for key in loaded})
-            agents = (document or {}).get("agents") or {}
-            if all(key in agents and Loaded.of(agents[key]) == each for key, each in loaded.items()):
-                await self._store.deletion.delete_matching(copy.session_id, {"incarnation": copy.incarnation, **LIVE})
+            life = await self._store.expiry.read_life(place.session_id)
+            is_there = life.incarnation == place.incarnation
+            if is_there and not await is_rewound(self._store, place.session_id, source.loaded):
+                await self._store.deletion.delete_matching(copy.session_id, removed)
         except MongoDBSessionError as error:
             logger.warning(
                 "session_id=<%r>, error=<%s> | the copy of a session that was not rewound was not removed",
@@ -114,13 +114,8 @@ class _Rewind:
         self._session_id = session_id
         self._ends = ends
         self._id = ObjectId()
-        self._source: Source
+        self.source: Source
         self._cuts: list[Cut] = []
-
-    @property
-    def loaded(self) -> dict[str, Loaded]:
-        """The agents as they were read, by key."""
-        return {cut.key: Loaded.of(cut.stored) for cut in self._cuts}
 
     async def read(self) -> bool:
         """Read the session and find what is to be removed.
@@ -132,7 +127,7 @@ class _Rewind:
             SessionBusyError: A manager holds the lease.
         """
         for _ in range(ROUNDS):
-            self._source = source = await read_copyable(self._store, self._session_id)
+            self.source = source = await read_copyable(self._store, self._session_id)
             if any(agent.get("rewound") == self._id for agent in source.agents.values()):
                 return False
             self._store.expiry.learn(self._session_id, source.document)
@@ -154,8 +149,8 @@ class _Rewind:
             SessionConflictError: Another writer has appended a message, or rewound the session.
         """
         for _ in range(ROUNDS):
-            before, place = self._cuts, self._source.place
-            update = compile_rewind(place, self._source.document, before, self._id, self._store.connection.now())
+            before, place = self._cuts, self.source.place
+            update = compile_rewind(place, self.source.document, before, self._id, self._store.connection.now())
             try:
                 stored = await self._store.expiry.update(update, _with_removed)
             except MessageTooLargeError as error:
@@ -166,13 +161,13 @@ class _Rewind:
                 await self._remove(stored.get(REMOVED))
                 return
             if not await self.read():
-                await self._remove(self._source.document.get(REMOVED))
+                await self._remove(self.source.document.get(REMOVED))
                 return
             self._check_unchanged(place, before, is_copied)
         raise self._changed_too_often()
 
     def _check_unchanged(self, place: Place, before: list[Cut], is_copied: bool) -> None:
-        if self._source.place != place:
+        if self.source.place != place:
             raise SessionNotFoundError(f"session {self._session_id!r} no longer exists")
         for old, new in zip(before, self._cuts, strict=True):
             if old.identity != new.identity or (is_copied and old.content != new.content):
@@ -188,7 +183,7 @@ class _Rewind:
             MessageNotFoundError: The agent does not have the last message that stays.
             ReadAgainError: The archived messages were moved elsewhere after the session was read.
         """
-        stored = self._source.agents[key]
+        stored = self.source.agents[key]
         head, archived = stored.get("messages") or [], number(stored, "archived")
         ids, following = list(map(stored_id, head)), stored["next_message_id"]
         is_regular = following == archived + len(head)
@@ -207,7 +202,7 @@ class _Rewind:
         return Cut(key, stored, last, kept, usage, _references(removed))
 
     async def _cut_archive(self, key: str, last: int) -> Cut:
-        stored, place, archive = self._source.agents[key], self._source.place, self._store.archive
+        stored, place, archive = self.source.agents[key], self.source.place, self._store.archive
         since, archived = stored.get("created_at"), number(stored, "archived")
         kept, returned, first, removed = 0, [], 0, list(stored.get("messages") or [])
         listed: list[Any] = []
@@ -235,7 +230,7 @@ class _Rewind:
 
     async def _remove(self, listed: Any) -> None:
         """Remove the buckets and attachments of removed messages; log a failure."""
-        place, mover = self._source.place, self._store.mover
+        place, mover = self.source.place, self._store.mover
         for cut in self._cuts:
             mover.forget(self._session_id, cut.key)
         try:

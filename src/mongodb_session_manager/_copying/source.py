@@ -12,7 +12,7 @@ from .._format.documents import Document, needs_upgrade, number, usable
 from .._format.ids import agent_key, stored_id
 from .._format.layout import Place
 from .._format.malformed import MalformedField, malformed_fields, usable_agents
-from .._store.sessions import ROUNDS, ReadAgainError
+from .._store.sessions import ROUNDS
 from .._store.store import SessionStore
 from ..errors import DatabaseError
 
@@ -23,6 +23,10 @@ class Source(NamedTuple):
     place: Place
     document: Document
     agents: dict[str, Document]
+
+    @property
+    def loaded(self) -> dict[str, Loaded]:
+        return {key: Loaded.of(agent) for key, agent in self.agents.items()}
 
 
 async def read_source(store: SessionStore, session_id: str) -> Source:
@@ -82,18 +86,11 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Docume
     }
 
 
-async def raise_if_rewound(store: SessionStore, source: Source) -> None:
-    """Raise `ReadAgainError` if an agent was rewound after the session was read.
-
-    Its archive can hold other messages now.
-    """
-    place, fields = source.place, {f"agents.{key}.rewound": 1 for key in source.agents}
-    document = await store.sessions.find(place.session_id, {"incarnation": 1, **fields})
-    if document is None or document.get("incarnation") != place.incarnation:
-        return
-    now = usable(dict, document.get("agents"))
-    if any(Loaded.of(now.get(key, {})) != Loaded.of(agent) for key, agent in source.agents.items()):
-        raise ReadAgainError
+async def is_rewound(store: SessionStore, session_id: str, loaded: Mapping[str, Loaded]) -> bool:
+    """Return whether an agent was rewound after it was loaded: its archive can hold other messages now."""
+    document = await store.sessions.find(session_id, {f"agents.{key}.rewound": 1 for key in loaded})
+    agents = usable(dict, (document or {}).get("agents"))
+    return any(key in agents and Loaded.of(agents[key]) != each for key, each in loaded.items())
 
 
 async def archived_messages(store: SessionStore, source: Source, key: str) -> AsyncGenerator[list[Document], None]:

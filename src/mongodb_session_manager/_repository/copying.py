@@ -32,6 +32,7 @@ class CopyingMethods(RepositoryMethods):
 
         Raises:
             SessionNotFoundError: The session does not exist, or was removed during the call.
+            SessionConflictError: The session was rewound during the call.
             AttachmentError: An attachment is missing or damaged.
         """
         export = self._export(session_id)
