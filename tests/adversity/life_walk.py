@@ -33,7 +33,7 @@ from mongodb_session_manager import (
 from support import agent, texts
 
 LIMITS: dict[str, Any] = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 100}
-KINDS = ("append", "append", "append", "redact", "fork", "import", "delete", "open", "metadata")
+KINDS = ("append", "append", "append", "append", "redact", "rewind", "fork", "import", "delete", "open", "metadata")
 CREATING = ("append", "fork", "import", "open")
 
 TTL = timedelta(hours=1)
@@ -103,6 +103,9 @@ def carry_out_one(factory: Any, repository: Any, step: Step, stored: Callable[[A
             message.redact_message = {"role": message.message["role"], "content": [{"text": f"gone {old}"}]}
             repository.update_message(session_id, "agent", message)
             stored(old)
+    elif kind == "rewind":
+        count = repository.get_message_count(session_id, "agent")
+        repository.rewind_session(session_id, zlib.crc32(name.encode()) % (count + 1) - 1)
     elif kind == "fork":
         factory.fork_session(session_id, other)
     elif kind == "import":
@@ -310,15 +313,19 @@ class Walk:
             possible |= sources
         assert set(plain) <= possible, "a message came from nowhere"
         if not deletions:
-            if old is not None:
-                kept = [text.removeprefix("gone ") for text in old]
-                assert plain[: len(kept)] == kept, "a message is lost"
+            kept = [text.removeprefix("gone ") for text in old or []]
+            rewinds = [each for each in own if each[0] == "rewind"]
+            stayed = [text for text in plain if text in kept]
+            assert stayed == kept[: len(stayed)] == plain[: len(stayed)], "an earlier message is not where it was"
+            if not rewinds:
+                assert stayed == kept, "a message is lost"
+            acknowledged = [text for text in acknowledged if not rewinds or text in plain]
             assert [text for text in plain if text in acknowledged] == sorted(acknowledged, key=plain_order(plain))
             assert set(acknowledged) <= set(plain), "an acknowledged message is lost"
             for each in own:
                 if each[0] == "redact":
                     assert not set(each[6]) & set(now), "an acknowledged redaction is undone"
-            for text in old or []:
+            for text in (old or [])[: len(stayed)]:
                 if text.startswith("gone "):
                     assert text in now, "a redaction is undone"
         elif any(each[5] for each in deletions) and not creations:

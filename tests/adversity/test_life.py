@@ -252,7 +252,35 @@ class WriteBack(Operation):
             assert len(found["agents"]["agent"]["messages"]) == COUNT
 
 
-OPERATIONS = [OpenNew(), Turn(), Replace(), Fork(), Import(), Delete(), Renew(), Migrate(), WriteBack()]
+class Rewind(Operation):
+    """Removes archived messages and an attachment; what is removed stays as a session."""
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        factory.rewind_session(session_id, 4, keep_as=f"{session_id}-kept")
+        say("acknowledged", 1)
+
+    def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
+        assert found == WHOLE[:5] or (not child.has_said("acknowledged") and found == WHOLE)
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        kept, sessions = f"{session_id}-kept", context.database["agent_sessions"]
+        sessions.update_many({"_id": kept, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
+        with context.repository() as repository:
+            if len(content(repository, session_id)) == 5:
+                assert content(repository, kept) == WHOLE
+                own = sessions.find_one({"_id": session_id})["incarnation"]
+                of_agent = {"_id.incarnation": own, "_id.first": {"$gte": 5}}
+                assert not context.database["agent_sessions_archive"].count_documents(of_agent)
+                assert (
+                    context.database["agent_sessions_attachments.files"].count_documents({"_id.incarnation": own}) == 1
+                )
+            elif repository.session_exists(kept):
+                assert content(repository, kept) == WHOLE
+            repository.delete_session(kept)
+        assert parts_of(context, kept) == []
+
+
+OPERATIONS = [OpenNew(), Turn(), Replace(), Fork(), Import(), Delete(), Renew(), Migrate(), WriteBack(), Rewind()]
 
 
 def interrupted(operation: Operation, context: Context, session_id: str, at: int | None, after: bool) -> Child:
