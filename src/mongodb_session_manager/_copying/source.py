@@ -24,16 +24,16 @@ class Source(NamedTuple):
     agents: dict[str, Document]
 
 
-async def read_source(store: SessionStore, session_id: str) -> Source:
+async def read_source(store: SessionStore, session_id: str, owner: str | None = None) -> Source:
     """Return a session. A session of an earlier version is migrated to the current form, as opening it does.
 
     Raises:
-        SessionNotFoundError: The session does not exist.
+        SessionNotFoundError: The session does not exist, or belongs to another owner.
         DatabaseError: The messages of an agent have a type that cannot be used, or other writers changed the session
             again and again.
     """
     for _ in range(ROUNDS):
-        document = await store.sessions.get(session_id, {})
+        document = await store.sessions.get(session_id, {}, owner)
         if not isinstance(document.get("incarnation"), ObjectId):
             await store.migration.migrate(session_id)
             continue
