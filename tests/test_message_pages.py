@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pymongo import monitoring
 
+from fix_finding import START, Stored, cost, session
 from mongodb_session_manager import (
     InvalidArgumentError,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
 )
 from support import agent, texts
-from test_finding import START, Stored, cost, session
 
 pytestmark = pytest.mark.anyio
 

@@ -14,6 +14,7 @@ from strands.types.session import SessionAgent, SessionMessage
 
 from fix_archive import said
 from fix_copying import content, with_image
+from fix_finding import idle
 from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
     MongoDBSessionManagerFactory,
@@ -114,10 +115,6 @@ def with_content(repository: MongoDBSessionRepository) -> None:
 def everything(stored: Stored) -> dict[str, list[dict[str, Any]]]:
     names = stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
     return {name: list(stored.database[name].find({}, sort=[("_id", 1)])) for name in sorted(names)}
-
-
-async def idle(connection: Any) -> None:
-    await asyncio.gather(*connection._tasks)
 
 
 class Attacker:
