@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 import pytest
 from strands import tool
 
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from support import CommandLog, agent
+from support import CommandLog, agent, alternating
 
 pytestmark = pytest.mark.anyio
 
 OPEN, WRITE, TAKE = "findAndModify", "update", "findAndModify"
 
 ON_BUSY = pytest.mark.parametrize("on_busy", ["conflict", "wait", "refuse"])
+
+OWNED = {"owner": "ada", "title": "Trip", "tags": ["red"], "session_ttl": timedelta(hours=1)}
+LABELS = pytest.mark.parametrize("labels", alternating({}, OWNED), ids=["", "owned"])
+"""Whether the session has an owner, a title, tags and a time to live."""
 
 
 @tool
@@ -36,21 +43,23 @@ TURNS = pytest.mark.parametrize(
 
 @TURNS
 @ON_BUSY
-@pytest.mark.parametrize("resumed", [False, True])
+@LABELS
+@pytest.mark.parametrize("resumed", alternating(False, True))
 def test_sync_turn(
     factory: MongoDBSessionManagerFactory,
     commands: CommandLog,
     on_busy: str,
+    labels: dict[str, Any],
     save_on: str,
     replies: list,
     writes: int,
     resumed: bool,
 ) -> None:
     if resumed:
-        with factory.create_session_manager("s") as earlier:
+        with factory.create_session_manager("s", **labels) as earlier:
             agent(earlier, "before", tools=[add])("earlier")
         commands.clear()
-    manager = factory.create_session_manager("s", save_on=save_on, on_busy=on_busy)
+    manager = factory.create_session_manager("s", save_on=save_on, on_busy=on_busy, **labels)
     first = agent(manager, *replies, tools=[add])
     first("one")
     manager.sync_agent(first)
@@ -59,21 +68,23 @@ def test_sync_turn(
 
 @TURNS
 @ON_BUSY
-@pytest.mark.parametrize("resumed", [False, True])
+@LABELS
+@pytest.mark.parametrize("resumed", alternating(False, True))
 async def test_async_turn(
     factory: MongoDBSessionManagerFactory,
     commands: CommandLog,
     on_busy: str,
+    labels: dict[str, Any],
     save_on: str,
     replies: list,
     writes: int,
     resumed: bool,
 ) -> None:
     if resumed:
-        async with await factory.create_session_manager_async("s") as earlier:
+        async with await factory.create_session_manager_async("s", **labels) as earlier:
             await agent(earlier, "before", tools=[add]).invoke_async("earlier")
         commands.clear()
-    manager = await factory.create_session_manager_async("s", save_on=save_on, on_busy=on_busy)
+    manager = await factory.create_session_manager_async("s", save_on=save_on, on_busy=on_busy, **labels)
     first = agent(manager, *replies, tools=[add])
     await first.invoke_async("one")
     manager.sync_agent(first)
@@ -83,10 +94,16 @@ async def test_async_turn(
 
 @pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])
 @ON_BUSY
+@LABELS
 def test_next_turn_of_a_live_agent(
-    factory: MongoDBSessionManagerFactory, commands: CommandLog, on_busy: str, save_on: str, writes: int
+    factory: MongoDBSessionManagerFactory,
+    commands: CommandLog,
+    on_busy: str,
+    labels: dict[str, Any],
+    save_on: str,
+    writes: int,
 ) -> None:
-    manager = factory.create_session_manager("s", save_on=save_on, on_busy=on_busy)
+    manager = factory.create_session_manager("s", save_on=save_on, on_busy=on_busy, **labels)
     live = agent(manager, "one", "two")
     live("1")
     commands.clear()

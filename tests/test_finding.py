@@ -9,7 +9,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pymongo
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pymongo import monitoring
 from strands.types.session import Session, SessionType
 
+from fix_finding import START, Stored, cost, idle, session
 from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
     InvalidArgumentError,
@@ -30,27 +31,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager._repository.listing import Position
 from support import CommandLog, agent, fail_point
 
-Stored = pymongo.collection.Collection[dict[str, Any]]
-
-START = datetime(2026, 1, 1, tzinfo=UTC)
 ORDERS = ["-updated_at", "updated_at", "-created_at", "created_at"]
-
-
-def session(session_id: str, **fields: Any) -> dict[str, Any]:
-    """Return the document of a session without agents."""
-    return {
-        "_id": session_id,
-        "session_id": session_id,
-        "application_name": None,
-        "session_type": "AGENT",
-        "created_at": START,
-        "updated_at": START,
-        "metadata": {},
-        "feedbacks": [],
-        "guardrail_events": [],
-        "agents": {},
-        **fields,
-    }
 
 
 def hours(number: float) -> datetime:
@@ -84,7 +65,7 @@ def all_pages(repository: Any, **arguments: Any) -> list[str]:
 
 def test_a_summary(server: str, database: str) -> None:
     with MongoDBSessionManagerFactory(server, database, application_name="shop") as factory:
-        with factory.create_session_manager("s") as manager:
+        with factory.create_session_manager("s", owner="ada", title="Trip", tags=["red", "blue"]) as manager:
             manager.update_metadata({"customer": {"id": 7}, "since": START, "big": 2**70})
             for name in ("one", "two.x"):
                 talker = agent(manager, "Hello!", "Bye!", agent_id=name)
@@ -94,6 +75,7 @@ def test_a_summary(server: str, database: str) -> None:
             counts = {name: manager.get_message_count(name) for name in ("one", "two.x")}
         factory.create_session_manager("empty").close()
         (summary,) = [found for found in factory.list_sessions().sessions if found.session_id == "s"]
+        factory_summary = factory.get_session_summary("s")
         (empty,) = [found for found in factory.list_sessions().sessions if found.session_id == "empty"]
         stored = pymongo.MongoClient[dict[str, Any]](server, tz_aware=True)
         with stored:
@@ -107,9 +89,14 @@ def test_a_summary(server: str, database: str) -> None:
         message_counts=counts,
         usage=usage["total"],
         metadata={"customer": {"id": 7}, "since": START, "big": 2**70},
+        owner="ada",
+        title="Trip",
+        tags=("red", "blue"),
     )
+    assert factory_summary == summary
     assert counts == {"one": 2, "two.x": 4}
     assert summary.usage["invocations"] == 3
+    assert (empty.owner, empty.title, empty.tags) == (None, None, ())
     assert (empty.agents, empty.message_counts, empty.metadata, empty.usage["totalTokens"]) == ((), {}, {}, 0)
     with pytest.raises(FrozenInstanceError):
         summary.session_id = "t"  # type: ignore[misc]
@@ -133,7 +120,7 @@ def test_a_list_loads_no_message_and_is_one_command(
     factory: MongoDBSessionManagerFactory, commands: CommandLog, stored: Stored
 ) -> None:
     stored.insert_one(session("s", agents={"a": {"messages": [{"message": {"content": [{"text": "secret"}]}}]}}))
-    factory._connection.portal.call(_idle, factory._connection)
+    factory._connection.portal.call(idle, factory._connection)
     page = factory.list_sessions(limit=1)
     assert factory.count_sessions() == 1
     assert factory.session_exists("s")
@@ -169,6 +156,8 @@ def test_the_orders(repository: MongoDBSessionRepository, stored: Stored, order:
 DATES = st.sampled_from([hours(number) for number in range(3)])
 NAMES = st.sampled_from(["one", "two", None])
 TENANTS = st.sampled_from([1, 2, [1, 2], "1", None])
+OWNERS = st.sampled_from(["ada", "bob", None])
+TAGS = st.lists(st.sampled_from(["red", "blue"]), unique=True)
 
 
 @dataclass
@@ -180,6 +169,8 @@ class Known:
     updated_at: datetime
     application_name: str | None
     tenant: Any
+    owner: str | None
+    tags: list[str]
 
     def meets(self, given: dict[str, Any]) -> bool:
         tenant = given.get("metadata", {}).get("tenant")
@@ -187,6 +178,8 @@ class Known:
         return (
             wanted
             and given.get("application_name") in (None, self.application_name)
+            and given.get("owner") in (None, self.owner)
+            and set(given.get("tags", ())) <= {*self.tags}
             and self.created_at > given.get("created_after", hours(-1))
             and self.updated_at > given.get("updated_after", hours(-1))
         )
@@ -194,7 +187,8 @@ class Known:
 
 def test_pages_hold_each_session_once_in_order(server: str, database: str, stored: Stored) -> None:
     """Whatever the criteria and however many sessions share a date, with the indexes and without."""
-    sessions = st.lists(st.builds(Known, st.text("abé/", max_size=4), DATES, DATES, NAMES, TENANTS), max_size=25)
+    known = st.builds(Known, st.text("abé/", max_size=4), DATES, DATES, NAMES, TENANTS, OWNERS, TAGS)
+    sessions = st.lists(known, max_size=25)
     criteria = st.fixed_dictionaries(
         {},
         optional={
@@ -202,6 +196,8 @@ def test_pages_hold_each_session_once_in_order(server: str, database: str, store
             "metadata": st.sampled_from([{"tenant": 1}, {"tenant": "1"}, {}]),
             "created_after": DATES,
             "updated_after": DATES,
+            "owner": st.sampled_from(["ada", "bob", "nobody"]),
+            "tags": TAGS,
         },
     )
 
@@ -217,6 +213,8 @@ def test_pages_hold_each_session_once_in_order(server: str, database: str, store
                     updated_at=each.updated_at,
                     application_name=each.application_name,
                     metadata={} if each.tenant is None else {"tenant": each.tenant},
+                    **({} if each.owner is None else {"owner": each.owner}),
+                    **({"tags": each.tags} if each.tags else {}),
                 )
                 for each in by_id.values()
             )
@@ -318,6 +316,11 @@ OPERATORS: list[tuple[str, dict[str, Any]]] = [
     ("created_after", {"created_after": {"$gt": START}}),
     ("created_after", {"created_after": "2026-01-01"}),
     ("created_after", {"created_after": 5}),
+    ("owner", {"owner": {"$ne": None}}),
+    ("owner", {"owner": ""}),
+    ("tags", {"tags": {"$exists": True}}),
+    ("tags", {"tags": "red"}),
+    ("tags", {"tags": [{"$ne": ""}]}),
     ("updated_after", {"updated_after": {"$exists": True}}),
     ("updated_after", {"updated_after": datetime.min.replace(tzinfo=timezone(timedelta(hours=9)))}),
 ]
@@ -443,7 +446,7 @@ class Sent(monitoring.CommandListener):
 
 @pytest.fixture(scope="module")
 def many(server: str) -> Iterator[tuple[MongoDBSessionManagerFactory, Sent, Any]]:
-    """A factory over 100,000 sessions, in 1,000 of which each tenant has a part and of which `rare` has 20."""
+    """A factory over 100,000 sessions, of which each of 1,000 tenants and owners has 100, and `rare` has 20."""
     database = f"test_{uuid.uuid4().hex}"
     sent = Sent()
     with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True) as client:
@@ -458,6 +461,8 @@ def many(server: str) -> Iterator[tuple[MongoDBSessionManagerFactory, Sent, Any]
                         "created_at": START + timedelta(seconds=number // 10),
                         "updated_at": START + timedelta(seconds=0 if number % 2 else (number * 7_919) % MANY),
                         "metadata": {"tenant": number % 1_000},
+                        "owner": f"user {number % 1_000}",
+                        "tags": ["odd" if number % 2 else "even"],
                         "agents": {},
                     }
                     for number in range(first, first + 10_000)
@@ -468,22 +473,10 @@ def many(server: str) -> Iterator[tuple[MongoDBSessionManagerFactory, Sent, Any]
             server, database, metadata_fields=["tenant"], event_listeners=[sent]
         ) as factory:
             factory.create_session_manager("s000000").close()
-            factory._connection.portal.call(_idle, factory._connection)
+            factory._connection.portal.call(idle, factory._connection)
             assert sent.indexed
             yield factory, sent, client[database]
         client.drop_database(database)
-
-
-async def _idle(connection: Any) -> None:
-    """Wait for the indexes."""
-    await asyncio.gather(*connection._tasks)
-
-
-def cost(database: Any, asked: dict[str, Any]) -> tuple[int, int]:
-    """Return how many documents and keys the server looked at for a command."""
-    explained = database.command("explain", asked, verbosity="executionStats")
-    found = explained.get("stages", [{"$cursor": explained}])[0]["$cursor"]["executionStats"]
-    return found["totalDocsExamined"], found["totalKeysExamined"]
 
 
 CRITERIA: list[dict[str, Any]] = [
@@ -491,6 +484,7 @@ CRITERIA: list[dict[str, Any]] = [
     {"application_name": "usual"},
     {"application_name": "rare"},
     {"metadata": {"tenant": 7}},
+    {"owner": "user 7"},
 ]
 
 
@@ -544,6 +538,18 @@ def test_of_several_indexes_the_server_chooses(many: Any) -> None:
     assert cost(database, asked)[0] <= 100
 
 
+def test_a_list_of_an_owner_reads_no_session_of_another(many: Any) -> None:
+    factory, sent, database = many
+    sent.commands.clear()
+    assert ids(factory.list_sessions(owner="user 7", tags=["even"])) == []
+    assert len(factory.list_sessions(owner="user 7", created_after=START, limit=1000).sessions) == 99
+    assert [cost(database, asked)[0] for asked in sent.commands] == [100, 100]
+    sent.commands.clear()
+    first = factory.list_sessions(owner="user 7", application_name="usual", limit=10)
+    factory.list_sessions(owner="user 7", application_name="usual", limit=10, cursor=first.next_cursor)
+    assert max(cost(database, asked)[0] for asked in sent.commands) <= 30  # a fifth of the owner's sessions are rare
+
+
 def test_all_pages_together_are_all_sessions(many: Any) -> None:
     factory, _, _ = many
     assert all_pages(factory, metadata={"tenant": 7}, order="created_at", limit=30) == [
@@ -553,7 +559,13 @@ def test_all_pages_together_are_all_sessions(many: Any) -> None:
 
 @pytest.mark.parametrize(
     ("criteria", "expected"),
-    [({}, MANY), ({"application_name": "rare"}, 20), ({"metadata": {"tenant": 7}}, 100)],
+    [
+        ({}, MANY),
+        ({"application_name": "rare"}, 20),
+        ({"metadata": {"tenant": 7}}, 100),
+        ({"owner": "user 7"}, 100),
+        ({"tags": ["odd"]}, MANY // 2),
+    ],
 )
 def test_counting_reads_no_document(many: Any, criteria: dict[str, Any], expected: int) -> None:
     factory, sent, database = many

@@ -255,9 +255,13 @@ def test_the_repositories_document_the_same() -> None:
 def test_the_repository_has_the_parameters_of_strands() -> None:
     names = {name for name in vars(SessionRepository) if not name.startswith("_")}
     assert names >= {"create_session", "list_messages", "create_multi_agent", "update_multi_agent"}
-    assert {name: parameters(getattr(MongoDBSessionRepository, name)) for name in names} == {
-        name: parameters(getattr(SessionRepository, name)) for name in names
-    }
+    for name in names:
+        ours, theirs = parameters(getattr(MongoDBSessionRepository, name)), parameters(getattr(SessionRepository, name))
+        added = [parameter for parameter in ours if parameter not in theirs]
+        assert [parameter for parameter in ours if parameter in theirs] == theirs
+        assert {parameter[:2] for parameter in added} <= {
+            (option, "KEYWORD_ONLY") for option in ("owner", "newest_first", "before")
+        }
 
 
 def test_both_managers_have_the_same_methods() -> None:
@@ -297,10 +301,11 @@ def test_the_factory_has_each_method_twice() -> None:
     found = methods(MongoDBSessionManagerFactory)
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
-    finding = {"list_sessions", "count_sessions", "session_exists", "delete_session"}
+    finding = {"list_sessions", "count_sessions", "session_exists", "get_session_summary", "delete_session"}
+    labels = {"update_session", "claim_session"}
     copying = {"export_session", "import_session", "fork_session", "rewind_session", "write_back"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "check", "close"}
-    assert blocking == finding | copying | others
+    assert blocking == finding | labels | copying | others
     blocking -= {"create_storage"}  # which waits for nothing
     assert found.keys() == blocking | {f"{name}_async" for name in blocking} | {"create_storage"}
     for name in blocking:
@@ -312,8 +317,9 @@ def test_the_factory_has_each_method_twice() -> None:
 
 def test_a_factory_finds_copies_and_deletes_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
-    finding = ("list_sessions", "count_sessions", "session_exists", "delete_session")
-    for name in (*finding, "export_session", "import_session", "fork_session", "rewind_session", "write_back"):
+    finding = ("list_sessions", "count_sessions", "session_exists", "get_session_summary", "delete_session")
+    copying = ("export_session", "import_session", "fork_session", "rewind_session", "write_back")
+    for name in (*finding, *copying, "update_session", "claim_session"):
         assert ours[name] == theirs[name]
 
 

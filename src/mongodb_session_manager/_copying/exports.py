@@ -35,9 +35,10 @@ class Export:
     does not run into the cursor timeout.
     """
 
-    def __init__(self, store: SessionStore, session_id: str) -> None:
+    def __init__(self, store: SessionStore, session_id: str, owner: str | None = None) -> None:
         self._store = store
         self._connection = store.connection
+        self._owner = owner
         self._pending = self._lines(session_id)
 
     async def pull(self) -> list[str]:
@@ -47,7 +48,7 @@ class Export:
         """Yield lines. The heads are read before the buckets below them, so a move cannot hide a message."""
         checked_id(session_id, "session_id")
         async with self._connection.operation():
-            document = await self._store.sessions.get(session_id, {})
+            document = await self._store.sessions.get(session_id, {}, self._owner)
         for field in malformed_fields(document):
             if field.value is not None:
                 raise field.error(session_id)
@@ -110,7 +111,7 @@ class Export:
     async def _is_elsewhere(self, source: _Source) -> bool:
         """Return whether the session was migrated since it was read, and update its place; raise if it was removed."""
         session_id, before = source.place
-        document = await self._store.sessions.get(session_id, {"incarnation": 1, "created_at": 1})
+        document = await self._store.sessions.get(session_id, {"incarnation": 1, "created_at": 1}, self._owner)
         now_at = document.get("incarnation")
         if now_at == before:
             return False
@@ -149,7 +150,8 @@ class Export:
                     continue
                 async with self._connection.operation():
                     identity = stored.get("message_id"), stored.get("created_at")
-                    current = await self._store.archive.find_message(session_id, agent_id, *identity)
+                    find = self._store.archive.find_message
+                    current = await find(session_id, agent_id, *identity, owner=self._owner)
                 if current is None:
                     await self._check_rewound(source)
                 if current is None or current.get("attachments") == message["attachments"]:

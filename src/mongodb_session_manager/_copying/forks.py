@@ -16,6 +16,7 @@ from typing import Any
 from .._format.attachment_refs import Reference, references_of
 from .._format.documents import Document, number
 from .._format.ids import agent_id_of, checked_id, stored_id
+from .._format.labels import owner_of
 from .._format.layout import Place
 from .._format.retention import Life
 from .._format.sizes import stored_size
@@ -40,14 +41,14 @@ class Forker:
     def __init__(self, store: SessionStore) -> None:
         self._store = store
 
-    async def fork(self, session_id: str, new_id: str, at_message: object) -> Place:
+    async def fork(self, session_id: str, new_id: str, at_message: object, owner: str | None = None) -> Place:
         checked_id(session_id, "session_id")
         staging, ends = Staging(self._store, checked_id(new_id, "new_id")), checked_ends(at_message)
         async with self._store.connection.operation():
             try:
                 for number in range(ROUNDS):
-                    source = await read_copyable(self._store, session_id)
-                    await (staging.clear() if number else staging.begin())
+                    source = await read_copyable(self._store, session_id, owner)
+                    await (staging.clear() if number else staging.begin(owner_of(source.document)))
                     with suppress(ReadAgainError):
                         await _Fork(self._store, source, staging).copy(ends)
                         return staging.place

@@ -35,6 +35,7 @@ from .._format.documents import (
     message_from,
     usable_internal_state,
 )
+from .._format.labels import checked_owner
 from .._format.malformed import malformed_fields
 from .._format.sizes import stored_size
 from .._format.view import View
@@ -69,8 +70,10 @@ def checked_session(fields: Document) -> Document:
     _check_names(fields, "the session")
     for field in malformed_fields({name: value for name, value in fields.items() if value is not None}):
         raise InvalidArgumentError(f"{field.path!r} must be a {field.kind.__name__}, not {type(field.value).__name__}")
-    _check_kinds(fields, "", {"application_name": str, "session_type": str})
+    _check_kinds(fields, "", {"application_name": str, "session_type": str, "owner": str})
     _check_dates(fields, "")
+    if fields.get("owner") is not None:
+        checked_owner(fields["owner"])
     metadata = fields.get("metadata") or {}
     require(not any(key.startswith("$") for key in metadata), "metadata must not contain a key that begins with $")
     require(MARKER not in metadata, f"metadata must not contain the key {MARKER!r}, which marks encoded values")

@@ -13,6 +13,7 @@ from typing import Any
 from .._format.attachment_refs import Reference
 from .._format.documents import Document, config_set
 from .._format.ids import agent_key
+from .._format.labels import guard, owner_of
 from .._io.portal import Portal
 from .._store.attachments import CHUNK_BYTES
 from .._store.store import SessionStore
@@ -30,10 +31,14 @@ _READ = 64 * 1024
 
 
 class Import:
-    """A running import; calls are serialized. Without a `session_id`, the session gets the id it was exported with."""
+    """A running import; calls are serialized.
 
-    def __init__(self, store: SessionStore, session_id: str | None) -> None:
+    Without a `session_id` or an `owner`, the session gets the one that it was exported with.
+    """
+
+    def __init__(self, store: SessionStore, session_id: str | None, owner: str | None = None) -> None:
         self._store = store
+        self._owner = owner
         self._session_id = session_id
         self._reader = Reader()
         self._builder: SessionBuilder | None = None
@@ -99,8 +104,9 @@ class Import:
         session_id = found.session_id if self._session_id is None else self._session_id
         staging = Staging(self._store, session_id)
         origin = {"session_id": found.session_id, "at": self._store.connection.now()}
-        self._builder = SessionBuilder(self._store, staging, {**found.fields, "copy_of": origin})
-        await staging.begin()
+        fields = {**found.fields, **guard(self._owner), "copy_of": origin}
+        self._builder = SessionBuilder(self._store, staging, fields)
+        await staging.begin(owner_of(fields))
 
     async def _piece(self, piece: PieceRead) -> None:
         attachments, place, reference = self._store.attachments, self._begun.staging.place, piece.reference

@@ -70,10 +70,10 @@ class Rewinder:
     def __init__(self, store: SessionStore) -> None:
         self._store = store
 
-    async def rewind(self, session_id: str, at_message: object, keep_as: str | None) -> None:
+    async def rewind(self, session_id: str, at_message: object, keep_as: str | None, owner: str | None = None) -> None:
         """Rewind a session, as `AsyncMongoDBSessionRepository.rewind_session` describes."""
         checked_id(session_id, "session_id")
-        rewind = _Rewind(self._store, session_id, checked_ends(at_message))
+        rewind = _Rewind(self._store, session_id, checked_ends(at_message), owner)
         if keep_as is not None:
             checked_id(keep_as, "keep_as")
         async with self._store.connection.operation():
@@ -82,7 +82,7 @@ class Rewinder:
             if keep_as is None:
                 await rewind.store()
                 return
-            copy = await Forker(self._store).fork(session_id, keep_as, None)
+            copy = await Forker(self._store).fork(session_id, keep_as, None, owner)
             try:
                 await rewind.store(is_copied=True)
             except MongoDBSessionError as error:
@@ -109,9 +109,12 @@ class Rewinder:
 class _Rewind:
     """One rewind of a session; `ends` are the last message ids that stay."""
 
-    def __init__(self, store: SessionStore, session_id: str, ends: int | dict[str, int]) -> None:
+    def __init__(
+        self, store: SessionStore, session_id: str, ends: int | dict[str, int], owner: str | None = None
+    ) -> None:
         self._store = store
         self._session_id = session_id
+        self._owner = owner
         self._ends = ends
         self._id = ObjectId()
         self.source: Source
@@ -127,7 +130,7 @@ class _Rewind:
             SessionBusyError: A manager holds the lease.
         """
         for _ in range(ROUNDS):
-            self.source = source = await read_copyable(self._store, self._session_id)
+            self.source = source = await read_copyable(self._store, self._session_id, self._owner)
             if any(agent.get("rewound") == self._id for agent in source.agents.values()):
                 return False
             self._store.expiry.learn(self._session_id, source.document)

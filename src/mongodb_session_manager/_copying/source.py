@@ -29,16 +29,16 @@ class Source(NamedTuple):
         return {key: Loaded.of(agent) for key, agent in self.agents.items()}
 
 
-async def read_source(store: SessionStore, session_id: str) -> Source:
+async def read_source(store: SessionStore, session_id: str, owner: str | None = None) -> Source:
     """Return a session. A session of an earlier version is migrated to the current form, as opening it does.
 
     Raises:
-        SessionNotFoundError: The session does not exist.
+        SessionNotFoundError: The session does not exist, or belongs to another owner.
         DatabaseError: The messages of an agent have a type that cannot be used, or other writers changed the session
             again and again.
     """
     for _ in range(ROUNDS):
-        document = await store.sessions.get(session_id, {})
+        document = await store.sessions.get(session_id, {}, owner)
         if not isinstance(document.get("incarnation"), ObjectId):
             await store.migration.migrate(session_id)
             continue
@@ -58,9 +58,9 @@ async def read_source(store: SessionStore, session_id: str) -> Source:
     raise DatabaseError(f"session {session_id!r} kept changing while it was read: try again later")
 
 
-async def read_copyable(store: SessionStore, session_id: str) -> Source:
+async def read_copyable(store: SessionStore, session_id: str, owner: str | None = None) -> Source:
     """Return a session whose agents can be copied; raise `DatabaseError` as `read_source` does if one is malformed."""
-    source = await read_source(store, session_id)
+    source = await read_source(store, session_id, owner)
     for field in malformed_fields(source.document):
         is_of_agent = field.path == "agents" or field.path.startswith("agents.")
         # Malformed numbers and lists of names are copied as they are; opening ignores them, too.

@@ -80,12 +80,12 @@ class WriteBack:
         self._store = store
         self._connection = store.connection
 
-    async def write_back(self, session_id: str) -> None:
+    async def write_back(self, session_id: str, owner: str | None = None) -> None:
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             for _ in range(ROUNDS):
-                await self._store.expiry.life(session_id)  # continues an interrupted migration
-                place, document, found = await read_source(self._store, session_id)
+                await self._store.expiry.life(session_id, owner)  # continues an interrupted migration
+                place, document, found = await read_source(self._store, session_id, owner)
                 agents = [_Agent(key, stored, stored.get("messages") or []) for key, stored in found.items()]
                 bucket = await self._store.archive.collection.find_one({"_id": place.buckets()}, {"_id": 1})
                 is_whole = bucket is None and all(agent.is_whole for agent in agents)

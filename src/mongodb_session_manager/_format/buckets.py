@@ -317,6 +317,16 @@ def holding_positions(place: Place, key: str, since: Any, begin: int, end: int) 
     return {"_id": {"$gt": low, "$lt": high}, "last": {"$gte": begin}}
 
 
+def from_message(place: Place, key: str, since: Any, message_id: int, gap: int) -> Document:
+    """Return the filter for the buckets with messages whose id is at least `message_id`.
+
+    It covers those that can hold the first such message: the ids increase, and are at most `gap` above the positions.
+    """
+    lowest = max(0, message_id - gap) - BUCKET_MESSAGES
+    low, high = (place.bucket_id(key, first, since) for first in (lowest, message_id))
+    return {"_id": {"$gt": low, "$lte": high}, "messages.message_id": {"$gte": message_id}}
+
+
 def holding_message(
     place: Place, key: str, message_id: int, since: Any, is_regular: bool, created_at: Any = None, below: int = ALL
 ) -> list[Document]:

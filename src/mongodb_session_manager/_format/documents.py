@@ -2,6 +2,7 @@
 
 _id, session_id          the session id
 application_name         str | null
+owner, title, tags       see `labels`; absent if the session has none
 session_type             "AGENT"
 created_at, updated_at   BSON dates, UTC
 metadata, feedbacks, guardrail_events

@@ -1,4 +1,4 @@
-"""`Life`: the incarnation and the expiry of a session, as this process last read them; `Dates` of its parts. Pure.
+"""`Life`: what this process last read of the incarnation, expiry and owner of a session; `Dates` of its parts. Pure.
 
 `_store.expiry` explains the dates.
 """
@@ -14,6 +14,7 @@ from bson import ObjectId
 
 from ..errors import ConfigurationError
 from .documents import Document
+from .labels import owner_of
 
 MAX_SECONDS = 2**31 - 1
 
@@ -60,11 +61,12 @@ UNDATED = Dates(None, None)
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """The incarnation, `None` in 1.0.0, and the expiry of a session. The values can be older than the stored ones."""
+    """The incarnation, `None` in 1.0.0, the expiry and the owner of a session. They can be out of date."""
 
     incarnation: ObjectId | None = None
     time_to_live: int | None = None  # in seconds; `None` if it does not expire
     expires_at: datetime | None = None  # a lower bound of the stored date, which never moves back
+    owner: str | None = None
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
@@ -73,6 +75,7 @@ class Life:
             incarnation if isinstance(incarnation, ObjectId) else None,
             ttl if type(ttl) is int and 0 < ttl <= MAX_SECONDS else None,
             date if isinstance(date, datetime) else None,
+            owner_of(document),
         )
 
     def dates(self, moment: datetime, own: int | None) -> Dates:
@@ -89,5 +92,5 @@ class Life:
         return self.expires_at is not None and part.expires_at is not None and self.expires_at > part.expires_at
 
 
-LIFE: Document = {name: f"${name}" for name in ("incarnation", "time_to_live", "expires_at")}
+LIFE: Document = {name: f"${name}" for name in ("incarnation", "time_to_live", "expires_at", "owner")}
 """The projection of the fields that `Life.of` needs; also usable as an aggregation expression."""

@@ -12,6 +12,7 @@ from .changes import AgentWrite, Identity, split_fields
 from .documents import Document
 from .expressions import array_at, stored_config_set
 from .ids import agent_key
+from .labels import guard
 from .view import guarded_view, shows_content, view_without
 
 
@@ -43,9 +44,9 @@ class _Parts:
     identities: dict[str, Mapping[int, Identity]] = field(default_factory=dict)
 
 
-def compile_update(session_id: str, writes: Iterable[AgentWrite]) -> Update:
+def compile_update(session_id: str, writes: Iterable[AgentWrite], owner: str | None = None) -> Update:
     """Return the one statement that stores all the writes, or matches nothing."""
-    condition: Document = {"_id": session_id}
+    condition: Document = {"_id": session_id, **guard(owner)}
     parts = _Parts()
     moments = []
     dates: list[Document] = []

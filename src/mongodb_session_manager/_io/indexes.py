@@ -44,10 +44,15 @@ _logged: set[tuple[object, ...]] = set()
 _MAX_INDEXES = 63
 """The maximum number of indexes that MongoDB allows for a collection, without the index of `_id`."""
 
+DATES = ("updated_at", "created_at")
+"""The dates by which a list can be sorted."""
+
 _OPTIONS: dict[Fields, Document] = {
     ("state",): {"partialFilterExpression": {"state": {"$exists": True}}},
     ("expires_at",): {"expireAfterSeconds": 0},
     ("files_id", "n"): {"unique": True},
+    ("tags",): {"partialFilterExpression": {"tags": {"$exists": True}}},
+    **{("owner", date, "_id"): {"partialFilterExpression": {"owner": {"$exists": True}}} for date in DATES},
 }
 """The options of the indexes that have any."""
 
@@ -59,9 +64,10 @@ def session_indexes(metadata_fields: Sequence[str]) -> list[Fields]:
     more than 64 indexes, so with many metadata fields the last ones have no index with the dates.
     """
     narrowed = ["application_name", *(f"metadata.{field}" for field in metadata_fields)]
-    indexes: list[Fields] = [("state",), ("created_at",), ("updated_at",), ("session_id",)]
+    indexes: list[Fields] = [("state",), ("created_at",), ("updated_at",), ("session_id",), ("tags",)]
+    indexes += [("owner", date, "_id") for date in DATES]
     indexes += [(path,) for path in narrowed]
-    for date in ("updated_at", "created_at"):
+    for date in DATES:
         indexes += [(date, "_id"), *((path, date, "_id") for path in narrowed)]
     return indexes[:_MAX_INDEXES]
 

@@ -116,6 +116,9 @@ class ContentOptions(TypedDict, total=False):
 
     Attributes:
         application_name: Stored in sessions that are created; it never changes afterwards.
+        owner: Whose sessions these are: stored in sessions that are created; it never changes afterwards. Sessions of
+            other owners, and of none, do not exist for a manager, factory or repository with an owner. With `None`,
+            all sessions can be used. At most 1,024 bytes.
         metadata_fields: The fields of `metadata` to index, with one index each.
         max_inline_attachment_bytes: Images, documents and videos of a message that together are larger are stored in
             GridFS, in the bucket `<collection_name>_attachments`. Default 256 KiB.
@@ -129,6 +132,7 @@ class ContentOptions(TypedDict, total=False):
     """
 
     application_name: str | None
+    owner: str | None
     metadata_fields: Sequence[str] | None
     max_inline_attachment_bytes: int | None
     max_embedded_messages: int | None

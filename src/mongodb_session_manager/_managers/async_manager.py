@@ -207,7 +207,15 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         """
         return await self._ask(self._repository.get_message_count, agent_id)
 
-    async def list_messages(self, agent_id: str, limit: int | None = None, offset: int = 0) -> list[SessionMessage]:
+    async def list_messages(
+        self,
+        agent_id: str,
+        limit: int | None = None,
+        offset: int = 0,
+        *,
+        newest_first: bool = False,
+        before: int | None = None,
+    ) -> list[SessionMessage]:
         """Return messages of an agent with their ids and dates, oldest first.
 
         Messages that the agent's conversation manager has removed are included.
@@ -215,13 +223,16 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         Args:
             agent_id: The agent.
             limit: The maximum number of messages; `None` returns all.
-            offset: The number of oldest messages to leave out.
+            offset: The number of messages to skip, from the first one of the list.
+            newest_first: Whether the list begins with the newest message.
+            before: Only messages with a lower id than this one: for the next page from the end, the id of the last
+                message of this one.
 
         Raises:
             AgentNotFoundError: The session has no such agent.
             AttachmentError: An attachment is missing or damaged.
         """
-        return await self._ask(self._list_messages, agent_id, limit, offset)
+        return await self._ask(self._list_messages, agent_id, limit, offset, newest_first, before)
 
     async def get_usage(self) -> UsageReport:
         """Return the session's totals of tokens, latency, invocations and tool calls, by agent and overall."""

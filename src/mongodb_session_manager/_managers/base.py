@@ -312,9 +312,11 @@ class SessionManagerBase(SessionLifecycle):
         return self._options.feedback_hook if action == "add" else self._options.metadata_hook
 
     async def _list_messages(
-        self, session_id: str, agent_id: str, limit: int | None, offset: int
+        self, session_id: str, agent_id: str, limit: int | None, offset: int, newest_first: bool, before: int | None
     ) -> list[SessionMessage]:
-        return await self._repository.list_messages(session_id, agent_id, limit, offset)
+        return await self._repository.list_messages(
+            session_id, agent_id, limit, offset, newest_first=newest_first, before=before
+        )
 
     async def _update_agent_config(
         self,

@@ -128,6 +128,12 @@ class MongoDBSessionManagerFactory:
     count_sessions_async = awaitable(Repository.count_sessions)
     session_exists = blocking(Repository.session_exists)
     session_exists_async = awaitable(Repository.session_exists)
+    get_session_summary = blocking(Repository.get_session_summary)
+    get_session_summary_async = awaitable(Repository.get_session_summary)
+    update_session = blocking(Repository.update_session)
+    update_session_async = awaitable(Repository.update_session)
+    claim_session = blocking(Repository.claim_session)
+    claim_session_async = awaitable(Repository.claim_session)
     fork_session = blocking(Repository.fork_session)
     fork_session_async = awaitable(Repository.fork_session)
     rewind_session = blocking(Repository.rewind_session)
@@ -137,33 +143,39 @@ class MongoDBSessionManagerFactory:
     write_back = blocking(Repository.write_back)
     write_back_async = awaitable(Repository.write_back)
 
-    def export_session(self, session_id: str) -> Generator[str, None, None]:
+    def export_session(self, session_id: str, *, owner: str | None = None) -> Generator[str, None, None]:
         """Yield a session as lines of JSON; see `MongoDBSessionRepository.export_session`."""
-        export = self._async._export(session_id)
+        export = self._async._export(session_id, owner)
         while lines := self._portal.call(export.pull):
             yield from lines
 
-    async def export_session_async(self, session_id: str) -> AsyncGenerator[str, None]:
-        export = self._async._export(session_id)
+    async def export_session_async(self, session_id: str, *, owner: str | None = None) -> AsyncGenerator[str, None]:
+        export = self._async._export(session_id, owner)
         while lines := await self._portal.run(export.pull):
             for line in lines:
                 yield line
 
-    def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
+    def import_session(
+        self, stream: Iterable[str | bytes], session_id: str | None = None, *, owner: str | None = None
+    ) -> str:
         """Store an exported session and return its id; see `MongoDBSessionRepository.import_session`."""
-        return feed_blocking(self._portal, self._async._import(session_id), stream)
+        return feed_blocking(self._portal, self._async._import(session_id, owner), stream)
 
     async def import_session_async(
-        self, stream: Iterable[str | bytes] | AsyncIterable[str | bytes], session_id: str | None = None
+        self,
+        stream: Iterable[str | bytes] | AsyncIterable[str | bytes],
+        session_id: str | None = None,
+        *,
+        owner: str | None = None,
     ) -> str:
-        return await feed(self._portal, self._async._import(session_id), stream)
+        return await feed(self._portal, self._async._import(session_id, owner), stream)
 
-    def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+    def delete_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
         """Delete a session with everything that belongs to it; see `MongoDBSessionRepository.delete_session`."""
-        return self._portal.call(self._async.delete_session, session_id, **kwargs)
+        return self._portal.call(self._async.delete_session, session_id, owner=owner, **kwargs)
 
-    async def delete_session_async(self, session_id: str, **kwargs: Any) -> bool:
-        return await self._portal.run(self._async.delete_session, session_id, **kwargs)
+    async def delete_session_async(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
+        return await self._portal.run(self._async.delete_session, session_id, owner=owner, **kwargs)
 
     def get_connection_stats(self) -> ConnectionStats:
         """Return the state of the pool, with the version of the server, which is asked for it."""

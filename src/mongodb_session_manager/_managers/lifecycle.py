@@ -95,7 +95,16 @@ class SessionLifecycle(OrchestratorSessionManager):
             if self._work is not None:
                 return
             try:
-                work = await self._loaded(await self._repository._open(self.session_id, self._lease, caller))
+                options = self._options
+                document = await self._repository._open(
+                    self.session_id,
+                    self._lease,
+                    caller,
+                    creates=not options.must_exist,
+                    title=options.title,
+                    tags=options.tags,
+                )
+                work = await self._loaded(document)
                 close_at_exit(self._aclose_at_exit, asyncio.get_running_loop(), ExitOrder.SESSIONS)
                 self._session = OpenSession(work, self._repository, self._connection.portal, self._flusher)
                 RepositorySessionManager.__init__(self, self.session_id, self._session)

@@ -178,9 +178,17 @@ class OpenSession(SessionRepository):
             self._store(agent_id)
 
     def list_messages(
-        self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
+        self,
+        session_id: str,
+        agent_id: str,
+        limit: int | None = None,
+        offset: int = 0,
+        *,
+        newest_first: bool = False,
+        before: int | None = None,
+        **kwargs: Any,
     ) -> list[SessionMessage]:
-        """Return messages of an agent, oldest first, without the `offset` oldest and at most `limit`.
+        """Return messages of an agent, as the method of the repository does.
 
         Messages that the agent's conversation manager has removed are included.
 
@@ -191,11 +199,12 @@ class OpenSession(SessionRepository):
             return self.work.list_messages(session_id, agent_id, limit, offset)
         offset = checked_count(offset, "offset")
         limit = None if limit is None else checked_count(limit, "limit")
-        if self._is_known(agent_id):
+        if self._is_known(agent_id) and newest_first is False and before is None:
             found = self.work.agent(agent_id).stored.copies(session_id, agent_id, limit, offset)
             if found is not None:
                 return found
-        return self._ask(agent_id, partial(self._repository.list_messages, session_id, agent_id, limit, offset))
+        read = partial(self._repository.list_messages, newest_first=newest_first, before=before)
+        return self._ask(agent_id, partial(read, session_id, agent_id, limit, offset))
 
     # Graphs and swarms.
 

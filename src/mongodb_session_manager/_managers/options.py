@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
+from .._format.labels import checked_owner, checked_tags, checked_title
 from .._format.retention import MAX_SECONDS, checked_ttl
 from .._io.connection import Connection
 from .._io.options import ClientOptions, ContentOptions
@@ -41,6 +42,11 @@ class SessionOptions(ContentOptions, total=False):
     """The options of a session: those of `ContentOptions`, the hooks, and when messages are stored.
 
     Attributes:
+        title: The title of a session that is created; `update_session` changes it. At most 1,000 characters.
+        tags: The tags of a session that is created; `update_session` changes them. At most 100, of at most 200
+            characters each.
+        must_exist: Whether opening never creates a session; default `False`. Without the session, it raises
+            `SessionNotFoundError`.
         metadata_hook: Called around every use of metadata, `def` or `async def`.
         metadataHook: Another spelling of `metadata_hook`.
         feedback_hook: Called around every new feedback, `def` or `async def`.
@@ -56,6 +62,9 @@ class SessionOptions(ContentOptions, total=False):
             turn; default 30. A manager that is alive renews its lease.
     """
 
+    title: str | None
+    tags: Sequence[str] | None
+    must_exist: bool | None
     metadata_hook: Hook | None
     metadataHook: Hook | None
     feedback_hook: Hook | None
@@ -87,6 +96,10 @@ class Options:
     database_name: str | None = None
     collection_name: str = "agent_sessions"
     application_name: str | None = None
+    owner: str | None = None
+    title: str | None = None
+    tags: Sequence[str] | None = None
+    must_exist: bool = False
     metadata_fields: Sequence[str] | None = None
     metadata_hook: Hook | None = None
     feedback_hook: Hook | None = None
@@ -100,6 +113,14 @@ class Options:
     session_ttl: timedelta | None = None
 
     def __post_init__(self) -> None:
+        if self.owner is not None:
+            object.__setattr__(self, "owner", checked_owner(self.owner))
+        if self.title is not None:
+            object.__setattr__(self, "title", checked_title(self.title))
+        if self.tags is not None:
+            object.__setattr__(self, "tags", tuple(checked_tags(self.tags)))
+        if not isinstance(self.must_exist, bool):
+            raise ConfigurationError(f"must_exist must be a bool, got {self.must_exist!r}")
         checked_hook(self.metadata_hook, "metadata_hook")
         checked_hook(self.feedback_hook, "feedback_hook")
         _check_choice("save_on", self.save_on, get_args(SaveOn))
@@ -114,6 +135,7 @@ class Options:
 
         Raises:
             ConfigurationError: An option is unknown, invalid, or passed in both spellings.
+            InvalidArgumentError: The owner, the title or the tags are invalid.
         """
         known = [option.name for option in fields(self)]
         options: dict[str, Any] = {}
@@ -193,6 +215,7 @@ class Configuration:
             options.database_name,
             options.collection_name,
             application_name=options.application_name,
+            owner=options.owner,
             metadata_fields=options.metadata_fields,
             max_inline_attachment_bytes=options.max_inline_attachment_bytes,
             max_embedded_messages=options.max_embedded_messages,
@@ -206,4 +229,5 @@ class Configuration:
         options = self.options
         if options.on_busy == "conflict":
             return None
-        return Lease(repository._store, session_id, options.on_busy == "wait", options.busy_timeout, options.lease)
+        waits = options.on_busy == "wait"
+        return Lease(repository._store, session_id, waits, options.busy_timeout, options.lease, options.owner)

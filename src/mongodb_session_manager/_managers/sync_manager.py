@@ -128,8 +128,16 @@ class MongoDBSessionManager(SessionManagerBase):
     def get_message_count(self, agent_id: str) -> int:
         return self._ask(self._repository.get_message_count, agent_id)
 
-    def list_messages(self, agent_id: str, limit: int | None = None, offset: int = 0) -> list[SessionMessage]:
-        return self._ask(self._list_messages, agent_id, limit, offset)
+    def list_messages(
+        self,
+        agent_id: str,
+        limit: int | None = None,
+        offset: int = 0,
+        *,
+        newest_first: bool = False,
+        before: int | None = None,
+    ) -> list[SessionMessage]:
+        return self._ask(self._list_messages, agent_id, limit, offset, newest_first, before)
 
     def get_usage(self) -> UsageReport:
         return self._ask(self._repository.get_usage)

@@ -11,6 +11,7 @@ from .._io.settings import Settings
 from .._store.store import SessionStore
 from .conversation import ConversationMethods
 from .copying import CopyingMethods
+from .labels import LabelMethods
 from .listing import ListingMethods
 from .metadata import MetadataMethods
 from .multi_agents import MultiAgentMethods
@@ -18,7 +19,9 @@ from .multi_agents import MultiAgentMethods
 _OPTIONS = ("connection_string", "database_name", "collection_name", "client", *ContentOptions.__annotations__)
 
 
-class SharedRepository(ConversationMethods, MultiAgentMethods, MetadataMethods, ListingMethods, CopyingMethods):
+class SharedRepository(
+    ConversationMethods, MultiAgentMethods, MetadataMethods, LabelMethods, ListingMethods, CopyingMethods
+):
     """The methods of `AsyncMongoDBSessionRepository`, on a store whose connection can have another owner."""
 
     @property

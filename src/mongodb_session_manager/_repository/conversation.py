@@ -13,10 +13,11 @@ from .._format.attachment_refs import replacement, set_aside
 from .._format.changes import AppendMessage, Change, CreateAgent, Identity, Loaded, ReplaceMessage, UpdateAgent
 from .._format.dates import now, to_date
 from .._format.documents import Document
-from .._format.expressions import array_at, number_at
-from .._format.ids import agent_key, checked_count, checked_id, checked_message_id, is_message_id
+from .._format.ids import agent_key, checked_id, checked_message_id, is_message_id
+from .._format.labels import labels_of
 from .._format.layout import OF_V1, Place
 from .._format.malformed import MalformedField, messages_from, usable_field
+from .._format.pages import Found, Page
 from .._format.retention import LIFE, Life
 from .._io.threads import compute
 from .._store.lease import Lease
@@ -28,13 +29,11 @@ from .._store.writes import Writer
 from ..errors import InvalidArgumentError, MongoDBSessionError
 from .base import RepositoryMethods
 
-_ALL = 2**31 - 1
-
 
 class ConversationMethods(RepositoryMethods):
     # The operations of a session manager, in one command each.
 
-    async def open_session(self, session_id: str) -> Document:
+    async def open_session(self, session_id: str, *, owner: str | None = None, must_exist: bool = False) -> Document:
         """Return the parts of a session that restoring needs; create the session if it is new.
 
         The document has no metadata, feedback, guardrail events or metrics of messages, nor the messages that the
@@ -43,20 +42,37 @@ class ConversationMethods(RepositoryMethods):
         It takes one command. A second one reads the archived messages that restoring needs, and a third one the
         attachments. One more migrates agents that a version before 1.0 has written to, and fields of 1.0.0.
 
+        Args:
+            session_id: The session.
+            owner: The owner of a new session; no session of another owner is opened.
+            must_exist: Whether no session is created.
+
         Raises:
+            SessionNotFoundError: The session belongs to another owner, or does not exist and must.
             AttachmentError: An attachment is missing or damaged.
         """
-        return await Opening(self._store).open(checked_id(session_id, "session_id"))
+        labels = labels_of(self._owner(owner))
+        return await Opening(self._store).open(
+            checked_id(session_id, "session_id"), creates=not must_exist, labels=labels
+        )
 
     async def _open(
-        self, session_id: str, lease: Lease | None, caller: Caller | None, *, creates: bool = True
+        self,
+        session_id: str,
+        lease: Lease | None,
+        caller: Caller | None,
+        *,
+        creates: bool = True,
+        title: str | None = None,
+        tags: Sequence[str] | None = None,
     ) -> Document:
-        """Open a session as `open_session` does, and take its lease.
+        """Open a session as `open_session` does, and take its lease; `title` and `tags` are those of a new session.
 
         Raises:
-            SessionNotFoundError: The session does not exist, and is not created.
+            SessionNotFoundError: The session does not exist, and is not created, or it belongs to another owner.
         """
-        return await Opening(self._store).open(checked_id(session_id, "session_id"), lease, caller, creates=creates)
+        labels, opening = labels_of(self._store.owner, title, tags), Opening(self._store)
+        return await opening.open(checked_id(session_id, "session_id"), lease, caller, creates=creates, labels=labels)
 
     async def _apply(
         self,
@@ -66,6 +82,7 @@ class ConversationMethods(RepositoryMethods):
         lease: Lease | None = None,
         releases: bool = False,
         loaded: Mapping[str, Loaded] | None = None,
+        owner: str | None = None,
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, in one command unless another writer interferes.
 
@@ -77,6 +94,7 @@ class ConversationMethods(RepositoryMethods):
             lease: The lease of the manager, which must hold it or take it; `None` writes regardless of leases.
             releases: Whether the last statement releases the lease.
             loaded: The agents as they were loaded, by id. The changes of an agent that was rewound since are refused.
+            owner: The owner of the session, if `incarnation` does not tell which one it is.
 
         Returns:
             The errors of agents whose changes could not be stored, by agent id: `SessionConflictError`,
@@ -88,35 +106,35 @@ class ConversationMethods(RepositoryMethods):
             MongoDBSessionError: It is unknown whether the changes are stored. The same changes can be applied again.
         """
         checked_id(session_id, "session_id")
-        return await Writer(self._store).apply(session_id, changes, incarnation, lease, releases, loaded)
+        return await Writer(self._store).apply(session_id, changes, incarnation, lease, releases, loaded, owner)
 
-    async def _apply_one(self, session_id: str, change: Change) -> None:
-        for error in (await self._apply(session_id, (change,))).values():
+    async def _apply_one(self, session_id: str, change: Change, owner: str | None) -> None:
+        for error in (await self._apply(session_id, (change,), owner=owner)).values():
             raise error
 
-    # The methods of Strands' `SessionRepository`.
+    # The methods of Strands' `SessionRepository`. With an `owner`, sessions of others do not exist for them.
 
-    async def create_session(self, session: Session, **kwargs: Any) -> Session:
-        """Create a session.
+    async def create_session(self, session: Session, *, owner: str | None = None, **kwargs: Any) -> Session:
+        """Create a session, of `owner` if there is one.
 
         Raises:
             SessionExistsError: A session with that id exists.
         """
         session_id, moment = checked_id(session.session_id, "session_id"), to_date(session.created_at)
-        await Opening(self._store).create(session_id, moment)
+        await Opening(self._store).create(session_id, moment, labels_of(self._owner(owner)))
         return session
 
-    async def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
+    async def read_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> Session | None:
         """Return a session, or `None` if it does not exist."""
         fields = dict.fromkeys(("session_type", "created_at", "updated_at", *OF_V1), 1)
-        document = await self._store.sessions.find(session_id, {**LIFE, **fields})
+        document = await self._store.sessions.find(session_id, {**LIFE, **fields}, self._owner(owner))
         if document is None:
             return None
         if not is_of_v1(document):
             self._store.expiry.learn(session_id, document)
         return documents.session_from(document)
 
-    async def delete_session(self, session_id: str, **kwargs: Any) -> bool:
+    async def delete_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
         """Delete a session: its document, its archived messages and its attachments.
 
         The first command removes the content of the document. If the call is interrupted after that, the session does
@@ -126,6 +144,7 @@ class ConversationMethods(RepositoryMethods):
 
         Args:
             session_id: The session.
+            owner: Only a session of this owner is deleted.
             **kwargs: Unused; Strands' own repositories accept them, too.
 
         Returns:
@@ -135,19 +154,23 @@ class ConversationMethods(RepositoryMethods):
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
         """
-        return await self._store.deletion.delete(checked_id(session_id, "session_id"))
+        return await self._store.deletion.delete(checked_id(session_id, "session_id"), self._owner(owner))
 
-    async def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+    async def create_agent(
+        self, session_id: str, session_agent: SessionAgent, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
         """Create an agent without messages; an existing agent stays unchanged.
 
         Raises:
             SessionNotFoundError: The session does not exist.
             StateTooLargeError: The session document has no room for the state; the stored state stays.
         """
-        document = await compute(documents.new_agent, session_agent)
-        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document))
+        wanted, document = self._owner(owner), await compute(documents.new_agent, session_agent)
+        await self._apply_one(session_id, CreateAgent(session_agent.agent_id, document), wanted)
 
-    async def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
+    async def read_agent(
+        self, session_id: str, agent_id: str, *, owner: str | None = None, **kwargs: Any
+    ) -> SessionAgent | None:
         """Return an agent, or `None` if the session has no such agent.
 
         Raises:
@@ -155,14 +178,17 @@ class ConversationMethods(RepositoryMethods):
         """
         key = agent_key(agent_id)
         names = ("agent_data", "created_at", "updated_at")
-        document = await self._store.sessions.get(session_id, {f"agents.{key}.{name}": 1 for name in names})
+        fields = {f"agents.{key}.{name}": 1 for name in names}
+        document = await self._store.sessions.get(session_id, fields, self._owner(owner))
         agents: Document = usable_field(dict, document.get("agents"), session_id, "agents")
         stored = agents.get(key)
         if not isinstance(stored, dict | None):
             raise MalformedField(f"agents.{key}", stored, dict).error(session_id)
         return None if stored is None else await compute(documents.agent_from, agent_id, stored)
 
-    async def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
+    async def update_agent(
+        self, session_id: str, session_agent: SessionAgent, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
         """Store an agent's state; its creation date and configuration stay.
 
         Raises:
@@ -170,13 +196,19 @@ class ConversationMethods(RepositoryMethods):
             AgentNotFoundError: The session has no such agent.
             StateTooLargeError: The session document has no room for the state; the stored state stays.
         """
-        state = await compute(documents.agent_state, session_agent)
+        wanted, state = self._owner(owner), await compute(documents.agent_state, session_agent)
         async with self._connection.operation():
             change = UpdateAgent(session_agent.agent_id, None, state, self._connection.now())
-            await self._apply_one(session_id, change)
+            await self._apply_one(session_id, change, wanted)
 
     async def create_message(
-        self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
+        self,
+        session_id: str,
+        agent_id: str,
+        session_message: SessionMessage,
+        *,
+        owner: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Append a message. Its `message_id` must follow that of the last message; the first message can have any id.
 
@@ -188,15 +220,15 @@ class ConversationMethods(RepositoryMethods):
             MessageTooLargeError: The message, without its attachments, is larger than 15 MiB.
             StateTooLargeError: Parts of the session other than messages fill its document.
         """
-        message_id = checked_message_id(session_message.message_id)
+        message_id, wanted = checked_message_id(session_message.message_id), self._owner(owner)
         if not is_message_id(message_id):  # the next opening would renumber the message
             raise InvalidArgumentError("message_id of a new message must be an int >= 0 and < 2**31")
         message = await compute(documents.stored_message, session_message, message_id)
         message, size = set_aside(message, self._store.max_inline)
-        await self._apply_one(session_id, AppendMessage(agent_id, message, by_id=True, size=size))
+        await self._apply_one(session_id, AppendMessage(agent_id, message, by_id=True, size=size), wanted)
 
     async def read_message(
-        self, session_id: str, agent_id: str, message_id: int, **kwargs: Any
+        self, session_id: str, agent_id: str, message_id: int, *, owner: str | None = None, **kwargs: Any
     ) -> SessionMessage | None:
         """Return a message, or `None` if the agent has no such message.
 
@@ -206,14 +238,14 @@ class ConversationMethods(RepositoryMethods):
             AttachmentError: An attachment is missing or damaged.
         """
         checked_id(session_id, "session_id")
-        wanted, archive = checked_message_id(message_id), self._store.archive
+        wanted, archive, of_owner = checked_message_id(message_id), self._store.archive, self._owner(owner)
 
         async def read() -> Document | None:
-            message = await archive.find_message(session_id, agent_id, wanted)
+            message = await archive.find_message(session_id, agent_id, wanted, owner=of_owner)
             if message is None:
                 return None
             messages = [message]
-            place = await archive.place_of(session_id, message)
+            place = await archive.place_of(session_id, message, of_owner)
             await self._store.attachments.restore(place, {agent_id: messages})
             return messages[0]
 
@@ -228,7 +260,13 @@ class ConversationMethods(RepositoryMethods):
         return found
 
     async def update_message(
-        self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any
+        self,
+        session_id: str,
+        agent_id: str,
+        session_message: SessionMessage,
+        *,
+        owner: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Replace the content of a stored message. With `redact_message`, the original content is removed.
 
@@ -240,59 +278,67 @@ class ConversationMethods(RepositoryMethods):
         """
         checked_id(session_id, "session_id")
         checked_id(agent_id, "agent_id")
-        message_id = checked_message_id(session_message.message_id)
+        message_id, wanted = checked_message_id(session_message.message_id), self._owner(owner)
         body = {**(await compute(documents.message_body, session_message)), "updated_at": now()}
         fields, size = replacement(body, self._store.max_inline)
         given = Identity(to_date(session_message.created_at), session_message.message.get("tracking_id"))
-        await self._apply_one(session_id, ReplaceMessage(agent_id, message_id, fields, given, by_id=True, size=size))
+        change = ReplaceMessage(agent_id, message_id, fields, given, by_id=True, size=size)
+        await self._apply_one(session_id, change, wanted)
 
     async def list_messages(
-        self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
+        self,
+        session_id: str,
+        agent_id: str,
+        limit: int | None = None,
+        offset: int = 0,
+        *,
+        newest_first: bool = False,
+        before: int | None = None,
+        owner: str | None = None,
+        **kwargs: Any,
     ) -> list[SessionMessage]:
         """Return messages of an agent, oldest first, without elements of `messages` that are not messages.
+
+        The cost depends on the number of returned messages, not on their place in the conversation. Pages from the end:
+        pass `newest_first=True`, and as `before` the id of the last message of the page before.
 
         Args:
             session_id: The session.
             agent_id: The agent.
             limit: The maximum number of messages to return; `None` for all.
-            offset: The number of oldest messages to skip.
+            offset: The number of messages to skip, from the first one of the list.
+            newest_first: Whether the list begins with the newest message.
+            before: Only messages with a lower id than this one.
+            owner: Only messages of a session of this owner are returned.
             **kwargs: Unused; later versions of Strands can pass more.
 
         Raises:
-            InvalidArgumentError: `limit` or `offset` is not an int >= 0.
-            SessionNotFoundError: The session does not exist.
+            InvalidArgumentError: An argument is invalid.
+            SessionNotFoundError: The session does not exist, or belongs to another owner.
             AgentNotFoundError: The session has no such agent.
             AttachmentError: An attachment is missing or damaged.
         """
-        offset = min(checked_count(offset, "offset"), _ALL)
-        limit = None if limit is None else min(checked_count(limit, "limit"), _ALL)
-        path = f"$agents.{agent_key(agent_id)}"
-        position = number_at(f"{path}.archived")
-        begin = {"$max": [0, {"$subtract": [offset, position]}]}
-        end = offset + (_ALL if limit is None else limit)
-        count = {"$min": [_ALL, {"$subtract": [{"$subtract": [end, position]}, begin]}]}
-        sliced = {"$slice": [array_at(f"{path}.messages"), begin, {"$max": [1, count]}]}
-        created_at = f"{path}.created_at"
-        wanted = {
-            "created_at": created_at,
-            "archived": position,
-            "messages": {"$cond": [{"$gt": [count, 0]}, sliced, []]},
-            "incarnation": "$incarnation",
-        }
+        page, wanted = Page.checked(limit, offset, newest_first, before), self._owner(owner)
         key, archive = agent_key(agent_id), self._store.archive
+        fields = page.expressions(f"$agents.{key}")
 
-        async def read() -> list[Document]:
-            stored = await self._store.sessions.get_agent(session_id, agent_id, wanted)
-            archived = stored["archived"] if limit is None else min(stored["archived"], offset + limit)
+        async def read() -> tuple[int, list[Document]]:
+            stored = await self._store.sessions.get_agent(session_id, agent_id, fields, wanted)
+            found, since = Found.of(stored, page.before), stored.get("created_at")
             place = Place(session_id, Life.of(stored).incarnation)
-            older = {key: (stored.get("created_at"), offset, archived)} if offset < archived else {}
-            messages = [*((await archive.read(place, older))[key] if older else ()), *stored["messages"]]
+            begin, end = found.begin, found.end
+            if found.is_below:
+                begin, end = page.bounds(await archive.position_of(place, key, since, page.before or 0, found))
+            end = min(end, found.archived)
+            older = (await archive.read(place, {key: (since, begin, end)}))[key] if begin < end else []
+            messages = [*older, *stored["messages"]]
             await self._store.attachments.restore(place, {agent_id: messages})
-            return messages
+            return begin, messages
 
         async with self._connection.operation():
-            messages = await read_consistently(session_id, read)
-        return await compute(_messages_of, messages, offset, session_id, agent_id)
+            begin, messages = await read_consistently(session_id, read)
+        listed = await compute(_messages_of, messages, begin, session_id, agent_id)
+        return listed[::-1] if page.newest_first else listed
 
 
 def _messages_of(stored: Sequence[Any], first: int, session_id: str, agent_id: str) -> list[SessionMessage]:

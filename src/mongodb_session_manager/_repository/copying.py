@@ -16,13 +16,14 @@ from .base import RepositoryMethods
 
 
 class CopyingMethods(RepositoryMethods):
-    def _export(self, session_id: str) -> Export:
-        return Export(self._store, session_id)
+    def _export(self, session_id: str, owner: str | None = None) -> Export:
+        return Export(self._store, session_id, self._owner(owner))
 
-    def _import(self, session_id: str | None) -> Import:
-        return Import(self._store, None if session_id is None else checked_id(session_id, "session_id"))
+    def _import(self, session_id: str | None, owner: str | None = None) -> Import:
+        new_id = None if session_id is None else checked_id(session_id, "session_id")
+        return Import(self._store, new_id, self._owner(owner))
 
-    async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
+    async def export_session(self, session_id: str, *, owner: str | None = None) -> AsyncGenerator[str, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
 
         Memory does not grow with the session. The session can be written to during an export: it contains the messages
@@ -30,18 +31,26 @@ class CopyingMethods(RepositoryMethods):
         A message that was redacted before that is exported redacted, without its attachments. Stopping early leaks no
         cursor.
 
+        Args:
+            session_id: The session.
+            owner: Only a session of this owner is exported.
+
         Raises:
-            SessionNotFoundError: The session does not exist, or was removed during the call.
+            SessionNotFoundError: The session does not exist, was removed during the call, or belongs to another owner.
             SessionConflictError: The session was rewound during the call.
             AttachmentError: An attachment is missing or damaged.
         """
-        export = self._export(session_id)
+        export = self._export(session_id, owner)
         while lines := await export.pull():
             for line in lines:
                 yield line
 
     async def import_session(
-        self, stream: Iterable[str | bytes] | AsyncIterable[str | bytes], session_id: str | None = None
+        self,
+        stream: Iterable[str | bytes] | AsyncIterable[str | bytes],
+        session_id: str | None = None,
+        *,
+        owner: str | None = None,
     ) -> str:
         """Store an exported session and return its id; the session is invisible until it is complete.
 
@@ -55,6 +64,8 @@ class CopyingMethods(RepositoryMethods):
                 `str` or `bytes`. Its items can be lines, or chunks that are split at any point. Asynchronous code reads
                 a file or a plain iterable in threads, so that the event loop does not wait for it.
             session_id: The id of the new session; `None` for the id it was exported with.
+            owner: The owner of the new session; `None` for the owner it was exported with. Pass it if the stream comes
+                from a user.
 
         Raises:
             InvalidArgumentError: The stream is damaged, truncated, or not an exported session of a known version; the
@@ -63,17 +74,22 @@ class CopyingMethods(RepositoryMethods):
             SessionConflictError: Another process has removed the copy, because its lease had expired.
             MessageTooLargeError: The session does not fit into documents of MongoDB.
         """
-        return await feed(portal_to(asyncio.get_running_loop()), self._import(session_id), stream)
+        return await feed(portal_to(asyncio.get_running_loop()), self._import(session_id, owner), stream)
 
     async def fork_session(
-        self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None
+        self,
+        session_id: str,
+        new_id: str,
+        at_message: int | Mapping[str, int] | None = None,
+        *,
+        owner: str | None = None,
     ) -> None:
         """Create a session with the same content, or with its beginning, to try another continuation.
 
         Attachments are copied on the server; messages pass through this process, a few megabytes at a time. They keep
-        their dates and ids; `created_at` of the fork is the current time. The fork has the metadata of the session, the
-        guardrail events and usage totals of the copied messages, and no feedback, because that refers to another
-        continuation.
+        their dates and ids; `created_at` of the fork is the current time. The fork has the owner, title, tags and
+        metadata of the session, the guardrail events and usage totals of the copied messages, and no feedback, because
+        that refers to another continuation.
 
         A cut agent has its current state, without pending interrupts and without the state of its model. Its
         conversation manager keeps the size of its window, if the fork has enough messages; a summary that covers later
@@ -86,20 +102,27 @@ class CopyingMethods(RepositoryMethods):
             new_id: The id of the fork.
             at_message: The id of the last message of the fork. For a session with several agents, a mapping of agent
                 ids to message ids; agents that it does not name are not cut. `None` copies everything.
+            owner: Only a session of this owner is forked.
 
         Raises:
             InvalidArgumentError: An argument is invalid, or `at_message` is one id for several agents.
-            SessionNotFoundError: The session does not exist, or was removed during the call.
+            SessionNotFoundError: The session does not exist, was removed during the call, or belongs to another owner.
             SessionExistsError: The session `new_id` exists and stays unchanged, or another copy into it is in progress.
             SessionConflictError: Another process has removed the copy, because its lease had expired.
             AgentNotFoundError: The session has no agent that `at_message` names.
             MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing.
         """
-        await portal_to(asyncio.get_running_loop()).run(Forker(self._store).fork, session_id, new_id, at_message)
+        fork, wanted = Forker(self._store).fork, self._owner(owner)
+        await portal_to(asyncio.get_running_loop()).run(fork, session_id, new_id, at_message, wanted)
 
     async def rewind_session(
-        self, session_id: str, at_message: int | Mapping[str, int], *, keep_as: str | None = None
+        self,
+        session_id: str,
+        at_message: int | Mapping[str, int],
+        *,
+        keep_as: str | None = None,
+        owner: str | None = None,
     ) -> None:
         """Remove the messages of a session after a given one, to edit a question or to have it answered again.
 
@@ -117,11 +140,13 @@ class CopyingMethods(RepositoryMethods):
                 agents, a mapping of agent ids to message ids; agents that it does not name are not changed.
             keep_as: The id of a new session with all messages as they were; `None` keeps no copy. If the call is
                 interrupted, there is either no copy and the session is unchanged, or the copy is complete. In the
-                latter case, a further call raises `SessionExistsError`; repeat it without `keep_as`.
+                latter case, a further call raises `SessionExistsError`; repeat it without `keep_as`. It gets the owner
+                of the session.
+            owner: Only a session of this owner is rewound.
 
         Raises:
             InvalidArgumentError: An argument is invalid, or `at_message` is one id for several agents.
-            SessionNotFoundError: The session does not exist, or was removed during the call.
+            SessionNotFoundError: The session does not exist, was removed during the call, or belongs to another owner.
             SessionExistsError: The session `keep_as` exists; nothing is changed.
             SessionBusyError: A manager holds the lease of the session.
             SessionConflictError: Another writer has appended a message during the call; nothing is changed.
@@ -129,10 +154,10 @@ class CopyingMethods(RepositoryMethods):
             MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing, so that the session cannot be copied.
         """
-        portal = portal_to(asyncio.get_running_loop())
-        await portal.run(Rewinder(self._store).rewind, session_id, at_message, keep_as)
+        rewind, wanted = Rewinder(self._store).rewind, self._owner(owner)
+        await portal_to(asyncio.get_running_loop()).run(rewind, session_id, at_message, keep_as, wanted)
 
-    async def write_back(self, session_id: str) -> None:
+    async def write_back(self, session_id: str, *, owner: str | None = None) -> None:
         """Write the archived messages and the attachments of a session back into its document.
 
         Versions 0.5 to 0.9 then restore the whole session. Call it after the last write of this version to the session:
@@ -145,12 +170,13 @@ class CopyingMethods(RepositoryMethods):
 
         Args:
             session_id: The session.
+            owner: Only a session of this owner is written back.
 
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
-            SessionNotFoundError: The session does not exist.
+            SessionNotFoundError: The session does not exist, or belongs to another owner.
             StateTooLargeError: The document would exceed 16 MiB; the session stays unchanged.
             AttachmentError: An attachment is missing or damaged; the session stays unchanged.
             DatabaseError: An archived message is missing, or other writers kept changing the session.
         """
-        await WriteBack(self._store).write_back(session_id)
+        await WriteBack(self._store).write_back(session_id, self._owner(owner))

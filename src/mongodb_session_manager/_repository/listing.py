@@ -18,6 +18,7 @@ from .._format.dates import date_from, to_date
 from .._format.documents import USAGE, Document, usable_numbers
 from .._format.expressions import array_at, entries_at, number_at
 from .._format.ids import agent_id_of, checked_id, checked_text
+from .._format.labels import checked_tags, guard, owner_of, tags_of, title_of
 from .._format.layout import LIVE, UNFINISHED
 from .._format.malformed import usable_field
 from .._format.metadata import checked_metadata, decode_values, encoded, name_of
@@ -43,7 +44,7 @@ _SUMMARY_OF_AGENT: Document = {
     "messages": {"$add": [number_at("$$this.v.archived"), {"$size": array_at("$$this.v.messages")}]},
 }
 _SUMMARY: Document = {
-    **dict.fromkeys(("application_name", "created_at", "updated_at", "metadata"), 1),
+    **dict.fromkeys(("application_name", "owner", "title", "tags", "created_at", "updated_at", "metadata"), 1),
     "agents": {"$map": {"input": entries_at("$agents"), "in": _SUMMARY_OF_AGENT}},
 }
 
@@ -61,6 +62,9 @@ class SessionSummary:
         message_counts: The number of all messages that an agent has stored, by agent id.
         usage: The running totals of all its agents, as in `UsageReport`.
         metadata: Its metadata.
+        owner: Its owner; `None` if it has none.
+        title: Its title; `None` if it has none.
+        tags: Its tags.
     """
 
     session_id: str
@@ -71,6 +75,9 @@ class SessionSummary:
     message_counts: dict[str, int]
     usage: dict[str, int]
     metadata: dict[str, Any] = field(repr=False)
+    owner: str | None = None
+    title: str | None = field(default=None, repr=False)
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +93,18 @@ class SessionPage:
     next_cursor: str | None
 
 
-def criteria(application_name: object, metadata: object, created_after: object, updated_after: object) -> Document:
+def criteria(
+    application_name: object,
+    metadata: object,
+    created_after: object,
+    updated_after: object,
+    owner: str | None,
+    tags: object,
+) -> Document:
     """Return the filter for the sessions that meet every criterion: values, never operators."""
-    meant: Document = {}
+    meant: Document = guard(owner)
+    if tags is not None and (wanted := checked_tags(tags)):
+        meant["tags"] = {"$all": wanted}
     if application_name is not None:
         if not isinstance(application_name, str):
             raise InvalidArgumentError(f"application_name must be a str, not {type(application_name).__name__}")
@@ -165,7 +181,9 @@ def page_query(wanted: Document, order: Order, position: Position | None, metada
         query = {"$or": [same, further], **LIVE}
     direction = -1 if backwards else 1
     hint = None
-    if len(meant) < 2:
+    if "owner" in meant:  # its index has the order, and an owner has few sessions
+        hint = [(path, 1) for path in ("owner", date, "_id")]
+    elif len(meant) < 2:
         indexed = {"application_name", *(f"metadata.{field}" for field in metadata_fields)}
         if not meant.keys() - indexed:
             hint = [(path, 1) for path in (*meant, date, "_id")]
@@ -199,6 +217,9 @@ def summary_from(document: Mapping[str, Any]) -> SessionSummary:
         message_counts={agent_id: agent["messages"] for agent_id, agent in agents.items()},
         usage={name: sum(total.get(name, 0) for total in totals) for name in USAGE},
         metadata=decode_values(metadata),
+        owner=owner_of(document),
+        title=title_of(document),
+        tags=tags_of(document),
     )
 
 
@@ -243,12 +264,16 @@ class ListingMethods(RepositoryMethods):
         order: Order = "-updated_at",
         limit: int = 50,
         cursor: str | None = None,
+        *,
+        owner: str | None = None,
+        tags: Sequence[str] | None = None,
     ) -> SessionPage:
         """Return a page of the sessions that meet every criterion, without loading a message.
 
-        The server reads only the sessions of the page and the next one, if the criteria name at most one of
-        `application_name` and the `metadata_fields`, and no date other than that of `order`. A session that is written
-        to between two pages ordered by `updated_at` moves in the list.
+        The server reads only the sessions of the page and the next one, if the criteria name at most one of `owner`,
+        `application_name` and the `metadata_fields`, and no date other than that of `order`. With an `owner`, it
+        reads no session of another owner, whatever the criteria. A session that is written to between two pages ordered
+        by `updated_at` moves in the list.
 
         Args:
             application_name: The name that the session was created with; `None` for any.
@@ -258,11 +283,14 @@ class ListingMethods(RepositoryMethods):
             order: The date to sort by, with `-` for the latest first. Sessions with the same date are sorted by id.
             limit: The maximum number of sessions to return, at most 1000.
             cursor: The `next_cursor` of the page before; the other arguments must be the same.
+            owner: The owner of the sessions; `None` for any.
+            tags: The session has all of these tags.
 
         Raises:
             InvalidArgumentError: An argument is invalid, or contains an operator.
         """
-        meant = await compute(criteria, application_name, metadata, created_after, updated_after)
+        given = (application_name, metadata, created_after, updated_after)
+        meant = await compute(criteria, *given, self._owner(owner), tags)
         order, limit = checked_order(order), checked_limit(limit)
         position = None if cursor is None else Position.of(cursor, order)
         query = page_query(meant, order, position, self._store.metadata_fields)
@@ -281,13 +309,17 @@ class ListingMethods(RepositoryMethods):
         metadata: dict[str, Any] | None = None,
         created_after: datetime | None = None,
         updated_after: datetime | None = None,
+        *,
+        owner: str | None = None,
+        tags: Sequence[str] | None = None,
     ) -> int:
         """Return the number of sessions that meet every criterion; those are the same as for `list_sessions`.
 
         Raises:
             InvalidArgumentError: An argument is invalid, or contains an operator.
         """
-        meant = await compute(criteria, application_name, metadata, created_after, updated_after)
+        given = (application_name, metadata, created_after, updated_after)
+        meant = await compute(criteria, *given, self._owner(owner), tags)
         # Without a condition the server would read every document; the ids are enough.
         options = {} if meant else {"hint": "_id_"}
         unfinished = {**meant, **UNFINISHED}  # counted separately, so that an index answers each query
@@ -296,13 +328,21 @@ class ListingMethods(RepositoryMethods):
             count = await self._store.collection.send(lambda collection: collection.count_documents(meant, **options))
             return count - await self._store.collection.send(lambda collection: collection.count_documents(unfinished))
 
-    async def session_exists(self, session_id: str) -> bool:
-        """Return whether a session with that id exists.
+    async def get_session_summary(self, session_id: str, *, owner: str | None = None) -> SessionSummary:
+        """Return the entry that a session has in a list, without loading a message, in one command.
+
+        Raises:
+            SessionNotFoundError: The session does not exist, or belongs to another owner.
+        """
+        return await compute(summary_from, await self._store.sessions.get(session_id, _SUMMARY, self._owner(owner)))
+
+    async def session_exists(self, session_id: str, *, owner: str | None = None) -> bool:
+        """Return whether a session with that id exists, and belongs to `owner` if there is one.
 
         Raises:
             InvalidArgumentError: `session_id` is not a valid id.
         """
-        return await self._store.sessions.find(session_id, {"_id": 1}) is not None
+        return await self._store.sessions.find(session_id, {"_id": 1}, self._owner(owner)) is not None
 
     async def _page(self, query: Query, length: int) -> list[Document]:
         find, options = self._store.collection.find, {"sort": query.sort, "limit": length}

@@ -1,6 +1,7 @@
 """The methods for metadata, feedback, and the configuration and usage of agents.
 
-Each method is one command. None of them changes `next_message_id`, so none conflicts with the conversation.
+Each method is one command. None of them changes `next_message_id`, so none conflicts with the conversation. With an
+`owner`, a session of another owner, or of none, does not exist for a method.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .._format.codec import MARKER, decode
 from .._format.documents import USAGE, Document, usable_numbers
 from .._format.expressions import array_at, entries_at, number_at
 from .._format.ids import agent_id_of, agent_key, checked_id
+from .._format.labels import guard
 from .._format.malformed import log_malformed, usable_agents, usable_field
 from .._format.metadata import (
     checked_feedback,
@@ -35,7 +37,8 @@ from .._io.drivers import AsyncCollection
 from .._io.requested_fields import StoredFields, requested_by_callers
 from .._io.threads import compute
 from .._store.expiry import matched
-from ..errors import AgentNotFoundError, InvalidArgumentError, SessionNotFoundError
+from .._store.sessions import missing_session
+from ..errors import AgentNotFoundError, InvalidArgumentError
 from .base import RepositoryMethods
 
 _CONFIG = ("model", "system_prompt", "prompt_metadata")
@@ -80,12 +83,13 @@ def _unique_moment(connection: Connection) -> datetime:
 
 
 class MetadataMethods(RepositoryMethods):
-    async def update_metadata(self, session_id: str, metadata: dict[str, Any]) -> None:
+    async def update_metadata(self, session_id: str, metadata: dict[str, Any], *, owner: str | None = None) -> None:
         """Set keys of a session's metadata and keep the others.
 
         Args:
             session_id: The session.
             metadata: Values by key; `a.b` sets `b` within `a`. Dates are stored as BSON dates: UTC, milliseconds.
+            owner: Only a session of this owner is changed.
 
         Raises:
             InvalidArgumentError: A key is invalid.
@@ -94,39 +98,41 @@ class MetadataMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist.
         """
         sets = await compute(encoded_metadata, checked_id(session_id, "session_id"), metadata)
-        while not await self._change_intact(session_id, metadata, {"$set": sets}):
+        wanted = self._owner(owner)
+        while not await self._change_intact(session_id, metadata, {"$set": sets}, wanted):
             if any("." in key for key in metadata):  # else it was deleted and created again
                 raise InvalidArgumentError(
                     "metadata contains a key with dots that leads into a stored value that has no keys"
                 )
 
-    async def get_metadata(self, session_id: str) -> dict[str, Any]:
+    async def get_metadata(self, session_id: str, *, owner: str | None = None) -> dict[str, Any]:
         """Return `{"metadata": {...}}`, or `{}` if the session does not exist."""
-        document = await self._store.sessions.find(session_id, {"metadata": 1})
+        document = await self._store.sessions.find(session_id, {"metadata": 1}, self._owner(owner))
         if document is None:
             return {}
         metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
         return {"metadata": await compute(decode_values, metadata)}
 
-    async def delete_metadata(self, session_id: str, keys: list[str]) -> None:
+    async def delete_metadata(self, session_id: str, keys: list[str], *, owner: str | None = None) -> None:
         """Remove keys from a session's metadata; unknown keys are ignored.
 
         Raises:
             InvalidArgumentError: `keys` is not a list of keys.
             SessionNotFoundError: The session does not exist.
         """
-        wanted = checked_keys(keys)
-        while not await self._change_intact(session_id, wanted, unset_keys(wanted)):
-            stored = (await self._store.sessions.get(session_id, {"metadata": 1})).get("metadata")
+        wanted, owner = checked_keys(keys), self._owner(owner)
+        while not await self._change_intact(session_id, wanted, unset_keys(wanted), owner):
+            stored = (await self._store.sessions.get(session_id, {"metadata": 1}, owner)).get("metadata")
             wanted = [key for key in wanted if not leads_into_marked(stored, key)]
 
-    async def add_feedback(self, session_id: str, feedback: dict[str, Any]) -> None:
+    async def add_feedback(self, session_id: str, feedback: dict[str, Any], *, owner: str | None = None) -> None:
         """Append feedback, stamped with the current time as `created_at`.
 
         Args:
             session_id: The session.
             feedback: Any keys; `rating` (`"up"`, `"down"`) and `comment` are the usual ones. Dates are stored as BSON
                 dates: UTC, milliseconds.
+            owner: Only a session of this owner is changed.
 
         Raises:
             InvalidArgumentError: `feedback` is not a dict.
@@ -134,6 +140,7 @@ class MetadataMethods(RepositoryMethods):
             StateTooLargeError: The session document has no room for it.
             SessionNotFoundError: The session does not exist.
         """
+        allowed = guard(self._owner(owner))
         fields = {**checked_feedback(feedback), "created_at": self._connection.now()}
         entry = await compute(encoded_feedback, checked_id(session_id, "session_id"), fields)
         async with self._connection.operation():
@@ -144,32 +151,33 @@ class MetadataMethods(RepositoryMethods):
                 entry = await compute(encoded_feedback, session_id, {**fields, "created_at": moment})
             # `$addToSet` adds it at most once, even if the command is sent again.
             update = {"$addToSet": {"feedbacks": entry}, "$set": {"updated_at": moment}}
-            statement = Update({"_id": session_id}, update, None)
+            statement = Update({"_id": session_id, **allowed}, update, None)
             if not await self._store.room.store_part(statement, "feedback", entry, matched):
-                raise SessionNotFoundError(f"session {session_id!r} does not exist")
+                raise missing_session(session_id)
 
-    async def get_application_name(self, session_id: str) -> str | None:
+    async def get_application_name(self, session_id: str, *, owner: str | None = None) -> str | None:
         """Return the application name of a session, or `None` if it has none.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        name = (await self._store.sessions.get(session_id, {"application_name": 1})).get("application_name")
+        document = await self._store.sessions.get(session_id, {"application_name": 1}, self._owner(owner))
+        name = document.get("application_name")
         return name if isinstance(name, str) else None
 
-    async def get_feedbacks(self, session_id: str) -> list[dict[str, Any]]:
+    async def get_feedbacks(self, session_id: str, *, owner: str | None = None) -> list[dict[str, Any]]:
         """Return a session's feedback, oldest first.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        document = await self._store.sessions.get(session_id, {"feedbacks": 1})
+        document = await self._store.sessions.get(session_id, {"feedbacks": 1}, self._owner(owner))
         feedbacks: list[Any] = usable_field(list, document.get("feedbacks"), session_id, "feedbacks")
         if not all(type(entry) is dict for entry in feedbacks):
             log_malformed(session_id, "feedbacks", next(entry for entry in feedbacks if type(entry) is not dict))
         return await compute(decode_all, [entry for entry in feedbacks if type(entry) is dict])
 
-    async def get_agent_config(self, session_id: str, agent_id: str) -> AgentConfig | None:
+    async def get_agent_config(self, session_id: str, agent_id: str, *, owner: str | None = None) -> AgentConfig | None:
         """Return an agent's model, system prompt and prompt metadata, or `None` if the session has no such agent.
 
         Raises:
@@ -177,17 +185,17 @@ class MetadataMethods(RepositoryMethods):
         """
         key = agent_key(agent_id)
         fields = {f"agents.{key}.agent_data.{name}": 1 for name in _CONFIG}
-        document = await self._store.sessions.get(session_id, fields)
+        document = await self._store.sessions.get(session_id, fields, self._owner(owner))
         stored = usable_agents(session_id, document).get(key)
         return None if stored is None else await compute(_config_from, session_id, agent_id, stored)
 
-    async def list_agents(self, session_id: str) -> list[AgentConfig]:
+    async def list_agents(self, session_id: str, *, owner: str | None = None) -> list[AgentConfig]:
         """Return the configuration of every agent of a session.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        agents = (await self._agents(session_id, "agent_data")).items()
+        agents = (await self._agents(session_id, "agent_data", owner)).items()
         return [await compute(_config_from, session_id, agent_id_of(key), stored) for key, stored in agents]
 
     async def update_agent_config(
@@ -197,6 +205,8 @@ class MetadataMethods(RepositoryMethods):
         model: str | None = None,
         system_prompt: str | None = None,
         prompt_metadata: dict[str, Any] | None = None,
+        *,
+        owner: str | None = None,
     ) -> None:
         """Set the values of an agent's configuration that are not `None`. They stay until they are set again.
 
@@ -217,17 +227,18 @@ class MetadataMethods(RepositoryMethods):
         part = of_agent(" and ".join(given), agent_id)
         config = await compute(encoded_config, checked_id(session_id, "session_id"), part, given)
         sets = {f"{path}.agent_data.{name}": value for name, value in config.items()}
+        wanted = self._owner(owner)
         async with self._connection.operation():
             update = {
                 "$set": {**sets, "updated_at": self._connection.now()},
                 "$addToSet": {f"{path}.config_set": {"$each": sorted(given)}},
             }
-            change = Update({"_id": session_id, path: {"$exists": True}}, update, None)
+            change = Update({"_id": session_id, **guard(wanted), path: {"$exists": True}}, update, None)
             if not await self._store.room.store_part(change, part, sets, matched):
-                await self._store.sessions.get(session_id, {"created_at": 1})
+                await self._store.sessions.get(session_id, {"created_at": 1}, wanted)
                 raise AgentNotFoundError(f"session {session_id!r} has no agent {agent_id!r}")
 
-    async def get_message_count(self, session_id: str, agent_id: str) -> int:
+    async def get_message_count(self, session_id: str, agent_id: str, *, owner: str | None = None) -> int:
         """Return the number of all messages that an agent has stored, counted by the server.
 
         Raises:
@@ -236,59 +247,66 @@ class MetadataMethods(RepositoryMethods):
         """
         path = f"$agents.{agent_key(agent_id)}"
         count = {"$add": [number_at(f"{path}.archived"), {"$size": array_at(f"{path}.messages")}]}
-        messages: int = (await self._store.sessions.get_agent(session_id, agent_id, {"messages": count}))["messages"]
+        wanted = {"messages": count}
+        messages: int = (await self._store.sessions.get_agent(session_id, agent_id, wanted, self._owner(owner)))[
+            "messages"
+        ]
         return messages
 
-    async def get_usage(self, session_id: str) -> UsageReport:
+    async def get_usage(self, session_id: str, *, owner: str | None = None) -> UsageReport:
         """Return the running totals of a session's agents.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        stored = await self._agents(session_id, "usage")
+        stored = await self._agents(session_id, "usage", owner)
         agents = {
             agent_id_of(key): {name: usable_numbers(agent.get("usage")).get(name, 0) for name in USAGE}
             for key, agent in stored.items()
         }
         return {"agents": agents, "total": {name: sum(usage[name] for usage in agents.values()) for name in USAGE}}
 
-    async def _agents(self, session_id: str, field: str) -> dict[str, Document]:
+    async def _agents(self, session_id: str, field: str, owner: str | None) -> dict[str, Document]:
         entries = entries_at("$agents")
         pair = {"k": "$$this.k", "v": {field: f"$$this.v.{field}"}}
         projection = {"agents": {"$arrayToObject": {"$map": {"input": entries, "in": pair}}}}
-        agents: dict[str, Document] = (await self._store.sessions.get(session_id, projection))["agents"]
+        document = await self._store.sessions.get(session_id, projection, self._owner(owner))
+        agents: dict[str, Document] = document["agents"]
         return agents
 
-    async def _change_intact(self, session_id: str, keys: Iterable[str], update: Document) -> bool:
+    async def _change_intact(self, session_id: str, keys: Iterable[str], update: Document, owner: str | None) -> bool:
         """Send an update of metadata; return `False` if a dotted key leads into a value stored in a marked form."""
         within = {key[:end] for key in keys for end, character in enumerate(key) if character == "."}
         intact = {f"metadata.{path}.{MARKER}": {"$exists": False} for path in sorted(within)}
         checked_id(session_id, "session_id")
         async with self._connection.operation():
             update = {**update, "$set": {**update.get("$set", {}), "updated_at": self._connection.now()}}
-            statement = Update({"_id": session_id, **intact}, update, None)
+            statement = Update({"_id": session_id, **guard(owner), **intact}, update, None)
             asked = requested_by_callers()
             command: Any = partial(_update_and_return, asked) if asked else matched
             changed = await self._store.room.store_part(statement, "metadata", update["$set"], command)
             if changed and asked:
-                await self._answer(session_id, asked, changed)
+                await self._answer(session_id, owner, asked, changed)
             if not changed:
-                await self._store.sessions.get(session_id, {"created_at": 1})
+                await self._store.sessions.get(session_id, {"created_at": 1}, owner)
             return bool(changed)
 
-    async def _answer(self, session_id: str, asked: Iterable[StoredFields], document: Document) -> None:
+    async def _answer(
+        self, session_id: str, owner: str | None, asked: Iterable[StoredFields], document: Document
+    ) -> None:
         metadata: Document = usable_field(dict, document.get("metadata"), session_id, "metadata")
-        remove = partial(self._remove_unchanged, session_id)
+        remove = partial(self._remove_unchanged, session_id, owner)
         for fields in asked:
             wanted = {name: metadata[name] for name in fields.names if name in metadata}
             fields.values = await compute(decode_values, wanted)
             fields.remove = partial(self._connection.portal.run, remove)
 
-    async def _remove_unchanged(self, session_id: str, name: str, value: Any) -> None:
+    async def _remove_unchanged(self, session_id: str, owner: str | None, name: str, value: Any) -> None:
         path = f"metadata.{name}"
         async with self._connection.operation():
             update = {"$unset": {path: ""}, "$set": {"updated_at": self._connection.now()}}
-            await self._store.expiry.update(Update({"_id": session_id, path: value}, update, None), matched)
+            statement = Update({"_id": session_id, **guard(owner), path: value}, update, None)
+            await self._store.expiry.update(statement, matched)
 
 
 async def _update_and_return(

@@ -11,6 +11,7 @@ from bson import ObjectId
 from .._format.codec import decode
 from .._format.documents import Document
 from .._format.ids import checked_id
+from .._format.labels import guard
 from .._format.malformed import MalformedField
 from .._format.multi_agents import (
     MultiAgentWrite,
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 class MultiAgentMethods(RepositoryMethods):
     """The methods for the states of graphs and swarms."""
 
-    async def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+    async def create_multi_agent(
+        self, session_id: str, multi_agent: MultiAgentBase, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
         """Store a new graph or swarm; an existing one stays unchanged.
 
         Raises:
@@ -47,22 +50,27 @@ class MultiAgentMethods(RepositoryMethods):
             StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
+        wanted = self._owner(owner)
         write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            update = compile_write(session_id, replace(write, moment=self._connection.now()))
+            update = _guarded(compile_write(session_id, replace(write, moment=self._connection.now())), wanted)
             if not await self._store_state(multi_agent.id, update, write.state):
-                await self._store.sessions.get(session_id, {"_id": 1})
+                await self._store.sessions.get(session_id, {"_id": 1}, wanted)
 
-    async def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
+    async def read_multi_agent(
+        self, session_id: str, multi_agent_id: str, *, owner: str | None = None, **kwargs: Any
+    ) -> dict[str, Any] | None:
         """Return the state of a graph or swarm, or `None` if the session has no such graph or swarm.
 
         Raises:
             SessionNotFoundError: The session does not exist.
         """
-        stored = await self._find_state(session_id, multi_agent_id, "state")
+        stored = await self._find_state(session_id, self._owner(owner), multi_agent_id, "state")
         return None if stored is None else await compute(decode, stored.get("state"))
 
-    async def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
+    async def update_multi_agent(
+        self, session_id: str, multi_agent: MultiAgentBase, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
         """Replace the state of a graph or swarm.
 
         Raises:
@@ -72,11 +80,13 @@ class MultiAgentMethods(RepositoryMethods):
             StateTooLargeError: The session document has no room for its state.
         """
         checked_id(session_id, "session_id")
+        wanted = self._owner(owner)
         state = await compute(encode_state, multi_agent.serialize_state())
         async with self._connection.operation():
-            update = compile_overwrite(session_id, multi_agent.id, state, uuid.uuid4().hex, self._connection.now())
+            moment, writer = self._connection.now(), uuid.uuid4().hex
+            update = _guarded(compile_overwrite(session_id, multi_agent.id, state, writer, moment), wanted)
             if not await self._store_state(multi_agent.id, update, state):
-                stored = await self._find_state(session_id, multi_agent.id, "writer")
+                stored = await self._find_state(session_id, wanted, multi_agent.id, "writer")
                 if stored is None:
                     raise AgentNotFoundError(f"session {session_id!r} has no multi-agent {multi_agent.id!r}")
 
@@ -120,7 +130,7 @@ class MultiAgentMethods(RepositoryMethods):
                     found = await self._store.sessions.get(session_id, {"incarnation": 1, "lease": 1})
                     if incarnation is not None and found.get("incarnation") != incarnation:
                         raise SessionNotFoundError(f"session {session_id!r} no longer exists")
-                    stored = await self._find_state(session_id, write.multi_agent_id, "revision", "writer")
+                    stored = await self._find_state(session_id, None, write.multi_agent_id, "revision", "writer")
                 except (StateTooLargeError, SessionNotFoundError) as error:
                     return error
                 lost = None if guard is None else guard.check_lost(found)
@@ -144,9 +154,11 @@ class MultiAgentMethods(RepositoryMethods):
             guard.confirm(stored if guard.takes else None)
         return bool(stored)
 
-    async def _find_state(self, session_id: str, multi_agent_id: str, *fields: str) -> Document | None:
+    async def _find_state(
+        self, session_id: str, owner: str | None, multi_agent_id: str, *fields: str
+    ) -> Document | None:
         path = path_of(multi_agent_id)
-        found: Any = await self._store.sessions.get(session_id, {f"{path}.{field}": 1 for field in fields})
+        found: Any = await self._store.sessions.get(session_id, {f"{path}.{field}": 1 for field in fields}, owner)
         for name in path.split("."):
             found = found.get(name) if isinstance(found, dict) else None
             if found is None:
@@ -155,3 +167,7 @@ class MultiAgentMethods(RepositoryMethods):
             raise MalformedField(path, found, dict).error(session_id)
         stored: Document = found
         return stored
+
+
+def _guarded(update: Update, owner: str | None) -> Update:
+    return update._replace(filter={**update.filter, **guard(owner)})

@@ -88,60 +88,105 @@ class MongoDBSessionRepository(SessionRepository):
     list_sessions = blocking(Async.list_sessions)
     count_sessions = blocking(Async.count_sessions)
     session_exists = blocking(Async.session_exists)
+    get_session_summary = blocking(Async.get_session_summary)
+    update_session = blocking(Async.update_session)
+    claim_session = blocking(Async.claim_session)
     fork_session = blocking(Async.fork_session)
     rewind_session = blocking(Async.rewind_session)
     write_back = blocking(Async.write_back)
 
     # The methods of Strands' `SessionRepository`.
 
-    def create_session(self, session: Session, **kwargs: Any) -> Session:
-        return self._portal.call(self._async.create_session, session, **kwargs)
+    def create_session(self, session: Session, *, owner: str | None = None, **kwargs: Any) -> Session:
+        return self._portal.call(self._async.create_session, session, owner=owner, **kwargs)
 
-    def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
-        return self._portal.call(self._async.read_session, session_id, **kwargs)
+    def read_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> Session | None:
+        return self._portal.call(self._async.read_session, session_id, owner=owner, **kwargs)
 
-    def delete_session(self, session_id: str, **kwargs: Any) -> bool:
-        return self._portal.call(self._async.delete_session, session_id, **kwargs)
+    def delete_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
+        return self._portal.call(self._async.delete_session, session_id, owner=owner, **kwargs)
 
-    def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
-        self._portal.call(self._async.create_agent, session_id, session_agent, **kwargs)
+    def create_agent(
+        self, session_id: str, session_agent: SessionAgent, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
+        self._portal.call(self._async.create_agent, session_id, session_agent, owner=owner, **kwargs)
 
-    def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
-        return self._portal.call(self._async.read_agent, session_id, agent_id, **kwargs)
+    def read_agent(
+        self, session_id: str, agent_id: str, *, owner: str | None = None, **kwargs: Any
+    ) -> SessionAgent | None:
+        return self._portal.call(self._async.read_agent, session_id, agent_id, owner=owner, **kwargs)
 
-    def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
-        self._portal.call(self._async.update_agent, session_id, session_agent, **kwargs)
+    def update_agent(
+        self, session_id: str, session_agent: SessionAgent, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
+        self._portal.call(self._async.update_agent, session_id, session_agent, owner=owner, **kwargs)
 
-    def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
-        self._portal.call(self._async.create_message, session_id, agent_id, session_message, **kwargs)
+    def create_message(
+        self,
+        session_id: str,
+        agent_id: str,
+        session_message: SessionMessage,
+        *,
+        owner: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._portal.call(self._async.create_message, session_id, agent_id, session_message, owner=owner, **kwargs)
 
-    def read_message(self, session_id: str, agent_id: str, message_id: int, **kwargs: Any) -> SessionMessage | None:
-        return self._portal.call(self._async.read_message, session_id, agent_id, message_id, **kwargs)
+    def read_message(
+        self, session_id: str, agent_id: str, message_id: int, *, owner: str | None = None, **kwargs: Any
+    ) -> SessionMessage | None:
+        return self._portal.call(self._async.read_message, session_id, agent_id, message_id, owner=owner, **kwargs)
 
-    def update_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
-        self._portal.call(self._async.update_message, session_id, agent_id, session_message, **kwargs)
+    def update_message(
+        self,
+        session_id: str,
+        agent_id: str,
+        session_message: SessionMessage,
+        *,
+        owner: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._portal.call(self._async.update_message, session_id, agent_id, session_message, owner=owner, **kwargs)
 
     def list_messages(
-        self, session_id: str, agent_id: str, limit: int | None = None, offset: int = 0, **kwargs: Any
+        self,
+        session_id: str,
+        agent_id: str,
+        limit: int | None = None,
+        offset: int = 0,
+        *,
+        newest_first: bool = False,
+        before: int | None = None,
+        owner: str | None = None,
+        **kwargs: Any,
     ) -> list[SessionMessage]:
+        kwargs |= {"newest_first": newest_first, "before": before, "owner": owner}
         return self._portal.call(self._async.list_messages, session_id, agent_id, limit, offset, **kwargs)
 
-    def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
-        self._portal.call(self._async.create_multi_agent, session_id, multi_agent, **kwargs)
+    def create_multi_agent(
+        self, session_id: str, multi_agent: MultiAgentBase, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
+        self._portal.call(self._async.create_multi_agent, session_id, multi_agent, owner=owner, **kwargs)
 
-    def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
-        return self._portal.call(self._async.read_multi_agent, session_id, multi_agent_id, **kwargs)
+    def read_multi_agent(
+        self, session_id: str, multi_agent_id: str, *, owner: str | None = None, **kwargs: Any
+    ) -> dict[str, Any] | None:
+        return self._portal.call(self._async.read_multi_agent, session_id, multi_agent_id, owner=owner, **kwargs)
 
-    def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
-        self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
+    def update_multi_agent(
+        self, session_id: str, multi_agent: MultiAgentBase, *, owner: str | None = None, **kwargs: Any
+    ) -> None:
+        self._portal.call(self._async.update_multi_agent, session_id, multi_agent, owner=owner, **kwargs)
 
-    def export_session(self, session_id: str) -> Generator[str, None, None]:
-        export = self._async._export(session_id)
+    def export_session(self, session_id: str, *, owner: str | None = None) -> Generator[str, None, None]:
+        export = self._async._export(session_id, owner)
         while lines := self._portal.call(export.pull):
             yield from lines
 
-    def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
-        return feed_blocking(self._portal, self._async._import(session_id), stream)
+    def import_session(
+        self, stream: Iterable[str | bytes], session_id: str | None = None, *, owner: str | None = None
+    ) -> str:
+        return feed_blocking(self._portal, self._async._import(session_id, owner), stream)
 
 
 finish_twins(MongoDBSessionRepository, Async)

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._format.attachment_refs import references_of
-from .._format.buckets import change_in_bucket, holding_message, holding_positions
+from .._format.buckets import change_in_bucket, from_message, holding_message, holding_positions
 from .._format.documents import Document
-from .._format.ids import agent_key
+from .._format.ids import agent_key, is_message_id, stored_id
+from .._format.labels import guard
 from .._format.layout import ARCHIVE, Place
+from .._format.pages import Found
 from .._format.retention import LIFE, Life
 from .._format.statements import REMOVED
 from .._io.drivers import AsyncCollection, find_and_modify
@@ -87,7 +89,7 @@ class Archive:
         return await self._sessions.collection.find_one(condition, {"_id": 1}) is not None
 
     async def find_message(
-        self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None
+        self, session_id: str, agent_id: str, message_id: Any, created_at: Any = None, *, owner: str | None = None
     ) -> Document | None:
         """Return a message of the head or the archive, if there is one; `created_at` is its own, if that is known."""
         key = agent_key(agent_id)
@@ -96,13 +98,13 @@ class Archive:
             "incarnation": "$incarnation"
         }
         meant = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
-        condition = {"_id": session_id, path: {"$elemMatch": meant}}
+        condition = {"_id": session_id, **guard(owner), path: {"$elemMatch": meant}}
         while True:
             document = await self._sessions.collection.find_one(condition, {f"{path}.$": 1})
             if document is not None:
                 message: Document = document["agents"][key]["messages"][0]
                 return message
-            stored = await self._sessions.get_agent(session_id, agent_id, wanted)
+            stored = await self._sessions.get_agent(session_id, agent_id, wanted, owner)
             if not (archived := stored.get("archived")):
                 return None
             since, place = stored.get("created_at"), Place(session_id, Life.of(stored).incarnation)
@@ -112,11 +114,11 @@ class Archive:
             if not await self.has_moved(place) and not await self.is_back(session_id, key, since, archived):
                 return None
 
-    async def place_of(self, session_id: str, message: Document) -> Place:
+    async def place_of(self, session_id: str, message: Document, owner: str | None = None) -> Place:
         """Return the place of the attachments of a message; without attachments, no command is sent."""
         if not references_of(message):
             return Place(session_id, None)
-        return Place(session_id, Life.of(await self._sessions.get(session_id, LIFE)).incarnation)
+        return Place(session_id, Life.of(await self._sessions.get(session_id, LIFE, owner)).incarnation)
 
     async def read_bucket(self, place: Place, key: str, since: Any, begin: int, end: int) -> list[Document]:
         """Return the messages from `begin` to the end of its bucket or to `end`; raise `DatabaseError` if missing."""
@@ -124,6 +126,20 @@ class Archive:
         buckets = await self.collection.find(condition, sort=[("_id", 1)], limit=1)
         reach = min(end, begin + 1 if not buckets else int(buckets[0]["last"]) + 1)
         return _joined(place.session_id, buckets, begin, reach)
+
+    async def position_of(self, place: Place, key: str, since: Any, message_id: int, found: Found) -> int:
+        """Return the position of the first archived message whose id is not lower than `message_id`.
+
+        Without gaps in the ids it needs no command.
+        """
+        if not found.gap:
+            return min(message_id, found.archived)
+        condition = from_message(place, key, since, message_id, found.gap)
+        for bucket in await self.collection.find(condition, {"messages.message_id": 1}, sort=[("_id", 1)], limit=1):
+            ids: list[Any] = list(map(stored_id, bucket["messages"]))
+            is_from = [is_message_id(each) and each >= message_id for each in ids]
+            return min(int(bucket["_id"]["first"]) + is_from.index(True), found.archived)
+        return found.archived
 
     async def find_archived(
         self, place: Place, key: str, message_id: int, since: Any, archived: int, created_at: Any = None

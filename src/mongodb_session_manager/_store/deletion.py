@@ -3,6 +3,7 @@
 A session document that is not live has a `state`:
 
     state         "copying" (a fork or an import fills it) or "deleting"
+    owner         of the session
     state_by      a token of the call that deletes the session
     state_until   the end of its lease, by the server's clock
 
@@ -24,6 +25,7 @@ from datetime import timedelta
 from bson import ObjectId
 
 from .._format.documents import Document
+from .._format.labels import guard
 from .._format.layout import UNFINISHED, Place, is_unfinished, live_at
 from .._format.retention import Life
 from .._io.drivers import find_and_modify
@@ -58,10 +60,13 @@ class Deletion:
         self._connection = sessions.connection
         self._expiry = expiry
 
-    async def delete(self, session_id: str) -> bool:
+    async def delete(self, session_id: str, owner: str | None = None) -> bool:
         async with self._connection.operation():
-            if await self.delete_matching(session_id, live_at(self._connection.now())):
+            if await self.delete_matching(session_id, {**guard(owner), **live_at(self._connection.now())}):
                 return True
+            if owner is not None:
+                await self._finish_own(session_id, owner)
+                return False
             await self._finish(session_id)
             if await self._find_state(session_id) is None:
                 await self.remove_parts(Place(session_id, None))
@@ -75,6 +80,7 @@ class Deletion:
             "_id": "$_id",
             "session_id": {"$literal": session_id},
             "incarnation": "$incarnation",
+            "owner": "$owner",
             "migrating": "$migrating",
             "state": "deleting",
             "state_by": token,
@@ -100,8 +106,13 @@ class Deletion:
         for suffix, condition in place.outside():
             await self._collection.part(suffix).delete_many(condition)
 
-    async def _find_state(self, session_id: str) -> Document | None:
-        return await self._collection.find_one({"_id": session_id}, _STATE)
+    async def _find_state(self, session_id: str, owner: str | None = None) -> Document | None:
+        return await self._collection.find_one({"_id": session_id, **guard(owner)}, _STATE)
+
+    async def _finish_own(self, session_id: str, owner: str) -> None:
+        """Finish an interrupted deletion of a session of an owner."""
+        if (found := await self._find_state(session_id, owner)) is not None:
+            await self._finish(session_id, found)
 
     async def _finish(self, session_id: str, found: Document | None = None) -> Document | None:
         """Finish a deletion; delete an abandoned copy, or an expired session.

@@ -35,7 +35,7 @@ from .._format.statements import Update
 from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes
 from ..errors import DatabaseError, InvalidArgumentError, SessionNotFoundError
-from .sessions import Sessions
+from .sessions import Sessions, missing_session
 
 T = TypeVar("T")
 
@@ -75,16 +75,22 @@ class Expiry:
     def forget(self, session_id: str) -> None:
         self._lives.pop(session_id, None)
 
-    async def life(self, session_id: str) -> Life:
+    def _known_to(self, owner: str | None, session_id: str) -> Life | None:
+        """Return the known `Life` of a session, unless it belongs to another owner."""
         life = self._lives.get(session_id)
-        return life if life is not None and life.incarnation is not None else await self.read_life(session_id)
+        return life if owner is None or life is None or life.owner == owner else None
 
-    async def read_life(self, session_id: str) -> Life:
+    async def life(self, session_id: str, owner: str | None = None) -> Life:
+        life = self._known_to(owner, session_id)
+        return life if life is not None and life.incarnation is not None else await self.read_life(session_id, owner)
+
+    async def read_life(self, session_id: str, owner: str | None = None) -> Life:
         """Return the `Life` of a session from the server; migrate one of 1.0.0 first. Raises `SessionNotFoundError`."""
-        document = await self._sessions.find(session_id, {**LIFE, **dict.fromkeys(OF_V1, 1)})
+        document = await self._sessions.find(session_id, {**LIFE, **dict.fromkeys(OF_V1, 1)}, owner)
         if document is None:
-            self.forget(session_id)
-            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+            if self._known_to(owner, session_id) is not None:
+                self.forget(session_id)
+            raise missing_session(session_id)
         if not isinstance(document.get("incarnation"), ObjectId) or document.keys() & OF_V1:
             return await self._migrate(session_id)
         return self.learn(session_id, document)
@@ -98,14 +104,15 @@ class Expiry:
         """Send a statement of a writer. One that sets `updated_at` moves `expires_at` of the session and its parts.
 
         A `null` in a field that the statement writes into is removed. The result of `command` must be false if the
-        statement matched nothing.
+        statement matched nothing. If its filter contains an `owner`, no command changes a session of another owner, nor
+        its parts.
         """
-        session_id, moment = update.filter["_id"], self._connection.now()
+        session_id, owner, moment = update.filter["_id"], update.filter.get("owner"), self._connection.now()
         statement = update._replace(filter={**update.filter, **live_at(moment)})
-        touches, life, has_nulls = _touches(update), self._lives.get(session_id), True
+        touches, life, has_nulls = _touches(update), self._known_to(owner, session_id), True
         if touches and life is None and self.session_ttl is not None:
             try:
-                life = await self.life(session_id)
+                life = await self.life(session_id, owner)
             except SessionNotFoundError:
                 return None
         life = life or Life()
@@ -126,7 +133,7 @@ class Expiry:
                     await self._end_step(session_id, life, step.moment, step.seconds)
                 return result
             try:
-                current = await self.read_life(session_id)
+                current = await self.read_life(session_id, owner)
             except SessionNotFoundError:
                 return result
             if current == life:
@@ -159,7 +166,8 @@ class Expiry:
             await self.date_parts(Place(session_id, life.incarnation), until)
             own = {"_id": session_id, "incarnation": life.incarnation}
             await self._sessions.update(Update(own, {"$max": {"expires_at": until}}, None))
-        self.learn(session_id, {"incarnation": life.incarnation, "time_to_live": seconds, "expires_at": until})
+        fields = {"incarnation": life.incarnation, "owner": life.owner}
+        self.learn(session_id, {**fields, "time_to_live": seconds, "expires_at": until})
 
     async def date_parts(self, place: Place, until: datetime) -> None:
         """Set `expires_at` of all parts of a session to a date, unless it is later already."""

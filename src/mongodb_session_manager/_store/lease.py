@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from .._format.documents import Document
+from .._format.labels import guard
 from .._format.layout import live_at
 from .._format.lease import Claim, StoredLease
 from .._format.malformed import MalformedField
@@ -48,13 +49,24 @@ class Lease:
         waits: Whether the manager waits for a session that is busy; if not, it raises `SessionBusyError`.
         busy_timeout: The longest wait, in seconds.
         seconds: How long the manager holds the lease without renewing it.
+        owner: The owner of the session. The lease of a session of another owner is neither taken nor waited for.
     """
 
-    def __init__(self, store: SessionStore, session_id: str, waits: bool, busy_timeout: float, seconds: float) -> None:
+    def __init__(
+        self,
+        store: SessionStore,
+        session_id: str,
+        waits: bool,
+        busy_timeout: float,
+        seconds: float,
+        owner: str | None = None,
+    ) -> None:
         self._store = store
         self._connection = store.connection
         self._session_id = session_id
-        self._key = store.collection.database, store.collection.name, session_id
+        self._owner = owner
+        # Not the queue of the owner's managers, which would show that the session exists.
+        self._key = store.collection.database, store.collection.name, session_id, owner
         self._waits = waits
         self._timeout = busy_timeout
         self._seconds = seconds
@@ -301,7 +313,7 @@ class Lease:
             )
 
     async def _check_free(self) -> None:
-        document = await self._store.sessions.find(self._session_id, {"lease": 1})
+        document = await self._store.sessions.find(self._session_id, {"lease": 1}, self._owner)
         if document is not None and self.is_busy(document):
             raise self._busy()
 
@@ -321,12 +333,13 @@ class Lease:
         moment, claim = self._connection.now(), self.claim
         update = claim.poll(self._session_id, moment)
         queue.is_in_line = True
-        condition = {"$and": [update.filter, live_at(moment)]}
+        condition = {"$and": [update.filter, guard(self._owner), live_at(moment)]}
         document = await self._store.collection.send(
             lambda sessions: find_and_modify(sessions, condition, update.update, {"lease": 1})
         )
         if document is None:
-            if (found := await self._store.sessions.find(self._session_id, {"lease": 1})) is not None:
+            found = await self._store.sessions.find(self._session_id, {"lease": 1}, self._owner)
+            if found is not None:
                 raise MalformedField("lease", found.get("lease"), dict).error(self._session_id)
             queue.is_in_line = False
             return True
@@ -346,7 +359,8 @@ class Lease:
     async def _leave_line(self) -> None:
         with suppress(MongoDBSessionError):
             async with self._connection.operation():
-                await self._store.sessions.update(self.claim.left(self._session_id))
+                update = self.claim.left(self._session_id)
+                await self._store.sessions.update(update._replace(filter={**update.filter, **guard(self._owner)}))
 
     # Writing.
 

@@ -24,6 +24,7 @@ from .._format.expressions import (
     to_restore,
 )
 from .._format.ids import agent_id_of, stored_id
+from .._format.labels import guard
 from .._format.layout import OF_V1, Place, live_at
 from .._format.malformed import log_malformed
 from .._format.retention import LIFE
@@ -35,13 +36,12 @@ from ..errors import (
     InvalidArgumentError,
     MongoDBSessionError,
     SessionExistsError,
-    SessionNotFoundError,
 )
 from .archive import present
 from .lease import Lease
 from .lease_queue import Caller
 from .migration import HAS_PARTS, is_of_v1
-from .sessions import ROUNDS, ReadAgainError, read_consistently
+from .sessions import ROUNDS, ReadAgainError, missing_session, read_consistently
 from .store import SessionStore
 from .view import add_archived, parse_views, shows_nothing
 from .view import wanted as ranges_of_view
@@ -115,20 +115,26 @@ class _UnusableViewError(Exception):
 
 
 class _Query(NamedTuple):
-    """What opening reads, whether it creates the session, and the lease that it takes."""
+    """What opening reads, whether it creates the session and with which labels, and the lease that it takes."""
 
     session_id: str
     fields: Document
     lease: Lease | None
     caller: Caller | None
     creates: bool
+    labels: Document
+
+    @property
+    def owner(self) -> str | None:
+        owner: str | None = self.labels.get("owner")
+        return owner
 
 
 async def _find_or_create(fresh: Document, query: _Query, sessions: AsyncCollection) -> Document | None:
     """Read a live session; create it if there is none and the query allows it."""
     fields = {name: value for name, value in fresh.items() if name != "_id"}
     document: Document | None = await sessions.find_one_and_update(
-        {"_id": fresh["_id"], **live_at(fresh["created_at"])},
+        {"_id": fresh["_id"], **guard(query.owner), **live_at(fresh["created_at"])},
         {"$setOnInsert": fields},
         projection=query.fields,
         upsert=query.creates,
@@ -145,7 +151,13 @@ class Opening:
         self._connection = store.connection
 
     async def open(
-        self, session_id: str, lease: Lease | None = None, caller: Caller | None = None, *, creates: bool = True
+        self,
+        session_id: str,
+        lease: Lease | None = None,
+        caller: Caller | None = None,
+        *,
+        creates: bool = True,
+        labels: Document | None = None,
     ) -> Document:
         """Open a session, as `AsyncMongoDBSessionRepository.open_session` describes, and take its lease.
 
@@ -154,12 +166,13 @@ class Opening:
             lease: The lease to take, by the statement that opens; `None` takes none.
             caller: Who waits for the lease.
             creates: Whether a session that does not exist is created.
+            labels: The labels of a session that is created; only a session of their owner is opened.
 
         Raises:
             SessionBusyError: Another manager has its turn.
-            SessionNotFoundError: The session does not exist, and is not created.
+            SessionNotFoundError: The session does not exist, and is not created, or it belongs to another owner.
         """
-        query = _Query(session_id, _RESTORE, lease, caller, creates)
+        query = _Query(session_id, _RESTORE, lease, caller, creates, labels or {})
         try:
             async with self._connection.operation():
                 with suppress(_UnusableViewError):
@@ -276,7 +289,7 @@ class Opening:
         """Return the live session with an id; create it if there is none.
 
         Raises:
-            SessionNotFoundError: There is none, and it is not created.
+            SessionNotFoundError: There is none, and it is not created, or it belongs to another owner.
             SessionConflictError: The session is being imported or forked.
         """
         session_id, lease, caller = query.session_id, query.lease, query.caller
@@ -284,9 +297,7 @@ class Opening:
             document = None
             try:
                 if lease is None:
-                    document = await self._store.collection.send(
-                        partial(_find_or_create, self._fresh(session_id), query)
-                    )
+                    document = await self._store.collection.send(partial(_find_or_create, self._fresh(query), query))
                 elif lease.is_held:
                     document = await self._take(query, lease)
                 else:
@@ -301,20 +312,24 @@ class Opening:
             if document is not None:
                 return document
             if not query.creates and lease is None:
-                raise SessionNotFoundError(f"session {session_id!r} no longer exists")
+                raise missing_session(session_id)
+            if query.owner is not None:
+                found = await self._store.sessions.find(session_id, {"owner": 1})
+                if found is not None and found.get("owner") != query.owner:
+                    raise missing_session(session_id)
             if lease is None or not lease.is_held:
                 with suppress(SessionExistsError):
                     await self._store.deletion.free_id(session_id, _COPY_TIMEOUT)
         raise DatabaseError(f"session {session_id!r} could neither be read nor created")
 
-    def _fresh(self, session_id: str) -> Document:
-        return self._store.new_session(session_id, self._connection.now())
+    def _fresh(self, query: _Query) -> Document:
+        return {**self._store.new_session(query.session_id, self._connection.now()), **query.labels}
 
     async def _take(self, query: _Query, lease: Lease) -> Document | None:
         """Return the live session with an id, whose lease the same statement has taken."""
         session_id, caller = query.session_id, query.caller
-        moment, claim, fresh = self._connection.now(), lease.claim, self._fresh(session_id)
-        condition = {"_id": fresh.pop("_id"), **live_at(moment), **claim.may_open(moment)}
+        moment, claim, fresh = self._connection.now(), lease.claim, self._fresh(query)
+        condition = {"_id": fresh.pop("_id"), **guard(query.owner), **live_at(moment), **claim.may_open(moment)}
         update = {"$setOnInsert": fresh, "$set": claim.fields(moment), "$inc": {"lease.fence": 1}}
         fields = {**query.fields, "lease": 1}
         document = await self._store.collection.send(
@@ -325,12 +340,12 @@ class Opening:
             if caller is not None:
                 caller.check(session_id)
         elif not query.creates:
-            if await self._store.sessions.find(session_id, {"_id": 1}) is None:
-                raise SessionNotFoundError(f"session {session_id!r} no longer exists")
+            if await self._store.sessions.find(session_id, {"_id": 1}, query.owner) is None:
+                raise missing_session(session_id)
             raise DuplicateKeyError("busy")  # as if it were created
         return document
 
-    async def create(self, session_id: str, moment: datetime) -> None:
+    async def create(self, session_id: str, moment: datetime, labels: Document) -> None:
         """Create a session.
 
         Raises:
@@ -346,7 +361,7 @@ class Opening:
 
         store = self._store
         async with self._connection.operation():
-            document = store.new_session(session_id, moment)
+            document = {**store.new_session(session_id, moment), **labels}
             for _ in range(ROUNDS):
                 try:
                     await store.collection.send(insert)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from .._format.documents import Document
 from .._format.ids import agent_key, checked_id
+from .._format.labels import guard
 from .._format.layout import live_at
 from .._format.malformed import malformed_fields
 from .._format.statements import Update
@@ -23,6 +24,11 @@ class ReadAgainError(Exception):
     """Parts of a session were moved elsewhere after its document was read."""
 
 
+def missing_session(session_id: str) -> SessionNotFoundError:
+    """Return the error for a session that does not exist, or that belongs to another owner."""
+    return SessionNotFoundError(f"session {session_id!r} does not exist")
+
+
 class Sessions:
     """The documents of a collection of sessions. Only live sessions are found."""
 
@@ -30,26 +36,28 @@ class Sessions:
         self.collection = collection
         self.connection = collection.connection
 
-    async def find(self, session_id: str, projection: Document) -> Document | None:
+    async def find(self, session_id: str, projection: Document, owner: str | None = None) -> Document | None:
+        """Return fields of a session; of those of an owner only, if one is given."""
         checked_id(session_id, "session_id")
         async with self.connection.operation():
-            return await self.collection.find_one({"_id": session_id, **live_at(self.connection.now())}, projection)
+            condition = {"_id": session_id, **guard(owner), **live_at(self.connection.now())}
+            return await self.collection.find_one(condition, projection)
 
-    async def get(self, session_id: str, projection: Document) -> Document:
-        document = await self.find(session_id, projection)
+    async def get(self, session_id: str, projection: Document, owner: str | None = None) -> Document:
+        document = await self.find(session_id, projection, owner)
         if document is None:
-            raise SessionNotFoundError(f"session {session_id!r} does not exist")
+            raise missing_session(session_id)
         return document
 
-    async def get_agent(self, session_id: str, agent_id: str, fields: Document) -> Document:
+    async def get_agent(self, session_id: str, agent_id: str, fields: Document, owner: str | None = None) -> Document:
         """Return values of aggregation expressions by name, for an agent.
 
         Raises:
-            SessionNotFoundError: The session does not exist.
+            SessionNotFoundError: The session does not exist, or belongs to another owner.
             AgentNotFoundError: The session has no such agent.
         """
         is_there = {"$eq": [{"$type": f"$agents.{agent_key(agent_id)}"}, "object"]}
-        document = await self.get(session_id, {"_id": 0, "agent": {"$cond": [is_there, fields, None]}})
+        document = await self.get(session_id, {"_id": 0, "agent": {"$cond": [is_there, fields, None]}}, owner)
         stored: Document | None = document["agent"]
         if stored is None:
             raise AgentNotFoundError(f"session {session_id!r} has no agent {agent_id!r}")

@@ -8,6 +8,7 @@ from typing import Unpack
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES, Limits
 from .._format.documents import Document, new_session
+from .._format.labels import checked_owner
 from .._format.retention import checked_ttl, next_date
 from .._io.collection import Collection
 from .._io.connection import Connection
@@ -25,7 +26,7 @@ from .sessions import Sessions
 
 
 class SessionStore:
-    """The sessions of a collection; raises `ConfigurationError` for an invalid argument."""
+    """The sessions of a collection; raises `ConfigurationError`, or `InvalidArgumentError` for an invalid owner."""
 
     def __init__(
         self,
@@ -42,6 +43,8 @@ class SessionStore:
         )
         name = options.get("application_name")
         self.application_name = None if name is None else checked_text(name, "application_name")
+        owner = options.get("owner")
+        self.owner = None if owner is None else checked_owner(owner)
         self.metadata_fields = checked_fields(options.get("metadata_fields"))
         max_inline = given(options.get("max_inline_attachment_bytes"), MAX_INLINE_ATTACHMENT_BYTES)
         self.max_inline = checked_inline_bytes(max_inline)

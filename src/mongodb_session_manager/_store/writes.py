@@ -46,6 +46,7 @@ class Writer:
         lease: Lease | None = None,
         releases: bool = False,
         loaded: Mapping[str, Loaded] | None = None,
+        owner: str | None = None,
     ) -> dict[str, MongoDBSessionError]:
         """Store recorded changes exactly once, as `AsyncMongoDBSessionRepository._apply` describes."""
         refused: dict[str, MongoDBSessionError] = {}
@@ -55,7 +56,7 @@ class Writer:
                 guard = None if lease is None else LeaseGuard(lease, releases and number == len(parts))
                 left = [change for change in part if not refused or _are_messages_stored(refused.get(change.agent_id))]
                 for _ in range(ROUNDS):
-                    flush = await self._prepare(session_id, left, incarnation, guard, loaded or {})
+                    flush = await self._prepare(session_id, left, incarnation, guard, loaded or {}, owner)
                     if await flush.store():
                         await self._remove_refused(flush)
                         if incarnation is not None or not await self._is_created_again(flush):
@@ -73,11 +74,12 @@ class Writer:
         opened: ObjectId | None,
         guard: LeaseGuard | None,
         loaded: Mapping[str, Loaded],
+        owner: str | None,
     ) -> Flush:
         """Store the attachments of changes; return the flush that stores the changes."""
         writes = fold(changes)
         try:
-            life = await self._store.expiry.life(session_id)
+            life = await self._store.expiry.life(session_id, owner)
         except SessionNotFoundError as error:
             return Flush(self._store, Place(session_id, opened), {}, dict.fromkeys(writes, error))
         place = Place(session_id, opened or life.incarnation)
@@ -86,7 +88,7 @@ class Writer:
             if write.moment is not None:
                 write.moment = self._store.sessions.connection.now()
         await self._store.attachments.store(place, list(writes.values()), self._store.expiry.dates(life))
-        return Flush(self._store, place, writes, guard=guard)
+        return Flush(self._store, place, writes, guard=guard, owner=owner)
 
     async def _remove_refused(self, flush: Flush) -> None:
         """Remove the attachments of refused messages."""
@@ -98,7 +100,7 @@ class Writer:
         is_gone = any(type(error) is SessionNotFoundError for error in flush.refused.values())
         if not flush.attempted or not is_gone:
             return False
-        return await self._store.sessions.find(flush.place.session_id, {"_id": 1}) is not None
+        return await self._store.sessions.find(flush.place.session_id, {"_id": 1}, flush.owner) is not None
 
 
 async def _matched_with_removed(collection: AsyncCollection, update: Update) -> Document | None:
@@ -114,6 +116,7 @@ class Flush:
         writes: The writes by agent id.
         refused: The errors of agents whose writes cannot be stored; storing adds to it.
         guard: The lease; `None` without one.
+        owner: The owner of the session; `None` for any.
 
     Attributes:
         attached: The references to the attachments that were stored for the writes.
@@ -127,8 +130,10 @@ class Flush:
         writes: dict[str, AgentWrite],
         refused: dict[str, MongoDBSessionError] | None = None,
         guard: LeaseGuard | None = None,
+        owner: str | None = None,
     ) -> None:
         self.place = place
+        self.owner = owner
         self.refused = {} if refused is None else refused
         self.attached = [reference for write in writes.values() for reference in write.attached]
         self.attempted = bool(writes)
@@ -151,7 +156,7 @@ class Flush:
             writes = list(self._writes.values())
             await mover.slow_down(session_id, writes)
             returns_removed = any(write.replaces_content for write in writes)
-            update = compile_update(session_id, writes)
+            update = compile_update(session_id, writes, self.owner)
             if self._guard is not None:
                 update = self._guard.added_to(update, store.connection.now())
             returns_fields = returns_removed or (self._guard is not None and self._guard.takes)
@@ -180,7 +185,7 @@ class Flush:
     async def _store_alone(self, write: AgentWrite) -> bool:
         """Store a write by its own flush; return the result of `store`."""
         guard = None if self._guard is None else self._guard.unreleased()
-        return await Flush(self._store, self.place, {write.agent_id: write}, self.refused, guard).store()
+        return await Flush(self._store, self.place, {write.agent_id: write}, self.refused, guard, self.owner).store()
 
     def _note_stored(self) -> None:
         """Update the known heads, and record the replaced messages whose old content a stale bucket can contain.

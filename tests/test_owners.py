@@ -1,0 +1,505 @@
+"""Whose session it is: what another user can find out about a session, and do to it, which is nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pymongo
+import pytest
+from bson import ObjectId
+from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
+
+from fix_archive import said
+from fix_copying import content, left_of, with_image
+from fix_finding import Stored, idle, session
+from mongodb_session_manager import (
+    AccessDeniedError,
+    AsyncMongoDBSessionRepository,
+    ConfigurationError,
+    InvalidArgumentError,
+    MongoDBConnectionPool,
+    MongoDBSessionManager,
+    MongoDBSessionManagerFactory,
+    MongoDBSessionRepository,
+    SessionBusyError,
+    SessionExistsError,
+    SessionNotFoundError,
+    create_mongodb_session_manager,
+    create_mongodb_session_manager_async,
+)
+from orchestrators import node, pipeline
+from support import CommandLog, agent, alternating, eventually, fail_point, texts
+
+pytestmark = pytest.mark.anyio
+
+THEIRS, ABSENT = "theirs", "absent"
+
+
+def a_message() -> SessionMessage:
+    return SessionMessage({"role": "user", "content": [{"text": "hi"}]}, 0)
+
+
+def an_agent() -> SessionAgent:
+    return SessionAgent("agent", {"stolen": True}, {})
+
+
+ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "open_session": lambda: {"must_exist": True},
+    "read_session": dict,
+    "delete_session": dict,
+    "create_agent": lambda: {"session_agent": SessionAgent("new", {}, {})},
+    "read_agent": lambda: {"agent_id": "agent"},
+    "update_agent": lambda: {"session_agent": an_agent()},
+    "create_message": lambda: {"agent_id": "agent", "session_message": said(12)},
+    "read_message": lambda: {"agent_id": "agent", "message_id": 1},
+    "update_message": lambda: {"agent_id": "agent", "session_message": a_message()},
+    "list_messages": lambda: {"agent_id": "agent"},
+    "create_multi_agent": lambda: {"multi_agent": pipeline(None, node("one"))},
+    "read_multi_agent": lambda: {"multi_agent_id": "pipeline"},
+    "update_multi_agent": lambda: {"multi_agent": pipeline(None, node("one"))},
+    "update_metadata": lambda: {"metadata": {"a.b": 1}},
+    "get_metadata": dict,
+    "delete_metadata": lambda: {"keys": ["a.b"]},
+    "add_feedback": lambda: {"feedback": {"rating": "down"}},
+    "get_application_name": dict,
+    "get_feedbacks": dict,
+    "get_agent_config": lambda: {"agent_id": "agent"},
+    "list_agents": dict,
+    "update_agent_config": lambda: {"agent_id": "agent", "model": "other"},
+    "get_message_count": lambda: {"agent_id": "agent"},
+    "get_usage": dict,
+    "update_session": lambda: {"title": "mine", "tags": None},
+    "claim_session": dict,
+    "get_session_summary": dict,
+    "session_exists": dict,
+    "export_session": dict,
+    "fork_session": lambda: {"new_id": "fork"},
+    "rewind_session": lambda: {"at_message": 3, "keep_as": "kept"},
+    "write_back": dict,
+    "create_session_manager": lambda: {"must_exist": True},
+}
+"""The arguments of each method that takes the id of a session, besides the session and the owner."""
+
+CREATES = {"import_session"}
+"""A new id cannot be that of another session, and the error says so."""
+
+CLASSES = [MongoDBSessionRepository, AsyncMongoDBSessionRepository, MongoDBSessionManagerFactory]
+
+
+def methods_of(cls: type) -> list[str]:
+    """The public methods that take the id of a session."""
+    return [
+        name
+        for name, method in inspect.getmembers(cls, inspect.isfunction)
+        if not name.startswith("_") and "session_id" in inspect.signature(method).parameters
+    ]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_method_that_takes_the_id_of_a_session_takes_an_owner(cls: type) -> None:
+    """A new method needs one, too, and an entry in `ARGUMENTS`: then the tests below cover it."""
+    found = methods_of(cls)
+    assert {name.removesuffix("_async") for name in found} <= ARGUMENTS.keys() | CREATES
+    without = {name for name in found if "owner" not in inspect.signature(getattr(cls, name)).parameters}
+    assert without == {name for name in found if name.startswith("create_session_manager")}  # it is one of its options
+
+
+def with_content(repository: MongoDBSessionRepository) -> None:
+    """Give a session everything that a session can have."""
+    repository.open_session(THEIRS, owner="bob")
+    repository.create_agent(THEIRS, SessionAgent("agent", {"secret": 1}, {}))
+    for number in range(11):
+        repository.create_message(THEIRS, "agent", said(number))
+    repository.create_message(THEIRS, "agent", with_image(11, content(4096)))
+    repository.create_multi_agent(THEIRS, pipeline(None, node("one")))
+    repository.update_metadata(THEIRS, {"a": {"b": "secret"}})
+    repository.add_feedback(THEIRS, {"rating": "up"})
+    repository.update_agent_config(THEIRS, "agent", model="secret")
+    repository.update_session(THEIRS, title="secret", tags=["secret"])
+
+
+def everything(stored: Stored) -> dict[str, list[dict[str, Any]]]:
+    names = stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
+    return {name: list(stored.database[name].find({}, sort=[("_id", 1)])) for name in sorted(names)}
+
+
+class Attacker:
+    """Calls the methods of an object that has worked on the session before, and knows what it has read then."""
+
+    def __init__(self, cls: type, server: str, database: str, commands: CommandLog, **options: Any) -> None:
+        self._runner = asyncio.Runner()
+        self._commands = commands
+        options |= {"event_listeners": [commands], "max_embedded_messages": 4, "max_inline_attachment_bytes": 1024}
+        self.target: Any = cls(server, database, **options)
+        self._connection = getattr(self.target, "_async", self.target)._connection
+
+    def run(self, method: Callable[..., Any], **arguments: Any) -> Any:
+        result = method(**arguments)
+        if inspect.isasyncgen(result):
+            return self._runner.run(self._listed(result))
+        if inspect.isawaitable(result):
+            return self._runner.run(self._awaited(result))
+        return list(result) if inspect.isgenerator(result) else result
+
+    async def _listed(self, items: Any) -> list[Any]:
+        return [item async for item in items]
+
+    async def _awaited(self, result: Any) -> Any:
+        return await result
+
+    def outcome(self, name: str, session_id: str, **owner: str) -> tuple[Any, list[str]]:
+        """Return what a call returns or raises, and the commands that it sends."""
+        self._commands.clear()
+        arguments = ARGUMENTS[name.removesuffix("_async")]()
+        result: Any
+        try:
+            result = self.run(getattr(self.target, name), session_id=session_id, **arguments, **owner)
+        except Exception as error:
+            result = type(error), str(error).replace(session_id, "<id>")
+        self.settle()
+        return result, list(self._commands.names)
+
+    def settle(self) -> None:
+        if isinstance(self.target, AsyncMongoDBSessionRepository):
+            self._runner.run(idle(self._connection))
+        else:
+            eventually(lambda: not self._connection._tasks)
+
+    def close(self) -> None:
+        self.run(self.target.close)
+        self._runner.close()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("of", alternating("bob", None))
+@pytest.mark.parametrize("how", alternating("argument", "option"))
+@pytest.mark.parametrize("ttl", alternating({}, {"session_ttl": timedelta(hours=1)}))
+def test_a_session_of_another_is_one_that_does_not_exist(
+    server: str,
+    database: str,
+    stored: Stored,
+    commands: CommandLog,
+    cls: type,
+    of: str | None,
+    how: str,
+    ttl: dict[str, Any],
+) -> None:
+    """The same error with the same text after as many commands, and nothing has changed."""
+    with MongoDBSessionRepository(
+        server, database, max_embedded_messages=4, max_inline_attachment_bytes=1024, **ttl
+    ) as repository:
+        with_content(repository)
+        eventually(lambda: not repository._async._connection._tasks)
+    if of is None:
+        stored.update_one({"_id": THEIRS}, {"$unset": {"owner": ""}})
+    option, argument = ({"owner": "alice"}, {}) if how == "option" else ({}, {"owner": "alice"})
+    attacker = Attacker(cls, server, database, commands, **option, **ttl)
+    try:
+        if how == "argument":
+            attacker.outcome("session_exists", THEIRS)
+            # What this process knows of the session must not help either.
+            name = "write_back" if cls is MongoDBSessionManagerFactory else "update_message"
+            attacker.outcome(name, THEIRS, **({} if of is None else {"owner": "bob"}))
+        before = everything(stored)
+        for name in methods_of(cls):
+            base = name.removesuffix("_async")
+            if base in CREATES or (base == "claim_session" and of is None):
+                continue
+            given = {"owner": "alice"} if base == "claim_session" else argument
+            assert attacker.outcome(name, THEIRS, **given) == attacker.outcome(name, ABSENT, **given), name
+            assert everything(stored) == before, name
+    finally:
+        attacker.close()
+
+
+# Opening.
+
+
+@pytest.mark.parametrize("must_exist", alternating(False, True))
+@pytest.mark.parametrize("is_busy", alternating(False, True))
+@pytest.mark.parametrize("on_busy", ["conflict", "wait", "refuse"])
+@pytest.mark.parametrize("of", alternating("bob", None))
+def test_a_session_of_another_cannot_be_opened_whoever_has_its_turn(
+    factory: MongoDBSessionManagerFactory,
+    commands: CommandLog,
+    stored: Stored,
+    must_exist: bool,
+    is_busy: bool,
+    on_busy: Any,
+    of: str | None,
+) -> None:
+    """Nobody waits for it, its lease and its line stay, and it is not used."""
+    holder = factory.create_session_manager(THEIRS, owner=of, on_busy="wait" if is_busy else "conflict", lease=600)
+    if is_busy:
+        line = [{"by": ObjectId(), "until": datetime.now(UTC) + timedelta(hours=1)}]
+        stored.update_one({"_id": THEIRS}, {"$set": {"lease.line": line}})
+    before = everything(stored)
+
+    def outcome(session_id: str) -> tuple[str, list[str]]:
+        commands.clear()
+        with pytest.raises(SessionNotFoundError) as caught:
+            factory.create_session_manager(
+                session_id, owner="alice", must_exist=must_exist, on_busy=on_busy, busy_timeout=600
+            )
+        eventually(lambda: not factory._connection._tasks)
+        return str(caught.value), list(commands.names)
+
+    text, sent = outcome(THEIRS)
+    assert text == "session 'theirs' does not exist"
+    if must_exist:
+        assert outcome(ABSENT) == ("session 'absent' does not exist", sent)
+    assert everything(stored) == before
+    agent(holder, "still here")("hi")
+    holder.close()
+
+
+def test_an_owner_waits_for_its_own_turns(factory: MongoDBSessionManagerFactory) -> None:
+    with factory.create_session_manager("s", owner="alice", on_busy="wait") as first:
+        with pytest.raises(SessionBusyError):
+            factory.create_session_manager("s", owner="alice", on_busy="wait", busy_timeout=0.05)
+        with pytest.raises(SessionBusyError):
+            factory.create_session_manager("s", on_busy="refuse")
+        agent(first, "one")("1")
+    with factory.create_session_manager("s", on_busy="wait") as of_any:
+        assert len(agent(of_any).messages) == 2
+
+
+def test_the_owner_is_stored_with_the_session(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    for number, on_busy in enumerate(["conflict", "wait"]):
+        factory.create_session_manager(f"s{number}", owner="alice", on_busy=on_busy).close()  # type: ignore[arg-type]
+        document = stored.find_one({"_id": f"s{number}"}) or {}
+        assert document["owner"] == "alice"
+        factory.create_session_manager(f"s{number}").close()  # anybody may, without an owner
+        factory.create_session_manager(f"s{number}", owner="alice", must_exist=True).close()
+    factory.create_session_manager("without").close()
+    assert "owner" not in (stored.find_one({"_id": "without"}) or {})
+
+
+async def test_of_two_users_who_create_a_session_one_gets_it(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    async def opened(owner: str) -> str | None:
+        try:
+            async with factory.create_session_manager_async("s", owner=owner) as manager:
+                await agent(manager, "hello").invoke_async(f"{owner} says hi")
+        except SessionNotFoundError:
+            return None
+        return owner
+
+    owners = await asyncio.gather(*map(opened, ["alice", "bob", "carol"]))
+    (winner,) = [owner for owner in owners if owner is not None]
+    document = stored.find_one({"_id": "s"}) or {}
+    assert document["owner"] == winner
+    assert texts(document["agents"]["agent"]["messages"]) == [f"{winner} says hi", "hello"]
+
+
+def test_a_manager_does_not_reach_the_session_that_another_has_created_in_its_place(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    manager = factory.create_session_manager("s", owner="alice")
+    live = agent(manager, "one", "two")
+    live("1")
+    factory.delete_session("s")
+    with factory.create_session_manager("s", owner="bob") as theirs:
+        theirs.update_metadata({"secret": 1})
+        agent(theirs, "secret")("secret")
+    before = everything(stored)
+    assert manager.get_metadata() == {}
+    for call in (
+        manager.get_usage,
+        manager.list_agents,
+        manager.reload,
+        lambda: manager.list_messages("agent"),
+        lambda: manager.update_metadata({"secret": 2}),
+        lambda: manager.add_feedback({"rating": "down"}),
+        lambda: manager.update_agent_config("agent", model="other"),
+        lambda: live("2"),
+    ):
+        with pytest.raises(SessionNotFoundError):
+            call()
+    assert everything(stored) == before
+
+
+async def test_the_one_call_constructors_take_an_owner(server: str, database: str) -> None:
+    async with create_mongodb_session_manager_async("s", server, database, owner="alice") as manager:
+        await agent(manager, "one").invoke_async("1")
+
+    def open_again(owner: str) -> int:
+        with create_mongodb_session_manager("s", server, database, owner=owner, must_exist=True) as manager:
+            return len(agent(manager).messages)
+
+    assert await asyncio.to_thread(open_again, "alice") == 2
+    with pytest.raises(SessionNotFoundError):
+        await asyncio.to_thread(open_again, "bob")
+    with pytest.raises(SessionNotFoundError):
+        await create_mongodb_session_manager_async("s", server, database, owner="bob")
+
+
+def test_a_factory_of_an_owner_has_its_sessions_only(server: str, database: str) -> None:
+    with (
+        MongoDBSessionManagerFactory(server, database) as any_owner,
+        MongoDBSessionManagerFactory(server, database, owner="alice") as hers,
+    ):
+        any_owner.create_session_manager("theirs", owner="bob").close()
+        any_owner.create_session_manager("old").close()
+        hers.create_session_manager("hers").close()
+        assert [each.session_id for each in hers.list_sessions().sessions] == ["hers"]
+        assert (hers.count_sessions(), any_owner.count_sessions()) == (1, 3)
+        assert hers.get_session_summary("hers").owner == "alice"
+        assert not hers.delete_session("theirs")
+        with pytest.raises(SessionNotFoundError):
+            hers.create_session_manager("theirs")
+        hers.create_session_manager("theirs", owner="bob").close()  # an option of a session takes the factory's place
+    with MongoDBSessionManager("hers", server, database, owner="alice", must_exist=True) as manager:
+        assert manager.get_metadata() == {"metadata": {}}
+
+
+def test_the_pool_of_the_process_has_no_owner(server: str) -> None:
+    with pytest.raises(ConfigurationError, match="owner"):
+        MongoDBConnectionPool.initialize(server, owner="alice")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("owner", ["", "a\0b", "\ud800", "x" * 1025, 5, True, b"alice", {"$ne": None}, ["alice"]])
+def test_an_owner_that_is_none_is_refused_and_nothing_is_sent(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, owner: Any
+) -> None:
+    for call in (
+        lambda: factory.create_session_manager("s", owner=owner),
+        lambda: factory.list_sessions(owner=owner),
+        lambda: factory.count_sessions(owner=owner),
+        lambda: factory.session_exists("s", owner=owner),
+        lambda: factory.delete_session("s", owner=owner),
+        lambda: factory.claim_session("s", owner),
+        lambda: factory.update_session("s", title="t", owner=owner),
+        lambda: list(factory.export_session("s", owner=owner)),
+        lambda: factory.import_session([], owner=owner),
+        lambda: factory.fork_session("s", "t", owner=owner),
+        lambda: factory.rewind_session("s", 1, owner=owner),
+        lambda: MongoDBSessionManagerFactory(factory._connection.settings.connection_string, owner=owner),
+    ):
+        with pytest.raises(InvalidArgumentError, match="owner"):
+            call()
+    assert commands.names == []
+
+
+def test_must_exist_never_creates(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    for options in ({}, {"on_busy": "wait"}, {"owner": "alice"}):
+        with pytest.raises(SessionNotFoundError, match="session 's' does not exist"):
+            factory.create_session_manager("s", must_exist=True, **options)  # type: ignore[arg-type]
+    assert stored.count_documents({}) == 0
+    with pytest.raises(ConfigurationError, match="must_exist"):
+        factory.create_session_manager("s", must_exist="yes")  # type: ignore[arg-type]
+    factory.create_session_manager("s").close()
+    factory.create_session_manager("s", must_exist=True).close()
+
+
+# Sessions without an owner.
+
+
+def test_a_session_without_an_owner_is_claimed_once(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, stored: Stored
+) -> None:
+    stored.insert_one(session("old", metadata={"a": 1}))
+    with pytest.raises(SessionNotFoundError):
+        factory.create_session_manager("old", owner="alice")
+    commands.clear()
+    factory.claim_session("old", "alice")
+    factory.claim_session("old", "alice")
+    assert commands.names == ["update", "update"]
+    for session_id in ("old", "absent"):
+        with pytest.raises(SessionNotFoundError, match="does not exist"):
+            factory.claim_session(session_id, "bob")
+    assert stored.find_one({"_id": "old"}) == session("old", metadata={"a": 1}, owner="alice")
+    with factory.create_session_manager("old", owner="alice") as manager:
+        assert manager.get_metadata() == {"metadata": {"a": 1}}
+
+
+@pytest.mark.parametrize("ttl", [None, timedelta(hours=1)])
+def test_a_session_that_is_claimed_while_it_is_open_goes_on(server: str, database: str, ttl: timedelta | None) -> None:
+    with MongoDBSessionManagerFactory(server, database, session_ttl=ttl) as factory:
+        with factory.create_session_manager("s", on_busy="wait") as manager:
+            live = agent(manager, "one", "two")
+            live("1")
+            factory.claim_session("s", "alice")
+            live("2")
+            manager.update_metadata({"a": 1})
+            repository = factory._async
+            factory._portal.call(repository.get_usage, "s")
+        factory.update_session("s", title="mine", owner="alice")
+        with factory.create_session_manager("s", owner="alice") as hers:
+            assert len(agent(hers).messages) == 4
+
+
+# Deleting, and copying.
+
+
+@pytest.mark.own_database
+def test_a_deletion_that_was_interrupted_is_finished_by_its_owner(
+    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]]
+) -> None:
+    stored = driver[database]["agent_sessions"]
+    with MongoDBSessionRepository(server, database, max_embedded_messages=4, retryWrites=False) as repository:
+        with_content(repository)
+        with fail_point(server, failCommands=["delete"], errorCode=13, times=100), pytest.raises(AccessDeniedError):
+            repository.delete_session(THEIRS, owner="bob")
+        assert left_of(stored, THEIRS) != []
+        before = everything(stored)
+        assert not repository.delete_session(THEIRS, owner="alice")
+        assert everything(stored) == before
+        assert not repository.delete_session(THEIRS, owner="bob")
+        assert left_of(stored, THEIRS) == []
+
+
+def test_a_copy_belongs_to_its_owner(server: str, database: str) -> None:
+    with MongoDBSessionRepository(server, database, max_embedded_messages=4) as repository:
+        with_content(repository)
+        lines = list(repository.export_session(THEIRS, owner="bob"))
+        repository.fork_session(THEIRS, "fork", at_message=3, owner="bob")
+        repository.rewind_session(THEIRS, 11, keep_as="kept", owner="bob")
+        repository.import_session(lines, "same")
+        repository.import_session(lines, "hers", owner="alice")
+        found = {each.session_id: each for each in repository.list_sessions().sessions}
+        assert {name: each.owner for name, each in found.items()} == {
+            THEIRS: "bob",
+            "fork": "bob",
+            "kept": "bob",
+            "same": "bob",
+            "hers": "alice",
+        }
+        assert {(each.title, each.tags) for each in found.values()} == {("secret", ("secret",))}
+        assert len(repository.list_messages("hers", "agent", owner="alice")) == 12
+        with pytest.raises(SessionExistsError):  # the id is taken, by whomever
+            repository.import_session(lines, THEIRS, owner="alice")
+
+
+def test_an_exported_session_can_have_no_owner_and_get_one(server: str, database: str) -> None:
+    with (
+        MongoDBSessionRepository(server, database) as of_any,
+        MongoDBSessionRepository(server, database, owner="alice") as hers,
+    ):
+        of_any.create_session(Session("s", SessionType.AGENT))
+        lines = list(of_any.export_session("s"))
+        of_any.import_session(lines, "of nobody")
+        hers.import_session(lines, "hers")
+        assert of_any.get_session_summary("of nobody").owner is None
+        assert hers.get_session_summary("hers").owner == "alice"
+        hers.create_session(Session("hers too", SessionType.AGENT))
+        assert hers.read_session("hers too") is not None
+        assert of_any.read_session("hers too", owner="bob") is None
+
+
+@pytest.mark.parametrize("owner", ["", "a\0b", 5, ["alice", "bob"], {"a": 1}, "x" * 1025])
+def test_an_import_with_an_owner_that_is_none_is_refused(server: str, database: str, owner: Any) -> None:
+    with MongoDBSessionRepository(server, database) as repository:
+        repository.create_session(Session("s", SessionType.AGENT))
+        first, second, last = repository.export_session("s")
+        changed = json.loads(second)
+        changed["session"]["owner"] = owner
+        with pytest.raises(InvalidArgumentError, match=r"line 2 cannot be imported: .*owner"):
+            repository.import_session([first, json.dumps(changed), last], "copy")
+        assert not repository.session_exists("copy")
