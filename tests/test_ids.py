@@ -176,6 +176,8 @@ def arguments(**ids: Any) -> dict[str, Any]:
         "incarnation": None,
         "lease": None,
         "releases": False,
+        "loaded": None,
+        "owner": "alice",
     }
 
 
