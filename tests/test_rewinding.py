@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from strands.agent.conversation_manager.compression.pin_message import pin_messa
 from strands.types.session import SessionAgent
 
 from fix_archive import (
+    SECRET,
     SMALL,
     Driver,
     Other,
@@ -60,7 +62,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
-from support import CommandLog, agent, apply, eventually, fail_point, sampled, texts
+from support import CommandLog, agent, alternating, apply, eventually, fail_point, sampled, texts
 
 LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 1000}
 IMAGES = {3: content(5000, 3), 17: content(5000, 17), 28: content(5000, 28)}
@@ -732,6 +734,135 @@ def move(stored: Stored) -> None:
     other = Other(stored, 2)
     other.merge()
     other.cut()
+
+
+class BeforeTheStatement(AtCommand):
+    """Does something between the reads of a rewind and its statement."""
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.command_name == "findAndModify":
+            super().started(event)
+
+
+@contextlib.contextmanager
+def overtaken(server: str, database: str, act: Callable[[], object]) -> Iterator[MongoDBSessionRepository]:
+    """A repository whose next rewind is overtaken."""
+    before = BeforeTheStatement()
+    with MongoDBSessionRepository(server, database, **LIMITS, event_listeners=[before]) as rewinding:
+        rewinding.session_exists("warm-up")
+        before.act = act
+        yield rewinding
+    assert before.act is None
+    assert before.error is None
+
+
+@pytest.mark.parametrize("last", [10, 26])
+@pytest.mark.parametrize("keep_as", alternating(None, "t"))
+@pytest.mark.parametrize("what", ["append", "append by the original", "lease"])
+def test_a_rewind_that_is_overtaken_is_refused(
+    long: MongoDBSessionRepository,
+    server: str,
+    database: str,
+    stored: Stored,
+    last: int,
+    keep_as: str | None,
+    what: str,
+) -> None:
+    unnumbered = {**head(stored)["messages"][-1], "message_id": 30}
+    acts: dict[str, Callable[[], object]] = {
+        "append": lambda: append(long, 30),
+        "append by the original": lambda: stored.update_one({}, {"$push": {"agents.agent.messages": unnumbered}}),
+        "lease": lambda: hold_lease(stored, 60),
+    }
+    error = SessionBusyError if what == "lease" else SessionConflictError
+    with overtaken(server, database, acts[what]) as rewinding, pytest.raises(error):
+        rewinding.rewind_session("s", last, keep_as=keep_as)
+    assert len(long.list_messages("s", "agent")) == (30 if what == "lease" else 31)
+    assert left_of(stored, "t") == []
+
+
+@pytest.mark.parametrize("last", [10, 26])
+def test_a_message_that_is_redacted_meanwhile_stays_redacted(
+    long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Stored, last: int
+) -> None:
+    stored.database["agent_sessions_archive"].update_many(
+        {"messages.message_id": 10}, {"$set": {"messages.$.message.content.0.text": SECRET}}
+    )
+
+    def redact() -> None:
+        long.update_message("s", "agent", redacted(10))
+        long.update_message("s", "agent", redacted(26))
+
+    with overtaken(server, database, redact) as rewinding:
+        rewinding.rewind_session("s", last)
+    assert told(long.list_messages("s", "agent"))[10] == "[redacted]"
+    assert not in_database(driver, database, SECRET)
+    whole_redacted = [text if n not in (10, 26) else "[redacted]" for n, text in enumerate(expected(last + 1))]
+    assert told(long.list_messages("s", "agent")) == whole_redacted
+
+
+def test_with_a_copy_a_message_that_is_redacted_meanwhile_refuses_the_rewind(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    for message_id in (28, 12):
+        redact = functools.partial(long.update_message, "s", "agent", redacted(message_id))
+        with overtaken(server, database, redact) as rewinding, pytest.raises(SessionConflictError):
+            rewinding.rewind_session("s", 10, keep_as="t")
+        assert len(long.list_messages("s", "agent")) == 30
+        assert left_of(stored, "t") == []
+
+
+def test_state_that_is_stored_meanwhile_is_cut(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    def store() -> None:
+        long.update_agent("s", SessionAgent("agent", {"language": "en"}, window(7), {}))
+        view = {"after": 30, "items": [{"runs": [[0, 1], [20, 28]]}]}
+        stored.update_one({"_id": "s"}, {"$set": {"agents.agent.view": view}})
+
+    with overtaken(server, database, store) as rewinding:
+        rewinding.rewind_session("s", 26)
+    assert long.read_agent("s", "agent").conversation_manager_state == window(4)
+    assert long.read_agent("s", "agent").state == {"language": "en"}
+    assert head(stored)["view"] == {"after": 27, "items": [{"runs": [[0, 1], [20, 26]]}]}
+    with overtaken(server, database, lambda: stored.update_one({}, {"$unset": {"agents.agent.view": ""}})) as rewinding:
+        rewinding.rewind_session("s", 25)
+    assert "view" not in head(stored)
+
+
+def test_a_move_that_is_under_way_does_not_bring_messages_back(
+    server: str, database: str, stored: Stored, repository: MongoDBSessionRepository
+) -> None:
+    with MongoDBSessionRepository(server, database) as large:
+        begin(large)
+        apply(large, "s", appends(range(20)))
+        other = Other(stored)
+        other.merge()
+        large.rewind_session("s", 4)
+        apply(large, "s", appends(range(5, 20), "other {}"))
+        assert not other.cut()
+        wanted = [*expected(5), *(f"other {n}" for n in range(5, 20))]
+        assert told(large.list_messages("s", "agent")) == wanted
+        append(repository, 20)  # its limits are lower
+        settled(stored)
+        assert told(large.list_messages("s", "agent")) == [*wanted, "text 20"]
+
+
+def test_what_an_interrupted_rewind_has_left_is_not_read_and_does_not_hold_files(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    with copying(server, database) as rewinding:
+        rewinding.session_exists("warm-up")
+        with fails_at(server, 3, errorCode=8000):
+            rewinding.rewind_session("s", 10)
+        assert "stale_below" in head(stored)
+        assert [long.read_message("s", "agent", n) for n in (11, 17, 24, 29)] == [None] * 4
+        with pytest.raises(MessageNotFoundError):
+            long.update_message("s", "agent", redacted(17))
+        assert left_of(stored, "s").count("agent_sessions_attachments.files") == 3
+        long.update_message("s", "agent", redacted(10))
+        assert left_of(stored, "s").count("agent_sessions_attachments.files") == 1
+    assert told(long.list_messages("s", "agent")) == [*expected(10), "[redacted]"]
 
 
 GONE = (SessionNotFoundError, SessionConflictError, MessageNotFoundError)
