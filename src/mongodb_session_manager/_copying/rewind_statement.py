@@ -16,7 +16,7 @@ from bson import ObjectId
 
 from .._format.buckets import revision_above
 from .._format.changes import Loaded
-from .._format.documents import Document, number, usable
+from .._format.documents import Document, is_number, number, usable
 from .._format.expressions import array_at
 from .._format.ids import agent_id_of
 from .._format.layout import Place
@@ -180,7 +180,8 @@ def _told(session: Mapping[str, Any], rewound: ObjectId) -> Document:
     """Return new revisions of the orchestrators: a manager that has loaded one before can no longer write it."""
     sets: Document = {}
     for key, stored in usable(dict, session.get("multi_agents")).items():
-        if key and "." not in key and type(stored) is dict and isinstance(stored.get("revision"), int):
+        is_path = key and "." not in key and not key.startswith("$")
+        if is_path and type(stored) is dict and is_number(stored.get("revision")):
             path = f"multi_agents.{key}"
             sets[f"{path}.revision"] = {"$add": [f"${path}.revision", 1]}
             sets[f"{path}.writer"] = str(rewound)
