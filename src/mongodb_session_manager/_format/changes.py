@@ -178,7 +178,7 @@ class MessageWrite:
 
     Attributes:
         fields: The fields to store.
-        recorded: A new message as it was first recorded, `None` for a stored one. If a statement whose acknowledgement
+        recorded: A new message as first recorded, `None` for a stored one. If a statement whose acknowledgement
             was lost has stored the message, this identifies it.
         amended: The later changes of a new message, which that statement possibly did not contain.
         usage: The part of a new message in the running totals of its agent.

@@ -100,7 +100,7 @@ async def _matched_with_removed(collection: AsyncCollection, update: Update) -> 
 
 
 class Flush:
-    """The storing of writes, until each is stored or refused.
+    """Stores writes until each one is stored or refused.
 
     Args:
         store: The sessions.
