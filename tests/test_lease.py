@@ -515,6 +515,16 @@ async def test_a_late_write_of_a_manager_that_lost_its_turn_is_refused(
     assert (await waiting.get_connection_stats_async())["leases_lost"] == 1
 
 
+async def test_a_late_write_is_stored_if_no_other_manager_has_taken_the_lease(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    stored.update_one({}, {"$set": {"lease.until": datetime.now(UTC) - timedelta(seconds=1)}})
+    model.go.set()
+    await turn
+    assert await request(waiting, "second", "two") == ["first", "one", "second"]
+
+
 async def test_a_state_of_a_manager_that_lost_its_turn_is_refused(
     waiting: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:

@@ -30,7 +30,7 @@ LINE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The identity with which a manager takes a lease.
+    """A manager that takes a lease.
 
     Attributes:
         token: The manager.

@@ -97,7 +97,7 @@ class Turns:
             self.release_lease(event.agent.agent_id)
 
     def keeps_lease_until(self, event: AfterInvocationEvent) -> bool:
-        """Return whether the last callback of an invocation releases the lease, and not the first one."""
+        """Return whether the lease is released by the last callback of an invocation, and not by the first one."""
         return self._lease is not None and _can_be_changed(event)
 
     def stop_waiting(self) -> None:
