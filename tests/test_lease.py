@@ -1,4 +1,4 @@
-"""One turn at a time: who waits is served in order, and who is gone holds nobody up."""
+"""One turn at a time: waiting managers are served in order, and a manager that has gone blocks no other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Stored = pymongo.collection.Collection[dict[str, Any]]
 
 
 class Paused(ScriptedModel):
-    """A model that answers when it is told to."""
+    """A model that answers after `go` is set."""
 
     def __init__(self, *replies: Any) -> None:
         super().__init__(replies)
@@ -69,7 +69,7 @@ def waiting(server: str, database: str, commands: CommandLog) -> Iterator[MongoD
 async def begin_turn(
     manager: AsyncMongoDBSessionManager | MongoDBSessionManager, text: str = "first", reply: str = "one"
 ) -> tuple[Paused, asyncio.Task[Any]]:
-    """Begin a turn whose model has been asked and has not answered."""
+    """Begin a turn, up to the call of its model, which has not answered."""
     model = Paused(reply)
     live = agent(manager)
     live.model = model
@@ -82,12 +82,12 @@ async def begin_turn(
 async def happens(condition: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never happened"
+        assert time.monotonic() < end, "the condition did not become true in time"
         await asyncio.sleep(0.01)
 
 
 def waits(factory: MongoDBSessionManagerFactory) -> int:
-    """Return how many managers have waited or are waiting."""
+    """Return the number of managers that have waited or are waiting."""
     leases = of_connections.get(factory._connection)
     if leases is None:
         return 0
@@ -102,7 +102,7 @@ def lease_of(stored: Stored) -> dict[str, Any]:
 
 
 def take_lease(stored: Stored, seconds: float) -> None:
-    """Have another process hold the lease."""
+    """Store a lease of another process."""
     until = datetime.now(UTC) + timedelta(seconds=seconds)
     stored.update_one(
         {"_id": "s"}, {"$set": {"lease": {"token": ObjectId(), "until": until, "fence": 99}}}, upsert=True
@@ -110,14 +110,14 @@ def take_lease(stored: Stored, seconds: float) -> None:
 
 
 async def request(factory: MongoDBSessionManagerFactory, text: str, reply: str, **options: Any) -> list[str]:
-    """Serve one request; return the conversation that its model was sent."""
+    """Serve one request; return the conversation that its model received."""
     async with factory.create_session_manager_async("s", **options) as manager:
         live = agent(manager, reply)
         await live.invoke_async(text)
         return texts(live.model.calls[0])
 
 
-# Who comes second.
+# The second request.
 
 
 async def test_the_second_request_sees_the_answer_of_the_first(
@@ -185,7 +185,7 @@ async def test_waiting_ends_after_busy_timeout(waiting: MongoDBSessionManagerFac
     await turn
     assert await request(waiting, "second", "two") == ["first", "one", "second"]
     stats = await waiting.get_connection_stats_async()
-    assert stats["lease_waits"] == 1  # with a timeout of 0, nobody waits
+    assert stats["lease_waits"] == 1  # a timeout of 0 counts as no wait
     assert stats["lease_wait_seconds"] > 0
 
 
@@ -252,7 +252,7 @@ async def test_a_further_turn_after_that_of_another_sends_nothing_to_a_model(
 
 
 class Again(HookProvider):
-    """A hook that has the agent continue once."""
+    """A hook that makes the agent continue once."""
 
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         registry.add_callback(AfterInvocationEvent, self._continue)
@@ -442,7 +442,7 @@ async def test_a_further_turn_without_a_message_sends_nothing_to_a_model_while_t
 
 
 class Told(HookProvider):
-    """A background task that has the agent continue once, as those of Strands do."""
+    """Makes the agent continue once, as the background tasks of Strands do."""
 
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         registry.add_callback(AfterInvocationEvent, self._continue)
@@ -483,7 +483,7 @@ async def test_a_further_run_of_an_orchestrator_sends_nothing_to_a_model_while_t
     await manager.close()
 
 
-# Who is gone.
+# Managers that do not release their lease.
 
 
 async def test_a_manager_that_does_nothing_keeps_its_lease(
@@ -513,6 +513,16 @@ async def test_a_late_write_of_a_manager_that_lost_its_turn_is_refused(
         await turn
     assert texts(stored.find_one({})["agents"]["agent"]["messages"]) == ["first", "second", "two"]
     assert (await waiting.get_connection_stats_async())["leases_lost"] == 1
+
+
+async def test_a_late_write_is_stored_if_no_other_manager_has_taken_the_lease(
+    waiting: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
+    stored.update_one({}, {"$set": {"lease.until": datetime.now(UTC) - timedelta(seconds=1)}})
+    model.go.set()
+    await turn
+    assert await request(waiting, "second", "two") == ["first", "one", "second"]
 
 
 async def test_a_state_of_a_manager_that_lost_its_turn_is_refused(
@@ -571,7 +581,7 @@ async def test_an_opening_of_unknown_outcome_does_not_release_the_lease_of_the_n
 
     async def open_twice() -> None:
         opening = Opening(waiting._async._store)
-        lease.give_up()  # as if the reply to a first opening was lost
+        lease.give_up()  # simulates that the reply to a first opening was lost
         await opening.open("s", lease)
         await asyncio.sleep(0.2)
 
@@ -710,7 +720,7 @@ def test_waiters_of_several_processes_take_turns(
     messages = stored.find_one({})["agents"]["agent"]["messages"]
     served = [text[0] for text in texts(messages)[::2]]
     assert sorted(served) == sorted(5 * names)
-    assert sorted(served[:3]) == list(names)  # each had joined the line
+    assert sorted(served[:3]) == list(names)  # each one was in the line
     runs = [len(list(run)) for _, run in itertools.groupby(served)]
     assert max(runs) <= 3
 
@@ -779,7 +789,7 @@ def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
             assert len(agent(manager).messages) == 8
 
 
-# Sessions that end.
+# Expired and deleted sessions.
 
 
 @pytest.mark.parametrize("on_busy", ["wait", "refuse"])

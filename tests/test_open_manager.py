@@ -1,4 +1,4 @@
-"""What integrations read and update through an open manager, and agents that stay in memory while others write."""
+"""Reads and updates through an open manager, and agents that stay in memory while other managers write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`save_on="overlap"`: the model is called while a message is stored, and nothing else is different."""
+"""`save_on="overlap"`: the model is called while a message is stored; everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPEN, WRITE = "findAndModify", "update"
 
 
 class Told(ScriptedModel):
-    """A model that notes what was stored when it was asked, and answers when it is told to."""
+    """A model that sets `asked` when it is called, and answers after `go` is set."""
 
     def __init__(self, *replies: Any) -> None:
         super().__init__(replies)
@@ -98,7 +98,7 @@ async def test_no_tool_runs_before_the_call_is_stored(
     await turn
     assert seen == [0, 1]
     assert message_ids(stored.find_one({})) == [0, 1, 2, 3]
-    assert 4 <= len(commands.names) <= 5  # the result of the tool and the answer can be stored by one command
+    assert 4 <= len(commands.names) <= 5  # one command can store both the tool result and the answer
 
 
 def test_a_synchronous_agent(far: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog) -> None:

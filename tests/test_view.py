@@ -1,4 +1,4 @@
-"""What was live is what is restored, whoever edits `agent.messages`."""
+"""The live messages are restored, regardless of who edits `agent.messages`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def restored(factory: MongoDBSessionManagerFactory, session_id: str = "s", **opt
 
 
 def turns(factory: MongoDBSessionManagerFactory, count: int = 3, **options: Any) -> tuple[Any, Agent]:
-    """Return a manager and its agent after some turns: messages q0, a0, q1, a1, ..."""
+    """Return a manager and its agent after some turns, with the messages q0, a0, q1, a1, ..."""
     manager = factory.create_session_manager("s")
     live = agent(manager, *(f"a{n}" for n in range(count + 10)), **options)
     for n in range(count):
@@ -156,7 +156,7 @@ def test_a_message_that_was_edited_and_then_continued_is_also_kept_as_it_was_sai
     assert restored(factory).messages == live.messages
 
 
-# Who edits.
+# Edits by Strands.
 
 
 @tool
@@ -291,7 +291,7 @@ def test_a_state_that_was_set_after_the_last_turn_is_stored_by_close(factory: Mo
     assert again.state.get("mood") == "good"
     again.state.set("mood", "better")
     again.messages.pop()
-    manager.close()  # without a turn
+    manager.close()  # no turn follows
     assert restored(factory).state.get("mood") == "better"
     assert texts(restored(factory).messages) == ["q0"]
 
@@ -626,7 +626,7 @@ def test_copies_restore_the_live_messages(
         ([0, 2, 3, 6, 7], 7, ["q0", "q1", "a1", "q3", "a3"]),
         ([0, 2, 3, 6, 7], 6, ["q0", "q1", "a1", "q3"]),
         ([0, 2, 3, 6, 7], 2, ["q0", "q1"]),
-        ([0, 2, 3, 6, 7], 1, ["q0", "a0"]),  # it is not live: the conversation as it was said
+        ([0, 2, 3, 6, 7], 1, ["q0", "a0"]),  # not live: the original conversation
         ([3, 5, 0], 3, ["a1"]),
     ],
 )
@@ -747,7 +747,7 @@ def test_an_edit_with_a_value_that_cannot_be_stored_leaves_the_message_as_it_is_
 
 
 class Array:
-    """Compares as an array of numpy."""
+    """Compares like a NumPy array."""
 
     def __eq__(self, other: object) -> Any:
         return self
@@ -803,13 +803,13 @@ def test_a_broken_tool_call_that_was_repaired_is_restored_as_it_is_live(
     again = agent(factory.create_session_manager("s"), "later", tools=[tell])
     assert texts(again.messages) == ["a story"]
     again._session_manager.close()
-    assert view_of(stored) is None  # opening and closing stores nothing
+    assert view_of(stored) is None  # opening and closing store nothing
     again = agent(factory.create_session_manager("s"), "later", tools=[tell])
     again("and?")
     assert restored(factory, tools=[tell]).messages == again.messages
 
 
-# Views that do not fit.
+# Unusable views.
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Moving old messages into the archive meets every fault: nobody notices, nothing is lost, and it comes to its end.
+"""Every fault while old messages move into the archive: no caller gets an error, nothing is lost, the move completes.
 
-`EXPECTED` says what has become of the move while the fault is still there, by the command that the fault meets:
+`EXPECTED` is the state of the move during the fault, by the command at which the fault occurs:
 
     moved    the messages are in the archive
     kept     they are in the session's document, and are moved after the next append

@@ -1,4 +1,4 @@
-"""The primary of a replica set is killed and comes back while agents have turns, some of them in one session."""
+"""The primary of a replica set is killed and restarted during turns of agents, some of them in one session."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOST = (DatabaseUnavailableError, DatabaseTimeoutError)
 ONE_DOCUMENT: dict[str, Any] = {"max_embedded_messages": 100_000, "max_embedded_bytes": 8 << 20}
 IN_LINE: dict[str, Any] = {"on_busy": "wait", "busy_timeout": 120, "lease": 20, **ONE_DOCUMENT}
 SHARED = "shared"
-"""The session whose users take turns."""
+"""The session whose users wait for each other's turns."""
 
 
 @pytest.fixture
@@ -45,16 +45,16 @@ def replica_set() -> Iterator[Cluster]:
 
 @dataclass
 class User:
-    """Has turns, one after the other, each with a text of its own, and goes on when one fails.
+    """Runs turns, one after the other, each with a unique text, and continues after a failed turn.
 
     Attributes:
-        name: Begins every text of the user.
-        keeps: Whether it goes on with the manager and agent it has, like a desktop application, or opens the session
-            with new ones for each turn, like a web server.
-        acknowledged: What it could know to be stored.
-        said: Everything it and its agent said.
-        failed: How many turns raised.
-        in_turn: Whether it has a turn at this moment.
+        name: The prefix of every text of the user.
+        keeps: Whether it keeps its manager and agent, like a desktop application, or opens the session with new ones
+            for each turn, like a web server.
+        acknowledged: The texts whose storing was acknowledged.
+        said: All texts of the user and the agent.
+        failed: The number of turns that raised an error.
+        in_turn: Whether a turn is running.
     """
 
     name: str
@@ -73,16 +73,16 @@ class User:
 
     @property
     def expected(self) -> tuple[type[Exception], ...]:
-        """The errors of a turn that failed: one that takes too long is lost to the next user of the session."""
+        """The expected errors of a turn; a turn that takes too long loses its lease to the next user of the session."""
         return (*LOST, SessionConflictError) if self.shares else LOST
 
     def next_turn(self, asked: Agent) -> str:
-        """Script the agent's next turn and return what to ask."""
+        """Script the agent's next turn and return the prompt."""
         text = f"{self.name}-{len(self.said)}"
         self.said.append(text)
 
         def answer(_: object) -> str:
-            self.acknowledged.append(text)  # or the model would not be called
+            self.acknowledged.append(text)  # otherwise the model is not called
             self.said.append(text + "-answered")
             return text + "-answered"
 
@@ -187,7 +187,7 @@ def test_failover(replica_set: Cluster, rounds: int) -> None:
 
 
 def all_have_turns(users: list[User], living: list[Future[None]]) -> None:
-    """Wait until every user has had another two messages stored."""
+    """Wait until two more messages of every user are stored."""
     before = [len(user.acknowledged) for user in users]
 
     def all_had() -> bool:
@@ -200,11 +200,11 @@ def all_have_turns(users: list[User], living: list[Future[None]]) -> None:
 
 
 def fail_over(replica_set: Cluster, users: list[User], living: list[Future[None]]) -> None:
-    """Kill the primary with writes that no other member has, have the others go on, and bring it back."""
+    """Kill the primary with writes that are not replicated, continue on the others, and restart it."""
     killed = replica_set.primary()
     others = [member.port for number, member in enumerate(replica_set.members) if number != killed]
     with replication_stopped(others):
-        eventually(lambda: all(user.in_turn for user in users))  # nothing can be acknowledged now
+        eventually(lambda: all(user.in_turn for user in users))  # from here on, no write can be acknowledged
         replica_set.kill(killed)
     assert replica_set.primary() != killed
     all_have_turns(users, living)
@@ -247,4 +247,4 @@ def check(replica_set: Cluster, users: list[User], hasty: MongoDBSessionManagerF
     acknowledged = sum(len(user.acknowledged) for user in users)
     print(f"{acknowledged} messages acknowledged, {sum(user.failed for user in users)} turns failed")
     failed = sum(user.failed for user in users if user.factory is hasty)
-    assert failed, "nobody noticed the failover"
+    assert failed, "no turn failed during the failover"

@@ -1,4 +1,4 @@
-"""Two processes that are killed anywhere use the same sessions: nothing is lost, doubled, left, or comes back."""
+"""Two processes use the same sessions and are killed anywhere: nothing is lost, duplicated, left over or comes back."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class ReplaceMessage:
 class UpdateAgent:
     """Fields of `agent_data` get new values.
 
-    `expected` is the `next_message_id` that the writer knows; `None` overwrites whatever is there.
+    `expected` is the `next_message_id` that the writer knows; `None` overwrites the fields without a check.
     """
 
     agent_id: str
@@ -122,7 +122,7 @@ class StoreView:
         agent_id: The agent.
         expected: The `next_message_id` that the writer knows.
         view: The view, see `view`; an empty one is removed.
-        archive_revision: That of the agent when the writer read it.
+        archive_revision: The agent's `archive_revision` when the writer read it.
         moment: The time of the change.
     """
 
@@ -178,7 +178,7 @@ class MessageWrite:
 
     Attributes:
         fields: The fields to store.
-        recorded: A new message as it was first recorded, `None` for a stored one. If a statement whose acknowledgement
+        recorded: A new message as first recorded, `None` for a stored one. If a statement whose acknowledgement
             was lost has stored the message, this identifies it.
         amended: The later changes of a new message, which that statement possibly did not contain.
         usage: The part of a new message in the running totals of its agent.
@@ -222,11 +222,11 @@ class AgentWrite:
         by_id: Whether the writer has not loaded the messages, but refers to them by their ids.
         data: New fields of `agent_data`.
         config: Observed fields of `agent_data`: they are set unless a user has set them.
-        view: The new view; an empty one removes the stored one, `None` leaves it.
+        view: The new view. `{}` removes the stored view; `None` does not change it.
         archive_revision: The `archive_revision` of the agent that the view was made for.
         events: New guardrail events.
         expected: The `next_message_id` that the writer knows, unless there are new messages.
-        moment: The new `updated_at`; `None` leaves it.
+        moment: The new `updated_at`; `None` does not change it.
         attached: The references to the attachments that were stored for the messages.
         dates: The expiry of their files.
         outdated: The references of archived messages whose content is replaced next.

@@ -139,7 +139,7 @@ class MultiAgents:
         return None if known is None else decode(known.newest.state)
 
     def is_current(self, multi_agent_id: str) -> bool:
-        """Return whether the newest known state of an orchestrator is stored or pending, not refused."""
+        """Return whether the newest known state of an orchestrator is stored or pending, and was not refused."""
         known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
         return known is not None and known.refusal is None
 

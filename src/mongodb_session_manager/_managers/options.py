@@ -30,10 +30,10 @@ stores all messages of a turn at its end.
 """
 
 OnBusy = Literal["conflict", "wait", "refuse"]
-"""What a manager does while another one has its turn in the session.
+"""The behaviour of a manager while another manager has its turn in the session.
 
-`"conflict"` does not find out: the later writer gets `SessionConflictError`. `"wait"` waits for the end of the turn,
-and `"refuse"` raises `SessionBusyError`.
+`"conflict"` does not check for a turn: the later writer gets `SessionConflictError`. `"wait"` waits for the end of the
+turn, and `"refuse"` raises `SessionBusyError`.
 """
 
 
@@ -48,12 +48,12 @@ class SessionOptions(ContentOptions, total=False):
         save_on: `"message"`, the default, stores each message before the agent continues; `"overlap"` stores user
             messages and tool results while the model is called; `"invocation"` stores all messages of a turn at its
             end.
-        on_busy: What happens while another manager has its turn in the session. `"conflict"`, the default: the later
+        on_busy: The behaviour while another manager has its turn in the session. `"conflict"`, the default: the later
             writer gets `SessionConflictError`. `"wait"`: opening waits for the end of the turn. `"refuse"`: opening
             raises `SessionBusyError`.
         busy_timeout: The longest wait, in seconds, until opening raises `SessionBusyError`; default 30.
-        lease: Seconds after which a manager that does nothing, because its process was killed or is frozen, loses its
-            turn; default 30. A manager that is alive renews its lease.
+        lease: Seconds after which a manager whose process was killed or is frozen can lose its turn; default 30. A
+            running manager renews its lease.
     """
 
     metadata_hook: Hook | None
@@ -202,7 +202,7 @@ class Configuration:
         return SharedRepository(store)
 
     def lease(self, repository: SharedRepository, session_id: str) -> Lease | None:
-        """Return the lease that a manager takes; `None` if the managers of a session do not take turns."""
+        """Return the lease of a manager; `None` with `on_busy="conflict"`."""
         options = self.options
         if options.on_busy == "conflict":
             return None

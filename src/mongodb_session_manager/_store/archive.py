@@ -49,7 +49,7 @@ class Archive:
     ) -> dict[str, list[Document]]:
         """Return the buckets that hold archived messages, oldest first, from one query.
 
-        `wanted` are the items of the argument of `read`; a key can occur several times.
+        `wanted` are items like those of the argument of `read`; a key can occur several times.
         """
         ranges = list(wanted)
         found: dict[str, dict[int, Document]] = {key: {} for key, _ in ranges}

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_views(session_id: str, agents: Mapping[str, Document]) -> bool:
-    """Replace the stored view of each agent by a `View`; return `False` if one is malformed, or shows nothing."""
+    """Replace the stored view of each agent with a `View`; return `False` if one is malformed."""
     are_usable = True
     for key, agent in agents.items():
         if (stored := agent.pop("view", None)) is None:
@@ -38,7 +38,7 @@ def parse_views(session_id: str, agents: Mapping[str, Document]) -> bool:
 
 
 def shows_nothing(agent: Document) -> bool:
-    """Return whether a view shows none of an agent's messages although it refers to some."""
+    """Return whether a view shows none of the stored messages to which it refers."""
     view = agent.get("view")
     has_content = view is not None and any(item.message is not None for item in view.items)
     if view is None or not view.runs or has_content:

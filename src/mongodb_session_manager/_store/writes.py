@@ -100,7 +100,7 @@ async def _matched_with_removed(collection: AsyncCollection, update: Update) -> 
 
 
 class Flush:
-    """The storing of writes, until each is stored or refused.
+    """Stores writes until each one is stored or refused.
 
     Args:
         store: The sessions.
@@ -179,8 +179,8 @@ class Flush:
     def _note_stored(self) -> None:
         """Update the known heads, and record the replaced messages whose old content a stale bucket can contain.
 
-        No bucket holds the newest message, unless it alone exceeds the limits and made room for the next one. So only a
-        replacement of such a message, or of an older one, must check the archive.
+        The newest message is never in a bucket, unless it exceeds the limits alone and was moved to make room for the
+        next one. So only a replacement of such a message, or of an older one, must check the archive.
         """
         session_id, mover = self.place.session_id, self._store.mover
         for agent_id, write in self._writes.items():
