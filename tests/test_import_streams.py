@@ -42,7 +42,7 @@ Stored = pymongo.collection.Collection[dict[str, Any]]
 Lines = list[Any]
 
 # A swarm makes an `Agent()`, and with it a Bedrock client that reads files.
-pytestmark = [pytest.mark.may_block, pytest.mark.shared_factory]
+pytestmark = pytest.mark.may_block
 
 MANAGERS = {
     kind.__name__: kind
