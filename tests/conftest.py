@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 from fix_progress import Progress
 from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from support import CommandLog, eventually, run_random
+from support import CLIENTS, CommandLog, eventually, run_random
 
 SharedFactory = tuple[MongoDBSessionManagerFactory, CommandLog]
 
@@ -79,10 +79,9 @@ staging failover life forking write_back archive archive_faults matrix import_st
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m fast`, do not import the modules that have no fast tests: importing them took most of the time."""
-    left_out = HERE in collection_path.parents and not any(
-        collection_path in (module, *module.parents) for module in FAST
-    )
-    return True if left_out and config.getoption("markexpr") == "fast" else None
+    if config.getoption("markexpr") != "fast" or HERE not in collection_path.parents:
+        return None
+    return None if any(collection_path in (module, *module.parents) for module in FAST) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -184,8 +183,8 @@ def some(request: pytest.FixtureRequest) -> Callable[[Iterable[Any], int], list[
 def retries_come_fast() -> Iterator[None]:
     """Shorten the pauses of the driver and the library before they retry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
-        patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
+        patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.05)  # less would wake idle clients too often
+        patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.05)
         patch.setattr("mongodb_session_manager._io.collection._PAUSES", (0.01, 0.02, 0.05))
         yield
 
@@ -230,8 +229,10 @@ def expiring(kept_in_memory: None) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def driver(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
     """A plain client, to inspect stored documents and to write as another application would."""
-    with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True) as client:
+    with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True, serverMonitoringMode="poll") as client:
+        CLIENTS[server] = client
         yield client
+        del CLIENTS[server]
 
 
 @pytest.fixture(scope="session")
