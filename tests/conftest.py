@@ -71,8 +71,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 LONGEST = """
-chat_page process fastapi from_v100 embedded copying retention storage connection waiting examples_run rolling deletion
-staging failover life forking write_back archive archive_faults matrix import_streams
+chat_page process fastapi from_v100 embedded docs view copying retention storage connection forking archive_faults
+import_streams matrix waiting examples_run deletion staging failover life write_back archive attachments state_too_large
+odd_documents multi_agents replaced_attachments life_model factory lease exactness model attachments_too_large
+server_clock cancellation access errors finding conformance loop open_manager metadata
 """
 """The longest modules, without `test_`. They run first, so that none is still running when other workers are idle."""
 

@@ -87,11 +87,10 @@ def shown(expected: Iterable[dict[str, Any]]) -> list[str]:
 
 def left_under_old_ids(database: Database[dict[str, Any]], session_id: str) -> list[Any]:
     """Return the ids of everything outside the document that is where 1.0.0 kept it."""
+    places = ("_id", "_id.session_id", "_id.file.session_id")
+    of_session = {"$or": [{place: session_id} for place in places]}
     return [
-        found["_id"]
-        for suffix in OUTSIDE
-        for found in database[f"agent_sessions{suffix}"].find({}, {"_id": 1})
-        if _session_of(found) == session_id
+        found["_id"] for suffix in OUTSIDE for found in database[f"agent_sessions{suffix}"].find(of_session, {"_id": 1})
     ]
 
 
