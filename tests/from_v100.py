@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -61,7 +60,7 @@ def load_again(
     for name in database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}}):
         database[name].delete_many({})
     for name, found in documents.items():
-        moved = [_later(each, later) if _session_of(each) == EXPIRING else deepcopy(each) for each in found]
+        moved = [_later(each, later) if _session_of(each) == EXPIRING else each for each in found]
         database[collection + name.removeprefix("agent_sessions")].insert_many(moved)
 
 
@@ -88,11 +87,10 @@ def shown(expected: Iterable[dict[str, Any]]) -> list[str]:
 
 def left_under_old_ids(database: Database[dict[str, Any]], session_id: str) -> list[Any]:
     """Return the ids of everything outside the document that is where 1.0.0 kept it."""
+    places = ("_id", "_id.session_id", "_id.file.session_id")
+    of_session = {"$or": [{place: session_id} for place in places]}
     return [
-        found["_id"]
-        for suffix in OUTSIDE
-        for found in database[f"agent_sessions{suffix}"].find({}, {"_id": 1})
-        if _session_of(found) == session_id
+        found["_id"] for suffix in OUTSIDE for found in database[f"agent_sessions{suffix}"].find(of_session, {"_id": 1})
     ]
 
 

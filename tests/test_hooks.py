@@ -27,8 +27,6 @@ from mongodb_session_manager import (
 )
 from support import CommandLog, Session, alternating
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = Collection[dict[str, Any]]
 Hook = Callable[..., Any]
 

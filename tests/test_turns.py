@@ -38,7 +38,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent, alternating, eventually, fail_point, texts
 
-pytestmark = [pytest.mark.anyio, pytest.mark.shared_factory]
+pytestmark = pytest.mark.anyio
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 

@@ -186,6 +186,7 @@ def test_writing_back_again_changes_nothing(filled: MongoDBSessionRepository, st
     assert stored.find_one({"_id": "s"}) == before
 
 
+@pytest.mark.own_factory
 def test_a_short_session_stays_as_it_is_and_costs_four_reads(
     factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
 ) -> None:
