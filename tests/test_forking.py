@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 import uuid
@@ -17,6 +16,7 @@ from strands import tool
 from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
 
 from fix_archive import (
+    FIVES,
     SMALL,
     Other,
     append,
@@ -116,8 +116,8 @@ def thirty(
 ) -> dict[str, list[Any]]:
     """The documents of a session of 30 messages, of which 25 are archived in buckets of 5, by collection."""
     begin(repository)
-    for first, end in itertools.pairwise((0, 9, 14, 19, 24, 29, 30)):
-        apply(repository, "s", appends(range(first, end), text))
+    for part in FIVES:
+        apply(repository, "s", appends(part, text))
         settled(stored)
     for n, image in images.items():
         repository.update_message("s", "agent", with_image(n, image))
@@ -730,9 +730,8 @@ def happens_between_two_commands(
     """Let an event happen at every command of a fork, or at some of them."""
 
     def go_on() -> None:
-        with MongoDBSessionRepository(server, database, **SMALL) as writer:
-            apply(writer, "s", appends(range(30, 50)))
-            settled(stored)
+        apply(repository, "s", appends(range(30, 50)))
+        settled(stored)
 
     def again() -> None:
         repository.delete_session("s")
