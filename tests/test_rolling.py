@@ -13,7 +13,6 @@ import pytest
 from pymongo.collection import Collection
 from strands.types.session import SessionAgent, SessionMessage
 
-from conftest import SharedFactory
 from fix_archive import documents_of, store_again
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from mongodb_session_manager.errors import MessageNotFoundError, SessionConflictError
@@ -135,7 +134,9 @@ def repository(database: str, shared_repository: MongoDBSessionRepository) -> Mo
 
 @pytest.fixture(scope="module")
 def two_turns(
-    shared_factory: Callable[[], SharedFactory], shared_database: str, driver: pymongo.MongoClient[dict[str, Any]]
+    shared_factory: Callable[[], tuple[MongoDBSessionManagerFactory, CommandLog]],
+    shared_database: str,
+    driver: pymongo.MongoClient[dict[str, Any]],
 ) -> dict[str, list[Any]]:
     """The documents of a session of two turns."""
     stored = driver[shared_database]["agent_sessions"]
