@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -61,7 +60,7 @@ def load_again(
     for name in database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}}):
         database[name].delete_many({})
     for name, found in documents.items():
-        moved = [_later(each, later) if _session_of(each) == EXPIRING else deepcopy(each) for each in found]
+        moved = [_later(each, later) if _session_of(each) == EXPIRING else each for each in found]
         database[collection + name.removeprefix("agent_sessions")].insert_many(moved)
 
 

@@ -62,6 +62,8 @@ from mongodb_session_manager.demo import Redaction
 from proxy import Proxy, command
 from support import CommandLog, agent, eventually, fail_point, texts
 
+pytestmark = pytest.mark.shared_factory
+
 MESSAGE_SAVED, OPEN = "update", "findAndModify"
 
 

@@ -18,6 +18,8 @@ from mongodb_session_manager import (
 )
 from support import CommandLog, agent, fail_point, message_ids, texts
 
+pytestmark = pytest.mark.shared_factory
+
 SAVE_ON = pytest.mark.parametrize("save_on", ["message", "invocation"])
 TOO_LONG = "a" * (15 * 1024 * 1024)
 SAYS = r"^a message of 157\d{5} bytes, its attachments not counted, exceeds the maximum of 15728640 bytes"

@@ -30,6 +30,8 @@ from mongodb_session_manager import (
 from mongodb_session_manager._repository.listing import Position
 from support import CommandLog, agent, fail_point
 
+pytestmark = pytest.mark.shared_factory
+
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -26,6 +26,8 @@ from mongodb_session_manager._format.multi_agents import first_write
 from orchestrators import node, pipeline
 from support import CommandLog, agent, message_ids, texts
 
+pytestmark = pytest.mark.shared_factory
+
 AGENTS = {"a.b": "a%2Eb", "$x": "%24x", "50%": "50%25", "日本": "日本", "x" * 200: "x" * 200}
 
 no_id = pytest.mark.parametrize(

@@ -41,7 +41,8 @@ from support import agent, texts
 Stored = pymongo.collection.Collection[dict[str, Any]]
 Lines = list[Any]
 
-pytestmark = pytest.mark.may_block  # a swarm makes an `Agent()`, and with it a Bedrock client that reads files
+# A swarm makes an `Agent()`, and with it a Bedrock client that reads files.
+pytestmark = [pytest.mark.may_block, pytest.mark.shared_factory]
 
 MANAGERS = {
     kind.__name__: kind
@@ -135,17 +136,23 @@ def orchestrated(factory: MongoDBSessionManagerFactory) -> None:
         agent(manager, "a reply")("a prompt")
 
 
+@pytest.fixture(scope="module")
+def exported() -> list[list[str]]:
+    """The lines of `exports`, made by the first test that uses them."""
+    return []
+
+
 @pytest.fixture
-def exports(sessions: MongoDBSessionManagerFactory) -> list[Lines]:
+def exports(sessions: MongoDBSessionManagerFactory, exported: list[list[str]]) -> list[Lines]:
     """Several exported sessions, without digests."""
-    found = []
-    for make in (with_everything, long_and_summarized, orchestrated):
-        make(sessions)
-        lines = list(sessions.export_session("s"))
-        sessions.delete_session("s")
-        end = json.loads(lines[-1])
-        del end["end"]["sha256"]
-        found.append([*map(json.loads, lines[:-1]), end])
+    if not exported:
+        for make in (with_everything, long_and_summarized, orchestrated):
+            make(sessions)
+            exported.append(list(sessions.export_session("s")))
+            sessions.delete_session("s")
+    found = [[json.loads(line) for line in lines] for lines in exported]
+    for lines in found:
+        del lines[-1]["end"]["sha256"]
     return found
 
 
@@ -700,7 +707,16 @@ def parts_of(data: bytes) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize("is_async", [False, True], ids=["iterable", "asynchronous"])
 async def test_a_stream_is_read_alike_wherever_it_is_cut(kind: str, is_async: bool) -> None:
     # Characters of several bytes, and quotes, brackets and escapes where a line could seem to end.
-    texts = ["grün \U0001f600", '}{"a": 1}', "}\\", '\\"}', "{}{}", "}\n{", "x" * 200_000, "}"]
+    texts = [
+        "grün \U0001f600",
+        '}{"a": 1}',
+        "}\\",
+        '\\"}',
+        "{}{}",
+        "}\n{",
+        "x" * (2_000 if kind == "single bytes" else 200_000),
+        "}",
+    ]
     records: Lines = [{"format": "}{", "n": [{}, {}]}, *({"text": text} for text in texts), {"end": {}}]
     data = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records).encode()
     parts = parts_of(data)[kind]()

@@ -23,6 +23,8 @@ from mongodb_session_manager._format.sizes import LARGE, is_large, least_size
 from mongodb_session_manager._io.loop import io_portal
 from support import CommandLog, agent
 
+pytestmark = pytest.mark.shared_factory
+
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
 DENSE: list[Any] = [{"a": [1]}] * 60_000

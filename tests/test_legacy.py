@@ -17,6 +17,8 @@ from fix_legacy import CREATED, PNG, SECRET, conversation, old_agent, old_messag
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from support import CommandLog, agent, message_ids, texts
 
+pytestmark = pytest.mark.shared_factory
+
 
 def restored_conversation() -> list[dict[str, Any]]:
     return [

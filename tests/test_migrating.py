@@ -24,6 +24,8 @@ from mongodb_session_manager import (
 )
 from support import agent
 
+pytestmark = pytest.mark.shared_factory
+
 Stored = Collection[dict[str, Any]]
 Call = Callable[[MongoDBSessionManager, MongoDBSessionRepository], Any]
 

@@ -30,6 +30,8 @@ from mongodb_session_manager import (
 )
 from support import agent, texts
 
+pytestmark = pytest.mark.shared_factory
+
 ABSENT = Ellipsis
 
 ODD: list[Any] = [ABSENT, None, -1, "x", [None, 3, "x"], {"a": {"b": [1]}}]

@@ -13,6 +13,8 @@ from fix_rollback import AGENT_FIELDS, Stored, as_1_0_0, picture, restored_by_th
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from support import CommandLog, agent, texts
 
+pytestmark = pytest.mark.shared_factory
+
 
 @tool
 def add(a: int, b: int) -> int:

@@ -16,6 +16,8 @@ from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSession
 from mongodb_session_manager.errors import MessageNotFoundError, SessionConflictError
 from support import CommandLog, agent, eventually, message_ids, texts
 
+pytestmark = pytest.mark.shared_factory
+
 Stored = Collection[dict[str, Any]]
 
 _clock = itertools.count(1)
