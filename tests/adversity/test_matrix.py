@@ -85,10 +85,10 @@ def cells() -> list[Cell]:
 def drawn(*faults: str) -> list[Any]:
     """Return cells with a kind of manager in turn, but with both where they differ, and for `append`.
 
-    Each run draws another third of the cells, which includes every operation and every fault. `--full-adversity`: all
+    Each run draws another quarter of the cells, which includes every operation and every fault. `--full-adversity`: all
     cells with both kinds.
     """
-    random, share = run_random(), min(3, len(faults))
+    random, share = run_random(), min(4, len(faults))
     rows = random.sample(list(OPERATIONS), len(OPERATIONS))
     columns = random.sample(faults, len(faults))
     cases, chosen, turns = [], [], 0
