@@ -122,7 +122,7 @@ class Cluster:
     def primary(self) -> int:
         """Return the index of the primary, after an election."""
         found: list[int] = []
-        until(lambda: found.extend(self._primaries()) or found, "there is no primary")  # type: ignore[func-returns-value]
+        until(lambda: found.extend(self._primaries()) or found, "there is no primary", 0.1)  # type: ignore[func-returns-value]
         return found[0]
 
     def _primaries(self) -> list[int]:
@@ -137,12 +137,13 @@ class Cluster:
         until(
             lambda: member.is_in_service("isWritablePrimary") or member.is_in_service("secondary"),
             f"member {number} is not in service",
+            0.1,
         )
 
 
-def until(condition: Callable[[], object], failure: str) -> None:
-    """Wait until a condition is true."""
+def until(condition: Callable[[], object], failure: str, pause: float = 0.02) -> None:
+    """Wait until a condition is true, which is looked at once in `pause` seconds."""
     deadline = time.monotonic() + BOUND
     while not condition():
         assert time.monotonic() < deadline, failure
-        time.sleep(0.02)
+        time.sleep(pause)

@@ -280,41 +280,46 @@ def parts_of(context: Context, session_id: str) -> list[Any]:
     return found
 
 
-def check(operation: Operation, context: Context, session_id: str, child: Child) -> None:
+def check(
+    operation: Operation,
+    context: Context,
+    repository: MongoDBSessionRepository,
+    factory: MongoDBSessionManagerFactory,
+    session_id: str,
+    child: Child,
+) -> None:
     sessions = context.database["agent_sessions"]
-    with context.repository() as repository:
-        is_there = repository.session_exists(session_id)
-        if not child.killed:
-            assert is_there is not operation.removes
-        if is_there:
-            has_agent = bool(repository.list_agents(session_id))
-            operation.check(content(repository, session_id) if has_agent else [], child)
-        else:
-            assert operation.makes or operation.removes
-            assert session_id not in {found.session_id for found in repository.list_sessions(limit=1000).sessions}
-        # A lease lasts a minute; the test does not wait until it expires.
-        sessions.update_many({"_id": session_id, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
-        with MongoDBSessionManagerFactory(context.uri, context.database.name, **LIMITS) as factory:
-            with factory.create_session_manager(session_id) as manager:
-                live = agent(manager)
-                assert texts(live.messages) == (texts_of(repository, session_id) if is_there else [])
-                if not is_there:
-                    assert live.messages == []
-            eventually(lambda: not factory._connection._tasks)
-            assert not sessions.count_documents({"_id": session_id, "state": {"$exists": True}})
-            operation.check_opened(context, session_id, child)
-            if is_there:
-                before = content(repository, session_id) if repository.list_agents(session_id) else []
-                factory.fork_session(session_id, "again")
-                assert (content(repository, "again") if before else []) == before
-                assert factory.delete_session("again")
-                assert parts_of(context, "again") == []
-        if operation.makes and not is_there:
-            assert repository.delete_session(session_id)
-            repository.import_session(context.lines, session_id)
-            assert content(repository, session_id) == WHOLE
+    is_there = repository.session_exists(session_id)
+    if not child.killed:
+        assert is_there is not operation.removes
+    if is_there:
+        has_agent = bool(repository.list_agents(session_id))
+        operation.check(content(repository, session_id) if has_agent else [], child)
+    else:
+        assert operation.makes or operation.removes
+        assert session_id not in {found.session_id for found in repository.list_sessions(limit=1000).sessions}
+    # A lease lasts a minute; the test does not wait until it expires.
+    sessions.update_many({"_id": session_id, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
+    with factory.create_session_manager(session_id) as manager:
+        live = agent(manager)
+        assert texts(live.messages) == (texts_of(repository, session_id) if is_there else [])
+        if not is_there:
+            assert live.messages == []
+    eventually(lambda: not factory._connection._tasks)
+    assert not sessions.count_documents({"_id": session_id, "state": {"$exists": True}})
+    operation.check_opened(context, session_id, child)
+    if is_there:
+        before = content(repository, session_id) if repository.list_agents(session_id) else []
+        factory.fork_session(session_id, "again")
+        assert (content(repository, "again") if before else []) == before
+        assert factory.delete_session("again")
+        assert parts_of(context, "again") == []
+    if operation.makes and not is_there:
         assert repository.delete_session(session_id)
-        assert not repository.delete_session(session_id)
+        repository.import_session(context.lines, session_id)
+        assert content(repository, session_id) == WHOLE
+    assert repository.delete_session(session_id)
+    assert not repository.delete_session(session_id)
     assert parts_of(context, session_id) == []
 
 
@@ -347,20 +352,21 @@ def test_a_process_is_killed_between_any_two_commands(
     prepare(["uninterrupted"])
     whole = interrupted(operation, context, "uninterrupted", None, False)
     assert whole.commands
-    check(operation, context, "uninterrupted", whole)
     points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"))
     prepare([f"killed-{n}-{after}" for n, after in points])
-    killed = 0
-    for n, after in points:
-        child = interrupted(operation, context, f"killed-{n}-{after}", n, after)
-        killed += child.killed
-        try:
-            check(operation, context, f"killed-{n}-{after}", child)
-        except BaseException as error:
-            error.add_note(f"killed {('before', 'after')[after]} the {n}th command, {child.commands}")
-            raise
-    assert killed >= len(points) // 2
-    with context.repository() as repository:
+    children = {(n, after): interrupted(operation, context, f"killed-{n}-{after}", n, after) for n, after in points}
+    assert sum(child.killed for child in children.values()) >= len(points) // 2
+    with (
+        context.repository() as repository,
+        MongoDBSessionManagerFactory(context.uri, context.database.name, **LIMITS) as factory,
+    ):
+        check(operation, context, repository, factory, "uninterrupted", whole)
+        for (n, after), child in children.items():
+            try:
+                check(operation, context, repository, factory, f"killed-{n}-{after}", child)
+            except BaseException as error:
+                error.add_note(f"killed {('before', 'after')[after]} the {n}th command, {child.commands}")
+                raise
         assert content(repository, "source") == WHOLE
         assert repository.delete_session("source")
     for suffix in ("", *OUTSIDE):

@@ -85,10 +85,10 @@ def cells() -> list[Cell]:
 def drawn(*faults: str) -> list[Any]:
     """Return cells with alternating kinds of manager; with both kinds where they differ, and for `append`.
 
-    Each run draws a third of the cells, with every operation and every fault. `--full-adversity` returns all cells with
+    Each run draws a quarter of the cells, with every operation and every fault. `--full-adversity` returns all cells with
     both kinds.
     """
-    random, share = run_random(), min(3, len(faults))
+    random, share = run_random(), min(4, len(faults))
     rows = random.sample(list(OPERATIONS), len(OPERATIONS))
     columns = random.sample(faults, len(faults))
     cases, chosen, turns = [], [], 0
