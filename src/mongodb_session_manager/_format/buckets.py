@@ -120,8 +120,7 @@ class Step(NamedTuple):
     most: int
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """The maximum number of messages of an agent in the session document, and of their bytes."""
 
     messages: int
