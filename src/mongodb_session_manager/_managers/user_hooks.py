@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -152,7 +154,12 @@ async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
     return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
 
 
+_HOOK_THREADS = f"{__package__}.hook_threads"
+
+
 async def _threaded(call: Callable[[], Any]) -> Any:
+    if _HOOK_THREADS not in sys.modules:  # importing AnyIO takes longer than an event loop should wait
+        await asyncio.to_thread(importlib.import_module, _HOOK_THREADS)
     from .hook_threads import in_thread
 
     with _original_that(waits=True):
