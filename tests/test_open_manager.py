@@ -494,7 +494,7 @@ async def test_a_manager_that_was_reloaded_and_not_used_does_not_keep_others_out
     live = agent(here, "one")
     await live.invoke_async("first")
     await here.reload()
-    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=5.0) as other:
+    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=30.0) as other:
         await agent(other, "two").invoke_async("second")
     await here.reload()
     assert texts(live.messages) == ["first", "one", "second", "two"]
@@ -511,7 +511,7 @@ async def test_a_cancelled_reload_leaves_no_lease(factory: Any) -> None:
     with pytest.raises(asyncio.CancelledError):
         await reload
     await other.close()
-    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=2.0):
+    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=10.0):
         pass
     await here.close()
 
