@@ -28,7 +28,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
-from support import CommandLog, agent, texts
+from support import CommandLog, Paused, agent, texts
 from support import Session as Opened
 
 pytestmark = pytest.mark.anyio
@@ -473,11 +473,15 @@ async def test_reload_waits_for_the_turn_of_another_manager(factory: Any, comman
     live = agent(here, "one", "three")
     await live.invoke_async("first")
     elsewhere = await factory.create_session_manager_async("s", on_busy="wait")
-    other = agent(elsewhere, "two")
-    other.model.delay = 0.3
+    other = agent(elsewhere)
+    other.model = model = Paused(["two"])
     turn = asyncio.create_task(other.invoke_async("second"))
+    await model.asked.wait()
+    reload = asyncio.create_task(here.reload())
     await asyncio.sleep(0.05)
-    await here.reload()
+    assert not reload.done()
+    model.go.set()
+    await reload
     assert texts(live.messages) == ["first", "one", "second", "two"]
     await turn
     commands.clear()
