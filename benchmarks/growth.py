@@ -135,8 +135,8 @@ class _Session:
         while self.size < size:
             for _ in range(min(_BATCH, size - self.size)):
                 self._add(_message(self.size), manager, holder)
+            _trim(manager, holder)
             await manager.flush()
-        await self.window_begins_at(0)
 
     async def extended_to(self, size: int, uri: str) -> None:
         """Insert messages between the archived ones and the others, without the library."""
@@ -145,7 +145,8 @@ class _Session:
         await self.window_begins_at(self.size - _WINDOW)
         await self.close()
         await asyncio.to_thread(_insert, uri, self.session_id, size - self.size)
-        self.size, self._newest = size, self._newest[-_WINDOW:]
+        _, holder = await self._open()  # with the messages of the window, which can be inserted ones
+        self.size, self._newest = size, [*holder.messages]
 
     async def append(self) -> float:
         """Append a message with one command; return the seconds."""
@@ -153,6 +154,7 @@ class _Session:
         message = _message(self.size)
         start = time.perf_counter()
         self._add(message, manager, holder)
+        _trim(manager, holder)
         await manager.flush()
         return time.perf_counter() - start
 
@@ -296,6 +298,12 @@ def _insert(uri: str, session_id: str, count: int) -> None:
         messages_of_head = {"$map": {"input": f"${path}.messages", "as": "one", "in": renumbered}}
         update = [{"$set": {**higher, f"{path}.messages": messages_of_head}}]
         database["agent_sessions"].update_one({"_id": session_id}, update)
+
+
+def _trim(manager: AsyncMongoDBSessionManager, holder: Agent) -> None:
+    """Do what Strands does at the end of a turn: messages that the window needs are not archived."""
+    holder.conversation_manager.apply_management(holder)
+    manager.sync_agent(holder)
 
 
 def _agent(manager: AsyncMongoDBSessionManager) -> Agent:
