@@ -29,6 +29,20 @@ from mongodb_session_manager.demo import ScriptedModel
 MetricsClient()  # a thread that uses Strands' one instance while another thread makes it finds it incomplete
 
 
+class Paused(ScriptedModel):
+    """A model that answers when it is told to."""
+
+    def __init__(self, replies: Iterable[Any]) -> None:
+        super().__init__(replies)
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def stream(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.set()
+        await self.go.wait()
+        async for chunk in super().stream(*args, **kwargs):
+            yield chunk
+
+
 class CommandLog(monitoring.CommandListener):
     """The names of the commands that were sent, except the commands that open and close connections."""
 

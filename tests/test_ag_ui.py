@@ -18,6 +18,7 @@ from mongodb_session_manager import (
     SessionConflictError,
 )
 from mongodb_session_manager.demo import ScriptedModel
+from support import Paused
 
 core = pytest.importorskip("ag_ui.core", reason="needs ag-ui-strands, of the extra test")
 adapter = pytest.importorskip("ag_ui_strands", reason="needs ag-ui-strands, of the extra test")
@@ -42,7 +43,8 @@ class Worker(adapter.StrandsAgent):
     """A worker process of an application; the adapter keeps the agent of each thread in memory."""
 
     def __init__(self, factory: MongoDBSessionManagerFactory, *replies: Any, reloads: bool = True, **behaviors: Any):
-        self.factory, self.model, self.reloads = factory, ScriptedModel(replies), reloads
+        self.factory, self.model, self.reloads = factory, Paused(replies), reloads
+        self.model.go.set()
         self.managers: dict[str, AsyncMongoDBSessionManager] = {}
         template = Agent(
             model=self.model,
@@ -208,9 +210,11 @@ async def test_without_reloading_the_second_worker_is_not_overwritten(
 async def test_a_second_run_of_a_thread_is_refused_by_the_adapter(factory: MongoDBSessionManagerFactory) -> None:
     worker = Worker(factory, "Hello.", "Fine.", "Bye.")
     await worker.events(user("Hi"))
-    worker.model.delay = 0.05
+    worker.model.asked.clear()
+    worker.model.go.clear()
     begun = asyncio.create_task(worker.events(user("How are you?")))
-    await asyncio.sleep(0.02)
+    await worker.model.asked.wait()
     (error,) = errors(await worker.events(user("Bye")))
     assert error.code == "THREAD_BUSY"
+    worker.model.go.set()
     assert errors(await begun) == []

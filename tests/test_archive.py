@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -310,6 +312,45 @@ async def test_a_borrowed_client_of_either_driver_archives(
         await client.close()
     else:
         await asyncio.to_thread(client.close)
+
+
+@contextmanager
+def examined(stored: Stored) -> Iterator[list[tuple[str, int]]]:
+    """The collection of every command in the block, and how many documents the server examined for it."""
+    database, found = stored.database, []
+    database.command("profile", 2)
+    try:
+        yield found
+    finally:
+        database.command("profile", 0)
+        of_commands = {"docsExamined": {"$exists": True}, "ns": {"$not": {"$regex": r"\.system\."}}}
+        entries = list(database["system.profile"].find(of_commands))
+        database["system.profile"].drop()
+        found += [(entry["ns"].partition(".")[2], entry["docsExamined"]) for entry in entries]
+
+
+def test_the_server_examines_no_more_of_a_longer_conversation(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    def new_date(repository: MongoDBSessionRepository) -> None:
+        message = replace(said(0), created_at="2026-11-23T12:00:00+00:00")
+        repository.update_message("s", "agent", message)
+
+    uses: dict[str, Callable[[MongoDBSessionRepository], object]] = {
+        "read": lambda repository: repository.read_message("s", "agent", 0),
+        "read nothing": lambda repository: repository.read_message("s", "agent", 2000),
+        "replace": lambda repository: repository.update_message("s", "agent", said(0, "new")),
+        "replace with another date": new_date,
+        "redact": lambda repository: repository.update_message("s", "agent", redacted(0)),
+    }
+    most = {}
+    for name, use in uses.items():
+        # A new one, which knows nothing about the session.
+        with examined(stored) as commands, MongoDBSessionRepository(server, database, **SMALL) as repository:
+            use(repository)
+        assert "agent_sessions_archive" in {collection for collection, _ in commands}
+        most[name] = max(count for _, count in commands)
+    assert most == dict.fromkeys(uses, 1)
 
 
 # Restoring.

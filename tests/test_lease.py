@@ -34,27 +34,12 @@ from mongodb_session_manager import (
 from mongodb_session_manager._store.lease import Lease
 from mongodb_session_manager._store.lease_queue import of_connections
 from mongodb_session_manager._store.opening import Opening
-from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import node, pipeline, team
-from support import CommandLog, agent, eventually, message_ids, texts
+from support import CommandLog, Paused, agent, eventually, message_ids, texts
 
 pytestmark = pytest.mark.anyio
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
-
-
-class Paused(ScriptedModel):
-    """A model that answers after `go` is set."""
-
-    def __init__(self, *replies: Any) -> None:
-        super().__init__(replies)
-        self.asked, self.go = asyncio.Event(), asyncio.Event()
-
-    async def stream(self, *args: Any, **kwargs: Any) -> Any:
-        self.asked.set()
-        await self.go.wait()
-        async for chunk in super().stream(*args, **kwargs):
-            yield chunk
 
 
 @pytest.fixture
@@ -70,7 +55,7 @@ async def begin_turn(
     manager: AsyncMongoDBSessionManager | MongoDBSessionManager, text: str = "first", reply: str = "one"
 ) -> tuple[Paused, asyncio.Task[Any]]:
     """Begin a turn, up to the call of its model, which has not answered."""
-    model = Paused(reply)
+    model = Paused([reply])
     live = agent(manager)
     live.model = model
     turn = asyncio.create_task(live.invoke_async(text))
@@ -99,6 +84,12 @@ def lease_of(stored: Stored) -> dict[str, Any]:
     assert document is not None
     found: dict[str, Any] = document.get("lease", {})
     return found
+
+
+async def is_renewed(stored: Stored) -> None:
+    """Wait until a manager renews its lease."""
+    until = lease_of(stored)["until"]
+    await happens(lambda: lease_of(stored)["until"] > until)
 
 
 def take_lease(stored: Stored, seconds: float) -> None:
@@ -209,7 +200,7 @@ async def test_a_further_turn_takes_the_lease_again(waiting: MongoDBSessionManag
         live = agent(manager, "one", "two")
         await live.invoke_async("first")
         assert "token" not in lease_of(stored)
-        live.model = model = Paused("two")
+        live.model = model = Paused(["two"])
         turn = asyncio.create_task(live.invoke_async("second"))
         await model.asked.wait()
         assert lease_of(stored)["fence"] == 2
@@ -374,17 +365,17 @@ def test_state_that_waited_leaves_the_session_free(waiting: MongoDBSessionManage
 
 
 async def test_a_turn_after_a_reload_keeps_its_lease_while_the_model_answers(
-    waiting: MongoDBSessionManagerFactory,
+    waiting: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
-    async with waiting.create_session_manager_async("s", save_on="invocation", lease=0.9) as manager:
+    async with waiting.create_session_manager_async("s", save_on="invocation", lease=2.0) as manager:
         live = agent(manager, "one")
         await live.invoke_async("first")
         await manager.reload()
-        await asyncio.sleep(0.5)  # the lease is not renewed between two turns
-        live.model = model = Paused("two")
+        await asyncio.sleep(0.8)  # after the time of a renewal, but the lease is not renewed between two turns
+        live.model = model = Paused(["two"])
         turn = asyncio.create_task(live.invoke_async("second"))
         await model.asked.wait()
-        await asyncio.sleep(1.5)
+        await is_renewed(stored)
         with pytest.raises(SessionBusyError):
             await waiting.create_session_manager_async("s", on_busy="refuse")
         model.go.set()
@@ -489,11 +480,10 @@ async def test_a_further_run_of_an_orchestrator_sends_nothing_to_a_model_while_t
 async def test_a_manager_that_does_nothing_keeps_its_lease(
     waiting: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
-    manager = await waiting.create_session_manager_async("s", lease=0.3)
-    first = lease_of(stored)["until"]
-    await happens(lambda: lease_of(stored)["until"] > first)
+    manager = await waiting.create_session_manager_async("s", lease=2.0)
+    await is_renewed(stored)
     model, turn = await begin_turn(manager)
-    await asyncio.sleep(0.5)
+    await is_renewed(stored)
     with pytest.raises(SessionBusyError):
         await waiting.create_session_manager_async("s", on_busy="refuse")
     model.go.set()
@@ -561,8 +551,11 @@ async def test_a_caller_that_is_cancelled_leaves_nothing_behind(
     waiting: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
     model, turn = await begin_turn(await waiting.create_session_manager_async("s"))
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(waiting.create_session_manager_async("s"), 0.2)
+    opening = asyncio.ensure_future(waiting.create_session_manager_async("s"))
+    await happens(lambda: waits(waiting) == 1)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
     gone = asyncio.create_task(request(waiting, "never", "sent"))
     await happens(lambda: waits(waiting) == 2)
     gone.cancel()

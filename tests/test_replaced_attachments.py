@@ -40,8 +40,6 @@ from mongodb_session_manager import (
 from proxy import Proxy, command
 from support import agent, alternating, eventually, run_random, sampled
 
-pytestmark = pytest.mark.shared_factory
-
 OPTIONS: dict[str, Any] = {"max_inline_attachment_bytes": 1000, "max_embedded_messages": 4}
 ARCHIVED, IN_HEAD = 0, 6
 """Messages of the session that `long` begins, each with an attachment."""

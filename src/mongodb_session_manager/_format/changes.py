@@ -51,8 +51,7 @@ class Identity(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class CreateAgent:
+class CreateAgent(NamedTuple):
     """An agent without messages is created; an existing agent stays unchanged."""
 
     agent_id: str
@@ -101,8 +100,7 @@ class ReplaceMessage:
     size: int | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateAgent:
+class UpdateAgent(NamedTuple):
     """Fields of `agent_data` get new values.
 
     `expected` is the `next_message_id` that the writer knows; `None` overwrites the fields without a check.
@@ -114,8 +112,7 @@ class UpdateAgent:
     moment: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class StoreView:
+class StoreView(NamedTuple):
     """The live messages of an agent are not the stored ones in their order.
 
     Attributes:
@@ -133,8 +130,7 @@ class StoreView:
     moment: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class ObserveConfig:
+class ObserveConfig(NamedTuple):
     """The agent runs with this model or system prompt; values that a user has set stay."""
 
     agent_id: str
@@ -142,8 +138,7 @@ class ObserveConfig:
     fields: Document
 
 
-@dataclass(frozen=True, slots=True)
-class AddGuardrailEvent:
+class AddGuardrailEvent(NamedTuple):
     """A guardrail has intervened; `event` is an entry of the session's `guardrail_events`."""
 
     agent_id: str

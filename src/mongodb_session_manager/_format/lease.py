@@ -14,9 +14,8 @@ first in `line`; a manager that has not waited takes it only if `line` is empty.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import ObjectId
 
@@ -28,8 +27,7 @@ LINE_SECONDS = 2.0
 """Seconds after which a waiting connection that does not poll loses its place in the line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A manager that takes a lease.
 
     Attributes:
@@ -122,8 +120,7 @@ class Claim:
 _HELD = ("lease.token", "lease.until")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredLease:
+class StoredLease(NamedTuple):
     """The `lease` of a session document. Values of other types are read as absent.
 
     Attributes:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Self
 
@@ -58,8 +57,7 @@ class Dates(NamedTuple):
 UNDATED = Dates(None, None)
 
 
-@dataclass(frozen=True, slots=True)
-class Life:
+class Life(NamedTuple):
     """The incarnation, `None` in 1.0.0, and the expiry of a session. The values can be older than the stored ones."""
 
     incarnation: ObjectId | None = None

@@ -22,7 +22,6 @@ no redacted text remains.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from .codec import decode
@@ -109,12 +108,11 @@ def _is_block_of(block: Any, uses: Any) -> bool:
     return len(block) == 2 and all(map(is_message_id, block)) and block[0] in uses
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A view in its parsed form."""
 
     after: int
-    items: tuple[Item, ...] = field(default=())
+    items: tuple[Item, ...] = ()
 
     @classmethod
     def parse(cls, stored: Any) -> Self | None:

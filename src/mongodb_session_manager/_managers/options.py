@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.retention import MAX_SECONDS, checked_ttl
+from .._io import drivers
 from .._io.connection import Connection
 from .._io.options import ClientOptions, ContentOptions
 from .._io.settings import Settings, unexpected_option
@@ -18,9 +19,6 @@ from .._store.lease import Lease
 from .._store.store import SessionStore
 from ..errors import ConfigurationError
 from .user_hooks import Hook, checked_hook
-
-if TYPE_CHECKING:
-    from .._io.drivers import Client
 
 SaveOn = Literal["message", "overlap", "invocation"]
 """When the messages of a turn are stored.
@@ -74,7 +72,7 @@ class ManagerOptions(SessionOptions, ClientOptions, total=False):
             It replaces the connection string and the client options.
     """
 
-    client: Client | None
+    client: drivers.Client | None
 
 
 _SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from .._copying.exports import Export
-from .._copying.forks import Forker
-from .._copying.imports import Import, feed
-from .._copying.write_back import WriteBack
-from .._format.ids import checked_id
 from .._io.loop import portal_to
 from .base import RepositoryMethods
 
+if TYPE_CHECKING:
+    from .._copying.copier import Copier
+
 
 class CopyingMethods(RepositoryMethods):
-    def _export(self, session_id: str) -> Export:
-        return Export(self._store, session_id)
+    def _copier_blocking(self) -> Copier:
+        """Return the copier, which is imported on first use, because the application pays for imports at its start."""
+        from .._copying.copier import Copier
 
-    def _import(self, session_id: str | None) -> Import:
-        return Import(self._store, None if session_id is None else checked_id(session_id, "session_id"))
+        return Copier(self._store)
+
+    async def _copier(self) -> Copier:
+        """Return the copier, imported in a thread."""
+        return await asyncio.to_thread(self._copier_blocking)
 
     async def export_session(self, session_id: str) -> AsyncGenerator[str, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
@@ -33,7 +36,7 @@ class CopyingMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist, or was removed during the call.
             AttachmentError: An attachment is missing or damaged.
         """
-        export = self._export(session_id)
+        export = (await self._copier()).export(session_id)
         while lines := await export.pull():
             for line in lines:
                 yield line
@@ -61,7 +64,8 @@ class CopyingMethods(RepositoryMethods):
             SessionConflictError: Another process has removed the copy, because its lease had expired.
             MessageTooLargeError: The session does not fit into documents of MongoDB.
         """
-        return await feed(portal_to(asyncio.get_running_loop()), self._import(session_id), stream)
+        copier = await self._copier()
+        return await copier.import_session(portal_to(asyncio.get_running_loop()), stream, session_id)
 
     async def fork_session(
         self, session_id: str, new_id: str, at_message: int | Mapping[str, int] | None = None
@@ -94,7 +98,8 @@ class CopyingMethods(RepositoryMethods):
             MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing.
         """
-        await portal_to(asyncio.get_running_loop()).run(Forker(self._store).fork, session_id, new_id, at_message)
+        copier = await self._copier()
+        await portal_to(asyncio.get_running_loop()).run(copier.fork, session_id, new_id, at_message)
 
     async def write_back(self, session_id: str) -> None:
         """Write the archived messages and the attachments of a session back into its document.
@@ -117,4 +122,4 @@ class CopyingMethods(RepositoryMethods):
             AttachmentError: An attachment is missing or damaged; the session stays unchanged.
             DatabaseError: An archived message is missing, or other writers kept changing the session.
         """
-        await WriteBack(self._store).write_back(session_id)
+        await (await self._copier()).write_back(session_id)

@@ -108,8 +108,7 @@ def criteria(application_name: object, metadata: object, created_after: object, 
     return meant
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """The position before a page: the date and id of the last session of the page before."""
 
     order: Order

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
@@ -49,7 +48,7 @@ class MultiAgentMethods(RepositoryMethods):
         checked_id(session_id, "session_id")
         write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            update = compile_write(session_id, replace(write, moment=self._connection.now()))
+            update = compile_write(session_id, write._replace(moment=self._connection.now()))
             if not await self._store_state(multi_agent.id, update, write.state):
                 await self._store.sessions.get(session_id, {"_id": 1})
 
@@ -113,7 +112,7 @@ class MultiAgentMethods(RepositoryMethods):
                 if rest is None:
                     return None
                 try:
-                    rest = replace(rest, moment=self._connection.now())
+                    rest = rest._replace(moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
                     if await self._store_state(rest.multi_agent_id, update, rest.state, guard):
                         return None

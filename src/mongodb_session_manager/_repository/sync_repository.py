@@ -10,7 +10,6 @@ from pymongo.database import Database
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from .._copying.imports import feed_blocking
 from .._io.drivers import SyncClient
 from .._io.options import RepositoryOptions
 from .._io.portal import Portal
@@ -135,12 +134,12 @@ class MongoDBSessionRepository(SessionRepository):
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, **kwargs)
 
     def export_session(self, session_id: str) -> Generator[str, None, None]:
-        export = self._async._export(session_id)
+        export = self._async._copier_blocking().export(session_id)
         while lines := self._portal.call(export.pull):
             yield from lines
 
     def import_session(self, stream: Iterable[str | bytes], session_id: str | None = None) -> str:
-        return feed_blocking(self._portal, self._async._import(session_id), stream)
+        return self._async._copier_blocking().import_blocking(self._portal, stream, session_id)
 
 
 finish_twins(MongoDBSessionRepository, Async)

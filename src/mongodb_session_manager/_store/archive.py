@@ -128,20 +128,23 @@ class Archive:
     async def find_archived(
         self, place: Place, key: str, message_id: int, since: Any, created_at: Any = None
     ) -> Document | None:
-        head = self._mover.head(place.session_id, key)
-        is_regular = head is not None and head.is_regular
-        for condition in holding_message(place, key, message_id, since, is_regular, created_at):
-            bucket = await self.collection.find_one(condition, {"messages.$": 1})
-            if bucket is not None:
-                message: Document = bucket["messages"][0]
-                return message
-        return None
+        at_its_position, anywhere = holding_message(place, key, message_id, since, created_at)
+        bucket = await self.collection.find_one(at_its_position, {"messages.$": 1})
+        if bucket is None and not await self._is_regular(place.session_id, key):
+            bucket = await self.collection.find_one(anywhere, {"messages.$": 1})
+        return None if bucket is None else bucket["messages"][0]
+
+    async def _is_regular(self, session_id: str, key: str) -> bool:
+        """Return whether every id is the position of its message, so that no other bucket needs to be searched."""
+        head = self._mover.head(session_id, key) or await self._mover.read_head(session_id, key)
+        return head is None or head.is_regular
 
     async def change(self, place: Place, key: str, message_id: int, fields: Document, created_at: Any = None) -> None:
         head = self._mover.head(place.session_id, key) or await self._mover.read_head(place.session_id, key)
         if head is None:
             return
-        for condition in holding_message(place, key, message_id, head.since, head.is_regular, created_at):
+        conditions = holding_message(place, key, message_id, head.since, created_at)
+        for condition in conditions[: 1 if head.is_regular else 2]:
             change = change_in_bucket(condition, message_id, fields, created_at)
             changed = await self.collection.send(
                 lambda archive: find_and_modify(archive, change.filter, change.update, {REMOVED: 1})  # noqa: B023

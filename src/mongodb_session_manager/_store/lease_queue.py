@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Hashable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from bson import ObjectId
@@ -85,13 +84,13 @@ class Waiter:
         self._event.clear()
 
 
-@dataclass
 class Queue:
     """The waiting managers, oldest first, and the held leases of one session on one connection."""
 
-    waiters: deque[Waiter] = field(default_factory=deque)
-    held: set[Holding] = field(default_factory=set)
-    is_in_line: bool = False
+    def __init__(self) -> None:
+        self.waiters: deque[Waiter] = deque()
+        self.held: set[Holding] = set()
+        self.is_in_line = False
 
     def wake(self) -> None:
         """Wake the first waiter."""

@@ -1,0 +1,34 @@
+"""`Copier`: exports, imports, forks and writes back the sessions of a store."""
+
+from __future__ import annotations
+
+from .._format.ids import checked_id
+from .._io.portal import Portal
+from .._store.store import SessionStore
+from .exports import Export
+from .forks import Forker
+from .imports import Import, feed, feed_blocking
+from .write_back import WriteBack
+
+
+class Copier:
+    def __init__(self, store: SessionStore) -> None:
+        self._store = store
+
+    def export(self, session_id: str) -> Export:
+        return Export(self._store, session_id)
+
+    def _import(self, session_id: str | None) -> Import:
+        return Import(self._store, None if session_id is None else checked_id(session_id, "session_id"))
+
+    async def import_session(self, portal: Portal, stream: object, session_id: str | None) -> str:
+        return await feed(portal, self._import(session_id), stream)
+
+    def import_blocking(self, portal: Portal, stream: object, session_id: str | None) -> str:
+        return feed_blocking(portal, self._import(session_id), stream)
+
+    async def fork(self, session_id: str, new_id: str, at_message: object) -> None:
+        await Forker(self._store).fork(session_id, new_id, at_message)
+
+    async def write_back(self, session_id: str) -> None:
+        await WriteBack(self._store).write_back(session_id)
