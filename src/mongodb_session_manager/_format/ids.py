@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import InvalidArgumentError, raise_alone
 
+_RESERVED = re.compile(r"[%.$]")
+
 NO_MESSAGE: list[Any] = []
 """The placeholder in lists of stored ids for an element of `messages` that is not a message and gets no id."""
 
@@ -46,7 +48,7 @@ def checked_count(value: object, name: str) -> int:
 
 def agent_key(agent_id: str) -> str:
     """Return the key of an agent: its id, with `%`, `.` and `$` percent-encoded."""
-    return re.sub(r"[%.$]", lambda match: f"%{ord(match[0]):02X}", checked_id(agent_id, "agent_id"))
+    return _RESERVED.sub(lambda match: f"%{ord(match[0]):02X}", checked_id(agent_id, "agent_id"))
 
 
 def agent_id_of(key: str) -> str:
