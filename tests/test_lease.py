@@ -770,7 +770,7 @@ def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
     with MongoDBSessionManagerFactory(standalone, database, on_busy="wait") as factory:
 
         def ask(name: str) -> None:
-            with factory.create_session_manager("s") as manager:
+            with factory.create_session_manager("turns") as manager:
                 agent(manager, "answer")(name)
 
         threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
@@ -778,7 +778,7 @@ def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-        with factory.create_session_manager("s") as manager:
+        with factory.create_session_manager("turns") as manager:
             assert len(agent(manager).messages) == 8
 
 

@@ -435,6 +435,7 @@ async def test_something_slow_before_the_end_of_the_invocation_does_not_hold_up_
 
     async with await factory.create_session_manager_async("s", save_on=save_on) as manager:
         live = agent(manager, "one")
+        live.hooks.add_callback(BeforeModelCallEvent, lambda event: event.agent.state.set("topic", "boats"))
         if where == "message":
             live.hooks.add_callback(MessageAddedEvent, on_message)
         elif where == "middleware":
@@ -442,6 +443,7 @@ async def test_something_slow_before_the_end_of_the_invocation_does_not_hold_up_
         running = asyncio.create_task(turn())
         await shown.wait()
         await asyncio.to_thread(eventually, lambda: stored_texts(stored) == ["a", "one"])
+        assert stored.find_one({"_id": "s"})["agents"]["agent"]["agent_data"]["state"] == {"topic": "boats"}
         slow.set()
         await running
     last = stored.find_one({"_id": "s"})["agents"]["agent"]["messages"][-1]

@@ -85,8 +85,8 @@ def cells() -> list[Cell]:
 def drawn(*faults: str) -> list[Any]:
     """Return cells with alternating kinds of manager; with both kinds where they differ, and for `append`.
 
-    Each run draws a quarter of the cells, with every operation and every fault. `--full-adversity` returns all cells with
-    both kinds.
+    Each run draws a quarter of the cells, with every operation and every fault. `--full-adversity` returns all cells
+    with both kinds.
     """
     random, share = run_random(), min(4, len(faults))
     rows = random.sample(list(OPERATIONS), len(OPERATIONS))

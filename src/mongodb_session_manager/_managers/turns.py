@@ -91,14 +91,14 @@ class Turns:
         """Make the next flush release the lease, unless other callbacks follow or the agent continues at once."""
         if self._lease is None:
             return
-        if _continues(event) or (is_first and _can_be_changed(event)):
+        if _continues(event) or (is_first and can_be_changed(event)):
             self._lease.pause()
         else:
             self.release_lease(event.agent.agent_id)
 
     def keeps_lease_until(self, event: AfterInvocationEvent) -> bool:
         """Return whether the lease is released by the last callback of an invocation, and not by the first one."""
-        return self._lease is not None and _can_be_changed(event)
+        return self._lease is not None and can_be_changed(event)
 
     def stop_waiting(self) -> None:
         """Refuse the writes that wait for the lease, because the invocation was cancelled."""
@@ -116,7 +116,7 @@ class Turns:
         return self._lease is None or self._lease.is_certain
 
 
-def _can_be_changed(event: AfterInvocationEvent) -> bool:
+def can_be_changed(event: AfterInvocationEvent) -> bool:
     """Return whether callbacks that can change the agent run between the first and the last one of its manager."""
     agent = event.agent
     modules = (getattr(callback, "__module__", None) or "" for callback in agent.hooks.get_callbacks_for(event))
