@@ -766,6 +766,7 @@ def test_a_holder_whose_event_loop_has_ended(server: str, database: str, stored:
     del holder
 
 
+@pytest.mark.own_database  # no test empties the shared one on this server
 def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
     with MongoDBSessionManagerFactory(standalone, database, on_busy="wait") as factory:
 
