@@ -97,6 +97,13 @@ def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bo
     return any(text.encode() in batch for name in names for batch in bson_of(driver[database][name]))
 
 
+def emptied(stored: Stored) -> Stored:
+    """Remove what earlier tests have stored, also in the collections of archives and attachments."""
+    for name in stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}}):
+        stored.database[name].delete_many({})
+    return stored
+
+
 def documents_of(stored: Stored) -> dict[str, list[Any]]:
     """Return what is stored, by collection, so that other tests begin with it."""
     names = stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})

@@ -30,6 +30,7 @@ from fix_archive import (
     archive_of,
     begin,
     documents_of,
+    emptied,
     everything,
     expected,
     head,
@@ -93,8 +94,7 @@ def store_thirty(repository: MongoDBSessionRepository, stored: Stored) -> None:
 def long_documents(
     server: str, shared_database: str, driver: Driver, logged_repository: Logged
 ) -> dict[str, list[Any]]:
-    stored = driver[shared_database]["agent_sessions"]
-    logged_repository[0].delete_session("s")
+    stored = emptied(driver[shared_database]["agent_sessions"])
     store_thirty(logged_repository[0], stored)
     return documents_of(stored)
 

@@ -17,7 +17,7 @@ from pymongo.collection import Collection
 from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent
 
-from fix_archive import documents_of, store_again
+from fix_archive import documents_of, emptied, store_again
 from fix_deletion import (
     COUNT,
     EVERYWHERE,
@@ -66,9 +66,7 @@ def documents(
     shared_repository: MongoDBSessionRepository, shared_database: str, driver: Driver
 ) -> dict[str, list[Any]]:
     """A session with parts in every collection, by collection."""
-    stored = driver[shared_database]["agent_sessions"]
-    for name in EVERYWHERE:
-        stored.database[name].delete_many({})
+    stored = emptied(driver[shared_database]["agent_sessions"])
     fill(shared_repository)
     wait_for_moves(stored)
     eventually(lambda: not shared_repository._async._connection._tasks)

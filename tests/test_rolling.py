@@ -13,7 +13,7 @@ import pytest
 from pymongo.collection import Collection
 from strands.types.session import SessionAgent, SessionMessage
 
-from fix_archive import documents_of, store_again
+from fix_archive import documents_of, emptied, store_again
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from mongodb_session_manager.errors import MessageNotFoundError, SessionConflictError
 from support import CommandLog, agent, eventually, message_ids, texts
@@ -137,8 +137,7 @@ def two_turns(
     driver: pymongo.MongoClient[dict[str, Any]],
 ) -> dict[str, list[Any]]:
     """The documents of a session of two turns."""
-    stored = driver[shared_database]["agent_sessions"]
-    stored.delete_many({})
+    stored = emptied(driver[shared_database]["agent_sessions"])
     for question, answer in (("one", "first"), ("two", "second")):
         one_turn(shared_factory()[0], question, answer)
     return documents_of(stored)

@@ -17,7 +17,7 @@ from pymongo import monitoring
 from strands.types.session import Session, SessionAgent
 
 import interpreter
-from fix_archive import documents_of, store_again
+from fix_archive import documents_of, emptied, store_again
 from fix_deletion import EVERYWHERE, ID, MOMENT, SMALL, fill, is_whole, said, traces, wait_for_moves
 from mongodb_session_manager import (
     MongoDBSessionError,
@@ -59,9 +59,7 @@ def full_documents(
     shared_repository: MongoDBSessionRepository, shared_database: str, driver: Driver
 ) -> dict[str, list[Any]]:
     """The documents of a session that has messages and attachments in all places."""
-    stored = driver[shared_database]["agent_sessions"]
-    for name in EVERYWHERE:
-        stored.database[name].delete_many({})
+    stored = emptied(driver[shared_database]["agent_sessions"])
     fill(shared_repository)
     wait_for_moves(stored)
     eventually(lambda: not shared_repository._async._connection._tasks)

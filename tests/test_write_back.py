@@ -31,6 +31,7 @@ from fix_archive import (
     archive_of,
     begin,
     documents_of,
+    emptied,
     everything,
     expected,
     head,
@@ -102,8 +103,7 @@ def documents(
     shared_repository: MongoDBSessionRepository, shared_database: str, driver: Driver
 ) -> dict[str, list[Any]]:
     """The documents that `fill` has stored, by collection."""
-    stored = driver[shared_database]["agent_sessions"]
-    shared_repository.delete_session("s")
+    stored = emptied(driver[shared_database]["agent_sessions"])
     fill(shared_repository, stored)
     return documents_of(stored)
 
@@ -379,12 +379,6 @@ def places(embedded: str, standalone: str) -> Iterator[dict[str, Stored]]:
                 repository.create_session(Session("s", "AGENT"))
             found[where] = client[name]["agent_sessions"]
         yield found
-
-
-def emptied(stored: Stored) -> Stored:
-    for name in COLLECTIONS:
-        stored.database[name].delete_many({})
-    return stored
 
 
 @pytest.mark.parametrize("goes_on", [False, True], ids=["called again", "used again"])
