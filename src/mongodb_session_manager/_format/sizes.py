@@ -95,6 +95,17 @@ def is_large(value: object) -> bool:
     return least_size(value, LARGE) > LARGE
 
 
+def is_large_session(document: Mapping[str, Any]) -> bool:
+    """Return whether a loaded session is large. The server has measured the messages that its document holds."""
+    measured, agents = 0, {}
+    for key, agent in document["agents"].items():
+        if type(agent.get("bytes")) is not int or agent.get("shown") or agent["first"] < agent["archived"]:
+            return is_large(document)  # messages from elsewhere
+        measured += agent["bytes"]
+        agents[key] = {name: value for name, value in agent.items() if name not in ("messages", "ids")}
+    return least_size({**document, "agents": agents}, LARGE) + measured > LARGE and is_large(document)
+
+
 # The parts of a session document; queried only after the server refused a statement because of its size.
 
 _SESSION_PARTS = {"metadata": "metadata", "feedback": "feedbacks", "guardrail events": "guardrail_events"}

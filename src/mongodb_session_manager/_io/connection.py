@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, nullcontext
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -253,20 +253,6 @@ class Connection:
         """
         return _Operation(self, timed)
 
-    def _begin_operation(self) -> Token[bool]:
-        if self.closed and not _entered.get():
-            raise SessionClosedError("the connection is closed: open a new manager or factory")
-        if self._is_left_behind:
-            self._leave_behind()
-        self._operations += 1
-        return _entered.set(True)
-
-    def _end_operation(self, token: Token[bool]) -> None:
-        _entered.reset(token)
-        self._operations -= 1
-        if not self._operations:
-            self._idle.set()
-
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -431,16 +417,24 @@ class _Operation(AbstractAsyncContextManager[None]):
 
     async def __aenter__(self) -> None:
         connection = self._connection
-        self._token = connection._begin_operation()
+        if connection.closed and not _entered.get():
+            raise SessionClosedError("the connection is closed: open a new manager or factory")
+        if connection._is_left_behind:
+            connection._leave_behind()
+        self._token = _entered.set(True)
+        connection._operations += 1
         if self._timed and connection._clock.is_due():
             try:
                 await connection._read_clock()
             except BaseException:
-                connection._end_operation(self._token)
+                await self.__aexit__()
                 raise
 
     async def __aexit__(self, *_: object) -> None:
-        self._connection._end_operation(self._token)
+        _entered.reset(self._token)
+        self._connection._operations -= 1
+        if not self._connection._operations:
+            self._connection._idle.set()
 
 
 def _close_collected(client: AsyncClient, loop: asyncio.AbstractEventLoop, pid: int) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar, Unpack
 from weakref import WeakValueDictionary
 
@@ -15,9 +16,9 @@ from strands.types.session import SessionMessage
 
 from .._format.documents import Document
 from .._format.ids import checked_id
+from .._format.sizes import is_large_session
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
-from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from .._store.lease_queue import Caller
 from ..errors import (
@@ -107,7 +108,8 @@ class SessionLifecycle(OrchestratorSessionManager):
 
     async def _loaded(self, document: Document) -> UnitOfWork:
         inline = self._options.max_inline_attachment_bytes
-        return await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
+        make = partial(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
+        return await asyncio.to_thread(make) if is_large_session(document) else make()
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
         """Read messages, and block Strands' synchronous constructor of an agent until they are read."""
