@@ -715,7 +715,7 @@ def test_waiters_of_several_processes_take_turns(
     assert sorted(served) == sorted(5 * names)
     assert sorted(served[:3]) == list(names)  # each one was in the line
     runs = [len(list(run)) for _, run in itertools.groupby(served)]
-    assert max(runs) <= 3
+    assert max(runs) < 5  # none has all of its turns while the others wait
 
 
 def test_a_forked_child_holds_nothing(server: str, database: str, stored: Stored) -> None:

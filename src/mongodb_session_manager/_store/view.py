@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,7 +72,8 @@ def add_archived(agent: Document, buckets: Iterable[Document], ranges: Iterable[
     }
     tail: list[Any] = []
     earlier: list[Any] = []
-    for position in sorted(found):
+    present = sorted(found)
+    for position in present:
         message = found[position]
         if tail or message_id_of(message, position) >= view.after:
             if not tail:
@@ -81,4 +83,6 @@ def add_archived(agent: Document, buckets: Iterable[Document], ranges: Iterable[
             earlier.append(message)
     agent["messages"] = tail + agent["messages"]
     agent["shown"] = earlier + agent["shown"]
-    return sum(position not in found for begin, end in ranges for position in range(begin, end)) if is_regular else 0
+    if not is_regular:
+        return 0
+    return sum(end - begin - bisect_left(present, end) + bisect_left(present, begin) for begin, end in ranges)
