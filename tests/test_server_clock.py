@@ -34,7 +34,6 @@ NEAR = timedelta(minutes=1)
 
 SERVES = """
 import base64, pickle, sys, time, traceback
-import test_server_clock
 right, seconds = time.time, float(sys.argv[1])
 time.time = lambda: right() + seconds
 for line in sys.stdin:

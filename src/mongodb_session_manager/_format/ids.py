@@ -121,7 +121,7 @@ def is_numbered(numbers: Mapping[str, Any]) -> bool:
     ids, following, archived = numbers["ids"], numbers.get("next_message_id"), int(numbers["archived"])
     if type(following) is not int:
         return False
-    # As versions since 1.0 store them. The length comes first, because a stored number can ask for a range of gigabytes.
+    # As versions since 1.0 store them. The length comes first: a range up to a damaged number can take gigabytes.
     if ids and len(ids) == following - archived and ids == list(range(archived, following)):
         return True
     return numbered(ids, archived, following) == (ids, following)
