@@ -121,6 +121,7 @@ def is_numbered(numbers: Mapping[str, Any]) -> bool:
     ids, following, archived = numbers["ids"], numbers.get("next_message_id"), int(numbers["archived"])
     if type(following) is not int:
         return False
-    if ids and following <= _MAX_IDS and ids == list(range(archived, following)):  # as versions since 1.0 store them
+    is_short = 0 < len(ids) == following - archived  # any number can be stored, so the range can be huge
+    if is_short and following <= _MAX_IDS and ids == list(range(archived, following)):  # as stored since 1.0
         return True
     return numbered(ids, archived, following) == (ids, following)
