@@ -346,9 +346,12 @@ class SessionManagerBase(SessionLifecycle):
         if self._closed or self._work is None:
             return
         for agent_id, agent in tuple(self._agents.items()):
-            if not isinstance(agent, Agent) or agent_id in self._turns.running or self._work.is_refused(agent_id):
+            if not isinstance(agent, Agent) or self._work.is_refused(agent_id):
                 continue
-            if agent_id in self._synced or self._work.has_other_state(agent):
+            is_ending = self._turns.is_delayed(agent_id)  # for example, a stream that was not read to its end
+            if agent_id in self._turns.running and not is_ending:
+                continue
+            if is_ending or agent_id in self._synced or self._work.has_other_state(agent):
                 with self._flusher.recording(agent):
                     self.sync_agent(agent)
             else:

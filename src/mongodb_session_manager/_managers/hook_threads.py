@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import Any
 
 import anyio
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
 
-anyio.run(anyio.sleep, 0)  # AnyIO imports its larger part, the backend, on first use
+# AnyIO imports its larger part, the backend, on first use. A context of its own, because with sniffio, `anyio.run` sets
+# a context variable that says that a loop runs, also in the contexts of threads.
+Context().run(anyio.run, anyio.sleep, 0)
 
 _THREADS = 40
 """The maximum number of concurrent `def` hooks of an event loop, for each depth of nesting."""

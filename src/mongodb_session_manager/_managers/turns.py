@@ -67,6 +67,10 @@ class Turns:
         """Start a flush after `_FINAL_MESSAGE_DELAY`, unless the invocation ends before."""
         self._delayed[owner_id] = asyncio.get_running_loop().call_later(_FINAL_MESSAGE_DELAY, start_flush)
 
+    def is_delayed(self, owner_id: str) -> bool:
+        """Return whether an invocation has appended its final message and has not ended."""
+        return owner_id in self._delayed
+
     def stop(self, owner_id: str, error: MongoDBSessionError) -> None:
         """Keep the error that stops an invocation, because Strands can wrap or only log it."""
         self._stopped.setdefault(owner_id, error)

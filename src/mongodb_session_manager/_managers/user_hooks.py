@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import ModuleType
 from typing import Any, Protocol
 
 from .._io.loop import io_portal, portal_to
@@ -154,16 +154,16 @@ async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
     return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
 
 
-_HOOK_THREADS = f"{__package__}.hook_threads"
+_hook_threads: ModuleType | None = None
+"""The module that runs `def` hooks in threads, once it is imported; `sys.modules` has it earlier, incomplete."""
 
 
 async def _threaded(call: Callable[[], Any]) -> Any:
-    if _HOOK_THREADS not in sys.modules:  # importing AnyIO takes longer than an event loop should wait
-        await asyncio.to_thread(importlib.import_module, _HOOK_THREADS)
-    from .hook_threads import in_thread
-
+    global _hook_threads
+    if _hook_threads is None:  # importing AnyIO takes longer than an event loop should wait
+        _hook_threads = await asyncio.to_thread(importlib.import_module, f"{__package__}.hook_threads")
     with _original_that(waits=True):
-        result = await in_thread(call)
+        result = await _hook_threads.in_thread(call)
     return await _awaited(lambda: result)
 
 
