@@ -28,7 +28,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
 )
-from support import agent, alternating, texts
+from support import agent, alternating, eventually, texts
 
 ABSENT = Ellipsis
 
@@ -212,6 +212,7 @@ class Server:
         # With a turn, or with an error before anything of it is stored.
         with self.factory.create_session_manager("s") as manager:
             made = attempt(lambda: agent(manager, "a reply"))
+            eventually(lambda: not self.factory._connection._tasks)  # opening removes odd lists of attachments
             after_opening = self.stored.find_one({"_id": "s"})
             said = made if is_error(made) else attempt(made, "a prompt")
             attempt(manager.list_agents)
@@ -332,6 +333,8 @@ odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
 
 @settings(max_examples=settings.default.max_examples // 3)
 @example([("agents.agent.messages.1.message_id", [])])
+@example([("migrating", None), ("agents.agent.messages.4.attachments", [])])
+@example([("migrating", [[]])])
 @given(st.lists(st.tuples(st.sampled_from(PATHS), odd_values), min_size=1, max_size=4))
 def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: list[tuple[str, Any]]) -> None:
     document = usual()
