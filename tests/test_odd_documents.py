@@ -17,7 +17,7 @@ import pytest
 from bson import Binary, DatetimeMS, Decimal128, Int64, ObjectId, Regex
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.raw_bson import RawBSONDocument
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pymongo.collection import Collection
 
@@ -320,6 +320,8 @@ def test_a_session_with_an_odd_field_is_used(odd_server: Server, some: Some, pat
             raise
 
 
+PARALLEL_ARRAYS = 171
+
 odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
     st.none()
     | st.booleans()
@@ -340,7 +342,11 @@ def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: l
     document = usual()
     for path, value in fields:
         put(document, path, copy.deepcopy(value))
-    odd_server.use(document)
+    try:
+        odd_server.use(document)
+    except pymongo.errors.WriteError as error:
+        assume(error.code != PARALLEL_ARRAYS)  # the server stores no document with arrays in two fields of one index
+        raise
 
 
 # What is read in the place of what cannot be used.
