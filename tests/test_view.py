@@ -35,7 +35,7 @@ from mongodb_session_manager import (
     StateTooLargeError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent, alternating, fail_point, sampled, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, sampled, texts
 
 Documents = Any
 
@@ -448,6 +448,21 @@ def test_archived_messages_of_a_view_take_one_more_command(server: str, database
         again = restored(factory, conversation_manager=NullConversationManager())
         assert again.messages == live.messages
         assert [name for name in commands.names if name != "aggregate"] == ["findAndModify", "find"]
+
+
+def test_archived_messages_of_a_view_that_are_missing_are_counted(
+    server: str, database: str, stored: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=4) as factory:
+        manager, live = turns(factory, 12, conversation_manager=NullConversationManager())
+        live.messages[0:18] = [live.messages[9], live.messages[3]]
+        manager.close()
+        eventually(lambda: not factory._connection._tasks)
+        assert stored.database["agent_sessions_archive"].delete_many({"_id.first": {"$lte": 9}}).deleted_count
+        again = restored(factory, conversation_manager=NullConversationManager())
+    assert 0 < len(again.messages) < len(live.messages)
+    missing = len(live.messages) - len(again.messages)
+    assert f"missing=<{missing}> | restoring an agent without messages that are missing in the archive" in caplog.text
 
 
 def test_another_hook_edits_after_the_invocation(factory: MongoDBSessionManagerFactory) -> None:

@@ -122,7 +122,7 @@ def is_numbered(numbers: Mapping[str, Any]) -> bool:
     if type(following) is not int:
         return False
     # As versions since 1.0 store them. The length comes first: a range up to a damaged number can take gigabytes.
-    is_short = 0 < len(ids) == following - archived
-    if is_short and following <= _MAX_IDS and ids == list(range(archived, following)):
+    are_as_many = 0 < len(ids) == following - archived
+    if are_as_many and following <= _MAX_IDS and ids == list(range(archived, following)):
         return True
     return numbered(ids, archived, following) == (ids, following)
