@@ -50,6 +50,7 @@ class _Plan:
         rounds: Number of rounds.
         sessions: Sessions that share the appends of a round, so that each one stays near the size.
         appends: Messages appended to each session.
+        openings: Openings with a window of each session in a round; their median counts.
         whole: Longer conversations are inserted as documents, and only opened with a window.
     """
 
@@ -57,14 +58,15 @@ class _Plan:
     rounds: int
     sessions: int
     appends: int
+    openings: int
     whole: int
 
     @classmethod
     def chosen(cls, quick: bool) -> _Plan:
         """Return the parameters."""
         if quick:
-            return cls((_SMALL, 200), 1, 2, 2, _SMALL)
-        return cls((_SMALL, 100, 1_000, 10_000, 100_000), 8, 4, 8, 10_000)
+            return cls((_SMALL, 200), 1, 2, 2, 1, _SMALL)
+        return cls((_SMALL, 100, 1_000, 10_000, 100_000), 8, 4, 8, 5, 10_000)
 
 
 @dataclass
@@ -135,8 +137,8 @@ class _Session:
         while self.size < size:
             for _ in range(min(_BATCH, size - self.size)):
                 self._add(_message(self.size), manager, holder)
+            _trim(manager, holder)
             await manager.flush()
-        await self.window_begins_at(0)
 
     async def extended_to(self, size: int, uri: str) -> None:
         """Insert messages between the archived ones and the others, without the library."""
@@ -145,7 +147,8 @@ class _Session:
         await self.window_begins_at(self.size - _WINDOW)
         await self.close()
         await asyncio.to_thread(_insert, uri, self.session_id, size - self.size)
-        self.size, self._newest = size, self._newest[-_WINDOW:]
+        _, holder = await self._open()  # with the messages of the window, which can be inserted ones
+        self.size, self._newest = size, [*holder.messages]
 
     async def append(self) -> float:
         """Append a message with one command; return the seconds."""
@@ -154,7 +157,10 @@ class _Session:
         start = time.perf_counter()
         self._add(message, manager, holder)
         await manager.flush()
-        return time.perf_counter() - start
+        took = time.perf_counter() - start
+        _trim(manager, holder)
+        await manager.flush()
+        return took
 
     def _add(self, message: Message, manager: AsyncMongoDBSessionManager, holder: Agent) -> None:
         holder.messages.append(message)
@@ -212,8 +218,9 @@ async def _at_size(
             await grown.window_begins_at(0)
             found.reopen.append(await _opening(factory, grown.session_id))
         await grown.window_begins_at(max(0, grown.size - _WINDOW))
-        found.windowed.append(await _opening(factory, grown.session_id))
-        found.short.append(await _opening(factory, short))
+        both = [[await _opening(factory, one) for one in (grown.session_id, short)] for _ in range(plan.openings)]
+        for times, taken in zip((found.windowed, found.short), zip(*both, strict=True), strict=True):
+            times.append(statistics.median(taken))
         found.redact_latest.append(await grown.redact_latest())
         found.redact_first.append(await asyncio.to_thread(_redact_first, uri, grown.session_id))
         if grown is not large:
@@ -296,6 +303,12 @@ def _insert(uri: str, session_id: str, count: int) -> None:
         messages_of_head = {"$map": {"input": f"${path}.messages", "as": "one", "in": renumbered}}
         update = [{"$set": {**higher, f"{path}.messages": messages_of_head}}]
         database["agent_sessions"].update_one({"_id": session_id}, update)
+
+
+def _trim(manager: AsyncMongoDBSessionManager, holder: Agent) -> None:
+    """Do what Strands does at the end of a turn: messages that the window needs are not archived."""
+    holder.conversation_manager.apply_management(holder)
+    manager.sync_agent(holder)
 
 
 def _agent(manager: AsyncMongoDBSessionManager) -> Agent:

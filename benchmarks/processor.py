@@ -9,6 +9,7 @@ from typing import Any
 
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient
+from strands.hooks import AfterInvocationEvent, MessageAddedEvent
 
 from ._bench import Bench, new_id
 from ._contenders import DATABASE, LIBRARY, MOTOR, NONE, PYMONGO, contender
@@ -17,7 +18,18 @@ from ._results import Budget, Cell, Finding, Spread
 
 _BARE_MOTOR = "two updates, Motor"
 _BARE_PYMONGO = "two updates, PyMongo async"
-_BARE = {LIBRARY: _BARE_MOTOR, MOTOR: _BARE_MOTOR, PYMONGO: _BARE_PYMONGO}
+_FLOOR_MOTOR = "a turn that awaits two updates, Motor"
+_FLOOR_PYMONGO = "a turn that awaits two updates, PyMongo async"
+_LIBRARY = (LIBRARY, MOTOR, PYMONGO)
+_BARE = {
+    _FLOOR_MOTOR: _BARE_MOTOR,
+    _FLOOR_PYMONGO: _BARE_PYMONGO,
+    LIBRARY: _BARE_MOTOR,
+    MOTOR: _BARE_MOTOR,
+    PYMONGO: _BARE_PYMONGO,
+}
+"""The updates that a way is compared with. The floor is a turn without a session manager that awaits them in a hook."""
+
 _WAYS = (_BARE_MOTOR, _BARE_PYMONGO, NONE, *_BARE)
 
 
@@ -36,7 +48,7 @@ async def measure(bench: Bench) -> Finding:
     with bench.networks([0.0]) as (uri,):
 
         async def sample(way: str) -> _Sample:
-            if way in (_BARE_MOTOR, _BARE_PYMONGO):
+            if way in (_BARE_MOTOR, _BARE_PYMONGO, _FLOOR_MOTOR, _FLOOR_PYMONGO):
                 return await _updates(way, uri, turns)
             async with contender(way, uri) as subject, subject.session(new_id()) as manager:
                 live = agent(manager)
@@ -46,7 +58,7 @@ async def measure(bench: Bench) -> Finding:
     rows = [_row(way, found) for way in _WAYS]
     budgets = [
         Budget.at_most(f"processor time added to a live turn, {way}", 1.6, _ratio(way, found), " × two updates")
-        for way in _BARE
+        for way in _LIBRARY
     ]
     setting = {"turns": turns, "rounds": rounds, "network": "none", "update": "$set and $push of a message, w=majority"}
     return Finding("Processor time of a live turn", setting, rows, budgets)
@@ -71,18 +83,34 @@ def _ratio(way: str, found: dict[str, list[_Sample]]) -> Spread:
 
 
 async def _updates(way: str, uri: str, times: int) -> _Sample:
-    client: Any = AsyncIOMotorClient(uri) if way == _BARE_MOTOR else AsyncMongoClient(uri)
+    """Measure two updates on their own, or in the hooks of a turn without a session manager."""
+    client: Any = AsyncIOMotorClient(uri) if way in (_BARE_MOTOR, _FLOOR_MOTOR) else AsyncMongoClient(uri)
     collection = client[DATABASE]["updates"]
     session_id = new_id()
     message = {"role": "user", "content": [{"text": "And now?"}]}
     update = {"$set": {"latest": message}, "$push": {"messages": message}}
 
-    async def two() -> None:
-        await collection.update_one({"_id": session_id}, update, upsert=True)
+    async def one() -> None:
         await collection.update_one({"_id": session_id}, update, upsert=True)
 
+    async def two() -> None:
+        await one()
+        await one()
+
+    async def on_question(event: MessageAddedEvent[Any]) -> None:
+        if event.message["role"] == "user":
+            await one()
+
+    async def on_end(event: AfterInvocationEvent) -> None:
+        await one()
+
+    live = agent(None)
+    live.hooks.add_callback(MessageAddedEvent, on_question)
+    live.hooks.add_callback(AfterInvocationEvent, on_end)
     try:
-        return await _measured(two, times)
+        if way in (_BARE_MOTOR, _BARE_PYMONGO):
+            return await _measured(two, times)
+        return await _measured(lambda: live.invoke_async("And now?"), times)
     finally:
         closing = client.close()
         if closing is not None:

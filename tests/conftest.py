@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 from fix_progress import Progress
 from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory
-from support import CommandLog, eventually, run_random
+from support import CLIENTS, CommandLog, eventually, run_random
 
 SharedFactory = tuple[MongoDBSessionManagerFactory, CommandLog]
 
@@ -71,18 +71,19 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 LONGEST = """
-chat_page process fastapi from_v100 embedded copying retention storage connection waiting examples_run rolling deletion
-staging failover life forking write_back archive archive_faults matrix import_streams
+chat_page process fastapi from_v100 embedded docs view copying retention storage connection forking archive_faults
+import_streams matrix waiting examples_run deletion staging failover life write_back archive attachments state_too_large
+odd_documents multi_agents replaced_attachments life_model factory lease exactness model attachments_too_large
+server_clock cancellation access errors finding conformance loop open_manager metadata
 """
 """The longest modules, without `test_`. They run first, so that none is still running when other workers are idle."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m fast`, do not import the modules that have no fast tests: importing them took most of the time."""
-    left_out = HERE in collection_path.parents and not any(
-        collection_path in (module, *module.parents) for module in FAST
-    )
-    return True if left_out and config.getoption("markexpr") == "fast" else None
+    if config.getoption("markexpr") != "fast" or HERE not in collection_path.parents:
+        return None
+    return None if any(collection_path in (module, *module.parents) for module in FAST) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -184,8 +185,8 @@ def some(request: pytest.FixtureRequest) -> Callable[[Iterable[Any], int], list[
 def retries_come_fast() -> Iterator[None]:
     """Shorten the pauses of the driver and the library before they retry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
-        patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.02)
+        patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.05)  # less would wake idle clients too often
+        patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.05)
         patch.setattr("mongodb_session_manager._io.collection._PAUSES", (0.01, 0.02, 0.05))
         yield
 
@@ -203,6 +204,7 @@ def kept_in_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def embedded(kept_in_memory: None) -> Iterator[str]:
     with Server(server_parameters={"enableTestCommands": 1}) as server:
+        server.acknowledge_before_journaling()
         yield server.connection_string
 
 
@@ -229,8 +231,10 @@ def expiring(kept_in_memory: None) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def driver(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
     """A plain client, to inspect stored documents and to write as another application would."""
-    with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True) as client:
+    with pymongo.MongoClient[dict[str, Any]](server, tz_aware=True, serverMonitoringMode="poll") as client:
+        CLIENTS[server] = client
         yield client
+        del CLIENTS[server]
 
 
 @pytest.fixture(scope="session")
@@ -283,9 +287,9 @@ def large(driver: pymongo.MongoClient[dict[str, Any]]) -> None:
 
 
 def shares_factory(request: pytest.FixtureRequest) -> bool:
-    """Return whether a test uses the factory of its module."""
+    """Return whether a test uses the factory of its module, which saves 20 ms of processor time."""
     marked = request.node.get_closest_marker
-    return marked("shared_factory") is not None and marked("own_database") is None
+    return marked("own_factory") is None and marked("own_database") is None
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +321,7 @@ def factory(
 ) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory whose client is connected and whose indexes are built, so that only sessions' commands are counted.
 
-    Marked `shared_factory`: the one factory of the module, which saves a test 20 ms of processor time.
+    It is the one factory of the module; marked `own_factory` or `own_database`: a new factory.
     """
     with ExitStack() as stack:
         if shares_factory(request):

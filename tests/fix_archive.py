@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
+import bson
 import pymongo
+from bson import ObjectId
+from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
@@ -93,6 +97,13 @@ def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bo
     return any(text.encode() in batch for name in names for batch in bson_of(driver[database][name]))
 
 
+def emptied(stored: Stored) -> Stored:
+    """Remove what earlier tests have stored, also in the collections of archives and attachments."""
+    for name in stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}}):
+        stored.database[name].delete_many({})
+    return stored
+
+
 def documents_of(stored: Stored) -> dict[str, list[Any]]:
     """Return what is stored, by collection, so that other tests begin with it."""
     names = stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
@@ -100,8 +111,17 @@ def documents_of(stored: Stored) -> dict[str, list[Any]]:
 
 
 def store_again(stored: Stored, documents: dict[str, list[Any]]) -> None:
+    """Store documents again, each session with a new incarnation, so that it is another one for every client."""
+    new = {each["incarnation"].binary: ObjectId().binary for each in documents["agent_sessions"]}
+
+    def renewed(document: Any) -> RawBSONDocument:
+        data = bson.encode(document)
+        for before, after in new.items():
+            data = data.replace(before, after)
+        return RawBSONDocument(data)
+
     for name, found in documents.items():
-        stored.database[name].insert_many(found)
+        stored.database[name].insert_many(map(renewed, found))
 
 
 def begin(repository: MongoDBSessionRepository, agent_id: str = "agent") -> None:
@@ -114,9 +134,13 @@ def append(repository: MongoDBSessionRepository, *message_ids: int, agent_id: st
         repository.create_message("s", agent_id, said(message_id))
 
 
-def appends(message_ids: Iterable[int], text: str = "text {}") -> list[AppendMessage]:
+def appends(message_ids: Iterable[int], text: str = "text {}", agent_id: str = "agent") -> list[AppendMessage]:
     """The changes that append messages, to be stored with `apply` in one command."""
-    return [AppendMessage("agent", stored_message(said(n, text.format(n)), n)) for n in message_ids]
+    return [AppendMessage(agent_id, stored_message(said(n, text.format(n)), n)) for n in message_ids]
+
+
+FIVES = [range(first, end) for first, end in itertools.pairwise((0, 9, 14, 19, 24, 29, 30))]
+"""The ids of 30 messages; whoever appends one part after the other makes buckets of five messages."""
 
 
 class Other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,9 @@ from pymongo.collection import Collection
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
 from mongodb_session_manager import MongoDBSessionRepository
-from support import bson_of, eventually, texts
+from mongodb_session_manager._format.changes import AppendMessage
+from mongodb_session_manager._format.documents import stored_message
+from support import apply, bson_of, eventually, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
@@ -36,9 +39,12 @@ def fill(repository: MongoDBSessionRepository, session_id: str = ID, text: str =
     """Make a session with messages in two buckets and more, and with attachments in both places."""
     repository.create_session(Session(session_id, SessionType.AGENT, MOMENT, MOMENT))
     repository.create_agent(session_id, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
-    for n in range(COUNT):
-        picture = text.encode() + PICTURE[n:] if n in (2, COUNT - 1) else None
-        repository.create_message(session_id, "agent", said(n, picture, text))
+    for first, end in itertools.pairwise((0, 2, 3, 10, 17, COUNT - 1, COUNT)):  # so that several buckets are made
+        if first in (2, COUNT - 1):
+            repository.create_message(session_id, "agent", said(first, text.encode() + PICTURE[first:], text))
+        else:
+            messages = [stored_message(said(n, text=text), n) for n in range(first, end)]
+            apply(repository, session_id, [AppendMessage("agent", message) for message in messages])
     repository.update_metadata(session_id, {"colour": "red"})
     repository.add_feedback(session_id, {"rating": "up"})
 

@@ -53,6 +53,16 @@ class Server(EmbeddedMongoDB):
         self._await_answer(time.monotonic() + BOUND)
         self._await_writes(time.monotonic() + BOUND)
 
+    def acknowledge_before_journaling(self) -> None:
+        """Acknowledge writes to a majority before they are in the journal, if no test kills the server.
+
+        Writing the journal for each of them takes half of the server's processor time.
+        """
+        with self._client() as client:
+            config = client.admin.command("replSetGetConfig")["config"]
+            config |= {"version": config["version"] + 1, "writeConcernMajorityJournalDefault": False}
+            client.admin.command("replSetReconfig", config)
+
 
 class _Member(Server):
     def _await_writes(self, deadline: float) -> None:
@@ -112,7 +122,7 @@ class Cluster:
     def primary(self) -> int:
         """Return the index of the primary, after an election."""
         found: list[int] = []
-        until(lambda: found.extend(self._primaries()) or found, "there is no primary")  # type: ignore[func-returns-value]
+        until(lambda: found.extend(self._primaries()) or found, "there is no primary", 0.1)  # type: ignore[func-returns-value]
         return found[0]
 
     def _primaries(self) -> list[int]:
@@ -127,12 +137,13 @@ class Cluster:
         until(
             lambda: member.is_in_service("isWritablePrimary") or member.is_in_service("secondary"),
             f"member {number} is not in service",
+            0.1,
         )
 
 
-def until(condition: Callable[[], object], failure: str) -> None:
-    """Wait until a condition is true."""
+def until(condition: Callable[[], object], failure: str, pause: float = 0.02) -> None:
+    """Wait until a condition is true, which is looked at once in `pause` seconds."""
     deadline = time.monotonic() + BOUND
     while not condition():
         assert time.monotonic() < deadline, failure
-        time.sleep(0.02)
+        time.sleep(pause)

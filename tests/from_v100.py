@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
-from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -52,27 +52,30 @@ def load(database: Database[dict[str, Any]], collection: str = "agent_sessions",
 
 
 def load_again(
-    database: Database[dict[str, Any]], collection: str = "agent_sessions", age: timedelta = timedelta(0)
+    database: Database[dict[str, Any]],
+    collection: str = "agent_sessions",
+    age: timedelta = timedelta(0),
+    only: str | None = None,
 ) -> None:
-    """Store all of it in the place of what is there."""
-    documents = _documents()
-    written = next(each["updated_at"] for each in documents["agent_sessions"] if each["_id"] == EXPIRING)
-    later = datetime.now(UTC) - age - written
+    """Store all of it, or one session, in the place of what is there."""
+    documents, later = _documents(), _since_expiring(age)
     for name in database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}}):
         database[name].delete_many({})
     for name, found in documents.items():
-        moved = [_later(each, later) if _session_of(each) == EXPIRING else deepcopy(each) for each in found]
+        wanted = [each for each in found if only in (None, _session_of(each))]
+        moved = [_later(each, later) if _session_of(each) == EXPIRING else each for each in wanted]
         database[collection + name.removeprefix("agent_sessions")].insert_many(moved)
 
 
-def load_as(database: Database[dict[str, Any]], session_id: str, new_id: str) -> None:
-    """Store one of the sessions under another id."""
+def load_as(database: Database[dict[str, Any]], session_id: str, new_id: str, age: timedelta | None = None) -> None:
+    """Store one of the sessions under another id; with `age`, the session that expires, last written to `age` ago."""
+    later = timedelta(0) if age is None else _since_expiring(age)
     options = json_util.CANONICAL_JSON_OPTIONS.with_options(tz_aware=True, tzinfo=UTC)
     for line in (HERE / "collections.jsonl").read_text().splitlines():
         if f'"{session_id}"' in line:
             found = json_util.loads(line.replace(f'"{session_id}"', json.dumps(new_id)), json_options=options)
             if _session_of(found["document"]) == new_id:
-                database[found["collection"]].insert_one(found["document"])
+                database[found["collection"]].insert_one(_later(found["document"], later))
 
 
 def export_of(session_id: str) -> list[str]:
@@ -86,22 +89,22 @@ def shown(expected: Iterable[dict[str, Any]]) -> list[str]:
     return ["".join(block.get("text", "") for block in content) for content in contents]
 
 
-def left_under_old_ids(database: Database[dict[str, Any]], session_id: str) -> list[Any]:
-    """Return the ids of everything outside the document that is where 1.0.0 kept it."""
-    return [
-        found["_id"]
-        for suffix in OUTSIDE
-        for found in database[f"agent_sessions{suffix}"].find({}, {"_id": 1})
-        if _session_of(found) == session_id
-    ]
+def left_under_old_ids(database: Database[dict[str, Any]]) -> dict[str | None, list[Any]]:
+    """Return the ids of everything outside the documents that is where 1.0.0 kept it, by session."""
+    left: dict[str | None, list[Any]] = defaultdict(list)
+    for suffix in OUTSIDE:
+        for found in database[f"agent_sessions{suffix}"].find({}, {"_id": 1}):
+            left[_session_of(found)].append(found["_id"])
+    return left
 
 
-def traces(database: Database[dict[str, Any]], session_id: str) -> set[str]:
-    """Return the collections in which an id occurs anywhere, as bytes of BSON."""
+def traces(database: Database[dict[str, Any]], *session_ids: str) -> set[str]:
+    """Return the collections in which one of the ids occurs anywhere, as bytes of BSON."""
     return {
         name
         for name in database.list_collection_names()
-        if any(session_id.encode() in batch for batch in bson_of(database[name]))
+        for batch in bson_of(database[name])
+        if any(session_id.encode() in batch for session_id in session_ids)
     }
 
 
@@ -112,6 +115,12 @@ def all_that_is_stored(database: Database[dict[str, Any]]) -> dict[str, list[byt
             name: sorted(bson_of(database[name], sort=[("_id", 1)]))
             for name in sorted(database.list_collection_names())
         }
+
+
+def _since_expiring(age: timedelta) -> timedelta:
+    """Return the time from the last write to the session that expires until `age` ago."""
+    written: datetime = next(each["updated_at"] for each in _documents()["agent_sessions"] if each["_id"] == EXPIRING)
+    return datetime.now(UTC) - age - written
 
 
 def _session_of(document: dict[str, Any]) -> str | None:

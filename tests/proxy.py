@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import pymongo
+from support import client_of
 
 _HEADER = struct.Struct("<iiii")  # length, request id, response to, opcode
 
@@ -85,7 +85,7 @@ class Proxy:
         self._handlers: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> Self:
-        with pymongo.MongoClient[dict[str, Any]](self._server) as client:
+        with client_of(self._server) as client:
             client.admin.command("ping")
             address = client.address
         assert address is not None

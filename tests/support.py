@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from json import JSONDecodeError
 from typing import Any
 
@@ -27,6 +27,20 @@ from mongodb_session_manager._format.changes import Change
 from mongodb_session_manager.demo import ScriptedModel
 
 MetricsClient()  # a thread that uses Strands' one instance while another thread makes it finds it incomplete
+
+
+class Paused(ScriptedModel):
+    """A model that answers when it is told to."""
+
+    def __init__(self, replies: Iterable[Any]) -> None:
+        super().__init__(replies)
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def stream(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.set()
+        await self.go.wait()
+        async for chunk in super().stream(*args, **kwargs):
+            yield chunk
 
 
 class CommandLog(monitoring.CommandListener):
@@ -145,11 +159,22 @@ def bson_of(collection: Collection[dict[str, Any]], **options: Any) -> Iterator[
     return iter(batches)
 
 
+CLIENTS: dict[str, pymongo.MongoClient[dict[str, Any]]] = {}
+"""The clients of the servers that run as long as the tests, by connection string."""
+
+
+@contextmanager
+def client_of(uri: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
+    """Yield a client that is one of `CLIENTS`, or lives only within the context."""
+    with ExitStack() as stack:
+        yield CLIENTS.get(uri) or stack.enter_context(pymongo.MongoClient[dict[str, Any]](uri))
+
+
 @contextmanager
 def fail_point(uri: str, **data: Any) -> Iterator[None]:
     """Make the server fail commands, with `data` for the fail point `failCommand`, `times` times (default 1)."""
     mode: Any = {"times": data.pop("times", 1)}
-    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+    with client_of(uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
         try:
             yield

@@ -243,7 +243,7 @@ def encrypted(kept_in_memory: None, files: tuple[Path, Path]) -> Iterator[str]:
         yield host.replace("127.0.0.1", "localhost")
 
 
-def connect(host: str, timeout: float = 1, **options: Any) -> None:
+def connect(host: str, timeout: float = 3, **options: Any) -> None:
     with MongoDBSessionManagerFactory(f"mongodb://{host}/?directConnection=true", **options) as factory:
         factory.check(timeout=timeout)
 

@@ -1,4 +1,4 @@
-"""AG-UI's own adapter for Strands, with sessions of this package: what frontend tools answered, and several workers."""
+"""AG-UI's adapter for Strands with sessions of this package: results of frontend tools, and several workers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mongodb_session_manager import (
     SessionConflictError,
 )
 from mongodb_session_manager.demo import ScriptedModel
+from support import Paused
 
 core = pytest.importorskip("ag_ui.core", reason="needs ag-ui-strands, of the extra test")
 adapter = pytest.importorskip("ag_ui_strands", reason="needs ag-ui-strands, of the extra test")
@@ -39,10 +40,11 @@ def paint(colour: str) -> str:
 
 
 class Worker(adapter.StrandsAgent):
-    """A worker process of an application: it keeps the agent of each thread in memory, as the adapter does."""
+    """A worker process of an application; the adapter keeps the agent of each thread in memory."""
 
     def __init__(self, factory: MongoDBSessionManagerFactory, *replies: Any, reloads: bool = True, **behaviors: Any):
-        self.factory, self.model, self.reloads = factory, ScriptedModel(replies), reloads
+        self.factory, self.model, self.reloads = factory, Paused(replies), reloads
+        self.model.go.set()
         self.managers: dict[str, AsyncMongoDBSessionManager] = {}
         template = Agent(
             model=self.model,
@@ -61,7 +63,7 @@ class Worker(adapter.StrandsAgent):
 
     async def run(self, input_data: Any, **kwargs: Any) -> AsyncIterator[Any]:
         if self.reloads and (manager := self.managers.get(input_data.thread_id)) is not None:
-            with suppress(SessionConflictError):  # a run is in progress: the adapter says so
+            with suppress(SessionConflictError):  # a run is in progress: the adapter refuses a second one
                 await manager.reload()
         async with aclosing(super().run(input_data, **kwargs)) as events:
             async for event in events:
@@ -98,7 +100,7 @@ def spoken(events: list[Any]) -> str:
 
 
 def results(messages: list[Any]) -> list[str]:
-    """The text of each tool result."""
+    """Return the text of each tool result."""
     blocks = [block["toolResult"] for message in messages for block in message["content"] if "toolResult" in block]
     return [result["content"][0]["text"] for result in blocks]
 
@@ -159,7 +161,7 @@ async def test_a_frontend_tool_that_the_agent_waits_for_gets_its_answer(
     assert results(worker.model.calls[-1]) == await stored_results(stored) == ["green"]
 
 
-@pytest.mark.may_block  # the adapter reads removed messages, which are not in memory, on the running loop
+@pytest.mark.may_block  # the adapter reads removed messages from the server on the running loop
 async def test_the_answer_replaces_its_placeholder_after_messages_left_the_window(
     factory: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
@@ -208,9 +210,11 @@ async def test_without_reloading_the_second_worker_is_not_overwritten(
 async def test_a_second_run_of_a_thread_is_refused_by_the_adapter(factory: MongoDBSessionManagerFactory) -> None:
     worker = Worker(factory, "Hello.", "Fine.", "Bye.")
     await worker.events(user("Hi"))
-    worker.model.delay = 0.05
+    worker.model.asked.clear()
+    worker.model.go.clear()
     begun = asyncio.create_task(worker.events(user("How are you?")))
-    await asyncio.sleep(0.02)
+    await worker.model.asked.wait()
     (error,) = errors(await worker.events(user("Bye")))
     assert error.code == "THREAD_BUSY"
+    worker.model.go.set()
     assert errors(await begun) == []

@@ -26,8 +26,6 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent, alternating
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = Collection[dict[str, Any]]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,14 +19,18 @@ from strands.agent.conversation_manager import NullConversationManager, SlidingW
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from fix_archive import (
+    FIVES,
     MOMENT,
     SECRET,
     SMALL,
     Driver,
     Stored,
     append,
+    appends,
     archive_of,
     begin,
+    documents_of,
+    emptied,
     everything,
     expected,
     head,
@@ -32,6 +38,7 @@ from fix_archive import (
     redacted,
     said,
     settled,
+    store_again,
     told,
 )
 from mongodb_session_manager import (
@@ -49,21 +56,55 @@ from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._managers.unit_of_work import UnitOfWork
 from support import CommandLog, agent, apply, eventually, texts
 
+Logged = tuple[MongoDBSessionRepository, CommandLog]
+
+
+@pytest.fixture(scope="module")
+def logged_repository(server: str, shared_database: str) -> Iterator[Logged]:
+    log = CommandLog()
+    with MongoDBSessionRepository(server, shared_database, event_listeners=[log], **SMALL) as repository:
+        repository.list_sessions()
+        yield repository, log
+
 
 @pytest.fixture
-def repository(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, event_listeners=[commands], **SMALL) as repository:
-        yield repository
+def commands(request: pytest.FixtureRequest, commands: CommandLog, logged_repository: Logged) -> CommandLog:
+    """The commands of the factory, or of the repository."""
+    return commands if "factory" in request.fixturenames else logged_repository[1]
 
 
 @pytest.fixture
-def long(repository: MongoDBSessionRepository, stored: Stored) -> MongoDBSessionRepository:
-    """A repository with a session of 30 messages, of which 24 are archived in four buckets."""
+def repository(database: str, logged_repository: Logged) -> Iterator[MongoDBSessionRepository]:
+    repository = logged_repository[0]
+    yield repository
+    eventually(lambda: not repository._async._connection._tasks)
+
+
+def store_thirty(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    """Store a session of 30 messages, of which 25 are archived in five buckets."""
     begin(repository)
-    for message_id in range(30):
-        append(repository, message_id)
+    for part in FIVES:
+        apply(repository, "s", appends(part))
         settled(stored)
     assert head(stored)["archived"] == 25
+    eventually(lambda: not repository._async._connection._tasks)
+
+
+@pytest.fixture(scope="module")
+def long_documents(
+    server: str, shared_database: str, driver: Driver, logged_repository: Logged
+) -> dict[str, list[Any]]:
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    store_thirty(logged_repository[0], stored)
+    return documents_of(stored)
+
+
+@pytest.fixture
+def long(
+    long_documents: dict[str, list[Any]], repository: MongoDBSessionRepository, stored: Stored
+) -> MongoDBSessionRepository:
+    """A repository with that session, of which it knows nothing yet."""
+    store_again(stored, long_documents)
     return repository
 
 
@@ -149,8 +190,7 @@ def test_agents_of_one_session_have_their_own_archives(
 ) -> None:
     begin(repository)
     repository.create_agent("s", SessionAgent(agent_id, {}, {}, {}, MOMENT, MOMENT))
-    append(repository, *range(9))
-    append(repository, *range(11), agent_id=agent_id)
+    apply(repository, "s", [*appends(range(9)), *appends(range(11), agent_id=agent_id)])
     settled(stored)
     settled(stored, agent_id=agent_id)
     assert told(repository.list_messages("s", "agent")) == expected(9)
@@ -179,19 +219,18 @@ def test_more_messages_than_a_document_holds(
     request: pytest.FixtureRequest, server: str, database: str, stored: Stored
 ) -> None:
     """18 MB in one session, whose document stays small all the while."""
-    text, count = "x" * 4000, 10_000 if request.config.getoption("full_adversity") else 4500
+    text, count = "x" * 20_000, 1000 if request.config.getoption("full_adversity") else 900
     sizes = []
     with MongoDBSessionRepository(server, database) as repository:
         begin(repository)
-        for first in range(0, count, 50):
-            messages = [stored_message(said(n, f"{n} {text}"), n) for n in range(first, first + 50)]
-            assert apply(repository, "s", [AppendMessage("agent", message) for message in messages]) == {}
-            if first % 250 == 0:
+        for first in range(0, count, 10):
+            assert apply(repository, "s", appends(range(first, first + 10), f"{{}} {text}")) == {}
+            if first % 50 == 0:
                 (size,) = stored.aggregate([{"$project": {"size": {"$bsonSize": "$$ROOT"}}}])
                 sizes.append(size["size"])
-        assert max(sizes) < 800_000  # a writer waits at twice 256 KiB; each statement adds 200 KB
+        assert max(sizes) < 1_000_000  # a writer waits at twice 256 KiB; each statement adds 200 KB
         assert repository.get_message_count("s", "agent") == count
-        assert [m.message_id for m in repository.list_messages("s", "agent", 3, 2498)] == [2498, 2499, 2500]
+        assert [m.message_id for m in repository.list_messages("s", "agent", 3, 498)] == [498, 499, 500]
         assert repository.read_message("s", "agent", 77).to_message()["content"][0]["text"] == f"77 {text}"
         repository.update_message("s", "agent", said(77, "shorter"))
         listed = repository.list_messages("s", "agent")
@@ -273,6 +312,45 @@ async def test_a_borrowed_client_of_either_driver_archives(
         await client.close()
     else:
         await asyncio.to_thread(client.close)
+
+
+@contextmanager
+def examined(stored: Stored) -> Iterator[list[tuple[str, int]]]:
+    """The collection of every command in the block, and how many documents the server examined for it."""
+    database, found = stored.database, []
+    database.command("profile", 2)
+    try:
+        yield found
+    finally:
+        database.command("profile", 0)
+        of_commands = {"docsExamined": {"$exists": True}, "ns": {"$not": {"$regex": r"\.system\."}}}
+        entries = list(database["system.profile"].find(of_commands))
+        database["system.profile"].drop()
+        found += [(entry["ns"].partition(".")[2], entry["docsExamined"]) for entry in entries]
+
+
+def test_the_server_examines_no_more_of_a_longer_conversation(
+    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+) -> None:
+    def new_date(repository: MongoDBSessionRepository) -> None:
+        message = replace(said(0), created_at="2026-11-23T12:00:00+00:00")
+        repository.update_message("s", "agent", message)
+
+    uses: dict[str, Callable[[MongoDBSessionRepository], object]] = {
+        "read": lambda repository: repository.read_message("s", "agent", 0),
+        "read nothing": lambda repository: repository.read_message("s", "agent", 2000),
+        "replace": lambda repository: repository.update_message("s", "agent", said(0, "new")),
+        "replace with another date": new_date,
+        "redact": lambda repository: repository.update_message("s", "agent", redacted(0)),
+    }
+    most = {}
+    for name, use in uses.items():
+        # A new one, which knows nothing about the session.
+        with examined(stored) as commands, MongoDBSessionRepository(server, database, **SMALL) as repository:
+            use(repository)
+        assert "agent_sessions_archive" in {collection for collection, _ in commands}
+        most[name] = max(count for _, count in commands)
+    assert most == dict.fromkeys(uses, 1)
 
 
 # Restoring.
@@ -405,7 +483,7 @@ def test_a_session_that_was_deleted_does_not_come_back_in_one_of_the_same_id(
     long.create_session(Session("s", "AGENT", MOMENT, MOMENT))
     later = (datetime.fromisoformat(MOMENT) + timedelta(days=1)).isoformat()
     long.create_agent("s", SessionAgent("agent", {}, {}, {}, later, later))
-    fresh = [f"new {n}" for n in range(40)]
+    fresh = [f"new {n}" for n in range(20)]
     for n, text in enumerate(fresh):
         long.create_message("s", "agent", said(n, text))
         assert long.read_message("s", "agent", 0).message["content"] == [{"text": "new 0"}]
@@ -498,12 +576,13 @@ def test_an_append_whose_acknowledgement_was_lost_is_known_in_the_archive(
 
 
 def test_the_newest_message_costs_no_look_into_the_archive(
-    long: MongoDBSessionRepository, stored: Stored, commands: CommandLog
+    repository: MongoDBSessionRepository, stored: Stored, commands: CommandLog
 ) -> None:
+    store_thirty(repository, stored)
     commands.clear()
-    long.update_message("s", "agent", redacted(29))
+    repository.update_message("s", "agent", redacted(29))
     assert commands.names == ["findAndModify"]
     commands.clear()
-    long.update_message("s", "agent", redacted(28))
+    repository.update_message("s", "agent", redacted(28))
     assert commands.names == ["findAndModify", "findAndModify"]
     assert everything(stored)[-2:] == ["[redacted]", "[redacted]"]

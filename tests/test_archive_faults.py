@@ -55,7 +55,7 @@ from mongodb_session_manager._format.buckets import MERGE_REFUSED
 from mongodb_session_manager._format.changes import AppendMessage, ReplaceMessage
 from mongodb_session_manager._format.documents import stored_message
 from proxy import Proxy, command
-from support import CommandLog, agent, apply, eventually, fail_point, texts
+from support import CommandLog, agent, alternating, apply, eventually, fail_point, texts
 
 LOST = {
     "errorLabels": ["RetryableWriteError"],
@@ -65,17 +65,41 @@ REFUSED = {"errorCode": 8000}
 BROKEN = {"closeConnection": True}
 
 
+Logged = tuple[MongoDBSessionRepository, CommandLog]
+
+
+@pytest.fixture(scope="module")
+def logged_repository(server: str, shared_database: str) -> Iterator[Logged]:
+    log = CommandLog()
+    with MongoDBSessionRepository(server, shared_database, event_listeners=[log]) as repository:
+        repository.list_sessions()
+        yield repository, log
+
+
 @pytest.fixture
-def repository(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionRepository]:
+def commands(request: pytest.FixtureRequest, commands: CommandLog, logged_repository: Logged) -> CommandLog:
+    """The commands of the factory, or of the repository."""
+    return commands if "factory" in request.fixturenames else logged_repository[1]
+
+
+@pytest.fixture
+def repository(database: str, logged_repository: Logged) -> Iterator[MongoDBSessionRepository]:
     """A repository that archives nothing of the short conversations here."""
-    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
+    repository = logged_repository[0]
+    yield repository
+    eventually(lambda: not repository._async._connection._tasks)
+
+
+@pytest.fixture(scope="module")
+def shared_archiving(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
         yield repository
 
 
 @pytest.fixture
-def archiving(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, **SMALL) as repository:
-        yield repository
+def archiving(database: str, shared_archiving: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
+    yield shared_archiving
+    eventually(lambda: not shared_archiving._async._connection._tasks)
 
 
 # Crashes between the two commands.
@@ -240,7 +264,7 @@ def places(embedded: str, standalone: str) -> Iterator[dict[str, Stored]]:
         yield found
 
 
-@pytest.fixture(params=["embedded", "standalone"])
+@pytest.fixture(params=alternating("embedded", "standalone"))
 def place(request: pytest.FixtureRequest, places: dict[str, Stored]) -> tuple[str, Stored]:
     """A connection string, and the sessions there, of which there is none."""
     stored = places[request.param]
@@ -249,9 +273,9 @@ def place(request: pytest.FixtureRequest, places: dict[str, Stored]) -> tuple[st
     return request.getfixturevalue(request.param), stored
 
 
-@pytest.mark.parametrize("failing", ["aggregate", "findAndModify"])
-@pytest.mark.parametrize("failure", [REFUSED, BROKEN, LOST], ids=["refused", "broken", "lost"])
-@pytest.mark.parametrize("times", [1, 50])
+@pytest.mark.parametrize("failing", alternating("aggregate", "findAndModify"))
+@pytest.mark.parametrize("failure", alternating(REFUSED, BROKEN, LOST), ids=["refused", "broken", "lost"])
+@pytest.mark.parametrize("times", alternating(1, 50))
 def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
     place: tuple[str, Stored], failing: str, failure: dict[str, Any], times: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,7 +297,7 @@ def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
     assert SECRET not in caplog.text
 
 
-@pytest.mark.parametrize("lost", ["aggregate", "findAndModify"])
+@pytest.mark.parametrize("lost", alternating("aggregate", "findAndModify"))
 def test_a_move_whose_acknowledgement_is_lost_is_done_once(place: tuple[str, Stored], lost: str) -> None:
     uri, stored = place
     with Proxy(uri) as proxy, MongoDBSessionRepository(proxy.uri, stored.database.name, **SMALL) as repository:
@@ -312,11 +336,11 @@ def test_a_writer_does_not_outrun_a_slow_archive(embedded: str, places: dict[str
     with MongoDBSessionRepository(embedded, stored.database.name, appname="slow", **SMALL) as repository:
         begin(repository)
         with fail_point(embedded, failCommands=[slow], **delay):
-            for message_id in range(50):
+            for message_id in range(35):
                 append(repository, message_id)
                 assert len(head(stored)["messages"]) <= 17
         settled(stored)
-        assert everything(stored) == expected(50)
+        assert everything(stored) == expected(35)
 
 
 # Concurrency.
@@ -353,7 +377,7 @@ def test_appending_replacing_redacting_and_reading_while_everything_moves(
     request: pytest.FixtureRequest, server: str, database: str, stored: Stored
 ) -> None:
     """One writer appends; others, from other processes' view, replace and read all the time."""
-    total = 300 if request.config.getoption("full_adversity") else 80
+    total = 300 if request.config.getoption("full_adversity") else 60
     with (
         MongoDBSessionRepository(server, database, max_embedded_messages=4) as writer,
         MongoDBSessionRepository(server, database, max_embedded_messages=6) as changer,
@@ -505,7 +529,7 @@ def test_five_megabytes_come_under_the_bound_with_the_first_append(
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("room", [10, 5_000])
+@pytest.mark.parametrize("room", alternating(10, 5_000))
 def test_a_document_without_room_gets_some(factory: MongoDBSessionManagerFactory, stored: Stored, room: int) -> None:
     old = fifteen_megabytes()
     document = old_document(old)

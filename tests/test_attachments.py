@@ -60,7 +60,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager._store.attachments import CHUNK_BYTES
 from mongodb_session_manager.demo import Redaction
 from proxy import Proxy, command
-from support import CommandLog, agent, eventually, fail_point, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, texts
 
 MESSAGE_SAVED, OPEN = "update", "findAndModify"
 
@@ -162,10 +162,10 @@ with MongoDBSessionManager("s", sys.argv[1], sys.argv[2]) as manager:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("sync", [15 * MIB] * 4), ("async", [60 * MIB])], ids=["four, sync", "one, async"]
+    ("kind", "sizes"), alternating(("sync", [15 * MIB] * 4), ("async", [60 * MIB])), ids=["four, sync", "one, async"]
 )
 def test_sixty_megabytes(
-    factory: MongoDBSessionManagerFactory, server: str, database: str, sizes: list[int], kind: str
+    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Any, sizes: list[int], kind: str
 ) -> None:
     blobs = [os.urandom(size) for size in sizes]
     prompt = asking(*map(document, blobs))
@@ -185,7 +185,8 @@ def test_sixty_megabytes(
         live = agent(again, "and on")
         assert conversation(live)[0] == ("user", prompt)
         live("go on")
-    assert texts([{"content": said} for _, said in restored(factory)]) == ["what is this?", "long", "go on", "and on"]
+    messages = stored.find_one({"_id": "s"})["agents"]["agent"]["messages"]
+    assert texts(messages) == ["what is this?", "long", "go on", "and on"]
 
 
 @asynccontextmanager
@@ -219,12 +220,17 @@ async def test_a_borrowed_client(driver_class: Any, server: str, database: str, 
 # The repository.
 
 
-@pytest.fixture
-def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=1000) as repository:
-        repository.create_session(Session("s", SessionType.AGENT))
-        repository.create_agent("s", SessionAgent("agent", {}, {}))
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, max_inline_attachment_bytes=1000) as repository:
         yield repository
+
+
+@pytest.fixture
+def repository(shared_repository: MongoDBSessionRepository, database: str) -> MongoDBSessionRepository:
+    shared_repository.create_session(Session("s", SessionType.AGENT))
+    shared_repository.create_agent("s", SessionAgent("agent", {}, {}))
+    return shared_repository
 
 
 def test_the_repository_reads_them_back(repository: MongoDBSessionRepository, driver: Driver, database: str) -> None:
@@ -372,7 +378,7 @@ live(t.asking(t.document(t.LARGER)))
 """
 
 
-@pytest.mark.parametrize("inserts", [1, 2, 3, 4])
+@pytest.mark.parametrize("inserts", alternating(1, 2, 3, 4))
 def test_a_process_killed_in_the_middle_of_an_upload(
     factory: MongoDBSessionManagerFactory, server: str, database: str, driver: Driver, inserts: int
 ) -> None:
@@ -408,9 +414,9 @@ def test_the_same_content_by_several_at_once(
     assert hashes(driver, database) == of(*[LARGE, LARGER] * 4)
 
 
-@pytest.mark.parametrize("lost", ["acknowledgement", "command"])
+@pytest.mark.parametrize("lost", alternating("acknowledgement", "command"))
 @pytest.mark.parametrize(
-    "match", [command("insert"), command("update"), FILES.encode()], ids=["chunk", "message", "file"]
+    "match", alternating(command("insert"), command("update"), FILES.encode()), ids=["chunk", "message", "file"]
 )
 def test_lost_on_the_way(server: str, database: str, driver: Driver, lost: str, match: bytes) -> None:
     with Proxy(server) as proxy, MongoDBSessionManagerFactory(proxy.uri, database) as factory:
@@ -662,7 +668,7 @@ def test_content_that_somebody_has_removed_is_stored_again(
 
 def test_removing_while_others_append(server: str, database: str, factory: MongoDBSessionManagerFactory) -> None:
     """One agent stores and removes again and again what others store for good."""
-    images = [image(content(2 * KIB, seed)) for seed in range(15)]
+    images = [image(content(2 * KIB, seed)) for seed in range(8)]
     options: dict[str, Any] = {"max_inline_attachment_bytes": 1000}
     stop = threading.Event()
 

@@ -16,9 +16,9 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
 )
-from support import CommandLog, agent, fail_point, message_ids, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, message_ids, texts
 
-SAVE_ON = pytest.mark.parametrize("save_on", ["message", "invocation"])
+SAVE_ON = pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 TOO_LONG = "a" * (15 * 1024 * 1024)
 SAYS = r"^a message of 157\d{5} bytes, its attachments not counted, exceeds the maximum of 15728640 bytes"
 
@@ -37,7 +37,7 @@ def ask_async(live: Agent, text: str) -> None:
     asyncio.run(live.invoke_async(text))
 
 
-ASK = pytest.mark.parametrize("ask", [ask, ask_async])
+ASK = pytest.mark.parametrize("ask", alternating(ask, ask_async))
 
 
 def restored(factory: MongoDBSessionManagerFactory) -> list[Any]:
@@ -60,7 +60,7 @@ def test_it_is_refused_before_anything_is_sent(
 
 @SAVE_ON
 @ASK
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", alternating(True, False))
 def test_the_agent_goes_on_without_it(
     factory: MongoDBSessionManagerFactory, stored: Any, ask: Callable[..., None], save_on: str, first: bool
 ) -> None:
@@ -164,14 +164,13 @@ def test_a_replacement_that_is_too_large_leaves_what_is_stored(
     assert texts(stored.find_one({"_id": "s"})["agents"]["agent"]["messages"]) == ["one", "1", "two", "2"]
 
 
-@pytest.mark.own_database
 def test_the_repository_refuses_it(server: str, database: str, commands: CommandLog) -> None:
     message = SessionMessage({"role": "user", "content": [{"text": TOO_LONG}]}, 0)
     short = SessionMessage({"role": "user", "content": [{"text": "short"}]}, 0)
     with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
         repository.create_session(Session("s", SessionType.AGENT))
         repository.create_agent("s", SessionAgent("agent", {}, {}))
-        commands.wait_for("createIndexes")
+        eventually(lambda: not repository._async._connection._tasks)
         commands.clear()
         with pytest.raises(MessageTooLargeError, match=SAYS):
             repository.create_message("s", "agent", message)

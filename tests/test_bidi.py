@@ -28,7 +28,7 @@ from support import CommandLog, eventually, message_ids, texts
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
 # Strands reads files on the event loop when it makes an agent with tools.
-pytestmark = [pytest.mark.anyio, pytest.mark.may_block, pytest.mark.shared_factory]
+pytestmark = [pytest.mark.anyio, pytest.mark.may_block]
 
 OPEN, WRITE = "findAndModify", "update"
 

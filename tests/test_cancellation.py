@@ -250,11 +250,11 @@ def heirs() -> Callable[[int], str]:
 @pytest.fixture
 def stride(request: pytest.FixtureRequest) -> int:
     """One step of how many is taken, others in each run; `--full-adversity` takes all."""
-    return 1 if request.config.getoption("full_adversity") else 3
+    return 1 if request.config.getoption("full_adversity") else 4
 
 
 async def at_every_step(life: Callable[[int], Awaitable[bool]], stride: int = 1) -> int:
-    """Run `life(step)` for the steps, eight at a time, until one is not interrupted; return that step.
+    """Run `life(step)` for the steps, four at a time, until one is not interrupted; return that step.
 
     Args:
         life: Returns whether it was interrupted.
@@ -270,7 +270,7 @@ async def at_every_step(life: Callable[[int], Awaitable[bool]], stride: int = 1)
                 uninterrupted.append(step)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(8):
+        for _ in range(4):
             group.create_task(lives())
     return min(uninterrupted)
 

@@ -24,8 +24,6 @@ from mongodb_session_manager.demo import Redaction, ScriptedModel
 from proxy import Proxy
 from support import CommandLog, agent, alternating, eventually, message_ids, texts
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
 

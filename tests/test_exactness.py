@@ -29,8 +29,6 @@ from mongodb_session_manager import (
 from proxy import Proxy, command
 from support import agent, alternating, fail_point, message_ids, sampled, texts
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = pymongo.collection.Collection[dict[str, Any]]
 Manager = MongoDBSessionManager | AsyncMongoDBSessionManager
 

@@ -24,8 +24,6 @@ from mongodb_session_manager import (
 )
 from support import CommandLog, agent, alternating
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = Collection[dict[str, Any]]
 
 

@@ -18,8 +18,6 @@ from mongodb_session_manager._managers.capture import guardrail_event, summarize
 from mongodb_session_manager.demo import Redaction, ScriptedModel
 from support import CommandLog, Session, agent, alternating, fail_point, message_ids, texts
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = Collection[dict[str, Any]]
 Driver = pymongo.MongoClient[dict[str, Any]]
 

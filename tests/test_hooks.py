@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import inspect
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import anyio
 import pytest
+from anyio._core._eventloop import current_async_library
 from pymongo.collection import Collection
 
 from mongodb_session_manager import (
@@ -25,9 +28,8 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     chain_hooks,
 )
+from mongodb_session_manager._managers import hook_threads, user_hooks
 from support import CommandLog, Session, alternating
-
-pytestmark = pytest.mark.shared_factory
 
 Stored = Collection[dict[str, Any]]
 Hook = Callable[..., Any]
@@ -880,3 +882,40 @@ def test_what_cannot_be_called_is_no_hook(
         with pytest.raises(ConfigurationError, match=f"{field} must be a function, not {type(hook).__name__}"):
             make()
     assert commands.names == []
+
+
+# The first hook of a process.
+
+
+def test_the_first_def_hook_in_an_application_that_anyio_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With sniffio, which AnyIO uses if it is installed, a context variable names the library that runs the loop.
+    library, running = ContextVar[str | None]("library", default=None), current_async_library
+    monkeypatch.setattr("anyio._core._eventloop.current_async_library", lambda: library.get() or running())
+    context = copy_context()
+    context.run(library.set, "asyncio")
+    context.run(importlib.reload, hook_threads)
+
+
+@pytest.mark.anyio
+async def test_a_second_def_hook_does_not_stop_the_loop_while_the_first_imports_anyio(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, imported = threading.Event(), threading.Event()
+
+    def run(*_: object) -> None:
+        begun.set()
+        imported.wait()
+
+    monkeypatch.delitem(sys.modules, hook_threads.__name__)
+    monkeypatch.setattr(user_hooks, "_hook_threads", None, raising=False)
+    monkeypatch.setattr(anyio, "run", run)
+    last_resort = threading.Timer(5, imported.set)
+    last_resort.start()
+    first = asyncio.create_task(user_hooks._threaded(lambda: 1))
+    await asyncio.to_thread(begun.wait)
+    second = asyncio.create_task(user_hooks._threaded(lambda: 2))
+    await asyncio.sleep(0.01)
+    assert not imported.is_set()
+    imported.set()
+    last_resort.cancel()
+    assert await asyncio.gather(first, second) == [1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._format.changes import AppendMessage
 from mongodb_session_manager._format.documents import stored_message
+from mongodb_session_manager._format.ids import is_numbered
 from mongodb_session_manager._format.multi_agents import first_write
 from orchestrators import node, pipeline
 from support import CommandLog, agent, message_ids, texts
@@ -270,3 +272,13 @@ def test_a_message_id_that_is_no_number_never_reaches_a_query(
     ):
         repository.read_message("s", "agent", bad)
     assert commands.names == []
+
+
+def test_large_ids_need_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        assert is_numbered({"ids": [10**6], "next_message_id": 10**6 + 1, "archived": 0})
+        assert not is_numbered({"ids": [0], "next_message_id": 10**6, "archived": 0})
+        assert tracemalloc.get_traced_memory()[1] < 10**5
+    finally:
+        tracemalloc.stop()

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 
 import pytest
 
+import interpreter
 from mongodb_session_manager import EventLoopError
 from mongodb_session_manager._io.loop import io_portal, portal_to
 from mongodb_session_manager._io.portal import Portal
@@ -576,15 +577,14 @@ except EventLoopError as error:
 
 
 def run_script(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    shown, errors = interpreter.run(script)
+    assert errors == ""
+    return shown
 
 
 def test_importing_starts_no_thread_and_first_users_at_once_start_one() -> None:
-    assert run_script(FIRST_USE) == f"50 1 {NAME}\n"
+    done = subprocess.run(interpreter.python("-c", FIRST_USE), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"50 1 {NAME}\n", "")
 
 
 def test_first_use_while_the_interpreter_ends_is_refused_with_a_sentence() -> None:

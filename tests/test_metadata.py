@@ -31,8 +31,6 @@ from mongodb_session_manager import (
 )
 from support import CommandLog, agent, alternating, eventually, message_ids, texts
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = Collection[dict[str, Any]]
 
 

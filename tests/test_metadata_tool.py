@@ -29,8 +29,6 @@ from mongodb_session_manager import (
 from mongodb_session_manager._io.requested_fields import ACTED_ON
 from support import CommandLog, agent, alternating, fail_point
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = Collection[dict[str, Any]]
 
 

@@ -74,12 +74,11 @@ class Slot:
 
 
 class Session(RuleBasedStateMachine):
-    def __init__(self, server: str, database: str) -> None:
+    def __init__(self, server: str, repository: MongoDBSessionRepository, database: str) -> None:
         super().__init__()
-        self.server, self.database = server, database
+        self.server, self.repository, self.database = server, repository, database
         self.session_id = uuid4().hex
         self.factory = self.new_factory()
-        self.repository = MongoDBSessionRepository(server, database, **LIMITS)
         self.slots: dict[str, Slot] = {}
         self.conversations: dict[str, list[tuple[str, list[Any]]]] = {agent_id: [] for agent_id in AGENTS}
         self.window: list[Any] = []
@@ -90,7 +89,6 @@ class Session(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.factory.close()
-        self.repository.close()
 
     # What users do.
 
@@ -211,7 +209,8 @@ class Session(RuleBasedStateMachine):
 
 
 def test_a_session_is_what_the_model_says(server: str, database: str) -> None:
-    run_state_machine_as_test(
-        lambda: Session(server, database),
-        settings=settings(max_examples=settings.default.max_examples // 6, stateful_step_count=25),
-    )
+    with MongoDBSessionRepository(server, database, **LIMITS) as repository:
+        run_state_machine_as_test(
+            lambda: Session(server, repository, database),
+            settings=settings(max_examples=settings.default.max_examples // 10, stateful_step_count=25),
+        )

@@ -37,8 +37,6 @@ from orchestrators import Async, Odd, Streaming, Sync, handoff, join, node, pipe
 from proxy import Proxy, command
 from support import CommandLog, agent, alternating, eventually, fail_point, texts
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
 OPEN, WRITE = "findAndModify", "update"

@@ -17,7 +17,7 @@ import pytest
 from bson import Binary, DatetimeMS, Decimal128, Int64, ObjectId, Regex
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.raw_bson import RawBSONDocument
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pymongo.collection import Collection
 
@@ -28,7 +28,7 @@ from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
 )
-from support import agent, texts
+from support import agent, alternating, eventually, texts
 
 ABSENT = Ellipsis
 
@@ -208,10 +208,11 @@ class Server:
         self.stored.delete_many({})
         self.stored.insert_one(copy.deepcopy(document))
         self.read_before()
-        self.read()
+        self.read(5)
         # With a turn, or with an error before anything of it is stored.
         with self.factory.create_session_manager("s") as manager:
             made = attempt(lambda: agent(manager, "a reply"))
+            eventually(lambda: not self.factory._connection._tasks)  # opening removes odd lists of attachments
             after_opening = self.stored.find_one({"_id": "s"})
             said = made if is_error(made) else attempt(made, "a prompt")
             attempt(manager.list_agents)
@@ -229,13 +230,12 @@ class Server:
         lost = [path for path in left(document, after) if not path.startswith(FOLLOWS) and not was_null(document, path)]
         lost = [path for path in lost if not path.endswith(".message_id")]  # an id that is none is exchanged
         assert not lost, lost
-        self.read(3)
+        self.read(2)
         if not is_error(attempt(self.repository.fork_session, "s", "f")):
             assert self.repository.get_usage("f") == self.repository.get_usage("s")
             attempt(self.repository.read_agent, "f", "agent")
             attempt(self.repository.list_messages, "f", "agent")
-        if not is_error(attempt(lambda: list(self.repository.export_session("s")))):
-            pass
+        attempt(lambda: list(self.repository.export_session("s")))
         attempt(self.repository.update_metadata, "s", {"a": 1})
         attempt(self.repository.add_feedback, "s", {"rating": "up"})
         assert self.repository.delete_session("s")
@@ -252,7 +252,7 @@ class Server:
         for n in (0, 5):
             attempt(repository.read_message, "s", "agent", n)
 
-    def read(self, count: int = 9) -> None:
+    def read(self, count: int) -> None:
         """Ask so many of what reads a session."""
         repository = self.repository
         assert repository.read_session("s") is not None
@@ -289,6 +289,11 @@ def connected(server: str, shared_database: str) -> Iterator[Server]:
 
 
 @pytest.fixture
+def repository(database: str, connected: Server) -> MongoDBSessionRepository:
+    return connected.repository
+
+
+@pytest.fixture
 def odd_server(connected: Server, stored: Documents, some: Some) -> Server:
     connected.stored, connected.some = stored.with_options(READ), some
     return connected
@@ -298,7 +303,9 @@ PAIRS = [*((path,) for path in AGENTS), *zip_longest(MESSAGES, SESSION)]
 """Each path; those of a message with one of the session, which keeps no agent from its turn."""
 
 
-@pytest.mark.parametrize("paths", PAIRS, ids=lambda paths: " ".join(filter(None, paths)))
+@pytest.mark.parametrize(
+    "paths", alternating(*((pair,) for pair in PAIRS)), ids=lambda paths: " ".join(filter(None, paths))
+)
 def test_a_session_with_an_odd_field_is_used(odd_server: Server, some: Some, paths: tuple[str | None, ...]) -> None:
     fields = [path for path in paths if path is not None]
     for values in zip(*(some(ODD, 1) for _ in fields), strict=True):
@@ -313,6 +320,8 @@ def test_a_session_with_an_odd_field_is_used(odd_server: Server, some: Some, pat
             raise
 
 
+PARALLEL_ARRAYS = 171
+
 odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
     st.none()
     | st.booleans()
@@ -326,12 +335,18 @@ odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
 
 @settings(max_examples=settings.default.max_examples // 3)
 @example([("agents.agent.messages.1.message_id", [])])
+@example([("migrating", None), ("agents.agent.messages.4.attachments", [])])
+@example([("migrating", [[]])])
 @given(st.lists(st.tuples(st.sampled_from(PATHS), odd_values), min_size=1, max_size=4))
 def test_a_session_with_several_odd_fields_is_used(odd_server: Server, fields: list[tuple[str, Any]]) -> None:
     document = usual()
     for path, value in fields:
         put(document, path, copy.deepcopy(value))
-    odd_server.use(document)
+    try:
+        odd_server.use(document)
+    except pymongo.errors.WriteError as error:
+        assume(error.code != PARALLEL_ARRAYS)  # the server stores no document with arrays in two fields of one index
+        raise
 
 
 # What is read in the place of what cannot be used.
@@ -388,16 +403,15 @@ def test_what_cannot_be_used_is_told_once_without_what_it_holds(
     "redacted", ["x", 5, False, [], {}, {"role": "user"}, {"role": "user", "content": 5}], ids=repr
 )
 def test_a_redacted_message_is_never_shown_as_it_was(
-    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Documents, redacted: Any
+    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Documents, redacted: Any
 ) -> None:
     document = put_in(stored, "agents.agent.messages.4.redact_message", redacted)
     with factory.create_session_manager("s") as manager:
         first = agent(manager)
     assert "4111" not in repr(first.messages)
-    with MongoDBSessionRepository(server, database) as repository:
-        assert "4111" not in repr(repository.list_messages("s", "agent"))
-        with pytest.raises(MongoDBSessionError, match=r"session 's' .* 'agents\.agent\.messages'"):
-            repository.read_message("s", "agent", 4)
+    assert "4111" not in repr(repository.list_messages("s", "agent"))
+    with pytest.raises(MongoDBSessionError, match=r"session 's' .* 'agents\.agent\.messages'"):
+        repository.read_message("s", "agent", 4)
     after = stored.find_one()
     assert after is not None
     assert after["agents"]["agent"]["messages"] == document["agents"]["agent"]["messages"]
@@ -457,27 +471,29 @@ DATES = {
 
 
 @pytest.mark.parametrize(("value", "read"), DATES.items())
-def test_a_date_is_read_in_each_form(stored: Documents, server: str, database: str, value: Any, read: str) -> None:
+def test_a_date_is_read_in_each_form(
+    repository: MongoDBSessionRepository, stored: Documents, value: Any, read: str
+) -> None:
+    document = usual()
     for path in ("created_at", "agents.agent.agent_data.created_at", "agents.agent.messages.1.created_at"):
-        stored.delete_many({})
-        put_in(stored, path, value)
-        with MongoDBSessionRepository(server, database) as repository:
-            session, stored_agent = repository.read_session("s"), repository.read_agent("s", "agent")
-            message = repository.list_messages("s", "agent")[1]
-            assert session is not None
-            assert stored_agent is not None
-            found = {"created_at": session, "agents.agent.agent_data.created_at": stored_agent}.get(path, message)
-            assert found.created_at == read
+        put(document, path, value)
+    stored.insert_one(document)
+    session, stored_agent = repository.read_session("s"), repository.read_agent("s", "agent")
+    message = repository.list_messages("s", "agent")[1]
+    assert session is not None
+    assert stored_agent is not None
+    assert [found.created_at for found in (session, stored_agent, message)] == [read] * 3
 
 
 @pytest.mark.parametrize(
     "value", ["garbage", float("nan"), 1e300, DatetimeMS(2**55), DatetimeMS(-(2**55)), b"x"], ids=repr
 )
-def test_what_is_no_date_is_read_as_the_present(stored: Documents, server: str, database: str, value: Any) -> None:
+def test_what_is_no_date_is_read_as_the_present(
+    repository: MongoDBSessionRepository, stored: Documents, value: Any
+) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)
     put_in(stored, "agents.agent.messages.1.created_at", value)
-    with MongoDBSessionRepository(server, database) as repository:
-        assert datetime.fromisoformat(repository.list_messages("s", "agent")[1].created_at) >= before
+    assert datetime.fromisoformat(repository.list_messages("s", "agent")[1].created_at) >= before
 
 
 @pytest.mark.parametrize(
@@ -530,37 +546,33 @@ def test_an_agent_that_cannot_be_restored_says_so_before_anything_is_said(
     ids=["metadata", "feedbacks", "configuration"],
 )
 def test_a_field_that_cannot_be_written_into_is_named_and_null_is_as_none(
-    server: str, database: str, stored: Documents, path: str, change: Any
+    repository: MongoDBSessionRepository, stored: Documents, path: str, change: Any
 ) -> None:
-    with MongoDBSessionRepository(server, database) as repository:
-        put_in(stored, path, "secret")
-        with pytest.raises(
-            DatabaseError, match=rf"^session 's' holds a str in the field '{re.escape(path)}'"
-        ) as refused:
-            change(repository)
-        assert "secret" not in str(refused.value)
-        stored.delete_many({})
-        put_in(stored, path, None)
+    put_in(stored, path, "secret")
+    with pytest.raises(DatabaseError, match=rf"^session 's' holds a str in the field '{re.escape(path)}'") as refused:
         change(repository)
-        after = stored.find_one()
-        for name in path.split("."):
-            after = (after or {})[name]
-        assert after
+    assert "secret" not in str(refused.value)
+    stored.delete_many({})
+    put_in(stored, path, None)
+    change(repository)
+    after = stored.find_one()
+    for name in path.split("."):
+        after = (after or {})[name]
+    assert after
 
 
-def test_a_date_beyond_the_calendar_ends_no_list(stored: Documents, server: str, database: str) -> None:
+def test_a_date_beyond_the_calendar_ends_no_list(repository: MongoDBSessionRepository, stored: Documents) -> None:
     for number, moment in enumerate([DatetimeMS(2**55), DatetimeMS(-(2**55)), CREATED, CREATED]):
         stored.insert_one({**usual(), "_id": f"s{number}", "updated_at": moment})
-    with MongoDBSessionRepository(server, database) as repository:
-        for order in ("-updated_at", "updated_at"):
-            cursor, found = None, []
-            for _ in range(3):
-                page = repository.list_sessions(order=order, limit=1, cursor=cursor)
-                cursor, found = page.next_cursor, [*found, *(each.session_id for each in page.sessions)]
-                if cursor is None:
-                    break
-            assert sorted(found) == ["s2", "s3"]
-        assert repository.count_sessions() == 4
+    for order in ("-updated_at", "updated_at"):
+        cursor, found = None, []
+        for _ in range(3):
+            page = repository.list_sessions(order=order, limit=1, cursor=cursor)
+            cursor, found = page.next_cursor, [*found, *(each.session_id for each in page.sessions)]
+            if cursor is None:
+                break
+        assert sorted(found) == ["s2", "s3"]
+    assert repository.count_sessions() == 4
 
 
 # One odd document must not end what is asked of all sessions.
@@ -657,7 +669,7 @@ def test_one_odd_document_ends_no_list_and_its_session_goes_on(
     good: dict[str, Any], factory: MongoDBSessionManagerFactory, stored: Documents, some: Some, name: str
 ) -> None:
     stored.insert_one(good)
-    for path in some(EVERYWHERE, 2):
+    for path in some(EVERYWHERE, 1):
         stored.replace_one({"_id": "odd"}, {**good, "_id": "odd", "session_id": "odd"}, upsert=True)
         stored.update_one({"_id": "odd"}, {"$set": {path: ODDEST[name]}})
         try:

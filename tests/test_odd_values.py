@@ -18,8 +18,6 @@ from strands import Agent, tool
 from mongodb_session_manager import EncodingError, MongoDBSessionManagerFactory
 from support import agent, texts
 
-pytestmark = pytest.mark.shared_factory
-
 RESULTS: dict[str, tuple[Any, type]] = {
     "bytearray": (bytearray(b"\x00x"), bytearray),
     "numpy_float": (np.float32(0.1), float),

@@ -1,4 +1,4 @@
-"""What integrations read and update through an open manager, and agents that stay in memory while others write."""
+"""Reads and updates through an open manager, and agents that stay in memory while other managers write."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
-from support import CommandLog, agent, texts
+from support import CommandLog, Paused, agent, texts
 from support import Session as Opened
 
 pytestmark = pytest.mark.anyio
@@ -473,11 +473,15 @@ async def test_reload_waits_for_the_turn_of_another_manager(factory: Any, comman
     live = agent(here, "one", "three")
     await live.invoke_async("first")
     elsewhere = await factory.create_session_manager_async("s", on_busy="wait")
-    other = agent(elsewhere, "two")
-    other.model.delay = 0.3
+    other = agent(elsewhere)
+    other.model = model = Paused(["two"])
     turn = asyncio.create_task(other.invoke_async("second"))
+    await model.asked.wait()
+    reload = asyncio.create_task(here.reload())
     await asyncio.sleep(0.05)
-    await here.reload()
+    assert not reload.done()
+    model.go.set()
+    await reload
     assert texts(live.messages) == ["first", "one", "second", "two"]
     await turn
     commands.clear()
@@ -494,7 +498,7 @@ async def test_a_manager_that_was_reloaded_and_not_used_does_not_keep_others_out
     live = agent(here, "one")
     await live.invoke_async("first")
     await here.reload()
-    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=5.0) as other:
+    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=30.0) as other:
         await agent(other, "two").invoke_async("second")
     await here.reload()
     assert texts(live.messages) == ["first", "one", "second", "two"]
@@ -511,7 +515,7 @@ async def test_a_cancelled_reload_leaves_no_lease(factory: Any) -> None:
     with pytest.raises(asyncio.CancelledError):
         await reload
     await other.close()
-    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=2.0):
+    async with factory.create_session_manager_async("s", on_busy="wait", busy_timeout=10.0):
         pass
     await here.close()
 

@@ -1,4 +1,4 @@
-"""`save_on="overlap"`: the model is called while a message is stored, and nothing else is different."""
+"""`save_on="overlap"`: the model is called while a message is stored; everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from strands import tool
 from strands.types.exceptions import EventLoopException
 
 from mongodb_session_manager import DatabaseUnavailableError, MongoDBSessionManagerFactory, SessionConflictError
-from mongodb_session_manager.demo import ScriptedModel
 from proxy import Proxy, command
-from support import CommandLog, agent, eventually, message_ids, texts
+from support import CommandLog, Paused, agent, eventually, message_ids, texts
 
 pytestmark = pytest.mark.anyio
 
@@ -24,20 +23,6 @@ CALL_ADD = {"tool": "add", "input": {"a": 1, "b": 2}}
 OPEN, WRITE = "findAndModify", "update"
 
 
-class Told(ScriptedModel):
-    """A model that notes what was stored when it was asked, and answers when it is told to."""
-
-    def __init__(self, *replies: Any) -> None:
-        super().__init__(replies)
-        self.asked, self.go = asyncio.Event(), asyncio.Event()
-
-    async def stream(self, *args: Any, **kwargs: Any) -> Any:
-        self.asked.set()
-        await self.go.wait()
-        async for chunk in super().stream(*args, **kwargs):
-            yield chunk
-
-
 @pytest.fixture
 def proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
@@ -45,9 +30,15 @@ def proxy(server: str) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def far(proxy: Proxy, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
+def limit() -> int:
+    """The milliseconds that `far` waits for a server."""
+    return 30_000
+
+
+@pytest.fixture
+def far(proxy: Proxy, database: str, commands: CommandLog, limit: int) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory behind a proxy."""
-    options: dict[str, Any] = {"serverSelectionTimeoutMS": 300, "event_listeners": [commands]}
+    options: dict[str, Any] = {"serverSelectionTimeoutMS": limit, "event_listeners": [commands]}
     with MongoDBSessionManagerFactory(proxy.uri, database, save_on="overlap", **options) as factory:
         factory.list_sessions()
         eventually(lambda: not factory._connection._tasks)
@@ -62,7 +53,7 @@ async def test_the_model_is_called_while_the_users_message_is_on_its_way(
 ) -> None:
     manager = await far.create_session_manager_async("s", on_busy=on_busy)
     live = agent(manager)
-    live.model = model = Told("hello")
+    live.model = model = Paused(["hello"])
     proxy.freeze_before_request(command("update"))
     turn = asyncio.create_task(live.invoke_async("hi"))
     await asyncio.wait_for(model.asked.wait(), 30)
@@ -90,7 +81,7 @@ async def test_no_tool_runs_before_the_call_is_stored(
 
     manager = await far.create_session_manager_async("s")
     live = agent(manager, tools=[add])
-    live.model = model = Told(CALL_ADD, "three")
+    live.model = model = Paused([CALL_ADD, "three"])
     turn = asyncio.create_task(live.invoke_async("hi"))
     await model.asked.wait()
     await asyncio.to_thread(eventually, lambda: WRITE in commands.names)
@@ -98,7 +89,7 @@ async def test_no_tool_runs_before_the_call_is_stored(
     await turn
     assert seen == [0, 1]
     assert message_ids(stored.find_one({})) == [0, 1, 2, 3]
-    assert 4 <= len(commands.names) <= 5  # the result of the tool and the answer can be stored by one command
+    assert 4 <= len(commands.names) <= 5  # one command can store both the tool result and the answer
 
 
 def test_a_synchronous_agent(far: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog) -> None:
@@ -137,6 +128,7 @@ def test_commands_of_a_turn(
     assert commands.names == [OPEN] + [WRITE] * writes
 
 
+@pytest.mark.parametrize("limit", [1000])
 @pytest.mark.parametrize("replies", [["hello"], [CALL_ADD, "three"]])
 async def test_a_failed_write_stops_the_turn(
     far: MongoDBSessionManagerFactory, proxy: Proxy, stored: Stored, replies: list[Any]
@@ -151,7 +143,7 @@ async def test_a_failed_write_stops_the_turn(
 
     manager = await far.create_session_manager_async("s")
     live = agent(manager, tools=[add])
-    live.model = model = Told(*replies)
+    live.model = model = Paused(replies)
     proxy.refuse()
     turn = asyncio.create_task(live.invoke_async("hi"))
     await model.asked.wait()

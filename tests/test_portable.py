@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -43,6 +44,11 @@ def stored(message_id: int, *content: dict[str, Any], **fields: Any) -> dict[str
 
 def export(*, attachment: bool = False) -> list[str]:
     """The lines of a small session."""
+    return [*_exported(attachment)]
+
+
+@functools.cache
+def _exported(attachment: bool) -> tuple[str, ...]:
     writer = Writer()
     lines = writer.head("s", {"application_name": "app", "metadata": {"a": 1}, "created_at": MOMENT}, MOMENT)
     lines.append(writer.agent("a.b", {"agent_data": {"state": {}}}))
@@ -51,7 +57,7 @@ def export(*, attachment: bool = False) -> list[str]:
         lines += writer.pieces(REFERENCE, 0, DATA)
         writer.whole(REFERENCE)
         lines.append(writer.message(stored(1, attachments=[str(REFERENCE)])))
-    return [*lines, writer.end()]
+    return (*lines, writer.end())
 
 
 def read(lines: list[Any]) -> list[Any]:

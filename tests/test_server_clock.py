@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
-from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any
 
 import pymongo
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, monitoring
 
+import interpreter
 from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
     MongoDBSessionManager,
@@ -25,32 +26,40 @@ from mongodb_session_manager._io import clock as _clock
 from proxy import Proxy
 from support import agent, eventually
 
-T = TypeVar("T")
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
 HOUR = 3600.0
 NEAR = timedelta(minutes=1)
 
 
-def shift_clock(seconds: float) -> None:
-    """Make the clock of this process wrong."""
-    right = time.time
-    time.time = lambda: right() + seconds
+SERVES = """
+import base64, pickle, sys, time, traceback
+right, seconds = time.time, float(sys.argv[1])
+time.time = lambda: right() + seconds
+for line in sys.stdin:
+    function, arguments = pickle.loads(base64.b64decode(line))
+    try:
+        function(*arguments)
+        print("done", flush=True)
+    except BaseException:
+        print(repr(traceback.format_exc()), flush=True)
+"""
 
 
 class Machine:
     """A process whose clock is wrong by so many seconds."""
 
     def __init__(self, seconds: float) -> None:
-        self._process = ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=shift_clock, initargs=(seconds,)
-        )
+        self._process = interpreter.start(SERVES, seconds)
 
-    def run(self, function: Callable[..., T], *args: Any) -> T:
-        return self._process.submit(function, *args).result(60)
+    def run(self, function: Callable[..., None], *args: Any) -> None:
+        self._process.stdin.write(base64.b64encode(pickle.dumps((function, args))).decode() + "\n")
+        self._process.stdin.flush()
+        assert (answer := self._process.stdout.readline()) == "done\n", answer
 
     def close(self) -> None:
-        self._process.shutdown()
+        _, errors = self._process.communicate()
+        assert self._process.returncode == 0, errors
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +147,7 @@ def test_sessions_are_listed_in_the_order_of_their_last_turns_on_machines_with_w
 ) -> None:
     machines = [ahead, behind, right]
     written = []
-    for number in range(9):
+    for number in range(6):
         machines[number % 3].run(take_turn, server, database, f"s{number}")
         written.append(f"s{number}")
         time.sleep(0.3)  # more than a round trip on a busy machine: a clock is read no more precisely than that

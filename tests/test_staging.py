@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -18,7 +17,7 @@ from pymongo import monitoring
 from strands.types.session import Session, SessionAgent
 
 import interpreter
-from fix_archive import documents_of, store_again
+from fix_archive import documents_of, emptied, store_again
 from fix_deletion import EVERYWHERE, ID, MOMENT, SMALL, fill, is_whole, said, traces, wait_for_moves
 from mongodb_session_manager import (
     MongoDBSessionError,
@@ -36,10 +35,17 @@ COPY = "copy-c0ffee"
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture
-def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
+        repository.list_sessions()
         yield repository
+
+
+@pytest.fixture
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
+    yield shared_repository
+    eventually(lambda: not shared_repository._async._connection._tasks)
 
 
 @pytest.fixture
@@ -49,20 +55,20 @@ def expiring(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
 
 
 @pytest.fixture(scope="module")
-def full_documents(server: str, driver: Driver) -> Iterator[dict[str, list[Any]]]:
+def full_documents(
+    shared_repository: MongoDBSessionRepository, shared_database: str, driver: Driver
+) -> dict[str, list[Any]]:
     """The documents of a session that has messages and attachments in all places."""
-    database = f"test_{uuid.uuid4().hex}"
-    stored = driver[database]["agent_sessions"]
-    with MongoDBSessionRepository(server, database, **SMALL) as repository:
-        fill(repository)
-        wait_for_moves(stored)
-    yield documents_of(stored)
-    driver.drop_database(database)
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    fill(shared_repository)
+    wait_for_moves(stored)
+    eventually(lambda: not shared_repository._async._connection._tasks)
+    return documents_of(stored)
 
 
 @pytest.fixture
 def full(
-    repository: MongoDBSessionRepository, stored: Stored, full_documents: dict[str, list[Any]]
+    full_documents: dict[str, list[Any]], repository: MongoDBSessionRepository, stored: Stored
 ) -> MongoDBSessionRepository:
     """A repository with that session."""
     store_again(stored, full_documents)
@@ -274,7 +280,7 @@ def test_forks_and_deletions_of_one_id_leave_a_session_or_nothing(
     database: str,
     driver: Driver,
 ) -> None:
-    rounds = 400 if request.config.getoption("--full-adversity") else 20
+    rounds = 400 if request.config.getoption("--full-adversity") else 10
     with MongoDBSessionRepository(server, database, **SMALL) as other, ThreadPoolExecutor(2) as threads:
         for number in range(rounds):
             delay = random.uniform(0, 0.02)
@@ -403,7 +409,7 @@ def test_a_busy_session_with_many_attachments_is_forked(
     def message(number: int, seed: int) -> Any:
         return said(number, seed.to_bytes(4, "big") + picture, f"version {seed}:")
 
-    for number in range(60):
+    for number in range(30):
         repository.create_message(ID, "agent", message(number, number))
     stop = threading.Event()
 
@@ -416,7 +422,7 @@ def test_a_busy_session_with_many_attachments_is_forked(
     def replace() -> None:
         seed = 1000
         while not stop.is_set():
-            repository.update_message(ID, "agent", message(random.randrange(60), seed))
+            repository.update_message(ID, "agent", message(random.randrange(30), seed))
             seed += 1
 
     log = CommandLog()
@@ -424,15 +430,15 @@ def test_a_busy_session_with_many_attachments_is_forked(
         with ThreadPoolExecutor(3) as threads:
             writing: list[Future[None]] = [threads.submit(append), threads.submit(replace), threads.submit(replace)]
             try:
-                for number in range(3):
+                for number in range(2):
                     fork(other, f"fork {number}")
             finally:
                 stop.set()
             for each in writing:
                 each.result()
-        for number in range(3):
+        for number in range(2):
             messages = other.list_messages(f"fork {number}", "agent")
-            assert len(messages) == 60
+            assert len(messages) == 30
             other.list_messages(f"fork {number}", "other")
             for each in messages:
                 text, image = each.message["content"]

@@ -25,8 +25,6 @@ from mongodb_session_manager._format.documents import agent_state, stored_messag
 from orchestrators import Odd
 from support import CommandLog, agent, alternating, apply, fail_point, texts
 
-pytestmark = pytest.mark.shared_factory
-
 MIB = 1024 * 1024
 LARGE = "x" * (17 * MIB)
 IMAGE = {"image": {"format": "png", "source": {"bytes": b"z" * 300_000}}}

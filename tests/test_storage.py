@@ -8,8 +8,6 @@ import itertools
 import os
 import random
 import struct
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,7 +17,7 @@ from typing import Any
 import gridfs
 import pymongo
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, monitoring
@@ -29,6 +27,7 @@ from strands.session import SnapshotSessionManager
 from strands.storage import InMemoryStorage, LocalFileStorage, Storage
 from strands.types.exceptions import StorageError
 
+import interpreter
 from mongodb_session_manager import (
     ConfigurationError,
     DatabaseError,
@@ -44,13 +43,12 @@ from mongodb_session_manager._storage import gridfs as _blobs
 from mongodb_session_manager._storage import storage as _storage
 from mongodb_session_manager.demo import ScriptedModel
 from proxy import Proxy, command
-from support import CommandLog, agent, fail_point, texts
+from support import CommandLog, agent, alternating, fail_point, texts
 
 pytestmark = pytest.mark.anyio
 
 Database = pymongo.database.Database[dict[str, Any]]
 
-ROOT = Path(__file__).parents[1]
 MEGABYTE = 1024 * 1024
 
 
@@ -60,9 +58,31 @@ def values(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> Databa
     return driver[database]
 
 
+@pytest.fixture(scope="module")
+def shared_storage(server: str, shared_database: str) -> Iterator[tuple[MongoDBStorage, CommandLog]]:
+    log = CommandLog()
+    with MongoDBStorage(server, shared_database, event_listeners=[log]) as storage:
+        yield storage, log
+
+
 @pytest.fixture
-async def storage(server: str, database: str, commands: CommandLog) -> AsyncIterator[MongoDBStorage]:
-    async with MongoDBStorage(server, database, event_listeners=[commands]) as storage:
+def storage(shared_storage: tuple[MongoDBStorage, CommandLog], database: str) -> MongoDBStorage:
+    """The storage of all tests that do not close it."""
+    storage, log = shared_storage
+    log.clear()
+    return storage
+
+
+@pytest.fixture
+def sent(shared_storage: tuple[MongoDBStorage, CommandLog]) -> CommandLog:
+    """The commands of the shared storage."""
+    return shared_storage[1]
+
+
+@pytest.fixture
+async def own_storage(server: str, database: str) -> AsyncIterator[MongoDBStorage]:
+    """A storage that the test closes."""
+    async with MongoDBStorage(server, database) as storage:
         yield storage
 
 
@@ -149,8 +169,9 @@ def view(storage: Any, prefix: str) -> Any:
 
 
 def test_it_does_what_strands_in_memory_storage_does(
-    server: str, database: str, values: Database, small_files: None
+    storage: MongoDBStorage, values: Database, small_files: None
 ) -> None:
+    @settings(max_examples=settings.default.max_examples // 2)
     @given(OPERATIONS)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -167,11 +188,13 @@ def test_it_does_what_strands_in_memory_storage_does(
 
         runner.run(run())
 
-    with MongoDBStorage(server, database) as ours, asyncio.Runner() as runner:
+    ours = storage
+    with asyncio.Runner() as runner:
         the_same()
 
 
-def test_it_does_what_strands_file_storage_does(server: str, database: str, tmp_path: Path, small_files: None) -> None:
+def test_it_does_what_strands_file_storage_does(storage: MongoDBStorage, tmp_path: Path, small_files: None) -> None:
+    @settings(max_examples=settings.default.max_examples // 2)
     @given(PLAIN)
     def the_same(operations: list[tuple[Any, ...]]) -> None:
         async def run() -> None:
@@ -185,7 +208,8 @@ def test_it_does_what_strands_file_storage_does(server: str, database: str, tmp_
         runner.run(run())
 
     theirs = LocalFileStorage(str(tmp_path))
-    with MongoDBStorage(server, database) as ours, asyncio.Runner() as runner:
+    ours = storage
+    with asyncio.Runner() as runner:
         the_same()
 
 
@@ -197,7 +221,7 @@ def test_a_range_holds_what_begins_with_a_prefix(prefix: str, keys: list[str]) -
     ] == [key for key in keys if key.startswith(prefix)]
 
 
-async def test_what_is_no_key_is_refused_before_anything_is_sent(storage: MongoDBStorage, commands: CommandLog) -> None:
+async def test_what_is_no_key_is_refused_before_anything_is_sent(storage: MongoDBStorage, sent: CommandLog) -> None:
     for key in ("", "/", "a/../b", "..", "a\\b", "\ud83d", None, {"$gt": ""}, b"a", 3):
         for operation in (storage.read, storage.delete, lambda key: storage.write(key, b"")):
             with pytest.raises(InvalidArgumentError, match="key") as refused:
@@ -211,7 +235,7 @@ async def test_what_is_no_key_is_refused_before_anything_is_sent(storage: MongoD
     for data in ("text", None, 5, [1, 2]):
         with pytest.raises(InvalidArgumentError, match="data must be bytes"):
             await storage.write("a", data)  # type: ignore[arg-type]
-    assert commands.names == []
+    assert sent.names == []
 
 
 async def test_what_is_stored_is_a_copy_of_any_kind_of_bytes(storage: MongoDBStorage) -> None:
@@ -229,14 +253,14 @@ async def test_what_is_stored_is_a_copy_of_any_kind_of_bytes(storage: MongoDBSto
 
 
 async def test_each_operation_on_a_value_within_a_document_is_one_command(
-    storage: MongoDBStorage, commands: CommandLog
+    storage: MongoDBStorage, sent: CommandLog
 ) -> None:
     await storage.write("a/b", b"1")
     await storage.write("a/b", b"2")
     assert await storage.read("a/b") == b"2"
     assert await storage.list("a/") == ["a/b"]
     await storage.delete("a/b")
-    assert commands.names == ["update", "update", "find", "find", "delete"]
+    assert sent.names == ["update", "update", "find", "find", "delete"]
 
 
 async def test_listing_reads_no_more_than_the_keys_it_returns(server: str, database: str, values: Database) -> None:
@@ -262,7 +286,7 @@ async def test_listing_reads_no_more_than_the_keys_it_returns(server: str, datab
 # Values of any size.
 
 
-@pytest.mark.parametrize("size", [0, 1, 4 * MEGABYTE, 4 * MEGABYTE + 1, 17 * MEGABYTE])
+@pytest.mark.parametrize("size", [0, 1, 4 * MEGABYTE, 4 * MEGABYTE + 1])
 async def test_a_value_of_any_size(storage: MongoDBStorage, values: Database, size: int) -> None:
     data = content("value", size)
     await storage.write("big/value", data)
@@ -284,16 +308,16 @@ async def test_a_standard_gridfs_client_reads_a_large_value(storage: MongoDBStor
 
 
 async def test_the_bucket_has_the_indexes_of_gridfs(
-    storage: MongoDBStorage, values: Database, small_files: None
+    own_storage: MongoDBStorage, values: Database, small_files: None
 ) -> None:
-    await storage.write("a", bytes(101))
-    await storage.close_async()
+    await own_storage.write("a", bytes(101))
+    await own_storage.close_async()
     assert "filename_1_uploadDate_1" in values["agent_storage_blobs.files"].index_information()
     assert values["agent_storage_blobs.chunks"].index_information()["files_id_1_n_1"]["unique"]
 
 
-@pytest.mark.parametrize("before", [b"", b"small", bytes(500)])
-@pytest.mark.parametrize("after", [b"", b"small", bytes(300), None])
+@pytest.mark.parametrize("before", alternating(b"", b"small", bytes(500)))
+@pytest.mark.parametrize("after", alternating(b"", b"small", bytes(300), None))
 async def test_replacing_leaves_nothing_of_what_was_there(
     storage: MongoDBStorage, values: Database, small_files: None, before: bytes, after: bytes | None
 ) -> None:
@@ -311,7 +335,7 @@ async def test_replacing_leaves_nothing_of_what_was_there(
 
 
 async def test_readers_see_the_old_value_or_the_new_one(
-    server: str, database: str, values: Database, small_files: None
+    storage: MongoDBStorage, own_storage: MongoDBStorage, small_files: None
 ) -> None:
     versions = [content("a", 1000), b"small", content("b", 2000), content("c", 500)]
 
@@ -321,29 +345,32 @@ async def test_readers_see_the_old_value_or_the_new_one(
             seen.add(await storage.read("key"))
         return seen
 
-    async with MongoDBStorage(server, database) as storage, MongoDBStorage(server, database) as writer:
-        await writer.write("key", versions[0])
-        written = asyncio.Event()
-        readers = [asyncio.ensure_future(read()) for _ in range(4)]
-        for number in range(12):
-            await writer.write("key", versions[number % 4])
-        written.set()
-        seen = set().union(*await asyncio.gather(*readers))
+    await own_storage.write("key", versions[0])
+    written = asyncio.Event()
+    readers = [asyncio.ensure_future(read()) for _ in range(4)]
+    for number in range(12):
+        await own_storage.write("key", versions[number % 4])
+    written.set()
+    seen = set().union(*await asyncio.gather(*readers))
     assert seen <= set(versions)
     assert len(seen) > 1
 
 
 async def test_of_many_writers_one_wins_and_nothing_of_the_others_stays(
-    server: str, database: str, values: Database, small_files: None, monkeypatch: pytest.MonkeyPatch
+    storage: MongoDBStorage,
+    own_storage: MongoDBStorage,
+    values: Database,
+    small_files: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_storage, "_ROUNDS", 200)
     versions = [content(str(number), 150 + number) if number % 3 else b"%d" % number for number in range(20)]
-    async with MongoDBStorage(server, database) as one, MongoDBStorage(server, database) as other:
-        await asyncio.gather(*((one, other)[n % 2].write("key", data) for n, data in enumerate(versions)))
-        data = await one.read("key")
-        assert data in versions
-        assert nothing_but(values, *["key"] * (len(data or b"") > 100))
-        await asyncio.gather(*((one, other)[n % 2].delete("key") for n in range(6)))
+    one, other = storage, own_storage
+    await asyncio.gather(*((one, other)[n % 2].write("key", data) for n, data in enumerate(versions)))
+    data = await one.read("key")
+    assert data in versions
+    assert nothing_but(values, *["key"] * (len(data or b"") > 100))
+    await asyncio.gather(*((one, other)[n % 2].delete("key") for n in range(6)))
     assert nothing_but(values)
 
 
@@ -386,25 +413,16 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def crash(server: str) -> Iterator[Callable[..., str]]:
     """Run an operation in a process that kills itself at its nth sending or receiving; tell how it ended."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", CRASHES, server],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    stdin, stdout = process.stdin, process.stdout
+    with interpreter.start(CRASHES, server) as process:
 
-    def run(database: str, operation: str, key: str, size: int, ticks: int) -> str:
-        stdin.write(f"{database} {operation} {key} {size} {ticks}\n")
-        return stdout.readline().strip()
+        def run(database: str, operation: str, key: str, size: int, ticks: int) -> str:
+            process.stdin.write(f"{database} {operation} {key} {size} {ticks}\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
 
-    with process:
         yield run
-        stdin.close()
-        assert process.wait(60) == 0
+        process.stdin.close()
+        assert process.wait() == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -412,7 +430,7 @@ def crash(server: str) -> Iterator[Callable[..., str]]:
 async def test_a_writer_killed_between_any_two_commands(
     request: pytest.FixtureRequest,
     crash: Callable[..., str],
-    server: str,
+    storage: MongoDBStorage,
     database: str,
     values: Database,
     small_files: None,
@@ -422,27 +440,26 @@ async def test_a_writer_killed_between_any_two_commands(
 ) -> None:
     old, new = (None if size is None else letter * size for letter, size in ((b"o", before), (b"n", after)))
     outcomes, seen = [], []
-    full = request.config.getoption("full_adversity")
-    ticks = itertools.count(1) if full else itertools.count(random.choice((1, 2)), 2)
-    async with MongoDBStorage(server, database) as storage:
-        while not outcomes or outcomes[-1] == "died":
-            if old is None:
-                await storage.delete("key")
-            else:
-                await storage.write("key", old)
-            operation = "delete" if after is None else "write"
-            outcomes.append(crash(database, operation, "key", after or 0, next(ticks)))
-            seen.append(await storage.read("key"))
-        assert outcomes[-1] == "ended 0"
-        assert {*seen} <= {old, new}
-        assert seen == sorted(seen, key=lambda value: value == new)  # first the old one, then the new one
-        assert len(outcomes) > (6 if full else 3)
-        # What the dead left behind goes when it is old enough that nobody can be at work on it.
-        monkeypatch.setattr(_blobs, "ABANDONED_AFTER", -_blobs.ABANDONED_AFTER)
-        for number in range(9):
-            await storage.write(f"more {number % 2}", bytes(200))
-        assert await storage.read("key") == new
-        assert nothing_but(values, "more 0", "more 1", *["key"] * (len(new or b"") > 100))
+    stride = 1 if request.config.getoption("full_adversity") else 3
+    ticks = itertools.count(random.randint(1, stride), stride)
+    while not outcomes or outcomes[-1] == "died":
+        if old is None:
+            await storage.delete("key")
+        else:
+            await storage.write("key", old)
+        operation = "delete" if after is None else "write"
+        outcomes.append(crash(database, operation, "key", after or 0, next(ticks)))
+        seen.append(await storage.read("key"))
+    assert outcomes[-1] == "ended 0"
+    assert {*seen} <= {old, new}
+    assert seen == sorted(seen, key=lambda value: value == new)  # first the old one, then the new one
+    assert len(outcomes) > 6 // stride
+    # What the dead left behind goes when it is old enough that nobody can be at work on it.
+    monkeypatch.setattr(_blobs, "ABANDONED_AFTER", -_blobs.ABANDONED_AFTER)
+    for number in range(9):
+        await storage.write(f"more {number % 2}", bytes(200))
+    assert await storage.read("key") == new
+    assert nothing_but(values, "more 0", "more 1", *["key"] * (len(new or b"") > 100))
 
 
 async def test_a_file_whose_switch_never_came_gets_its_name_back(
@@ -479,9 +496,9 @@ def alone(standalone: str) -> Iterator[Database]:
         client.drop_database(name)
 
 
-@pytest.mark.parametrize("size", [5, 500])
-@pytest.mark.parametrize("after", [5, 500, None])
-@pytest.mark.parametrize("part", ["", "_blobs.files", "_blobs.chunks"])
+@pytest.mark.parametrize("size", alternating(5, 500))
+@pytest.mark.parametrize("after", alternating(5, 500, None))
+@pytest.mark.parametrize("part", alternating("", "_blobs.files", "_blobs.chunks"))
 async def test_a_lost_reply_does_not_lose_the_value(
     standalone: str, alone: Database, small_files: None, size: int, after: int | None, part: str
 ) -> None:
@@ -508,13 +525,13 @@ async def test_a_damaged_value_is_an_error(storage: MongoDBStorage, values: Data
         await storage.read("key")
 
 
-async def test_a_cancelled_write_completes(storage: MongoDBStorage, values: Database, small_files: None) -> None:
-    writing = asyncio.ensure_future(storage.write("key", bytes(500)))
+async def test_a_cancelled_write_completes(own_storage: MongoDBStorage, values: Database, small_files: None) -> None:
+    writing = asyncio.ensure_future(own_storage.write("key", bytes(500)))
     await asyncio.sleep(0.005)
     writing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await writing
-    await storage.close_async()  # waits for it
+    await own_storage.close_async()  # waits for it
     assert nothing_but(values, "key")
 
 
@@ -660,23 +677,13 @@ with MongoDBStorage(uri, database) as storage:
 """
 
 
-def test_an_agent_resumes_in_another_process(server: str, database: str) -> None:
-    with MongoDBStorage(server, database) as storage:
-        first = agent(SnapshotSessionManager("s", storage=storage), "Hello!", state={"seen": 1})
-        first("My name is Ada.")
-        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-        run = subprocess.run(
-            [sys.executable, "-W", "error", "-c", RESUME, server, database],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=100,
-        )
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.split("\n")[:2] == ["1", "Your name is Ada."]
-        again = agent(SnapshotSessionManager("s", storage=storage))
-        assert texts(again.messages) == ["My name is Ada.", "Hello!", "What is my name?", "Your name is Ada."]
+def test_an_agent_resumes_in_another_process(server: str, database: str, storage: MongoDBStorage) -> None:
+    first = agent(SnapshotSessionManager("s", storage=storage), "Hello!", state={"seen": 1})
+    first("My name is Ada.")
+    shown, _ = interpreter.run(RESUME, server, database)
+    assert shown.split("\n")[:2] == ["1", "Your name is Ada."]
+    again = agent(SnapshotSessionManager("s", storage=storage))
+    assert texts(again.messages) == ["My name is Ada.", "Hello!", "What is my name?", "Your name is Ada."]
 
 
 @pytest.mark.may_block  # Strands blocks the loop on which an agent is constructed
@@ -698,20 +705,17 @@ async def test_an_async_agent_with_tools_and_checkpoints(storage: MongoDBStorage
     assert values["agent_storage"].count_documents({}) == 0
 
 
-def test_a_snapshot_beyond_16_megabytes(server: str, database: str, values: Database) -> None:
-    with MongoDBStorage(server, database) as storage:
-        first = agent(SnapshotSessionManager("s", storage=storage), "Thank you.")
-        first(
-            [{"text": "Look."}, {"document": {"name": "d", "format": "txt", "source": {"bytes": bytes(13 * MEGABYTE)}}}]
-        )
-        resumed = agent(SnapshotSessionManager("s", storage=storage))
+def test_a_snapshot_beyond_16_megabytes(storage: MongoDBStorage, values: Database) -> None:
+    first = agent(SnapshotSessionManager("s", storage=storage), "Thank you.")
+    first([{"text": "Look."}, {"document": {"name": "d", "format": "txt", "source": {"bytes": bytes(13 * MEGABYTE)}}}])
+    resumed = agent(SnapshotSessionManager("s", storage=storage))
     assert resumed.messages == first.messages
     assert len(files(values)) == 1
     assert files(values)[0]["length"] > 16 * MEGABYTE
 
 
 @pytest.mark.filterwarnings("ignore:context_window_limit is not set")
-def test_an_agents_own_storage_keeps_its_session_and_what_it_offloads(server: str, database: str) -> None:
+def test_an_agents_own_storage_keeps_its_session_and_what_it_offloads(storage: MongoDBStorage) -> None:
     """Without storage of their own, the session manager and the context manager take the agent's."""
     offload = Offload.truncate("tool_results", {"preview_tokens": 10}).when(threshold=100)
 
@@ -724,20 +728,18 @@ def test_an_agents_own_storage_keeps_its_session_and_what_it_offloads(server: st
         context = ContextManager(strategies=[offload])
         return agent(SnapshotSessionManager("s"), *replies, storage=storage, context_manager=context, tools=[report])
 
-    with MongoDBStorage(server, database) as storage:
-        first = make({"tool": "report", "input": {}}, "Done.")
-        first("Report.")
-        keys = asyncio.run(storage.list(""))
-        assert "session/s/scopes/agent/agent/snapshots/snapshot_latest.json" in keys
-        offloaded = [key for key in keys if key.startswith("context/s/scopes/agent/agent/")]
-        kept = [asyncio.run(storage.read(key)) or b"" for key in offloaded]
-        assert any(b"word " * 2000 in value for value in kept)
-        resumed = make()
-        assert resumed.messages == first.messages
-        assert "word " * 2000 not in str(resumed.messages)
+    first = make({"tool": "report", "input": {}}, "Done.")
+    first("Report.")
+    keys = asyncio.run(storage.list(""))
+    assert "session/s/scopes/agent/agent/snapshots/snapshot_latest.json" in keys
+    offloaded = [key for key in keys if key.startswith("context/s/scopes/agent/agent/")]
+    kept = [asyncio.run(storage.read(key)) or b"" for key in offloaded]
+    assert any(b"word " * 2000 in value for value in kept)
+    resumed = make()
+    assert resumed.messages == first.messages
+    assert "word " * 2000 not in str(resumed.messages)
 
 
-def test_a_view_given_to_strands_is_its_whole_prefix(server: str, database: str) -> None:
-    with MongoDBStorage(server, database) as storage:
-        agent(SnapshotSessionManager("s", storage=storage.namespace("mine")), "Hello!")("Hi.")
-        assert asyncio.run(storage.list("")) == ["mine/s/scopes/agent/agent/snapshots/snapshot_latest.json"]
+def test_a_view_given_to_strands_is_its_whole_prefix(storage: MongoDBStorage) -> None:
+    agent(SnapshotSessionManager("s", storage=storage.namespace("mine")), "Hello!")("Hi.")
+    assert asyncio.run(storage.list("")) == ["mine/s/scopes/agent/agent/snapshots/snapshot_latest.json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any
 
 import pymongo
@@ -16,6 +17,7 @@ from strands.agent.conversation_manager import (
 )
 from strands.hooks import (
     AfterInvocationEvent,
+    AfterModelCallEvent,
     AfterMultiAgentInvocationEvent,
     AfterNodeCallEvent,
     BeforeInvocationEvent,
@@ -38,7 +40,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent, alternating, eventually, fail_point, texts
 
-pytestmark = [pytest.mark.anyio, pytest.mark.shared_factory]
+pytestmark = pytest.mark.anyio
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -435,6 +437,7 @@ async def test_something_slow_before_the_end_of_the_invocation_does_not_hold_up_
 
     async with await factory.create_session_manager_async("s", save_on=save_on) as manager:
         live = agent(manager, "one")
+        live.hooks.add_callback(BeforeModelCallEvent, lambda event: event.agent.state.set("topic", "boats"))
         if where == "message":
             live.hooks.add_callback(MessageAddedEvent, on_message)
         elif where == "middleware":
@@ -442,6 +445,7 @@ async def test_something_slow_before_the_end_of_the_invocation_does_not_hold_up_
         running = asyncio.create_task(turn())
         await shown.wait()
         await asyncio.to_thread(eventually, lambda: stored_texts(stored) == ["a", "one"])
+        assert stored.find_one({"_id": "s"})["agents"]["agent"]["agent_data"]["state"] == {"topic": "boats"}
         slow.set()
         await running
     last = stored.find_one({"_id": "s"})["agents"]["agent"]["messages"][-1]
@@ -682,3 +686,19 @@ def test_messages_of_an_agent_of_another_manager_are_refused_by_name(
         pytest.raises(AgentNotFoundError, match=r"'agent'.*initialize"),
     ):
         use(manager, stranger)
+
+
+async def test_state_of_a_turn_whose_stream_is_not_read_to_its_end(
+    factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    async with await factory.create_session_manager_async("s") as manager:
+        live = agent(manager, "one")
+        live.hooks.add_callback(AfterModelCallEvent, lambda event: event.agent.state.set("calls", 1))
+        stream = live.stream_async("a")
+        async for event in stream:
+            if event.get("message", {}).get("role") == "assistant":
+                break
+    assert stored_texts(stored) == ["a", "one"]
+    assert stored.find_one({"_id": "s"})["agents"]["agent"]["agent_data"]["state"] == {"calls": 1}
+    with suppress(MongoDBSessionError):  # the manager is closed
+        await stream.aclose()

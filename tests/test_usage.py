@@ -26,8 +26,6 @@ from scripted_bidi import ScriptedBidiModel, said
 from scripted_bidi import calls as call_of
 from support import CommandLog, Session, agent, alternating, fail_point, message_ids, texts
 
-pytestmark = pytest.mark.shared_factory
-
 Stored = Collection[dict[str, Any]]
 
 ROOT = Path(__file__).parents[1]

@@ -1,15 +1,16 @@
-"""What was live is what is restored, whoever edits `agent.messages`."""
+"""The live messages are restored, regardless of who edits `agent.messages`."""
 
 from __future__ import annotations
 
 import copy
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from bson import json_util
+from bson import ObjectId, json_util
 from hypothesis import given
 from hypothesis import strategies as st
 from strands import Agent, tool
@@ -34,7 +35,7 @@ from mongodb_session_manager import (
     StateTooLargeError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent, fail_point, sampled, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, sampled, texts
 
 Documents = Any
 
@@ -44,7 +45,7 @@ def restored(factory: MongoDBSessionManagerFactory, session_id: str = "s", **opt
 
 
 def turns(factory: MongoDBSessionManagerFactory, count: int = 3, **options: Any) -> tuple[Any, Agent]:
-    """Return a manager and its agent after some turns: messages q0, a0, q1, a1, ..."""
+    """Return a manager and its agent after some turns, with the messages q0, a0, q1, a1, ..."""
     manager = factory.create_session_manager("s")
     live = agent(manager, *(f"a{n}" for n in range(count + 10)), **options)
     for n in range(count):
@@ -117,8 +118,8 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("manager_of", [NullConversationManager, SlidingWindowConversationManager])
+@pytest.mark.parametrize("edit", alternating(*EDITS))
+@pytest.mark.parametrize("manager_of", alternating(NullConversationManager, SlidingWindowConversationManager))
 def test_an_edit_is_restored(
     factory: MongoDBSessionManagerFactory, edit: Callable[[list[Any]], None], manager_of: type
 ) -> None:
@@ -156,7 +157,7 @@ def test_a_message_that_was_edited_and_then_continued_is_also_kept_as_it_was_sai
     assert restored(factory).messages == live.messages
 
 
-# Who edits.
+# Edits by Strands.
 
 
 @tool
@@ -291,7 +292,7 @@ def test_a_state_that_was_set_after_the_last_turn_is_stored_by_close(factory: Mo
     assert again.state.get("mood") == "good"
     again.state.set("mood", "better")
     again.messages.pop()
-    manager.close()  # without a turn
+    manager.close()  # no turn follows
     assert restored(factory).state.get("mood") == "better"
     assert texts(restored(factory).messages) == ["q0"]
 
@@ -447,6 +448,21 @@ def test_archived_messages_of_a_view_take_one_more_command(server: str, database
         again = restored(factory, conversation_manager=NullConversationManager())
         assert again.messages == live.messages
         assert [name for name in commands.names if name != "aggregate"] == ["findAndModify", "find"]
+
+
+def test_archived_messages_of_a_view_that_are_missing_are_counted(
+    server: str, database: str, stored: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=4) as factory:
+        manager, live = turns(factory, 12, conversation_manager=NullConversationManager())
+        live.messages[0:18] = [live.messages[9], live.messages[3]]
+        manager.close()
+        eventually(lambda: not factory._connection._tasks)
+        assert stored.database["agent_sessions_archive"].delete_many({"_id.first": {"$lte": 9}}).deleted_count
+        again = restored(factory, conversation_manager=NullConversationManager())
+    assert 0 < len(again.messages) < len(live.messages)
+    missing = len(live.messages) - len(again.messages)
+    assert f"missing=<{missing}> | restoring an agent without messages that are missing in the archive" in caplog.text
 
 
 def test_another_hook_edits_after_the_invocation(factory: MongoDBSessionManagerFactory) -> None:
@@ -626,7 +642,7 @@ def test_copies_restore_the_live_messages(
         ([0, 2, 3, 6, 7], 7, ["q0", "q1", "a1", "q3", "a3"]),
         ([0, 2, 3, 6, 7], 6, ["q0", "q1", "a1", "q3"]),
         ([0, 2, 3, 6, 7], 2, ["q0", "q1"]),
-        ([0, 2, 3, 6, 7], 1, ["q0", "a0"]),  # it is not live: the conversation as it was said
+        ([0, 2, 3, 6, 7], 1, ["q0", "a0"]),  # not live: the original conversation
         ([3, 5, 0], 3, ["a1"]),
     ],
 )
@@ -652,8 +668,8 @@ def picture() -> Any:
     return {"image": {"format": "png", "source": {"bytes": IMAGE}}}
 
 
-@pytest.mark.parametrize("inline", [0, 1 << 20])
-@pytest.mark.parametrize("copy_of", [None, "fork", "export", "write back"])
+@pytest.mark.parametrize("inline", alternating(0, 1 << 20))
+@pytest.mark.parametrize("copy_of", alternating(None, "fork", "export", "write back"))
 def test_an_edited_message_keeps_its_attachment(
     server: str, database: str, stored: Documents, inline: int, copy_of: str | None
 ) -> None:
@@ -747,7 +763,7 @@ def test_an_edit_with_a_value_that_cannot_be_stored_leaves_the_message_as_it_is_
 
 
 class Array:
-    """Compares as an array of numpy."""
+    """Compares like a NumPy array."""
 
     def __eq__(self, other: object) -> Any:
         return self
@@ -803,51 +819,49 @@ def test_a_broken_tool_call_that_was_repaired_is_restored_as_it_is_live(
     again = agent(factory.create_session_manager("s"), "later", tools=[tell])
     assert texts(again.messages) == ["a story"]
     again._session_manager.close()
-    assert view_of(stored) is None  # opening and closing stores nothing
+    assert view_of(stored) is None  # opening and closing store nothing
     again = agent(factory.create_session_manager("s"), "later", tools=[tell])
     again("and?")
     assert restored(factory, tools=[tell]).messages == again.messages
 
 
-# Views that do not fit.
+# Unusable views.
 
 
-@pytest.mark.parametrize(
-    ("view", "expected"),
-    [
-        ({"after": 4, "items": [{"runs": [[2, 3], [50, 60]]}]}, ["q1", "a1", "q2", "a2"]),
-        ({"after": 90, "items": [{"runs": [[2, 3]]}]}, ["q1", "a1"]),
-        ({"after": 90, "items": [{"runs": [[70, 80]]}]}, ["q0", "a0", "q1", "a1", "q2", "a2"]),
-        ({"after": 6, "items": []}, []),
-        *(
-            (malformed, ["q0", "a0", "q1", "a1", "q2", "a2"])
-            for malformed in (
-                *(5, [], {}, "x", {"after": "x", "items": []}, {"after": 1}, {"after": 1, "items": [3]}),
-                {"after": 1, "items": [{"runs": 3}]},
-                {"after": 1, "items": [{"runs": [[2, 1]]}]},
-                {"after": 1, "items": [{"runs": [["a", {}]], "uses": 4}]},
-                {"after": 1, "items": [{"of": [0], "at": [None], "uses": [0], "message": {}, "content": [[1, 0]]}]},
-            )
-        ),
-    ],
-)
+MISFITS: list[tuple[Any, list[str]]] = [
+    ({"after": 4, "items": [{"runs": [[2, 3], [50, 60]]}]}, ["q1", "a1", "q2", "a2"]),
+    ({"after": 90, "items": [{"runs": [[2, 3]]}]}, ["q1", "a1"]),
+    ({"after": 90, "items": [{"runs": [[70, 80]]}]}, ["q0", "a0", "q1", "a1", "q2", "a2"]),
+    ({"after": 6, "items": []}, []),
+    *(
+        (malformed, ["q0", "a0", "q1", "a1", "q2", "a2"])
+        for malformed in (
+            *(5, [], {}, "x", {"after": "x", "items": []}, {"after": 1}, {"after": 1, "items": [3]}),
+            {"after": 1, "items": [{"runs": 3}]},
+            {"after": 1, "items": [{"runs": [[2, 1]]}]},
+            {"after": 1, "items": [{"runs": [["a", {}]], "uses": 4}]},
+            {"after": 1, "items": [{"of": [0], "at": [None], "uses": [0], "message": {}, "content": [[1, 0]]}]},
+        )
+    ),
+]
+
+
 def test_a_view_that_does_not_fit_restores_as_much_as_there_is(
-    factory: MongoDBSessionManagerFactory,
-    stored: Documents,
-    caplog: pytest.LogCaptureFixture,
-    view: Any,
-    expected: list[str],
+    factory: MongoDBSessionManagerFactory, stored: Documents, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session_id = uuid.uuid4().hex  # a malformed value is logged once for each session
-    first = agent(factory.create_session_manager(session_id), "a0", "a1", "a2")
-    for n in range(3):
-        first(f"q{n}")
-    stored.update_one({"_id": session_id}, {"$set": {"agents.agent.view": view}})
-    again = agent(factory.create_session_manager(session_id), "later")
-    assert texts(again.messages) == expected
-    assert bool(caplog.records) == (view != {"after": 6, "items": []})
-    again("more")
-    assert restored(factory, session_id).messages == again.messages
+    turns(factory)[0].close()
+    session: Any = stored.find_one({"_id": "s"})
+    for view, expected in MISFITS:
+        session_id = uuid.uuid4().hex  # a malformed value is logged once for each session
+        session |= {"_id": session_id, "session_id": session_id, "incarnation": ObjectId()}
+        session["agents"]["agent"]["view"] = view
+        stored.insert_one(session)
+        caplog.clear()
+        again = agent(factory.create_session_manager(session_id), "later")
+        assert (view, texts(again.messages)) == (view, expected)
+        assert (view, bool(caplog.records)) == (view, view != {"after": 6, "items": []})
+        again("more")
+        assert (view, restored(factory, session_id).messages) == (view, again.messages)
 
 
 @pytest.mark.parametrize(
@@ -914,42 +928,52 @@ class Within:
         self.edits = []
 
 
+@pytest.fixture(scope="module")
+def keeping(server: str, shared_database: str) -> Iterator[dict[int, MongoDBSessionManagerFactory]]:
+    """Factories by the number of messages that a session document keeps."""
+    with ExitStack() as stack:
+        yield {
+            kept: stack.enter_context(MongoDBSessionManagerFactory(server, shared_database, max_embedded_messages=kept))
+            for kept in (1, 3, 128)
+        }
+
+
 @given(
     script=st.lists(steps, min_size=3, max_size=10),
     window=st.sampled_from([None, 4]),
     in_document=st.sampled_from([1, 3, 128]),
 )
 def test_whatever_is_edited_is_restored_and_nothing_that_was_said_is_lost(
-    server: str, shared_database: str, script: list[Any], window: int | None, in_document: int
+    keeping: dict[int, MongoDBSessionManagerFactory], script: list[Any], window: int | None, in_document: int
 ) -> None:
     session_id = uuid.uuid4().hex
-    with MongoDBSessionManagerFactory(server, shared_database, max_embedded_messages=in_document) as factory:
-        said: list[Any] = []
-        within = Within()
+    factory = keeping[in_document]
+    said: list[Any] = []
+    within = Within()
 
-        def start() -> tuple[Any, Agent]:
-            size = {} if window is None else {"window_size": window}
-            keeper = NullConversationManager() if window is None else SlidingWindowConversationManager(**size)
-            manager = factory.create_session_manager(session_id)
-            return manager, agent(manager, *"abcdefghijklmno", conversation_manager=keeper, hooks=[within])
+    def start() -> tuple[Any, Agent]:
+        size = {} if window is None else {"window_size": window}
+        keeper = NullConversationManager() if window is None else SlidingWindowConversationManager(**size)
+        manager = factory.create_session_manager(session_id)
+        return manager, agent(manager, *"abcdefghijklmno", conversation_manager=keeper, hooks=[within])
 
-        manager, live = start()
-        for number, step in enumerate([*script, "restart"]):
-            if step == "turn":
-                live(f"q{number}")
-                said += [f"q{number}", None]
-            elif step == "restart":
-                manager.close()
-                left = copy.deepcopy(live.messages)
-                manager, live = start()
-                assert live.messages == left
-            elif step[0] == "within":
-                within.edits = list(step[1])
-                live(f"q{number}")
-                said += [f"q{number}", None]
-            else:
-                edit_at(live.messages, *step)
-        manager.close()
-        stored = told(factory._portal.call(factory._async.list_messages, session_id, "agent"))
-        assert stored[::2] == said[::2]
-        assert len(stored) == len(said)
+    manager, live = start()
+    for number, step in enumerate([*script, "restart"]):
+        if step == "turn":
+            live(f"q{number}")
+            said += [f"q{number}", None]
+        elif step == "restart":
+            manager.close()
+            left = copy.deepcopy(live.messages)
+            manager, live = start()
+            assert live.messages == left
+        elif step[0] == "within":
+            within.edits = list(step[1])
+            live(f"q{number}")
+            said += [f"q{number}", None]
+        else:
+            edit_at(live.messages, *step)
+    manager.close()
+    stored = told(factory._portal.call(factory._async.list_messages, session_id, "agent"))
+    assert stored[::2] == said[::2]
+    assert len(stored) == len(said)

@@ -160,7 +160,7 @@ async def test_no_more_commands_are_under_way_than_the_pool_holds(server: str, d
     managers = [await factory.create_session_manager_async("s") for factory in factories]
     await asyncio.to_thread(log.wait_for_start)
     log.clear()
-    with fail_point(server, failCommands=["find"], times=3, blockConnection=True, blockTimeMS=1500):
+    with fail_point(server, failCommands=["find"], times=3, blockConnection=True, blockTimeMS=3000):
         slow = [asyncio.create_task(managers[number % 2].get_metadata()) for number in range(20)]
         await asyncio.to_thread(eventually, lambda: len(log.names) == 3)
         await asyncio.sleep(0.5)

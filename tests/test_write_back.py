@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from fix_archive import (
+    FIVES,
     MOMENT,
     SECRET,
     SMALL,
@@ -28,6 +30,8 @@ from fix_archive import (
     appends,
     archive_of,
     begin,
+    documents_of,
+    emptied,
     everything,
     expected,
     head,
@@ -35,6 +39,7 @@ from fix_archive import (
     redacted,
     said,
     settled,
+    store_again,
     told,
 )
 from fix_attachments import CHUNKS, FILES
@@ -72,12 +77,12 @@ def fill(repository: MongoDBSessionRepository, stored: Stored) -> None:
     """Store two agents of 30 messages each, most of them in several buckets; some have attachments."""
     begin(repository)
     repository.create_agent("s", SessionAgent("an.other", {}, {}, {}, MOMENT, MOMENT))
-    for message_id in range(30):
-        message = shown(message_id) if message_id in WITH_PICTURES else said(message_id)
-        repository.create_message("s", "agent", message)
-        append(repository, message_id, agent_id="an.other")
+    for part in FIVES:
+        apply(repository, "s", [*appends(part), *appends(part, agent_id="an.other")])
         settled(stored)
         settled(stored, agent_id="an.other")
+    for message_id in WITH_PICTURES:
+        repository.update_message("s", "agent", shown(message_id))
     for message_id in (4, 28):
         repository.update_message("s", "agent", redacted(message_id))
     eventually(lambda: not repository._async._connection._tasks)
@@ -88,28 +93,35 @@ COLLECTIONS = ("agent_sessions", "agent_sessions_archive", FILES, CHUNKS)
 
 
 @pytest.fixture(scope="module")
-def documents(server: str, driver: Driver) -> Iterator[list[Any]]:
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, **LIMITS) as repository:
+        yield repository
+
+
+@pytest.fixture(scope="module")
+def documents(
+    shared_repository: MongoDBSessionRepository, shared_database: str, driver: Driver
+) -> dict[str, list[Any]]:
     """The documents that `fill` has stored, by collection."""
-    database = f"test_{uuid.uuid4().hex}"
-    stored = driver[database]["agent_sessions"]
-    with MongoDBSessionRepository(server, database, **LIMITS) as repository:
-        fill(repository, stored)
-    yield everything_stored(stored)
-    driver.drop_database(database)
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    fill(shared_repository, stored)
+    return documents_of(stored)
 
 
 WANTED = [*expected(4), "[redacted]", *expected(28, 5), "[redacted]", "text 29"]
 
 
 @pytest.fixture
-def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, appname=database, **LIMITS) as repository:
-        yield repository
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
+    yield shared_repository
+    eventually(lambda: not shared_repository._async._connection._tasks)
 
 
 @pytest.fixture
-def filled(repository: MongoDBSessionRepository, stored: Stored, documents: list[Any]) -> MongoDBSessionRepository:
-    restore_all(stored, documents)
+def filled(
+    documents: dict[str, list[Any]], repository: MongoDBSessionRepository, stored: Stored
+) -> MongoDBSessionRepository:
+    store_again(stored, documents)
     return repository
 
 
@@ -186,6 +198,7 @@ def test_writing_back_again_changes_nothing(filled: MongoDBSessionRepository, st
     assert stored.find_one({"_id": "s"}) == before
 
 
+@pytest.mark.own_factory
 def test_a_short_session_stays_as_it_is_and_costs_four_reads(
     factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
 ) -> None:
@@ -291,21 +304,11 @@ def everything_stored(stored: Stored) -> list[Any]:
     return [list(stored.database[name].find(sort=[("_id", 1)])) for name in COLLECTIONS]
 
 
-def restore_all(stored: Stored, found: list[Any]) -> None:
-    for name, documents in zip(COLLECTIONS, found, strict=True):
-        stored.database[name].delete_many({})
-        stored.database[name].insert_many(documents)
-
-
-@pytest.mark.parametrize("what", ["messages", "attachments"])
-def test_a_session_that_does_not_fit_is_refused_and_stays(
-    filled: MongoDBSessionRepository, stored: Stored, what: str
-) -> None:
-    for message_id in range(30, 34):
-        if what == "messages":
-            filled.create_message("s", "agent", said(message_id, f"{message_id}" + "x" * 5_000_000))
-        else:
-            filled.create_message("s", "agent", shown(message_id, 5_000_000))
+def test_a_session_that_does_not_fit_is_refused_and_stays(filled: MongoDBSessionRepository, stored: Stored) -> None:
+    for message_id in (30, 31):
+        filled.create_message("s", "agent", said(message_id, f"{message_id}" + "x" * 5_000_000))
+    for message_id in (32, 33):
+        filled.create_message("s", "agent", shown(message_id, 5_000_000))
     eventually(lambda: not filled._async._connection._tasks)
     before = everything_stored(stored)
     with pytest.raises(StateTooLargeError, match=r"'s'.* would take 200\d{5} bytes.* 16777216"):
@@ -314,8 +317,7 @@ def test_a_session_that_does_not_fit_is_refused_and_stays(
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("beyond", [0, 1])
-def test_the_size_is_known_to_the_byte(filled: MongoDBSessionRepository, stored: Stored, beyond: int) -> None:
+def test_the_size_is_known_to_the_byte(filled: MongoDBSessionRepository, stored: Stored) -> None:
     filled.create_message("s", "agent", shown(30, 4_000_000))
     eventually(lambda: not filled._async._connection._tasks)
     document = stored.find_one({"_id": "s"})
@@ -323,14 +325,14 @@ def test_the_size_is_known_to_the_byte(filled: MongoDBSessionRepository, stored:
     with pytest.raises(StateTooLargeError) as refused:
         filled.write_back("s")
     size = int(str(refused.value).partition("would take ")[2].partition(" ")[0])
-    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * (13_000_000 - size + 16 * 1024 * 1024 + beyond)}})
-    if beyond:
-        with pytest.raises(StateTooLargeError, match="16777217"):
-            filled.write_back("s")
-        assert head(stored)["archived"] == document["agents"]["agent"]["archived"]
-    else:
+    fitting = 13_000_000 - size + 16 * 1024 * 1024
+    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * (fitting + 1)}})
+    with pytest.raises(StateTooLargeError, match="16777217"):
         filled.write_back("s")
-        assert counts(stored) == [0, 0, 0]
+    assert head(stored)["archived"] == document["agents"]["agent"]["archived"]
+    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * fitting}})
+    filled.write_back("s")
+    assert counts(stored) == [0, 0, 0]
 
 
 def test_a_missing_bucket_or_attachment_is_an_error_and_changes_nothing(
@@ -364,16 +366,35 @@ def stopped_after(uri: str, appname: str, done: int) -> Iterator[None]:
             client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
-@pytest.mark.own_database
+@pytest.fixture(scope="module")
+def places(embedded: str, standalone: str) -> Iterator[dict[str, Stored]]:
+    """The sessions of a database, with its indexes, on each of the two servers."""
+    name = f"test_{uuid.uuid4().hex}"
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for where, uri in (("server", embedded), ("standalone", standalone)):
+            client = stack.enter_context(pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True))
+            stack.callback(client.drop_database, name)
+            with MongoDBSessionRepository(uri, name) as repository:
+                repository.create_session(Session("s", "AGENT"))
+            found[where] = client[name]["agent_sessions"]
+        yield found
+
+
 @pytest.mark.parametrize("goes_on", [False, True], ids=["called again", "used again"])
 def test_a_call_that_stops_anywhere_leaves_a_whole_session(
-    request: pytest.FixtureRequest, embedded: str, database: str, documents: list[Any], goes_on: bool
+    request: pytest.FixtureRequest,
+    embedded: str,
+    places: dict[str, Stored],
+    documents: dict[str, list[Any]],
+    goes_on: bool,
 ) -> None:
-    step = 1 if request.config.getoption("--full-adversity") else 4
-    with pymongo.MongoClient[dict[str, Any]](embedded, tz_aware=True) as client:
-        stored = client[database]["agent_sessions"]
-        for done in range(2 * goes_on % step, 44, step):
-            restore_all(stored, documents)
+    step = 1 if request.config.getoption("--full-adversity") else 8
+    stored = places["server"]
+    database = stored.database.name
+    with MongoDBSessionRepository(embedded, database, **LIMITS) as other:
+        for done in range(random.randrange(step), 44 + step, step):
+            store_again(emptied(stored), documents)
             with (
                 MongoDBSessionRepository(embedded, database, appname=database, **LIMITS) as stopping,
                 stopped_after(embedded, database, done),
@@ -382,19 +403,15 @@ def test_a_call_that_stops_anywhere_leaves_a_whole_session(
                 with contextlib.suppress(MongoDBSessionError):
                     stopping.write_back("s")
                     is_done = True
-            with MongoDBSessionRepository(embedded, database, **LIMITS) as other:
-                assert told(other.list_messages("s", "agent")) == everything(stored) == WANTED
-                assert told(other.list_messages("s", "an.other")) == expected(30)
-                wanted = WANTED
-                if goes_on:
-                    wanted = go_on(other, stored)
-                other.write_back("s")
+            assert told(other.list_messages("s", "agent")) == everything(stored) == WANTED
+            assert told(other.list_messages("s", "an.other")) == expected(30)
+            wanted = go_on(other, stored) if goes_on else WANTED
+            other.write_back("s")
             assert_in_one_document(stored, wanted)
             if is_done:
                 break
-        assert is_done
-        assert done >= 8
-        client.drop_database(database)
+    assert is_done
+    assert done >= 8
 
 
 def go_on(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
@@ -410,7 +427,6 @@ def go_on(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
     return wanted
 
 
-@pytest.mark.own_database
 @pytest.mark.parametrize(
     ("when", "lost", "where"),
     sampled(
@@ -429,26 +445,23 @@ def go_on(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
 )
 def test_a_command_that_is_lost_or_whose_reply_is_lost_is_done_once(
     request: pytest.FixtureRequest,
-    database: str,
-    documents: list[Any],
+    places: dict[str, Stored],
+    documents: dict[str, list[Any]],
     lost: str,
     where: str,
     when: str,
 ) -> None:
-    uri = request.getfixturevalue(where)
+    stored = emptied(places[where])
+    store_again(stored, documents)
     with (
-        pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client,
-        Proxy(uri) as proxy,
-        MongoDBSessionRepository(proxy.uri, database, **LIMITS) as repository,
+        Proxy(request.getfixturevalue("embedded" if where == "server" else where)) as proxy,
+        MongoDBSessionRepository(proxy.uri, stored.database.name, **LIMITS) as repository,
     ):
-        stored = client[database]["agent_sessions"]
-        restore_all(stored, documents)
         drop = proxy.drop_before_request if when == "before" else proxy.drop_after_request
         drop(command(lost), 2)
         repository.write_back("s")
         assert proxy.dropped == 2
         assert_in_one_document(stored)
-        client.drop_database(database)
 
 
 # Other writers.
@@ -684,7 +697,7 @@ def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
 def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
     server: str, database: str, stored: Stored
 ) -> None:
-    total = 60
+    total = 40
     with (
         MongoDBSessionRepository(server, database, **SMALL) as writer,
         MongoDBSessionRepository(server, database, max_embedded_messages=6) as changer,

@@ -1,4 +1,4 @@
-"""What goes wrong. Each fault is in force while its context is open, and checks at the end that it did happen."""
+"""The faults. Each fault is active while its context is open, and asserts at the end that it occurred."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def refused(site: Site, session: Session, name: str) -> Iterator[None]:
-    """No connection can be made."""
+    """The server refuses all connections."""
     site.proxy.refuse()
     yield
     assert session.error is not None
@@ -40,7 +40,7 @@ def refused(site: Site, session: Session, name: str) -> Iterator[None]:
 
 @contextmanager
 def dropped(site: Site, session: Session, name: str) -> Iterator[None]:
-    """The connection is lost before the server has the command, and once more when it is sent again."""
+    """The connection is lost before the server gets the command, and again at the retry."""
     site.proxy.drop_before_request(command(name), 2)
     yield
     assert site.proxy.dropped == 2
@@ -48,7 +48,7 @@ def dropped(site: Site, session: Session, name: str) -> Iterator[None]:
 
 @contextmanager
 def unacked(site: Site, session: Session, name: str) -> Iterator[None]:
-    """The connection is lost after the server has carried out the command, and once more when it is sent again."""
+    """The connection is lost after the server has executed the command, and again at the retry."""
     site.proxy.drop_after_request(command(name), 2)
     yield
     assert site.proxy.dropped == 2
@@ -56,7 +56,7 @@ def unacked(site: Site, session: Session, name: str) -> Iterator[None]:
 
 @contextmanager
 def died(site: Site, session: Session, name: str) -> Iterator[None]:
-    """The server carries out the command and is gone."""
+    """The server executes the command, and then refuses all connections."""
     site.proxy.refuse_after_request(command(name))
     yield
     assert site.proxy.dropped == 1
@@ -65,7 +65,7 @@ def died(site: Site, session: Session, name: str) -> Iterator[None]:
 
 @contextmanager
 def frozen(site: Site, session: Session, name: str) -> Iterator[None]:
-    """The command and everything after it gets stuck on its way, and arrives when nobody waits any more."""
+    """The command and all later bytes are held back, and arrive after the caller has stopped waiting."""
     site.proxy.freeze_before_request(command(name))
     yield
     assert site.proxy.frozen == 1
@@ -74,7 +74,7 @@ def frozen(site: Site, session: Session, name: str) -> Iterator[None]:
 
 @contextmanager
 def mute(site: Site, session: Session, name: str) -> Iterator[None]:
-    """The server carries out the command, and its reply and everything after it gets stuck."""
+    """The server executes the command; its reply and all later bytes are held back."""
     site.proxy.freeze_after_request(command(name))
     yield
     assert site.proxy.frozen == 1
@@ -92,7 +92,7 @@ def failing(
 
 @contextmanager
 def pool(site: Site, session: Session, name: str) -> Iterator[None]:
-    """The pool's only connection waits for the reply to somebody else's command."""
+    """The only connection of the pool waits for the reply to another command."""
     site.proxy.freeze_before_request(b"\x10ping\0")
     other = threading.Thread(target=session.factory.ping)
     other.start()

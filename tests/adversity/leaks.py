@@ -1,4 +1,4 @@
-"""What a session may not leave behind: threads, asyncio tasks, and sockets on the way to the server."""
+"""Resources that a session must not leak: threads, asyncio tasks, and sockets to the server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support import eventually
 
 @contextmanager
 def nothing_left(proxy: Proxy) -> Iterator[None]:
-    """Check that nothing of what is begun within is left soon after it."""
+    """Check that everything started within the block has ended soon after it."""
     before = {*threading.enumerate(), *tasks_of_the_library()}
 
     def left() -> list[object]:
@@ -30,7 +30,7 @@ def nothing_left(proxy: Proxy) -> Iterator[None]:
 
 
 def gone(left: Callable[[], list[object]]) -> None:
-    """Wait until `left()` names nothing."""
+    """Wait until `left()` returns nothing."""
     try:
         eventually(lambda: not left(), seconds=10)
     except AssertionError:
@@ -47,13 +47,13 @@ def tasks_of_the_library() -> list[object]:
 
 
 def _is_idle(thread: threading.Thread) -> bool:
-    """Tell whether a thread is a worker of an executor, the driver's or the loop's, that waits for work."""
+    """Return whether a thread is an idle worker of an executor, of the driver or of the loop."""
     frame = sys._current_frames().get(thread.ident or 0)
     return frame is None or (frame.f_code.co_name == "_worker" and "concurrent" in frame.f_code.co_filename)
 
 
 def sockets_through(proxy: Proxy) -> list[object]:
-    """Return this process's connections to or from the proxy's clients, also those that the other end has closed."""
+    """Return this process's connections to or from the proxy's clients, including those that the peer has closed."""
     if sys.platform != "linux":
         return []
     port = f":{proxy.port:04X}"
@@ -68,7 +68,7 @@ def _open_sockets() -> list[str]:
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{descriptor}")
-        except FileNotFoundError:  # closed since
+        except FileNotFoundError:  # closed in the meantime
             continue
         if target.startswith("socket:["):
             inodes.append(target[8:-1])

@@ -1,10 +1,10 @@
-"""A random walk through the lives of sessions, by two processes at once that are killed anywhere, against a model.
+"""A random walk through the lives of sessions: concurrent processes are killed anywhere, and a model checks the result.
 
-A round forks processes. Each carries out its own steps and says what was acknowledged. At the end of the round all are
-over, killed or not. Then every lease is made to be over, a new process opens what there is, and the model, which knows
-what was there before the round and what was acknowledged in it, says whether that can be so.
+A round forks processes. Each executes its own steps and reports every acknowledged step. At the end of the round all
+processes have ended, killed or not. Then all leases are expired and a new process opens the sessions. The model knows
+the sessions before the round and the acknowledged steps, and checks whether the result is possible.
 
-Each message has a text of its own, which says whether it has an attachment, and which bytes.
+Each message has a unique text, from which follow whether it has an attachment, and the bytes of the attachment.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ KINDS = ("append", "append", "append", "append", "redact", "rewind", "fork", "im
 CREATING = ("append", "fork", "import", "open")
 
 TTL = timedelta(hours=1)
-"""Of the sessions that the first process writes to."""
+"""The retention of the sessions that the first process writes to."""
 
 Say = Callable[[str, Any], None]
-Step = tuple[str, str, str, str]  # kind, session, another session, a name of its own
+Step = tuple[str, str, str, str]  # kind, session, another session, a unique name
 
 
 def attachment(text: str) -> bytes:
@@ -88,7 +88,7 @@ def carry_out_one(factory: Any, repository: Any, step: Step, stored: Callable[[A
                 answer = f"{name}a{number}"
 
                 def reply(_: object, asked: str = asked, answer: str = answer) -> str:
-                    stored(asked)  # or the model would not be called
+                    stored(asked)  # otherwise the model is not called
                     return answer
 
                 model.replies.append(reply)
@@ -120,7 +120,7 @@ def carry_out_one(factory: Any, repository: Any, step: Step, stored: Callable[[A
 
 @dataclass
 class Totals:
-    """What a walk comes to."""
+    """The result of a walk."""
 
     rounds: int = 0
     steps: int = 0
@@ -140,14 +140,14 @@ class Totals:
 
 
 class Walk:
-    """Sessions, and what is known of them.
+    """Sessions, and the facts that are known about them.
 
     Args:
         uri: The server.
-        database: Where the sessions are stored.
-        seed: Of all that is random.
-        sessions: How many ids there are.
-        processes: How many processes a round has.
+        database: The database of the sessions.
+        seed: The seed of all random choices.
+        sessions: The number of session ids.
+        processes: The number of processes of a round.
         options: Further options of their clients.
     """
 
@@ -175,7 +175,7 @@ class Walk:
     def round(
         self, at: Callable[[], int | None], steps: int = 4, meanwhile: Callable[[list[Child]], None] | None = None
     ) -> None:
-        """Have processes carry out steps at once, each killed at the command that `at()` says; check what is left."""
+        """Run steps in concurrent processes, kill each at the command that `at()` returns, and check the result."""
         plans: list[list[Step]] = []
         children: list[Child] = []
         for process in range(self.processes):
@@ -201,7 +201,7 @@ class Walk:
         session_id, other = self.random.sample(self.ids, 2)
         return self.random.choice(KINDS), session_id, other, name + "x" * self.random.randrange(2)
 
-    # What has to be so.
+    # Checks.
 
     def _check(self, done: list[tuple[list[Step], Child]]) -> None:
         ended = datetime(2020, 1, 1, tzinfo=UTC)
@@ -236,7 +236,7 @@ class Walk:
         self.known = found
 
     def _contents(self) -> dict[str, list[str] | None]:
-        """Return the texts of each session, through a process that has just started; every one is whole."""
+        """Return the texts of each session, read by a new process; check that every session is complete."""
         found: dict[str, list[str] | None] = {}
         with (
             MongoDBSessionRepository(self.uri, self.database.name, **LIMITS) as repository,
@@ -266,7 +266,7 @@ class Walk:
                 assert sum(1 for _ in repository.export_session(session_id)) > len(messages)
                 found[session_id] = said
             for each in list(self.database["agent_sessions"].find({"state": {"$exists": True}}, {"_id": 1})):
-                factory.create_session_manager(each["_id"]).close()  # finishes it
+                factory.create_session_manager(each["_id"]).close()  # completes an interrupted operation
                 factory.delete_session(each["_id"])
             end = time.monotonic() + 30
             while factory._connection._tasks or repository._async._connection._tasks:
@@ -289,13 +289,13 @@ class Walk:
             for number in range(2)
         }
         plain = [text.removeprefix("gone ") for text in now or []]
-        assert len(set(plain)) == len(plain), "a message is there twice"
+        assert len(set(plain)) == len(plain), "a message is stored twice"
         if now is None:
             assert old is None or deletions, "a session is lost"
             certain = [each for each in creations if each[5]]
-            assert deletions or not certain, "a session that was made is lost"
+            assert deletions or not certain, "a session that was created is lost"
             return
-        assert old is not None or creations, "a session came from nowhere"
+        assert old is not None or creations, "a session exists that no step has created"
         possible = begun | {text.removeprefix("gone ") for text in old or []}
         for each in copies:
             sources = {text.removeprefix("gone ") for text in before[each[1]] or []}
@@ -311,7 +311,7 @@ class Walk:
                 if other[0] in ("fork", "import"):
                     sources |= {text.removeprefix("gone ") for text in before[other[1]] or []}
             possible |= sources
-        assert set(plain) <= possible, "a message came from nowhere"
+        assert set(plain) <= possible, "a message exists that no step has stored"
         if not deletions:
             kept = [text.removeprefix("gone ") for text in old or []]
             rewinds = [each for each in own if each[0] == "rewind"]
@@ -332,7 +332,7 @@ class Walk:
             raise AssertionError("a deleted session is there")
 
     def _check_parts(self, story: list[Any]) -> None:
-        """Every part belongs to a live session; one that was killed while its session was deleted may leave some."""
+        """Check that every part belongs to a live session; a killed writer can leave parts of a deleted one."""
         live = {each["incarnation"]: each.get("expires_at") for each in self.database["agent_sessions"].find()}
         assert not self.database["agent_sessions"].count_documents({"state": {"$exists": True}})
         deleted = {each[1] for each in story if each[0] == "delete"}
@@ -342,16 +342,16 @@ class Walk:
                 found = part["_id"]
                 incarnation = found.get("incarnation") or found["file"]["incarnation"]
                 if incarnation not in live:
-                    assert part["session_id"] in deleted & writers, f"a part of no session: {part}"
+                    assert part["session_id"] in deleted & writers, f"a part without a session: {part}"
                     self.totals.strays += 1
                     self.database[f"agent_sessions{suffix}"].delete_one({"_id": found})
                 elif "expires_at" in part:
                     date = live[incarnation]
-                    assert date is not None, f"a part expires and its session does not: {part}"
+                    assert date is not None, f"a part expires although its session does not: {part}"
                     assert date <= part["expires_at"], f"a part expires before its session at {date}: {part}"
 
     def expire(self) -> None:
-        """Remove a session that expires, and its parts, as the server does when their time has come."""
+        """Remove an expiring session and its parts, as the TTL indexes of the server do."""
         found = self.database["agent_sessions"].find_one({"expires_at": {"$exists": True}})
         if found is None:
             return
@@ -361,7 +361,7 @@ class Walk:
         self.totals.expired += 1
 
     def end(self) -> None:
-        """Delete all; nothing is left of anything."""
+        """Delete all sessions, and check that nothing is left in the database."""
         with MongoDBSessionRepository(self.uri, self.database.name, **LIMITS) as repository:
             for session_id in self.ids:
                 assert repository.delete_session(session_id) is (self.known[session_id] is not None)

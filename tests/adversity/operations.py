@@ -1,4 +1,4 @@
-"""What is done to a session while something goes wrong, with either manager."""
+"""The operations on a session during which a fault occurs, with both managers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Stored = pymongo.collection.Collection[Document]
 
 
 class Interrupted(BaseException):
-    """A signal, like that of Ctrl-C, met the thread that waits."""
+    """A signal, like that of Ctrl-C, has interrupted the waiting thread."""
 
 
 class Api(Protocol):
-    """How operations are run with one kind of manager."""
+    """Runs operations with one kind of manager."""
 
     name: str
 
@@ -42,17 +42,17 @@ class Api(Protocol):
     def interrupt(
         self, work: Coroutine[Any, Any, Any], begun: Callable[[], bool], lift: Callable[[], None], *, lingers: bool
     ) -> None:
-        """Run an operation and have its caller go away as soon as `begun()`.
+        """Run an operation, and cancel its caller as soon as `begun()` returns true.
 
         Args:
             work: The operation.
-            begun: Whether its command is on the way.
-            lift: Lets the command go on; called once the caller is released, or, with `lingers`, before.
-            lingers: The caller is only released when the command is done.
+            begun: Returns whether its command is in flight.
+            lift: Lets the command continue; called after the caller has returned, or before with `lingers`.
+            lingers: Whether the caller returns only after the command.
         """
 
     def tasks(self) -> set[asyncio.Task[Any]]:
-        """Return what is left on the caller's loop."""
+        """Return the tasks that are left on the caller's loop."""
 
     def close(self) -> None:
         """Close the caller's loop."""
@@ -65,7 +65,7 @@ class Sync:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         try:
-            work.send(None)  # nothing in it is awaited
+            work.send(None)  # it awaits nothing
         except StopIteration as ended:
             result: T = ended.value
             return result
@@ -105,7 +105,7 @@ class Sync:
 
 
 class Async:
-    """The asynchronous manager on an event loop of the caller's."""
+    """The asynchronous manager on an event loop of the caller."""
 
     name = "async"
 
@@ -139,13 +139,13 @@ class Async:
 
 
 async def result_of(value: Any) -> Any:
-    """Return what a method of either manager returns."""
+    """Return the result of a method of either manager."""
     return await value if inspect.isawaitable(value) else value
 
 
 @dataclass
 class Session:
-    """A session under test: its manager, its agent, and where it is stored."""
+    """A session under test: its manager, its agent and its collection."""
 
     session_id: str
     api: Api
@@ -165,14 +165,14 @@ class Session:
             self.manager = await self.factory.create_session_manager_async(self.session_id, **self.options)
 
     async def open_owning(self) -> None:
-        """Open the session with a new manager that has a connection of its own."""
+        """Open the session with a new manager and a new connection."""
         if self.api.name == "sync":
             self.manager = self.own(MongoDBSessionManager)
         else:
             self.manager = await self.own(AsyncMongoDBSessionManager).open()
 
     async def ask(self, text: str, reply: str) -> None:
-        """Have a turn, with a new agent if there is none."""
+        """Run a turn, with a new agent if there is none."""
         if self.agent is None:
             self.agent = agent(self.manager)
         model: Any = self.agent.model
@@ -188,12 +188,12 @@ class Session:
 
     @property
     def document(self) -> Document | None:
-        """What is stored."""
+        """The stored session document."""
         return self.collection.find_one({"_id": self.session_id})
 
     @property
     def conversation(self) -> list[str]:
-        """The stored texts, after a check that ids are 0..n-1 and that the next one is n."""
+        """The stored texts; checks that the ids are 0..n-1 and the next id is n."""
         document = self.document
         assert document is not None
         stored = document["agents"]["agent"]
@@ -208,17 +208,17 @@ def message(text: str, role: str = "user") -> Message:
 
 @dataclass(frozen=True)
 class Operation:
-    """Something done to a session that holds `hi`, `hello`.
+    """An operation on a session with the messages `hi`, `hello`.
 
     Attributes:
-        act: Does it.
-        command: The command it sends.
-        count: How often its effect is in the stored document.
-        conversation: What the session holds when it is done.
-        recorded: Whether it is kept when it fails, to be stored by a flush.
-        repeatable: Whether doing it again, though it is unknown if it was done, is harmless.
-        lingers: Whether a cancelled caller is only released when the command is done.
-        options: What the session's managers are opened with.
+        act: Executes it.
+        command: The command that it sends.
+        count: Returns how often its effect is in the stored document.
+        conversation: The conversation after it.
+        recorded: Whether its change stays pending after a failure, to be stored by a flush.
+        repeatable: Whether repeating it is safe if its outcome is unknown.
+        lingers: Whether a cancelled caller returns only after the command.
+        options: The options of the session's managers.
     """
 
     act: Callable[[Session], Awaitable[None]]
@@ -265,14 +265,14 @@ async def redaction(session: Session) -> None:
 
 
 async def close(session: Session) -> None:
-    """Close with a message that was recorded and not sent."""
+    """Close with a pending message."""
     recorded = SessionMessage.from_message(message("op"), 2)
     session.manager._unit.create_message(session.session_id, "agent", recorded)
     await session.close()
 
 
 def redactions(document: Document) -> int:
-    """Count the guardrail's entries; there is one if, and only if, the message is redacted."""
+    """Count the guardrail events; check that there is one if and only if the message is redacted."""
     events, redacted = document["guardrail_events"], "hello" not in str(document)
     assert bool(events) == redacted
     return len(events)
@@ -289,12 +289,12 @@ def state(document: Document) -> int:
 AND_OP = ["hi", "hello", "op"]
 
 WAITS = {"on_busy": "wait", "lease": 1.0}
-"""A lease that was taken by a command whose reply was lost soon expires."""
+"""Options with a short lease: one that was taken by a command whose reply was lost soon expires."""
 
 OPERATIONS = {
     "open": Operation(open_session, "findAndModify", lambda document: 1, [], recorded=False),
     "append": Operation(append, "update", op, AND_OP),
-    # A cancelled one ends with a hook that stores what the turn has recorded.
+    # A cancelled turn ends with a hook that stores its recorded changes.
     "turn": Operation(turn, "update", op, [*AND_OP, "answer"], lingers=True),
     "sync": Operation(sync, "update", state),
     "metadata": Operation(metadata, "update", lambda document: document["metadata"].get("n", 0), recorded=False),

@@ -1,4 +1,4 @@
-"""Servers that tests may do anything to, each behind a proxy."""
+"""Servers for tests that cause failures, each behind a proxy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from support import agent
 
 @dataclass
 class Site:
-    """A server, a proxy in front of it, and a collection of the module's own.
+    """A server, a proxy in front of it, and a collection for one test module.
 
     Attributes:
-        template: A session that holds `hi`, `hello`.
+        template: A session with the messages `hi`, `hello`.
     """
 
     client: pymongo.MongoClient[dict[str, Any]]
@@ -33,11 +33,11 @@ class Site:
         return self.client[self.database]["agent_sessions"]
 
     def copy_template(self, session_id: str) -> None:
-        """Have a session of that id hold `hi`, `hello`."""
+        """Store a session with that id and the messages `hi`, `hello`."""
         self.collection.insert_one({**self.template, "_id": session_id, "session_id": session_id})
 
     def fail(self, times: int, **data: Any) -> int:
-        """Have the next commands fail as `failCommand` describes, or none; return how many have failed ever."""
+        """Set the fail point `failCommand`, or turn it off; return how many commands it has failed so far."""
         mode: Any = {"times": times} if times else "off"
         count: int = self.client.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})[
             "count"

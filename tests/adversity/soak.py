@@ -1,8 +1,9 @@
-"""Processes that are killed anywhere use the same sessions of a replica set that fails over, for minutes, by hand.
+"""Soak test, started by hand: processes use the same sessions for minutes while they are killed and the primary fails.
 
     python tests/adversity/soak.py --minutes 13
 
-It prints what was acknowledged, and stops with the whole story when something is lost, doubled, left, or comes back.
+It prints the numbers of acknowledged steps. It stops with the complete history if data is lost, duplicated, left
+over or comes back.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def soak(walk: Walk, servers: Cluster, end: float) -> None:
                 time.sleep(walk.random.uniform(0.1, 0.6))
                 killed = servers.primary()
                 servers.kill(killed)
-                servers.primary()  # another one
+                servers.primary()  # waits for a new primary
                 servers.restart(killed)
             else:
                 for child in children:

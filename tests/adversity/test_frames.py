@@ -1,4 +1,4 @@
-"""A connection may be lost after any byte of a message, and a line may be slow."""
+"""Connections that are lost after any byte of a message, and slow connections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support import agent, eventually, message_ids, texts
 
 @dataclass
 class Line:
-    """A server behind a proxy and a factory that stays connected, as far as the proxy lets it."""
+    """A server behind a proxy, and a factory that stays connected unless the proxy disconnects it."""
 
     site: Site
     factory: MongoDBSessionManagerFactory
@@ -97,7 +97,7 @@ def test_a_large_message_over_a_slow_line(replica_set_site: Site) -> None:
         asked = agent(manager)
         site.proxy.bytes_per_second = 4_000_000
         manager.append_message(message(large), asked)
-        site.proxy.bytes_per_second = 50_000  # 8 seconds
+        site.proxy.bytes_per_second = 50_000  # takes 8 seconds
         with pytest.raises(DatabaseTimeoutError, match="unknown whether"):
             manager.append_message(message(large + "b"), asked)
         assert stored(site, session_id) == ["hi", "hello", large]

@@ -1,4 +1,4 @@
-"""The application is killed at random, again and again: what it knew to be stored is stored, once and in order."""
+"""The application is killed at random, repeatedly: every acknowledged message is stored, once and in order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def turns(session_id, asked):
     for number in itertools.count():
         text = f"{life}-{number}"
         def answer(_):
-            stored(session_id, text + "-asked")  # or the model would not be called
+            stored(session_id, text + "-asked")  # otherwise the model is not called
             return text + "-answered"
         asked.model.replies.append(answer)
         yield text + "-asked"
@@ -62,7 +62,7 @@ with MongoDBSessionManagerFactory(uri, database) as factory:
 
 
 class Life:
-    """A process that has turns with every session from `begin` to its kill."""
+    """A process that runs turns in every session, from `begin` until it is killed."""
 
     def __init__(self, uri: str, database: str, number: int, kind: str) -> None:
         self.process = interpreter.start(LIFE, uri, database, number, kind)
@@ -72,7 +72,7 @@ class Life:
         self.process.stdin.flush()
 
     def read(self, count: int) -> list[str]:
-        """Return the next `count` lines it says."""
+        """Return the next `count` lines of its output."""
         lines = [self.process.stdout.readline() for _ in range(count)]
         assert all(lines), self.process.stderr.read()
         return lines
@@ -84,7 +84,7 @@ class Life:
         self.process.__exit__()
 
     def kill(self) -> list[str]:
-        """Kill it and return what it had said before."""
+        """Kill it and return its output up to then."""
         self.process.send_signal(signal.SIGKILL)
         said, stderr = self.process.stdout.readlines(), self.process.stderr.read()
         assert self.process.wait(60) == -signal.SIGKILL, stderr
@@ -100,7 +100,7 @@ def lives(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
-        proxy.delay = 0.005  # so that most of a life is spent while commands are on their way
+        proxy.delay = 0.005  # so that commands are in flight during most of a life
         yield proxy
 
 
@@ -124,7 +124,7 @@ def test_killed_at_random(
         coming = stack.enter_context(Life(proxy.uri, database, 0, kind))
         for number in range(lives):
             life = coming
-            if number + 1 < lives:  # while one lives, the next one starts, which takes as long
+            if number + 1 < lives:  # the next process starts while this one lives, because starting takes as long
                 coming = stack.enter_context(Life(proxy.uri, database, number + 1, kind))
             life.begin(sessions)
             said = life.read(random.randint(1, 6 * AGENTS))
@@ -134,7 +134,7 @@ def test_killed_at_random(
     unsaid = 0
     for session_id in sessions:
         conversation = stored_conversation(stored, session_id)
-        # A life's last write may have been on its way to the server when the life was over.
+        # The last write of a life can still have been in flight when the process was killed.
         counts = [sum(text.startswith(f"{number}-") for text in conversation) for number in range(lives)]
         assert conversation == [text for number, count in enumerate(counts) for text in turns_of(number, count)]
         for number, count in enumerate(counts):
@@ -146,7 +146,7 @@ def test_killed_at_random(
 
 
 def stored_conversation(stored: pymongo.collection.Collection[dict[str, object]], session_id: str) -> list[str]:
-    """Return the stored texts after a check that the document is well-formed."""
+    """Return the stored texts; check that the document is well-formed."""
     document = stored.find_one({"_id": session_id})
     if document is None or "agent" not in document["agents"]:
         return []

@@ -1,4 +1,4 @@
-"""A process is killed between any two commands of an operation; the next one finds or makes everything whole."""
+"""A process is killed between any two commands of an operation; the next one finds or restores a complete state."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def said(message_id: int, text: str, *pictures: bytes) -> SessionMessage:
 
 
 def fill(repository: MongoDBSessionRepository, session_id: str) -> None:
-    """Make a session with three buckets or so, an archived attachment and one that is not."""
+    """Create a session with about three buckets, an archived attachment and one in the document."""
     repository.create_session(Session(session_id, "AGENT", MOMENT, MOMENT))
     repository.create_agent(session_id, SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
     for n in range(COUNT):
@@ -55,7 +55,7 @@ TEXTS = [f"text {n}" for n in range(COUNT)]
 
 @dataclass(frozen=True)
 class Context:
-    """What an operation and its check work with."""
+    """The database and clients of an operation and its check."""
 
     uri: str
     database: Database[dict[str, Any]]
@@ -77,13 +77,13 @@ WHOLE = [(f"text {n}", [picture(n)] if n in (1, COUNT - 1) else []) for n in ran
 
 
 class Operation:
-    """What is interrupted.
+    """An operation that is interrupted.
 
     Attributes:
-        makes: Whether it makes the session, which was not there.
-        removes: Whether it removes it.
-        client: What the process that is killed makes.
-        options: Of that.
+        makes: Whether it creates the session.
+        removes: Whether it removes the session.
+        client: The class of the client that the killed process creates.
+        options: The options of that client.
     """
 
     client: Any = MongoDBSessionManagerFactory
@@ -100,7 +100,7 @@ class Operation:
         raise NotImplementedError
 
     def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
-        """Check the content of a session that is there."""
+        """Check the content of the session if it exists."""
         assert found == WHOLE
 
     def check_opened(self, context: Context, session_id: str, child: Child) -> None:
@@ -124,7 +124,7 @@ class Turn(Operation):
 
     def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
         def answer(_: object) -> str:
-            say("acknowledged", 1)  # or the model would not be called
+            say("acknowledged", 1)  # otherwise the model is not called
             return "answer"
 
         with factory.create_session_manager(session_id) as manager:
@@ -142,7 +142,7 @@ class Turn(Operation):
 
 
 class Replace(Operation):
-    """Replaces an archived message and its attachment by others."""
+    """Replaces an archived message and its attachment."""
 
     client = MongoDBSessionRepository
 
@@ -190,7 +190,7 @@ class Delete(Operation):
 
 
 class Renew(Operation):
-    """Writes to a session whose date has to move."""
+    """Writes to a session whose expiry date must be extended."""
 
     options = {"session_ttl": TTL}  # noqa: RUF012
 
@@ -289,7 +289,7 @@ def interrupted(operation: Operation, context: Context, session_id: str, at: int
         with operation.client(context.uri, context.database.name, **options) as client:
             tasks = getattr(client, "_async", client)._connection._tasks
             client.list_sessions()
-            eventually(lambda: not tasks)  # what a process does when it starts
+            eventually(lambda: not tasks)  # the tasks that a process starts with
             killer.armed = True
             operation.work(client, context, session_id, say)
             eventually(lambda: not tasks)
@@ -299,7 +299,7 @@ def interrupted(operation: Operation, context: Context, session_id: str, at: int
 
 
 def parts_of(context: Context, session_id: str) -> list[Any]:
-    """Everything that is stored of a session, live or not."""
+    """All stored parts of a session, live or not."""
     found: list[Any] = [*context.database["agent_sessions"].find({"_id": session_id}, {"state": 1})]
     for suffix in OUTSIDE:
         paths = ("session_id", "_id.session_id", "_id.file.session_id")
@@ -308,41 +308,46 @@ def parts_of(context: Context, session_id: str) -> list[Any]:
     return found
 
 
-def check(operation: Operation, context: Context, session_id: str, child: Child) -> None:
+def check(
+    operation: Operation,
+    context: Context,
+    repository: MongoDBSessionRepository,
+    factory: MongoDBSessionManagerFactory,
+    session_id: str,
+    child: Child,
+) -> None:
     sessions = context.database["agent_sessions"]
-    with context.repository() as repository:
-        is_there = repository.session_exists(session_id)
-        if not child.killed:
-            assert is_there is not operation.removes
-        if is_there:
-            has_agent = bool(repository.list_agents(session_id))
-            operation.check(content(repository, session_id) if has_agent else [], child)
-        else:
-            assert operation.makes or operation.removes
-            assert session_id not in {found.session_id for found in repository.list_sessions(limit=1000).sessions}
-        # A lease lasts a minute. Nobody waits here for it to be over.
-        sessions.update_many({"_id": session_id, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
-        with MongoDBSessionManagerFactory(context.uri, context.database.name, **LIMITS) as factory:
-            with factory.create_session_manager(session_id) as manager:
-                live = agent(manager)
-                assert texts(live.messages) == (texts_of(repository, session_id) if is_there else [])
-                if not is_there:
-                    assert live.messages == []
-            eventually(lambda: not factory._connection._tasks)
-            assert not sessions.count_documents({"_id": session_id, "state": {"$exists": True}})
-            operation.check_opened(context, session_id, child)
-            if is_there:
-                before = content(repository, session_id) if repository.list_agents(session_id) else []
-                factory.fork_session(session_id, "again")
-                assert (content(repository, "again") if before else []) == before
-                assert factory.delete_session("again")
-                assert parts_of(context, "again") == []
-        if operation.makes and not is_there:
-            assert repository.delete_session(session_id)
-            repository.import_session(context.lines, session_id)
-            assert content(repository, session_id) == WHOLE
+    is_there = repository.session_exists(session_id)
+    if not child.killed:
+        assert is_there is not operation.removes
+    if is_there:
+        has_agent = bool(repository.list_agents(session_id))
+        operation.check(content(repository, session_id) if has_agent else [], child)
+    else:
+        assert operation.makes or operation.removes
+        assert session_id not in {found.session_id for found in repository.list_sessions(limit=1000).sessions}
+    # A lease lasts a minute; the test does not wait until it expires.
+    sessions.update_many({"_id": session_id, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
+    with factory.create_session_manager(session_id) as manager:
+        live = agent(manager)
+        assert texts(live.messages) == (texts_of(repository, session_id) if is_there else [])
+        if not is_there:
+            assert live.messages == []
+    eventually(lambda: not factory._connection._tasks)
+    assert not sessions.count_documents({"_id": session_id, "state": {"$exists": True}})
+    operation.check_opened(context, session_id, child)
+    if is_there:
+        before = content(repository, session_id) if repository.list_agents(session_id) else []
+        factory.fork_session(session_id, "again")
+        assert (content(repository, "again") if before else []) == before
+        assert factory.delete_session("again")
+        assert parts_of(context, "again") == []
+    if operation.makes and not is_there:
         assert repository.delete_session(session_id)
-        assert not repository.delete_session(session_id)
+        repository.import_session(context.lines, session_id)
+        assert content(repository, session_id) == WHOLE
+    assert repository.delete_session(session_id)
+    assert not repository.delete_session(session_id)
     assert parts_of(context, session_id) == []
 
 
@@ -352,7 +357,7 @@ def texts_of(repository: MongoDBSessionRepository, session_id: str) -> list[str]
 
 @pytest.fixture(scope="module")
 def lines(server: str, shared_database: str) -> list[str]:
-    """The session that the operations work with, exported."""
+    """The export of the session that the operations use."""
     with MongoDBSessionRepository(server, shared_database, **LIMITS) as repository:
         fill(repository, "source")
         return list(repository.export_session("source"))
@@ -375,20 +380,21 @@ def test_a_process_is_killed_between_any_two_commands(
     prepare(["uninterrupted"])
     whole = interrupted(operation, context, "uninterrupted", None, False)
     assert whole.commands
-    check(operation, context, "uninterrupted", whole)
     points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"))
     prepare([f"killed-{n}-{after}" for n, after in points])
-    killed = 0
-    for n, after in points:
-        child = interrupted(operation, context, f"killed-{n}-{after}", n, after)
-        killed += child.killed
-        try:
-            check(operation, context, f"killed-{n}-{after}", child)
-        except BaseException as error:
-            error.add_note(f"killed {('before', 'after')[after]} the {n}th command, {child.commands}")
-            raise
-    assert killed >= len(points) // 2
-    with context.repository() as repository:
+    children = {(n, after): interrupted(operation, context, f"killed-{n}-{after}", n, after) for n, after in points}
+    assert sum(child.killed for child in children.values()) >= len(points) // 2
+    with (
+        context.repository() as repository,
+        MongoDBSessionManagerFactory(context.uri, context.database.name, **LIMITS) as factory,
+    ):
+        check(operation, context, repository, factory, "uninterrupted", whole)
+        for (n, after), child in children.items():
+            try:
+                check(operation, context, repository, factory, f"killed-{n}-{after}", child)
+            except BaseException as error:
+                error.add_note(f"killed {('before', 'after')[after]} the {n}th command, {child.commands}")
+                raise
         assert content(repository, "source") == WHOLE
         assert repository.delete_session("source")
     for suffix in ("", *OUTSIDE):

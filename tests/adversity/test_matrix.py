@@ -1,14 +1,14 @@
-"""Every operation meets every fault: stored exactly once or a clear error, then all goes on, and nothing is left.
+"""Every operation during every fault: stored exactly once or a clear error; the session stays usable, nothing leaks.
 
-`EXPECTED` says what each operation comes to, cell by cell:
+`EXPECTED` contains the outcome of each operation, cell by cell:
 
     ok       it succeeds, and is stored once
     down     DatabaseUnavailableError, not stored
-    down?    DatabaseUnavailableError that says it is unknown, and it is not stored while the fault lasts
-    down!    DatabaseUnavailableError that says it is unknown, and it is stored
-    down+    the same, of a later attempt that does not know of the one that has stored it
+    down?    DatabaseUnavailableError with an unknown outcome; not stored while the fault lasts
+    down!    DatabaseUnavailableError with an unknown outcome; stored
+    down+    as `down!`, but the error is that of a retry, which does not know that the first attempt was stored
     slow, slow?, slow!    the same with DatabaseTimeoutError
-    x/y      with the synchronous manager / with the asynchronous one, whose flush sends again what was sent before it
+    x/y      with the synchronous manager / with the asynchronous manager, whose flush repeats earlier statements
     -        cannot happen
 """
 
@@ -51,7 +51,7 @@ overlap    down    ok      ok      down+       slow?  slow! ok      down       o
 ERRORS = {"down": DatabaseUnavailableError, "slow": DatabaseTimeoutError}
 
 RETRIES_OF_THE_DRIVER = ("dropped", "unacked")
-"""Faults that a driver meets with a retry of its own on a replica set, and without on a standalone server."""
+"""Faults after which the driver retries on a replica set, but not on a standalone server."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Cell:
     outcome: str
 
     def expected(self, api: Api) -> str:
-        """Return what it comes to with one kind of manager."""
+        """Return the outcome with one kind of manager."""
         sync, _, asynchronous = self.outcome.partition("/")
         return asynchronous or sync if api.name == "async" else sync
 
@@ -83,12 +83,12 @@ def cells() -> list[Cell]:
 
 
 def drawn(*faults: str) -> list[Any]:
-    """Return cells with a kind of manager in turn, but with both where they differ, and for `append`.
+    """Return cells with alternating kinds of manager; with both kinds where they differ, and for `append`.
 
-    Each run draws another third of the cells, which includes every operation and every fault. `--full-adversity`: all
-    cells with both kinds.
+    Each run draws a quarter of the cells, with every operation and every fault. `--full-adversity` returns all cells
+    with both kinds.
     """
-    random, share = run_random(), min(3, len(faults))
+    random, share = run_random(), min(4, len(faults))
     rows = random.sample(list(OPERATIONS), len(OPERATIONS))
     columns = random.sample(faults, len(faults))
     cases, chosen, turns = [], [], 0
@@ -155,7 +155,7 @@ def count(session: Session, operation: Operation) -> int:
 
 
 def meet(session: Session, operation: Operation, expected: str) -> None:
-    """Do the operation while the fault is in force."""
+    """Run the operation during the fault."""
     if expected == "ok":
         session.api.run(operation.act(session))
         assert count(session, operation) == 1
@@ -169,7 +169,7 @@ def meet(session: Session, operation: Operation, expected: str) -> None:
 
 
 def cancel(session: Session, operation: Operation, site: Site) -> None:
-    """Have the caller of the operation go away while its command is on the way; it is carried out all the same."""
+    """Cancel the caller of the operation while its command is in flight; the command is still executed."""
 
     def lift() -> None:
         assert count(session, operation) == 0
@@ -180,7 +180,7 @@ def cancel(session: Session, operation: Operation, site: Site) -> None:
 
 
 def go_on(session: Session, operation: Operation, cell: Cell) -> None:
-    """Check that what failed is stored once, now or when it is done again, and have one more turn."""
+    """Check that a failed operation is stored once, now or after repeating it, and run one more turn."""
     run = session.api.run
     expected = cell.expected(session.api)
     done = expected == "ok"
@@ -189,9 +189,9 @@ def go_on(session: Session, operation: Operation, cell: Cell) -> None:
     if cell.operation in ("turn", "lease-turn") and not (
         done and (cell.fault != "cancelled" or session.api.name == "sync")
     ):
-        conversation.remove("answer")  # the model was never asked
+        conversation.remove("answer")  # the model was not called
     if not done and operation.recorded:
-        run(session.flush())  # while, if it got stuck, it arrives late
+        run(session.flush())  # meanwhile, a command that was held back arrives late
     elif expected.endswith("?"):
         eventually(lambda: count(session, operation) == 1)
     if (not done and not operation.recorded and operation.repeatable) or (lost and cell.operation == "feedback"):

@@ -26,6 +26,7 @@ def resident_bytes() -> int:
     return int(told.read_text().split()[1]) * 4096 if told.exists() else 0
 
 
+@pytest.mark.own_factory
 @pytest.mark.anyio
 async def test_a_backlog_is_bounded_seen_and_felt_by_nobody(
     factory: MongoDBSessionManagerFactory,

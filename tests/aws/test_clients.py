@@ -180,6 +180,7 @@ def test_a_client_closes_however_often_a_call_is_cancelled(
         assert [each for each in sessions if not each.closed] == []
 
 
+@pytest.mark.own_factory
 def test_a_config_of_the_callers_own_is_used(factory: Any, endpoint: Endpoint, queue: Queue) -> None:
     hook = create_metadata_sqs_hook(
         queue.url, endpoint_url=endpoint.url, config=Config(retries={"total_max_attempts": 3})

@@ -340,6 +340,7 @@ def hook(gate: Gate, name: str) -> Any:
     return notifying
 
 
+@pytest.mark.own_factory
 def test_a_users_own_hook_is_counted_for_its_factory(factory: MongoDBSessionManagerFactory, gate: Gate) -> None:
     notify_later("of nobody", "s", gate.delivering("nobody"))
     with factory.create_session_manager("s", metadata_hook=hook(gate, "mine")) as manager:

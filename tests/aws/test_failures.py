@@ -123,6 +123,7 @@ def test_what_hangs_arrives_once_it_hangs_no_more(
 TROUBLES = [(400, "ThrottlingException", ""), (403, "RequestThrottled", "")]
 
 
+@pytest.mark.own_factory
 @pytest.mark.parametrize("trouble", alternating(500, 503, 429, *((each,) for each in TROUBLES)), ids=str)
 def test_three_failures_and_then_it_arrives(
     factory: MongoDBSessionManagerFactory, endpoint: Endpoint, queue: Queue, trouble: Any

@@ -66,6 +66,7 @@ async def test_nothing_but_the_documented_leaves(factory: Any, moto: str, good: 
     }
 
 
+@pytest.mark.own_factory
 def test_a_topic_can_be_switched_off(factory: Any, moto: str, bad: Topic) -> None:
     hook = create_feedback_sns_hook("none", bad.arn, "none", endpoint_url=moto)
     with factory.create_session_manager("s", feedback_hook=hook) as manager:
@@ -75,6 +76,7 @@ def test_a_topic_can_be_switched_off(factory: Any, moto: str, bad: Topic) -> Non
     assert factory.get_notification_stats()["submitted"] == 1
 
 
+@pytest.mark.own_factory
 def test_what_is_too_long_is_cut_and_arrives(factory: Any, moto: str, good: Topic) -> None:
     hook = create_feedback_sns_hook(good.arn, "none", "none", "⚠️ " * 80 + "x" * 200, endpoint_url=moto)
     with factory.create_session_manager("é" * 60, feedback_hook=hook) as manager:
@@ -118,6 +120,7 @@ def test_topics_are_checked(topics_given: Any) -> None:
         create_feedback_sns_hook(*topics_given)
 
 
+@pytest.mark.own_factory
 def test_a_hook_whose_operation_fails_tells_nobody(factory: Any, moto: str, good: Topic) -> None:
     hook = create_feedback_sns_hook(good.arn, "none", "none", endpoint_url=moto)
     with factory.create_session_manager("s", feedback_hook=hook) as manager, pytest.raises(EncodingError):

@@ -90,6 +90,7 @@ def _eventually_arrived(queue: Queue) -> list[Any]:
     return arrived
 
 
+@pytest.mark.own_factory
 def test_metadata_that_is_too_large_is_cut_to_its_keys(factory: Any, moto: str, queue: Queue) -> None:
     hook = create_metadata_sqs_hook(queue.url, endpoint_url=moto)
     with factory.create_session_manager("s", metadata_hook=hook) as manager:

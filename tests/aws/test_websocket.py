@@ -76,6 +76,7 @@ def test_in_a_chain_with_a_hook_that_returns_nothing(factory: Any, endpoint: End
     assert told(endpoint) == [("c-1", "update", {"a": 1}), ("c-1", "delete", {"a": None})]
 
 
+@pytest.mark.own_factory
 @pytest.mark.parametrize("remove_gone", [True, False])
 def test_a_gone_connection_is_removed_and_no_error(
     factory: Any, endpoint: Endpoint, caplog: pytest.LogCaptureFixture, remove_gone: bool
@@ -102,6 +103,7 @@ def test_a_connection_that_was_replaced_meanwhile_stays(factory: Any, endpoint: 
         assert manager.get_metadata() == {"metadata": {"a": 1, "connection_id": "c-2"}}
 
 
+@pytest.mark.own_factory
 def test_moto_takes_it(factory: Any, moto: str) -> None:
     hook = create_metadata_websocket_hook(moto)
     with factory.create_session_manager("s", metadata_hook=hook) as manager:

@@ -209,6 +209,7 @@ def test_from_a_thread_of_the_hooks_own(session: Session, endpoint: Endpoint) ->
     assert told(endpoint) == [("c-1", "update", {"n": 1})]
 
 
+@pytest.mark.own_factory
 @pytest.mark.parametrize("form", alternating("def", "async def", "def that returns a coroutine", "chain in a def"))
 def test_an_operation_that_fails_is_told_to_the_caller_alone(
     session: Session, factory: MongoDBSessionManagerFactory, moto: str, form: str

@@ -1,4 +1,4 @@
-"""The table of conversations: what is said to an agent, what its model answers, what its tools do."""
+"""The table of conversations: the prompts, the replies of the model, and the tools."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from recording_model import Reply
 
 @dataclass(frozen=True)
 class Turn:
-    """What a caller does once.
+    """One action of a caller.
 
     Attributes:
-        prompt: What the agent is called with, or a function that makes it of the result of the turn before.
+        prompt: The prompt, or a function that returns it for the result of the previous turn.
         options: Further arguments of the call.
-        direct: Calls a tool of the agent, instead.
-        whole: Whether only the ends of the turn can be compared: what happens within is not all in the messages, like
-            that somebody has cancelled, or that a guardrail has redacted a question that it will not have answered.
+        direct: Calls a tool of the agent instead of the agent.
+        whole: Whether the turn is only cut at its end, because no message records an event within it, such as a
+            cancellation or a redacted question that gets no answer.
     """
 
     prompt: Any = None
@@ -40,7 +40,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Attributes: `name`, `turns`, what the model `replies`, further arguments of the agent, a `stateful` model."""
+    """Attributes: `name`, `turns`, the model's `replies`, `options` of the agent, whether the model is `stateful`."""
 
     name: str
     turns: Sequence[Turn | Any]
@@ -144,7 +144,7 @@ STRUCTURED = {"structured_output_model": Weather}
 
 
 def answers(*responses: Any) -> Callable[[Any], Any]:
-    """Return what answers the interrupts of the turn before."""
+    """Return the function that answers the interrupts of the previous turn."""
 
     def prompt(result: Any) -> Any:
         return [
@@ -155,7 +155,7 @@ def answers(*responses: Any) -> Callable[[Any], Any]:
     return prompt
 
 
-# Hooks. What they know is in the agent's state or its messages, which are restored.
+# Hooks. They keep their data in the agent's state or its messages, which are restored.
 
 
 class AskBeforeAdding(HookProvider):
@@ -168,7 +168,7 @@ class AskBeforeAdding(HookProvider):
 
 
 class GoOnOnce(HookProvider):
-    """Has the agent invoke itself once more."""
+    """Makes the agent invoke itself once more."""
 
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         registry.add_callback(AfterInvocationEvent, self._go_on)
@@ -180,7 +180,7 @@ class GoOnOnce(HookProvider):
 
 
 class AddToPrompt(HookProvider):
-    """Has a user message grow before the model is called."""
+    """Extends a user message before the model is called."""
 
     def register_hooks(self, registry: HookRegistry, **kwargs: Any) -> None:
         registry.add_callback(BeforeModelCallEvent, self._add)

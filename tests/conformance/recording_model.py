@@ -1,4 +1,4 @@
-"""A model that answers with whole messages from a script, and keeps what it was sent."""
+"""A model that answers with whole messages from a script, and records its requests."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from strands.types.exceptions import ContextWindowOverflowException
 
 
 class RecordingModel(Model):
-    """A model whose every call takes the next reply.
+    """A model that answers each call with the next reply.
 
     Args:
         replies: Texts, lists of content blocks, `Reply`s or exceptions.
-        stateful: Whether the provider keeps the conversation; then each answer has the number of its call as state.
+        stateful: Whether the provider keeps the conversation. The state of each answer is then the number of its call.
 
     Attributes:
-        calls: What each call was sent: messages, system prompt and model state.
-        agent: The agent it works for, which a reply may cancel.
+        calls: The arguments of each call: messages, system prompt and model state.
+        agent: The agent of the model; a reply can cancel it.
     """
 
     def __init__(self, replies: Sequence[Any], *, stateful: bool = False) -> None:
@@ -40,7 +40,7 @@ class RecordingModel(Model):
 
     async def structured_output(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         raise NotImplementedError
-        yield  # type: ignore[unreachable]  # makes a generator of it
+        yield  # type: ignore[unreachable]  # makes this method a generator
 
     async def stream(
         self,
@@ -71,9 +71,9 @@ class Reply:
 
     Args:
         content: A text, or content blocks.
-        stop: Why the model stops; by itself `"tool_use"` where it calls a tool, else `"end_turn"`.
-        redacts: What a guardrail puts in the place of the user's message.
-        cancels: Whether the agent is cancelled while the model speaks.
+        stop: The stop reason; default `"tool_use"` with a tool call, else `"end_turn"`.
+        redacts: The text with which a guardrail replaces the user's message.
+        cancels: Whether the agent is cancelled while the model answers.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ def overflow() -> ContextWindowOverflowException:
 
 
 def comparable(value: Any) -> Any:
-    """Leave out what no model is sent, and the ids that Strands makes up for tools that the application calls."""
+    """Remove fields that no model receives, and the ids that Strands generates for direct tool calls."""
     if isinstance(value, dict):
         hidden = ("tracking_id", "metadata") if "role" in value else ()
         return {

@@ -1,8 +1,8 @@
-"""A conversation may be cut at any message and go on in another process: the model does not notice.
+"""A conversation that is interrupted at any message continues in another process without a difference for the model.
 
-Each conversation of the table is played once to its end. Whenever something of it was stored, the session is copied as
-it is at that moment, which is what is left if the process is killed there. Each copy is then resumed by a fresh manager
-and agent and played to its end, too. What the model is sent must be what it would have been sent.
+Each conversation of the table is played once to its end. After every write, the session is copied. The copy is the
+state that a process leaves behind if it is killed at this point. A new manager and a new agent resume each copy and
+play it to its end. The model must receive the same requests as without the interruption.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from support import run_random
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
-# Strands reads files on the event loop when it makes an agent.
+# The constructor of an agent reads files on the event loop.
 pytestmark = [pytest.mark.anyio, pytest.mark.may_block]
 
 
-# How an agent is used.
+# Kinds of managers and agents.
 
 
 class Kind:
-    """Opens managers and calls agents, from a running event loop."""
+    """The asynchronous manager: opens managers and calls agents on a running event loop."""
 
     def __init__(self, factory: MongoDBSessionManagerFactory) -> None:
         self._factory = factory
@@ -71,7 +71,7 @@ class Streamed(Kind):
 
 
 class Sync(Kind):
-    """The synchronous manager on threads without an event loop."""
+    """The synchronous manager, on threads without an event loop."""
 
     async def open(self, session_id: str) -> Any:
         return await asyncio.to_thread(self._factory.create_session_manager, session_id)
@@ -111,7 +111,7 @@ def kind(request: pytest.FixtureRequest, module_factory: tuple[MongoDBSessionMan
     return made
 
 
-# How its conversation is managed. Each conversation begins with some turns and ends with one too long for the model.
+# Conversation managers. Each conversation begins with some turns and ends with one that overflows the context window.
 
 BEFORE = (["hello", "my name is Ada"], ["Hello.", "Hello Ada."])
 AFTER = (["what is my name?", "bye"], [overflow(), "You are Ada.", "Ada.", "Bye."])
@@ -119,7 +119,7 @@ AFTER = (["what is my name?", "bye"], [overflow(), "You are Ada.", "Ada.", "Bye.
 
 @dataclass(frozen=True)
 class Management:
-    """Attributes: further arguments of the agent, and whether it knows what to do when the model is sent too much."""
+    """Attributes: further arguments of the agent, and whether it recovers from an overflow of the context window."""
 
     options: Callable[[], dict[str, Any]]
     overflows: bool = True
@@ -147,20 +147,20 @@ MANAGEMENTS = {
 }
 
 
-# Playing.
+# Playing a conversation.
 
 
 @dataclass
 class Cut:
-    """Where a conversation was cut.
+    """A point at which a conversation was interrupted.
 
     Attributes:
-        document: The session as it was, under another id.
-        turn: In which turn.
-        is_over: Whether that turn was over.
-        added: How many messages that turn had added.
-        calls: How often the model had been called.
-        messages: What the agent held.
+        document: A copy of the session, with another id.
+        turn: The number of the turn.
+        is_over: Whether that turn was complete.
+        added: The number of messages that the turn had added.
+        calls: The number of calls of the model.
+        messages: The messages of the agent.
     """
 
     document: dict[str, Any]
@@ -175,17 +175,17 @@ class Play:
     """A conversation played by one agent.
 
     Args:
-        kind: How the agent is used.
-        conversation: What is said.
-        management: How the conversation is managed.
-        calls: How often the model was called before.
+        kind: The kind of manager.
+        conversation: The prompts and replies.
+        management: The conversation manager.
+        calls: The number of earlier calls of the model.
     """
 
     def __init__(self, kind: Kind, conversation: Conversation, management: str, calls: int = 0) -> None:
         self._kind, self._conversation, self._management = kind, conversation, MANAGEMENTS[management]
         ends = AFTER if self._management.overflows and not conversation.stateful else ([], [])
         turns = [*BEFORE[0], *conversation.turns, *ends[0]]
-        # What the provider keeps is not restored as messages, so such a conversation goes on after a turn only.
+        # A conversation that the provider keeps has no stored messages, so it can only continue after a complete turn.
         self.turns = [turn if isinstance(turn, Turn) else Turn(turn, whole=conversation.stateful) for turn in turns]
         replies = [*BEFORE[1], *conversation.replies, *ends[1]]
         self.model = RecordingModel(replies[calls:], stateful=conversation.stateful)
@@ -215,7 +215,7 @@ class Play:
         return self.agent
 
     async def play(self) -> None:
-        """Take all turns, and note what they began with."""
+        """Run all turns, and record their prompts."""
         result = None
         for number, turn in enumerate(self.turns):
             self.prompts.append(turn.prompt(result) if callable(turn.prompt) else turn.prompt)
@@ -223,14 +223,14 @@ class Play:
             self.has_taken(number)
 
     def has_taken(self, number: int) -> None:
-        """Hear that a turn is over."""
+        """Called after each turn."""
 
     async def take(self, turn: Turn, prompt: Any) -> Any:
-        """Take a turn and note how it ends."""
+        """Run a turn and record its outcome."""
         try:
             if turn.direct is not None:
                 await self._kind.direct(self.agent, turn.direct)
-                if self._manager is not None:  # no event says that the window was moved by that
+                if self._manager is not None:  # no event reports that the window has moved
                     await self._kind.sync(self._manager, self.agent)
                 return None
             result = await self._kind.call(self.agent, prompt, turn.options)
@@ -242,7 +242,7 @@ class Play:
 
 
 class Reference(Play):
-    """A play with a session manager, copied whenever something was stored; `cuts` are the copies."""
+    """A play with a session manager. `cuts` are the copies of the session after each write."""
 
     async def copy_all(self, session_id: str, stored: Stored) -> None:
         self._session_id, self._stored = session_id, stored
@@ -250,7 +250,7 @@ class Reference(Play):
         self._turn = self._count = 0
         self.cuts: list[Cut] = []
         agent = await self.begin(await self._kind.open(session_id))
-        agent.hooks.add_callback(MessageAddedEvent, self._added)  # once the session manager has stored it
+        agent.hooks.add_callback(MessageAddedEvent, self._added)  # after the session manager has stored the message
         await self.play()
 
     def _added(self, event: MessageAddedEvent) -> None:
@@ -262,7 +262,7 @@ class Reference(Play):
         last = self.cuts[-1] if self.cuts else None
         was_last = last is not None and not last.is_over and last.calls == len(self.model.calls)
         if was_last and not any("toolUse" in block for block in last.messages[-1]["content"]):
-            self.cuts.pop()  # the turn was through with that message, which does not say so
+            self.cuts.pop()  # that message ended the turn, but the cut is marked as unfinished
         self._cut(is_over=True)
         self._turn, self._count = number + 1, 0
 
@@ -271,7 +271,7 @@ class Reference(Play):
         assert document is not None
         told = [element["message"] for element in document["agents"]["agent"]["messages"]]
         if not is_over and told == self._told:
-            return  # what was said last is stored at the end of the turn: a process killed here leaves the cut before
+            return  # the last message is stored at the end of the turn: a process killed here leaves the previous copy
         self._told = told
         document["_id"] = document["session_id"] = f"{self._session_id}/{self._turn}/{self._count}/{is_over}"
         messages = copy.deepcopy(self.agent.messages)
@@ -279,12 +279,12 @@ class Reference(Play):
 
 
 async def resumed(kind: Kind, conversation: Conversation, management: str, reference: Reference, cut: Cut) -> Play:
-    """Return the play that goes on from a cut."""
+    """Return the play that continues from a cut."""
     play = Play(kind, conversation, management, cut.calls)
     await play.begin(await kind.open(cut.document["_id"]))
     first = cut.turn + 1
     if not cut.is_over:
-        # The caller sends again what did not arrive; else the agent goes on with what it has.
+        # The caller repeats a prompt that was not stored; otherwise the agent continues with the stored messages.
         prompt = reference.prompts[cut.turn]
         is_messages = isinstance(prompt, list) and "role" in prompt[0]
         rest = prompt[cut.added :] if is_messages else []
@@ -295,7 +295,7 @@ async def resumed(kind: Kind, conversation: Conversation, management: str, refer
 
 
 def sampled_cases() -> Iterator[tuple[str, Conversation, str]]:
-    """Yield each conversation once, with a management and a kind, which are drawn evenly and anew in each run."""
+    """Yield each conversation once, with a management and a kind that are drawn evenly, and differently in each run."""
     random = run_random()
     conversations = random.sample(CONVERSATIONS, len(CONVERSATIONS))
     pairs = random.sample(list(itertools.product(KINDS, MANAGEMENTS)), len(KINDS) * len(MANAGEMENTS))
@@ -304,7 +304,7 @@ def sampled_cases() -> Iterator[tuple[str, Conversation, str]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Sample kinds, conversations and managements; `--full-conformance`: all with all."""
+    """Sample kinds, conversations and managements; `--full-conformance` combines all of them."""
     if "management" not in metafunc.fixturenames:
         return
     full = metafunc.config.getoption("--full-conformance")
@@ -327,7 +327,7 @@ async def test_a_conversation_cut_at_any_message(
     await reference.copy_all(f"{conversation.name}, {management}, {uuid.uuid4().hex}", stored)
     assert comparable(reference.model.calls) == comparable(alone.model.calls)
     assert reference.outcomes == alone.outcomes
-    # What all conversations begin with is cut in the first one.
+    # The turns that all conversations begin with are only cut in the first conversation.
     first = 0 if conversation is CONVERSATIONS[0] else len(BEFORE[0]) - 1
     cuts = [cut for cut in reference.cuts if cut.turn > first or (cut.turn == first and cut.is_over) or not first]
     assert len(cuts) > len(conversation.turns)
@@ -337,7 +337,7 @@ async def test_a_conversation_cut_at_any_message(
     async def go_on(cut: Cut) -> None:
         again = await resumed(kind, conversation, management, reference, cut)
         where = f"cut in turn {cut.turn} after {cut.added} messages, over: {cut.is_over}"
-        if management != "context manager":  # which changes what the agent holds, when the model is called
+        if management != "context manager":  # it changes the messages of the agent when the model is called
             assert again.restored == cut.messages, where
         assert comparable(again.model.calls) == comparable(reference.model.calls[cut.calls :]), where
         assert again.outcomes == reference.outcomes[len(reference.outcomes) - len(again.outcomes) :], where

@@ -1,7 +1,7 @@
-"""What no repository-based session manager of Strands restores: here, a conversation continues as if uninterrupted.
+"""Conversations that continue without a difference here, but not with the session managers of Strands.
 
-Each test says what Strands' own manager on files loses. When it fails because nothing is lost any more, Strands has
-learnt it, and the conversation belongs into the table.
+Each test asserts what `FileSessionManager` loses. If such an assertion fails because nothing is lost any more, Strands
+has fixed it, and the conversation belongs in the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tell() -> str:
 def sent_afterwards(
     options: Callable[[], dict[str, Any]], before: list[str], after: list[str], replies: list[Any], managers: Managers
 ) -> Any:
-    """Return what the model is sent after a restart; without managers there is none."""
+    """Return the requests to the model after a restart; without managers, nothing is restarted."""
     model = RecordingModel(replies)
 
     def make() -> Agent:
@@ -88,7 +88,7 @@ def test_what_the_context_manager_has_cut_stays_cut(managers: list[Managers]) ->
 
 
 def test_a_window_keeps_what_it_has_pinned(managers: list[Managers]) -> None:
-    """On files, as many messages are left out from the beginning as were removed."""
+    """`FileSessionManager` leaves out the oldest messages, as many as the window has removed."""
 
     def options() -> dict[str, Any]:
         return {"conversation_manager": SlidingWindowConversationManager(4, pin_first=1)}

@@ -233,7 +233,7 @@ def _check_state(fields: Document) -> None:
 
 
 def _check_view(stored: Any) -> None:
-    """Refuse live messages that Strands cannot restore, and more of them than any agent has."""
+    """Refuse a view that Strands cannot restore, or that shows more messages than an agent can have."""
     view = View.parse(stored)
     if view is None:
         raise InvalidArgumentError("view must contain the id of a message, and items")

@@ -63,7 +63,7 @@ async def read_copyable(store: SessionStore, session_id: str, owner: str | None 
     source = await read_source(store, session_id, owner)
     for field in malformed_fields(source.document):
         is_of_agent = field.path == "agents" or field.path.startswith("agents.")
-        # Malformed numbers and lists of names are copied as they are; opening ignores them, too.
+        # Malformed numbers and lists of names are copied unchanged; opening ignores them, too.
         is_copied = field.kind is int or field.path.endswith((".usage", ".config_set"))
         if field.value is not None and is_of_agent and not is_copied:
             raise field.error(session_id)

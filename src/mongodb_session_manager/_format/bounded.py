@@ -16,7 +16,8 @@ class Bounded(dict[K, V]):
         self._most = most
 
     def __setitem__(self, key: K, value: V) -> None:
-        self.pop(key, None)
+        if key in self:
+            self.pop(key, None)
         super().__setitem__(key, value)
         if len(self) > self._most:
             self.pop(next(iter(self)), None)  # another thread might have removed it

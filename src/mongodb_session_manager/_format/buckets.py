@@ -124,8 +124,7 @@ class Step(NamedTuple):
     most: int
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """The maximum number of messages of an agent in the session document, and of their bytes."""
 
     messages: int
@@ -328,26 +327,21 @@ def from_message(place: Place, key: str, since: Any, message_id: int, gap: int) 
 
 
 def holding_message(
-    place: Place, key: str, message_id: int, since: Any, is_regular: bool, created_at: Any = None, below: int = ALL
-) -> list[Document]:
+    place: Place, key: str, message_id: int, since: Any, created_at: Any = None, below: int = ALL
+) -> tuple[Document, Document]:
     """Return filters for the bucket that holds a message, to be tried in turn.
 
-    The first covers the buckets where the id is the position of its message; the second, if ids can differ, all. The
-    `created_at` of the message distinguishes duplicate ids, which 1.0.0 might have archived. The buckets begin before
-    the position `below`.
+    The first covers the buckets where the id is the position of its message; the second covers all, and is needed only
+    if ids can differ from positions. The `created_at` of the message distinguishes duplicate ids, which 1.0.0 might
+    have archived. The buckets begin before the position `below`.
     """
     message = {"message_id": message_id} | ({} if created_at is None else {"created_at": created_at})
-    ranges = ((message_id - BUCKET_MESSAGES, message_id), (0, ALL))
-    return [
-        {
-            "_id": {
-                "$gte": place.bucket_id(key, low, since),
-                "$lte": place.bucket_id(key, min(high, below - 1), since),
-            },
-            "messages": {"$elemMatch": message},
-        }
-        for low, high in ranges[: 1 if is_regular else 2]
-    ]
+
+    def within(low: int, high: int) -> Document:
+        ids = {"$gte": place.bucket_id(key, low, since), "$lte": place.bucket_id(key, min(high, below - 1), since)}
+        return {"_id": ids, "messages": {"$elemMatch": message}}
+
+    return within(message_id - BUCKET_MESSAGES, message_id), within(0, ALL)
 
 
 def change_in_bucket(condition: Document, message_id: int, fields: Document, created_at: Any = None) -> Update:

@@ -68,8 +68,7 @@ class Loaded(NamedTuple):
         return cls(rewound if isinstance(rewound, ObjectId) else None)
 
 
-@dataclass(frozen=True, slots=True)
-class CreateAgent:
+class CreateAgent(NamedTuple):
     """An agent without messages is created; an existing agent stays unchanged."""
 
     agent_id: str
@@ -118,11 +117,10 @@ class ReplaceMessage:
     size: int | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateAgent:
+class UpdateAgent(NamedTuple):
     """Fields of `agent_data` get new values.
 
-    `expected` is the `next_message_id` that the writer knows; `None` overwrites whatever is there.
+    `expected` is the `next_message_id` that the writer knows; `None` overwrites the fields without a check.
     """
 
     agent_id: str
@@ -131,15 +129,14 @@ class UpdateAgent:
     moment: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class StoreView:
+class StoreView(NamedTuple):
     """The live messages of an agent are not the stored ones in their order.
 
     Attributes:
         agent_id: The agent.
         expected: The `next_message_id` that the writer knows.
         view: The view, see `view`; an empty one is removed.
-        archive_revision: That of the agent when the writer read it.
+        archive_revision: The agent's `archive_revision` when the writer read it.
         moment: The time of the change.
     """
 
@@ -150,8 +147,7 @@ class StoreView:
     moment: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class ObserveConfig:
+class ObserveConfig(NamedTuple):
     """The agent runs with this model or system prompt; values that a user has set stay."""
 
     agent_id: str
@@ -159,8 +155,7 @@ class ObserveConfig:
     fields: Document
 
 
-@dataclass(frozen=True, slots=True)
-class AddGuardrailEvent:
+class AddGuardrailEvent(NamedTuple):
     """A guardrail has intervened; `event` is an entry of the session's `guardrail_events`."""
 
     agent_id: str
@@ -195,7 +190,7 @@ class MessageWrite:
 
     Attributes:
         fields: The fields to store.
-        recorded: A new message as it was first recorded, `None` for a stored one. If a statement whose acknowledgement
+        recorded: A new message as first recorded, `None` for a stored one. If a statement whose acknowledgement
             was lost has stored the message, this identifies it.
         amended: The later changes of a new message, which that statement possibly did not contain.
         usage: The part of a new message in the running totals of its agent.
@@ -239,11 +234,11 @@ class AgentWrite:
         by_id: Whether the writer has not loaded the messages, but refers to them by their ids.
         data: New fields of `agent_data`.
         config: Observed fields of `agent_data`: they are set unless a user has set them.
-        view: The new view; an empty one removes the stored one, `None` leaves it.
+        view: The new view. `{}` removes the stored view; `None` does not change it.
         archive_revision: The `archive_revision` of the agent that the view was made for.
         events: New guardrail events.
         expected: The `next_message_id` that the writer knows, unless there are new messages.
-        moment: The new `updated_at`; `None` leaves it.
+        moment: The new `updated_at`; `None` does not change it.
         attached: The references to the attachments that were stored for the messages.
         dates: The expiry of their files.
         outdated: The references of archived messages whose content is replaced next.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, NamedTuple, Self
 
 from ..errors import AgentNotFoundError, MessageNotFoundError, SessionConflictError
 from .changes import AgentWrite, Identity, Loaded, MessageWrite
@@ -14,8 +14,7 @@ from .documents import Document
 from .ids import is_message_id
 
 
-@dataclass(frozen=True, slots=True)
-class StoredView:
+class StoredView(NamedTuple):
     """The facts of a stored agent that a write is compared with.
 
     Attributes:

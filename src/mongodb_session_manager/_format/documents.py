@@ -220,12 +220,14 @@ def message_from(stored: Any, position: int) -> SessionMessage | None:
     message, redacted = _content_from(stored.get("message")), stored.get("redact_message")
     if message is None or (redacted is not None and (redacted := _content_from(redacted)) is None):
         return None
+    created_at, updated_at = stored.get("created_at"), stored.get("updated_at")
+    created = to_iso(created_at)
     return SessionMessage(
         message=message,
         message_id=message_id_of(stored, position),
         redact_message=redacted,
-        created_at=to_iso(stored.get("created_at")),
-        updated_at=to_iso(stored.get("updated_at")),
+        created_at=created,
+        updated_at=created if type(updated_at) is datetime and updated_at == created_at else to_iso(updated_at),
     )
 
 

@@ -69,7 +69,7 @@ def is_view(agent: str) -> Document:
 
 
 def _before_view(agent: str) -> Document:
-    """Return the expression for the number of messages in the head before the first one after the view."""
+    """Return the expression for the number of messages in the head that precede the `after` of the view."""
     is_after = {"$gte": ["$$this.message_id", f"{agent}.view.after"]}
     are_after = {"$map": {"input": array_at(f"{agent}.messages"), "in": is_after}}
     count = {"$cond": [{"$lt": ["$$at", 0]}, {"$size": "$$are_after"}, "$$at"]}

@@ -8,6 +8,10 @@ from typing import Any
 
 from ..errors import InvalidArgumentError, raise_alone
 
+_MAX_IDS = 2**31
+
+_RESERVED = re.compile(r"[%.$]")
+
 NO_MESSAGE: list[Any] = []
 """The placeholder in lists of stored ids for an element of `messages` that is not a message and gets no id."""
 
@@ -46,7 +50,7 @@ def checked_count(value: object, name: str) -> int:
 
 def agent_key(agent_id: str) -> str:
     """Return the key of an agent: its id, with `%`, `.` and `$` percent-encoded."""
-    return re.sub(r"[%.$]", lambda match: f"%{ord(match[0]):02X}", checked_id(agent_id, "agent_id"))
+    return _RESERVED.sub(lambda match: f"%{ord(match[0]):02X}", checked_id(agent_id, "agent_id"))
 
 
 def agent_id_of(key: str) -> str:
@@ -57,7 +61,7 @@ def is_message_id(value: object) -> bool:
     """Return whether a stored value is a message id; some versions before 1.0 stored whole floats."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
     is_number = is_number or (isinstance(value, float) and value.is_integer())
-    return is_number and 0 <= value < 2**31  # type: ignore[operator]
+    return is_number and 0 <= value < _MAX_IDS  # type: ignore[operator]
 
 
 def message_id_of(stored: Any, position: int) -> int:
@@ -114,5 +118,11 @@ def numbered(ids: list[Any], archived: int = 0, following: Any = None) -> tuple[
 
 def is_numbered(numbers: Mapping[str, Any]) -> bool:
     """Return whether the ids of an agent's head need no change; `numbers` are the values of `head_numbers`."""
-    ids, following = numbers["ids"], numbers.get("next_message_id")
-    return type(following) is int and numbered(ids, int(numbers["archived"]), following) == (ids, following)
+    ids, following, archived = numbers["ids"], numbers.get("next_message_id"), int(numbers["archived"])
+    if type(following) is not int:
+        return False
+    # As versions since 1.0 store them. The length comes first: a range up to a damaged number can take gigabytes.
+    are_as_many = 0 < len(ids) == following - archived
+    if are_as_many and following <= _MAX_IDS and ids == list(range(archived, following)):
+        return True
+    return numbered(ids, archived, following) == (ids, following)

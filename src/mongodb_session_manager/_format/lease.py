@@ -1,22 +1,21 @@
 """The lease of a session: the manager whose turn it is, and the statements that take, check and release it. Pure.
 
 lease
-    token          the manager that holds the lease; absent while nobody holds it
-    until          the end of the lease, by the server's clock; absent while nobody holds it
-    fence          how often the lease was taken
+    token          the manager that holds the lease; absent while the lease is free
+    until          the end of the lease, by the server's clock; absent while the lease is free
+    fence          the number of times that the lease was taken
     line           the connections whose managers wait for it, oldest first: `{by, until}`
 
 The lease is free if `until` is absent or has passed. A manager that has waited takes it only if its connection is the
-first in `line`, and a manager that has not waited only if `line` is empty. An entry whose `until` has passed does not
-count.
+first in `line`; a manager that has not waited takes it only if `line` is empty. Entries of `line` expire at their
+`until`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import ObjectId
 
@@ -25,17 +24,16 @@ from .expressions import array_at, number_at
 from .statements import Update
 
 LINE_SECONDS = 2.0
-"""Seconds after which a waiting connection that does not ask again loses its place in the line."""
+"""Seconds after which a waiting connection that does not poll loses its place in the line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A manager that takes a lease.
 
     Attributes:
         token: The manager.
         by: Its connection.
-        lease: How long it holds the lease without renewing it.
+        lease: The time after which the lease expires if it is not renewed.
     """
 
     token: ObjectId
@@ -48,20 +46,20 @@ class Claim:
         return cls(ObjectId(), by, timedelta(seconds=seconds))
 
     def may_open(self, moment: datetime) -> Document:
-        """Return the condition for opening a session: this manager holds the lease, or it is free and nobody waits."""
+        """Return the condition for opening a session: this manager holds the lease, or it is free with no line."""
         has_passed = {"$not": {"$gt": moment}}
         return {"$or": [{"lease.token": self.token}, {"lease.until": has_passed, "lease.line.0.until": has_passed}]}
 
     def may_write(self, moment: datetime) -> Document:
-        """Return the condition for writing without taking the lease: nobody else holds it."""
+        """Return the condition for writing without taking the lease: no other manager holds it."""
         return {"$or": [{"lease.token": self.token}, {"lease.until": {"$not": {"$gt": moment}}}]}
 
     def fields(self, moment: datetime) -> Document:
-        """Return the fields of a session whose lease was taken or renewed at a moment."""
+        """Return the fields that a statement sets to take or renew the lease."""
         return {"lease.token": self.token, "lease.until": moment + self.lease}
 
     def taking(self, update: Update, moment: datetime) -> Update:
-        """Return a statement that also takes the lease, or matches nothing."""
+        """Return a statement that also takes the lease; it matches nothing if the lease cannot be taken."""
         return _with(update, self.may_open(moment), self.fields(moment), takes=True)
 
     def holding(self, update: Update, moment: datetime) -> Update:
@@ -73,7 +71,7 @@ class Claim:
         return _with(update, {"lease.token": self.token}, {}, releases=True)
 
     def passing(self, update: Update, moment: datetime) -> Update:
-        """Return a statement that matches only while nobody else holds the lease."""
+        """Return a statement that matches only while no other manager holds the lease."""
         return _with(update, self.may_write(moment), {})
 
     def renewal(self, session_id: str, moment: datetime) -> Update:
@@ -85,9 +83,10 @@ class Claim:
         return Update({"_id": session_id, "lease.token": self.token}, {"$unset": dict.fromkeys(_HELD, "")}, None)
 
     def poll(self, session_id: str, moment: datetime) -> Update:
-        """Return the statement that takes the lease if it is this connection's turn, else keeps its place in the line.
+        """Return the statement that takes the lease, or renews the place of this connection in the line.
 
-        It matches only a `lease` that it can change.
+        The lease is taken if it is free and this connection is the first in the line. A `lease` that
+        is neither absent, `null` nor an object is not matched.
         """
         queued: Document = {
             "$filter": {"input": array_at("$lease.line"), "cond": {"$gt": ["$$this.until", moment]}},
@@ -112,8 +111,8 @@ class Claim:
         condition = {"_id": session_id, "$or": [{"lease": None}, {"lease": {"$type": "object"}}]}
         return Update(condition, [{"$set": {"lease": value}}], None)
 
-    def left(self, session_id: str) -> Update:
-        """Return the statement with which a connection leaves the line."""
+    def leave_line(self, session_id: str) -> Update:
+        """Return the statement that removes this connection from the line."""
         update = {"$pull": {"lease.line": {"by": self.by}}}
         return Update({"_id": session_id, "lease.line.by": self.by}, update, None)
 
@@ -121,15 +120,14 @@ class Claim:
 _HELD = ("lease.token", "lease.until")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredLease:
+class StoredLease(NamedTuple):
     """The `lease` of a session document. Values of other types are read as absent.
 
     Attributes:
         token: The manager that holds it.
         until: The end of the lease.
-        fence: How often it was taken.
-        next_until: Until when the first connection in the line keeps its place.
+        fence: The number of times that it was taken.
+        next_until: The time at which the first connection in the line loses its place.
     """
 
     token: ObjectId | None
@@ -156,7 +154,7 @@ class StoredLease:
         return self.token != claim.token and self.until is not None and self.until > moment
 
     def has_line(self, moment: datetime) -> bool:
-        """Return whether a connection waits for the lease."""
+        """Return whether a connection is in the line."""
         return self.next_until is not None and self.next_until > moment
 
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import ObjectId
 
@@ -31,8 +30,7 @@ from .statements import Update
 _STATE_DEPTH = 4  # document, multi_agents, key, state
 
 
-@dataclass(frozen=True, slots=True)
-class MultiAgentWrite:
+class MultiAgentWrite(NamedTuple):
     """The new state of an orchestrator; `expected` is the stored revision, or `None` to create the orchestrator."""
 
     multi_agent_id: str
@@ -98,7 +96,7 @@ def reconcile_write(write: MultiAgentWrite, stored: Mapping[str, Any] | None) ->
             f"was loaded, so revision {write.revision} was not stored; open the session with a new manager and build "
             "the multi-agent again"
         )
-    return None if revision == write.revision else replace(write, expected=revision)
+    return None if revision == write.revision else write._replace(expected=revision)
 
 
 class _Known:
@@ -139,7 +137,7 @@ class MultiAgents:
         return None if known is None else decode(known.newest.state)
 
     def is_current(self, multi_agent_id: str) -> bool:
-        """Return whether the newest known state of an orchestrator is stored or pending, not refused."""
+        """Return whether the newest known state of an orchestrator is stored or pending, and was not refused."""
         known = self._known.get(checked_id(multi_agent_id, "multi_agent_id"))
         return known is not None and known.refusal is None
 
@@ -160,7 +158,7 @@ class MultiAgents:
             self.raise_refusal(multi_agent_id)
         encoded, newest = encode_state(state), known.newest
         if encoded != newest.state:
-            known.newest = replace(newest, state=encoded, revision=newest.revision + 1, moment=now())
+            known.newest = newest._replace(state=encoded, revision=newest.revision + 1, moment=now())
         known.refusal = None
 
     @property
@@ -170,7 +168,7 @@ class MultiAgents:
     def pending(self) -> list[MultiAgentWrite]:
         """Return the newest states that are not stored; at most one flush can call this at a time."""
         return [
-            replace(known.newest, expected=known.stored)
+            known.newest._replace(expected=known.stored)
             for known in tuple(self._known.values())
             if not known.is_settled
         ]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Self
 
@@ -59,9 +58,11 @@ class Dates(NamedTuple):
 UNDATED = Dates(None, None)
 
 
-@dataclass(frozen=True, slots=True)
-class Life:
-    """The incarnation, `None` in 1.0.0, the expiry and the owner of a session. They can be out of date."""
+class Life(NamedTuple):
+    """The incarnation, `None` in 1.0.0, the expiry and the owner of a session.
+
+    The values can be older than the stored ones.
+    """
 
     incarnation: ObjectId | None = None
     time_to_live: int | None = None  # in seconds; `None` if it does not expire

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any, Final
 
 import bson
+from bson import ObjectId
 
 from ..errors import StateTooLargeError
 from .codec import CODEC_OPTIONS, MAX_NESTING
@@ -21,6 +23,8 @@ LARGE: Final = 64 * 1024
 _ELEMENT = 2  # bytes of an element without its name: its type and the end of the name
 _CONTAINER = 5  # bytes of a document or array without elements: its length and its end
 _NUMBER = 4
+_SMALL = frozenset({bool, type(None), datetime, ObjectId})
+"""Types of small values, which are not counted."""
 
 AGENT_FIELDS = (*STATE_FIELDS, "system_prompt", "model", "prompt_metadata")
 """The fields of `agent_data` that can be large."""
@@ -45,13 +49,14 @@ def least_size(value: object, limit: int) -> int:
         below: list[Any] = []
         for found in level:
             kind = type(found)
-            if kind is int or kind is float:
-                size += _NUMBER
-            elif kind is str or kind is bytes:
+            if kind is str or kind is bytes:
                 size += len(found)  # type: ignore[arg-type]
+            elif kind is int or kind is float:
+                size += _NUMBER
+            elif kind in _SMALL:
+                continue
             elif isinstance(found, dict):
-                size += _CONTAINER + _ELEMENT * dict.__len__(found)
-                size += sum(len(key) for key in dict.keys(found) if type(key) is str)
+                size += _CONTAINER + _ELEMENT * dict.__len__(found) + _size_of_keys(found)
                 if size > limit:
                     return size
                 below += dict.values(found)
@@ -70,6 +75,13 @@ def least_size(value: object, limit: int) -> int:
     return size
 
 
+def _size_of_keys(value: dict[Any, Any]) -> int:
+    try:
+        return len("".join(dict.keys(value)))
+    except TypeError:  # not all of them are text
+        return sum(len(key) for key in dict.keys(value) if type(key) is str)
+
+
 def _digits(count: int) -> int:
     """Return how many digits the numbers below `count` have together: they name the elements of an array."""
     digits, first = 0, 1
@@ -81,6 +93,17 @@ def _digits(count: int) -> int:
 
 def is_large(value: object) -> bool:
     return least_size(value, LARGE) > LARGE
+
+
+def is_large_session(document: Mapping[str, Any]) -> bool:
+    """Return whether a loaded session is large. The server has measured the messages that its document holds."""
+    measured, agents = 0, {}
+    for key, agent in document["agents"].items():
+        if type(agent.get("bytes")) is not int or agent.get("shown") or agent["first"] < agent["archived"]:
+            return is_large(document)  # messages from elsewhere
+        measured += agent["bytes"]
+        agents[key] = {name: value for name, value in agent.items() if name not in ("messages", "ids")}
+    return least_size({**document, "agents": agents}, LARGE) + measured > LARGE and is_large(document)
 
 
 # The parts of a session document; queried only after the server refused a statement because of its size.

@@ -136,7 +136,7 @@ def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
 
 
 def _add_view(write: AgentWrite, path: str, parts: _Parts) -> None:
-    """Store or remove the view; a replacement removes the old content of its message from the stored one."""
+    """Store or remove the view; if a message is replaced, remove its old content from the stored view."""
     if write.view and shows_content(write.view):
         new = write.messages.keys()
         parts.views[f"{path}.view"] = guarded_view(f"${path}", write.view, new, write.archive_revision)

@@ -1,27 +1,27 @@
-"""The view of an agent: its live messages, where these are not the stored messages in their order. Pure.
+"""The view of an agent: its live messages, if they are not the stored messages in their order. Pure.
 
-Conversation managers, context strategies and applications edit `agent.messages`. The stored messages stay as they were
-said; the view records what was live.
+Conversation managers, context strategies and applications edit `agent.messages`. The stored messages keep the original
+conversation; the view describes the live messages.
 
 agents.<agent key>.view
     after    the id of the first stored message that follows the items; all later messages follow it
     items    the live messages before it
-             {runs: [[first, last], ...]}       stored messages, as they are stored
+             {runs: [[first, last], ...]}       stored messages, unedited
              {of, at, uses, message, content}   an edited or inserted message
                  message    its fields, encoded, without `content`
                  content    its blocks, encoded; `[id, n]` is block n of a stored message
                  of         the ids of the stored messages that it shows, in whole or in part
                  at         the `updated_at` of each of them
-                 uses       those among them that `content` refers to
+                 uses       the ids in `of` to which `content` refers
 
-`content` is absent if it is not a list of blocks; `message` holds it then. If the content of a stored message is
-replaced, the same statement turns each item that shows a part of it into the runs of its `of`: no redacted text stays.
+If the content of the message is not a list of blocks, `message` contains it, and `content` is absent. A statement that
+replaces the content of a stored message also turns each item that shows a part of it into the runs of its `of`, so that
+no redacted text remains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from .codec import decode
@@ -44,7 +44,7 @@ class Item(NamedTuple):
         message: The encoded fields of a message with other content.
         content: Its encoded blocks; a list `[id, n]` is block n of a stored message. `None` if `message` has them.
         of: The ids of the stored messages that it shows.
-        at: Their `updated_at`, as the writer knew them.
+        at: Their `updated_at`, as known to the writer.
         uses: The ids that `content` refers to.
     """
 
@@ -69,7 +69,7 @@ class Item(NamedTuple):
         return {**of, "message": self.message, **content}
 
     def as_stored(self) -> Item:
-        """Return the item that shows the same stored messages without other content."""
+        """Return the item that shows the same stored messages, unedited."""
         return self if self.message is None else Item(tuple((n, n) for n in self.of))
 
     @classmethod
@@ -108,12 +108,11 @@ def _is_block_of(block: Any, uses: Any) -> bool:
     return len(block) == 2 and all(map(is_message_id, block)) and block[0] in uses
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A view in its parsed form."""
 
     after: int
-    items: tuple[Item, ...] = field(default=())
+    items: tuple[Item, ...] = ()
 
     @classmethod
     def parse(cls, stored: Any) -> Self | None:
@@ -142,7 +141,7 @@ class View:
         return [run for item in self.items for run in item.loaded]
 
     def without_content_of(self, ids: Collection[int]) -> View:
-        """Return the view after messages were replaced: it shows them as they are stored."""
+        """Return the view after messages were replaced: it shows the stored messages instead of edited ones."""
         items = (item if set(ids).isdisjoint(item.of) else item.as_stored() for item in self.items)
         return View(self.after, tuple(items))
 
@@ -181,7 +180,7 @@ class Shown(NamedTuple):
 
     Attributes:
         message: The message.
-        item: The item with its content; `None` for a message as it is stored.
+        item: The item with its content; `None` for an unedited message.
         message_id: The id of the stored message that it shows; `None` for an inserted message.
     """
 
@@ -234,7 +233,7 @@ def _made(item: Item, messages: Mapping[int, Any]) -> Any:
 
 
 def shadow(value: Any) -> Any:
-    """Return a copy of the containers of a value that shares everything else, so that comparing the two is fast."""
+    """Return a copy of the containers of a value; all other objects are shared, so that comparing the two is fast."""
     if isinstance(value, dict):
         return {key: shadow(item) if type(item) not in _LEAVES else item for key, item in value.items()}
     if isinstance(value, list):
@@ -246,13 +245,13 @@ _LEAVES = frozenset((str, int, float, bool, bytes, type(None)))
 
 
 def positions(view: View, archived: int) -> list[Run]:
-    """Return the ranges of archived positions, from the first to below the second, that hold messages of a view."""
+    """Return the half-open ranges of archived positions that hold messages of a view."""
     wanted = [(a, min(b + 1, archived)) for a, b in view.runs if a < archived]
     return _joined([*wanted, (view.after, archived)] if view.after < archived else wanted, 0)
 
 
 def closest(ranges: Iterable[Run]) -> list[Run]:
-    """Return a few ranges that cover others: a bucket holds many messages."""
+    """Merge close ranges, because a bucket holds many messages; return a few that cover all of them."""
     joined = _joined(ranges, _CLOSE)
     return joined if len(joined) <= _MOST_RANGES else [(joined[0][0], joined[-1][1])]
 
@@ -309,13 +308,14 @@ def view_without(agent: str, ids: Iterable[int]) -> Document:
 
 
 def guarded_view(agent: str, stored: Mapping[str, Any], new: Collection[int], archive_revision: int) -> Document:
-    """Return the expression for a new view that shows messages as they are stored if another writer replaced them.
+    """Return the expression for a new view; it shows the stored messages if another writer has replaced them.
 
     Args:
         agent: The path of the agent.
         stored: The view in its stored form.
         new: The ids of the messages that the same statement stores.
-        archive_revision: That of the agent when the writer read it; it grows if an archived message is replaced.
+        archive_revision: The agent's `archive_revision` when the writer read it; replacing an archived message
+            increments it.
     """
     items = [_guarded(agent, item, new, archive_revision) for item in stored["items"]]
     return {"$mergeObjects": [{"after": {"$literal": stored["after"]}, "items": items}]}
@@ -339,7 +339,7 @@ def _guarded(agent: str, item: Document, new: Collection[int], archive_revision:
 
 
 def shows_content(stored: Mapping[str, Any]) -> bool:
-    """Return whether a stored view shows the content of stored messages in another form."""
+    """Return whether a stored view shows edited content of stored messages."""
     return any(item.get("of") for item in stored.get("items", ()))
 
 

@@ -7,8 +7,8 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
@@ -20,6 +20,7 @@ from pymongo import AsyncMongoClient, MongoClient, ReadPreference, WriteConcern
 from pymongo import errors as driver
 from pymongo.read_concern import ReadConcern
 
+from .._format.bounded import Bounded
 from .._format.codec import CODEC_OPTIONS
 from ..errors import (
     AccessDeniedError,
@@ -52,6 +53,9 @@ _HELLO_PAUSES = (0.05, 0.2, 0.8)
 """Seconds before the server's clock is read again after a lost connection."""
 
 _UNKNOWN_COMMAND = 59
+
+_KNOWN_COLLECTIONS = 256
+"""The driver's collections that are kept: building one takes as long as compiling a statement."""
 
 _OPEN: AbstractAsyncContextManager[None] = nullcontext()
 
@@ -86,6 +90,7 @@ class Connection:
         self._abandoned: list[object] = []
         self._gate: Gate | None = None
         self._threaded: MotorClient | None = None
+        self._collections: Bounded[tuple[str, str], tuple[AsyncClient, AsyncCollection]] = Bounded(_KNOWN_COLLECTIONS)
 
     def __repr__(self) -> str:
         kind = "borrowed" if self.settings.client is not None else "owned"
@@ -202,7 +207,8 @@ class Connection:
     def _leave_behind(self) -> None:
         """Drop the client. In a forked child its sockets belong to the parent: prevent its garbage collection."""
         self._refuse_in_child()
-        self._abandoned += [self._client, self._finalizer, self._gate, self._threaded]
+        self._abandoned += [self._client, self._finalizer, self._gate, self._threaded, dict(self._collections)]
+        self._collections.clear()
         if self._finalizer is not None:
             self._finalizer.detach()
         self._client, self._loop, self._finalizer, self._gate, self._threaded = None, None, None, None, None
@@ -221,6 +227,9 @@ class Connection:
         Reads go to the primary. Writes wait for a majority unless the client's own settings say otherwise.
         """
         client = await self._commanded()
+        known = self._collections.get((database, name))
+        if known is not None and known[0] is client:
+            return known[1]
         concern = client.write_concern.document
         write_concern = WriteConcern(**concern) if "w" in concern else WriteConcern(w="majority", **concern)
         collection: AsyncCollection = client.get_database(database).get_collection(
@@ -230,11 +239,11 @@ class Connection:
             write_concern=write_concern,
             read_concern=ReadConcern(),
         )
+        self._collections[database, name] = client, collection
         return collection
 
-    @asynccontextmanager
-    async def operation(self, *, timed: bool = True) -> AsyncIterator[None]:
-        """Run a block for which closing waits. Operations nest: during closing, inner ones can still start.
+    def operation(self, *, timed: bool = True) -> AbstractAsyncContextManager[None]:
+        """Return a context for which closing waits. Operations nest: during closing, inner ones can still start.
 
         Unless `timed` is false, an unknown clock of the server is read first.
 
@@ -242,21 +251,7 @@ class Connection:
             SessionClosedError: The connection is closed or closing.
             DatabaseUnavailableError: No server answered within `serverSelectionTimeoutMS`.
         """
-        if self.closed and not _entered.get():
-            raise SessionClosedError("the connection is closed: open a new manager or factory")
-        if self._is_left_behind:
-            self._leave_behind()
-        token = _entered.set(True)
-        self._operations += 1
-        try:
-            if timed and self._clock.is_due():
-                await self._read_clock()
-            yield
-        finally:
-            _entered.reset(token)
-            self._operations -= 1
-            if not self._operations:
-                self._idle.set()
+        return _Operation(self, timed)
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -403,11 +398,43 @@ class Connection:
                 await self._idle.wait()
         if self.settings.client is None and (client := self._client) is not None:
             self._client, self._threaded = None, None
+            self._collections.clear()
             if self._finalizer is not None:
                 self._finalizer.detach()
             await drivers.close_client(client)
             if self._gate is not None:
                 self._gate.executor.shutdown(wait=False)
+
+
+class _Operation(AbstractAsyncContextManager[None]):
+    """The context of `Connection.operation`; a class, because each write enters two."""
+
+    __slots__ = ("_connection", "_timed", "_token")
+
+    def __init__(self, connection: Connection, timed: bool) -> None:
+        self._connection = connection
+        self._timed = timed
+
+    async def __aenter__(self) -> None:
+        connection = self._connection
+        if connection.closed and not _entered.get():
+            raise SessionClosedError("the connection is closed: open a new manager or factory")
+        if connection._is_left_behind:
+            connection._leave_behind()
+        self._token = _entered.set(True)
+        connection._operations += 1
+        if self._timed and connection._clock.is_due():
+            try:
+                await connection._read_clock()
+            except BaseException:
+                await self.__aexit__()
+                raise
+
+    async def __aexit__(self, *_: object) -> None:
+        _entered.reset(self._token)
+        self._connection._operations -= 1
+        if not self._connection._operations:
+            self._connection._idle.set()
 
 
 def _close_collected(client: AsyncClient, loop: asyncio.AbstractEventLoop, pid: int) -> None:

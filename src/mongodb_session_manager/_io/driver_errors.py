@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from traceback import walk_tb
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson.errors import BSONError, InvalidBSON
 from pymongo import errors as driver
@@ -60,8 +59,7 @@ class DuplicateKeyError(DatabaseError):
     """A document with the same value in a unique index already exists. Callers handle it for `_id`."""
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(NamedTuple):
     """The user, servers and database of a client, for error messages; none of it is secret."""
 
     user: str | None = None
@@ -126,11 +124,10 @@ def may_have_been_applied(error: Exception) -> bool:
     return lost or partly or isinstance(error, driver.WriteConcernError) or _code(error) in _UNAVAILABLE
 
 
-@dataclass
 class Attempts:
     """Whether a failed attempt of a command that is sent several times may have been applied."""
 
-    unknown: bool = False
+    unknown = False
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from bson.codec_options import DatetimeConversion, TypeRegistry
 from pymongo.driver_info import DriverInfo
-from pymongo.encryption_options import AutoEncryptionOpts
 from pymongo.monitoring import (
     CommandListener,
     ConnectionPoolListener,
@@ -20,8 +19,12 @@ from pymongo.read_preferences import Nearest, Primary, PrimaryPreferred, Seconda
 from pymongo.server_api import ServerApi
 from pymongo.server_description import ServerDescription
 
+from . import drivers
+
 if TYPE_CHECKING:
-    from .drivers import Client
+    from pymongo.encryption_options import AutoEncryptionOpts
+else:  # its module is not imported to name a type, but annotations can be evaluated
+    AutoEncryptionOpts = Any
 
 _Listener: TypeAlias = (
     CommandListener | ConnectionPoolListener | ServerHeartbeatListener | ServerListener | TopologyListener
@@ -148,4 +151,4 @@ class RepositoryOptions(ContentOptions, ClientOptions, total=False):
             It replaces the connection string and the client options.
     """
 
-    client: Client | None
+    client: drivers.Client | None

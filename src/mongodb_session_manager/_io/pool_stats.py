@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from pymongo import monitoring
@@ -23,12 +22,10 @@ class PoolStats(TypedDict):
 NO_POOL: PoolStats = {"pool_config": {}, "connections_open": None, "connections_in_use": None, "wait_queue": None}
 
 
-@dataclass
 class PoolCounter(monitoring.ConnectionPoolListener):
-    open: int = 0
-    in_use: int = 0
-    waiting: int = 0
-    _lock: Any = field(default_factory=Lock, repr=False)
+    def __init__(self) -> None:
+        self.open = self.in_use = self.waiting = 0
+        self._lock = Lock()
 
     def _count(self, *, open: int = 0, in_use: int = 0, waiting: int = 0) -> None:
         with self._lock:

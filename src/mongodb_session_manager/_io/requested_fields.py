@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 CONNECTION_ID = "connection_id"
@@ -19,13 +18,13 @@ ACTED_ON = frozenset({CONNECTION_ID})
 """Every metadata key that the library acts on. A model must not write them, unless `allowed_keys` names them."""
 
 
-@dataclass
 class StoredFields:
     """Fields of `ACTED_ON` after a change of the metadata; `remove` removes one, unless its value has changed."""
 
-    names: tuple[str, ...]
-    values: dict[str, Any] = field(default_factory=dict)
-    remove: Callable[[str, Any], Awaitable[None]] | None = None
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.values: dict[str, Any] = {}
+        self.remove: Callable[[str, Any], Awaitable[None]] | None = None
 
 
 _requested: ContextVar[tuple[StoredFields, ...]] = ContextVar("mongodb_session_manager_requested_fields", default=())

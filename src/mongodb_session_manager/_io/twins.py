@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine
+from functools import cache
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from ..errors import raise_alone
@@ -25,7 +26,7 @@ class Caller(Protocol):
 
 def blocking(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
     """Return a method with the parameters of `method` that calls it on the asynchronous object, and waits."""
-    name, check = method.__name__, _checks(method)
+    name, check = method.__name__, _checks(_signature(method))
 
     def call(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> T:
         check(call, self, *args, **kwargs)
@@ -39,7 +40,7 @@ def awaitable(
     method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """Return a coroutine function that can be awaited on any event loop, where `method` needs its own."""
-    name, check = method.__name__, _checks(method)
+    name, check = method.__name__, _checks(_signature(method))
 
     async def run(self: Caller, /, *args: P.args, **kwargs: P.kwargs) -> T:
         check(run, self, *args, **kwargs)
@@ -49,9 +50,14 @@ def awaitable(
     return _like(method, run)
 
 
-def _checks(method: Callable[..., Any]) -> Callable[..., None]:
+@cache
+def _signature(method: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a method; its annotations are evaluated in the method's module, not in the twin's."""
+    return inspect.signature(method, eval_str=True)
+
+
+def _checks(signature: inspect.Signature) -> Callable[..., None]:
     """Return what refuses wrong arguments where they are passed, and names the method that was called."""
-    signature = inspect.signature(method)
 
     def check(called: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         try:
@@ -69,8 +75,11 @@ def _like(method: Callable[..., Any], twin: F) -> F:
     """
     shown: Any = twin
     shown.__name__, shown.__doc__ = method.__name__, method.__doc__
-    shown.__signature__ = inspect.signature(method, eval_str=True)
-    shown.__annotations__ = inspect.get_annotations(method, eval_str=True)
+    shown.__signature__ = signature = _signature(method)
+    shown.__annotations__ = {
+        name: signature.return_annotation if name == "return" else signature.parameters[name].annotation
+        for name in method.__annotations__
+    }
     return twin
 
 

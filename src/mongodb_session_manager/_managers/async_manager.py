@@ -79,13 +79,14 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
     async def reload(self) -> None:
         """Read the session again, for agents that stay in memory while other workers continue the session.
 
-        It flushes, and then reads the session in one command, as opening does. Every agent, graph and swarm that this
-        manager serves and that is still in use is restored: its messages, state and conversation manager become what a
-        new agent would get. Changes that were not recorded are replaced; `sync_agent(agent)` before the call records
-        them. Changes that were refused are dropped: after a `SessionConflictError`, reload and repeat the request.
+        It flushes, and then reads the session in one command, as opening does. Every agent, graph and swarm of this
+        manager that is still in use is restored, as a new one would be: messages, state and conversation manager.
+        Changes that were not recorded are replaced; `sync_agent(agent)` before the call records them. Changes that were
+        refused are dropped: after a `SessionConflictError`, reload and repeat the request.
 
         Raises:
             SessionConflictError: An agent, graph or swarm is in the middle of a turn. Nothing has changed.
+            SessionBusyError: Another manager has its turn, see `on_busy`. No agent has changed.
             SessionNotFoundError: The session was deleted.
             StateTooLargeError: Messages are still pending, because other parts fill the session's document.
             DatabaseError: A stored agent cannot be restored.

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from strands import Agent
@@ -40,6 +41,7 @@ from ..errors import (
 from .capture import capture_base, capture_config, capture_metrics, guardrail_event
 from .lifecycle import SessionLifecycle
 from .restoring import RESTORE_ERRORS, restore_error
+from .turns import can_be_changed
 from .user_hooks import Hook
 
 logger = logging.getLogger(__name__)
@@ -196,22 +198,32 @@ class SessionManagerBase(SessionLifecycle):
     async def _on_message_added(self, event: MessageAddedEvent[LocalAgent]) -> None:
         agent = event.agent
         try:
+            is_due = self._is_due(event.message, agent)
             with self._flusher.recording(agent):
                 self._append_added(event.message, agent)
-                self.sync_agent(agent)
-            if self._is_due(event.message, agent):
+                if is_due or not _is_final(event.message):
+                    self.sync_agent(agent)
+            if is_due:
                 if self._may_overlap(event.message, agent):
                     self._start_flush()
                 else:
                     await self._flush(agent.agent_id)
             elif _is_final(event.message):
-                self._turns.delay(agent.agent_id, self._start_flush)
+                # The end of the invocation follows, and records the state.
+                self._turns.delay(agent.agent_id, partial(self._flush_final, agent))
         except MongoDBSessionError as error:
             self._turns.stop(agent.agent_id, error)
             raise
         except asyncio.CancelledError:
             self._turns.stop_waiting()
             raise
+
+    def _flush_final(self, agent: LocalAgent) -> None:
+        """Start to store a final message whose invocation does not end soon."""
+        # The end of the invocation raises the error again.
+        with suppress(MongoDBSessionError), self._flusher.recording(agent):
+            self.sync_agent(agent)
+        self._start_flush()
 
     def _append_added(self, message: Message, agent: LocalAgent) -> None:
         """Append a message. Remove it from `agent.messages` if it cannot be stored, so that the agent can continue."""
@@ -273,8 +285,9 @@ class SessionManagerBase(SessionLifecycle):
             if self._turns.keeps_lease_until(event):
                 self._start_flush()  # releases the lease
             raise stopped
-        with self._flusher.recording(agent):
-            self.sync_agent(agent)
+        if can_be_changed(event):
+            with self._flusher.recording(agent):
+                self.sync_agent(agent)
         self._turns.release_or_pause_lease(event)
         await self._flush(agent.agent_id)
 
@@ -335,9 +348,12 @@ class SessionManagerBase(SessionLifecycle):
         if self._closed or self._work is None:
             return
         for agent_id, agent in tuple(self._agents.items()):
-            if not isinstance(agent, Agent) or agent_id in self._turns.running or self._work.is_refused(agent_id):
+            if not isinstance(agent, Agent) or self._work.is_refused(agent_id):
                 continue
-            if agent_id in self._synced or self._work.has_other_state(agent):
+            is_ending = self._turns.is_delayed(agent_id)  # for example, a stream that was not read to its end
+            if agent_id in self._turns.running and not is_ending:
+                continue
+            if is_ending or agent_id in self._synced or self._work.has_other_state(agent):
                 with self._flusher.recording(agent):
                     self.sync_agent(agent)
             else:

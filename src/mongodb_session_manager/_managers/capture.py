@@ -37,11 +37,11 @@ _KNOWN_RESTORES = [
 
 
 def capture_base(agent: Agent) -> tuple[list[Any], int] | None:
-    """Return what restoring an agent gives without a view.
+    """Return the parameters of a restore without a view.
 
     Returns:
-        The messages that its conversation manager prepends, and the number of the oldest stored messages that it leaves
-        out; `None` for a conversation manager that restores in another way than those of Strands.
+        The messages that the agent's conversation manager prepends, and the number of oldest stored messages that it
+        leaves out; `None` for a conversation manager that overrides how Strands restores.
     """
     manager = agent.conversation_manager
     if type(manager).restore_from_session not in _KNOWN_RESTORES:

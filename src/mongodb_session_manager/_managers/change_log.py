@@ -1,4 +1,4 @@
-"""`ChangeLog`: the recorded changes of a session that are not stored yet, and the refusals of those that cannot be."""
+"""`ChangeLog`: the pending changes of a session, and the refusals of changes that cannot be stored."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .recorded_agent import RecordedAgent
 
 
 class ChangeLog:
-    """The pending changes of agents, in order; the orchestrators keep their own.
+    """The pending changes of agents, in order. `multi_agents` keeps those of the orchestrators.
 
     Recorded changes stay pending until `settle` reports their outcome. The log is only appended to and cut at its head,
-    which is atomic in Python, so recording needs no lock. Two threads must not record for one agent at the same time;
-    Strands does not.
+    which is atomic in Python, so recording needs no lock. Two threads must not record changes of one agent at the same
+    time; Strands does not.
 
     Args:
         session_id: The session.
@@ -57,7 +57,7 @@ class ChangeLog:
         return {agent_id: self._agents[agent_id].loaded_as for agent_id in tuple(self._agents)}
 
     def pending(self) -> tuple[Change, ...]:
-        """Return the pending changes, oldest first; one flush at a time may call it.
+        """Return the pending changes, oldest first. At most one flush at a time can call this method.
 
         Changes that an agent recorded while the refused flush was in flight are dropped here: they must not be stored
         after the changes of another writer.
@@ -118,7 +118,7 @@ class ChangeLog:
         return [self._agents[each] for each in chosen if each in self._agents]
 
     def close(self) -> None:
-        """Refuse to record changes."""
+        """Refuse all further changes."""
         self._closed = True
 
     def _check_open(self) -> None:

@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
 from dataclasses import replace
 from typing import Any, Self, Unpack
 
-from .._copying.imports import feed, feed_blocking
 from .._io.connection import Connection
 from .._io.portal import Portal
 from .._io.twins import awaitable, blocking, finish_twins
@@ -145,12 +144,12 @@ class MongoDBSessionManagerFactory:
 
     def export_session(self, session_id: str, *, owner: str | None = None) -> Generator[str, None, None]:
         """Yield a session as lines of JSON; see `MongoDBSessionRepository.export_session`."""
-        export = self._async._export(session_id, owner)
+        export = self._async._copier_blocking().export(session_id, self._async._owner(owner))
         while lines := self._portal.call(export.pull):
             yield from lines
 
     async def export_session_async(self, session_id: str, *, owner: str | None = None) -> AsyncGenerator[str, None]:
-        export = self._async._export(session_id, owner)
+        export = (await self._portal.run(self._async._copier)).export(session_id, self._async._owner(owner))
         while lines := await self._portal.run(export.pull):
             for line in lines:
                 yield line
@@ -159,7 +158,8 @@ class MongoDBSessionManagerFactory:
         self, stream: Iterable[str | bytes], session_id: str | None = None, *, owner: str | None = None
     ) -> str:
         """Store an exported session and return its id; see `MongoDBSessionRepository.import_session`."""
-        return feed_blocking(self._portal, self._async._import(session_id, owner), stream)
+        copier = self._async._copier_blocking()
+        return copier.import_blocking(self._portal, stream, session_id, self._async._owner(owner))
 
     async def import_session_async(
         self,
@@ -168,7 +168,8 @@ class MongoDBSessionManagerFactory:
         *,
         owner: str | None = None,
     ) -> str:
-        return await feed(self._portal, self._async._import(session_id, owner), stream)
+        copier = await self._portal.run(self._async._copier)
+        return await copier.import_session(self._portal, stream, session_id, self._async._owner(owner))
 
     def delete_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
         """Delete a session with everything that belongs to it; see `MongoDBSessionRepository.delete_session`."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar, Unpack
 from weakref import WeakValueDictionary
 
@@ -15,9 +16,9 @@ from strands.types.session import SessionMessage
 
 from .._format.documents import Document
 from .._format.ids import checked_id
+from .._format.sizes import is_large_session
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
-from .._io.threads import compute
 from .._notifications.notify import DRAIN_TIMEOUT, drain
 from .._store.lease_queue import Caller
 from ..errors import (
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 
 class SessionLifecycle(OrchestratorSessionManager):
-    """Loads the session, and restores the agents and orchestrators in use if it is read again."""
+    """Loads the session, and restores the agents and orchestrators in use when it is reloaded."""
 
     def __init__(
         self,
@@ -116,10 +117,11 @@ class SessionLifecycle(OrchestratorSessionManager):
 
     async def _loaded(self, document: Document) -> UnitOfWork:
         inline = self._options.max_inline_attachment_bytes
-        return await compute(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
+        make = partial(UnitOfWork, self.session_id, document, inline, self._fetch_messages)
+        return await asyncio.to_thread(make) if is_large_session(document) else make()
 
     def _fetch_messages(self, agent_id: str, begin: int, end: int) -> list[SessionMessage]:
-        """Read messages for Strands' synchronous constructor of an agent, which waits for them."""
+        """Read messages, and block Strands' synchronous constructor of an agent until they are read."""
         if running_loop() is self._connection.portal.loop:
             raise EventLoopError(
                 f"the conversation manager of agent {agent_id!r} needs {end - begin} older messages, which were not "
@@ -135,17 +137,15 @@ class SessionLifecycle(OrchestratorSessionManager):
             await self._lease.release()
 
     def _stop_opening(self, caller: Caller) -> None:
-        """End an opening that its caller does not wait for any more, or that has failed."""
+        """End an opening that was cancelled or has failed."""
         if self._lease is not None:
             with suppress(EventLoopError):
-                self._connection.portal.submit(self._leave, caller)
+                self._connection.portal.submit(self._cancel_opening, caller)
 
-    async def _leave(self, caller: Caller) -> None:
-        caller.leave()
+    async def _cancel_opening(self, caller: Caller) -> None:
+        caller.cancel()
         if self._work is not None:  # opened at the same moment
             await self._give_up()
-
-    # Strands' contract: always synchronous, and never waiting for I/O on a thread whose event loop runs.
 
     # Reloading.
 
@@ -155,7 +155,7 @@ class SessionLifecycle(OrchestratorSessionManager):
             raise SessionConflictError(f"{running[0]!r} is in the middle of a turn: reload before or after it")
 
     async def _read_again(self, caller: Caller) -> UnitOfWork:
-        """Flush, and load the session again; take its lease for the next turn. Runs on the loop of the client."""
+        """Flush, load the session again, and take its lease for the next turn. Runs on the loop of the client."""
         work = self._unit
         await self._flusher.flush_here(work)
         work.raise_pending_refusal()
@@ -171,7 +171,7 @@ class SessionLifecycle(OrchestratorSessionManager):
             raise
 
     def _continue_with(self, work: UnitOfWork) -> None:
-        """Restore the agents and orchestrators in use from a session that was loaded again."""
+        """Restore the agents and orchestrators in use from the reloaded session."""
         self._check_reloadable()
         try:
             self._unit.raise_unreported_refusal()
@@ -182,7 +182,7 @@ class SessionLifecycle(OrchestratorSessionManager):
         self._unit.close()
         self._synced.clear()
         self._work = self._session.work = work
-        # Strands' constructor: no agent is initialized, and nothing is known to be synchronized.
+        # Strands' constructor resets its records of initialized agents and synchronized state.
         RepositorySessionManager.__init__(self, self.session_id, self._session)
         failures = list(_failures(self._agents, self.initialize))
         failures += _failures(self._orchestrators, self.initialize_multi_agent)
@@ -210,7 +210,7 @@ class SessionLifecycle(OrchestratorSessionManager):
                     self._closing.set()
 
     async def _aclose_at_exit(self, seconds: float) -> None:
-        """Flush when the interpreter ends; notifications and connections are closed later."""
+        """Flush when the interpreter exits; notifications and connections are closed later."""
         if self._closing is None:
             self._closing = asyncio.Event()
             try:

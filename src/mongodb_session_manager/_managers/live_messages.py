@@ -1,7 +1,7 @@
-"""`LiveMessages`: what restoring an agent would give, and the view that is stored if its live messages differ.
+"""`LiveMessages`: the messages that a restart would restore, and the view to store if the live messages differ.
 
-The comparison takes O(window) once a turn. It is fast because a copy of the containers of a message shares all leaves
-with the message: comparing two equal strings that are the same object takes no time.
+A turn makes one comparison, in O(window). It is fast because a shadow of a message shares all leaves with the message:
+comparing a string with itself takes no time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _NO_MESSAGE = -1
 
 
 class _Expected(NamedTuple):
-    """Messages that restoring gives, and their ids; `None` for a message that is not a stored one."""
+    """Messages that would be restored, and their ids; `None` for a message that is not stored."""
 
     messages: list[Any]
     ids: list[int | None]
 
 
 class LiveMessages:
-    """The messages that restoring an agent gives now, as the recorded changes leave them.
+    """The messages that would be restored for an agent, after its recorded changes.
 
     Args:
         first: The position of the first stored message that is known.
@@ -37,7 +37,7 @@ class LiveMessages:
         self._first = first
         self._order: list[int] = []
         self._known = KnownMessages()
-        self._apart: set[int] = set()  # ids of messages that were appended without being live: restoring gives them too
+        self._apart: set[int] = set()  # ids of messages that were appended without being live; they are restored too
         self.unstorable: set[int] = set()
         self._repaired: list[Any] | None = None
         self._view: View | None = None
@@ -60,32 +60,32 @@ class LiveMessages:
         return live
 
     def show(self, view: View, shown: Iterable[Shown], stored: Mapping[int, Any]) -> None:
-        """Begin with a view and what its items show; `stored` are the loaded messages before `after`."""
+        """Start with a view and the messages that its items show; `stored` are the loaded messages before `after`."""
         self._view = view
         self._known.messages = {n: shadow(message) for n, message in stored.items()} | self._known.messages
         self._shown = [each._replace(message=shadow(each.message)) for each in shown]
 
     def repaired(self, messages: Sequence[Any]) -> None:
-        """Remember the messages as Strands has restored them, if it has repaired broken tool calls.
+        """Keep the restored messages if Strands has repaired broken tool calls in them.
 
-        They are stored with the next change of the live messages: restoring an agent alone stores nothing.
+        The repair is stored with the next change of the live messages; restoring an agent stores nothing.
         """
         if list(messages) != list(self._known.messages.values()):
             self._repaired = shadow(list(messages))
 
     def append(self, message_id: int, message: Any, *, is_live: bool = True) -> None:
-        """Add a message that is appended; one that is not live is restored all the same."""
+        """Add an appended message. A message that is not live is restored too."""
         self._order.append(message_id)
         if not is_live:
             self._apart.add(message_id)
         self._known.messages[message_id] = shadow(message)
 
     def extend(self, message_id: int, message: Any) -> None:
-        """Change a message that its agent has continued."""
+        """Replace a message that its agent has continued."""
         self._known.messages[message_id] = shadow(message)
 
     def replace(self, message_id: int, message: Any, *, redacts: bool) -> None:
-        """Change a message whose content is replaced: the view shows it as it is stored then.
+        """Replace the content of a message; from then on, the view shows the stored message.
 
         The live message can still have the former content.
         """
@@ -120,16 +120,16 @@ class LiveMessages:
         id_of: Callable[[str], int | None],
         version_of: Callable[[int], Any],
     ) -> Document | None:
-        """Return the view to store, `{}` to remove the stored one, or `None` if restoring gives the live messages.
+        """Return the view to store, `{}` to remove the stored view, or `None` if the live messages would be restored.
 
         Args:
             messages: The live messages.
-            base: What restoring gives without a view: the messages that the conversation manager prepends, and the
-                number of the oldest stored messages that it leaves out; `None` if that is unknown.
+            base: A restore without a view: the messages that the conversation manager prepends, and the number of
+                oldest stored messages that it leaves out; `None` if that is unknown.
             next_id: The id of the next message.
             id_of: Returns the id of the stored message with a tracking id.
-            version_of: Returns the stored `updated_at` of a message, `...` if it is unknown. Only a message of a known
-                version can be shown in another form: another writer might have redacted it.
+            version_of: Returns the stored `updated_at` of a message, `...` if it is unknown. A message of an unknown
+                version is never shown in another form, because another writer might have redacted it.
 
         Raises:
             EncodingError: An inserted message holds a value that cannot be stored.
@@ -177,7 +177,7 @@ class LiveMessages:
         return _Expected([*messages, *(self._known.messages[n] for n in tail)], [*ids, *tail])
 
     def _with_apart(self, found: list[Shown], removed: int) -> list[Shown]:
-        """Insert the messages that are stored and not live by their order, except those that a window has removed."""
+        """Insert the messages that were never live at their places, except those that a window has removed."""
         self._apart.intersection_update(self._order[max(0, removed - self._first) :])
         self._apart.difference_update(each.message_id for each in found)
         for n in sorted(self._apart):
@@ -186,7 +186,7 @@ class LiveMessages:
         return found
 
     def _are_same(self, messages: Sequence[Any], expected: _Expected) -> bool:
-        """Return whether restoring gives the live messages, and those that were never live."""
+        """Return whether the expected messages are the live ones and those that were never live."""
         if self._are_all_same(messages, expected):
             self._apart.difference_update(expected.ids)
             return True
@@ -204,7 +204,7 @@ class LiveMessages:
         )
 
     def _count_tail(self, found: Sequence[Shown]) -> int:
-        """Return how many of the last live messages are the last stored ones, in order."""
+        """Return the number of last live messages that are the last stored messages, in order."""
         newest = (n for n in reversed(self._order) if n != _NO_MESSAGE)
         count = 0
         for each in reversed(found):
@@ -230,11 +230,11 @@ class LiveMessages:
         for n in unused[:-KEPT]:
             del self._known.messages[n]
             self._known.former.pop(n, None)
-        # A message that is only shown with other content can be large: it was shortened.
+        # The original of a message that is only shown with other content can be large, because it was shortened.
         for n in {n for item in view.items for n in item.of if n < view.after} - used:
             self._known.messages.pop(n, None)
         unknown = (at for at, n in enumerate(self._order) if n != _NO_MESSAGE and n not in self._known.messages)
-        count = 1 + max(unknown, default=-1)  # what restoring gives without a view is unknown from before there
+        count = 1 + max(unknown, default=-1)  # from before there, a restore without a view is unknown
         del self._order[:count]
         self._first += count
 

@@ -1,4 +1,4 @@
-"""`Match`: the stored message that each live message of an agent shows, as it is stored or with other content."""
+"""`Match`: the stored message that each live message of an agent shows, unedited or with other content."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .._format.view import BLOCK_DEPTH, VIEW_DEPTH, Item, Shown
 from ..errors import EncodingError
 
 KEPT = 512
-"""The number of stored messages that are remembered although they are not live: an application can show them again."""
+"""The number of stored messages to keep although they are not live: an application can insert them again."""
 
 _QUOTE = 32
-"""Two texts are related if one contains the beginning of the other, of this many characters."""
+"""Two texts are related if one contains the first characters of the other, at most this number."""
 
 
 def are_equal(one: Any, other: Any) -> bool:
-    """Return whether two values are equal; values that cannot be compared are not."""
+    """Return whether two values are equal; values that cannot be compared count as different."""
     try:
         return bool(one == other)
-    except Exception:  # values such as arrays of numpy, which an application can put into a message
+    except Exception:  # for example NumPy arrays that an application has put into a message
         return False
 
 
@@ -30,9 +30,9 @@ class KnownMessages:
     """The stored messages of an agent that are in memory, by id.
 
     Attributes:
-        messages: The messages as they are stored now.
+        messages: The current stored messages.
         former: Earlier versions of replaced messages.
-        redacted: The ids of redacted messages: the live message can still have the original content.
+        redacted: The ids of redacted messages, whose live messages can still have the original content.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Match:
     """Finds the stored message of each live one.
 
     Attributes:
-        found: What the live messages show, in their order.
+        found: The stored messages that the live messages show, in the order of the live messages.
         unstorable: The ids of messages that were edited with a value that cannot be stored.
     """
 
@@ -119,7 +119,7 @@ class Match:
         return Shown(self._known.messages[message_id], None, message_id)
 
     def _edited(self, message: Document, own: int | None) -> list[Shown]:
-        """Return a message with other content; one that shows a redacted message is shown as it is stored."""
+        """Return a message with other content, or the stored messages if it shows a redacted one."""
         item = self._item(message, own)
         at = tuple(map(self._version_of, item.of))
         if ... not in at and self._known.redacted.isdisjoint(item.of):
@@ -144,7 +144,9 @@ class Match:
                 uses.add(place[0])
                 blocks.append(list(place))
             else:
-                blocks.append(encode(block, depth=BLOCK_DEPTH, name="message.content"))  # refuses what has no end
+                blocks.append(
+                    encode(block, depth=BLOCK_DEPTH, name="message.content")
+                )  # refuses a block that contains itself
                 of.update(self._related(block))
         of |= uses
         first = [] if own is None else [own]
@@ -165,7 +167,7 @@ class Match:
         return None
 
     def _related(self, block: Document) -> Iterator[int]:
-        """Yield the messages that are not live, or redacted, whose text or tool result a block seems to show."""
+        """Yield the messages whose text or tool result a block seems to quote, if they are redacted or not live."""
         texts = list(_texts_of(block))
         for n, stored in self._known.messages.items():
             is_redacted = n in self._known.redacted

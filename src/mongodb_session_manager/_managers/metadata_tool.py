@@ -6,7 +6,6 @@ import json
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from strands import tool
@@ -52,15 +51,13 @@ Args:
 """
 
 
-@dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     action: str
     metadata: dict[str, Any]
     keys: list[str] | None
 
 
-@dataclass(frozen=True)
-class MetadataPolicy:
+class MetadataPolicy(NamedTuple):
     """The permissions of a model.
 
     `allowed_keys` are the keys that it may see and change, with everything within them; `None` allows all, but those in

@@ -27,13 +27,13 @@ T = TypeVar("T")
 class OpenSession(SessionRepository):
     """The repository of an open session.
 
-    Strands' session logic, called through `for_strands`, reads what was loaded and only records its changes: the
-    manager flushes them with the others of the turn. All other callers read what is stored and recorded, and their
-    changes are stored: on a thread without an event loop before the method returns; on a thread whose event loop runs,
-    the flush is only started, and the next flush raises its errors.
+    Strands' session logic, called through `for_strands`, reads the loaded data and only records its changes: the
+    manager flushes them with the other changes of the turn. All other callers read the stored and pending data, and
+    their changes are stored. On a thread without an event loop, they are stored when the method returns. On a thread
+    with a running event loop, the flush is only started, and the next flush raises its errors.
 
-    Reads come from memory as far as it holds the messages. Other reads flush, and then block the calling thread until
-    the server has answered.
+    Messages in memory are read from there. Other reads flush, and then block the calling thread until the server has
+    answered.
 
     Args:
         work: The unit of work of the session.
@@ -50,7 +50,7 @@ class OpenSession(SessionRepository):
         self._strands: set[int] = set()  # threads; Strands' session logic is synchronous
 
     def for_strands(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a method of Strands' session logic, which reads what was loaded and only records its changes."""
+        """Call a method of Strands' session logic, which reads the loaded data and only records its changes."""
         thread = running_thread()
         if thread in self._strands:
             return method(*args, **kwargs)
@@ -61,7 +61,7 @@ class OpenSession(SessionRepository):
             self._strands.discard(thread)
 
     def _is_strands(self, session_id: str) -> bool:
-        """Return whether Strands' session logic calls; check the arguments of other callers."""
+        """Return whether the caller is Strands' session logic; check `session_id` for all other callers."""
         if running_thread() in self._strands:
             return True
         if checked_id(session_id, "session_id") != self.work.session_id:
@@ -107,7 +107,7 @@ class OpenSession(SessionRepository):
         return self._ask(agent_id, partial(self._repository.read_agent, session_id, agent_id))
 
     def update_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
-        """Store an agent's state. The state of a live agent stays as it is, and replaces this one when it changes.
+        """Store an agent's state. The state of a live agent is not changed, and replaces this one when it changes.
 
         Raises:
             AgentNotFoundError: The session has no such agent.
@@ -126,7 +126,7 @@ class OpenSession(SessionRepository):
     # Messages.
 
     def create_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
-        """Append a message to the stored conversation; a live agent does not get it, a restored one does.
+        """Append a message to the stored conversation. A live agent does not get the message; a restored agent does.
 
         The id is assigned here and written into `session_message`.
 
@@ -156,7 +156,7 @@ class OpenSession(SessionRepository):
         return self._ask(agent_id, partial(self._repository.read_message, session_id, agent_id, message_id))
 
     def update_message(self, session_id: str, agent_id: str, session_message: SessionMessage, **kwargs: Any) -> None:
-        """Replace the content of a stored message; the messages of a live agent stay as they are.
+        """Replace the content of a stored message. The messages of a live agent are not changed.
 
         With `redact_message`, the original content is removed.
 
@@ -235,9 +235,9 @@ class OpenSession(SessionRepository):
     # Reading and storing.
 
     def _is_known(self, agent_id: str) -> bool:
-        """Return whether what memory holds of an agent is stored, or will be.
+        """Return whether the data in memory of an agent is stored or pending.
 
-        It is not after another writer was first, and of agents that others created after the session was opened.
+        It is neither after a conflict with another writer, nor for an agent that another manager has created.
         """
         return self.work.holds(checked_id(agent_id, "agent_id")) and self.work.agent(agent_id).refusal is None
 
@@ -248,7 +248,7 @@ class OpenSession(SessionRepository):
         self._flusher.recorded(self, self.work, self.work.multi_agents.raise_refusal, multi_agent_id)
 
     def _ask(self, owner_id: str, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Flush, then block the calling thread until an operation of the repository has an answer.
+        """Flush, then block the calling thread until an operation of the repository has a result.
 
         Raises:
             EventLoopError: The calling thread runs the event loop of the client.

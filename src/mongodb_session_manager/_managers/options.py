@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from .._format.attachment_refs import MAX_INLINE_ATTACHMENT_BYTES, checked_inline_bytes
 from .._format.buckets import MAX_EMBEDDED_BYTES, MAX_EMBEDDED_MESSAGES
 from .._format.labels import checked_owner, checked_tags, checked_title
 from .._format.retention import MAX_SECONDS, checked_ttl
+from .._io import drivers
 from .._io.connection import Connection
 from .._io.options import ClientOptions, ContentOptions
 from .._io.settings import Settings, unexpected_option
@@ -20,9 +21,6 @@ from .._store.store import SessionStore
 from ..errors import ConfigurationError
 from .user_hooks import Hook, checked_hook
 
-if TYPE_CHECKING:
-    from .._io.drivers import Client
-
 SaveOn = Literal["message", "overlap", "invocation"]
 """When the messages of a turn are stored.
 
@@ -31,10 +29,10 @@ stores all messages of a turn at its end.
 """
 
 OnBusy = Literal["conflict", "wait", "refuse"]
-"""What a manager does while another one has its turn in the session.
+"""The behaviour of a manager while another manager has its turn in the session.
 
-`"conflict"` does not find out: the later writer gets `SessionConflictError`. `"wait"` waits for the end of the turn,
-and `"refuse"` raises `SessionBusyError`.
+`"conflict"` does not check for a turn: the later writer gets `SessionConflictError`. `"wait"` waits for the end of the
+turn, and `"refuse"` raises `SessionBusyError`.
 """
 
 
@@ -54,12 +52,12 @@ class SessionOptions(ContentOptions, total=False):
         save_on: `"message"`, the default, stores each message before the agent continues; `"overlap"` stores user
             messages and tool results while the model is called; `"invocation"` stores all messages of a turn at its
             end.
-        on_busy: What happens while another manager has its turn in the session. `"conflict"`, the default: the later
+        on_busy: The behaviour while another manager has its turn in the session. `"conflict"`, the default: the later
             writer gets `SessionConflictError`. `"wait"`: opening waits for the end of the turn. `"refuse"`: opening
             raises `SessionBusyError`.
         busy_timeout: The longest wait, in seconds, until opening raises `SessionBusyError`; default 30.
-        lease: Seconds after which a manager that does nothing, because its process was killed or is frozen, loses its
-            turn; default 30. A manager that is alive renews its lease.
+        lease: Seconds after which a manager whose process was killed or is frozen can lose its turn; default 30. A
+            running manager renews its lease.
     """
 
     title: str | None
@@ -83,7 +81,7 @@ class ManagerOptions(SessionOptions, ClientOptions, total=False):
             It replaces the connection string and the client options.
     """
 
-    client: Client | None
+    client: drivers.Client | None
 
 
 _SPELLINGS = {"metadataHook": "metadata_hook", "feedbackHook": "feedback_hook"}
@@ -225,7 +223,7 @@ class Configuration:
         return SharedRepository(store)
 
     def lease(self, repository: SharedRepository, session_id: str) -> Lease | None:
-        """Return the lease that a manager takes; `None` if the managers of a session do not take turns."""
+        """Return the lease of a manager; `None` with `on_busy="conflict"`."""
         options = self.options
         if options.on_busy == "conflict":
             return None

@@ -25,9 +25,9 @@ class ConnectionStats(PoolStats):
         connections_open: The number of open connections; `None` for a borrowed client, whose pool only its owner sees.
         connections_in_use: The number of connections that run a command.
         wait_queue: The number of commands that wait for a connection.
-        lease_waits: How often a manager has waited because it was another manager's turn; see `on_busy`.
+        lease_waits: The number of times that a manager has waited for another manager's turn to end; see `on_busy`.
         lease_wait_seconds: The total of these waiting times.
-        leases_lost: How many managers have lost their turn.
+        leases_lost: The number of managers that have lost their turn.
     """
 
     status: str

@@ -44,7 +44,7 @@ _REMEMBERED = 1024
 
 
 class LastMessage(NamedTuple):
-    """Distinguishes a longer version of an agent's last message from a new message."""
+    """The last message of an agent, to distinguish a longer version of it from a new message."""
 
     tracking_id: str | None
     blocks: list[Any]
@@ -107,7 +107,9 @@ class RecordedAgent:
         self.last_usage: Document = {}
         self.counts_invocation = False
         self.last_redacted: int | None = None
-        self.corrected_offset: int | None = None  # how many messages a restore left out, if not as many as requested
+        self.corrected_offset: int | None = (
+            None  # the number of messages that a restore left out, if it is not the requested one
+        )
         self.refusal: MongoDBSessionError | None = None
         self._refusal_reported = False
         self.too_large: StateTooLargeError | None = None
@@ -129,15 +131,18 @@ class RecordedAgent:
         self.message_ids: Bounded[str, int] = Bounded(remembered)
         self.identities: Bounded[int, Identity] = Bounded(remembered)
         self.versions: Bounded[int, Any] = Bounded(remembered)
-        for message, document in known:
-            self._remember(message.message_id, message.message.get("tracking_id"), document)
+        # There is room for all of them: `update` takes less time than setting each.
+        self.identities.update((message.message_id, Identity.of(document)) for message, document in known)
+        self.versions.update((message.message_id, document.get("updated_at")) for message, document in known)
+        tracking_ids = ((message.message.get("tracking_id"), message.message_id) for message, _ in known)
+        self.message_ids.update((found, message_id) for found, message_id in tracking_ids if found is not None)
         last = self.messages[-1] if self.messages else None
         self.last = None if last is None else LastMessage.of(last.message)
         # Whether the newest message is known to have no attachments. Only the newest is replaced often: it grows.
         self.newest_is_plain = False
 
     def append(self, session_message: SessionMessage, stored: StoredMessage, message: StoredMessage) -> None:
-        """Remember an appended message: the original, its stored form, and that without its attachments."""
+        """Keep an appended message: the original, its stored form, and its stored form without attachments."""
         message_id = session_message.message_id
         self.stored.append(stored)
         self.last_appended = message_id
@@ -162,7 +167,7 @@ class RecordedAgent:
         self._agent = ref(agent)
 
     def record_state(self, fields: Mapping[str, Any]) -> None:
-        """Remember new fields of the agent's state."""
+        """Keep new fields of the agent's state."""
         self._state = {**self._state, **fields}
 
     def newest(self) -> SessionAgent:
@@ -171,11 +176,11 @@ class RecordedAgent:
         return agent_from(self.agent_id, {"agent_data": self._state, **self._dates, "updated_at": updated_at})
 
     def restore_from_recorded(self) -> None:
-        """Have a later restore use the newest recorded state."""
+        """Make a later restore use the newest recorded state."""
         self.loaded = self.newest()
 
     def replace(self, session_message: SessionMessage, fields: Mapping[str, Any], *, continues: bool) -> None:
-        """Remember new content of a message, and its stored fields; `continues` if the agent has continued it."""
+        """Keep new content of a message, and its stored fields; `continues` if the agent has continued the message."""
         message_id = session_message.message_id
         self._replace_stored(message_id, fields)
         self.versions[message_id] = fields["updated_at"]
@@ -188,7 +193,7 @@ class RecordedAgent:
             self.live.replace(message_id, session_message.to_message(), redacts=redacts)
 
     def _replace_stored(self, message_id: int, fields: Mapping[str, Any]) -> None:
-        """Remember new content of a stored message, also for a later restore."""
+        """Keep new content of a stored message, also for a later restore."""
         self.stored.replace(message_id, fields)
         if self.messages is None:
             return
@@ -202,9 +207,9 @@ class RecordedAgent:
                 message.redact_message = decode(fields["redact_message"])
 
     def view_change(self, agent: Agent, base: tuple[list[Any], int] | None, session_id: str) -> StoreView | None:
-        """Return the change that stores the live messages, or `None` if restoring gives them.
+        """Return the change that stores the live messages, or `None` if they would be restored without it.
 
-        `base` is what restoring gives without a view, see `LiveMessages.change`.
+        `base` describes a restore without a view, see `LiveMessages.change`.
         """
         if self.live is None or self.refusal is not None or agent.model.stateful:
             return None
@@ -225,7 +230,7 @@ class RecordedAgent:
 
     @contextmanager
     def restoring(self, agent: LocalAgent) -> Iterator[None]:
-        """Let Strands restore the agent; then show its view."""
+        """Return the context in which Strands restores the agent; at its end, the agent gets the live messages."""
         self.is_restoring = True
         try:
             yield
@@ -236,15 +241,15 @@ class RecordedAgent:
         self.end_restore(agent)
 
     def restored_from(self, first: int, messages: Iterable[SessionMessage | None]) -> None:
-        """Remember the messages that Strands restores, beginning at a position."""
+        """Keep the messages that Strands restores, beginning at a position."""
         if self.is_restoring:
             found = (None if message is None else (message.message_id, message.to_message()) for message in messages)
             self.live = LiveMessages.of(first, found)
 
     def begin_view(self, view: View, session_id: str) -> list[SessionMessage]:
-        """Return the stored messages that a view shows, for Strands to restore; `end_restore` shows the live ones.
+        """Return the stored messages that a view shows, for Strands to restore; `end_restore` sets the live messages.
 
-        Strands repairs broken tool calls in what it restores, and warns of them, so the messages are empty until then.
+        Strands repairs broken tool calls in restored messages and logs a warning, so the messages are empty until then.
         """
         tail = {message.message_id: message for message in self.messages or () if message is not None}
         records = {n: record for n, record in self.shown.items() if n < view.after} | tail
@@ -271,7 +276,7 @@ class RecordedAgent:
         return [record for record, _ in self._records]
 
     def end_restore(self, agent: LocalAgent) -> None:
-        """Let the agent continue with the live messages of its view, if it has one."""
+        """Set `agent.messages` to the live messages of the view, if there is one."""
         if isinstance(agent, Agent) and agent.model.stateful:  # its provider has the messages
             self.live = None
         elif self._live_list is not None:
@@ -326,7 +331,7 @@ class RecordedAgent:
 
 
 def _without_aliases(messages: list[Any]) -> list[Any]:
-    """Return messages in which no dict occurs twice: a change of one message must not change another."""
+    """Return messages in which no dict occurs twice, so that changing one message does not change another."""
     seen: set[int] = set()
     found = []
     for message in messages:

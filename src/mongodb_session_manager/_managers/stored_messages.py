@@ -1,4 +1,4 @@
-"""The newest messages of one agent as the database has them, for reads through an open manager. Pure."""
+"""The newest messages of one agent in their stored form, for reads through an open manager. Pure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .._format.malformed import messages_from
 class StoredMessages:
     """The newest messages of one agent, stored or recorded, in their stored form.
 
-    They are the elements that were loaded and those that were recorded, so keeping them encodes and copies nothing. The
-    live agent has messages of its own: editing those in place does not change what is read here.
+    The loaded and the recorded elements are kept without encoding or copying them again. Editing the messages of the
+    live agent does not change them.
 
     Args:
         first: The position of the oldest of the messages in the conversation.
-        elements: Elements of `messages` as they were loaded.
+        elements: The loaded elements of `messages`.
     """
 
     def __init__(self, first: int, elements: Iterable[Any]) -> None:
@@ -47,7 +47,7 @@ class StoredMessages:
             self._known = (first + dropped, elements[dropped:])
 
     def knows(self, message_id: int) -> bool:
-        """Return whether the message is in memory, or is known not to exist."""
+        """Return whether memory has the message, or shows that it does not exist."""
         return self._known[0] == 0 or any(found <= message_id for _, found in self._newest_first())
 
     def find(self, session_id: str, agent_id: str, message_id: int) -> SessionMessage | None:

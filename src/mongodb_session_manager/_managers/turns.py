@@ -13,12 +13,12 @@ from ..errors import MongoDBSessionError
 from .flusher import Flusher
 
 _HARMLESS = ("strands.agent.", "strands.event_loop.", "strands.models.")
-"""The modules of Strands whose callbacks do not change what is stored of an agent at the end of an invocation."""
+"""The modules of Strands whose callbacks do not change the stored parts of an agent at the end of an invocation."""
 
 _FINAL_MESSAGE_DELAY = 0.1
 """Seconds that the final message of a turn waits for the end of the invocation, to be sent with its metrics.
 
-A user's hook, a middleware or a slow client can delay that end.
+A hook of the application, middleware or a slow client can delay that end.
 """
 
 
@@ -32,7 +32,7 @@ class Turns:
         flusher: Flushes its changes.
 
     Attributes:
-        running: The ids of the agents or orchestrators that are invoked.
+        running: The ids of the agents or orchestrators whose invocations run.
     """
 
     def __init__(self, kind: str, lease: Lease | None, connection: Connection, flusher: Flusher) -> None:
@@ -45,7 +45,7 @@ class Turns:
         self._delayed: dict[str, asyncio.TimerHandle] = {}
 
     async def begin(self, owner_id: str, *, is_stored_first: bool) -> None:
-        """Begin an invocation; take the lease, unless a message is stored before a model or tool is called."""
+        """Begin an invocation. Take the lease, unless storing a message takes it before a model or tool is called."""
         self.use_lease(owner_id)
         if self._lease is not None and not is_stored_first and not self._lease.is_held:
             try:
@@ -58,50 +58,54 @@ class Turns:
         self._stopped.pop(owner_id, None)
 
     def end(self, owner_id: str) -> None:
-        """Note that an invocation has ended; `release_lease` or `release_or_pause_lease` follows."""
+        """End an invocation; `release_lease` or `release_or_pause_lease` must follow."""
         self.running.discard(owner_id)
         if (delayed := self._delayed.pop(owner_id, None)) is not None:
             delayed.cancel()
 
     def delay(self, owner_id: str, start_flush: Callable[[], None]) -> None:
-        """Start a flush unless the invocation ends soon."""
+        """Start a flush after `_FINAL_MESSAGE_DELAY`, unless the invocation ends before."""
         self._delayed[owner_id] = asyncio.get_running_loop().call_later(_FINAL_MESSAGE_DELAY, start_flush)
 
+    def is_delayed(self, owner_id: str) -> bool:
+        """Return whether an invocation has appended its final message and has not ended."""
+        return owner_id in self._delayed
+
     def stop(self, owner_id: str, error: MongoDBSessionError) -> None:
-        """Remember the error that stops an invocation: Strands can wrap or log it."""
+        """Keep the error that stops an invocation, because Strands can wrap or only log it."""
         self._stopped.setdefault(owner_id, error)
 
     def stopped_by(self, owner_id: str) -> MongoDBSessionError | None:
-        """Return the error that has stopped an invocation, once."""
+        """Remove and return the error that has stopped an invocation."""
         return self._stopped.pop(owner_id, None)
 
     # The lease.
 
     def use_lease(self, owner_id: str) -> None:
-        """Have the next write take the lease."""
+        """Make the next write take the lease."""
         if self._lease is not None:
             self._lease.begin((self._kind, owner_id))
 
     def release_lease(self, owner_id: str) -> None:
-        """Have the next flush release the lease, unless other invocations run."""
+        """Make the next flush release the lease, unless other invocations run."""
         if self._lease is not None:
             self._lease.end((self._kind, owner_id))
 
     def release_or_pause_lease(self, event: AfterInvocationEvent, *, is_first: bool = False) -> None:
-        """Have the next flush release the lease, unless other callbacks follow or the agent continues at once."""
+        """Make the next flush release the lease, unless other callbacks follow or the agent continues at once."""
         if self._lease is None:
             return
-        if _continues(event) or (is_first and _can_be_changed(event)):
+        if _continues(event) or (is_first and can_be_changed(event)):
             self._lease.pause()
         else:
             self.release_lease(event.agent.agent_id)
 
     def keeps_lease_until(self, event: AfterInvocationEvent) -> bool:
         """Return whether the lease is released by the last callback of an invocation, and not by the first one."""
-        return self._lease is not None and _can_be_changed(event)
+        return self._lease is not None and can_be_changed(event)
 
     def stop_waiting(self) -> None:
-        """Refuse writes that wait for another manager's turn: the invocation was cancelled."""
+        """Refuse the writes that wait for the lease, because the invocation was cancelled."""
         if self._lease is not None:
             self._lease.stop_waiting()
 
@@ -112,11 +116,11 @@ class Turns:
 
     @property
     def is_certain(self) -> bool:
-        """Whether no other manager can have its turn, unless there is no lease."""
+        """Whether no other manager can have taken the lease; always true without a lease."""
         return self._lease is None or self._lease.is_certain
 
 
-def _can_be_changed(event: AfterInvocationEvent) -> bool:
+def can_be_changed(event: AfterInvocationEvent) -> bool:
     """Return whether callbacks that can change the agent run between the first and the last one of its manager."""
     agent = event.agent
     modules = (getattr(callback, "__module__", None) or "" for callback in agent.hooks.get_callbacks_for(event))
@@ -125,6 +129,6 @@ def _can_be_changed(event: AfterInvocationEvent) -> bool:
 
 
 def _continues(event: AfterInvocationEvent) -> bool:
-    """Return whether the agent continues at once, because a callback or a background task says so."""
+    """Return whether the agent continues at once, at the request of a callback or a background task."""
     ends = event.result is not None and event.result.stop_reason in ("end_turn", "stop_sequence")
     return event.resume is not None or (ends and getattr(event, "_continuation_state", None) is not None)

@@ -67,7 +67,7 @@ class UnitOfWork(ChangeLog, SessionRepository):
         session_id: The session.
         document: The document that `AsyncMongoDBSessionRepository.open_session` returned.
         max_inline: The number of bytes of attachments that stay in a message.
-        fetch: Reads messages that were not loaded, for an agent whose conversation manager asks for them.
+        fetch: Reads messages that were not loaded, for an agent whose conversation manager needs them.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class UnitOfWork(ChangeLog, SessionRepository):
         self._agents[agent.agent_id].release(agent)
 
     def restoring(self, agent: LocalAgent) -> AbstractContextManager[None]:
-        """Return the context in which Strands restores an agent; then, its view is shown."""
+        """Return the context in which Strands restores an agent; at its end, the agent gets the live messages."""
         recorded = self._agents.get(agent.agent_id)
         return nullcontext() if recorded is None else recorded.restoring(agent)
 
@@ -140,9 +140,9 @@ class UnitOfWork(ChangeLog, SessionRepository):
             stored.defaults = {name: state[name] for name in stored.malformed_state}
 
     def has_other_state(self, agent: Agent) -> bool:
-        """Return whether the state of an agent is not the one that was loaded; a new agent has another one.
+        """Return whether the state of an agent differs from the loaded state; that of a new agent does.
 
-        Fields that an earlier version has not stored do not count.
+        Fields that an earlier version has not stored are ignored.
         """
         loaded, current = self._agents[agent.agent_id].loaded, SessionAgent.from_agent(agent)
         if loaded is None:
@@ -184,9 +184,9 @@ class UnitOfWork(ChangeLog, SessionRepository):
         self._record(AddGuardrailEvent(agent_id, {**entry, "message_id": message_id, "agent_id": agent_id}))
 
     def record_view(self, agent: Agent, base: tuple[list[Any], int] | None) -> None:
-        """Record the live messages of an agent if restoring it would give others.
+        """Record the live messages of an agent if a restart would restore others.
 
-        `base` is what restoring it would give without a view, see `LiveMessages.change`.
+        `base` describes a restore without a view, see `LiveMessages.change`.
         """
         recorded = self._agents[agent.agent_id]
         if (change := recorded.view_change(agent, base, self.session_id)) is not None:

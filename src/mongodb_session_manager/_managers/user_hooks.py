@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import ModuleType
 from typing import Any, Protocol
-
-import anyio
-import anyio.to_thread
-from anyio.lowlevel import RunVar
 
 from .._io.loop import io_portal, portal_to
 from .._io.portal import Portal
@@ -156,31 +154,17 @@ async def _run(hook: Hook, call: Callable[[], Any]) -> Any:
     return await (_awaited(call) if _is_async(hook) or _is_either(hook) else _threaded(call))
 
 
+_hook_threads: ModuleType | None = None
+"""The module that runs `def` hooks in threads, once it is imported; `sys.modules` has it earlier, incomplete."""
+
+
 async def _threaded(call: Callable[[], Any]) -> Any:
+    global _hook_threads
+    if _hook_threads is None:  # importing AnyIO takes longer than an event loop should wait
+        _hook_threads = await asyncio.to_thread(importlib.import_module, f"{__package__}.hook_threads")
     with _original_that(waits=True):
-        result = await _in_thread(call)
+        result = await _hook_threads.in_thread(call)
     return await _awaited(lambda: result)
-
-
-_THREADS = 40
-"""The maximum number of concurrent `def` hooks of an event loop, for each depth of nesting."""
-
-# A context variable, because a hook that calls the manager again passes nothing on.
-_depth: ContextVar[int] = ContextVar("mongodb_session_manager_hook_depth", default=0)
-_limiters: RunVar[dict[int, anyio.CapacityLimiter]] = RunVar("mongodb_session_manager_hook_limiters")
-
-
-async def _in_thread(call: Callable[[], Any]) -> Any:
-    # Each depth has its own threads: a hook that calls the manager again must not wait for the threads of outer hooks.
-    depth = _depth.get()
-    limiters = _limiters.get({})
-    _limiters.set(limiters)
-    limiter = limiters.setdefault(depth, anyio.CapacityLimiter(_THREADS))
-    token = _depth.set(depth + 1)
-    try:
-        return await anyio.to_thread.run_sync(call, limiter=limiter)
-    finally:
-        _depth.reset(token)
 
 
 def chain_hooks(*hooks: Hook | None) -> Hook:

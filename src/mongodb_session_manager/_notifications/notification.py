@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from ..errors import MongoDBSessionError
 
@@ -41,8 +42,7 @@ def describe(error: BaseException) -> str:
     return str(error) if isinstance(error, MongoDBSessionError) else type(error).__name__
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """The retry policy: the tries, the seconds of one, which errors are worth another, and the text to log for one."""
 
     max_tries: int = 8
@@ -51,13 +51,9 @@ class Policy:
     describe: Callable[[BaseException], str] = describe
 
 
-@dataclass(eq=False)
 class Source:
-    submitted: int = 0
-    delivered: int = 0
-    retried: int = 0
-    failed: int = 0
-    waiting: int = 0
+    def __init__(self) -> None:
+        self.submitted = self.delivered = self.retried = self.failed = self.waiting = 0
 
 
 @dataclass(eq=False, slots=True)

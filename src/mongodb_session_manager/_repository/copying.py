@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from .._copying.exports import Export
-from .._copying.forks import Forker
-from .._copying.imports import Import, feed
-from .._copying.rewind import Rewinder
-from .._copying.write_back import WriteBack
-from .._format.ids import checked_id
 from .._io.loop import portal_to
 from .base import RepositoryMethods
 
+if TYPE_CHECKING:
+    from .._copying.copier import Copier
+
 
 class CopyingMethods(RepositoryMethods):
-    def _export(self, session_id: str, owner: str | None = None) -> Export:
-        return Export(self._store, session_id, self._owner(owner))
+    def _copier_blocking(self) -> Copier:
+        """Return the copier, which is imported on first use, because the application pays for imports at its start."""
+        from .._copying.copier import Copier
 
-    def _import(self, session_id: str | None, owner: str | None = None) -> Import:
-        new_id = None if session_id is None else checked_id(session_id, "session_id")
-        return Import(self._store, new_id, self._owner(owner))
+        return Copier(self._store)
+
+    async def _copier(self) -> Copier:
+        """Return the copier, imported in a thread."""
+        return await asyncio.to_thread(self._copier_blocking)
 
     async def export_session(self, session_id: str, *, owner: str | None = None) -> AsyncGenerator[str, None]:
         """Yield a session as lines of JSON, which `import_session` reads; the user guide describes them.
@@ -40,7 +41,7 @@ class CopyingMethods(RepositoryMethods):
             SessionConflictError: The session was rewound during the call.
             AttachmentError: An attachment is missing or damaged.
         """
-        export = self._export(session_id, owner)
+        export = (await self._copier()).export(session_id, self._owner(owner))
         while lines := await export.pull():
             for line in lines:
                 yield line
@@ -74,7 +75,9 @@ class CopyingMethods(RepositoryMethods):
             SessionConflictError: Another process has removed the copy, because its lease had expired.
             MessageTooLargeError: The session does not fit into documents of MongoDB.
         """
-        return await feed(portal_to(asyncio.get_running_loop()), self._import(session_id, owner), stream)
+        copier = await self._copier()
+        portal = portal_to(asyncio.get_running_loop())
+        return await copier.import_session(portal, stream, session_id, self._owner(owner))
 
     async def fork_session(
         self,
@@ -113,8 +116,8 @@ class CopyingMethods(RepositoryMethods):
             MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing.
         """
-        fork, wanted = Forker(self._store).fork, self._owner(owner)
-        await portal_to(asyncio.get_running_loop()).run(fork, session_id, new_id, at_message, wanted)
+        copier, wanted = await self._copier(), self._owner(owner)
+        await portal_to(asyncio.get_running_loop()).run(copier.fork, session_id, new_id, at_message, wanted)
 
     async def rewind_session(
         self,
@@ -154,8 +157,8 @@ class CopyingMethods(RepositoryMethods):
             MessageNotFoundError: The agent has no message with that id.
             AttachmentError: An attachment is missing, so that the session cannot be copied.
         """
-        rewind, wanted = Rewinder(self._store).rewind, self._owner(owner)
-        await portal_to(asyncio.get_running_loop()).run(rewind, session_id, at_message, keep_as, wanted)
+        copier, wanted = await self._copier(), self._owner(owner)
+        await portal_to(asyncio.get_running_loop()).run(copier.rewind, session_id, at_message, keep_as, wanted)
 
     async def write_back(self, session_id: str, *, owner: str | None = None) -> None:
         """Write the archived messages and the attachments of a session back into its document.
@@ -179,4 +182,4 @@ class CopyingMethods(RepositoryMethods):
             AttachmentError: An attachment is missing or damaged; the session stays unchanged.
             DatabaseError: An archived message is missing, or other writers kept changing the session.
         """
-        await WriteBack(self._store).write_back(session_id, self._owner(owner))
+        await (await self._copier()).write_back(session_id, self._owner(owner))

@@ -124,8 +124,7 @@ def criteria(
     return meant
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """The position before a page: the date and id of the last session of the page before."""
 
     order: Order

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bson import ObjectId
@@ -53,7 +52,7 @@ class MultiAgentMethods(RepositoryMethods):
         wanted = self._owner(owner)
         write = await compute(first_write, multi_agent.id, multi_agent.serialize_state(), uuid.uuid4().hex)
         async with self._connection.operation():
-            update = _guarded(compile_write(session_id, replace(write, moment=self._connection.now())), wanted)
+            update = _guarded(compile_write(session_id, write._replace(moment=self._connection.now())), wanted)
             if not await self._store_state(multi_agent.id, update, write.state):
                 await self._store.sessions.get(session_id, {"_id": 1}, wanted)
 
@@ -123,7 +122,7 @@ class MultiAgentMethods(RepositoryMethods):
                 if rest is None:
                     return None
                 try:
-                    rest = replace(rest, moment=self._connection.now())
+                    rest = rest._replace(moment=self._connection.now())
                     update = compile_write(session_id, rest, incarnation)
                     if await self._store_state(rest.multi_agent_id, update, rest.state, guard):
                         return None

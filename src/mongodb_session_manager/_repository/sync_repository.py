@@ -10,7 +10,6 @@ from pymongo.database import Database
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from .._copying.imports import feed_blocking
 from .._io.drivers import SyncClient
 from .._io.options import RepositoryOptions
 from .._io.portal import Portal
@@ -179,14 +178,15 @@ class MongoDBSessionRepository(SessionRepository):
         self._portal.call(self._async.update_multi_agent, session_id, multi_agent, owner=owner, **kwargs)
 
     def export_session(self, session_id: str, *, owner: str | None = None) -> Generator[str, None, None]:
-        export = self._async._export(session_id, owner)
+        export = self._async._copier_blocking().export(session_id, self._async._owner(owner))
         while lines := self._portal.call(export.pull):
             yield from lines
 
     def import_session(
         self, stream: Iterable[str | bytes], session_id: str | None = None, *, owner: str | None = None
     ) -> str:
-        return feed_blocking(self._portal, self._async._import(session_id, owner), stream)
+        copier = self._async._copier_blocking()
+        return copier.import_blocking(self._portal, stream, session_id, self._async._owner(owner))
 
 
 finish_twins(MongoDBSessionRepository, Async)

@@ -11,7 +11,7 @@ import builtins
 import copy
 import re
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from bson import ObjectId
 from strands.storage import Storage
@@ -19,6 +19,7 @@ from strands.storage import storage as strands_storage
 
 from .._format.documents import Document
 from .._format.ids import checked_text
+from .._io import drivers
 from .._io.collection import Collection
 from .._io.connection import Connection
 from .._io.driver_errors import DuplicateKeyError
@@ -26,9 +27,6 @@ from .._io.names import checked_name, given
 from .._io.settings import Settings
 from ..errors import DatabaseError, InvalidArgumentError
 from .gridfs import Bucket
-
-if TYPE_CHECKING:
-    from .._io.drivers import Client
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,7 +76,7 @@ class MongoDBStorage(Storage[str, str]):
         database_name: str | None = None,
         collection_name: str | None = "agent_storage",
         *,
-        client: Client | None = None,
+        client: drivers.Client | None = None,
         **client_options: Any,
     ) -> None:
         settings = Settings.checked(connection_string, client, client_options, _OPTIONS)

@@ -51,7 +51,7 @@ class Archive:
     ) -> dict[str, list[Document]]:
         """Return the buckets that hold archived messages, oldest first, from one query.
 
-        `wanted` are the items of the argument of `read`; a key can occur several times.
+        `wanted` are items like those of the argument of `read`; a key can occur several times.
         """
         ranges = list(wanted)
         found: dict[str, dict[int, Document]] = {key: {} for key, _ in ranges}
@@ -144,18 +144,20 @@ class Archive:
     async def find_archived(
         self, place: Place, key: str, message_id: int, since: Any, archived: int, created_at: Any = None
     ) -> Document | None:
-        head = self._mover.head(place.session_id, key)
-        is_regular = head is not None and head.is_regular
-        for condition in holding_message(place, key, message_id, since, is_regular, created_at, archived):
-            bucket = await self.collection.find_one(condition, {"messages.$": 1})
-            if bucket is not None:
-                message: Document = bucket["messages"][0]
-                return message
-        return None
+        at_its_position, anywhere = holding_message(place, key, message_id, since, created_at, archived)
+        bucket = await self.collection.find_one(at_its_position, {"messages.$": 1})
+        if bucket is None and not await self._is_regular(place.session_id, key):
+            bucket = await self.collection.find_one(anywhere, {"messages.$": 1})
+        return None if bucket is None else bucket["messages"][0]
+
+    async def _is_regular(self, session_id: str, key: str) -> bool:
+        """Return whether every id is the position of its message, so that no other bucket needs to be searched."""
+        head = self._mover.head(session_id, key) or await self._mover.read_head(session_id, key)
+        return head is None or head.is_regular
 
     async def find_bucket(self, place: Place, key: str, message_id: int, since: Any, archived: int) -> Document | None:
         """Return the bucket that holds a message, whole."""
-        for condition in holding_message(place, key, message_id, since, False, below=archived):
+        for condition in holding_message(place, key, message_id, since, below=archived):
             if (bucket := await self.collection.find_one(condition)) is not None:
                 return bucket
         return None
@@ -164,7 +166,8 @@ class Archive:
         head = self._mover.head(place.session_id, key) or await self._mover.read_head(place.session_id, key)
         if head is None:
             return
-        for condition in holding_message(place, key, message_id, head.since, head.is_regular, created_at):
+        conditions = holding_message(place, key, message_id, head.since, created_at)
+        for condition in conditions[: 1 if head.is_regular else 2]:
             change = change_in_bucket(condition, message_id, fields, created_at)
             changed = await self.collection.send(
                 lambda archive: find_and_modify(archive, change.filter, change.update, {REMOVED: 1})  # noqa: B023

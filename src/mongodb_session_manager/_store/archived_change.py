@@ -53,7 +53,7 @@ async def find_archived(
 
 
 class ArchivedChange:
-    """The changes of one agent's messages that a bucket can hold.
+    """The changes of those messages of one agent that can be in a bucket.
 
     Args:
         store: The sessions.
@@ -68,16 +68,16 @@ class ArchivedChange:
         self._fields: dict[tuple[int, Any], Document] = {}  # by message id and `created_at`; `None` if it is unknown
         self._since: Any = None
         self._archived = 0
-        self._write: AgentWrite | None = None  # `None` if no bucket is known to hold a message
+        self._write: AgentWrite | None = None  # `None` if no message is known to be in a bucket
 
     def add(self, message_id: int, created_at: Any, fields: Mapping[str, Any]) -> None:
-        """Add new fields of a message that a bucket can hold."""
+        """Add new fields of a message that can be in a bucket."""
         self._fields.setdefault((message_id, created_at), {}).update(fields)
 
     def set_apart(
         self, rest: AgentWrite, agent: Document, older: Mapping[int, Document], newer: Mapping[int, Document]
     ) -> AgentWrite:
-        """Add the changes of archived messages; return the rest of a write, with the stored ids of its messages."""
+        """Add the changes of archived messages; return the other changes, with the stored ids of their messages."""
         outdated: set[str] = set()
         messages: dict[int, MessageWrite] = {}
         new_ids: dict[int, int] = {}
@@ -118,8 +118,8 @@ class ArchivedChange:
     async def _count(self, write: AgentWrite) -> bool:
         """Increment `archive_revision`, which a write-back matches; return `False` if the write-back came first.
 
-        The view of the agent no longer shows the old content.
-        Their old attachments have been removed, so `removed_attachments` of the session no longer needs them.
+        The same statement removes the old content from the view of the agent, and the references of the removed
+        attachments from `removed_attachments`.
         """
         path = f"agents.{self._key}"
         condition = {

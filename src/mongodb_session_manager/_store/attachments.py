@@ -70,11 +70,11 @@ class Attachments:
 
     async def store(self, place: Place, writes: Sequence[AgentWrite], dates: Dates) -> None:
         """Store the attachments of writes in files with these dates, and replace them with references in the writes."""
+        if not any(map(_has_attachments, writes)):
+            return
         needed = {write.agent_id: list(_attachments(write.contents())) for write in writes}
         earlier = {write.agent_id: list(_attachments(write.earlier_contents())) for write in writes}
         writes = [write for write in writes if needed[write.agent_id] or earlier[write.agent_id]]
-        if not writes:
-            return
         listed = itertools.chain(*needed.values(), *earlier.values())
         references = await asyncio.to_thread(_references_to, {id(each.data): each for each in listed})
         for write in writes:
@@ -220,6 +220,14 @@ def _places(place: Place, reference: Reference) -> list[Place]:
     """Return the places of a file: 1.0.0 might have stored it after the session was migrated."""
     is_migrated = reference.is_of_v1 and place.incarnation is not None
     return [place, Place(place.session_id, None)] if is_migrated else [place]
+
+
+def _has_attachments(write: AgentWrite) -> bool:
+    return any(
+        "attachments" in fields
+        for message in write.messages.values()
+        for fields in (message.fields, message.amended, message.recorded or ())
+    )
 
 
 def _attachments(messages: Iterable[Mapping[str, Any]]) -> Iterable[Attachment]:

@@ -175,4 +175,4 @@ def incarnations_of(document: Document) -> list[ObjectId]:
     """Return the incarnations in the ids of a session's parts: its own, and those of its migrations."""
     migrating = document.get("migrating")
     found = [document.get("incarnation"), *(migrating if isinstance(migrating, list) else [])]
-    return [each for each in dict.fromkeys(found) if isinstance(each, ObjectId)]
+    return list(dict.fromkeys(each for each in found if isinstance(each, ObjectId)))

@@ -30,7 +30,7 @@ from bson import ObjectId
 from .._format.bounded import Bounded
 from .._format.documents import Document
 from .._format.layout import LIVE, OF_V1, OUTSIDE, Place, live_at
-from .._format.retention import LIFE, NO_TIME_TO_LIVE, Dates, Life, next_date
+from .._format.retention import LIFE, NO_TIME_TO_LIVE, UNDATED, Dates, Life, next_date
 from .._format.statements import Update
 from .._io.drivers import AsyncCollection
 from .._io.indexes import ensure_indexes
@@ -96,7 +96,7 @@ class Expiry:
         return self.learn(session_id, document)
 
     def dates(self, life: Life) -> Dates:
-        return life.dates(self._connection.now(), self.session_ttl)
+        return UNDATED if life.time_to_live is None else life.dates(self._connection.now(), self.session_ttl)
 
     # Writing.
 

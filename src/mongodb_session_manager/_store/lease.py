@@ -1,9 +1,9 @@
 """`Lease`: one manager at a time has its turn in a session. `_format.lease` describes the stored fields.
 
-Opening takes the lease, each write renews it, and the last write of a turn releases it, each in the statement that is
-sent anyway. A manager without the lease waits: in a queue in the memory of the process, whose first waiter polls the
-server and keeps the place of its connection in the stored line. A release in the same process wakes the first waiter.
-Everything here runs on the event loop of the connection, except where a docstring says otherwise.
+Opening takes the lease, each write renews it, and the last write of a turn releases it, without further commands. A
+manager without the lease waits in a queue of its connection, in memory. The first waiter of the queue polls the server
+and keeps the place of the connection in the stored line. A release on the same connection wakes the first waiter.
+Everything here runs on the event loop of the connection, unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .store import SessionStore
 logger = logging.getLogger(__name__)
 
 _PAUSES = (0.02, 0.2)
-"""The first and the longest pause, in seconds, between two polls; shortened at random by up to half."""
+"""The first and the longest pause between two polls, in seconds; jitter shortens each by up to half."""
 
 _CHECK = 0.5
-"""Seconds after which a waiter checks whether a manager of its process still renews the lease; no command is sent."""
+"""Seconds after which the first waiter checks whether a manager of its connection still renews the lease, in memory."""
 
 Mode = Literal["holds", "takes", "passes"]
-"""How a statement depends on the lease: the manager holds it, the statement takes it, or nobody else holds it."""
+"""The condition of a statement: its manager holds the lease, it takes the lease, or no other manager holds it."""
 
 
 class Lease:
@@ -46,9 +46,9 @@ class Lease:
     Args:
         store: The sessions.
         session_id: The session.
-        waits: Whether the manager waits for a session that is busy; if not, it raises `SessionBusyError`.
+        waits: Whether the manager waits for a busy session; if not, it raises `SessionBusyError`.
         busy_timeout: The longest wait, in seconds.
-        seconds: How long the manager holds the lease without renewing it.
+        seconds: The time after which the lease expires if it is not renewed.
         owner: The owner of the session. The lease of a session of another owner is neither taken nor waited for.
     """
 
@@ -80,41 +80,41 @@ class Lease:
     # Turns. Any thread can call these methods.
 
     def begin(self, turn: Hashable) -> None:
-        """Note that an invocation begins; its first write takes the lease, unless the manager holds it."""
+        """Begin an invocation: its first write takes the lease, unless the manager holds it."""
         if not self._turns and self._holding is not None and self._holding.state == "lost":
             self._holding = None
         if self._holding is not None and self._holding.is_paused:
             self._holding.resume()
-        if not self._turns or self._writer.is_gone:
+        if not self._turns or self._writer.is_cancelled:
             self._writer = Caller()
         self._turns.add(turn)
         self._is_over = False
 
     def end(self, turn: Hashable) -> None:
-        """Note that all changes of an invocation are recorded: the next flush releases the lease."""
+        """End an invocation whose changes are all recorded: the next flush releases the lease."""
         self._turns.discard(turn)
         self._is_over = not self._turns
 
     def pause(self) -> None:
-        """Note that no invocation runs, or the only one is about to end: the next one renews the lease."""
+        """Stop the heartbeat if no invocation runs or the only one is ending; the next invocation resumes it."""
         if len(self._turns) <= 1 and self._holding is not None:
             self._holding.is_paused = True
 
     def stop_waiting(self) -> None:
-        """Refuse the writes of the only invocation, which was cancelled, if they wait for another manager's turn."""
+        """Refuse the waiting writes of the only invocation, which was cancelled."""
         leases = of_connections.get(self._connection)
         if len(self._turns) == 1 and leases is not None:
             with suppress(RuntimeError):  # the loop is closed
-                leases.loop.call_soon_threadsafe(self._writer.leave)
+                leases.loop.call_soon_threadsafe(self._writer.cancel)
 
     def end_all(self) -> None:
-        """Note that no further invocation follows."""
+        """End all invocations: the manager is closing."""
         self._turns.clear()
         self._is_over = True
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds the lease, as far as it knows."""
+        """Whether this process holds the lease, according to its own state; the lease can have expired."""
         return self._held is not None
 
     @property
@@ -130,7 +130,7 @@ class Lease:
     @property
     def is_cancelled(self) -> bool:
         """Whether the invocation was cancelled while its writes waited."""
-        return self._writer.is_gone
+        return self._writer.is_cancelled
 
     @property
     def has_turns(self) -> bool:
@@ -139,7 +139,7 @@ class Lease:
 
     @property
     def is_over(self) -> bool:
-        """Whether an invocation has ended, and none has begun since."""
+        """Whether the last invocation has ended."""
         return self._is_over
 
     @property
@@ -155,7 +155,7 @@ class Lease:
 
     @property
     def claim(self) -> Claim:
-        """The claim of this manager; a forked child has another one than its parent."""
+        """The claim of this manager; a forked child gets a new one."""
         if self._claim is None or not self._is_of_this_process:
             by = leases_of(self._connection).id
             self._claim = os.getpid(), Claim.of(by, self._seconds)
@@ -163,7 +163,7 @@ class Lease:
         return self._claim[1]
 
     def taken(self, document: Document) -> None:
-        """Note that a statement has taken the lease; `document` holds the new `lease`."""
+        """Record that a statement has taken the lease; `document` contains the new `lease`."""
         claim, leases = self.claim, leases_of(self._connection)
         if self._holding is None or self._holding.state != "held":
             self._holding = Holding(self._store, self._key, self._session_id, claim, leases)
@@ -175,14 +175,14 @@ class Lease:
         self._holding.renewed()
 
     async def release(self) -> None:
-        """Release the lease with a command of its own, if this manager holds it."""
+        """Release the lease with a separate command, if this manager holds it."""
         if (held := self._held) is not None:
             await held.release()
 
     def give_up(self) -> None:
-        """Start to release the lease, even if the reply to the statement that has taken it was lost.
+        """Start to release the lease, even if the reply to the statement that took it was lost.
 
-        The manager has another claim afterwards: a release that comes late does not release a lease that it takes then.
+        The manager then gets a new claim, so that a late release cannot release a lease that it takes later.
         """
         if not self._turns and not self._connection.closed:
             claim, held = self.claim, self._held
@@ -201,7 +201,7 @@ class Lease:
             await asyncio.sleep(_CHECK)
 
     def let_expire(self) -> None:
-        """Renew the lease no more: the writes of the turn failed."""
+        """Stop the heartbeat, because the writes of the turn failed."""
         if self._holding is not None:
             self._holding.let_expire()
 
@@ -213,13 +213,13 @@ class Lease:
         Args:
             attempt: Opens the session and takes its lease, or raises `DuplicateKeyError`. It is called when this
                 manager is the next one.
-            caller: Who waits.
+            caller: The caller that waits.
 
         Returns:
             The result of `attempt` if it has succeeded.
 
         Raises:
-            SessionBusyError: The session is busy, and the manager does not wait, or has waited long enough.
+            SessionBusyError: The session is busy, and the manager does not wait, or `busy_timeout` has passed.
             SessionClosedError: The connection was closed, or the caller was cancelled.
         """
         if not self._waits:
@@ -241,13 +241,13 @@ class Lease:
                 leases.wait_seconds += leases.loop.time() - begin
             queue.waiters.remove(waiter)
             queue.wake()
-            self._leave(queue)
+            self._end_wait(queue)
 
     async def take(self) -> None:
-        """Take the lease with a command of its own, if the session exists.
+        """Take the lease with a separate command, if the session exists.
 
         Raises:
-            SessionBusyError: The session is busy, and the manager does not wait, or has waited long enough.
+            SessionBusyError: The session is busy, and the manager does not wait, or `busy_timeout` has passed.
             SessionClosedError: The connection was closed, or the invocation was cancelled.
         """
         if self._waits:
@@ -259,17 +259,17 @@ class Lease:
             if not await self._poll(queue):
                 raise self._busy()
         finally:
-            self._leave(queue)
+            self._end_wait(queue)
 
     async def wait_to_write(self) -> SessionBusyError | None:
-        """Wait for the lease; return the error for the writes if the session stays busy or their turn is cancelled."""
+        """Wait for the lease; return the error for the writes if the wait fails or the invocation is cancelled."""
         writer = self._writer
         try:
             await self.wait(caller=writer)
         except SessionBusyError as error:
             return error
         except SessionClosedError:
-            if not writer.is_gone:
+            if not writer.is_cancelled:
                 raise
             return SessionBusyError(f"session {self._session_id!r} was busy until the invocation was cancelled")
         return None
@@ -309,7 +309,7 @@ class Lease:
             caller.check(self._session_id)
         if self._connection.closed:
             raise SessionClosedError(
-                f"session {self._session_id!r} is still busy, and the connection was closed meanwhile"
+                f"session {self._session_id!r} is still busy, and the connection was closed during the wait"
             )
 
     async def _check_free(self) -> None:
@@ -329,7 +329,7 @@ class Lease:
         await self._poll(leases_of(self._connection).queue(self._key))
 
     async def _poll(self, queue: Queue) -> bool:
-        """Take the lease if it is free; return whether this manager holds it now, or the session does not exist."""
+        """Take the lease if it is free; return `True` if this manager holds it now, or the session does not exist."""
         moment, claim = self._connection.now(), self.claim
         update = claim.poll(self._session_id, moment)
         queue.is_in_line = True
@@ -349,8 +349,8 @@ class Lease:
         self.taken(document)
         return True
 
-    def _leave(self, queue: Queue) -> None:
-        """End a wait; the last waiter of the process gives up the place of its connection in the stored line."""
+    def _end_wait(self, queue: Queue) -> None:
+        """End a wait; after the last one, the connection leaves the stored line."""
         if queue.is_in_line and not queue.waiters and not self._connection.closed:
             queue.is_in_line = False
             self._connection.start(self._leave_line())
@@ -359,32 +359,32 @@ class Lease:
     async def _leave_line(self) -> None:
         with suppress(MongoDBSessionError):
             async with self._connection.operation():
-                update = self.claim.left(self._session_id)
+                update = self.claim.leave_line(self._session_id)
                 await self._store.sessions.update(update._replace(filter={**update.filter, **guard(self._owner)}))
 
     # Writing.
 
     def mode(self) -> Mode:
-        """Return how the next statement depends on the lease."""
+        """Return the condition of the next statement."""
         _ = self.claim
         if self._holding is not None and self._holding.state != "free":
             return "holds"
         return "takes" if self._turns else "passes"
 
-    def releasing(self, is_sent: bool) -> None:
-        """Note that a statement is sent that releases the lease, or that it has failed."""
+    def releasing(self, is_in_flight: bool) -> None:
+        """Record whether a statement that releases the lease is in flight."""
         if self._holding is not None:
-            self._holding.is_releasing = is_sent
+            self._holding.is_releasing = is_in_flight
 
     def confirm(self, releases: bool) -> None:
-        """Note that a statement was stored which has renewed or released the lease."""
+        """Record that a statement has renewed the lease or, with `releases`, released it."""
         if self._holding is not None and releases:
             self._holding.end("free")
         elif self._holding is not None:
             self._holding.renewed()
 
     def check_lost(self, document: Document) -> SessionConflictError | None:
-        """Compare a lease that this manager holds with the stored one, after a statement has matched nothing.
+        """Compare the lease that this manager holds with the stored one, after a statement matched nothing.
 
         Returns:
             The error for the writes of the statement if the lease is lost.
@@ -396,7 +396,7 @@ class Lease:
             if stored.token == self.claim.token:
                 return None
             if stored.token is None and stored.fence is not None and stored.fence == holding.fence:
-                holding.end("free")  # an earlier attempt has released it, and nobody has taken it since
+                holding.end("free")  # an earlier attempt has released it, and it was not taken since
                 return None
             holding.end("lost")
         return SessionConflictError(

@@ -1,4 +1,4 @@
-"""`LeaseGuard`: the dependence of a statement on the lease of the manager that sends it."""
+"""`LeaseGuard`: the condition of a statement on the lease of its manager."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .lease import Lease, Mode
 
 
 async def matched_with_lease(collection: AsyncCollection, update: Update) -> Document | None:
-    """Send a statement that takes the lease; return the new `lease`, `None` if the statement matched nothing."""
+    """Send a statement that takes the lease; return the new `lease`, or `None` if the statement matched nothing."""
     return await find_and_modify(collection, update.filter, update.update, {"lease": 1})
 
 
 class LeaseGuard:
-    """Has the statements of a flush match only while it is the turn of their manager.
+    """Makes the statements of a flush match only during the turn of their manager.
 
     Args:
         lease: The lease.
@@ -30,7 +30,7 @@ class LeaseGuard:
         self._mode: Mode = "passes"
 
     def unreleased(self) -> LeaseGuard:
-        """Return the guard of a statement that others follow."""
+        """Return the guard of a statement that is not the last one of the flush."""
         return LeaseGuard(self._lease, releases=False)
 
     @property
@@ -50,7 +50,7 @@ class LeaseGuard:
         return claim.releasing(update) if releases else claim.holding(update, moment)
 
     def confirm(self, document: Document | None) -> None:
-        """Note that the last statement was stored; `document` is its result if it has taken the lease."""
+        """Record that the last statement was stored; `document` is its result if it has taken the lease."""
         if self._mode == "takes" and document is not None:
             self._lease.taken(document)
         elif self._mode == "holds":
@@ -58,7 +58,7 @@ class LeaseGuard:
             self._lease.confirm(self._releases)
 
     def check_lost(self, document: Document) -> SessionConflictError | None:
-        """Return the error for a last statement that matched nothing because the lease is lost."""
+        """Return the error for the last statement if it matched nothing because the lease is lost."""
         self._lease.releasing(False)
         return self._lease.check_lost(document) if self._mode == "holds" else None
 

@@ -1,4 +1,4 @@
-"""The leases of a connection in this process: which are held, and who waits for them, in order."""
+"""The leases that the managers of a connection hold, their heartbeats, and the queues of waiting managers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Hashable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from bson import ObjectId
@@ -23,22 +22,22 @@ from .store import SessionStore
 logger = logging.getLogger(__name__)
 
 _RELEASE_TIMEOUT = 2.0
-"""Seconds for a release by a command of its own; after that, the lease expires."""
+"""The time limit of a separate command that releases a lease, in seconds; after that, the lease expires."""
 
-_RENEWALS = 3
-"""A held lease is renewed after this part of its time."""
+_HEARTBEATS = 3
+"""The number of heartbeats in the duration of a lease: a heartbeat renews a lease that no write has renewed."""
 
-_RETRY = 10
-"""A renewal that failed is repeated after this part of the lease's time."""
+_RETRIES = 10
+"""The number of retries of a failed heartbeat in the duration of a lease."""
 
 
 class LeaseStats(TypedDict):
-    """The leases of a connection, since it was opened.
+    """Counters of the leases of a connection since it was opened.
 
     Attributes:
-        lease_waits: How often a manager has waited for a lease.
+        lease_waits: The number of times that a manager has waited for a lease.
         lease_wait_seconds: The total of the waiting times.
-        leases_lost: How many managers have lost a lease that they held.
+        leases_lost: The number of leases that managers have lost while they held them.
     """
 
     lease_waits: int
@@ -50,21 +49,21 @@ NO_LEASES: LeaseStats = {"lease_waits": 0, "lease_wait_seconds": 0.0, "leases_lo
 
 
 class Caller:
-    """A caller that opens a session and can be cancelled meanwhile."""
+    """The caller of an operation that can wait for a lease, and can be cancelled while it waits."""
 
     def __init__(self) -> None:
-        self.is_gone = False
+        self.is_cancelled = False
         self.waiter: Waiter | None = None
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """End the wait of the caller."""
-        self.is_gone = True
+        self.is_cancelled = True
         if self.waiter is not None:
             self.waiter.wake()
 
     def check(self, session_id: str) -> None:
-        """Raise an error if the caller was cancelled; nobody sees it."""
-        if self.is_gone:
+        """Raise an error if the caller was cancelled; it ends the operation and reaches no caller."""
+        if self.is_cancelled:
             raise SessionClosedError(f"session {session_id!r} was not opened: the caller was cancelled")
 
 
@@ -85,13 +84,13 @@ class Waiter:
         self._event.clear()
 
 
-@dataclass
 class Queue:
-    """The waiters and the held leases of one session on one connection."""
+    """The waiting managers, oldest first, and the held leases of one session on one connection."""
 
-    waiters: deque[Waiter] = field(default_factory=deque)
-    held: set[Holding] = field(default_factory=set)
-    is_in_line: bool = False
+    def __init__(self) -> None:
+        self.waiters: deque[Waiter] = deque()
+        self.held: set[Holding] = set()
+        self.is_in_line = False
 
     def wake(self) -> None:
         """Wake the first waiter."""
@@ -100,7 +99,7 @@ class Queue:
 
     @property
     def is_held_here(self) -> bool:
-        """Whether a manager of this process holds the lease, and will wake the first waiter."""
+        """Whether a manager of this connection holds the lease; its release wakes the first waiter."""
         return any(not holding.is_paused for holding in self.held)
 
     @property
@@ -109,7 +108,7 @@ class Queue:
 
 
 class Leases:
-    """The leases of a connection in this process, and on one event loop."""
+    """The leases of a connection in one process and on one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.id = ObjectId()
@@ -138,7 +137,7 @@ of_connections: weakref.WeakKeyDictionary[Connection, Leases] = weakref.WeakKeyD
 
 
 def leases_of(connection: Connection) -> Leases:
-    """Return the leases of a connection; a forked child and a new loop begin with none."""
+    """Return the leases of a connection; a forked child and a new event loop start without any."""
     leases, loop = of_connections.get(connection), asyncio.get_running_loop()
     if leases is None or leases.pid != os.getpid() or leases.loop is not loop:
         leases = of_connections[connection] = Leases(loop)
@@ -147,7 +146,7 @@ def leases_of(connection: Connection) -> Leases:
 
 
 def lease_stats(connection: Connection) -> LeaseStats:
-    """Return the counters of a connection. Any thread can call it."""
+    """Return the counters of a connection. Any thread can call this function."""
     leases = of_connections.get(connection)
     if leases is None or leases.pid != os.getpid():
         return NO_LEASES.copy()
@@ -159,7 +158,7 @@ def lease_stats(connection: Connection) -> LeaseStats:
 
 
 class Holding:
-    """A lease that is held. It does not refer to its manager: a manager that is collected releases its lease."""
+    """A held lease and its heartbeat. It has no reference to its manager, which can be garbage-collected."""
 
     def __init__(self, store: SessionStore, key: Hashable, session_id: str, claim: Claim, leases: Leases) -> None:
         self._store = store
@@ -176,10 +175,10 @@ class Holding:
 
     @property
     def _interval(self) -> float:
-        return self.claim.lease.total_seconds() / _RENEWALS
+        return self.claim.lease.total_seconds() / _HEARTBEATS
 
     def renewed(self) -> None:
-        """Note that a statement has renewed the lease."""
+        """Record that a statement has renewed the lease."""
         self.renewed_at = self._leases.loop.time()
         self._due = self.renewed_at + self._interval
         if self.state != "held" or self.is_paused:
@@ -190,11 +189,11 @@ class Holding:
 
     @property
     def has_expired(self) -> bool:
-        """Whether the lease was not renewed in time, so that another manager can have taken it. Any thread can ask."""
+        """Whether another manager can have taken the lease, because its time has passed. Any thread can read it."""
         return self._leases.loop.time() >= self.renewed_at + self.claim.lease.total_seconds()
 
     def resume(self) -> None:
-        """Renew the lease again: a further invocation begins. Any thread can call it."""
+        """Resume the heartbeat: a further invocation begins. Any thread can call this method."""
         self.is_paused = False
         with suppress(RuntimeError):  # the loop is closed
             self._leases.loop.call_soon_threadsafe(self._resume)
@@ -203,12 +202,12 @@ class Holding:
         if self.state != "held" or self.is_paused:
             return
         self._leases.queue(self._key).held.add(self)
-        if self._timer is None:  # soon, if it is due: the first write of the invocation can renew it before
+        if self._timer is None:  # not at once: the first write of the invocation can renew it
             left = self._due - self._leases.loop.time()
-            self._timer = self._leases.loop.call_later(max(left, self._interval / _RETRY), self._beat)
+            self._timer = self._leases.loop.call_later(max(left, self._interval / _RETRIES), self._beat)
 
     def end(self, state: Literal["free", "lost"]) -> None:
-        """Note that the lease is not held any more."""
+        """End the lease: it was released or lost."""
         if self.state == "lost" or self.state == state:
             return
         self.state = state
@@ -216,7 +215,7 @@ class Holding:
         self.let_expire()
 
     def let_expire(self) -> None:
-        """Renew the lease no more, and wake the first waiter of this process."""
+        """Stop the heartbeat, and wake the first waiter of this connection."""
         self.is_paused = True
         self._stop_timer()
         queue = self._leases.queue(self._key)
@@ -235,7 +234,7 @@ class Holding:
         if self.state != "held" or self.is_paused or connection.closed:
             return
         if (left := self._due - loop.time()) > 0 or self.is_releasing:
-            self._timer = loop.call_later(max(left, self._interval / _RETRY), self._beat)
+            self._timer = loop.call_later(max(left, self._interval / _RETRIES), self._beat)
             return
         connection.start(self._renew())
 
@@ -247,7 +246,7 @@ class Holding:
         except MongoDBSessionError as error:
             logger.debug("session_id=<%r>, error=<%s> | lease not renewed", self._session_id, error)
             if self.state == "held" and self._timer is None:
-                self._timer = loop.call_later(self._interval * _RENEWALS / _RETRY, self._beat)
+                self._timer = loop.call_later(self._interval * _HEARTBEATS / _RETRIES, self._beat)
             return
         if self.state != "held":
             return
@@ -260,7 +259,7 @@ class Holding:
         self.end("lost")
 
     async def release(self) -> None:
-        """Release the lease with a command of its own; a lease that cannot be released expires."""
+        """Release the lease with a separate command; if that fails, the lease expires."""
         if self.state != "held":
             return
         self.is_releasing = True
@@ -269,12 +268,12 @@ class Holding:
             async with asyncio.timeout(_RELEASE_TIMEOUT), self._store.connection.operation():
                 await self._store.sessions.update(self.claim.release(self._session_id))
         except (MongoDBSessionError, TimeoutError) as error:
-            logger.debug("session_id=<%r>, error=<%s> | lease not released, it expires", self._session_id, error)
+            logger.debug("session_id=<%r>, error=<%s> | lease not released; it expires", self._session_id, error)
         self.end("free")
 
 
 def release_collected(holding: Holding, pid: int, loop: asyncio.AbstractEventLoop) -> None:
-    """Release the lease of a manager that was collected without being closed."""
+    """Release the lease of a manager that was garbage-collected without being closed."""
     if pid == os.getpid() and holding.state == "held" and loop.is_running():
         with suppress(EventLoopError):
             portal_to(loop).submit(holding.release)

@@ -100,8 +100,11 @@ class Migration:
         old, new = Place(session_id, None), Place(session_id, known if isinstance(known, ObjectId) else ObjectId())
         agents: list[Document] = [agent for agent in document["agents"] if agent["key"] and "." not in agent["key"]]
         if document["has_parts"]:
-            noted = {"_id": session_id, "incarnation": known, **LIVE}
-            note = {"$addToSet": {"migrating": new.incarnation}}
+            noted: Document = {"_id": session_id, "incarnation": known, **LIVE}
+            note: Document = {"$addToSet": {"migrating": new.incarnation}}
+            if not isinstance(unusable := document.get("migrating", []), list):
+                noted |= {"migrating": {"$eq": unusable}}
+                note = {"$set": {"migrating": [new.incarnation]}}
             if not await self._sessions.collection.update_one(noted, note):
                 return
             if condition := _buckets_of(old, agents):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,7 @@ class Mover:
     def written(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
         """Update the known heads after a write, and start moves for those that exceed their limits."""
         for write in writes:
-            key = agent_key(write.agent_id)
+            key, appended = agent_key(write.agent_id), write.appended
             head = self.head(session_id, key)
             if head is not None and head.life.incarnation not in (None, write.incarnation):
                 self.forget(session_id, key)  # of an earlier session with the same id
@@ -84,17 +84,9 @@ class Mover:
                 certain = life.incarnation is not None
                 head = Head(since=write.created["created_at"], life=life, certain=certain)
             if head is not None:
-                if "conversation_manager_state" in write.data:
-                    head = replace(head, removed=removed_messages({"agent_data": write.data}))
-                if write.view:
-                    head = replace(head, removed=write.view["after"])
-                if write.replaced:
-                    head = replace(head, revision=head.revision + 1, certain=False)
-                if write.appended:
-                    next_id = max(head.next_id, write.appended[-1]["message_id"] + 1)
-                    head = replace(head, next_id=next_id, size=head.size + write.appended_size)
+                head = replace(head, **_changes(head, write, appended))
                 self._heads[session_id, key] = head
-            if write.appended and (head is None or self.limits.exceeded(head)):
+            if appended and (head is None or self.limits.exceeded(head)):
                 self._start(session_id, key)
 
     def _start(self, session_id: str, key: str) -> None:
@@ -109,7 +101,7 @@ class Mover:
 
     async def slow_down(self, session_id: str, writes: Iterable[AgentWrite]) -> None:
         """Wait for the bucket that is being moved if a head is at twice its limits: the writer is too fast."""
-        for write in writes:
+        for write in writes if self._moves else ():
             key = agent_key(write.agent_id)
             head, move = self.head(session_id, key), self._current(session_id, key)
             if head is not None and move is not None and write.appended and self.limits.exceeded(head, 2):
@@ -240,3 +232,18 @@ class Mover:
             if await self._move(session_id, key, head, buckets.everything(head)):
                 return True
         return False
+
+
+def _changes(head: Head, write: AgentWrite, appended: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a head that a write has changed; `appended` are its new messages."""
+    changes: dict[str, Any] = {}
+    if "conversation_manager_state" in write.data:
+        changes["removed"] = removed_messages({"agent_data": write.data})
+    if write.view:
+        changes["removed"] = write.view["after"]
+    if write.replaced:
+        changes |= {"revision": head.revision + 1, "certain": False}
+    if appended:
+        next_id = max(head.next_id, appended[-1]["message_id"] + 1)
+        changes |= {"next_id": next_id, "size": head.size + write.appended_size}
+    return changes

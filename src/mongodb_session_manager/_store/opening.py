@@ -115,7 +115,7 @@ class _UnusableViewError(Exception):
 
 
 class _Query(NamedTuple):
-    """What opening reads, whether it creates the session and with which labels, and the lease that it takes."""
+    """The parameters of an opening: the fields to read, the lease to take, whether and how to create the session."""
 
     session_id: str
     fields: Document
@@ -163,8 +163,8 @@ class Opening:
 
         Args:
             session_id: The session.
-            lease: The lease to take, by the statement that opens; `None` takes none.
-            caller: Who waits for the lease.
+            lease: The lease that the same statement takes; `None` takes none.
+            caller: The caller that waits for the lease.
             creates: Whether a session that does not exist is created.
             labels: The labels of a session that is created; only a session of their owner is opened.
 
@@ -236,7 +236,7 @@ class Opening:
                     await self._store.attachments.remove_removed(place, listed if isinstance(listed, list) else [])
         except MongoDBSessionError as error:
             logger.warning(
-                "session_id=<%r>, error=<%s> | messages and attachments of earlier content not removed, the next "
+                "session_id=<%r>, error=<%s> | messages and attachments of earlier content not removed; the next "
                 "opening tries again",
                 place.session_id,
                 error,
@@ -326,7 +326,7 @@ class Opening:
         return {**self._store.new_session(query.session_id, self._connection.now()), **query.labels}
 
     async def _take(self, query: _Query, lease: Lease) -> Document | None:
-        """Return the live session with an id, whose lease the same statement has taken."""
+        """Return the live session with an id; the same statement takes its lease."""
         session_id, caller = query.session_id, query.caller
         moment, claim, fresh = self._connection.now(), lease.claim, self._fresh(query)
         condition = {"_id": fresh.pop("_id"), **guard(query.owner), **live_at(moment), **claim.may_open(moment)}
@@ -342,7 +342,7 @@ class Opening:
         elif not query.creates:
             if await self._store.sessions.find(session_id, {"_id": 1}, query.owner) is None:
                 raise missing_session(session_id)
-            raise DuplicateKeyError("busy")  # as if it were created
+            raise DuplicateKeyError("busy")  # the error of an upsert, for the same handling
         return document
 
     async def create(self, session_id: str, moment: datetime, labels: Document) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_views(session_id: str, agents: Mapping[str, Document]) -> bool:
-    """Replace the stored view of each agent by a `View`; return `False` if one is malformed, or shows nothing."""
+    """Replace the stored view of each agent with a `View`; return `False` if one is malformed."""
     are_usable = True
     for key, agent in agents.items():
         if (stored := agent.pop("view", None)) is None:
@@ -38,7 +39,7 @@ def parse_views(session_id: str, agents: Mapping[str, Document]) -> bool:
 
 
 def shows_nothing(agent: Document) -> bool:
-    """Return whether a view shows none of an agent's messages although it refers to some."""
+    """Return whether a view shows none of the stored messages to which it refers."""
     view = agent.get("view")
     has_content = view is not None and any(item.message is not None for item in view.items)
     if view is None or not view.runs or has_content:
@@ -71,7 +72,8 @@ def add_archived(agent: Document, buckets: Iterable[Document], ranges: Iterable[
     }
     tail: list[Any] = []
     earlier: list[Any] = []
-    for position in sorted(found):
+    present = sorted(found)
+    for position in present:
         message = found[position]
         if tail or message_id_of(message, position) >= view.after:
             if not tail:
@@ -81,4 +83,6 @@ def add_archived(agent: Document, buckets: Iterable[Document], ranges: Iterable[
             earlier.append(message)
     agent["messages"] = tail + agent["messages"]
     agent["shown"] = earlier + agent["shown"]
-    return sum(position not in found for begin, end in ranges for position in range(begin, end)) if is_regular else 0
+    if not is_regular:
+        return 0
+    return sum(end - begin - bisect_left(present, end) + bisect_left(present, begin) for begin, end in ranges)

@@ -108,7 +108,7 @@ async def _matched_with_removed(collection: AsyncCollection, update: Update) -> 
 
 
 class Flush:
-    """The storing of writes, until each is stored or refused.
+    """Stores writes until each one is stored or refused.
 
     Args:
         store: The sessions.
@@ -190,20 +190,22 @@ class Flush:
     def _note_stored(self) -> None:
         """Update the known heads, and record the replaced messages whose old content a stale bucket can contain.
 
-        No bucket holds the newest message, unless it alone exceeds the limits and made room for the next one. So only a
-        replacement of such a message, or of an older one, must check the archive.
+        The newest message is never in a bucket, unless it exceeds the limits alone and was moved to make room for the
+        next one. So only a replacement of such a message, or of an older one, must check the archive.
         """
         session_id, mover = self.place.session_id, self._store.mover
         for agent_id, write in self._writes.items():
+            if not (replaced := write.replaced):
+                continue
             head, following = mover.head(session_id, agent_key(agent_id)), write.expected_id
             if following is None and head is not None:
                 following = head.next_id
-            change = self._archived_change(agent_id)
-            for message_id, fields in write.replaced.items():
+            for message_id, fields in replaced.items():
                 is_newest = message_id + 1 == following
                 if "message" in fields and not (is_newest and head is not None and head.size <= mover.limits.size):
                     identity = write.identities.get(message_id)
-                    change.add(message_id, None if identity is None else identity.created_at, fields)
+                    created_at = None if identity is None else identity.created_at
+                    self._archived_change(agent_id).add(message_id, created_at, fields)
         mover.written(session_id, self._writes.values())
         self._writes = {}
 

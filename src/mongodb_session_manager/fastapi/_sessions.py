@@ -62,7 +62,7 @@ def add_session_support(app: FastAPI) -> None:
     | status | WebSocket | error |
     |---|---|---|
     | 404 | 1008 | `SessionNotFoundError`, `AgentNotFoundError`, `MessageNotFoundError` |
-    | 409 | 1013 | `SessionConflictError` |
+    | 409 | 1013 | `SessionConflictError`, `SessionBusyError` |
     | 409 | 1008 | `SessionExistsError` |
     | 413 | 1008 | `MessageTooLargeError`, `StateTooLargeError` |
     | 422 | 1008 | `InvalidArgumentError`, `EncodingError` |

@@ -22,7 +22,7 @@ from ._sessions import current_exchange
 async def stream(agent: Agent, prompt: AgentInput, *, format: Literal["sse", "text"] = "sse") -> Response:
     """Run an agent and return a response that streams its answer.
 
-    It returns when the model begins to answer. By then the prompt is stored, unless `save_on="invocation"`. An
+    It returns when the model begins to answer. By then the prompt is stored with `save_on="message"`, the default. An
     earlier error is raised, so the response has the status of the error: 404, 409, 413, 422 or 503.
 
     As `"sse"`, each event has an `id`, counted from 0, and JSON as its `data`:
