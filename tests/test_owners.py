@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,12 +24,14 @@ from mongodb_session_manager import (
     ConfigurationError,
     InvalidArgumentError,
     MongoDBConnectionPool,
+    MongoDBSessionError,
     MongoDBSessionManager,
     MongoDBSessionManagerFactory,
     MongoDBSessionRepository,
     SessionBusyError,
     SessionExistsError,
     SessionNotFoundError,
+    StateTooLargeError,
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
 )
@@ -217,6 +220,79 @@ def test_a_session_of_another_is_one_that_does_not_exist(
         attacker.close()
 
 
+def outcome_of(call: Callable[..., object], session_id: str, commands: CommandLog) -> tuple[type, str, list[str]]:
+    """Return the error of a call and the commands that it sends."""
+    commands.clear()
+    with pytest.raises(MongoDBSessionError) as caught:
+        call(session_id)
+    return caught.type, str(caught.value).replace(session_id, "<id>"), list(commands.names)
+
+
+def test_a_value_that_no_statement_can_hold_does_not_show_the_session(
+    server: str, database: str, commands: CommandLog
+) -> None:
+    """The driver refuses it before the server has looked for the session."""
+    metadata = {"k" * 20_000 + ".v": "x" * (16 * 1024 * 1024 - 21_000)}
+    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
+        repository.open_session(THEIRS, owner="bob")
+        eventually(lambda: not repository._async._connection._tasks)
+
+        def update(session_id: str) -> None:
+            repository.update_metadata(session_id, metadata, owner="eve")
+
+        assert outcome_of(update, THEIRS, commands) == outcome_of(update, ABSENT, commands)
+        with pytest.raises(StateTooLargeError, match="metadata was not stored"):
+            repository.update_metadata(THEIRS, metadata, owner="bob")
+
+
+def test_a_statement_that_the_server_refuses_does_not_show_the_session(
+    server: str, database: str, commands: CommandLog, stored: Stored
+) -> None:
+    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
+        repository.open_session(THEIRS, owner="bob")
+        eventually(lambda: not repository._async._connection._tasks)
+        stored.update_one({"_id": THEIRS}, {"$set": {"feedbacks": "of an application"}})
+
+        def add(session_id: str) -> None:
+            with fail_point(server, failCommands=["update"], errorCode=8):
+                repository.add_feedback(session_id, {"rating": "up"}, owner="eve")
+
+        assert outcome_of(add, THEIRS, commands) == outcome_of(add, ABSENT, commands)
+
+
+def test_what_another_tries_costs_the_owner_nothing(server: str, database: str, commands: CommandLog) -> None:
+    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
+        repository.open_session(THEIRS, owner="bob")
+        repository.create_agent(THEIRS, SessionAgent("agent", {}, {}), owner="bob")
+        eventually(lambda: not repository._async._connection._tasks)
+        for name in methods_of(MongoDBSessionRepository):
+            if name not in CREATES:
+                with suppress(MongoDBSessionError):
+                    result = getattr(repository, name)(THEIRS, **{"owner": "eve", **ARGUMENTS[name]()})
+                    list(result if inspect.isgenerator(result) else ())
+        commands.clear()
+        repository.create_message(THEIRS, "agent", a_message(), owner="bob")
+        assert commands.names == ["update"]
+
+
+def test_the_repository_of_an_open_session_is_for_its_owner(factory: MongoDBSessionManagerFactory) -> None:
+    with factory.create_session_manager(THEIRS, owner="bob") as theirs:
+        agent(theirs, "secret")("secret")
+        pipeline(theirs, node("one", "secret"))("secret")
+    with factory.create_session_manager(THEIRS) as of_any:
+        opened = of_any.session_repository
+        with pytest.raises(SessionNotFoundError, match="does not exist"):
+            opened.create_session(Session(THEIRS, SessionType.AGENT), owner="eve")
+        for name in methods_of(type(opened)):
+            method, arguments = getattr(opened, name), ARGUMENTS[name]()
+            with pytest.raises(SessionNotFoundError, match="session 'theirs' does not exist"):
+                method(THEIRS, **arguments, owner="eve")
+            with pytest.raises(InvalidArgumentError, match="owner"):
+                method(THEIRS, **arguments, owner="")
+        assert len(opened.list_messages(THEIRS, "agent", owner="bob")) == 2
+        assert opened.read_multi_agent(THEIRS, "pipeline", owner="bob") is not None
+
+
 # Opening.
 
 
@@ -267,6 +343,17 @@ def test_an_owner_waits_for_its_own_turns(factory: MongoDBSessionManagerFactory)
         agent(first, "one")("1")
     with factory.create_session_manager("s", on_busy="wait") as of_any:
         assert len(agent(of_any).messages) == 2
+
+
+def test_an_owner_makes_no_wait_for_a_turn_dearer(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog, stored: Stored
+) -> None:
+    factory.create_session_manager("s", owner="ada").close()
+    lease = {"token": ObjectId(), "until": datetime.now(UTC) + timedelta(seconds=0.3), "fence": 1}
+    stored.update_one({"_id": "s"}, {"$set": {"lease": lease}})
+    commands.clear()
+    with factory.create_session_manager("s", owner="ada", on_busy="wait"):
+        assert set(commands.names) == {"findAndModify"}
 
 
 def test_the_owner_is_stored_with_the_session(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:

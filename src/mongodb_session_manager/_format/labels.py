@@ -1,11 +1,11 @@
-"""The labels of a session, which tell it from others in a list: its owner, its title and its tags. Pure.
+"""The owner, the title and the tags of a session. Pure.
 
-owner   whose session it is; it is set once, and absent in a session that has none
-title   absent in a session that has none
-tags    a list without doubles; absent if it would be empty
+owner   the user whose session it is; set once, absent in a session without an owner
+title   absent in a session without a title
+tags    a list without duplicates; absent if it would be empty
 
-A guard is the condition on `owner` in each command of a caller who may only use the sessions of one owner. A session of
-somebody else then matches no more than one that does not exist, and neither does a session without an owner.
+A guard is the condition on `owner` in each command of a caller who may only use the sessions of one owner. To such a
+command, a session of another owner, or of none, is the same as one that does not exist.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def checked_title(title: object) -> str:
 
 
 def checked_tags(tags: object) -> list[str]:
-    """Return valid tags without doubles, or raise `InvalidArgumentError`."""
+    """Return valid tags without duplicates, or raise `InvalidArgumentError`."""
     if isinstance(tags, str) or not isinstance(tags, Sequence | set | frozenset):
         raise InvalidArgumentError(f"tags must be a list of str, not {type(tags).__name__}")
     found = list(dict.fromkeys(str.__str__(checked_id(tag, f"tags[{n}]")) for n, tag in enumerate(tags)))
@@ -54,7 +54,7 @@ def checked_tags(tags: object) -> list[str]:
 
 
 def guard(owner: str | None) -> Document:
-    """Return the condition that a session belongs to an owner; `None` may use every session."""
+    """Return the condition that a session belongs to an owner; `None` allows every session."""
     return {} if owner is None else {"owner": owner}
 
 

@@ -86,7 +86,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The positions of a page, and the numbers of the agent that tell where `before` is.
+    """The positions of a page, and the numbers of its agent that locate `before`.
 
     Attributes:
         begin: The position of the first message.

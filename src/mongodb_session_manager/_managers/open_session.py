@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -11,8 +11,10 @@ from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
 from .._format.ids import checked_count, checked_id, checked_message_id
+from .._format.labels import checked_owner
 from .._io.portal import Portal, running_loop, running_thread
 from .._repository.async_repository import SharedRepository
+from .._store.sessions import missing_session
 from ..errors import EventLoopError, InvalidArgumentError, MessageNotFoundError, SessionClosedError
 from .flusher import Flusher
 from .unit_of_work import UnitOfWork
@@ -33,7 +35,7 @@ class OpenSession(SessionRepository):
     with a running event loop, the flush is only started, and the next flush raises its errors.
 
     Messages in memory are read from there. Other reads flush, and then block the calling thread until the server has
-    answered.
+    answered. With an `owner` other than that of the open session, each method raises `SessionNotFoundError`.
 
     Args:
         work: The unit of work of the session.
@@ -60,8 +62,8 @@ class OpenSession(SessionRepository):
         finally:
             self._strands.discard(thread)
 
-    def _is_strands(self, session_id: str) -> bool:
-        """Return whether the caller is Strands' session logic; check `session_id` for all other callers."""
+    def _is_strands(self, session_id: str, options: Mapping[str, Any]) -> bool:
+        """Return whether the caller is Strands' session logic; check `session_id` and `owner` of all other callers."""
         if running_thread() in self._strands:
             return True
         if checked_id(session_id, "session_id") != self.work.session_id:
@@ -71,18 +73,20 @@ class OpenSession(SessionRepository):
             )
         if self.work.is_closed:
             raise SessionClosedError(f"session {session_id!r} is closed: open it with a new manager")
+        if (owner := options.get("owner")) is not None and checked_owner(owner) != self.work.owner:
+            raise missing_session(session_id)
         return False
 
     # Sessions.
 
     def create_session(self, session: Session, **kwargs: Any) -> Session:
         """Return the session: opening has created it."""
-        self._is_strands(session.session_id)
+        self._is_strands(session.session_id, kwargs)
         return session
 
     def read_session(self, session_id: str, **kwargs: Any) -> Session | None:
         """Return the session as it was opened."""
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             return self.work.read_session(session_id)
         session = self.work.read_session(session_id)
         return None if session is None else replace(session)
@@ -91,7 +95,7 @@ class OpenSession(SessionRepository):
 
     def create_agent(self, session_id: str, session_agent: SessionAgent, **kwargs: Any) -> None:
         """Create an agent without messages; an existing agent stays unchanged."""
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             self.work.create_agent(session_id, session_agent)
         elif not self.work.holds(checked_id(session_agent.agent_id, "agent_id")):
             self.work.create_agent(session_id, session_agent)
@@ -100,7 +104,7 @@ class OpenSession(SessionRepository):
 
     def read_agent(self, session_id: str, agent_id: str, **kwargs: Any) -> SessionAgent | None:
         """Return an agent with its newest state, or `None` if the session has no such agent."""
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             return self.work.read_agent(session_id, agent_id)
         if self._is_known(agent_id) and self.work.agent(agent_id).too_large is None:
             return self.work.agent(agent_id).newest()
@@ -113,7 +117,7 @@ class OpenSession(SessionRepository):
             AgentNotFoundError: The session has no such agent.
         """
         agent_id = session_agent.agent_id
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             self.work.update_agent(session_id, session_agent)
         elif not self.work.holds(checked_id(agent_id, "agent_id")):
             self._ask(agent_id, partial(self._repository.update_agent, session_id, session_agent))
@@ -134,7 +138,7 @@ class OpenSession(SessionRepository):
             AgentNotFoundError: The session has no such agent.
             MessageTooLargeError: The message is too large.
         """
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             self.work.create_message(session_id, agent_id, session_message)
         elif not self.work.holds(checked_id(agent_id, "agent_id")):
             self._ask(agent_id, partial(self._repository.create_message, session_id, agent_id, session_message))
@@ -148,7 +152,7 @@ class OpenSession(SessionRepository):
         Raises:
             AgentNotFoundError: The session has no such agent.
         """
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             return self.work.read_message(session_id, agent_id, message_id)
         message_id = checked_message_id(message_id)
         if self._is_known(agent_id) and (stored := self.work.agent(agent_id).stored).knows(message_id):
@@ -165,7 +169,7 @@ class OpenSession(SessionRepository):
             MessageNotFoundError: The agent has no such message.
             MessageTooLargeError: The message is too large.
         """
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             self.work.update_message(session_id, agent_id, session_message)
         elif not self.work.holds(checked_id(agent_id, "agent_id")):
             self._ask(agent_id, partial(self._repository.update_message, session_id, agent_id, session_message))
@@ -195,7 +199,7 @@ class OpenSession(SessionRepository):
         Raises:
             AgentNotFoundError: The session has no such agent.
         """
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             return self.work.list_messages(session_id, agent_id, limit, offset)
         offset = checked_count(offset, "offset")
         limit = None if limit is None else checked_count(limit, "limit")
@@ -210,7 +214,7 @@ class OpenSession(SessionRepository):
 
     def create_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store a new graph or swarm; an existing one stays unchanged."""
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             self.work.create_multi_agent(session_id, multi_agent)
         elif self.work.multi_agents.read(multi_agent.id) is None:
             self.work.create_multi_agent(session_id, multi_agent)
@@ -218,13 +222,13 @@ class OpenSession(SessionRepository):
 
     def read_multi_agent(self, session_id: str, multi_agent_id: str, **kwargs: Any) -> dict[str, Any] | None:
         """Return the newest state of a graph or swarm, or `None` if the session has no such graph or swarm."""
-        if self._is_strands(session_id) or self.work.multi_agents.is_current(multi_agent_id):
+        if self._is_strands(session_id, kwargs) or self.work.multi_agents.is_current(multi_agent_id):
             return self.work.read_multi_agent(session_id, multi_agent_id)
         return self._ask(multi_agent_id, partial(self._repository.read_multi_agent, session_id, multi_agent_id))
 
     def update_multi_agent(self, session_id: str, multi_agent: MultiAgentBase, **kwargs: Any) -> None:
         """Store the state of a graph or swarm, if it has changed."""
-        if self._is_strands(session_id):
+        if self._is_strands(session_id, kwargs):
             self.work.update_multi_agent(session_id, multi_agent)
         elif self.work.multi_agents.read(multi_agent.id) is None:
             self._ask(multi_agent.id, partial(self._repository.update_multi_agent, session_id, multi_agent))

@@ -35,6 +35,7 @@ from .._format.documents import (
     stored_message,
 )
 from .._format.ids import agent_id_of, checked_count, checked_id
+from .._format.labels import owner_of
 from .._format.malformed import unusable_agents
 from .._format.multi_agents import MultiAgents
 from ..errors import (
@@ -80,6 +81,7 @@ class UnitOfWork(ChangeLog, SessionRepository):
         name = document.get("application_name")
         self.application_name: str | None = name if isinstance(name, str) else None
         self.incarnation: ObjectId | None = document.get("incarnation")
+        self.owner = owner_of(document)
         self._session = session_from(document)
         self._unusable = unusable_agents(document)
         agents = {

@@ -94,7 +94,7 @@ class ConversationMethods(RepositoryMethods):
             lease: The lease of the manager, which must hold it or take it; `None` writes regardless of leases.
             releases: Whether the last statement releases the lease.
             loaded: The agents as they were loaded, by id. The changes of an agent that was rewound since are refused.
-            owner: The owner of the session, if `incarnation` does not tell which one it is.
+            owner: Only a session of this owner is changed; needed without an `incarnation`.
 
         Returns:
             The errors of agents whose changes could not be stored, by agent id: `SessionConflictError`,

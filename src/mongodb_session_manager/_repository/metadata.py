@@ -247,11 +247,8 @@ class MetadataMethods(RepositoryMethods):
         """
         path = f"$agents.{agent_key(agent_id)}"
         count = {"$add": [number_at(f"{path}.archived"), {"$size": array_at(f"{path}.messages")}]}
-        wanted = {"messages": count}
-        messages: int = (await self._store.sessions.get_agent(session_id, agent_id, wanted, self._owner(owner)))[
-            "messages"
-        ]
-        return messages
+        found = await self._store.sessions.get_agent(session_id, agent_id, {"messages": count}, self._owner(owner))
+        return int(found["messages"])
 
     async def get_usage(self, session_id: str, *, owner: str | None = None) -> UsageReport:
         """Return the running totals of a session's agents.

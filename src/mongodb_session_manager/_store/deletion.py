@@ -75,7 +75,7 @@ class Deletion:
     async def delete_matching(self, session_id: str, condition: Document) -> bool:
         """Delete a session and its parts if a condition matches its document; return whether it did."""
         token = uuid.uuid4().hex
-        self._expiry.forget(session_id)
+        self._expiry.forget(session_id, condition.get("owner"))
         state = {
             "_id": "$_id",
             "session_id": {"$literal": session_id},

@@ -72,8 +72,9 @@ class Expiry:
             self.ensure_indexes()
         return life
 
-    def forget(self, session_id: str) -> None:
-        self._lives.pop(session_id, None)
+    def forget(self, session_id: str, owner: str | None = None) -> None:
+        if self._known_to(owner, session_id) is not None:
+            self._lives.pop(session_id, None)
 
     def _known_to(self, owner: str | None, session_id: str) -> Life | None:
         """Return the known `Life` of a session, unless it belongs to another owner."""
@@ -88,8 +89,7 @@ class Expiry:
         """Return the `Life` of a session from the server; migrate one of 1.0.0 first. Raises `SessionNotFoundError`."""
         document = await self._sessions.find(session_id, {**LIFE, **dict.fromkeys(OF_V1, 1)}, owner)
         if document is None:
-            if self._known_to(owner, session_id) is not None:
-                self.forget(session_id)
+            self.forget(session_id, owner)
             raise missing_session(session_id)
         if not isinstance(document.get("incarnation"), ObjectId) or document.keys() & OF_V1:
             return await self._migrate(session_id)

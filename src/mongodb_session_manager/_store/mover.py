@@ -16,7 +16,7 @@ from .._format import buckets
 from .._format.bounded import Bounded
 from .._format.buckets import Head, Limits, Step
 from .._format.changes import AgentWrite
-from .._format.documents import Document, removed_messages
+from .._format.documents import Document, number, removed_messages
 from .._format.ids import agent_key
 from .._format.layout import ARCHIVE, Place
 from .._format.retention import Life
@@ -177,12 +177,16 @@ class Mover:
         return True
 
     async def remove_orphan(self, place: Place, key: str, head: Head) -> None:
-        """Remove a bucket if its session was deleted or written back before the bucket became a part of it."""
-        fields = {"incarnation": 1, f"agents.{key}.archived": 1}
+        """Remove a bucket if its session was deleted, written back or rewound before the bucket became a part of it.
+
+        No later `cut` uses it: the head has a higher revision, or `archived` is lower.
+        """
+        fields = {"incarnation": 1, **{f"agents.{key}.{name}": 1 for name in ("archived", "revision")}}
         document = await self._sessions.find(place.session_id, fields) or {}
         agent = (document.get("agents") or {}).get(key) or {}
+        archived, revision = number(agent, "archived"), number(agent, "revision")
         is_there = document.get("incarnation") == place.incarnation
-        if not is_there or (agent.get("archived") or 0) < head.archived:
+        if not is_there or archived < head.archived or (archived == head.archived and revision > head.revision):
             bucket = {"_id": place.bucket_id(key, head.archived, head.since)}
             await self._archive.delete_many({**bucket, "revision": {"$lte": head.revision}} if is_there else bucket)
 

@@ -294,7 +294,7 @@ class Opening:
         """
         session_id, lease, caller = query.session_id, query.lease, query.caller
         for _ in range(ROUNDS):
-            document = None
+            document, was_held = None, lease is not None and lease.is_held
             try:
                 if lease is None:
                     document = await self._store.collection.send(partial(_find_or_create, self._fresh(query), query))
@@ -311,6 +311,8 @@ class Opening:
                 continue
             if document is not None:
                 return document
+            if lease is not None and lease.is_held and not was_held:  # taken by the last poll of the wait
+                continue
             if not query.creates and lease is None:
                 raise missing_session(session_id)
             if query.owner is not None:

@@ -27,17 +27,20 @@ class Room:
     async def store_part(
         self, update: Update, part: str, value: Any, command: Callable[[AsyncCollection, Update], Awaitable[T]]
     ) -> T | None:
-        """Send a statement that stores a part of a session; the command is that of `Expiry.update`.
+        """Send a statement that stores a part of a session; the command and the result are those of `Expiry.update`.
 
         Raises:
             StateTooLargeError: There is no room.
         """
-        session_id = update.filter["_id"]
+        session_id, owner = update.filter["_id"], update.filter.get("owner")
         while True:
             try:
                 return await self._expiry.update(update, command)
             except MessageTooLargeError as error:
                 refusal = error
+            # The driver also refuses a statement of its own accord, whether or not the session belongs to the owner.
+            if owner is not None and await self._sessions.find(session_id, {"_id": 1}, owner) is None:
+                return None
             if not await self._mover.make_room(session_id, refusal):
                 raise await self.too_large(session_id, part, value, refusal)
 

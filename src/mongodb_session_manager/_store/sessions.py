@@ -81,7 +81,7 @@ class Sessions:
         session_id = update.filter["_id"]
         odd = [
             field
-            for field in malformed_fields(await self.find(session_id, {}) or {})
+            for field in malformed_fields(await self.find(session_id, {}, update.filter.get("owner")) or {})
             if any(path == field.path or path.startswith(f"{field.path}.") for path in written)
         ]
         for field in odd:
