@@ -375,7 +375,7 @@ def test_the_indexes_are_built_once(server: str, database: str, stored: Stored) 
     indexed, log = Indexed(), CommandLog()
     with MongoDBSessionManagerFactory(server, database, session_ttl=TTL, event_listeners=[indexed, log]) as factory:
         factory.create_session_manager("a")
-        eventually(lambda: len(indexed.names) == 4)
+        eventually(lambda: len(indexed.names) == 5)
         eventually(lambda: expiries(stored) == [0] * 5 and "find" in log.names)
         log.clear()
         factory.create_session_manager("b")
@@ -454,7 +454,7 @@ def test_a_write_costs_no_more_until_a_step_is_due(
         age(stored, EIGHTH * 0.2)
         log.clear()
         other.update_metadata(ID, {"n": 2})
-        # It does not match; the session is read again; its parts get the new date, in three collections; it matches.
+        # It does not match; the session is read again; its parts get the new date, in four collections; it matches.
         assert log.names == ["update", "find", *["update"] * 4, "update"]
         log.clear()
         other.update_metadata(ID, {"n": 3})
