@@ -184,10 +184,11 @@ SAVE_ON = pytest.mark.parametrize("save_on", ["message", "overlap", "invocation"
 
 @SAVE_ON
 @TURNS
+@pytest.mark.parametrize("on_busy", alternating("conflict", "wait"))
 def test_nothing_of_a_redacted_prompt_is_left(
-    session: Session, stored: Stored, save_on: str, turn: Callable[..., Any]
+    session: Session, stored: Stored, save_on: str, turn: Callable[..., Any], on_busy: str
 ) -> None:
-    session.open(save_on=save_on)
+    session.open(save_on=save_on, on_busy=on_busy)
     live = stashing(session.manager, "Hello.", Redaction("[removed]"), "Bye.")
     turn(live, "hi")
     turn(live, SECRET)
@@ -289,6 +290,53 @@ def test_a_message_that_was_redacted_before_the_first_value_has_no_content(
     assert "removed_content" not in (stored.find_one() or {})
     write(manager.storage, {key_of(n): SECRET.encode() for n in (1,)} | {key_of(0): b"block"})
     assert values_of(manager.storage) == {key_of(0): b"block"}
+
+
+async def test_a_write_and_a_redaction_at_the_same_time(
+    server: str, database: str, factory: MongoDBSessionManagerFactory, stored: Stored
+) -> None:
+    """Whichever of their commands comes first, nothing is left."""
+    async with (
+        factory.create_session_manager_async("s") as manager,
+        MongoDBSessionManagerFactory(server, database, **SMALL) as other,
+    ):
+        repository = other._async
+        agent(manager)
+        await manager.flush()
+        for number in range(24):
+            await other._portal.run(repository.create_message, "s", "agent", said(number))
+        await other.ping_async()
+
+        async def write_late(number: int) -> None:
+            await asyncio.sleep(number % 12 / 3000)
+            await manager.storage.write(key_of(number), SECRET.encode())
+
+        for number in range(24):
+            redaction = other._portal.run(repository.update_message, "s", "agent", redacted(number))
+            await asyncio.gather(write_late(number), redaction)
+        assert await manager.storage.list("") == []
+    assert not holds(stored, SECRET.encode())
+
+
+@pytest.mark.parametrize("size", alternating(5, 500))
+async def test_a_write_and_a_deletion_at_the_same_time(
+    server: str, database: str, factory: MongoDBSessionManagerFactory, stored: Stored, small_files: None, size: int
+) -> None:
+    async with MongoDBSessionManagerFactory(server, database) as other:
+        await other.ping_async()
+        for number in range(12):
+            manager = await factory.create_session_manager_async("s")
+            if number % 2:
+                await manager.storage.write("before", bytes(size))
+
+            async def delete_late(number: int = number) -> None:
+                await asyncio.sleep(number / 3000)
+                assert await other.delete_session_async("s")
+
+            writing = manager.storage.write("key", bytes(size))
+            _, outcome = await asyncio.gather(delete_late(), writing, return_exceptions=True)
+            assert outcome is None or isinstance(outcome, SessionNotFoundError)
+            assert left_of(stored, "s") == []
 
 
 def test_other_replacements_keep_the_content(
