@@ -43,6 +43,11 @@ def all_of(repository: MongoDBSessionRepository, session_id: str) -> dict[str, A
     }
 
 
+def of_file(part_id: dict[str, Any]) -> dict[str, Any]:
+    file = part_id.get("file")
+    return file if isinstance(file, dict) else {}
+
+
 def left_of(stored: Stored, session_id: str) -> list[str]:
     """The collections that hold anything of a session."""
     database = stored.database
@@ -52,7 +57,7 @@ def left_of(stored: Stored, session_id: str) -> list[str]:
         for document in database[name].find({}, {"session_id": 1})
         if session_id in (document["_id"], document.get("session_id"))
         or (isinstance(document["_id"], dict) and document["_id"].get("session_id") == session_id)
-        or (isinstance(document["_id"], dict) and document["_id"].get("file", {}).get("session_id") == session_id)
+        or (isinstance(document["_id"], dict) and of_file(document["_id"]).get("session_id") == session_id)
     ]
 
 

@@ -31,6 +31,7 @@ from mongodb_session_manager._format.changes import (
     fold,
 )
 from mongodb_session_manager._format.comparison import StoredView, reconcile
+from mongodb_session_manager._format.content import block_ids, with_removed_content
 from mongodb_session_manager._format.documents import agent_state, message_body, new_agent, new_session, stored_message
 from mongodb_session_manager._format.expressions import array_at
 from mongodb_session_manager._format.ids import agent_key
@@ -185,13 +186,7 @@ def removing(path: str, *message_ids: int) -> dict[str, Any]:
     more = [
         {
             "$reduce": {
-                "input": {
-                    "$filter": {
-                        "input": array_at(f"${path}.messages"),
-                        "as": "message",
-                        "cond": {"$eq": ["$$message.message_id", message_id]},
-                    }
-                },
+                "input": chosen(path, message_id),
                 "initialValue": [],
                 "in": {"$concatArrays": ["$$value", array_at("$$this.attachments")]},
             }
@@ -202,6 +197,12 @@ def removing(path: str, *message_ids: int) -> dict[str, Any]:
     unless_empty = {"$cond": [{"$eq": ["$$more", []]}, "$removed_attachments", listed]}
     removed = {"removed_attachments": {"$let": {"vars": {"more": {"$concatArrays": more}}, "in": unless_empty}}}
     return {f"{path}.view": view_without(f"${path}", message_ids), **removed}
+
+
+def chosen(path: str, message_id: int) -> dict[str, Any]:
+    """The expression for the messages with an id."""
+    is_meant = {"$eq": ["$$message.message_id", message_id]}
+    return {"$filter": {"input": array_at(f"${path}.messages"), "as": "message", "cond": is_meant}}
 
 
 def literal(fields: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +239,7 @@ def test_replace() -> None:
                 "$set": literal({"agents.agent.updated_at": T2, "updated_at": T2})
                 | replacing("agents.agent", {7: fields})
                 | removing("agents.agent", 7)
+                | {"removed_content": with_removed_content([block_ids(chosen("agents.agent", 7))])}
             }
         ],
         None,
@@ -284,10 +286,20 @@ def test_a_replacement_of_a_pending_message_is_pushed_in_its_place() -> None:
     body = {"message": said("[redacted]", "one"), "redact_message": said("[redacted]", "one"), "updated_at": T2}
     assert compiled(append(4, "one", T1), ReplaceMessage("agent", 4, body)) == Update(
         {"_id": "s", "agents.agent.next_message_id": 4},
-        {
-            "$set": {"agents.agent.next_message_id": 5, "agents.agent.updated_at": T2, "updated_at": T2},
-            "$push": {"agents.agent.messages": {"$each": [{**element(4, "one", T1), **body}]}},
-        },
+        [
+            {
+                "$set": literal({"agents.agent.next_message_id": 5, "agents.agent.updated_at": T2, "updated_at": T2})
+                | {
+                    "agents.agent.messages": {
+                        "$concatArrays": [
+                            {"$ifNull": ["$agents.agent.messages", []]},
+                            {"$literal": [{**element(4, "one", T1), **body}]},
+                        ]
+                    },
+                    "removed_content": with_removed_content([["one"]]),
+                }
+            }
+        ],
         None,
     )
 

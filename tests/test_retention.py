@@ -45,7 +45,7 @@ Stored = Collection[dict[str, Any]]
 
 TTL = timedelta(hours=8)
 EIGHTH = TTL / 8
-PARTS = ("archive", "attachments.files", "attachments.chunks")
+PARTS = ("archive", "attachments.files", "attachments.chunks", "content")
 COLLECTIONS = ("agent_sessions", *(f"agent_sessions_{name}" for name in PARTS))
 
 
@@ -316,7 +316,7 @@ def test_deleting_an_expired_session_removes_it(
 ) -> None:
     age(stored, TTL * 2)
     assert repository.delete_session(ID) is False
-    assert [stored.database[name].count_documents({}) for name in COLLECTIONS] == [0] * 4
+    assert [stored.database[name].count_documents({}) for name in COLLECTIONS] == [0] * 5
 
 
 # The indexes.
@@ -355,7 +355,7 @@ def configure(server: str, database: str, ttl: timedelta, *listeners: Any) -> No
 @pytest.mark.parametrize("ttl", alternating(timedelta(hours=1), timedelta(days=300)))
 def test_the_indexes_do_not_depend_on_the_value(server: str, database: str, stored: Stored, ttl: timedelta) -> None:
     configure(server, database, ttl)
-    assert expiries(stored) == [0] * 4
+    assert expiries(stored) == [0] * 5
 
 
 @pytest.mark.own_database
@@ -367,7 +367,7 @@ def test_a_repository_without_a_value_builds_the_indexes_of_a_session_that_has_o
         stored.database[f"agent_sessions{name}"].drop_indexes()
     with MongoDBSessionRepository(f"{server}&appName=other", database) as other:
         other.open_session("any")
-    eventually(lambda: expiries(stored) == [0] * 4)
+    eventually(lambda: expiries(stored) == [0] * 5)
 
 
 @pytest.mark.own_database
@@ -375,8 +375,8 @@ def test_the_indexes_are_built_once(server: str, database: str, stored: Stored) 
     indexed, log = Indexed(), CommandLog()
     with MongoDBSessionManagerFactory(server, database, session_ttl=TTL, event_listeners=[indexed, log]) as factory:
         factory.create_session_manager("a")
-        eventually(lambda: len(indexed.names) == 4)
-        eventually(lambda: expiries(stored) == [0] * 4 and "find" in log.names)
+        eventually(lambda: len(indexed.names) == 5)
+        eventually(lambda: expiries(stored) == [0] * 5 and "find" in log.names)
         log.clear()
         factory.create_session_manager("b")
         factory.create_session_manager("c")
@@ -388,7 +388,7 @@ def test_an_index_on_expires_at_of_the_application_stays(server: str, database: 
     stored.create_index("expires_at", name="theirs")
     configure(server, database, TTL)
     assert "expireAfterSeconds" not in stored.index_information()["theirs"]
-    assert expiries(stored) == [0] * 4
+    assert expiries(stored) == [0] * 5
 
 
 @pytest.mark.own_database
@@ -404,7 +404,7 @@ def test_a_server_that_builds_no_index_is_told_of_and_harmless(
 def test_lists_use_their_own_indexes(repository: MongoDBSessionRepository, stored: Stored) -> None:
     for n in range(20):
         repository.create_session(Session(f"s{n}", "AGENT"))
-    eventually(lambda: expiries(stored) == [0] * 4 and "updated_at_1__id_1" in stored.index_information())
+    eventually(lambda: expiries(stored) == [0] * 5 and "updated_at_1__id_1" in stored.index_information())
     assert len(repository.list_sessions(limit=5).sessions) == 5
 
     def index() -> str | None:  # a listed index can still be under construction
@@ -454,8 +454,8 @@ def test_a_write_costs_no_more_until_a_step_is_due(
         age(stored, EIGHTH * 0.2)
         log.clear()
         other.update_metadata(ID, {"n": 2})
-        # It does not match; the session is read again; its parts get the new date, in three collections; it matches.
-        assert log.names == ["update", "find", *["update"] * 3, "update"]
+        # It does not match; the session is read again; its parts get the new date, in four collections; it matches.
+        assert log.names == ["update", "find", *["update"] * 4, "update"]
         log.clear()
         other.update_metadata(ID, {"n": 3})
         assert log.names == ["update"]

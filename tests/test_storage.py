@@ -39,8 +39,10 @@ from mongodb_session_manager import (
     MongoDBStorage,
     SessionClosedError,
 )
+from mongodb_session_manager._format.keys import prefix_range
 from mongodb_session_manager._storage import gridfs as _blobs
-from mongodb_session_manager._storage import storage as _storage
+from mongodb_session_manager._store import content as _content
+from mongodb_session_manager._store import values as _values
 from mongodb_session_manager.demo import ScriptedModel
 from proxy import Proxy, command
 from support import CommandLog, agent, alternating, fail_point, texts
@@ -65,23 +67,42 @@ def shared_storage(server: str, shared_database: str) -> Iterator[tuple[MongoDBS
         yield storage, log
 
 
+BOTH = pytest.mark.parametrize("kind", ["collection", "session"], indirect=True)
+"""Whether the values are in a collection of their own, or belong to a session."""
+
+
 @pytest.fixture
-def storage(shared_storage: tuple[MongoDBStorage, CommandLog], database: str) -> MongoDBStorage:
+def kind(request: pytest.FixtureRequest) -> str:
+    return getattr(request, "param", "collection")
+
+
+@pytest.fixture
+def storage(request: pytest.FixtureRequest, kind: str, database: str, sent: CommandLog) -> MongoDBStorage:
     """The storage of all tests that do not close it."""
-    storage, log = shared_storage
-    log.clear()
+    if kind == "session":
+        manager = request.getfixturevalue("factory").create_session_manager("s")
+        sent.clear()
+        return manager.storage
+    storage: MongoDBStorage = request.getfixturevalue("shared_storage")[0]
+    sent.clear()
     return storage
 
 
 @pytest.fixture
-def sent(shared_storage: tuple[MongoDBStorage, CommandLog]) -> CommandLog:
-    """The commands of the shared storage."""
-    return shared_storage[1]
+def sent(request: pytest.FixtureRequest, kind: str) -> CommandLog:
+    """The commands of the storage."""
+    if kind == "session":
+        return request.getfixturevalue("commands")
+    return request.getfixturevalue("shared_storage")[1]
 
 
 @pytest.fixture
-async def own_storage(server: str, database: str) -> AsyncIterator[MongoDBStorage]:
-    """A storage that the test closes."""
+async def own_storage(server: str, database: str, kind: str) -> AsyncIterator[MongoDBStorage]:
+    """A storage of another client."""
+    if kind == "session":
+        async with MongoDBSessionManagerFactory(server, database) as factory:
+            yield (await factory.create_session_manager_async("s")).storage
+        return
     async with MongoDBStorage(server, database) as storage:
         yield storage
 
@@ -89,15 +110,20 @@ async def own_storage(server: str, database: str) -> AsyncIterator[MongoDBStorag
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values beyond 100 bytes are files, of chunks of 64 bytes, three to a command."""
-    monkeypatch.setattr(_storage, "INLINE_LIMIT", 100)
+    monkeypatch.setattr(_values, "INLINE_LIMIT", 100)
     monkeypatch.setattr(_blobs, "CHUNK", 64)
     monkeypatch.setattr(_blobs, "BATCH", 3)
+    monkeypatch.setattr(_content, "PIECE_BYTES", 64)
+    monkeypatch.setattr(_content, "_AT_ONCE", 3)
 
 
 def content(seed: str, size: int) -> bytes:
     """Return bytes of which each part is different."""
     block = b"".join(hashlib.sha256(f"{seed} {number}".encode()).digest() for number in range(1024))
     return (block * (size // len(block) + 1))[:size]
+
+
+PIECES = {"_id.file": {"$exists": True}}
 
 
 def files(values: Database) -> list[dict[str, Any]]:
@@ -109,10 +135,14 @@ def chunks(values: Database) -> int:
 
 
 def nothing_but(values: Database, *keys: str) -> bool:
-    """Tell whether the bucket holds the files of these keys, whole and named, and nothing else."""
+    """Tell whether the files of these keys are there, whole and named, and no others."""
     stored = files(values)
     expected = sum(-(-file["length"] // file["chunkSize"]) for file in stored)
-    return sorted(file.get("filename", "") for file in stored) == sorted(keys) and chunks(values) == expected
+    large = list(values["agent_sessions_content"].find({"file": {"$exists": True}}))
+    pieces = {(each["_id"]["file"], each["_id"]["n"]) for each in values["agent_sessions_content"].find(PIECES)}
+    wanted = {(each["file"], n) for each in large for n in range(-(-each["size"] // _content.PIECE_BYTES))}
+    named = [file.get("filename", "") for file in stored] + [each["_id"]["key"] for each in large]
+    return sorted(named) == sorted(keys) and chunks(values) == expected and pieces == wanted
 
 
 # What Strands' own backends do.
@@ -168,6 +198,7 @@ def view(storage: Any, prefix: str) -> Any:
     return storage.namespace(prefix) if prefix else storage
 
 
+@BOTH
 def test_it_does_what_strands_in_memory_storage_does(
     storage: MongoDBStorage, values: Database, small_files: None
 ) -> None:
@@ -215,12 +246,13 @@ def test_it_does_what_strands_file_storage_does(storage: MongoDBStorage, tmp_pat
 
 @given(KEYS, st.lists(KEYS))
 def test_a_range_holds_what_begins_with_a_prefix(prefix: str, keys: list[str]) -> None:
-    bounds = _storage.prefix_range(prefix)
+    bounds = prefix_range(prefix)
     assert [
         key for key in keys if bounds["$gte"].encode() <= key.encode() < bounds.get("$lt", "\U0010ffff" * 99).encode()
     ] == [key for key in keys if key.startswith(prefix)]
 
 
+@BOTH
 async def test_what_is_no_key_is_refused_before_anything_is_sent(storage: MongoDBStorage, sent: CommandLog) -> None:
     for key in ("", "/", "a/../b", "..", "a\\b", "\ud83d", None, {"$gt": ""}, b"a", 3):
         for operation in (storage.read, storage.delete, lambda key: storage.write(key, b"")):
@@ -238,6 +270,7 @@ async def test_what_is_no_key_is_refused_before_anything_is_sent(storage: MongoD
     assert sent.names == []
 
 
+@BOTH
 async def test_what_is_stored_is_a_copy_of_any_kind_of_bytes(storage: MongoDBStorage) -> None:
     buffer = bytearray(b"12345")
     writing = asyncio.ensure_future(storage.write("a", buffer))
@@ -286,6 +319,7 @@ async def test_listing_reads_no_more_than_the_keys_it_returns(server: str, datab
 # Values of any size.
 
 
+@BOTH
 @pytest.mark.parametrize("size", [0, 1, 4 * MEGABYTE, 4 * MEGABYTE + 1])
 async def test_a_value_of_any_size(storage: MongoDBStorage, values: Database, size: int) -> None:
     data = content("value", size)
@@ -318,6 +352,7 @@ async def test_the_bucket_has_the_indexes_of_gridfs(
 
 @pytest.mark.parametrize("before", alternating(b"", b"small", bytes(500)))
 @pytest.mark.parametrize("after", alternating(b"", b"small", bytes(300), None))
+@pytest.mark.parametrize("kind", alternating("collection", "session"), indirect=True)
 async def test_replacing_leaves_nothing_of_what_was_there(
     storage: MongoDBStorage, values: Database, small_files: None, before: bytes, after: bytes | None
 ) -> None:
@@ -334,6 +369,7 @@ async def test_replacing_leaves_nothing_of_what_was_there(
 # Whole, whatever happens meanwhile.
 
 
+@BOTH
 async def test_readers_see_the_old_value_or_the_new_one(
     storage: MongoDBStorage, own_storage: MongoDBStorage, small_files: None
 ) -> None:
@@ -356,6 +392,7 @@ async def test_readers_see_the_old_value_or_the_new_one(
     assert len(seen) > 1
 
 
+@BOTH
 async def test_of_many_writers_one_wins_and_nothing_of_the_others_stays(
     storage: MongoDBStorage,
     own_storage: MongoDBStorage,
@@ -363,7 +400,7 @@ async def test_of_many_writers_one_wins_and_nothing_of_the_others_stays(
     small_files: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_storage, "_ROUNDS", 200)
+    monkeypatch.setattr(_values, "ROUNDS", 200)
     versions = [content(str(number), 150 + number) if number % 3 else b"%d" % number for number in range(20)]
     one, other = storage, own_storage
     await asyncio.gather(*((one, other)[n % 2].write("key", data) for n, data in enumerate(versions)))
@@ -379,9 +416,9 @@ import asyncio, os, signal, sys
 from pymongo import monitoring
 from mongodb_session_manager import (MongoDBStorage)
 from mongodb_session_manager._storage import gridfs as _blobs
-from mongodb_session_manager._storage import storage as _storage
+from mongodb_session_manager._store import values as _values
 
-_storage.INLINE_LIMIT, _blobs.CHUNK, _blobs.BATCH = 100, 64, 3
+_values.INLINE_LIMIT, _blobs.CHUNK, _blobs.BATCH = 100, 64, 3
 (uri,) = sys.argv[1:]
 
 class Bomb(monitoring.CommandListener):
@@ -518,9 +555,11 @@ async def test_a_lost_reply_does_not_lose_the_value(
         assert proxy.dropped >= 1 or (part and max(size, after or 0) == 5)
 
 
+@BOTH
 async def test_a_damaged_value_is_an_error(storage: MongoDBStorage, values: Database, small_files: None) -> None:
     await storage.write("key", bytes(500))
     values["agent_storage_blobs.chunks"].delete_one({"n": 1})
+    values["agent_sessions_content"].delete_one({"_id.n": 1})
     with pytest.raises(DatabaseError, match="not complete"):
         await storage.read("key")
 
@@ -547,6 +586,7 @@ async def test_no_server_is_a_storage_error() -> None:
             assert isinstance(failed.value, ConnectionError)
 
 
+@BOTH
 async def test_a_refusal_of_the_server_is_a_storage_error(server: str, storage: MongoDBStorage) -> None:
     with fail_point(server, failCommands=["update"], errorCode=13), pytest.raises(StorageError, match="code 13"):
         await storage.write("a", b"secret")
@@ -740,6 +780,7 @@ def test_an_agents_own_storage_keeps_its_session_and_what_it_offloads(storage: M
     assert "word " * 2000 not in str(resumed.messages)
 
 
+@BOTH
 def test_a_view_given_to_strands_is_its_whole_prefix(storage: MongoDBStorage) -> None:
     agent(SnapshotSessionManager("s", storage=storage.namespace("mine")), "Hello!")("Hi.")
     assert asyncio.run(storage.list("")) == ["mine/s/scopes/agent/agent/snapshots/snapshot_latest.json"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,9 +15,13 @@ import pytest
 from pymongo.database import Database
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from from_v100 import EXPECTED, OUTSIDE, load_as, shown
+from from_v100 import EXPECTED, load_as, shown
+from from_v100 import OUTSIDE as OUTSIDE_OF_V1
 from killing import Child, Killer, kill_points, start
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
+from mongodb_session_manager._format.layout import OUTSIDE
+from mongodb_session_manager._store import content as _content
+from mongodb_session_manager._store import values as _values
 from support import agent, eventually, texts
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -38,7 +43,8 @@ def picture(seed: object) -> bytes:
 def said(message_id: int, text: str, *pictures: bytes) -> SessionMessage:
     images: Any = [{"image": {"format": "png", "source": {"bytes": data}}} for data in pictures]
     role: Any = ("user", "assistant")[message_id % 2]
-    return SessionMessage({"role": role, "content": [{"text": text}, *images]}, message_id, None, MOMENT, MOMENT)
+    message: Any = {"role": role, "content": [{"text": text}, *images], "tracking_id": f"t{message_id}"}
+    return SessionMessage(message, message_id, None, MOMENT, MOMENT)
 
 
 def fill(repository: MongoDBSessionRepository, session_id: str) -> None:
@@ -48,6 +54,14 @@ def fill(repository: MongoDBSessionRepository, session_id: str) -> None:
     for n in range(COUNT):
         pictures = [picture(n)] if n in (1, COUNT - 1) else []
         repository.create_message(session_id, "agent", said(n, f"text {n}", *pictures))
+
+
+async def store(factory: MongoDBSessionManagerFactory, session_id: str) -> None:
+    """Store a large value in the storage of a session, and a small one for each message."""
+    async with factory.create_session_manager_async(session_id) as manager:
+        for n in range(COUNT):
+            await manager.storage.write(f"context/{session_id}/t{n}_0", b"text %d" % n)
+        await manager.storage.write("large", STORED["large"])
 
 
 TEXTS = [f"text {n}" for n in range(COUNT)]
@@ -71,6 +85,25 @@ def content(repository: MongoDBSessionRepository, session_id: str) -> list[tuple
         (texts([message])[0], [block["image"]["source"]["bytes"] for block in message["content"] if "image" in block])
         for message in found
     ]
+
+
+STORED = {"large": random.Random("large").randbytes(200)}
+OTHER = random.Random("other").randbytes(150)
+
+
+def values_of(context: Context, session_id: str) -> tuple[set[str], dict[str, bytes]]:
+    """The blocks of messages in the storage of a session, and its other values."""
+
+    async def read() -> tuple[set[str], dict[str, bytes]]:
+        prefix = f"context/{session_id}/"
+        async with MongoDBSessionManagerFactory(context.uri, context.database.name) as factory:
+            storage = (await factory.create_session_manager_async(session_id, must_exist=True)).storage
+            keys = await storage.list()
+            values = {key: await storage.read(key) or b"" for key in keys}
+        blocks = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        return blocks, {key: data for key, data in values.items() if not key.startswith(prefix)}
+
+    return asyncio.run(read())
 
 
 WHOLE = [(f"text {n}", [picture(n)] if n in (1, COUNT - 1) else []) for n in range(COUNT)]
@@ -168,6 +201,45 @@ class Replace(Operation):
                 assert old() == 1
 
 
+class Redact(Operation):
+    """Redacts an archived message, and removes its attachment and its content in the storage."""
+
+    client = MongoDBSessionRepository
+
+    def work(self, factory: Any, context: Context, session_id: str, say: Say) -> None:
+        message = said(1, "text 1")
+        message.redact_message = {"role": "assistant", "content": [{"text": "gone"}]}
+        factory.update_message(session_id, "agent", message)
+        say("acknowledged", 1)
+
+    def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
+        redacted = [*WHOLE[:1], ("gone", []), *WHOLE[2:]]
+        assert found == redacted or (not child.has_said("acknowledged") and found == WHOLE)
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        values, mine = values_of(context, session_id)
+        with context.repository() as repository:
+            if content(repository, session_id)[1][0] == "gone":
+                assert "t1_0" not in values
+        assert values | {"t1_0"} == {f"t{n}_0" for n in range(COUNT)}
+        assert mine == STORED
+
+
+class Store(Operation):
+    """Stores values in the storage of a session: a large one in the place of another, and a small one."""
+
+    def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
+        with factory.create_session_manager(session_id) as manager:
+            asyncio.run(manager.storage.write("large", OTHER))
+            asyncio.run(manager.storage.write("new", b"new"))
+        say("acknowledged", 1)
+
+    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+        _, mine = values_of(context, session_id)
+        assert mine in (STORED, {"large": OTHER}, {"large": OTHER, "new": b"new"})
+        assert not child.has_said("acknowledged") or len(mine) == 2
+
+
 class Fork(Operation):
     makes = True
 
@@ -236,7 +308,7 @@ class Migrate(Operation):
         ]
 
     def check_opened(self, context: Context, session_id: str, child: Child) -> None:
-        for suffix, path in zip(OUTSIDE, ("_id", "_id", "_id.file"), strict=True):
+        for suffix, path in zip(OUTSIDE_OF_V1, ("_id", "_id", "_id.file"), strict=True):
             found = context.database[f"agent_sessions{suffix}"]
             eventually(lambda found=found, path=path: not found.count_documents({f"{path}.session_id": session_id}))
 
@@ -280,7 +352,20 @@ class Rewind(Operation):
         assert parts_of(context, kept) == []
 
 
-OPERATIONS = [OpenNew(), Turn(), Replace(), Fork(), Import(), Delete(), Renew(), Migrate(), WriteBack(), Rewind()]
+OPERATIONS = [
+    OpenNew(),
+    Turn(),
+    Replace(),
+    Redact(),
+    Store(),
+    Fork(),
+    Import(),
+    Delete(),
+    Renew(),
+    Migrate(),
+    WriteBack(),
+    Rewind(),
+]
 
 
 def interrupted(operation: Operation, context: Context, session_id: str, at: int | None, after: bool) -> Child:
@@ -356,10 +441,21 @@ def texts_of(repository: MongoDBSessionRepository, session_id: str) -> list[str]
 
 
 @pytest.fixture(scope="module")
-def lines(server: str, shared_database: str) -> list[str]:
+def small_values() -> Iterator[None]:
+    """Values beyond 100 bytes have several pieces; forked processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_values, "INLINE_LIMIT", 100)
+        patch.setattr(_content, "PIECE_BYTES", 64)
+        yield
+
+
+@pytest.fixture(scope="module")
+def lines(small_values: None, server: str, shared_database: str) -> list[str]:
     """The export of the session that the operations use."""
     with MongoDBSessionRepository(server, shared_database, **LIMITS) as repository:
         fill(repository, "source")
+        with MongoDBSessionManagerFactory(server, shared_database, **LIMITS) as factory:
+            asyncio.run(store(factory, "source"))
         return list(repository.export_session("source"))
 
 

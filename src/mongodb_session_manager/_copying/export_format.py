@@ -5,7 +5,11 @@
     {"agent": <id>, "fields": {...}}    an agent without its messages, which follow, oldest first
     {"attachment": <reference>, "at": <offset>, "data": <base64>}
     {"message": {...}}                  the stored message, its attachments as references
+    {"content": <key>, "size": ..., "at": <offset>, "data": <base64>}    a value of the session's storage
     {"end": {"agents": ..., "messages": ..., "attachments": ..., "sha256": ...}}
+
+The values of the storage follow the last message, in the order of their keys; each can have several pieces. Without
+values, the last line does not count them.
 
 The pieces of an attachment precede the first message that refers to it. A later message with the same bytes refers to
 that attachment, even if its own reference has another token, unless there are `REMEMBERED` others between them. An
@@ -42,6 +46,7 @@ from .._format.codec import CODEC_OPTIONS, MARKER
 from .._format.dates import to_iso
 from .._format.documents import Document
 from .._format.ids import ExportedIds, checked_id
+from .._format.keys import normalized_key
 from .._format.sizes import MAX_DOCUMENT_BYTES, stored_size
 from ..errors import InvalidArgumentError, raise_alone
 from .import_checks import checked_agent, checked_message, checked_session, require
@@ -106,6 +111,7 @@ class Writer:
     def __init__(self) -> None:
         self._recent: Bounded[str, Reference] = Bounded(REMEMBERED)
         self._counts = {"agents": 0, "messages": 0, "attachments": 0}
+        self._values = 0
         self._digest = hashlib.sha256()
 
     def knows(self, reference: Reference) -> bool:
@@ -137,8 +143,17 @@ class Writer:
         self._counts["attachments"] += 1
         self._recent[reference.sha256] = reference
 
+    def value(self, key: str, data: bytes) -> Iterator[str]:
+        """Yield the lines of a value of the storage."""
+        for start in range(0, len(data) or 1, PIECE_BYTES):
+            encoded = base64.b64encode(data[start : start + PIECE_BYTES]).decode()
+            line = json.dumps({"content": key, "size": len(data), "at": start, "data": encoded})
+            yield self._digested(f"{line}\n")
+        self._values += 1
+
     def end(self) -> str:
-        return f"{json.dumps({'end': {**self._counts, 'sha256': self._digest.hexdigest()}})}\n"
+        counts = self._counts | ({"content": self._values} if self._values else {})
+        return f"{json.dumps({'end': {**counts, 'sha256': self._digest.hexdigest()}})}\n"
 
 
 # Reading.
@@ -177,7 +192,17 @@ class PieceRead(NamedTuple):
     whole: bool
 
 
-Read: TypeAlias = SessionRead | AgentRead | MessageRead | PieceRead
+class ValueRead(NamedTuple):
+    """Bytes of a value of the storage, from the offset `at`; `whole` if they are the last ones."""
+
+    key: str
+    size: int
+    at: int
+    data: bytes
+    whole: bool
+
+
+Read: TypeAlias = SessionRead | AgentRead | MessageRead | PieceRead | ValueRead
 
 
 class Reader:
@@ -195,6 +220,9 @@ class Reader:
         self._sequence = ExportedIds()
         self._room = MAX_DOCUMENT_BYTES
         self._attachment: tuple[Reference, int, Any] | None = None
+        self._values = 0
+        self._value: tuple[str, int, int] | None = None
+        self._last_key = ""
 
     def read(self, line: object) -> Read | None:
         """Return the content of a line, or `None` if it has none; raise `InvalidArgumentError` if it is invalid."""
@@ -235,6 +263,8 @@ class Reader:
                 return self._message(message)
             case {"attachment": text, "at": int() as at, "data": str() as data}:
                 return self._piece(Reference.parse(text), at, data)
+            case {"content": key, "size": int() as size, "at": int() as at, "data": str() as data}:
+                return self._value_piece(key, size, at, data)
             case {"end": dict() as numbers}:
                 self._end(numbers)
                 return None
@@ -273,10 +303,7 @@ class Reader:
         require(bool(self._agents), "it is an attachment without an agent")
         require(reference is not None and reference.length > 0, "its reference is invalid")
         assert reference is not None
-        try:
-            data = base64.b64decode(text, validate=True)
-        except ValueError:
-            raise_alone(InvalidArgumentError("its data is not base64"))
+        data = _bytes_of(text)
         if at == 0:
             self._attachment = (reference, 0, hashlib.sha256())
         known, length, digest = self._attachment or (None, 0, hashlib.sha256())
@@ -292,12 +319,41 @@ class Reader:
             self._counts["attachments"] += 1
         return PieceRead(reference, at, data, whole)
 
+    def _value_piece(self, key: object, size: int, at: int, text: str) -> ValueRead:
+        data = _bytes_of(text)
+        if at == 0:
+            require(self._value is None, "the value before it is not complete")
+            require(type(key) is str and normalized_key(key) == key, "its key is not valid")
+            require(str(key) > self._last_key, "its key does not follow the key before it")
+            require(size >= 0, "its size must be an int >= 0")
+            self._value = (str(key), size, 0)
+        known, expected, length = self._value or ("", -1, -1)
+        require(key == known and size == expected and length == at, "it does not continue its value")
+        length += len(data)
+        require(length <= size and bool(data or not size), "its value does not have its size")
+        self._value = (known, size, length)
+        if whole := length == size:
+            self._value, self._last_key = None, known
+            self._values += 1
+        return ValueRead(known, size, at, data, whole)
+
     def _end(self, numbers: Document) -> None:
-        counted = {name: numbers.get(name) for name in self._counts}
-        require(counted == self._counts, "its counts do not match the lines: some are missing or repeated")
+        require(self._value is None, "the value before it is not complete")
+        counted = {name: numbers.get(name) for name in self._counts} | {"content": numbers.get("content", 0)}
+        require(
+            counted == self._counts | {"content": self._values},
+            "its counts do not match the lines: some are missing or repeated",
+        )
         if "sha256" in numbers:
             require(numbers["sha256"] == self._digest.hexdigest(), "a line before it was changed")
         self.is_complete = True
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise_alone(InvalidArgumentError("its data is not base64"))
 
 
 def _stripped(line: object) -> bytes:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
 from .._format.changes import Loaded
+from .._format.content import HAS_CONTENT, removed_ids
 from .._format.dates import now
 from .._format.documents import Document
 from .._format.ids import ExportedIds, agent_id_of, agent_key, checked_id
+from .._format.keys import block_id_of
 from .._format.layout import Place
 from .._format.malformed import MalformedField, malformed_fields, usable_agents
 from .._store.store import SessionStore
@@ -62,9 +64,25 @@ class Export:
         for key in tuple(agents):
             async for lines in self._agent_lines(source, key, agents.pop(key), writer):
                 yield lines
+        if document.get(HAS_CONTENT) is True:
+            async for lines in self._value_lines(source.place, set(removed_ids(document)), writer):
+                yield lines
         if has_archive:
             await self._check_rewound(source)
         yield [writer.end()]
+
+    async def _value_lines(self, place: Place, left_out: Set[str], writer: Writer) -> AsyncGenerator[list[str], None]:
+        """Yield the lines of the values of the storage, without the ones that are to be removed."""
+        content = self._store.content
+        async with self._connection.operation():
+            keys = await content.keys(place, "")
+        for key in keys:
+            if block_id_of(key) in left_out:
+                continue
+            async with self._connection.operation():
+                data = await content.read(place, key)
+            if data is not None:
+                yield await asyncio.to_thread(list, writer.value(key, data))
 
     async def _agent_lines(
         self, source: _Source, key: str, agent: Document, writer: Writer

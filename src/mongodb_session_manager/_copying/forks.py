@@ -14,6 +14,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
+from .._format.content import HAS_CONTENT, all_block_ids, removed_ids
 from .._format.documents import Document, number
 from .._format.ids import agent_id_of, checked_id, stored_id
 from .._format.labels import owner_of
@@ -65,6 +66,8 @@ class _Fork:
         self._staging = staging
         self._session_id = source.place.session_id
         self._replaced: list[Reference] = []
+        self._has_content = source.document.get(HAS_CONTENT) is True
+        self._left_out = set(removed_ids(source.document))
 
     async def copy(self, at_message: int | dict[str, int] | None) -> None:
         """Copy the session up to the given messages.
@@ -83,9 +86,12 @@ class _Fork:
         if any(number(agent, "archived") for agent in agents.values()) and await self._is_rewound():
             raise ReadAgainError
         await self._store.attachments.remove_unnamed(self._staging.place, self._replaced)
+        if self._has_content:
+            await self._store.content.copy(self._source.place, self._staging.place, self._left_out)
         seconds = self._store.expiry.session_ttl or Life.of(document).time_to_live
         # A `state` of the session is a field of the application.
         sets = {**await self._staging.date(seconds), **{k: document[k] for k in ("state",) if k in document}}
+        sets |= {HAS_CONTENT: True} if self._has_content else {}
         await self._staging.go_live(sets)
 
     async def _copy_agent(self, builder: SessionBuilder, key: str, last: int | None) -> None:
@@ -94,6 +100,8 @@ class _Fork:
             raise no_message(agent_id, last)
         agent = builder.add_agent(key, agent_fields(stored))
         is_complete, count, usage = False, 0, usage_of(())
+        stays: set[str] = set()
+        cut: set[str] = set()
         async with aclosing(self._batches(key)) as batches:
             async for batch in batches:
                 count += len(batch)
@@ -104,6 +112,9 @@ class _Fork:
                     is_complete = kept > 0
                     kept = kept or len(batch)
                 await self._add(builder, agent, agent_id, batch[:kept])
+                if last is not None and self._has_content:
+                    stays |= all_block_ids(message for message, _ in batch[:kept])
+                    cut |= all_block_ids(message for message, _ in batch[kept:])
                 if kept < len(batch):
                     later = await asyncio.to_thread(usage_of, [message for message, _ in batch[kept:]])
                     usage = {name: amount + later[name] for name, amount in usage.items()}
@@ -112,6 +123,7 @@ class _Fork:
         elif not is_complete:
             raise no_message(agent_id, last)
         else:
+            self._left_out |= cut - stays
             agent.fields = cut_fields(agent.fields, last, agent.count, count, usage)
 
     async def _batches(self, key: str) -> AsyncGenerator[list[Sized], None]:

@@ -44,6 +44,7 @@ from ..errors import EncodingError, InvalidArgumentError, raise_alone
 NOT_COPIED = frozenset(
     {"_id", "session_id", "agents", "copy_of", "incarnation", "removed_attachments", "lease"}
     | {"state", "state_by", "state_until", "time_to_live", "expires_at", "migrating", "moved"}
+    | {"has_content", "removed_content"}
     | {"attachments_generation", "session_ttl", "kept_until", "keep_until"}  # of 1.0.0
 )
 """Fields of a session document that are not copied; a copy has its own values, or none."""

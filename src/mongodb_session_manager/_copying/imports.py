@@ -11,15 +11,18 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from .._format.attachment_refs import Reference
+from .._format.content import HAS_CONTENT
 from .._format.documents import Document, config_set
 from .._format.ids import agent_key
+from .._format.keys import copied_key
 from .._format.labels import guard, owner_of
 from .._io.portal import Portal
 from .._store.attachments import CHUNK_BYTES
+from .._store.content import Upload
 from .._store.store import SessionStore
 from ..errors import InvalidArgumentError
 from .builder import SessionBuilder
-from .export_format import MAX_LINE, AgentRead, MessageRead, PieceRead, Read, Reader, SessionRead
+from .export_format import MAX_LINE, AgentRead, MessageRead, PieceRead, Read, Reader, SessionRead, ValueRead
 from .staging import Staging
 
 _LINES = 256
@@ -45,6 +48,9 @@ class Import:
         self._unfinished: Reference | None = None
         self._chunk = bytearray()
         self._chunks = 0
+        self._upload: Upload | None = None
+        self._has_content = False
+        self._exported_id = ""
         self._turn = asyncio.Lock()
         self._is_over = False
 
@@ -67,7 +73,8 @@ class Import:
             await self._drop_unfinished()
             await self._begun.fill()
             staging = self._begun.staging
-            await staging.go_live(await staging.date(self._store.expiry.session_ttl))
+            content = {HAS_CONTENT: True} if self._has_content else {}
+            await staging.go_live({**await staging.date(self._store.expiry.session_ttl), **content})
             self._is_over = True
             return staging.session_id
 
@@ -99,9 +106,12 @@ class Import:
                 await self._begun.add_message(found.message, found.size)
             case PieceRead():
                 await self._piece(found)
+            case ValueRead():
+                await self._value(found)
 
     async def _begin(self, found: SessionRead) -> None:
         session_id = found.session_id if self._session_id is None else self._session_id
+        self._exported_id = found.session_id
         staging = Staging(self._store, session_id)
         origin = {"session_id": found.session_id, "at": self._store.connection.now()}
         fields = {**found.fields, **guard(self._owner), "copy_of": origin}
@@ -122,6 +132,17 @@ class Import:
         if piece.whole:
             await attachments.put_entry(place, reference)
             self._unfinished = None
+
+    async def _value(self, value: ValueRead) -> None:
+        staging = self._begun.staging
+        if value.at == 0:
+            key = copied_key(value.key, self._exported_id, staging.session_id)
+            self._upload = self._store.content.upload(staging.place, key, value.size)
+        assert self._upload is not None  # the reader accepts no other piece
+        await self._upload.add(value.data)
+        if value.whole:
+            await self._upload.finish()
+            self._has_content = True
 
     async def _drop_unfinished(self) -> None:
         if self._unfinished is not None:

@@ -20,9 +20,11 @@ from bson import ObjectId
 
 from .._format.attachment_refs import references_of
 from .._format.buckets import Head
+from .._format.content import HAS_CONTENT, all_block_ids, without_removed_content
 from .._format.documents import Document, number
 from .._format.expressions import ALL
 from .._format.ids import agent_id_of, agent_key, checked_id, checked_message_id, stored_id
+from .._format.keys import block_id_of
 from .._format.layout import LIVE, Place
 from .._format.lease import StoredLease
 from .._format.statements import REMOVED, Update
@@ -46,9 +48,16 @@ from .source import Source, is_rewound, read_copyable
 logger = logging.getLogger(__name__)
 
 _CALLS = ("message.content.toolUse.toolUseId", "message.content.toolResult.toolUseId")
-_REMOVED_MESSAGE = ("attachments", "usage", "event_loop_metrics.message_usage", "message.role", *_CALLS)
+_REMOVED_MESSAGE = (
+    "attachments",
+    "usage",
+    "event_loop_metrics.message_usage",
+    "message.role",
+    "message.tracking_id",
+    *_CALLS,
+)
 _REMOVED_BUCKET: Document = {"revision": 1, REMOVED: 1, **{f"messages.{name}": 1 for name in _REMOVED_MESSAGE}}
-"""The projection of what `usage_of` and `references_of` read in a bucket."""
+"""The projection of what `usage_of`, `references_of` and `block_ids_of` read in a bucket."""
 
 
 def checked_ends(at_message: object) -> int | dict[str, int]:
@@ -119,6 +128,7 @@ class _Rewind:
         self._id = ObjectId()
         self.source: Source
         self._cuts: list[Cut] = []
+        self._content: set[str | None] = set()  # the ids in the keys of the storage
 
     async def read(self) -> bool:
         """Read the session and find what is to be removed.
@@ -138,6 +148,8 @@ class _Rewind:
             if lease.until is not None and lease.until > self._store.connection.now():
                 raise SessionBusyError(f"session {self._session_id!r} is busy: a manager has its turn")
             ends = ends_of(self._session_id, self._ends, map(agent_id_of, source.agents))
+            if source.document.get(HAS_CONTENT) is True:
+                self._content = set(map(block_id_of, await self._store.content.keys(source.place, "")))
             try:
                 self._cuts = [await self._cut(agent_key(agent_id), last) for agent_id, last in ends.items()]
             except ReadAgainError:
@@ -202,7 +214,11 @@ class _Rewind:
             raise no_message(agent_id_of(key), last)
         removed = head[kept - archived :]
         usage = await asyncio.to_thread(usage_of, removed)
-        return Cut(key, stored, last, kept, usage, _references(removed))
+        block_ids = self._content_of(removed, head[: kept - archived])
+        return Cut(key, stored, last, kept, usage, _references(removed), block_ids)
+
+    def _content_of(self, removed: list[Any], kept: list[Any]) -> list[str]:
+        return sorted((all_block_ids(removed) - all_block_ids(kept)) & self._content)
 
     async def _cut_archive(self, key: str, last: int) -> Cut:
         stored, place, archive = self.source.agents[key], self.source.place, self._store.archive
@@ -229,10 +245,11 @@ class _Rewind:
             revision = max(revision, number(bucket, "revision"))
         usage = await asyncio.to_thread(usage_of, removed)
         references = [*_references(removed), *map(str, references_of({"attachments": listed}))]
-        return Cut(key, stored, last, kept, usage, references, returned, revision)
+        block_ids = self._content_of(removed, returned)
+        return Cut(key, stored, last, kept, usage, references, block_ids, returned, revision)
 
     async def _remove(self, listed: Any) -> None:
-        """Remove the buckets and attachments of removed messages; log a failure."""
+        """Remove the buckets, attachments and content of removed messages; log a failure."""
         place, mover = self.source.place, self._store.mover
         for cut in self._cuts:
             mover.forget(self._session_id, cut.key)
@@ -244,6 +261,10 @@ class _Rewind:
                     await mover.remove_stale(place, cut.key, head)
             if isinstance(listed, list) and listed:
                 await self._store.attachments.remove_removed(place, listed)
+            if block_ids := {each for cut in self._cuts for each in cut.block_ids}:
+                await self._store.content.remove(place, block_ids)
+                own = {"_id": place.session_id, "incarnation": place.incarnation}
+                await self._store.sessions.update(Update(own, without_removed_content(sorted(block_ids)), None))
         except MongoDBSessionError as error:
             logger.warning(
                 "session_id=<%r>, error=<%s> | messages and attachments after a rewind not removed, the next opening "

@@ -16,6 +16,7 @@ from bson import ObjectId
 
 from .._format.buckets import revision_above
 from .._format.changes import Loaded
+from .._format.content import HAS_CONTENT, REMOVED_CONTENT, with_removed_content
 from .._format.documents import Document, is_number, number, usable
 from .._format.expressions import array_at
 from .._format.ids import agent_id_of
@@ -37,6 +38,7 @@ class Cut:
         kept: How many messages stay.
         usage: The usage of the removed messages.
         references: The attachments of the removed messages.
+        block_ids: The ids of the removed messages whose content is in the storage of the session.
         returned: The archived messages that become its head; `None` if no archived message is removed.
         revision: The highest revision of its head and of the buckets to remove.
     """
@@ -47,6 +49,7 @@ class Cut:
     kept: int
     usage: Mapping[str, Any]
     references: Sequence[str]
+    block_ids: Sequence[str]
     returned: list[Any] | None = None
     revision: int = 0
 
@@ -97,11 +100,13 @@ def compile_rewind(
         "_id": place.session_id,
         "incarnation": place.incarnation,
         "lease.until": {"$not": {"$gt": moment}},
+        HAS_CONTENT: True if session.get(HAS_CONTENT) is True else {"$ne": True},
     }
     sets: Document = {"updated_at": moment}
     same: list[Document] = []
     left_out: list[Document] = []
     references: set[str] = set()
+    block_ids: set[str] = set()
     for cut in cuts:
         path = f"agents.{cut.key}"
         condition |= _unchanged(path, cut)
@@ -109,11 +114,14 @@ def compile_rewind(
         same += [_is_same(f"{path}.{name}", cut.stored, name) for name in (_STATE, "view")]
         left_out.append(_is_left_out("$$this", cut))
         references.update(cut.references)
+        block_ids.update(cut.block_ids)
     condition["$expr"] = {"$and": same}
     kept = {"$filter": {"input": "$guardrail_events", "cond": {"$not": [{"$or": left_out}]}}}
     sets["guardrail_events"] = {"$cond": [{"$isArray": ["$guardrail_events"]}, kept, "$guardrail_events"]}
     if references:
         sets[REMOVED] = with_removed([sorted(references)])
+    if block_ids:
+        sets[REMOVED_CONTENT] = with_removed_content([sorted(block_ids)])
     return Update(condition, [{"$set": sets | _told(session, rewound)}], None)
 
 

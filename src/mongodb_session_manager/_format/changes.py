@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 from bson import ObjectId
 
 from .attachment_refs import Reference
+from .content import all_block_ids
 from .documents import Document, StoredMessage
 from .ids import checked_id
 from .retention import UNDATED, Dates
@@ -210,6 +211,11 @@ class MessageWrite:
         """The identity of the message, `None` if it is not known."""
         return self.known_as if self.recorded is None else Identity.of(self.recorded)
 
+    @property
+    def redacts(self) -> bool:
+        """Whether the message is redacted."""
+        return self.fields.get("redact_message") is not None
+
     def amend(self, fields: Mapping[str, Any]) -> None:
         """Change fields of a new message, or further ones of a stored message."""
         if self.recorded is None:
@@ -242,6 +248,7 @@ class AgentWrite:
         attached: The references to the attachments that were stored for the messages.
         dates: The expiry of their files.
         outdated: The references of archived messages whose content is replaced next.
+        redacted: The ids of the content of archived messages that are redacted next, see `content`.
         incarnation: The incarnation of the session.
         loaded: The agent as the writer has loaded it; `None` for a writer that has not loaded it.
     """
@@ -260,6 +267,7 @@ class AgentWrite:
     attached: list[Reference] = field(default_factory=list)
     dates: Dates = UNDATED
     outdated: list[str] = field(default_factory=list)
+    redacted: list[str] = field(default_factory=list)
     incarnation: ObjectId | None = None
     loaded: Loaded | None = None
 
@@ -400,6 +408,17 @@ class AgentWrite:
     def replaces_content(self) -> bool:
         """Whether stored messages get new content, so that their old attachments must be removed."""
         return any("attachments" in fields for fields in self.replaced.values())
+
+    @property
+    def redacts(self) -> bool:
+        """Whether messages are redacted, so that their content must be removed from the session's storage."""
+        return bool(self.redacted) or any(message.redacts for message in self.messages.values())
+
+    @property
+    def redacted_ids(self) -> list[str]:
+        """The ids of the content of redacted messages that the session document does not hold."""
+        new = [each.recorded for each in self.messages.values() if each.recorded is not None and each.redacts]
+        return sorted({*self.redacted, *all_block_ids(new)})
 
     @property
     def is_empty(self) -> bool:

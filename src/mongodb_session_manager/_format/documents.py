@@ -21,6 +21,8 @@ time_to_live, expires_at of a session that expires, see `retention`
 state, state_by, state_until
                          of a session that is being copied or deleted, see `_store.deletion`
 removed_attachments      references of replaced messages, until the files are removed, see `_store.attachments`
+has_content, removed_content
+                         of a session whose storage was used, see `content`
 migrating, moved         of a session of 1.0.0 whose migration is not complete, see `_store.migration`
 multi_agents.<key>       see `multi_agents`
 copy_of                  the origin of an imported session or a fork: {session_id, at}

@@ -3,6 +3,7 @@
 <collection>_archive               buckets of old messages, see `buckets`
 <collection>_attachments.files     large attachments, see `_store.attachments`
 <collection>_attachments.chunks
+<collection>_content              the values of `manager.storage`, see `_store.content`
 
 The `_id` of each of these documents begins with the session's `incarnation`, an ObjectId that is set when the session
 is created. A session that is deleted and created again shares nothing with its predecessor, and all parts of a session
@@ -26,8 +27,9 @@ from .documents import Document
 ARCHIVE = "_archive"
 FILES = "_attachments.files"
 CHUNKS = "_attachments.chunks"
+CONTENT = "_content"
 
-OUTSIDE = (ARCHIVE, FILES, CHUNKS)
+OUTSIDE = (ARCHIVE, FILES, CHUNKS, CONTENT)
 """The suffixes of the collections that hold parts, in the order in which a deletion removes the parts.
 
 Files are removed before their chunks, and copied after them: so a file that was copied has all its chunks.
@@ -98,6 +100,25 @@ class Place(NamedTuple):
     def chunks(self) -> Document:
         return {operator: {"file": bound} for operator, bound in self.files().items()}
 
+    def value_id(self, key: str) -> Document:
+        return {**self._prefix, "key": key}
+
+    def values(self, keys: Document) -> Document:
+        """Return the range of the values whose keys are in a range of strings."""
+        bounds = {operator: self.value_id(bound) for operator, bound in keys.items()}
+        return {"$lt": {**self._prefix, "key": {}}, **bounds}  # objects sort after strings
+
+    def piece_id(self, file: ObjectId, n: int) -> Document:
+        """Return the `_id` of a piece of a large value."""
+        return {**self._prefix, "file": file, "n": n}
+
+    def pieces_of(self, file: ObjectId) -> Document:
+        prefix = {**self._prefix, "file": file}
+        return {"$gte": prefix, "$lte": {**prefix, "n": MaxKey()}}
+
+    def content(self) -> Document:
+        return self._range("key")
+
     def outside(self) -> list[tuple[str, Document]]:
-        ranges = {ARCHIVE: self.buckets(), CHUNKS: self.chunks(), FILES: self.files()}
+        ranges = {ARCHIVE: self.buckets(), CHUNKS: self.chunks(), FILES: self.files(), CONTENT: self.content()}
         return [(suffix, {"_id": ranges[suffix]}) for suffix in OUTSIDE]

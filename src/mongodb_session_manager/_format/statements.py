@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from bson import ObjectId
 
 from .changes import AgentWrite, Identity, split_fields
+from .content import REMOVED_CONTENT, block_ids, with_removed_content
 from .documents import Document
 from .expressions import array_at, stored_config_set
 from .ids import agent_key
@@ -38,6 +39,7 @@ class _Parts:
     pushes: dict[str, list[Any]] = field(default_factory=dict)
     events: list[Document] = field(default_factory=list)
     outdated: list[str] = field(default_factory=list)
+    redacted: list[Document | list[str]] = field(default_factory=list)
     views: dict[str, Document] = field(default_factory=dict)
     removed_views: list[str] = field(default_factory=list)
     replacements: dict[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)
@@ -57,6 +59,8 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite], owner: str | N
             moments.append(write.moment)
         parts.events += write.events
         parts.outdated += write.outdated
+        if redacted := write.redacted_ids:
+            parts.redacted.append(redacted)
         if write.incarnation is not None:
             condition["incarnation"] = write.incarnation
         if write.attached:
@@ -90,7 +94,7 @@ def compile_update(session_id: str, writes: Iterable[AgentWrite], owner: str | N
     if moments:
         parts.sets["updated_at"] = max(moments)
     replaces_content = any("attachments" in fields for each in parts.replacements.values() for fields in each.values())
-    needs_values = parts.unless_set or parts.outdated or parts.views or replaces_content
+    needs_values = parts.unless_set or parts.outdated or parts.redacted or parts.views or replaces_content
     if needs_values or parts.pushes.keys() & parts.replacements.keys():
         return Update(condition, [{"$set": _pipeline(parts)}], None)
     return _operators(condition, parts)
@@ -122,6 +126,9 @@ def _add(write: AgentWrite, path: str, parts: _Parts) -> None:
         parts.replacements[f"{path}.messages"] = replaced
         parts.identities[f"{path}.messages"] = write.identities
         parts.increments[f"{path}.revision"] = 1
+        for message_id in [n for n, message in write.messages.items() if n in replaced and message.redacts]:
+            meant = _chosen(f"{path}.messages", is_meant(message_id, write.identities.get(message_id)))
+            parts.redacted.append(block_ids(meant))
     if appended := write.appended:
         parts.pushes[f"{path}.messages"] = appended
         parts.sets[f"{path}.next_message_id"] = appended[-1]["message_id"] + 1
@@ -221,6 +228,8 @@ def _pipeline(parts: _Parts) -> Document:
     ]
     if removed:
         stage[REMOVED] = with_removed(removed)
+    if parts.redacted:
+        stage[REMOVED_CONTENT] = with_removed_content(parts.redacted)
     return stage
 
 
@@ -235,9 +244,12 @@ but not the buckets.
 
 def attachments_of(messages: str, is_meant: Document) -> Document:
     """Return the expression for the attachments of the `messages` that a condition on `$$message` selects."""
-    chosen = {"$filter": {"input": array_at(f"${messages}"), "as": "message", "cond": is_meant}}
     concatenated = {"$concatArrays": ["$$value", array_at("$$this.attachments")]}
-    return {"$reduce": {"input": chosen, "initialValue": [], "in": concatenated}}
+    return {"$reduce": {"input": _chosen(messages, is_meant), "initialValue": [], "in": concatenated}}
+
+
+def _chosen(messages: str, is_meant: Document) -> Document:
+    return {"$filter": {"input": array_at(f"${messages}"), "as": "message", "cond": is_meant}}
 
 
 def with_removed(lists: Sequence[Document | list[str]]) -> Document:

@@ -51,6 +51,7 @@ _OPTIONS: dict[Fields, Document] = {
     ("state",): {"partialFilterExpression": {"state": {"$exists": True}}},
     ("expires_at",): {"expireAfterSeconds": 0},
     ("files_id", "n"): {"unique": True},
+    ("block_id",): {"partialFilterExpression": {"block_id": {"$exists": True}}},
     ("tags",): {"partialFilterExpression": {"tags": {"$exists": True}}},
     **{("owner", date, "_id"): {"partialFilterExpression": {"owner": {"$exists": True}}} for date in DATES},
 }

@@ -11,7 +11,7 @@ import logging
 import math
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from strands import Agent
 from strands.bidi.hooks.events import BidiAgentStopEvent
@@ -29,6 +29,7 @@ from strands.types.session import SessionMessage
 
 from .._format.dates import now
 from .._format.ids import checked_id
+from .._storage.session_storage import SessionStorage
 from ..errors import (
     AgentNotFoundError,
     EncodingError,
@@ -40,7 +41,7 @@ from ..errors import (
 )
 from .capture import capture_base, capture_config, capture_metrics, guardrail_event
 from .lifecycle import SessionLifecycle
-from .restoring import RESTORE_ERRORS, restore_error
+from .restoring import RESTORE_ERRORS, WithoutStorage, restore_error
 from .turns import can_be_changed
 from .user_hooks import Hook
 
@@ -118,13 +119,19 @@ class SessionManagerBase(SessionLifecycle):
         """Let Strands restore an agent; if it cannot, raise an error that names the session and the field."""
         is_stored = self._unit.is_stored(agent.agent_id)
         try:
-            self._session.for_strands(super().initialize, agent, **kwargs)
+            self._session.for_strands(super().initialize, self._without_own_storage(agent), **kwargs)
             return
         except RESTORE_ERRORS as error:
             failure = restore_error(self.session_id, agent.agent_id, error) if is_stored else None
             if failure is None:
                 raise
         raise failure
+
+    def _without_own_storage(self, agent: LocalAgent) -> LocalAgent:
+        """Return an agent as Strands' session logic may see it: it warns about a storage that it does not know."""
+        storage = getattr(agent, "storage", None)
+        is_own = isinstance(storage, SessionStorage) and storage.session is self._session_storage.session
+        return cast(LocalAgent, WithoutStorage(agent)) if is_own else agent
 
     def append_message(self, message: Message, agent: LocalAgent, **kwargs: Any) -> None:
         """Append a message to the agent's stored conversation.

@@ -20,6 +20,8 @@ from .._format.sizes import is_large_session
 from .._io.loop import ExitOrder, close_at_exit
 from .._io.portal import running_loop
 from .._notifications.notify import DRAIN_TIMEOUT, drain
+from .._storage.session_storage import OfManager, SessionStorage
+from .._storage.storage import MongoDBStorage
 from .._store.lease_queue import Caller
 from ..errors import (
     EventLoopError,
@@ -65,6 +67,7 @@ class SessionLifecycle(OrchestratorSessionManager):
         self._synced: set[str] = set()
         self._agents: WeakValueDictionary[str, LocalAgent] = WeakValueDictionary()
         self._orchestrators = WeakValueDictionary()
+        self._session_storage = SessionStorage(self._repository._store, OfManager(self.session_id))
         self._lease = configuration.lease(self._repository, self.session_id)
         self._flusher = Flusher(self.session_id, self._connection, self._repository, self._lease)
         self._turns = Turns("agent", self._lease, self._connection, self._flusher)
@@ -73,6 +76,17 @@ class SessionLifecycle(OrchestratorSessionManager):
     def __repr__(self) -> str:
         state = "closed" if self._closed else "new" if self._work is None else "open"
         return f"<{type(self).__name__} session_id={self.session_id!r}, {state}>"
+
+    @property
+    def storage(self) -> MongoDBStorage:
+        """A Strands `Storage` whose values belong to the session, for `Agent(storage=manager.storage)`.
+
+        The values are deleted, exported, forked and rewound with the session, and expire with it. The content that
+        Strands' context manager stores of a message is removed when the message is redacted. A write raises
+        `SessionNotFoundError` if the session does not exist. After `close`, every operation raises
+        `SessionClosedError`.
+        """
+        return self._session_storage
 
     @property
     def _unit(self) -> UnitOfWork:
@@ -114,6 +128,7 @@ class SessionLifecycle(OrchestratorSessionManager):
                 await self._give_up()
                 raise
             self._work = work
+            self._session_storage.session.incarnation = work.incarnation
 
     async def _loaded(self, document: Document) -> UnitOfWork:
         inline = self._options.max_inline_attachment_bytes
@@ -219,7 +234,7 @@ class SessionLifecycle(OrchestratorSessionManager):
                 self._closing.set()
 
     async def _close_work(self) -> None:
-        self._closed = True
+        self._closed = self._session_storage.session.is_closed = True
         if self._work is not None:
             self._work.close()
             if self._lease is not None:

@@ -1,8 +1,9 @@
-"""The error for an agent whose stored state Strands cannot restore."""
+"""Restoring an agent by Strands: the agent as Strands sees it, and the error for a state that cannot be restored."""
 
 from __future__ import annotations
 
 from traceback import walk_tb
+from typing import Any
 
 from strands.types.exceptions import SessionException
 
@@ -18,6 +19,25 @@ _RESTORED_IN = {
 
 RESTORE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SessionException)
 """Errors that Strands raises for a state that it cannot restore."""
+
+
+class WithoutStorage:
+    """An agent without its storage: everything else is read from the agent and set on it."""
+
+    storage = None
+
+    def __init__(self, agent: object) -> None:
+        self.__dict__["_agent"] = agent
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.__dict__["_agent"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_agent"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_agent"], name, value)
 
 
 def restore_error(session_id: str, agent_id: str, error: Exception) -> DatabaseError | None:

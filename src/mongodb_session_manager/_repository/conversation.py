@@ -135,7 +135,7 @@ class ConversationMethods(RepositoryMethods):
         return documents.session_from(document)
 
     async def delete_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
-        """Delete a session: its document, its archived messages and its attachments.
+        """Delete a session: its document, its archived messages, its attachments and the content of its storage.
 
         The first command removes the content of the document. If the call is interrupted after that, the session does
         not exist any more. A call with the same id, or a process that opens its first session in the collection a

@@ -9,37 +9,26 @@ from __future__ import annotations
 
 import builtins
 import copy
-import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, Self, TypeVar
 
-from bson import ObjectId
 from strands.storage import Storage
 from strands.storage import storage as strands_storage
 
 from .._format.documents import Document
-from .._format.ids import checked_text
+from .._format.keys import normalized_key, normalized_prefix, prefix_range
 from .._io import drivers
 from .._io.collection import Collection
 from .._io.connection import Connection
-from .._io.driver_errors import DuplicateKeyError
 from .._io.names import checked_name, given
 from .._io.settings import Settings
-from ..errors import DatabaseError, InvalidArgumentError
+from .._store import values
+from .._store.values import Values
+from ..errors import InvalidArgumentError
 from .gridfs import Bucket
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-INLINE_LIMIT = 4 * 1024 * 1024
-"""The maximum number of bytes of a value that is stored in the document of its key.
-
-A document can hold 16 MiB, but a server with a small cache (256 MiB) sometimes refuses to replace such a document:
-"transaction is too large and will not fit in the storage engine cache".
-"""
-
-_ROUNDS = 8
-"""The number of attempts of a read or a write while the value changes."""
 
 # Marks a view that has a prefix, so that Strands' subsystems do not add theirs; there is no public name.
 _NAMESPACED = getattr(strands_storage, "_NAMESPACED", None)
@@ -93,6 +82,7 @@ class MongoDBStorage(Storage[str, str]):
             checked_name(given(collection_name, "agent_storage"), "collection_name"),
         )
         self._bucket = Bucket(self._collection.part("_blobs"))
+        self._values = Values(self._collection, self._bucket)
         self._prefix = ""
 
     def __repr__(self) -> str:
@@ -182,88 +172,24 @@ class MongoDBStorage(Storage[str, str]):
 
     async def _write(self, key: str, data: bytes) -> None:
         value: Document = {"size": len(data), "updated_at": self._connection.now()}
-        file = None
-        if len(data) <= INLINE_LIMIT:
-            value["data"] = data
-        else:
-            value["file"] = file = await self._bucket.upload(key, data)
-
-        async def put(expected: ObjectId | None) -> bool:
-            if file is not None:
-                self._bucket.check_time(file)
-            condition = {"_id": key, "file": expected}
-            try:
-                result = await self._collection.send(
-                    lambda values: values.replace_one(condition, value, upsert=expected is None)
-                )
-            except DuplicateKeyError:
-                return False  # the value is in another file, or another writer has just created it
-            return bool(result.matched_count or result.upserted_id is not None)
-
-        await self._exchange(key, put, lambda stored: file is not None and stored.get("file") == file)
-        if file is not None:
-            await self._bucket.name(file, key)
-            await self._bucket.sweep(self._file_of)
-
-    async def _delete(self, key: str) -> None:
-        async def remove(expected: ObjectId | None) -> bool:
-            condition = {"_id": key, "file": expected}
-            return await self._collection.delete_one(condition)
-
-        await self._exchange(key, remove, lambda stored: not stored)
-
-    async def _exchange(
-        self, key: str, act: Callable[[ObjectId | None], Awaitable[bool]], done: Callable[[Document], bool]
-    ) -> None:
-        """Replace or remove a value, and then its old file.
-
-        Args:
-            key: The key.
-            act: Replaces or removes the value if it is in a given file (`None`: in the document, or missing); returns
-                whether it did.
-            done: Returns whether an earlier attempt, whose acknowledgement was lost, has stored this document.
-        """
-        file: ObjectId | None = None  # most values are in no file
-        replaced: list[ObjectId] = []
-        for _ in range(_ROUNDS):
-            if await act(file):
-                break
-            stored = await self._collection.find_one({"_id": key}, {"file": 1}) or {}
-            if done(stored):
-                break
-            file = stored.get("file")
-            if file is not None:
-                await self._bucket.unname(file)
-                replaced.append(file)
-        else:
-            raise DatabaseError("the value kept changing while it was written: try again later")
-        for file in replaced:
-            await self._bucket.delete(file)
+        if len(data) <= values.INLINE_LIMIT:
+            await self._values.put(key, {**value, "data": data})
+            return
+        file = await self._bucket.upload(key, data)
+        await self._values.put(key, {**value, "file": file}, lambda: self._bucket.check_time(file))
+        await self._bucket.name(file, key)
+        await self._bucket.sweep(self._values.file_of)
 
     async def _read(self, key: str) -> bytes | None:
-        seen = None
-        for _ in range(_ROUNDS):
-            document = await self._collection.find_one({"_id": key})
-            if document is None:
-                return None
-            file: ObjectId | None = document.get("file")
-            if file is None:
-                return bytes(document["data"])
-            if file == seen:
-                raise DatabaseError("the value's file in GridFS is not complete")
-            if (data := await self._bucket.download(file, document["size"])) is not None:
-                return data
-            seen = file  # replaced while it was read, or damaged
-        raise DatabaseError("the value kept changing while it was read: try again later")
+        return await self._values.read(key)
+
+    async def _delete(self, key: str) -> None:
+        await self._values.remove(key)
 
     async def _list(self, prefix: str) -> builtins.list[str]:
         bounds = {"_id": prefix_range(prefix)}
         documents = await self._collection.find(bounds, {"_id": 1}, sort=[("_id", 1)])
         return [document["_id"] for document in documents]
-
-    async def _file_of(self, key: str) -> ObjectId | None:
-        document = await self._collection.find_one({"_id": key}, {"file": 1})
-        return None if document is None else document.get("file")
 
 
 class SharedStorage(MongoDBStorage):
@@ -271,34 +197,3 @@ class SharedStorage(MongoDBStorage):
 
     def __init__(self, connection: Connection, database_name: str | None, collection_name: str | None) -> None:
         self._bind(connection, database_name, collection_name, owned=False)
-
-
-def normalized_key(key: object) -> str:
-    normalized = _normalized(key, "key").strip("/")
-    if not normalized:
-        raise InvalidArgumentError("key must not be empty")
-    return normalized
-
-
-def normalized_prefix(prefix: object) -> str:
-    """Return a prefix in the form of Strands' path-based backends; a trailing `/` is significant."""
-    return _normalized(prefix, "prefix").lstrip("/")
-
-
-def _normalized(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidArgumentError(f"{name} must be a str, not {type(value).__name__}")
-    if "\\" in value:
-        raise InvalidArgumentError(f"{name} must not contain a backslash")
-    if ".." in value.split("/"):
-        raise InvalidArgumentError(f"{name} must not contain the segment '..'")
-    return re.sub("/+", "/", checked_text(value, name))
-
-
-def prefix_range(prefix: str) -> Document:
-    """Return the range of the strings that begin with a prefix; MongoDB orders strings by code points."""
-    stem = prefix.rstrip("\U0010ffff")
-    if not stem:
-        return {"$gte": prefix}  # matches strings only
-    last = ord(stem[-1]) + 1
-    return {"$gte": prefix, "$lt": stem[:-1] + chr(0xE000 if last == 0xD800 else last)}

@@ -9,6 +9,7 @@ from typing import Any
 from .._format.attachment_refs import references_of
 from .._format.changes import AgentWrite, Identity, MessageWrite
 from .._format.comparison import renumbered
+from .._format.content import block_ids_of
 from .._format.documents import Document
 from .._format.expressions import number_at
 from .._format.ids import agent_key
@@ -79,6 +80,7 @@ class ArchivedChange:
     ) -> AgentWrite:
         """Add the changes of archived messages; return the other changes, with the stored ids of their messages."""
         outdated: set[str] = set()
+        redacted: set[str] = set()
         messages: dict[int, MessageWrite] = {}
         new_ids: dict[int, int] = {}
         for message_id, message in rest.messages.items():
@@ -92,6 +94,8 @@ class ArchivedChange:
             self.add(message_id, older[message_id].get("created_at"), message.fields)
             if "message" in message.fields:
                 outdated.update(map(str, references_of(older[message_id])))
+            if message.redacts:
+                redacted.update(block_ids_of(older[message_id]))
             if self._write is None:
                 self._since, self._archived = agent.get("created_at"), int(agent["archived"])
                 self._write = replace(
@@ -101,7 +105,12 @@ class ArchivedChange:
                 )
             self._write.set_fields(message_id, message.fields, message.identity)
             self._write.outdated = sorted({*self._write.outdated, *outdated})
-        left = replace(rest, messages=messages, outdated=[*rest.outdated, *sorted(outdated)])
+        left = replace(
+            rest,
+            messages=messages,
+            outdated=[*rest.outdated, *sorted(outdated)],
+            redacted=[*rest.redacted, *sorted(redacted)],
+        )
         return renumbered(left, new_ids)
 
     async def store(self) -> AgentWrite | None:

@@ -95,7 +95,7 @@ class Attachments:
         """Store a chunk of a file that is not complete yet; all chunks except the last have `CHUNK_BYTES`."""
         ensure_indexes(self._chunks, [("files_id", "n")])
         chunk = {"_id": place.chunk_id(reference, n), "files_id": place.file_id(reference), "n": n, "data": data}
-        await _insert(self._chunks, {**chunk, "session_id": place.session_id}, date)
+        await insert_part(self._chunks, {**chunk, "session_id": place.session_id}, date)
 
     async def put_entry(self, place: Place, reference: Reference, date: datetime | None = None) -> None:
         """Store the entry that completes a file; its chunks must be stored."""
@@ -107,7 +107,7 @@ class Attachments:
             "filename": reference.sha256,
             "session_id": place.session_id,
         }
-        await _insert(self._files, entry, date)
+        await insert_part(self._files, entry, date)
 
     # Reading.
 
@@ -183,10 +183,12 @@ class Attachments:
 
     async def _copy_chunks(self, condition: Document, target: Place) -> None:
         file = _copied_id("$files_id", target)
-        await _copy(self._chunks, condition, target, {"_id": {"file": file, "n": "$n"}, "files_id": file, **_CHUNK})
+        await copy_parts(
+            self._chunks, condition, target, {"_id": {"file": file, "n": "$n"}, "files_id": file, **_CHUNK}
+        )
 
     async def _copy_files(self, condition: Document, target: Place) -> None:
-        await _copy(self._files, condition, target, {"_id": _copied_id("$_id", target), **_ENTRY})
+        await copy_parts(self._files, condition, target, {"_id": _copied_id("$_id", target), **_ENTRY})
 
     # Removing.
 
@@ -247,7 +249,8 @@ def _filters(place: Place, references: Iterable[Reference]) -> tuple[Document, D
     return chunks, {"_id": {"$in": [each.file_id(one) for each, one in stored]}}
 
 
-async def _insert(collection: Collection, document: Document, date: datetime | None) -> None:
+async def insert_part(collection: Collection, document: Document, date: datetime | None) -> None:
+    """Insert a part of a session with an expiry date."""
     if date is not None:
         document["expires_at"] = date
     try:
@@ -262,7 +265,8 @@ def _copied_id(file: str, target: Place) -> Document:
     return {"incarnation": target.incarnation, "sha256": f"{file}.sha256", "token": token}
 
 
-async def _copy(collection: Collection, condition: Document, target: Place, copied: Document) -> None:
+async def copy_parts(collection: Collection, condition: Document, target: Place, copied: Document) -> None:
+    """Copy parts to another session, on the server; `copied` are the expressions of their fields."""
     document = {**copied, "session_id": {"$literal": target.session_id}}
     into = {"into": collection.name, "whenMatched": "keepExisting", "whenNotMatched": "insert"}
     await collection.aggregate([{"$match": condition}, {"$replaceWith": document}, {"$merge": into}])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -13,6 +13,7 @@ from bson import ObjectId
 from pymongo import ReturnDocument
 
 from .._format.buckets import Head, head_numbers
+from .._format.content import REMOVED_CONTENT, removed_ids
 from .._format.documents import Document, needs_upgrade, removed_messages
 from .._format.expressions import (
     MALFORMED_AGENTS,
@@ -65,6 +66,7 @@ _RESTORE: Document = {
     "multi_agents": 1,
     **LIFE,
     "removed_attachments": 1,
+    REMOVED_CONTENT: 1,
     **dict.fromkeys(OF_V1, 1),
     "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
     "malformed_agents": MALFORMED_AGENTS,
@@ -213,10 +215,11 @@ class Opening:
         if any(map(shows_nothing, agents.values())):
             raise _UnusableViewError
         await self._restore_attachments(place, agents)
-        removed = document.pop("removed_attachments", None)
+        removed, content = document.pop("removed_attachments", None), removed_ids(document)
+        document.pop(REMOVED_CONTENT, None)
         stale = {key: Head.of(agent) for key, agent in agents.items() if agent.get("stale_below")}
-        if removed or stale:
-            self._connection.start(self._finish_removal(place, stale, removed))
+        if removed or stale or content:
+            self._connection.start(self._finish_removal(place, stale, removed, content))
         return document
 
     async def _restore_attachments(self, place: Place, agents: dict[str, Document]) -> None:
@@ -226,14 +229,18 @@ class Opening:
             count = len(agent.get("shown", ()))
             agent["shown"], agent["messages"] = loaded[key][:count], loaded[key][count:]
 
-    async def _finish_removal(self, place: Place, stale: Mapping[str, Head], listed: Any) -> None:
-        """Remove stale buckets, and the attachments of messages that were replaced or removed; log a failure."""
+    async def _finish_removal(
+        self, place: Place, stale: Mapping[str, Head], listed: Any, content: Sequence[str]
+    ) -> None:
+        """Remove stale buckets, and the attachments and content of replaced or removed messages; log a failure."""
         try:
             async with self._connection.operation():
                 for key, head in stale.items():
                     await self._store.mover.remove_stale(place, key, head)
                 if listed:
                     await self._store.attachments.remove_removed(place, listed if isinstance(listed, list) else [])
+                if content:
+                    await self._store.content.remove(place, content)
         except MongoDBSessionError as error:
             logger.warning(
                 "session_id=<%r>, error=<%s> | messages and attachments of earlier content not removed; the next "

@@ -17,6 +17,7 @@ from .._io.names import checked_fields, checked_name, checked_text, given
 from .._io.options import ContentOptions
 from .archive import Archive
 from .attachments import Attachments
+from .content import Content
 from .deletion import Deletion
 from .expiry import Expiry
 from .migration import Migration
@@ -57,6 +58,7 @@ class SessionStore:
         self.expiry = Expiry(self.sessions, ttl, lambda session_id: self.migration.migrate(session_id))
         self.deletion = Deletion(self.sessions, self.expiry)
         self.attachments = Attachments(self.collection)
+        self.content = Content(self.sessions, self.expiry)
         self.mover = Mover(self.sessions, self.expiry, limits)
         self.room = Room(self.sessions, self.expiry, self.mover)
         self.migration = Migration(self.sessions, self.expiry, self.deletion, self.attachments, self.mover)

@@ -9,6 +9,7 @@ from bson import ObjectId
 
 from .._format.changes import AgentWrite, Change, Loaded, fold, in_parts
 from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
+from .._format.content import REMOVED_CONTENT, removed_ids
 from .._format.documents import Document
 from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
@@ -104,7 +105,7 @@ class Writer:
 
 
 async def _matched_with_removed(collection: AsyncCollection, update: Update) -> Document | None:
-    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1, "lease": 1})
+    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1, REMOVED_CONTENT: 1, "lease": 1})
 
 
 class Flush:
@@ -141,6 +142,7 @@ class Flush:
         self._writes = writes
         self._guard = guard
         self._in_archive: dict[str, ArchivedChange] = {}
+        self._redacted: set[str] = set()
 
     async def store(self) -> bool:
         """Store the writes.
@@ -155,7 +157,8 @@ class Flush:
                 raise _changed_too_often(session_id)
             writes = list(self._writes.values())
             await mover.slow_down(session_id, writes)
-            returns_removed = any(write.replaces_content for write in writes)
+            redacts = any(write.redacts for write in writes)
+            returns_removed = redacts or any(write.replaces_content for write in writes)
             update = compile_update(session_id, writes, self.owner)
             if self._guard is not None:
                 update = self._guard.added_to(update, store.connection.now())
@@ -171,6 +174,8 @@ class Flush:
                         self._guard.confirm(stored if returns_fields else None)
                     if returns_removed and stored.get(REMOVED):
                         await store.attachments.remove_removed(self.place, stored[REMOVED])
+                    if redacts:
+                        self._redacted.update(removed_ids(stored))
                     self._note_stored()
                 elif not await self._compare():
                     return False
@@ -180,7 +185,10 @@ class Flush:
                 self._writes = {}
                 if not await self._store_what_fits(writes, refusal):
                     return False
-        return await self._change_archive()
+        is_stored = await self._change_archive()
+        if self._redacted:
+            await store.content.remove(self.place, self._redacted)
+        return is_stored
 
     async def _store_alone(self, write: AgentWrite) -> bool:
         """Store a write by its own flush; return the result of `store`."""
@@ -224,6 +232,8 @@ class Flush:
             self.refused.update(dict.fromkeys(self._writes, gone))
             self._writes = {}
             return True
+        if any(write.redacts for write in self._writes.values()):  # an acknowledgement might have been lost
+            self._redacted.update(removed_ids(document))
         lost = None if self._guard is None else self._guard.check_lost(document)
         agents = _compared_agents(session_id, document)
         if not await self._number(agents):
@@ -358,7 +368,7 @@ def _compared_fields(writes: Iterable[str]) -> Document:
     names = ("created_at", "next_message_id", "archived", "revision", "rewound")
     parts = ("messages.message_id", "messages.message", "messages.created_at")
     fields = [f"agents.{agent_key(agent_id)}.{name}" for agent_id in writes for name in (*names, *parts)]
-    return {**dict.fromkeys(fields, 1), **LIFE, "lease": 1}
+    return {**dict.fromkeys(fields, 1), **LIFE, REMOVED_CONTENT: 1, "lease": 1}
 
 
 def _compared_agents(session_id: str, document: Document) -> dict[str, Document]:
