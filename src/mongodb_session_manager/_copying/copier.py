@@ -5,7 +5,7 @@ from __future__ import annotations
 from .._format.ids import checked_id
 from .._io.portal import Portal
 from .._store.store import SessionStore
-from .exports import Export
+from .exports import Export, OwnerExport
 from .forks import Forker
 from .imports import Import, feed, feed_blocking
 from .rewind import Rewinder
@@ -18,6 +18,9 @@ class Copier:
 
     def export(self, session_id: str, owner: str | None) -> Export:
         return Export(self._store, session_id, owner)
+
+    def export_owner(self, owner: str) -> OwnerExport:
+        return OwnerExport(self._store, owner)
 
     def _import(self, session_id: str | None, owner: str | None) -> Import:
         return Import(self._store, None if session_id is None else checked_id(session_id, "session_id"), owner)
