@@ -5,9 +5,10 @@ from __future__ import annotations
 from .._format.ids import checked_id
 from .._io.portal import Portal
 from .._store.store import SessionStore
-from .exports import Export, OwnerExport
+from .exports import Export
 from .forks import Forker
 from .imports import Import, feed, feed_blocking
+from .owner_export import OwnerExport
 from .rewind import Rewinder
 from .write_back import WriteBack
 

@@ -1,4 +1,4 @@
-"""Exporting a session, or all sessions of an owner, as lines of the export format, a few at a time."""
+"""Exporting a session as lines of the export format, a few at a time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,10 @@ from .._format.changes import Loaded
 from .._format.dates import now
 from .._format.documents import Document
 from .._format.ids import ExportedIds, agent_id_of, agent_key, checked_id
-from .._format.labels import belongs_to
-from .._format.layout import Place, live_at
+from .._format.layout import Place
 from .._format.malformed import MalformedField, malformed_fields, usable_agents
-from .._store.sessions import naming_session
 from .._store.store import SessionStore
-from ..errors import (
-    AttachmentError,
-    DatabaseError,
-    MongoDBSessionError,
-    SessionConflictError,
-    SessionNotFoundError,
-    raise_alone,
-)
+from ..errors import AttachmentError, DatabaseError, SessionConflictError, SessionNotFoundError
 from .export_format import Writer
 from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
 from .source import is_rewound
@@ -196,37 +187,6 @@ class _Source:
     place: Place
     created_at: Any
     loaded: dict[str, Loaded]
-
-
-class OwnerExport:
-    """A running export of the sessions of an owner, oldest first, one after the other; see `Export`."""
-
-    def __init__(self, store: SessionStore, owner: str) -> None:
-        self._store = store
-        self._owner = owner
-        self._pending = self._lines()
-
-    async def pull(self) -> list[str]:
-        return await anext(self._pending, [])
-
-    async def _lines(self) -> AsyncGenerator[list[str], None]:
-        for session_id in await self._session_ids():
-            export, has_begun = Export(self._store, session_id, self._owner), False
-            try:
-                while lines := await export.pull():
-                    has_begun = True
-                    yield lines
-            except MongoDBSessionError as error:
-                if isinstance(error, SessionNotFoundError) and not has_begun:
-                    continue  # it was deleted, or has expired
-                raise_alone(naming_session(error, session_id, "was not exported"))
-
-    async def _session_ids(self) -> list[Any]:
-        async with self._store.connection.operation():
-            self._store.ensure_indexes()
-            condition = {**belongs_to(self._owner), **live_at(self._store.connection.now())}
-            sort = [("created_at", 1), ("_id", 1)]
-            return [each["_id"] for each in await self._store.collection.find(condition, {"_id": 1}, sort=sort)]
 
 
 def _without(fields: Document, names: Iterable[str]) -> Document:
