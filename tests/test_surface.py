@@ -302,7 +302,7 @@ def test_the_factory_has_each_method_twice() -> None:
     del found["get_notification_stats"]  # counted in this process, nobody waits for it
     blocking = {name for name in found if not name.endswith("_async")}
     finding = {"list_sessions", "count_sessions", "session_exists", "get_session_summary", "delete_session"}
-    labels = {"update_session", "claim_session"}
+    labels = {"update_session", "claim_session", "export_owner", "erase_owner"}
     copying = {"export_session", "import_session", "fork_session", "rewind_session", "write_back"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "check", "close"}
     assert blocking == finding | labels | copying | others
@@ -319,7 +319,7 @@ def test_a_factory_finds_copies_and_deletes_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
     finding = ("list_sessions", "count_sessions", "session_exists", "get_session_summary", "delete_session")
     copying = ("export_session", "import_session", "fork_session", "rewind_session", "write_back")
-    for name in (*finding, *copying, "update_session", "claim_session"):
+    for name in (*finding, *copying, "update_session", "claim_session", "export_owner", "erase_owner"):
         assert ours[name] == theirs[name]
 
 

@@ -39,6 +39,7 @@ from mongodb_session_manager import (
     create_mongodb_session_manager,
     create_mongodb_session_manager_async,
     initialize_global_factory,
+    split_export,
 )
 
 
@@ -83,6 +84,8 @@ def valid(listener: CommandListener) -> None:
     factory.create_session_manager("s", database_name="other", collection_name="other", save_on="invocation")
     factory.list_sessions("a", {"customer": 7}, order="-created_at", limit=5).sessions[0].session_id.upper()
     MongoDBSessionRepository().count_sessions(metadata={"customer": 7}).bit_length()
+    factory.erase_owner("ada", progress=lambda progress: print(progress.done))["removed"]["sessions"].bit_length()
+    MongoDBSessionRepository().import_session(next(split_export(factory.export_owner("ada"))), owner="ada").upper()
 
 
 async def valid_async(factory: MongoDBSessionManagerFactory) -> None:
@@ -135,6 +138,7 @@ async def invalid(factory: MongoDBSessionManagerFactory) -> None:
     await factory.list_sessions_async(metadata="customer")  # error: "metadata"
     await factory.count_sessions_async(limit=3)  # error: Unexpected keyword argument "limit"
     MongoDBSessionRepository().list_sessions(limit="many")  # error: "limit"
+    await factory.erase_owner_async()  # error: Missing positional argument "owner"
     factory.list_sessions().get("s")  # error: has no attribute "get"
     factory.create_session_manager_async("s").flush()  # error: has no attribute "flush"
 """

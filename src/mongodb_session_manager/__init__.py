@@ -28,10 +28,12 @@ from ._managers.user_hooks import Hook, chain_hooks
 from ._notifications.notification import NotificationEvent, OnError
 from ._notifications.notify import NotificationStats, RetryOn, notify_later
 from ._repository.async_repository import AsyncMongoDBSessionRepository
+from ._repository.copying import split_export
 from ._repository.listing import Order, SessionPage, SessionSummary
 from ._repository.metadata import AgentConfig, UsageReport
 from ._repository.sync_repository import MongoDBSessionRepository
 from ._storage.storage import MongoDBStorage
+from ._store.erasure import ErasureCheck, ErasureProgress, ErasureReceipt
 from .errors import (
     AccessDeniedError,
     AgentNotFoundError,
@@ -86,6 +88,9 @@ __all__ = [
     "DatabaseUnavailableError",
     "EmbeddedServerError",
     "EncodingError",
+    "ErasureCheck",
+    "ErasureProgress",
+    "ErasureReceipt",
     "EventLoopError",
     "FactoryNotInitializedError",
     "FeedbackSNSHook",
@@ -136,6 +141,7 @@ __all__ = [
     "is_metadata_sqs_hook_available",
     "is_metadata_websocket_hook_available",
     "notify_later",
+    "split_export",
 ]
 
 _WITH_AWS = {name: module for module, name in _ORIGINS.values()}

@@ -8,6 +8,7 @@ from .._store.store import SessionStore
 from .exports import Export
 from .forks import Forker
 from .imports import Import, feed, feed_blocking
+from .owner_export import OwnerExport
 from .rewind import Rewinder
 from .write_back import WriteBack
 
@@ -18,6 +19,9 @@ class Copier:
 
     def export(self, session_id: str, owner: str | None) -> Export:
         return Export(self._store, session_id, owner)
+
+    def export_owner(self, owner: str) -> OwnerExport:
+        return OwnerExport(self._store, owner)
 
     def _import(self, session_id: str | None, owner: str | None) -> Import:
         return Import(self._store, None if session_id is None else checked_id(session_id, "session_id"), owner)

@@ -58,6 +58,14 @@ def guard(owner: str | None) -> Document:
     return {} if owner is None else {"owner": owner}
 
 
+def belongs_to(owner: str) -> Document:
+    """Return the condition for all sessions of an owner, whatever their state.
+
+    A list that an application has stored as the owner does not match, even if it contains the owner.
+    """
+    return {"owner": {"$eq": owner, "$not": {"$type": "array"}}}
+
+
 def labels_of(owner: str | None, title: str | None = None, tags: Sequence[str] | None = None) -> Document:
     """Return the fields of a new session."""
     fields = {"owner": owner, "title": title, "tags": list(tags) if tags else None}

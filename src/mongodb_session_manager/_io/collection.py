@@ -93,5 +93,9 @@ class Collection:
     async def delete_one(self, condition: Document) -> bool:
         return bool((await self.send(lambda collection: collection.delete_one(condition))).deleted_count)
 
-    async def delete_many(self, condition: Document) -> None:
-        await self.send(lambda collection: collection.delete_many(condition))
+    async def delete_many(self, condition: Document) -> int:
+        """Return the number of deleted documents; after a lost connection, those of an earlier attempt do not count."""
+        return int((await self.send(lambda collection: collection.delete_many(condition))).deleted_count)
+
+    async def count(self, condition: Document) -> int:
+        return await self.send(lambda collection: collection.count_documents(condition))

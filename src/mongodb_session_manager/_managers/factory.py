@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable
 from dataclasses import replace
 from typing import Any, Self, Unpack
 
+from .._format.labels import checked_owner
 from .._io.connection import Connection
 from .._io.portal import Portal
 from .._io.twins import awaitable, blocking, finish_twins
 from .._notifications.notify import DRAIN_TIMEOUT, NotificationStats, drain, stats_of
 from .._repository.async_repository import AsyncMongoDBSessionRepository as Repository
 from .._storage.storage import MongoDBStorage, SharedStorage
+from .._store.erasure import Erasure, ErasureProgress, ErasureReceipt, erase, erase_blocking
 from ..errors import ConfigurationError
 from .async_manager import AsyncMongoDBSessionManager
 from .options import Configuration, ManagerOptions, SessionOptions
@@ -170,6 +172,27 @@ class MongoDBSessionManagerFactory:
     ) -> str:
         copier = await self._portal.run(self._async._copier)
         return await copier.import_session(self._portal, stream, session_id, self._async._owner(owner))
+
+    def export_owner(self, owner: str) -> Generator[str, None, None]:
+        """Yield all sessions of an owner as lines of JSON; see `MongoDBSessionRepository.export_owner`."""
+        export = self._async._copier_blocking().export_owner(checked_owner(owner))
+        while lines := self._portal.call(export.pull):
+            yield from lines
+
+    async def export_owner_async(self, owner: str) -> AsyncGenerator[str, None]:
+        export = (await self._portal.run(self._async._copier)).export_owner(checked_owner(owner))
+        while lines := await self._portal.run(export.pull):
+            for line in lines:
+                yield line
+
+    def erase_owner(self, owner: str, *, progress: Callable[[ErasureProgress], object] | None = None) -> ErasureReceipt:
+        """Delete all sessions of an owner and return a receipt; see `MongoDBSessionRepository.erase_owner`."""
+        return erase_blocking(self._portal, Erasure(self._async._store, checked_owner(owner), progress))
+
+    async def erase_owner_async(
+        self, owner: str, *, progress: Callable[[ErasureProgress], object] | None = None
+    ) -> ErasureReceipt:
+        return await erase(self._portal, Erasure(self._async._store, checked_owner(owner), progress))
 
     def delete_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
         """Delete a session with everything that belongs to it; see `MongoDBSessionRepository.delete_session`."""

@@ -11,6 +11,7 @@ from .._io.settings import Settings
 from .._store.store import SessionStore
 from .conversation import ConversationMethods
 from .copying import CopyingMethods
+from .erasure import ErasureMethods
 from .labels import LabelMethods
 from .listing import ListingMethods
 from .metadata import MetadataMethods
@@ -20,7 +21,13 @@ _OPTIONS = ("connection_string", "database_name", "collection_name", "client", *
 
 
 class SharedRepository(
-    ConversationMethods, MultiAgentMethods, MetadataMethods, LabelMethods, ListingMethods, CopyingMethods
+    ConversationMethods,
+    MultiAgentMethods,
+    MetadataMethods,
+    LabelMethods,
+    ListingMethods,
+    CopyingMethods,
+    ErasureMethods,
 ):
     """The methods of `AsyncMongoDBSessionRepository`, on a store whose connection can have another owner."""
 

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+import itertools
+import re
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from .._format.labels import checked_owner
 from .._io.loop import portal_to
 from .base import RepositoryMethods
 
 if TYPE_CHECKING:
     from .._copying.copier import Copier
+
+
+_LAST = re.compile(rb'\s*{\s*"end"\s*:')
+
+
+def split_export(lines: Iterable[str | bytes]) -> Iterator[Iterator[str | bytes]]:
+    """Divide the lines that `export_owner` yielded into those of each session, which `import_session` reads.
+
+    The lines are read when they are needed, so memory does not grow with the export. Advancing to the next session
+    skips the lines of the former that were not read.
+
+    Args:
+        lines: An open file, or another iterable of whole lines.
+
+    Yields:
+        The lines of a session; those of the last one are incomplete if the export was truncated.
+    """
+    number = 0
+
+    def number_of(line: str | bytes) -> int:
+        nonlocal number
+        current = number
+        number += _LAST.match(line[:64].encode(errors="replace") if isinstance(line, str) else line) is not None
+        return current
+
+    for _, session in itertools.groupby((line for line in lines if line.strip()), number_of):
+        yield session
 
 
 class CopyingMethods(RepositoryMethods):
@@ -42,6 +72,25 @@ class CopyingMethods(RepositoryMethods):
             AttachmentError: An attachment is missing or damaged.
         """
         export = (await self._copier()).export(session_id, self._owner(owner))
+        while lines := await export.pull():
+            for line in lines:
+                yield line
+
+    async def export_owner(self, owner: str) -> AsyncGenerator[str, None]:
+        """Yield all sessions of an owner, oldest first, each as `export_session` yields it.
+
+        `split_export` divides the lines into those of each session, which `import_session` reads. The export contains
+        the sessions that exist when the first line is requested, except those that are deleted or expire before the
+        export reaches them. Memory grows with the ids of the sessions only.
+
+        Args:
+            owner: The owner; sessions of other owners, or of none, are not exported.
+
+        Raises:
+            InvalidArgumentError: `owner` is not a valid owner.
+            MongoDBSessionError: A session cannot be exported, as `export_session` describes; the error names it.
+        """
+        export = (await self._copier()).export_owner(checked_owner(owner))
         while lines := await export.pull():
             for line in lines:
                 yield line

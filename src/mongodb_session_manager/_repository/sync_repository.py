@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from pymongo.collection import Collection
@@ -10,10 +10,12 @@ from pymongo.database import Database
 from strands.session.session_repository import SessionRepository
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from .._format.labels import checked_owner
 from .._io.drivers import SyncClient
 from .._io.options import RepositoryOptions
 from .._io.portal import Portal
 from .._io.twins import blocking, finish_twins
+from .._store.erasure import Erasure, ErasureProgress, ErasureReceipt, erase_blocking
 from .async_repository import AsyncMongoDBSessionRepository as Async
 
 if TYPE_CHECKING:
@@ -187,6 +189,14 @@ class MongoDBSessionRepository(SessionRepository):
     ) -> str:
         copier = self._async._copier_blocking()
         return copier.import_blocking(self._portal, stream, session_id, self._async._owner(owner))
+
+    def export_owner(self, owner: str) -> Generator[str, None, None]:
+        export = self._async._copier_blocking().export_owner(checked_owner(owner))
+        while lines := self._portal.call(export.pull):
+            yield from lines
+
+    def erase_owner(self, owner: str, *, progress: Callable[[ErasureProgress], object] | None = None) -> ErasureReceipt:
+        return erase_blocking(self._portal, Erasure(self._async._store, checked_owner(owner), progress))
 
 
 finish_twins(MongoDBSessionRepository, Async)

@@ -20,7 +20,10 @@ import logging
 import random
 import time
 import uuid
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import NamedTuple
 
 from bson import ObjectId
 
@@ -53,6 +56,13 @@ _SEARCH = ("state", "state_until")
 """A key in the register of ensured indexes: the search for unfinished sessions runs once per process and collection."""
 
 
+class Removed(NamedTuple):
+    """The places of the parts of a deleted session, and the number of deleted documents by collection."""
+
+    places: list[Place]
+    counts: Counter[str]
+
+
 class Deletion:
     def __init__(self, sessions: Sessions, expiry: Expiry) -> None:
         self._sessions = sessions
@@ -74,6 +84,10 @@ class Deletion:
 
     async def delete_matching(self, session_id: str, condition: Document) -> bool:
         """Delete a session and its parts if a condition matches its document; return whether it did."""
+        return await self.remove_matching(session_id, condition) is not None
+
+    async def remove_matching(self, session_id: str, condition: Document) -> Removed | None:
+        """Delete a session as `delete_matching` does; return what was removed."""
         token = uuid.uuid4().hex
         self._expiry.forget(session_id, condition.get("owner"))
         state = {
@@ -92,19 +106,35 @@ class Deletion:
         )
         if marked is None:  # or an acknowledgement was lost
             marked = await self._collection.find_one({"_id": session_id, "state_by": token}, _STATE)
-        if marked is None:
-            return False
-        await self._finish_deletion(session_id, marked)
-        return True
+        return None if marked is None else await self._finish_deletion(session_id, marked)
 
-    async def _finish_deletion(self, session_id: str, marked: Document) -> None:
-        for incarnation in (*incarnations_of(marked), None):
-            await self.remove_parts(Place(session_id, incarnation))
+    async def _finish_deletion(self, session_id: str, marked: Document) -> Removed:
+        places = [Place(session_id, incarnation) for incarnation in (*incarnations_of(marked), None)]
+        counts = Counter({self._collection.name: 1})
+        for place in places:
+            counts.update(await self.remove_parts(place))
         await self._collection.delete_one({"_id": session_id, "state": "deleting", "state_by": marked["state_by"]})
+        return Removed(places, counts)
 
-    async def remove_parts(self, place: Place) -> None:
+    async def remove_parts(self, place: Place) -> Counter[str]:
+        """Remove the parts of a session at a place; return their number by collection."""
+        counts: Counter[str] = Counter()
         for suffix, condition in place.outside():
-            await self._collection.part(suffix).delete_many(condition)
+            part = self._collection.part(suffix)
+            counts[part.name] = await part.delete_many(condition)
+        return counts
+
+    async def count_parts(self, places: Sequence[Place]) -> Counter[str]:
+        """Return the number of parts at places by collection; each collection is read with one command."""
+        ranges: dict[str, list[Document]] = {}
+        for place in places:
+            for suffix, condition in place.outside():
+                ranges.setdefault(suffix, []).append(condition)
+        counts: Counter[str] = Counter()
+        for suffix, conditions in ranges.items():
+            part = self._collection.part(suffix)
+            counts[part.name] = await part.count({"$or": conditions})
+        return counts
 
     async def _find_state(self, session_id: str, owner: str | None = None) -> Document | None:
         return await self._collection.find_one({"_id": session_id, **guard(owner)}, _STATE)

@@ -12,7 +12,7 @@ from .._format.layout import live_at
 from .._format.malformed import malformed_fields
 from .._format.statements import Update
 from .._io.collection import Collection
-from ..errors import AgentNotFoundError, AttachmentError, DatabaseError, SessionNotFoundError
+from ..errors import AgentNotFoundError, AttachmentError, DatabaseError, ErrorT, SessionNotFoundError, again
 
 T = TypeVar("T")
 
@@ -27,6 +27,12 @@ class ReadAgainError(Exception):
 def missing_session(session_id: str) -> SessionNotFoundError:
     """Return the error for a session that does not exist, or that belongs to another owner."""
     return SessionNotFoundError(f"session {session_id!r} does not exist")
+
+
+def naming_session(error: ErrorT, session_id: str, what: str) -> ErrorT:
+    """Return a copy of an error that an operation on several sessions raises; its text names the session."""
+    text = str(error)
+    return again(error, text if f"session {session_id!r}" in text else f"session {session_id!r} {what}: {text}")
 
 
 class Sessions:
