@@ -24,6 +24,7 @@ except ImportError as error:
     ) from error
 
 from ._factory import Factory, get_factory, health, session_lifespan
+from ._router import sessions_router
 from ._sessions import Session, add_session_support, open_session
 from ._stream import stream
 
@@ -35,5 +36,6 @@ __all__ = [
     "health",
     "open_session",
     "session_lifespan",
+    "sessions_router",
     "stream",
 ]
