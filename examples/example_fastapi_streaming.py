@@ -9,9 +9,10 @@ The page is `chat.html`, in the same directory as this file. The data stays in t
 own server, set the environment variable MONGODB_URI.
 
 A running answer does not depend on the request that started it. If you close the tab, the answer is still completed;
-if the connection is lost, the page continues where it stopped. A message is accepted once it is stored. If the database
-is unreachable, the page says so within seconds and keeps your text. The example has no users: everyone who knows a
-session id can read the session. Put your own authentication in front of the routes.
+if the connection is lost, the page continues where it stopped. A message is accepted once it is stored. If the
+database is unreachable, the page says so within seconds and keeps your text. Nobody logs in: a random cookie is the
+user, so each browser has its own sessions. To authenticate users, replace `current_user` as `example_fastapi_users.py`
+does.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from uuid import uuid4
 import anyio
 import uvicorn
 from anyio.abc import TaskGroup
-from fastapi import FastAPI, Header, HTTPException
+from fastapi import Cookie, Depends, FastAPI, Header, HTTPException
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
@@ -39,15 +40,23 @@ from strands.types.exceptions import EventLoopException
 from strands.types.session import SessionMessage
 
 from mongodb_session_manager import (
-    AgentNotFoundError,
     AsyncMongoDBSessionManager,
     DatabaseTimeoutError,
     DatabaseUnavailableError,
     MongoDBSessionError,
     MongoDBSessionManagerFactory,
+    SessionSummary,
 )
 from mongodb_session_manager.demo import ScriptedModel, demo_server
-from mongodb_session_manager.fastapi import Factory, add_session_support, health, session_lifespan
+from mongodb_session_manager.fastapi import (
+    Factory,
+    add_session_support,
+    live,
+    ready,
+    responses,
+    session_lifespan,
+    sessions_router,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +79,14 @@ class Prompt(BaseModel):
     after: Annotated[int, Field(ge=-1)] | None = None
 
 
-class Rating(BaseModel):
-    """A user's rating of an answer."""
+async def current_user(user: Annotated[str | None, Cookie()] = None) -> str:
+    """Return the id of the user who has sent the request."""
+    if not user:
+        raise HTTPException(401, "Reload the page: it sets the cookie of a user.")
+    return user
 
-    message_id: int
-    rating: Annotated[str, Field(pattern="^(up|down)$")]
 
-
-class Fork(BaseModel):
-    """A new conversation that branches off after a message."""
-
-    at_message: int
+User = Annotated[str, Depends(current_user)]
 
 
 # Running answers.
@@ -141,12 +147,12 @@ class Turn:
 
 
 class Chat:
-    """The running answers of this process, by session."""
+    """The running answers of this process, by user and session."""
 
     def __init__(self) -> None:
         self._factory: MongoDBSessionManagerFactory
         self._tasks: TaskGroup
-        self.turns: dict[str, Turn] = {}
+        self.turns: dict[tuple[str, str], Turn] = {}
 
     @asynccontextmanager
     async def running(self, factory: MongoDBSessionManagerFactory) -> AsyncIterator[None]:
@@ -156,27 +162,29 @@ class Chat:
             yield
             self._tasks.cancel_scope.cancel()
 
-    def is_answering(self, session_id: str) -> bool:
+    def is_answering(self, user: str, session_id: str) -> bool:
         """Return whether an answer of the session is running."""
-        return session_id in self.turns and not self.turns[session_id].over
+        turn = self.turns.get((user, session_id))
+        return turn is not None and not turn.over
 
-    async def begin(self, session_id: str, prompt: Prompt) -> None:
+    async def begin(self, user: str, session_id: str, prompt: Prompt) -> None:
         """Store a message and start to answer it."""
-        if self.is_answering(session_id):
+        if self.is_answering(user, session_id):
             raise HTTPException(409, "The last message is being answered.")
-        self.turns[session_id] = turn = Turn()
-        self._tasks.start_soon(self._answer, session_id, prompt, turn)
+        self.turns[user, session_id] = turn = Turn()
+        self._tasks.start_soon(self._answer, user, session_id, prompt, turn)
         await turn.accepted.wait()
         if turn.refusal is not None:
             raise turn.refusal
 
-    async def _answer(self, session_id: str, prompt: Prompt, turn: Turn) -> None:
+    async def _answer(self, user: str, session_id: str, prompt: Prompt, turn: Turn) -> None:
         try:
             if prompt.after is not None:
-                await self._factory.rewind_session_async(session_id, {AGENT_ID: prompt.after})
-            async with self._factory.create_session_manager_async(session_id) as session:
+                await self._factory.rewind_session_async(session_id, {AGENT_ID: prompt.after}, owner=user)
+            title = prompt.text and prompt.text[:80]  # of a new session
+            async with self._factory.create_session_manager_async(session_id, owner=user, title=title) as session:
                 try:
-                    await self._run(session, prompt.text, turn)
+                    await self._run(session, user, prompt.text, turn)
                 except Exception as error:
                     logger.exception("session_id=<%r> | the answer failed", session_id)
                     turn.fail(error)  # before the session closes, which retries to store and waits for the database
@@ -187,12 +195,10 @@ class Chat:
         finally:
             turn.end()
         await anyio.sleep(LINGER)
-        if self.turns[session_id] is turn:
-            del self.turns[session_id]
+        if self.turns[user, session_id] is turn:
+            del self.turns[user, session_id]
 
-    async def _run(self, session: AsyncMongoDBSessionManager, prompt: str | None, turn: Turn) -> None:
-        if prompt and "title" not in (await session.get_metadata())["metadata"]:
-            await session.update_metadata({"title": prompt[:80]})
+    async def _run(self, session: AsyncMongoDBSessionManager, user: str, prompt: str | None, turn: Turn) -> None:
         turn.agent = Agent(
             # In place of ScriptedModel, any Strands model: BedrockModel(), OpenAIModel(...), AnthropicModel(...), ...
             model=ScriptedModel([answer] * 3, delay=0.03),
@@ -209,8 +215,11 @@ class Chat:
             elif "message" in event:
                 if shown := shown_of(event["message"]):
                     turn.publish("message", shown)
-                turn.publish("session", await facts(session))
-        turn.publish("session", await facts(session))
+                turn.publish("session", await self._facts(session.session_id, user))
+        turn.publish("session", await self._facts(session.session_id, user))
+
+    async def _facts(self, session_id: str, user: str) -> dict[str, Any]:
+        return facts(await self._factory.get_session_summary_async(session_id, owner=user))
 
 
 # Responses.
@@ -230,29 +239,22 @@ def rating_of(message: SessionMessage, feedback: dict[str, Any] | None) -> str |
     return feedback.get("rating")
 
 
-async def facts(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
-    """Return the metadata and the usage of a session, as the page shows them."""
-    total = (await session.get_usage())["total"]
-    return {
-        "metadata": (await session.get_metadata())["metadata"],
-        "usage": {"input": total["inputTokens"], "output": total["outputTokens"], "total": total["totalTokens"]},
-    }
+def facts(session: SessionSummary) -> dict[str, Any]:
+    """Return the title, the metadata and the usage of a session, as the page shows them."""
+    usage = {name: session.usage[f"{name}Tokens"] for name in ("input", "output", "total")}
+    return {"title": session.title, "metadata": session.metadata, "usage": usage}
 
 
-async def conversation(session: AsyncMongoDBSessionManager) -> dict[str, Any]:
-    """Return the messages, the metadata and the usage of a session, as the page shows them."""
-    ratings = {entry.get("message_id"): entry for entry in await session.get_feedbacks()}
-    try:
-        stored = await session.list_messages(AGENT_ID)
-    except AgentNotFoundError:
-        stored = []
+def conversation(stored: list[SessionMessage], feedbacks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the messages of a session with their ratings, as the page shows them."""
+    ratings = {entry.get("message_id"): entry for entry in feedbacks}
     messages = [
         {"id": message.message_id, "rating": rating_of(message, ratings.get(message.message_id)), **shown}
         for message in stored
         if (shown := shown_of(message.to_message()))
     ]
     unanswered = bool(messages) and (messages[-1]["role"] == "user" or not messages[-1]["text"])
-    return {"messages": messages, "unanswered": unanswered, **await facts(session)}
+    return {"messages": messages, "unanswered": unanswered}
 
 
 def create_app(connection_string: str) -> FastAPI:
@@ -267,75 +269,43 @@ def create_app(connection_string: str) -> FastAPI:
 
     app = FastAPI(title="Chat", lifespan=lifespan)
     add_session_support(app)
-    app.get("/health")(health)
-
-    async def existing(session_id: str, factory: MongoDBSessionManagerFactory) -> AsyncMongoDBSessionManager:
-        if not await factory.session_exists_async(session_id):
-            raise HTTPException(404, "The session does not exist.")
-        return await factory.create_session_manager_async(session_id)
+    app.get("/live")(live)
+    app.get("/ready")(ready)
+    app.include_router(sessions_router(owner=current_user, prefix="/api/sessions"))
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(Path(__file__).with_name("chat.html"), media_type="text/html")
+    async def page(user: Annotated[str | None, Cookie()] = None) -> FileResponse:
+        response = FileResponse(Path(__file__).with_name("chat.html"), media_type="text/html")
+        response.set_cookie("user", user or uuid4().hex, max_age=365 * 24 * 3600, httponly=True, samesite="lax")
+        return response
 
-    @app.get("/api/sessions")
-    async def list_sessions(factory: Factory, cursor: str | None = None) -> dict[str, Any]:
-        found = await factory.list_sessions_async("chat", limit=30, cursor=cursor)
-        sessions = [
-            {
-                "session_id": summary.session_id,
-                "title": summary.metadata.get("title", "New chat"),
-                "messages": sum(summary.message_counts.values()),
-                "updated_at": summary.updated_at,
-            }
-            for summary in found.sessions
-        ]
-        return {"sessions": sessions, "next_cursor": found.next_cursor}
+    @app.get("/api/chats/{session_id}", responses=responses)
+    async def show(session_id: str, user: User, factory: Factory) -> dict[str, Any]:
+        answering = chat.is_answering(user, session_id)
+        session = await factory.get_session_summary_async(session_id, owner=user)
+        stored = await factory.list_messages_async(session_id, AGENT_ID, owner=user) if session.agents else []
+        feedbacks = await factory.get_feedbacks_async(session_id, owner=user)
+        return {"answering": answering, **conversation(stored, feedbacks), **facts(session)}
 
-    @app.get("/api/sessions/{session_id}")
-    async def show_session(session_id: str, factory: Factory) -> dict[str, Any]:
-        answering = chat.is_answering(session_id)
-        async with await existing(session_id, factory) as session:
-            return {"answering": answering, **await conversation(session)}
-
-    @app.post("/api/sessions/{session_id}/messages", status_code=202)
-    async def say(session_id: str, prompt: Prompt) -> dict[str, str]:
-        await chat.begin(session_id, prompt)
+    @app.post("/api/chats/{session_id}/messages", status_code=202, responses=responses)
+    async def say(session_id: str, user: User, prompt: Prompt) -> dict[str, str]:
+        await chat.begin(user, session_id, prompt)
         return {"session_id": session_id}
 
-    @app.get("/api/sessions/{session_id}/events", response_class=EventSourceResponse)
+    @app.get("/api/chats/{session_id}/events", response_class=EventSourceResponse)
     async def events(
-        session_id: str, last_event_id: Annotated[str | None, Header()] = None
+        session_id: str, user: User, last_event_id: Annotated[str | None, Header()] = None
     ) -> AsyncIterator[ServerSentEvent]:
-        if (turn := chat.turns.get(session_id)) is None:
+        if (turn := chat.turns.get((user, session_id))) is None:
             yield ServerSentEvent(event="done", data={})
         else:
             async for event in turn.follow(last_event_id):
                 yield event
 
-    @app.post("/api/sessions/{session_id}/stop", status_code=204)
-    async def stop(session_id: str) -> None:
-        if (turn := chat.turns.get(session_id)) is not None and turn.agent is not None:
+    @app.post("/api/chats/{session_id}/stop", status_code=204)
+    async def stop(session_id: str, user: User) -> None:
+        if (turn := chat.turns.get((user, session_id))) is not None and turn.agent is not None:
             turn.agent.cancel()
-
-    @app.post("/api/sessions/{session_id}/feedback", status_code=204)
-    async def rate(session_id: str, rating: Rating, factory: Factory) -> None:
-        async with await existing(session_id, factory) as session:
-            await session.add_feedback(rating.model_dump())
-
-    @app.post("/api/sessions/{session_id}/fork", status_code=201)
-    async def fork(session_id: str, fork: Fork, factory: Factory) -> dict[str, str]:
-        new_id = uuid4().hex
-        await factory.fork_session_async(session_id, new_id, at_message=fork.at_message)
-        async with factory.create_session_manager_async(new_id) as session:
-            title = (await session.get_metadata())["metadata"].get("title", "New chat")
-            await session.update_metadata({"title": f"{title} (branch)", "branch_of": session_id})
-        return {"session_id": new_id}
-
-    @app.delete("/api/sessions/{session_id}", status_code=204)
-    async def delete(session_id: str, factory: Factory) -> None:
-        await stop(session_id)
-        await factory.delete_session_async(session_id)
 
     return app
 

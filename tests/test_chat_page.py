@@ -62,7 +62,7 @@ class Served:
 
     def is_healthy(self) -> bool:
         """Return whether it reaches its database."""
-        return httpx.get(f"{self.url}/health", verify=False).status_code == 200
+        return httpx.get(f"{self.url}/ready", verify=False).status_code == 200
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> str:
         """End the process and return what it logged."""
@@ -307,13 +307,13 @@ def test_what_fails_is_said_and_can_be_tried_again(page: Any) -> None:
 def test_what_was_read_before_a_message_was_sent_is_not_shown_after_it(page: Any) -> None:
     ask(page, "hello", "Hello! I have been sent 1 message.")
     late: list[Any] = []
-    page.route("**/api/sessions/*", lambda route: route.continue_() if late else late.append((route, route.fetch())))
+    page.route("**/api/chats/*", lambda route: route.continue_() if late else late.append((route, route.fetch())))
     say(page, "please fail")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("The answer failed: ConnectionError.")
     eventually(lambda: late or page.wait_for_timeout(10))
     ask(page, "and now?", "Hello! I have been sent 4 messages.")
-    with page.expect_response("**/api/sessions/*"):
+    with page.expect_response("**/api/chats/*"):
         route, response = late[0]
         route.fulfill(response=response)
     page.evaluate("new Promise((done) => setTimeout(done, 50))")
@@ -461,6 +461,23 @@ def test_a_reload_follows_the_answer_under_way(page: Any) -> None:
     expect(page.locator(".writing .said")).to_contain_text("Once upon")
     answered(page)
     assert [text[:9] for text in said(page)] == ["Tell me a", "Once upon"]
+
+
+def test_another_browser_sees_none_of_it(page: Any, served: Served, stored: Any) -> None:
+    ask(page, "mine", "Hello! I have been sent 1 message.")
+    session_id = stored.find_one()["_id"]
+    chat, session = f"/api/chats/{session_id}", f"/api/sessions/{session_id}"
+    with httpx.Client(base_url=served.url, verify=False) as other:
+        assert other.get(chat).status_code == other.get("/api/sessions").status_code == 401
+        other.get("/")
+        assert other.get("/api/sessions").json()["sessions"] == []
+        said = other.post(f"{chat}/messages", json={"text": "not mine"})
+        found = [other.get(chat), other.get(session), other.delete(session), said]
+        assert {each.status_code for each in found} == {404}
+    assert texts(stored.find_one()["agents"]["assistant"]["messages"]) == [
+        "mine",
+        "Hello! I have been sent 1 message.",
+    ]
 
 
 def test_two_tabs_do_not_answer_twice(page: Any, stored: Any) -> None:

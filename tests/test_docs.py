@@ -22,7 +22,7 @@ WITH_AWS = {
 }  # run by tests/aws, beside a server that does what AWS does
 WITH_AG_UI = {"user-guide/ag-ui.md"}
 SHOWS_INDEXES = {"user-guide/operations.md"}
-NOT_RUN = {"user-guide/operations.md": 1}
+NOT_RUN = {"user-guide/operations.md": 1, "user-guide/other-frameworks.md": 1}
 
 ALL = sorted(path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.md"))
 PROGRAMS = [page for page in ALL if blocks(PAGES / page) and page not in WITH_AWS]
@@ -75,7 +75,11 @@ COMMANDS = [
     for number, line in enumerate(block.code.splitlines())
     if line and not line.startswith("#")
 ]
-OTHER_PACKAGES = {"ag-ui-strands", "motor", "opentelemetry-instrumentation-pymongo", "opentelemetry-sdk", "uvicorn"}
+OTHER_PACKAGES = {
+    *("ag-ui-strands", "litestar", "motor", "opentelemetry-instrumentation-pymongo", "opentelemetry-sdk"),
+    *("python-multipart", "starlette", "uvicorn"),
+}
+EXAMPLES = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -89,9 +93,13 @@ def test_a_command_can_be_given(command: str) -> None:
             case ["python", "-m", module, *options]:
                 check_module(module, options)
             case ["python", script, *_]:
-                assert (ROOT / script).is_file()
+                assert script in EXAMPLES or (ROOT / script).is_file()
             case ["mkdocs", "build" | "serve", "-f", "docs/mkdocs.yml", *_]:
                 assert (ROOT / "docs" / "mkdocs.yml").is_file()
+            case ["uvicorn", application, "--workers", _]:
+                assert f"{application.removesuffix(':app')}.py" in EXAMPLES
+            case ["curl", *_]:
+                assert any(f"    {part}\n" in source for source in EXAMPLES.values())  # run by test_examples_run.py
             case ["export", _]:
                 assert re.fullmatch(r"[A-Z_]+=\S+", words[1])
             case _:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,10 +65,11 @@ async def test_fastapi(readme: Program) -> None:
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000") as client,
     ):
-        [said, asked] = re.findall(r"^curl -N -X POST '(.+)'$", README.read_text(), re.MULTILINE)
-        await client.post(said)
-        answer = await client.post(asked)
-        refused = await client.post("/sessions/a%00b/messages", params={"text": "hi"})
+        commands = re.findall(r"^curl -N .+$", README.read_text(), re.MULTILINE)
+        [said, asked] = [shlex.split(command)[2:5:2] for command in commands]
+        await client.post(said[0], json=json.loads(said[1]))
+        answer = await client.post(asked[0], json=json.loads(asked[1]))
+        refused = await client.post("/sessions/a%00b/messages", json={"text": "hi"})
     events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: ")]
     assert "".join(events[:-1]).strip() == "Your name is Ada."
     assert events[-1] == {"stop_reason": "end_turn"}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pymongo
@@ -18,6 +21,7 @@ import pytest
 
 import interpreter
 from documented import ROOT, uri_of
+from support import eventually
 
 EXAMPLES = ROOT / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -56,10 +60,10 @@ class Example:
         return re.sub(r"-[0-9a-f]{8}\b", "-#", printed).splitlines()
 
     @contextmanager
-    def serving(self, name: str) -> Iterator[str]:
+    def serving(self, name: str, *options: Any) -> Iterator[str]:
         """Run an example that is a server on a free port, yield its address, and end it as Ctrl+C does."""
         [(code, arguments)] = self.commands(name)
-        process = interpreter.start(code, *arguments, "--port", 0, env=self._environment)
+        process = interpreter.start(code, *arguments, *options, "--port", 0, env=self._environment)
         logged = ""
         try:
             for line in process.stderr:
@@ -219,30 +223,96 @@ def test_sync_script(example: Example) -> None:
 def curl(line: str, address: str) -> httpx.Response:
     """Send what a line of curl would, to another address."""
     arguments = shlex.split(line.replace("http://127.0.0.1:8000", address))
-    body = json.loads(arguments[arguments.index("--json") + 1]) if "--json" in arguments else None
+    values = {name: value for name, value in itertools.pairwise(arguments) if name in ("--json", "-H")}
+    body = json.loads(values["--json"]) if "--json" in values else None
+    headers = dict([values["-H"].split(": ")]) if "-H" in values else {}
     url = next(argument for argument in arguments if argument.startswith("http"))
-    return httpx.request("GET" if body is None else "POST", url, json=body, timeout=60)
+    return httpx.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=60)
 
 
 def test_fastapi(example: Example) -> None:
     lines = re.findall(r"^    (curl .*)$", (EXAMPLES / "example_fastapi.py").read_text(), re.MULTILINE)
     with example.serving("example_fastapi.py") as address:
-        answers = [curl(line, address) for line in lines]
-        bad = curl("curl http://127.0.0.1:8000/sessions/a%00b", address)
+        said, asked, _, feedback, usage, listed, ready = answers = [curl(line, address) for line in lines]
+        bad = curl("curl http://127.0.0.1:8000/sessions/a%00b -H 'X-User: ada'", address)
+        unauthenticated = curl("""curl http://127.0.0.1:8000/sessions/b/messages --json '{"text": "Hello"}'""", address)
         unknown = [
-            curl("curl http://127.0.0.1:8000/sessions/unknown", address),
-            curl("""curl http://127.0.0.1:8000/sessions/unknown/feedback --json '{"rating": "up"}'""", address),
-            curl("curl http://127.0.0.1:8000/sessions/unknown", address),
+            curl("curl http://127.0.0.1:8000/sessions/unknown -H 'X-User: ada'", address),
+            curl("curl http://127.0.0.1:8000/sessions/ada-1 -H 'X-User: bob'", address),
+            *(curl(line.replace("X-User: ada", "X-User: bob"), address) for line in lines[:5]),
         ]
     with pymongo.MongoClient(example.uri) as client:
         assert client.get_default_database()["agent_sessions"].distinct("_id") == ["ada-1"]
     assert {(answer.status_code, answer.json()["detail"]) for answer in unknown} == {
         (404, "the session does not exist")
     }
-    assert [answer.status_code for answer in answers] == [200, 200, 204, 200, 200]
-    assert answers[0].json() == {"answer": "Hello! I have been sent 1 message."}
-    assert answers[1].text == "Your name is Ada."
-    assert answers[3].json()["usage"]["invocations"] == 2
-    assert [each["rating"] for each in answers[3].json()["feedbacks"]] == ["up"]
-    assert answers[4].json() == {"status": "ok"}
+    assert [answer.status_code for answer in answers] == [200, 200, 204, 200, 200, 200, 200]
+    assert said.json() == {"answer": "Hello! I have been sent 1 message."}
+    assert asked.text == "Your name is Ada."
+    assert [each["rating"] for each in feedback.json()["feedbacks"]] == ["up"]
+    assert usage.json()["total"]["invocations"] == 2
+    assert [each["session_id"] for each in listed.json()["sessions"]] == ["ada-1"]
+    assert ready.json() == {"status": "ok"}
+    assert (unauthenticated.status_code, unauthenticated.json()) == (401, {"detail": "the header X-User is missing"})
     assert (bad.status_code, bad.json()) == (422, {"detail": "session_id must not contain a NUL character"})
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full_adversity)])
+def test_users_see_only_their_own_sessions_in_any_worker(example: Example, workers: int) -> None:
+    with example.serving("example_fastapi_users.py", "--workers", workers) as address:
+        with httpx.Client(base_url=address, timeout=60) as client:
+            eventually(lambda: is_live(client))  # uvicorn names its address before its workers listen
+
+            def log_in(user: str, password: str) -> httpx.Response:
+                return client.post("/token", data={"username": user, "password": password})
+
+            def ask(path: str, token: str | None, **body: Any) -> httpx.Response:
+                headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+                return client.request("POST" if body else "GET", path, headers=headers, json=body or None)
+
+            ada, grace = (log_in(*user).json()["access_token"] for user in (("ada", "engine"), ("grace", "compiler")))
+            wrong = [log_in("ada", "compiler"), log_in("nobody", "engine")]
+            answers = [ask("/sessions/a/messages", ada, text=f"Message {number}") for number in range(2)]
+            ask("/sessions/g/messages", grace, text="Hello")
+            lists = [ask("/sessions", token).json()["sessions"] for token in (ada, grace)]
+            others = [ask(path, grace) for path in ("/sessions/a", "/sessions/a/messages", "/sessions/unknown")]
+            others.append(ask("/sessions/a/messages", grace, text="Hello"))
+            forged = [None, "x.y", f"{ada}0", ada[1:], grace.partition(".")[0] + "." + ada.partition(".")[2]]
+            refused = [ask("/sessions/new/messages", token, text="Hello") for token in forged]
+            refused += [ask("/sessions", token) for token in forged]
+        with pymongo.MongoClient(example.uri) as database:
+            stored = database.get_default_database()["agent_sessions"]
+            assert sorted(stored.distinct("_id")) == ["a", "g"]
+        printed = as_its_first_lines_say("example_fastapi_users.py", address) if shutil.which("curl") else None
+    assert {answer.status_code for answer in (*wrong, *refused)} == {401}
+    assert {answer.status_code for answer in answers} == {200}
+    assert "sent 3 messages" in "".join(re.findall('"(.*?)"', answers[1].text)[:-2])
+    assert [[each["session_id"] for each in sessions] for sessions in lists] == [["a"], ["g"]]
+    assert {(answer.status_code, answer.json()["detail"]) for answer in others} == {(404, "the session does not exist")}
+    if printed is not None:
+        said, listed, of_another, unauthenticated = printed[-4:]
+        assert "event: done" in said
+        assert [each["session_id"] for each in json.loads(listed)["sessions"]] == ["trip", "a"]
+        assert json.loads(of_another) == {"detail": "the session does not exist"}
+        assert json.loads(unauthenticated) == {"detail": "Not authenticated"}
+
+
+def is_live(client: httpx.Client) -> bool:
+    try:
+        return client.get("/live").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def as_its_first_lines_say(name: str, address: str) -> list[str]:
+    """Give the commands of an example to a shell, with another address; return what each prints."""
+    commands = re.findall(r"^    (curl .*)$", (EXAMPLES / name).read_text(), re.MULTILINE)
+    return [
+        subprocess.run(
+            ["bash", "-c", command.replace("http://127.0.0.1:8000", address)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for command in commands
+    ]

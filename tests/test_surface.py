@@ -303,9 +303,11 @@ def test_the_factory_has_each_method_twice() -> None:
     blocking = {name for name in found if not name.endswith("_async")}
     finding = {"list_sessions", "count_sessions", "session_exists", "get_session_summary", "delete_session"}
     labels = {"update_session", "claim_session", "export_owner", "erase_owner"}
+    content = {"list_messages", "get_usage", "get_feedbacks", "add_feedback"}
+    content |= {"get_metadata", "update_metadata", "delete_metadata"}
     copying = {"export_session", "import_session", "fork_session", "rewind_session", "write_back"}
     others = {"create_session_manager", "create_storage", "get_connection_stats", "ping", "check", "close"}
-    assert blocking == finding | labels | copying | others
+    assert blocking == finding | labels | content | copying | others
     blocking -= {"create_storage"}  # which waits for nothing
     assert found.keys() == blocking | {f"{name}_async" for name in blocking} | {"create_storage"}
     for name in blocking:
@@ -319,7 +321,10 @@ def test_a_factory_finds_copies_and_deletes_as_a_repository_does() -> None:
     theirs, ours = all_parameters(MongoDBSessionRepository), all_parameters(MongoDBSessionManagerFactory)
     finding = ("list_sessions", "count_sessions", "session_exists", "get_session_summary", "delete_session")
     copying = ("export_session", "import_session", "fork_session", "rewind_session", "write_back")
-    for name in (*finding, *copying, "update_session", "claim_session", "export_owner", "erase_owner"):
+    content = ("list_messages", "get_usage", "get_feedbacks", "add_feedback")
+    of_metadata = ("get_metadata", "update_metadata", "delete_metadata")
+    of_owners = ("update_session", "claim_session", "export_owner", "erase_owner")
+    for name in (*finding, *copying, *content, *of_metadata, *of_owners):
         assert ours[name] == theirs[name]
 
 

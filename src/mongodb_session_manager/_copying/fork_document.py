@@ -8,7 +8,7 @@ from typing import Any
 
 from .._format.codec import decode, encode
 from .._format.documents import MESSAGE_USAGE, STATE_DEPTH, USAGE, Document, is_number, usable, usable_numbers
-from .._format.ids import checked_id, checked_message_id
+from .._format.ids import checked_count, checked_id
 from .._format.view import View
 from ..errors import AgentNotFoundError, InvalidArgumentError, MessageNotFoundError
 from .import_checks import AGENT_NOT_COPIED, NOT_COPIED
@@ -19,8 +19,8 @@ def checked_ends(at_message: object) -> int | dict[str, int] | None:
     if at_message is None:
         return None
     if not isinstance(at_message, Mapping):
-        return checked_message_id(at_message)
-    return {checked_id(agent_id, "agent_id"): checked_message_id(n) for agent_id, n in at_message.items()}
+        return checked_count(at_message, "at_message")
+    return {checked_id(agent_id, "agent_id"): checked_count(n, "at_message") for agent_id, n in at_message.items()}
 
 
 def ends_of(session_id: str, at_message: int | dict[str, int] | None, agents: Iterable[str]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from .._format.buckets import Head
 from .._format.content import HAS_CONTENT, all_block_ids, without_removed_content
 from .._format.documents import Document, number
 from .._format.expressions import ALL
-from .._format.ids import agent_id_of, agent_key, checked_id, checked_message_id, stored_id
+from .._format.ids import agent_id_of, agent_key, checked_count, checked_id, stored_id
 from .._format.keys import block_id_of
 from .._format.layout import LIVE, Place
 from .._format.lease import StoredLease
@@ -70,7 +70,7 @@ def checked_ends(at_message: object) -> int | dict[str, int]:
 
 
 def _checked_last(value: object) -> int:
-    return -1 if type(value) is int and value == -1 else checked_message_id(value)
+    return -1 if type(value) is int and value == -1 else checked_count(value, "at_message")
 
 
 class Rewinder:

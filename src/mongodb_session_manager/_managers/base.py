@@ -43,7 +43,6 @@ from .capture import capture_base, capture_config, capture_metrics, guardrail_ev
 from .lifecycle import SessionLifecycle
 from .restoring import RESTORE_ERRORS, WithoutStorage, restore_error
 from .turns import can_be_changed
-from .user_hooks import Hook
 
 logger = logging.getLogger(__name__)
 
@@ -327,9 +326,6 @@ class SessionManagerBase(SessionLifecycle):
     def _start_flush(self) -> None:
         with suppress(EventLoopError):  # closing, or the next flush, raises it
             self._flusher.start(self._unit)
-
-    def _hook_for(self, action: str) -> Hook | None:
-        return self._options.feedback_hook if action == "add" else self._options.metadata_hook
 
     async def _list_messages(
         self, session_id: str, agent_id: str, limit: int | None, offset: int, newest_first: bool, before: int | None

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, 
 from dataclasses import replace
 from typing import Any, Self, Unpack
 
+from strands.types.session import SessionMessage
+
 from .._format.labels import checked_owner
 from .._io.connection import Connection
 from .._io.portal import Portal
@@ -16,13 +18,14 @@ from .._storage.storage import MongoDBStorage, SharedStorage
 from .._store.erasure import Erasure, ErasureProgress, ErasureReceipt, erase, erase_blocking
 from ..errors import ConfigurationError
 from .async_manager import AsyncMongoDBSessionManager
+from .hooked_methods import HookedMethods
 from .options import Configuration, ManagerOptions, SessionOptions
 from .pending import PendingSession
 from .pool import ConnectionStats, connection_stats
 from .sync_manager import MongoDBSessionManager
 
 
-class MongoDBSessionManagerFactory:
+class MongoDBSessionManagerFactory(HookedMethods):
     """Creates session managers that share one client, and with it one connection pool.
 
     Creating a manager costs one command: it opens no connection and builds no index. The factory can be created before
@@ -131,6 +134,10 @@ class MongoDBSessionManagerFactory:
     session_exists_async = awaitable(Repository.session_exists)
     get_session_summary = blocking(Repository.get_session_summary)
     get_session_summary_async = awaitable(Repository.get_session_summary)
+    get_usage = blocking(Repository.get_usage)
+    get_usage_async = awaitable(Repository.get_usage)
+    get_feedbacks = blocking(Repository.get_feedbacks)
+    get_feedbacks_async = awaitable(Repository.get_feedbacks)
     update_session = blocking(Repository.update_session)
     update_session_async = awaitable(Repository.update_session)
     claim_session = blocking(Repository.claim_session)
@@ -193,6 +200,37 @@ class MongoDBSessionManagerFactory:
         self, owner: str, *, progress: Callable[[ErasureProgress], object] | None = None
     ) -> ErasureReceipt:
         return await erase(self._portal, Erasure(self._async._store, checked_owner(owner), progress))
+
+    def list_messages(
+        self,
+        session_id: str,
+        agent_id: str,
+        limit: int | None = None,
+        offset: int = 0,
+        *,
+        newest_first: bool = False,
+        before: int | None = None,
+        owner: str | None = None,
+        **kwargs: Any,
+    ) -> list[SessionMessage]:
+        """Return messages of an agent, oldest first; see `MongoDBSessionRepository.list_messages`."""
+        page = {"newest_first": newest_first, "before": before, "owner": owner, **kwargs}
+        return self._portal.call(self._async.list_messages, session_id, agent_id, limit, offset, **page)
+
+    async def list_messages_async(
+        self,
+        session_id: str,
+        agent_id: str,
+        limit: int | None = None,
+        offset: int = 0,
+        *,
+        newest_first: bool = False,
+        before: int | None = None,
+        owner: str | None = None,
+        **kwargs: Any,
+    ) -> list[SessionMessage]:
+        page = {"newest_first": newest_first, "before": before, "owner": owner, **kwargs}
+        return await self._portal.run(self._async.list_messages, session_id, agent_id, limit, offset, **page)
 
     def delete_session(self, session_id: str, *, owner: str | None = None, **kwargs: Any) -> bool:
         """Delete a session with everything that belongs to it; see `MongoDBSessionRepository.delete_session`."""

@@ -128,6 +128,9 @@ class Options:
         checked_inline_bytes(self.max_inline_attachment_bytes)
         checked_ttl(self.session_ttl)
 
+    def hook_for(self, action: str) -> Hook | None:
+        return self.feedback_hook if action == "add" else self.metadata_hook
+
     def replaced(self, given: Mapping[str, Any]) -> Self:
         """Return these options with some replaced; an option that is `None` is not given.
 

@@ -152,7 +152,7 @@ class MongoDBSessionManager(SessionManagerBase):
     def _hooked(self, operation: Operation, action: str, **argument: Any) -> Any:
         """Call an operation of the repository through the hook for the action."""
         self._check_open()
-        portal, hook = self._connection.portal, self._hook_for(action)
+        portal, hook = self._connection.portal, self._options.hook_for(action)
         with attributed_to(self._connection):
             return call_hooked(portal, hook, operation, action, self.session_id, **argument)
 
