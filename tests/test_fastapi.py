@@ -5,25 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import httpx
 import pymongo
 import pytest
-import uvicorn
 from blockbuster import BlockBuster
 from fastapi import Depends, FastAPI, HTTPException, Response, WebSocket
 from fastapi.testclient import TestClient
+from pydantic import BaseModel
 from starlette.websockets import WebSocketDisconnect
 from strands import tool
 from strands.hooks import AfterInvocationEvent
 from strands.tools.executors import SequentialToolExecutor
 
 import interpreter
+from fix_fastapi import serving
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     DatabaseError,
@@ -47,6 +47,10 @@ from mongodb_session_manager.fastapi import (
     Session,
     add_session_support,
     health,
+    live,
+    open_session,
+    ready,
+    session_dependency,
     session_lifespan,
     stream,
 )
@@ -71,8 +75,18 @@ def no_factory_is_left() -> Iterator[None]:
     close_global_factory()
 
 
+OPENED: Any = Depends(open_session)
+
+
+class Prompt(BaseModel):
+    """What a user says, and the seconds that the model takes for each part of its answer."""
+
+    text: str
+    delay: float = 0.0
+
+
 class Application:
-    """A FastAPI application around `session_lifespan(*args, **kwargs)`.
+    """A FastAPI application around `session_lifespan(*args, **kwargs)`, whose sessions `opened` opens.
 
     Attributes:
         sessions: The managers that its requests were given, oldest first.
@@ -84,7 +98,7 @@ class Application:
         ended: Whether the session of each was open when its turn ended.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, opened: Any = OPENED, **kwargs: Any) -> None:
         self.app = FastAPI(lifespan=session_lifespan(*args, **kwargs))
         self.sessions: list[AsyncMongoDBSessionManager] = []
         self.before_answering: Callable[[], object] = lambda: None
@@ -95,49 +109,34 @@ class Application:
         self.ended: list[str] = []
         add_session_support(self.app)
         self.app.get("/health")(health)
+        self.app.get("/live")(live)
+        self.app.get("/ready")(ready)
 
         @self.app.post("/sessions/{session_id}/messages")
-        async def answer(session: Session, text: str) -> dict[str, str]:
+        async def answer(prompt: Prompt, session: AsyncMongoDBSessionManager = opened) -> dict[str, str]:
             self.sessions.append(session)
             asked = agent(session, *self.script)
             await asyncio.to_thread(self.before_answering)
-            return {"answer": str(await asked.invoke_async(text)).strip(), "session": repr(session)}
+            return {"answer": str(await asked.invoke_async(prompt.text)).strip(), "session": repr(session)}
 
-        async def answer_in_parts(session: Session, text: str, delay: float, format: Any) -> Response:
+        async def answer_in_parts(session: AsyncMongoDBSessionManager, prompt: Prompt, format: Any) -> Response:
             self.sessions.append(session)
             asked = agent(session, *self.script, **self.options)
-            asked.model.delay = delay
+            asked.model.delay = prompt.delay
             asked.add_hook(lambda _: self.ended.append(repr(session).rpartition(" ")[2]), AfterInvocationEvent)
             self.agents.append(asked)
             await asyncio.to_thread(self.before_answering)
-            response = await stream(asked, text, format=format)
+            response = await stream(asked, prompt.text, format=format)
             self.before_responding()
             return response
 
         @self.app.post("/sessions/{session_id}/sse")
-        async def sse(session: Session, text: str, delay: float = 0.0) -> Response:
-            return await answer_in_parts(session, text, delay, "sse")
+        async def sse(prompt: Prompt, session: AsyncMongoDBSessionManager = opened) -> Response:
+            return await answer_in_parts(session, prompt, "sse")
 
         @self.app.post("/sessions/{session_id}/text")
-        async def plain(session: Session, text: str, delay: float = 0.0) -> Response:
-            return await answer_in_parts(session, text, delay, "text")
-
-
-@contextmanager
-def serving(app: FastAPI, ws: Any = "none") -> Iterator[httpx.Client]:
-    """Serve an application on a port of its own and yield a client of it."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws=ws))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        eventually(lambda: server.started or not thread.is_alive())
-        (port,) = [socket.getsockname()[1] for each in server.servers for socket in each.sockets]
-        # Without `verify=False`, a client takes as long as a turn to load certificates, which it does not need.
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, verify=False) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
+        async def plain(prompt: Prompt, session: AsyncMongoDBSessionManager = opened) -> Response:
+            return await answer_in_parts(session, prompt, "text")
 
 
 @pytest.fixture
@@ -176,8 +175,8 @@ def test_methods_of_a_factory_are_endpoints_and_dependencies(server: str, databa
 
 
 def test_a_session_goes_on_with_the_next_request(client: httpx.Client, application: Application) -> None:
-    client.post("/sessions/s/messages", params={"text": "My name is Ada."})
-    answer = client.post("/sessions/s/messages", params={"text": "What is my name?"})
+    client.post("/sessions/s/messages", json={"text": "My name is Ada."})
+    answer = client.post("/sessions/s/messages", json={"text": "What is my name?"})
     assert answer.status_code == 200
     assert answer.json()["answer"] == "Your name is Ada."
 
@@ -188,7 +187,7 @@ def test_a_session_is_open_until_the_response_is_sent_and_closed_then(
 ) -> None:
     seen: list[str] = []
     application.script = [lambda _: seen.append(repr(application.sessions[0]))]  # what it returns answers for itself
-    answer = client.post(f"/sessions/s/{path}", params={"text": "hi"})
+    answer = client.post(f"/sessions/s/{path}", json={"text": "hi"})
     assert answer.status_code == 200
     assert seen == ["<AsyncMongoDBSessionManager session_id='s', open>"]
     (session,) = application.sessions
@@ -200,7 +199,7 @@ def test_a_session_is_open_while_the_last_parts_of_an_answer_are_sent(
     client: httpx.Client, application: Application
 ) -> None:
     application.script = ["one two three four five"]
-    with client.stream("POST", "/sessions/s/text", params={"text": "hi", "delay": 0.05}) as answer:
+    with client.stream("POST", "/sessions/s/text", json={"text": "hi", "delay": 0.05}) as answer:
         states = {repr(application.sessions[0]).rpartition(" ")[2] for _ in answer.iter_text()}
     assert states == {"open>"}
 
@@ -225,7 +224,7 @@ def test_server_sent_events_have_ids_names_and_json(client: httpx.Client, applic
 
     application.options = {"tools": [weather]}
     application.script = [{"tool": "weather", "input": {"city": "Oslo"}}, "It\nrains:\r\ndata: \u2028 é \ud83d"]
-    answer = client.post("/sessions/s/sse", params={"text": "hi"})
+    answer = client.post("/sessions/s/sse", json={"text": "hi"})
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["cache-control"] == "no-cache"
     told = events(answer.text)
@@ -241,7 +240,7 @@ def test_text_that_cannot_be_encoded_does_not_break_a_stream_of_text(
     client: httpx.Client, application: Application
 ) -> None:
     application.script = ["half of \ud83d a pair"]
-    answer = client.post("/sessions/s/text", params={"text": "hi"})
+    answer = client.post("/sessions/s/text", json={"text": "hi"})
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     assert answer.text == "half of ? a pair"
 
@@ -263,7 +262,7 @@ def test_an_error_before_the_model_answers_has_a_status(
     client: httpx.Client, application: Application, error: Exception, format: str
 ) -> None:
     application.script = [error]
-    answer = client.post(f"/sessions/s/{format}", params={"text": "hi"})
+    answer = client.post(f"/sessions/s/{format}", json={"text": "hi"})
     assert answer.status_code == (409 if isinstance(error, SessionConflictError) else 500)
     assert "secret" not in answer.text
 
@@ -287,7 +286,7 @@ def test_an_error_after_the_first_part_is_the_last_event(
     told: dict[str, Any],
 ) -> None:
     application.script = [{"tool": "none", "text": "Wait. "}, error]
-    answer = client.post("/sessions/s/sse", params={"text": "hi"})
+    answer = client.post("/sessions/s/sse", json={"text": "hi"})
     assert answer.status_code == 200
     shown = events(answer.text)
     assert [name for _, name, _ in shown] == ["text", "tool", "error"]
@@ -313,7 +312,7 @@ def deletes(stored: Stored) -> Any:
 
 def test_an_error_in_a_later_cycle_of_a_turn_has_its_status(client: httpx.Client, application: Application) -> None:
     application.script = [{"tool": "none"}, SessionConflictError("x")]
-    answer = client.post("/sessions/s/messages", params={"text": "hi"})
+    answer = client.post("/sessions/s/messages", json={"text": "hi"})
     assert answer.status_code == 409
     assert answer.json() == {"detail": "another request changed the session concurrently: repeat this one"}
 
@@ -323,7 +322,7 @@ def test_an_error_of_the_database_after_the_first_part_is_the_last_event(
 ) -> None:
     application.options = {"tools": [deletes(stored)]}
     application.script = [{"tool": "delete", "text": "Wait. "}, "The end."]
-    shown = events(client.post("/sessions/s/sse", params={"text": "hi"}).text)
+    shown = events(client.post("/sessions/s/sse", json={"text": "hi"}).text)
     assert shown[-1][1:] == ("error", {"status": 404, "detail": "the session does not exist"})
 
 
@@ -331,7 +330,7 @@ def test_an_error_after_the_first_part_breaks_a_stream_of_text_off(
     client: httpx.Client, application: Application
 ) -> None:
     application.script = [{"tool": "none", "text": "Wait. "}, SessionConflictError("x")]
-    with client.stream("POST", "/sessions/s/text", params={"text": "hi"}) as answer:
+    with client.stream("POST", "/sessions/s/text", json={"text": "hi"}) as answer:
         assert answer.status_code == 200
         parts = answer.iter_text()
         assert next(parts) == "Wait. "
@@ -343,7 +342,7 @@ def test_an_error_after_the_first_part_breaks_a_stream_of_text_off(
 
 @pytest.mark.parametrize("format", ["sse", "text"])
 def test_an_answer_comes_token_by_token(client: httpx.Client, format: str) -> None:
-    with client.stream("POST", f"/sessions/s/{format}", params={"text": "hi", "delay": 0.01}) as answer:
+    with client.stream("POST", f"/sessions/s/{format}", json={"text": "hi", "delay": 0.01}) as answer:
         parts = list(answer.iter_text())
     assert len(parts) > 3
 
@@ -353,7 +352,7 @@ def test_a_client_that_goes_away_loses_nothing_that_was_stored(
     client: httpx.Client, application: Application, stored: Stored, caplog: pytest.LogCaptureFixture, format: str
 ) -> None:
     application.script = ["one two three four five six seven eight nine ten"]
-    with client.stream("POST", f"/sessions/s/{format}", params={"text": "My name is Ada.", "delay": 0.05}) as answer:
+    with client.stream("POST", f"/sessions/s/{format}", json={"text": "My name is Ada.", "delay": 0.05}) as answer:
         assert "one" in next(answer.iter_text())
         # stored before the model was asked
         assert conversation(stored) == ["My name is Ada."]
@@ -364,7 +363,7 @@ def test_a_client_that_goes_away_loses_nothing_that_was_stored(
     assert len(application.agents[0].messages) < 2
 
     application.script = []
-    answer = client.post("/sessions/s/messages", params={"text": "What is my name?"})
+    answer = client.post("/sessions/s/messages", json={"text": "What is my name?"})
     assert answer.json()["answer"] == "Your name is Ada."
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -374,7 +373,7 @@ def test_a_client_that_goes_away_before_the_first_token_stops_the_agent(
 ) -> None:
     with serving(application.app) as client:
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/sessions/s/sse", params={"text": "hi", "delay": 600}, timeout=1)
+            client.post("/sessions/s/sse", json={"text": "hi", "delay": 600}, timeout=1)
         eventually(lambda: application.sessions and "closed" in repr(application.sessions[0]))
         assert application.ended == ["open>"]
         assert conversation(stored) == ["hi"]
@@ -395,7 +394,7 @@ def test_an_agent_that_goes_on_after_its_client_has_gone_is_stopped(
     application.options["tool_executor"] = SequentialToolExecutor()
     with serving(application.app) as client:
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/sessions/s/sse", params={"text": "hi"}, timeout=1)
+            client.post("/sessions/s/sse", json={"text": "hi"}, timeout=1)
         eventually(lambda: application.sessions and "closed" in repr(application.sessions[0]))
         assert application.ended == ["open>"]
     assert [record for record in caplog.records if record.name.startswith("mongodb_session_manager")] == []
@@ -409,7 +408,7 @@ def test_a_response_that_is_never_sent_stops_the_agent(
     client: httpx.Client, application: Application, caplog: pytest.LogCaptureFixture
 ) -> None:
     application.before_responding = refuse_to_respond
-    assert client.post("/sessions/s/sse", params={"text": "hi", "delay": 0.2}).status_code == 418
+    assert client.post("/sessions/s/sse", json={"text": "hi", "delay": 0.2}).status_code == 418
     eventually(lambda: "closed" in repr(application.sessions[0]))
     assert application.ended == ["open>"]
     assert len(application.agents[0].messages) < 2
@@ -419,7 +418,7 @@ def test_a_response_that_is_never_sent_stops_the_agent(
 def test_an_agent_that_streams_ends_in_the_context_in_which_it_began(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert client.post("/sessions/s/sse", params={"text": "hi"}).status_code == 200
+    assert client.post("/sessions/s/sse", json={"text": "hi"}).status_code == 200
     assert "Failed to detach context" not in caplog.text
 
 
@@ -436,7 +435,7 @@ def test_an_application_that_would_not_stop_agents_is_refused(server: str, datab
 
 def test_a_session_is_closed_when_the_endpoint_fails(client: httpx.Client, application: Application) -> None:
     application.script = [ValueError("a bug")]
-    assert client.post("/sessions/s/messages", params={"text": "hi"}).status_code == 500
+    assert client.post("/sessions/s/messages", json={"text": "hi"}).status_code == 500
     (session,) = application.sessions
     assert "closed" in repr(session)
 
@@ -448,19 +447,23 @@ TWO_WAYS = pytest.mark.parametrize("path", sampled(["messages", "sse", "text"], 
 
 
 @EVERY_WAY
-def test_a_conflict_is_409(client: httpx.Client, application: Application, stored: Stored, path: str) -> None:
-    def another_request() -> None:
-        application.before_answering = lambda: None
-        assert client.post("/sessions/s/messages", params={"text": "first"}).status_code == 200
+def test_a_conflict_is_409(server: str, database: str, stored: Stored, path: str) -> None:
+    application = Application(server, database, opened=session_dependency(on_busy="conflict"))
+    with serving(application.app) as client:
 
-    application.before_answering = another_request
-    answer = client.post(f"/sessions/s/{path}", params={"text": "a secret"})
-    assert answer.status_code == 409
-    assert answer.json() == {"detail": "another request changed the session concurrently: repeat this one"}
-    assert conversation(stored) == ["first", "Hello! I have been sent 1 message."]
+        def another_request() -> None:
+            application.before_answering = lambda: None
+            assert client.post("/sessions/s/messages", json={"text": "first"}).status_code == 200
 
-    again = client.post("/sessions/s/messages", params={"text": "a secret"})
-    assert again.json()["answer"] == "Hello! I have been sent 3 messages."
+        application.before_answering = another_request
+        answer = client.post(f"/sessions/s/{path}", json={"text": "a secret"})
+        assert answer.status_code == 409
+        assert answer.json() == {"detail": "another request changed the session concurrently: repeat this one"}
+        assert answer.headers["retry-after"] == "1"
+        assert conversation(stored) == ["first", "Hello! I have been sent 1 message."]
+
+        again = client.post("/sessions/s/messages", json={"text": "a secret"})
+        assert again.json()["answer"] == "Hello! I have been sent 3 messages."
 
 
 @EVERY_WAY
@@ -468,14 +471,14 @@ def test_a_session_that_is_gone_is_404(
     client: httpx.Client, application: Application, stored: Stored, path: str
 ) -> None:
     application.before_answering = lambda: stored.delete_one({"_id": "s"})
-    answer = client.post(f"/sessions/s/{path}", params={"text": "a secret"})
+    answer = client.post(f"/sessions/s/{path}", json={"text": "a secret"})
     assert answer.status_code == 404
     assert answer.json() == {"detail": "the session does not exist"}
 
 
 @EVERY_WAY
 def test_a_bad_session_id_is_422(client: httpx.Client, stored: Stored, path: str) -> None:
-    answer = client.post(f"/sessions/a%00b/{path}", params={"text": "hi"})
+    answer = client.post(f"/sessions/a%00b/{path}", json={"text": "hi"})
     assert answer.status_code == 422
     assert answer.json() == {"detail": "session_id must not contain a NUL character"}
     assert stored.count_documents({}) == 0
@@ -516,9 +519,10 @@ def test_a_message_that_is_too_large_is_413(client: httpx.Client, application: A
 @TWO_WAYS
 def test_a_database_that_is_away_is_503(path: str, caplog: pytest.LogCaptureFixture) -> None:
     with serving(Application(NOBODY, check=False, serverSelectionTimeoutMS=50).app) as client:
-        answer = client.post(f"/sessions/s/{path}", params={"text": "a secret"})
+        answer = client.post(f"/sessions/s/{path}", json={"text": "a secret"})
     assert answer.status_code == 503
     assert answer.json() == {"detail": "the database is unreachable: try again later"}
+    assert answer.headers["retry-after"] == "1"
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "127.0.0.1:1" in warning.getMessage()
     assert "hunter2" not in caplog.text
@@ -530,9 +534,9 @@ def test_a_database_that_is_too_slow_is_503(server: str, database: str, path: st
     with Proxy(server) as proxy:
         application = Application(proxy.uri, database, socketTimeoutMS=300)
         with serving(application.app) as client:
-            assert client.post("/sessions/s/messages", params={"text": "hi"}).status_code == 200
+            assert client.post("/sessions/s/messages", json={"text": "hi"}).status_code == 200
             proxy.freeze()
-            answer = client.post(f"/sessions/s/{path}", params={"text": "hi"})
+            answer = client.post(f"/sessions/s/{path}", json={"text": "hi"})
             proxy.thaw()
     assert answer.status_code == 503
     assert answer.json() == {"detail": "the database takes too long: try again later"}
@@ -549,7 +553,7 @@ def test_what_closing_cannot_store_after_a_503_is_logged(
         application = Application(proxy.uri, database, socketTimeoutMS=300)
         with serving(application.app) as client:
             application.before_answering = proxy.freeze
-            assert client.post(f"/sessions/s/{path}", params={"text": "a secret"}).status_code == 503
+            assert client.post(f"/sessions/s/{path}", json={"text": "a secret"}).status_code == 503
             eventually(logged_errors)
             proxy.thaw()
     (error,) = logged_errors()
@@ -721,10 +725,11 @@ def test_what_an_error_is_answered_with(
     async def fail(name: str) -> None:
         raise kinds[name]("of this error")
 
-    for kind, (status, _, detail) in ANSWERS.items():
+    for kind, (status, code, detail) in ANSWERS.items():
         caplog.clear()
         given = client.get(f"/fail/{kind.__name__}", headers={"Connection": "close"})
         assert given.status_code == status, kind
+        assert given.headers.get("retry-after") == ("1" if code == 1013 else None)
         assert given.text == "Internal Server Error" if detail is None else given.json() == {"detail": detail}, kind
         if detail is not None:
             ours = [each for each in caplog.records if each.name.startswith("mongodb_session_manager")]
@@ -759,7 +764,7 @@ def test_what_a_client_does_wrong_is_never_500(client: httpx.Client, application
         await WRONG[what][0](factory, session)
 
     for session_id in ("s", "s2"):
-        assert client.post(f"/sessions/{session_id}/messages", params={"text": "hi"}).status_code == 200
+        assert client.post(f"/sessions/{session_id}/messages", json={"text": "hi"}).status_code == 200
     for what, (_, status) in WRONG.items():
         answer = client.post("/sessions/s/wrong", params={"what": what})
         assert answer.status_code == status, (what, answer.text)
@@ -771,7 +776,7 @@ def test_refused_credentials_are_not_told_to_try_again_later(
 ) -> None:
     application = Application(with_credentials(server, "ada", "hunter2"), database, check=False)
     with serving(application.app) as client:
-        answer = client.post("/sessions/s/messages", params={"text": "a secret"})
+        answer = client.post("/sessions/s/messages", json={"text": "a secret"})
     assert answer.status_code == 500
     assert "again" not in answer.json()["detail"]
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -807,8 +812,9 @@ def test_an_application_that_would_not_close_sessions_is_refused(server: str, da
 # Health.
 
 
-def test_health(client: httpx.Client) -> None:
-    answer = client.get("/health")
+@pytest.mark.parametrize("path", ["live", "ready", "health"])
+def test_health(client: httpx.Client, path: str) -> None:
+    answer = client.get(f"/{path}")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
@@ -819,10 +825,12 @@ def test_health_of_a_database_that_does_not_answer(
     with Proxy(server) as proxy, serving(Application(proxy.uri, database, **patience).app) as client:
         assert client.get("/health").status_code == 200
         proxy.freeze()
-        answer = client.get("/health")
+        answer = client.get("/ready")
+        assert client.get("/live").status_code == 200
         proxy.thaw()
         assert (answer.status_code, answer.json()) == (503, {"status": "unavailable"})
-        assert "error=<TimeoutError> | not healthy" in caplog.messages
+        assert answer.headers["retry-after"] == "1"
+        assert "error=<TimeoutError> | not ready" in caplog.messages
         assert client.get("/health").status_code == 200
 
 
@@ -869,12 +877,12 @@ def test_two_applications_of_a_process_have_a_database_each(
     with serving(first.app) as one:
         with serving(second.app) as two:
             for client, session_id in ((one, "first"), (two, "second")):
-                assert client.post(f"/sessions/{session_id}/sse", params={"text": "hi"}).status_code == 200
+                assert client.post(f"/sessions/{session_id}/sse", json={"text": "hi"}).status_code == 200
                 assert client.get("/health").status_code == 200
             with pytest.raises(FactoryNotInitializedError, match="2 applications of this process"):
                 get_global_factory()
         assert one.get("/health").status_code == 200  # the end of the second one did not close it
-        assert one.post("/sessions/first/messages", params={"text": "hi"}).status_code == 200
+        assert one.post("/sessions/first/messages", json={"text": "hi"}).status_code == 200
         assert get_global_factory() is first.app.state.mongodb_session_factory
     ids = {name: [each["_id"] for each in driver[name].agent_sessions.find()] for name in (database, other_database)}
     assert ids == {database: ["first"], other_database: ["second"]}
@@ -903,7 +911,7 @@ def test_a_mounted_application(
     parent.mount("/below", mounted.app)
     mounted.script = [SessionConflictError("x")]
     with serving(parent) as client:
-        assert client.post("/below/sessions/s/sse", params={"text": "hi"}).status_code == 409
+        assert client.post("/below/sessions/s/sse", json={"text": "hi"}).status_code == 409
         assert client.get("/below/health").status_code == 200
     eventually(lambda: "closed" in repr(mounted.sessions[0]))
     used = other_database if own_factory else database
@@ -916,7 +924,7 @@ def test_an_endpoint_is_given_the_factory_of_its_application(client: httpx.Clien
         assert factory is application.app.state.mongodb_session_factory
         return [each.session_id for each in (await factory.list_sessions_async()).sessions]
 
-    client.post("/sessions/s/messages", params={"text": "hi"})
+    client.post("/sessions/s/messages", json={"text": "hi"})
     assert client.get("/sessions").json() == ["s"]
 
 
@@ -925,7 +933,7 @@ def test_an_application_without_a_lifespan_uses_the_global_factory(server: str, 
     application.app.router.lifespan_context = FastAPI().router.lifespan_context
     initialize_global_factory(server, database)
     with serving(application.app) as client:
-        assert client.post("/sessions/s/messages", params={"text": "hi"}).status_code == 200
+        assert client.post("/sessions/s/messages", json={"text": "hi"}).status_code == 200
         assert client.get("/health").status_code == 200
     assert conversation(stored) == ["hi", "Hello! I have been sent 1 message."]
 

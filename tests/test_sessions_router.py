@@ -429,7 +429,7 @@ def test_a_session_is_not_rewound_during_a_turn(ada: User, factory: MongoDBSessi
     with_content(factory)
     with factory.create_session_manager("s", on_busy="wait"):
         answer = ada("POST", "/sessions/s/rewind", json={"at_message": 1})
-    assert answer.status_code == 409
+    assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
     assert answer.json() == {"detail": "the session is busy with another request: repeat this one later"}
     assert len(ada("GET", "/sessions/s/messages").json()["messages"]) == 4
 
@@ -475,7 +475,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "a long title": ("PATCH", "/s", {"json": {"title": "x" * 1001}}, "title must have at most 1000 characters"),
     "half a pair": ("PATCH", "/s", {"content": r'{"tags": ["\ud83d"]}'}, "tags[0] must be valid Unicode"),
     "an unknown field": ("PATCH", "/s", {"json": {"titel": "x"}}, "titel: Extra inputs are not permitted"),
-    "half a key": ("POST", "/s/fork", {"content": r'{"at_message": {"\ud83d": ""}}'}, ""),
+    "half a key": ("POST", "/s/fork", {"content": r'{"at_message": {"\ud83d": ""}}'}, "new_id: Field required; at_"),
     "no JSON": ("PATCH", "/s", {"content": "{title: x}"}, "body: JSON decode error"),
     "no object": ("PATCH", "/s/metadata", {"json": [1]}, "body: Input should be a valid dictionary or object"),
     "no body": ("POST", "/s/rewind", {}, "body: Field required"),
@@ -535,6 +535,7 @@ def test_every_status_is_documented(name: str) -> None:
             assert "content" not in answer
             continue
         schema = answer["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        assert ("Retry-After" in answer.get("headers", {})) == (status in ("409", "503"))
         if status >= "400":
             assert found["components"]["schemas"][schema]["properties"]["detail"]["type"] == "string"
     assert operation["summary"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pydantic import BaseModel
 from strands.types.exceptions import EventLoopException
 
 from .. import errors
@@ -24,6 +25,14 @@ class Answer(NamedTuple):
     status: int
     close_code: int
     detail: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header `Retry-After` in seconds, if the client can repeat the request."""
+        return RETRY_AFTER if self.close_code == 1013 else {}
+
+
+RETRY_AFTER = {"Retry-After": "1"}
 
 
 # The status of an invalid argument is 422, as in FastAPI's own validation. The close codes of a WebSocket are 1008 (the
@@ -46,6 +55,36 @@ ANSWERS: dict[type[errors.MongoDBSessionError], Answer] = {
 }
 UNEXPECTED = Answer(500, 1011, "the request failed")
 """The answer for an error that is not one of this library: a bug of the application."""
+
+
+class ErrorDetail(BaseModel):
+    """The body of a response to a request that failed."""
+
+    detail: str
+
+
+class InvalidRequest(BaseModel):
+    """The body of a response to an invalid request: a text, or the list of FastAPI's own validation."""
+
+    detail: str | list[dict[str, Any]]
+
+
+_REPEATABLE = {
+    "Retry-After": {"description": "Seconds until the request can be repeated.", "schema": {"type": "integer"}}
+}
+
+responses: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorDetail, "description": "The session, the agent or the message does not exist."},
+    409: {
+        "model": ErrorDetail,
+        "description": "The session is busy or was changed by another request, or the id of a new session is taken.",
+        "headers": _REPEATABLE,
+    },
+    413: {"model": ErrorDetail, "description": "The message or the session is too large."},
+    422: {"model": InvalidRequest, "description": "The request is invalid."},
+    503: {"model": ErrorDetail, "description": "The database is unreachable or too slow.", "headers": _REPEATABLE},
+}
+"""The statuses of `add_session_support` for OpenAPI: `FastAPI(responses=responses)`, or for a router or a route."""
 
 
 def original(error: BaseException) -> BaseException:

@@ -8,12 +8,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 
-class ErrorBody(BaseModel):
-    """The reason why a request failed."""
-
-    detail: str
-
-
 class SessionEntry(BaseModel):
     """A session, without its messages."""
 

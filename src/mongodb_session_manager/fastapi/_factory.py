@@ -19,13 +19,14 @@ from .. import MongoDBSessionManagerFactory, get_global_factory
 from .._managers.global_factory import factory_of_application
 from .._managers.options import ManagerOptions
 from ..errors import MongoDBSessionError
+from ._answers import RETRY_AFTER
 
 logger = logging.getLogger(__name__)
 
 OUTER_FACTORY = "mongodb_session_manager.factory"
 """The key, in the scope of a request, of the factory of the parent application."""
 
-_HEALTH_TIMEOUT = 2.0
+_READY_TIMEOUT = 2.0
 """Seconds; load balancers time out after a few."""
 
 _CHECK_TIMEOUT = 5.0
@@ -112,12 +113,24 @@ Factory = Annotated[MongoDBSessionManagerFactory, Depends(get_factory)]
 """The type of a parameter that is the application's factory."""
 
 
-async def health(connection: HTTPConnection = None) -> JSONResponse:  # type: ignore[assignment]  # FastAPI passes one
-    """An endpoint: answer 200 if the database of the factory answers within two seconds, otherwise 503."""
+async def live() -> JSONResponse:
+    """An endpoint: answer 200 while the application runs, without asking the database."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(connection: HTTPConnection = None) -> JSONResponse:  # type: ignore[assignment]  # FastAPI passes one
+    """An endpoint: answer 200 if the database of the factory answers within two seconds, otherwise 503.
+
+    The body names no host.
+    """
     try:
-        async with asyncio.timeout(_HEALTH_TIMEOUT):
+        async with asyncio.timeout(_READY_TIMEOUT):
             await (get_global_factory() if connection is None else get_factory(connection)).ping_async()
     except (MongoDBSessionError, TimeoutError) as error:
-        logger.warning("error=<%s> | not healthy", str(error) or type(error).__name__)
-        return JSONResponse({"status": "unavailable"}, 503)
+        logger.warning("error=<%s> | not ready", str(error) or type(error).__name__)
+        return JSONResponse({"status": "unavailable"}, 503, RETRY_AFTER)
     return JSONResponse({"status": "ok"})
+
+
+health = ready
+"""Another name of `ready`."""

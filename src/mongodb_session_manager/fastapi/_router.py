@@ -18,8 +18,8 @@ from strands.types.session import SessionMessage
 
 from .. import MongoDBSessionManagerFactory, Order
 from ..errors import ConfigurationError, InvalidArgumentError, SessionNotFoundError, raise_alone
+from ._answers import ErrorDetail, responses
 from ._bodies import (
-    ErrorBody,
     Feedback,
     FeedbackList,
     Fork,
@@ -32,9 +32,10 @@ from ._bodies import (
     SessionList,
     Usage,
 )
+from ._exchange import current_exchange
 from ._factory import get_factory
 from ._json import json_response
-from ._sessions import current_exchange
+from ._owner import checked_owner
 
 _OWNER = "mongodb_session_manager.owner"
 """The key, in the scope of a request, of the owner whose sessions it may use; `None` for all sessions."""
@@ -69,9 +70,7 @@ def _authentication(owner: Callable[..., Any] | None) -> Callable[..., Coroutine
         return administrate
 
     async def authenticate(connection: HTTPConnection, found: Any = Depends(owner)) -> None:  # noqa: B008 - per router
-        if not isinstance(found, str):  # `None` would allow every session
-            raise ConfigurationError(f"the dependency owner= must return a str, got {type(found).__name__}")
-        connection.scope[_OWNER] = found
+        connection.scope[_OWNER] = checked_owner(found)
 
     return authenticate
 
@@ -219,13 +218,13 @@ class _Operation:
     @property
     def errors(self) -> dict[int | str, dict[str, Any]]:
         """The documented answers for errors."""
-        statuses = {422: "A parameter is invalid", 503: "The database is unreachable: try again later"}
+        statuses = [503]
         if self.path:
-            statuses[404] = "The session does not exist, or belongs to another user"
+            statuses += [404]
         if self.method != "GET":
-            statuses[409] = "Another request uses the session, or the id of the new session is taken"
-            statuses[413] = "The session has no room for it"
-        return {status: {"description": text, "model": ErrorBody} for status, text in sorted(statuses.items())}
+            statuses += [409, 413]
+        invalid = {**responses[422], "model": ErrorDetail}  # see `_Route`
+        return {422: invalid, **{status: responses[status] for status in statuses}}
 
 
 _SESSION = "/{session_id}"

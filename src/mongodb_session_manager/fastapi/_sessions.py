@@ -1,146 +1,111 @@
-"""The sessions of a request: the dependency that opens them, and the middleware that closes them."""
+"""The sessions of a request: the dependencies that open them."""
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from inspect import Parameter, Signature
+from typing import Annotated, Any, TypedDict, Unpack
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, Path
 from fastapi.requests import HTTPConnection
-from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from strands.types.exceptions import EventLoopException
 
-from .. import AsyncMongoDBSessionManager
-from ._answers import ANSWERS, UNEXPECTED, answer_to, log
-from ._factory import OUTER_FACTORY, factory_in, get_factory
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A request that `add_session_support` serves; the stack is closed after the response."""
-
-    stack: AsyncExitStack
-    receive: Receive
-    path: str
+from .. import AsyncMongoDBSessionManager, OnBusy, SaveOn
+from .._managers.options import Options
+from .._managers.user_hooks import Hook
+from ._exchange import current_exchange
+from ._factory import get_factory
+from ._owner import checked_owner
 
 
-# A context variable, because `stream` takes an agent and not the request.
-_exchange: ContextVar[Exchange | None] = ContextVar("mongodb_session_manager_exchange", default=None)
+class DependencyOptions(TypedDict, total=False):
+    """The options of the sessions of a `session_dependency`; `SessionOptions` documents them."""
+
+    application_name: str | None
+    metadata_fields: Sequence[str] | None
+    max_inline_attachment_bytes: int | None
+    max_embedded_messages: int | None
+    max_embedded_bytes: int | None
+    session_ttl: timedelta | None
+    title: str | None
+    tags: Sequence[str] | None
+    must_exist: bool | None
+    metadata_hook: Hook | None
+    feedback_hook: Hook | None
+    save_on: SaveOn | None
+    on_busy: OnBusy | None
+    busy_timeout: float | None
+    lease: float | None
 
 
-def current_exchange(purpose: str) -> Exchange:
-    """Return the current request, or raise `RuntimeError` if `add_session_support` was not called."""
-    if (exchange := _exchange.get()) is None:
-        raise RuntimeError(f"nothing would {purpose}: call add_session_support(app) before the app starts")
-    return exchange
+class SessionOpener:
+    """A dependency that opens the session that a path parameter names, after the dependency that returns the owner.
+
+    Attributes:
+        path: The name of the path parameter.
+    """
+
+    def __init__(self, path: str, owner: Callable[..., Any] | None, options: DependencyOptions) -> None:
+        Options().replaced(options)  # refuses invalid options now, and not at each request
+        self.path = path
+        self._options = options
+        self._has_owner = owner is not None
+        # FastAPI reads this signature. It calls dependencies before it reads parameters, and calls no dependency
+        # whose own dependencies raise an error.
+        parameters = {"session_id": Annotated[str, Path(alias=path)], "connection": HTTPConnection}
+        if owner is not None:
+            parameters["owner"] = Annotated[Any, Depends(owner)]
+        self.__signature__ = Signature(
+            [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in parameters.items()]
+        )
+
+    async def __call__(
+        self, session_id: str, connection: HTTPConnection, owner: Any = None
+    ) -> AsyncMongoDBSessionManager:
+        if self._has_owner:
+            owner = checked_owner(owner)
+        exchange, factory = current_exchange("close the session"), get_factory(connection)
+        options = self._options
+        if options.get("on_busy") is None and factory._options.on_busy == "conflict":
+            options = {**options, "on_busy": "wait"}
+        return await exchange.enter(factory.create_session_manager_async(session_id, owner=owner, **options))
 
 
-async def open_session(session_id: str, connection: HTTPConnection) -> AsyncMongoDBSessionManager:
-    """A dependency: open the session of the path parameter `session_id` with the factory of the application.
+def session_dependency(
+    *,
+    path: str = "session_id",
+    owner: Callable[..., Any] | None = None,
+    **options: Unpack[DependencyOptions],
+) -> Any:
+    """Return the dependency that opens a session for a request, to use in `Annotated`.
 
-    It is closed when the whole response is sent, including the last part of a stream, or when the client disconnects.
+        UserSession = Annotated[AsyncMongoDBSessionManager, session_dependency(owner=current_user)]
+
+        @app.post("/sessions/{session_id}/messages")
+        async def answer(session: UserSession, prompt: Prompt) -> Response: ...
+
+    The session is closed when the whole response is sent, including the last part of a stream, or when the client
+    disconnects. A client that disconnects while its request waits for a busy session gives up its place.
+
+    Args:
+        path: The name of the path parameter that is the id of the session. The application does not start if a route
+            lacks it.
+        owner: A FastAPI dependency, like `current_user`, that returns the id of the session's owner. It runs first:
+            if it raises an error, like `HTTPException(401)`, nothing is sent to the database. The session of another
+            owner is answered with 404. With `None`, the owner is that of the factory: none, unless it was given one.
+        **options: `SessionOptions` documents them. The default of `on_busy` is `"wait"` here, unless the factory has
+            `"refuse"`: of two requests that use a session at the same time, the later one waits.
 
     Raises:
-        FactoryNotInitializedError: The application has no `session_lifespan`.
-        MongoDBSessionError: The session cannot be opened; see `add_session_support` for the answer.
-        RuntimeError: `add_session_support` was not called.
+        ConfigurationError: An option is unknown or invalid.
+        InvalidArgumentError: The title or the tags are invalid.
     """
-    stack = current_exchange("close the session").stack
-    return await stack.enter_async_context(get_factory(connection).create_session_manager_async(session_id))
+    return Depends(SessionOpener(path, owner, options))
 
+
+open_session = SessionOpener("session_id", None, {})
+"""The dependency of `Session`, for `Depends(open_session)` and `app.dependency_overrides[open_session]`."""
 
 Session = Annotated[AsyncMongoDBSessionManager, Depends(open_session)]
-"""The type of a parameter that is the session of the path parameter `session_id`."""
-
-
-def add_session_support(app: FastAPI) -> None:
-    """Close the sessions that `open_session` opens, stop the agents of `stream`, and answer errors.
-
-    | status | WebSocket | error |
-    |---|---|---|
-    | 404 | 1008 | `SessionNotFoundError`, `AgentNotFoundError`, `MessageNotFoundError` |
-    | 409 | 1013 | `SessionConflictError`, `SessionBusyError` |
-    | 409 | 1008 | `SessionExistsError` |
-    | 413 | 1008 | `MessageTooLargeError`, `StateTooLargeError` |
-    | 422 | 1008 | `InvalidArgumentError`, `EncodingError` |
-    | 503 | 1013 | `DatabaseUnavailableError`, `DatabaseTimeoutError` |
-    | 500 | 1011 | `DatabaseError`, `ConfigurationError`, `AccessDeniedError`: trying again does not help |
-
-    The body is `{"detail": "..."}`, as for FastAPI's own errors. 500 and 503 are logged in one line. All other errors
-    are bugs of the application: FastAPI answers 500 and the server logs the traceback. A WebSocket is closed with the
-    code and a short reason; one that is not accepted yet is accepted first, because a browser shows no code otherwise.
-
-    After a 503 it is unknown whether the request's messages are stored: closing the session retries once. If that fails
-    too, the error is raised, and the server logs it.
-
-    Call it before the application starts, and for each application that is mounted in another.
-    """
-    app.add_middleware(_SessionSupport)
-    for error in (*ANSWERS, EventLoopException):
-        app.add_exception_handler(error, _answer)
-
-
-async def _answer(request: Request, error: Exception) -> JSONResponse:
-    answer = answer_to(error)
-    if answer is UNEXPECTED or request.scope["type"] == "websocket":
-        raise error  # FastAPI answers the former with its own 500, _SessionSupport the latter
-    log(request.scope["path"], error)
-    return JSONResponse({"detail": answer.detail}, answer.status)
-
-
-class _SessionSupport:
-    """Closes a request's sessions when its response is sent, and WebSockets when an error ends them.
-
-    A dependency with `yield` cannot do this: FastAPI before 0.118 leaves it before it sends the response. Exception
-    handlers cannot either: their response does not reach a WebSocket.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
-        async with AsyncExitStack() as stack:
-            scope[OUTER_FACTORY] = factory_in(scope)
-            token = _exchange.set(Exchange(stack, receive, scope["path"]))
-            try:
-                if scope["type"] == "websocket":
-                    await self._serve_websocket(scope, receive, send)
-                else:
-                    await self._app(scope, receive, send)
-            finally:
-                _exchange.reset(token)
-
-    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        accepted = ended = False
-
-        async def receiving() -> Message:
-            nonlocal ended
-            message = await receive()
-            ended = ended or message["type"] == "websocket.disconnect"
-            return message
-
-        async def sending(message: Message) -> None:
-            nonlocal accepted, ended
-            accepted = accepted or message["type"] == "websocket.accept"
-            ended = ended or message["type"] in ("websocket.close", "websocket.http.response.start")
-            await send(message)
-
-        try:
-            await self._app(scope, receiving, sending)
-        except Exception as error:
-            answer = answer_to(error)
-            if not ended:
-                if not accepted:
-                    # A browser refuses a connection that does not choose one of the subprotocols that it asked for.
-                    chosen = next(iter(scope.get("subprotocols") or ()), None)
-                    await send({"type": "websocket.accept", "subprotocol": chosen})
-                reason = answer.detail.encode()[:123].decode(errors="ignore")
-                await send({"type": "websocket.close", "code": answer.close_code, "reason": reason})
-            if answer is UNEXPECTED:
-                raise
-            log(scope["path"], error)
+"""The type of a parameter that is the session of the path parameter `session_id`, opened with the defaults of
+`session_dependency`: the session is created if it is new, and its owner is that of the factory."""

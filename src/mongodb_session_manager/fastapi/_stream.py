@@ -16,14 +16,15 @@ from strands import Agent
 from strands.types.agent import AgentInput
 
 from ._answers import answer_to, log
-from ._sessions import current_exchange
+from ._exchange import current_exchange
 
 
 async def stream(agent: Agent, prompt: AgentInput, *, format: Literal["sse", "text"] = "sse") -> Response:
     """Run an agent and return a response that streams its answer.
 
     It returns when the model begins to answer. By then the prompt is stored with `save_on="message"`, the default. An
-    earlier error is raised, so the response has the status of the error: 404, 409, 413, 422 or 503.
+    earlier error is raised, so the response has the status of the error: 404, 409 (busy: with `Retry-After`), 413, 422
+    or 503.
 
     As `"sse"`, each event has an `id`, counted from 0, and JSON as its `data`:
 
@@ -56,7 +57,7 @@ async def stream(agent: Agent, prompt: AgentInput, *, format: Literal["sse", "te
     exchange = current_exchange("stop the agent")
     turn = _Turn(agent, prompt, exchange.path)
     exchange.stack.push_async_callback(turn.stop)
-    if not await turn.begins(exchange.receive):
+    if not await turn.begins(exchange.inbox.receive):
         return Response(status_code=499)  # nothing reads it
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass each part on at once
     if format == "sse":
