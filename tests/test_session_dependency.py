@@ -154,10 +154,11 @@ class Application:
             self.opened.append(session)
             await socket.accept()
 
-    def wait_until_idle(self) -> None:
+    def wait_until_idle(self, stored: Stored) -> None:
         """Wait until nothing more is sent to the database."""
         eventually(lambda: all("closed" in repr(session) for session in self.opened))
-        eventually(lambda: not self._connection._tasks)
+        eventually(lambda: stored.find_one({"lease.token": {"$exists": True}}) is None)
+        eventually(lambda: not self._connection._tasks and not self._connection._operations)
 
     @property
     def _connection(self) -> Any:
@@ -216,7 +217,7 @@ def test_who_is_not_authenticated_creates_nothing_and_sends_no_command(
     client: httpx.Client, application: Application, stored: Stored, log: CommandLog
 ) -> None:
     say(client)
-    application.wait_until_idle()
+    application.wait_until_idle(stored)
     del client.headers["Authorization"]
     log.clear()
     for path in ("/sessions/s", "/sessions/new", "/def/new", "/yield/new", "/refused/new"):
@@ -229,11 +230,11 @@ def test_who_is_not_authenticated_creates_nothing_and_sends_no_command(
 
 
 def test_another_users_session_is_answered_like_a_missing_one(
-    client: httpx.Client, application: Application, log: CommandLog
+    client: httpx.Client, application: Application, stored: Stored, log: CommandLog
 ) -> None:
     say(client)
     assert client.get("/chats/s").json() == "s"
-    application.wait_until_idle()
+    application.wait_until_idle(stored)
     client.headers["Authorization"] = "eve"
     answers, commands = [], []
     for session_id in ("s", "missing"):
@@ -325,7 +326,7 @@ def test_a_request_whose_client_leaves_gives_up_its_place(
 ) -> None:
     with pytest.raises(httpx.ReadTimeout):
         say(client, "never answered", timeout=0.5)
-    eventually(lambda: not application.waiters())
+    eventually(lambda: not application.waiters(), 15)
     elsewhere.close()
     assert say(client, "again").status_code == 200
     assert len(application.opened) == 1
@@ -407,7 +408,7 @@ def test_a_websocket_whose_client_leaves_while_it_waits_gives_up_its_place(
     address = f"ws://127.0.0.1:{client.base_url.port}/wait/s"
     with suppress(TimeoutError):
         connect(address, additional_headers={"Authorization": "ada"}, open_timeout=0.5)
-    eventually(lambda: not application.waiters())
+    eventually(lambda: not application.waiters(), 15)
     elsewhere.close()
     assert say(client, "again").status_code == 200
     assert len(application.opened) == 1

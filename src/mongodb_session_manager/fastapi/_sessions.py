@@ -87,6 +87,9 @@ def session_dependency(
     The session is closed when the whole response is sent, including the last part of a stream, or when the client
     disconnects. A client that disconnects while its request waits for a busy session gives up its place.
 
+    Use one dependency for a session in a request, as a type that endpoints share. Two different ones open the session
+    twice, and the second waits for the first.
+
     Args:
         path: The name of the path parameter that is the id of the session. The application does not start if a route
             lacks it.
@@ -94,7 +97,8 @@ def session_dependency(
             if it raises an error, like `HTTPException(401)`, nothing is sent to the database. The session of another
             owner is answered with 404. With `None`, the owner is that of the factory: none, unless it was given one.
         **options: `SessionOptions` documents them. The default of `on_busy` is `"wait"` here, unless the factory has
-            `"refuse"`: of two requests that use a session at the same time, the later one waits.
+            `"refuse"`: of two requests that use a session at the same time, the later one waits. Endpoints that run
+            no agent, like those for feedback, need no turn: pass `"conflict"`.
 
     Raises:
         ConfigurationError: An option is unknown or invalid.
