@@ -317,9 +317,9 @@ def test_an_error_names_the_session(full: Stored, server: str, repository: Mongo
     ):
         repository.erase_owner(ADA)
     assert caught.value.code == 13
-    (listed,) = check_listed(repository)
-    assert f"'{listed}'" in str(caught.value)
-    assert repository.erase_owner(ADA)["sessions"] == [listed]
+    listed = check_listed(repository)  # the fail point can meet several commands that arrive at once
+    assert any(f"'{session_id}'" in str(caught.value) for session_id in listed)
+    assert sorted(repository.erase_owner(ADA)["sessions"]) == sorted(listed)
 
 
 # Writers under way.
