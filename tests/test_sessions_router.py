@@ -475,7 +475,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "a long title": ("PATCH", "/s", {"json": {"title": "x" * 1001}}, "title must have at most 1000 characters"),
     "half a pair": ("PATCH", "/s", {"content": r'{"tags": ["\ud83d"]}'}, "tags[0] must be valid Unicode"),
     "an unknown field": ("PATCH", "/s", {"json": {"titel": "x"}}, "titel: Extra inputs are not permitted"),
-    "half a key": ("POST", "/s/fork", {"content": r'{"at_message": {"\ud83d": ""}}'}, "new_id: Field required; at_message"),
+    "half a key": ("POST", "/s/fork", {"content": r'{"at_message": {"\ud83d": ""}}'}, "new_id: Field required; at_"),
     "no JSON": ("PATCH", "/s", {"content": "{title: x}"}, "body: JSON decode error"),
     "no object": ("PATCH", "/s/metadata", {"json": [1]}, "body: Input should be a valid dictionary or object"),
     "no body": ("POST", "/s/rewind", {}, "body: Field required"),
