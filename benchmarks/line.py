@@ -58,8 +58,7 @@ class _Sample:
 
     Attributes:
         requests_per_second: The rate of the run.
-        gaps: Milliseconds from the end of each turn to the beginning of the next one; without a line, the milliseconds
-            that each request takes to open its session.
+        gaps: Milliseconds from the end of each turn to the beginning of the next one.
         commands: The number of commands per request.
     """
 
@@ -111,22 +110,19 @@ def _row(case: _Case, way: str, found: dict[str, list[_Sample]]) -> dict[str, Ce
 
 
 async def _requests(way: str, case: _Case, uri: str) -> _Sample:
-    opening: list[float] = []
-    begun: dict[str, list[float]] = defaultdict(list)
-    ended: dict[str, list[float]] = defaultdict(list)
+    begun: dict[int, list[float]] = defaultdict(list)
+    ended: dict[int, list[float]] = defaultdict(list)
     counter = Counter()
-    # Without a line, as many requests at the same time as there are sessions with one.
-    slots = asyncio.Semaphore(case.sessions if way == _NO_LINE else case.requests)
+    # Without a line, the requests that would share a session come one after the other, each with a session of its own.
+    slots = [asyncio.Semaphore(1 if way == _NO_LINE else case.requests) for _ in range(case.sessions)]
 
     async def request(number: int, subject: Contender, session_id: str) -> None:
-        await asyncio.sleep(number % case.sessions * case.apart)
-        async with slots:
-            arrived = time.perf_counter()
-            async with subject.session(session_id) as manager:
-                begun[session_id].append(time.perf_counter())
-                opening.append((begun[session_id][-1] - arrived) * 1e3)
-                await agent(manager, case.pace).invoke_async("And now?")
-                ended[session_id].append(time.perf_counter())
+        line = number % case.sessions
+        await asyncio.sleep(line * case.apart)
+        async with slots[line], subject.session(session_id) as manager:
+            begun[line].append(time.perf_counter())
+            await agent(manager, case.pace).invoke_async("And now?")
+            ended[line].append(time.perf_counter())
 
     options = {"on_busy": "wait", "busy_timeout": 600.0, "event_listeners": [counter]}
     async with contextlib.AsyncExitStack() as stack:
@@ -140,8 +136,8 @@ async def _requests(way: str, case: _Case, uri: str) -> _Sample:
         await asyncio.gather(*map(request, range(case.requests), turns, sessions))
         took = time.perf_counter() - start
         commands = counter.count / case.requests
-    gaps = [gap for session_id in ended for gap in _gaps(begun[session_id], ended[session_id])]
-    return _Sample(case.requests / took, gaps if way != _NO_LINE else opening, commands)
+    gaps = [gap for line in ended for gap in _gaps(begun[line], ended[line])]
+    return _Sample(case.requests / took, gaps, commands)
 
 
 def _gaps(begun: list[float], ended: list[float]) -> list[float]:
