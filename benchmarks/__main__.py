@@ -48,10 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.markdown is not None:
         print(markdown(Run.read(options.markdown)), end="")
         return 0
-    run = _run(options.measures or list(MEASURES), options.quick, console)
+    run = _run(options.measures or list(MEASURES), options.quick, options.json, console)
     print_tables(run, console)
-    if options.json is not None:
-        run.write(options.json)
     if options.plots is not None:
         from ._plots import draw  # needs matplotlib, which the measures do not
 
@@ -80,19 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(names: Sequence[str], quick: bool, console: Console) -> Run:
+def _run(names: Sequence[str], quick: bool, path: Path | None, console: Console) -> Run:
+    """Run measures; write the results to the path after each one, so that a failure loses none."""
     # Warnings of the driver would break the progress bars.
     logging.disable(logging.WARNING)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     findings: dict[str, Finding] = {}
     columns = TextColumn("{task.description:11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress, EmbeddedMongoDB() as server:
-        machine = _machine.describe(server.connection_string)
+        run = Run(today, quick, _machine.describe(server.connection_string), findings)
         tasks = {name: progress.add_task(name, start=False, total=None) for name in names}
         for name in names:
             bench = _bench(server, quick, progress, tasks[name])
             findings[name] = asyncio.run(_measured(MEASURES[name], bench))
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Run(today, quick, machine, findings)
+            if path is not None:
+                run.write(path)
+    return run
 
 
 def _bench(server: EmbeddedMongoDB, quick: bool, progress: Progress, task: TaskID) -> Bench:

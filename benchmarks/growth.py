@@ -40,6 +40,9 @@ _LARGE = 1_000
 """From this size on, all rounds measure one session, because growing one per round would take too long."""
 _BATCH = 40
 
+_REMOVED = "agent_data.conversation_manager_state.removed_message_count"
+"""The path, in an agent, of the number of messages that the conversation manager has removed."""
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -120,7 +123,6 @@ class _Session:
     def __init__(self, factory: MongoDBSessionManagerFactory, session_id: str) -> None:
         self.session_id = session_id
         self.size = 0
-        self._newest: list[Message] = []
         self._factory = factory
         self._manager: AsyncMongoDBSessionManager | None = None
         self._agent: Agent | None = None
@@ -144,11 +146,9 @@ class _Session:
         """Insert messages between the archived ones and the others, without the library."""
         if self.size == 0:
             await self.grown_to(_WINDOW)
-        await self.window_begins_at(self.size - _WINDOW)
         await self.close()
         await asyncio.to_thread(_insert, uri, self.session_id, size - self.size)
-        _, holder = await self._open()  # with the messages of the window, which can be inserted ones
-        self.size, self._newest = size, [*holder.messages]
+        self.size = size
 
     async def append(self) -> float:
         """Append a message with one command; return the seconds."""
@@ -165,7 +165,6 @@ class _Session:
     def _add(self, message: Message, manager: AsyncMongoDBSessionManager, holder: Agent) -> None:
         holder.messages.append(message)
         manager.append_message(message, holder)
-        self._newest.append(message)
         self.size += 1
 
     async def redact_latest(self) -> float:
@@ -183,15 +182,6 @@ class _Session:
         manager, _ = await self._open()
         self._manager = self._agent = None
         await manager.close()
-
-    async def window_begins_at(self, removed: int) -> None:
-        """Have the conversation manager remove the `removed` oldest messages."""
-        manager, holder = await self._open()
-        inserted = self.size - len(self._newest)
-        holder.messages[:] = self._newest[removed - inserted :]
-        holder.conversation_manager.removed_message_count = removed
-        manager.sync_agent(holder)
-        await manager.flush()
 
 
 async def _at_size(
@@ -215,9 +205,7 @@ async def _at_size(
             appends, grown = [await large.append() for _ in range(plan.sessions * plan.appends)], large
         found.appends.append(appends)
         if size <= plan.whole:
-            await grown.window_begins_at(0)
-            found.reopen.append(await _opening(factory, grown.session_id))
-        await grown.window_begins_at(max(0, grown.size - _WINDOW))
+            found.reopen.append(await _opening_whole(factory, grown.session_id, uri))
         both = [[await _opening(factory, one) for one in (grown.session_id, short)] for _ in range(plan.openings)]
         for times, taken in zip((found.windowed, found.short), zip(*both, strict=True), strict=True):
             times.append(statistics.median(taken))
@@ -260,6 +248,14 @@ async def _opening(factory: MongoDBSessionManagerFactory, session_id: str) -> fl
     return took
 
 
+async def _opening_whole(factory: MongoDBSessionManagerFactory, session_id: str, uri: str) -> float:
+    """Return the seconds to open a session as if its conversation manager had removed no message."""
+    removed = await asyncio.to_thread(_set_removed, uri, session_id, 0)
+    took = await _opening(factory, session_id)
+    await asyncio.to_thread(_set_removed, uri, session_id, removed)
+    return took
+
+
 async def _held(build: Callable[[], Awaitable[Any]]) -> int:
     """Return the bytes of Python objects that the result of `build` keeps alive."""
     gc.collect()
@@ -282,6 +278,17 @@ def _redact_first(uri: str, session_id: str) -> float:
         return time.perf_counter() - start
 
 
+def _set_removed(uri: str, session_id: str, count: int) -> int:
+    """Set the stored number of messages that the conversation manager has removed; return the number before."""
+    client: pymongo.MongoClient[dict[str, Any]]
+    with pymongo.MongoClient(uri) as client:
+        update = {"$set": {f"agents.agent.{_REMOVED}": count}}
+        before = client[DATABASE]["agent_sessions"].find_one_and_update({"_id": session_id}, update)
+    assert before is not None
+    state: dict[str, Any] = before["agents"]["agent"]["agent_data"]["conversation_manager_state"]
+    return int(state["removed_message_count"])
+
+
 def _insert(uri: str, session_id: str, count: int) -> None:
     """Insert `count` messages into a session, after its archived ones."""
     now = datetime.now(UTC)
@@ -297,7 +304,7 @@ def _insert(uri: str, session_id: str, count: int) -> None:
             messages = [{"message": _message(n), "message_id": n, "redact_message": None, **dates} for n in positions]
             database[f"agent_sessions{ARCHIVE}"].insert_one(bucket_of(place, "agent", first, messages))
         path = "agents.agent"
-        numbers = ("archived", "next_message_id", "agent_data.conversation_manager_state.removed_message_count")
+        numbers = ("archived", "next_message_id", _REMOVED)
         higher = {f"{path}.{name}": {"$add": [{"$ifNull": [f"${path}.{name}", 0]}, count]} for name in numbers}
         renumbered = {"$mergeObjects": ["$$one", {"message_id": {"$add": ["$$one.message_id", count]}}]}
         messages_of_head = {"$map": {"input": f"${path}.messages", "as": "one", "in": renumbered}}

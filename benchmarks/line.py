@@ -54,9 +54,16 @@ _QUICK = (_Case(_SLOW, Pace(tokens=2, seconds=0.005, parsed=1), 9, 3, 1),)
 
 @dataclass(frozen=True)
 class _Sample:
+    """One run of all requests.
+
+    Attributes:
+        requests_per_second: The rate of the run.
+        gaps: Milliseconds from the end of each turn to the beginning of the next one.
+        commands: The number of commands per request.
+    """
+
     requests_per_second: float
-    gap_p50: float
-    gap_p99: float
+    gaps: list[float]
     commands: float
 
 
@@ -79,7 +86,7 @@ async def measure(bench: Bench) -> Finding:
                     Budget.at_most(
                         f"a waiter's turn after the release, {way}, p99",
                         most,
-                        Spread.of(one.gap_p99 for one in found[way]),
+                        Spread.of(percentile(one.gaps, 99) for one in found[way]),
                         " ms",
                     )
                     for way, most in _MOST_GAP.items()
@@ -89,32 +96,33 @@ async def measure(bench: Bench) -> Finding:
 
 
 def _row(case: _Case, way: str, found: dict[str, list[_Sample]]) -> dict[str, Cell]:
-    samples, waits = found[way], way != _NO_LINE
+    samples = found[way]
     rates, base = ([one.requests_per_second for one in each] for each in (samples, found[_NO_LINE]))
     return {
         "case": f"{case.requests:,} requests on {case.sessions} sessions, {case.name}",
         "line": way,
         "requests/s": Spread.of(rates),
         "× no line": Spread.of_ratios(rates, base),
-        "gap p50, ms": Spread.of(one.gap_p50 for one in samples) if waits else None,
-        "gap p99, ms": Spread.of(one.gap_p99 for one in samples) if waits else None,
+        "gap p50, ms": Spread.of(percentile(one.gaps, 50) for one in samples),
+        "gap p99, ms": Spread.of(percentile(one.gaps, 99) for one in samples),
         "commands/request": Spread.of(one.commands for one in samples),
     }
 
 
 async def _requests(way: str, case: _Case, uri: str) -> _Sample:
-    begun: dict[str, list[float]] = defaultdict(list)
-    ended: dict[str, list[float]] = defaultdict(list)
+    begun: dict[int, list[float]] = defaultdict(list)
+    ended: dict[int, list[float]] = defaultdict(list)
     counter = Counter()
-    # Without a line, as many requests at the same time as there are sessions with one.
-    slots = asyncio.Semaphore(case.sessions if way == _NO_LINE else case.requests)
+    # Without a line, the requests that would share a session come one after the other, each with a session of its own.
+    slots = [asyncio.Semaphore(1 if way == _NO_LINE else case.requests) for _ in range(case.sessions)]
 
     async def request(number: int, subject: Contender, session_id: str) -> None:
-        await asyncio.sleep(number % case.sessions * case.apart)
-        async with slots, subject.session(session_id) as manager:
-            begun[session_id].append(time.perf_counter())
+        line = number % case.sessions
+        await asyncio.sleep(line * case.apart)
+        async with slots[line], subject.session(session_id) as manager:
+            begun[line].append(time.perf_counter())
             await agent(manager, case.pace).invoke_async("And now?")
-            ended[session_id].append(time.perf_counter())
+            ended[line].append(time.perf_counter())
 
     options = {"on_busy": "wait", "busy_timeout": 600.0, "event_listeners": [counter]}
     async with contextlib.AsyncExitStack() as stack:
@@ -128,8 +136,8 @@ async def _requests(way: str, case: _Case, uri: str) -> _Sample:
         await asyncio.gather(*map(request, range(case.requests), turns, sessions))
         took = time.perf_counter() - start
         commands = counter.count / case.requests
-    gaps = [gap for session_id in ended for gap in _gaps(begun[session_id], ended[session_id])] or [0.0]
-    return _Sample(case.requests / took, percentile(gaps, 50), percentile(gaps, 99), commands)
+    gaps = [gap for line in ended for gap in _gaps(begun[line], ended[line])]
+    return _Sample(case.requests / took, gaps, commands)
 
 
 def _gaps(begun: list[float], ended: list[float]) -> list[float]:
