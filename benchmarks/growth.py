@@ -284,9 +284,7 @@ def _set_removed(uri: str, session_id: str, count: int) -> int:
     with pymongo.MongoClient(uri) as client:
         update = {"$set": {f"agents.agent.{_REMOVED}": count}}
         before = client[DATABASE]["agent_sessions"].find_one_and_update({"_id": session_id}, update)
-    assert before is not None
-    state: dict[str, Any] = before["agents"]["agent"]["agent_data"]["conversation_manager_state"]
-    return int(state["removed_message_count"])
+    return int(before["agents"]["agent"]["agent_data"]["conversation_manager_state"]["removed_message_count"])
 
 
 def _insert(uri: str, session_id: str, count: int) -> None:
