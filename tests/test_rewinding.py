@@ -830,6 +830,13 @@ def test_state_that_is_stored_meanwhile_is_cut(
         rewinding.rewind_session("s", 25)
     assert "view" not in head(stored)
 
+    def store_state() -> None:
+        long.update_agent("s", SessionAgent("agent", {}, window(2), {}))
+
+    with overtaken(server, database, store_state) as rewinding:
+        rewinding.rewind_session("s", 24)
+    assert long.read_agent("s", "agent").conversation_manager_state == window(1)
+
 
 def test_a_move_that_is_under_way_does_not_bring_messages_back(
     server: str, database: str, stored: Stored, repository: MongoDBSessionRepository
