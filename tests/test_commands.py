@@ -22,6 +22,11 @@ LABELS = pytest.mark.parametrize("labels", alternating({}, OWNED), ids=["", "own
 """Whether the session has an owner, a title, tags and a time to live."""
 
 
+def sent(commands: CommandLog) -> list[str]:
+    """Return the commands without the index builds that the first expiring session of a process starts."""
+    return [name for name in commands.names if name != "createIndexes"]
+
+
 @tool
 def add(a: int, b: int) -> int:
     """Add two numbers."""
@@ -63,7 +68,7 @@ def test_sync_turn(
     first = agent(manager, *replies, tools=[add])
     first("one")
     manager.sync_agent(first)
-    assert commands.names == [OPEN] + [WRITE] * writes
+    assert sent(commands) == [OPEN] + [WRITE] * writes
 
 
 @TURNS
@@ -89,7 +94,7 @@ async def test_async_turn(
     await first.invoke_async("one")
     manager.sync_agent(first)
     await manager.flush()
-    assert commands.names == [OPEN] + [WRITE] * writes
+    assert sent(commands) == [OPEN] + [WRITE] * writes
 
 
 @pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])
@@ -110,7 +115,7 @@ def test_next_turn_of_a_live_agent(
     live("2")
     manager.sync_agent(live)
     takes = on_busy != "conflict" and save_on == "message"
-    assert commands.names == ([TAKE] if takes else [WRITE]) + [WRITE] * (writes - 1)
+    assert sent(commands) == ([TAKE] if takes else [WRITE]) + [WRITE] * (writes - 1)
 
 
 def test_a_manager_from_a_warm_factory_costs_one_command(
