@@ -48,6 +48,8 @@ class Mover:
         self._heads: Bounded[tuple[str, str], Head] = Bounded(_KNOWN_HEADS)
         self._moves: dict[tuple[str, str], asyncio.Future[None]] = {}
         """By head, a future that is done when the bucket that is being moved is."""
+        self._appended: set[tuple[str, str]] = set()
+        """The heads that are being moved, and that a later append has made too large."""
 
     # Known heads.
 
@@ -90,7 +92,9 @@ class Mover:
                 self._start(session_id, key)
 
     def _start(self, session_id: str, key: str) -> None:
-        if self._current(session_id, key) is None:
+        if self._current(session_id, key) is not None:
+            self._appended.add((session_id, key))
+        else:
             self._moves[session_id, key] = asyncio.get_running_loop().create_future()
             self._connection.start(self._move_all(session_id, key))
 
@@ -114,6 +118,7 @@ class Mover:
         which, tries = (session_id, key), 0
         try:
             while tries < _TRIES:
+                self._appended.discard(which)
                 head = self.head(*which)
                 if head is None or not head.certain:
                     head = await self.read_head(*which)
@@ -124,7 +129,10 @@ class Mover:
                     self.change(*which, certain=False)
                     continue
                 if not self.limits.exceeded(head):
-                    return
+                    if which not in self._appended:
+                        return
+                    self.change(*which, certain=False)  # it can have been read before the append
+                    continue
                 if not await self._move(session_id, key, head, self.limits.step(head)):
                     tries += 1
                 self._moves[which].set_result(None)
@@ -135,6 +143,7 @@ class Mover:
                 "session_id=<%r>, error=<%s> | old messages not moved, the next append tries again", session_id, error
             )
         finally:
+            self._appended.discard(which)
             self._moves.pop(which).set_result(None)
 
     async def _move(self, session_id: str, key: str, head: Head, step: Step) -> bool:
