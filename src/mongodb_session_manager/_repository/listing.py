@@ -328,7 +328,7 @@ class ListingMethods(RepositoryMethods):
             return count - await self._store.collection.send(lambda collection: collection.count_documents(unfinished))
 
     async def get_session_summary(self, session_id: str, *, owner: str | None = None) -> SessionSummary:
-        """Return the entry that a session has in a list, without loading a message, in one command.
+        """Return the list entry of a session, in one command that loads no messages.
 
         Raises:
             SessionNotFoundError: The session does not exist, or belongs to another owner.

@@ -114,7 +114,7 @@ Factory = Annotated[MongoDBSessionManagerFactory, Depends(get_factory)]
 
 
 async def live() -> JSONResponse:
-    """An endpoint: answer 200 while the application runs, without asking the database."""
+    """An endpoint: answer 200 while the application runs, without a command to the database."""
     return JSONResponse({"status": "ok"})
 
 
