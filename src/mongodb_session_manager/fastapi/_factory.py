@@ -133,4 +133,4 @@ async def ready(connection: HTTPConnection = None) -> JSONResponse:  # type: ign
 
 
 health = ready
-"""Another name of `ready`."""
+"""Another name for `ready`."""
