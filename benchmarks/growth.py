@@ -283,7 +283,7 @@ def _set_removed(uri: str, session_id: str, count: int) -> int:
     client: pymongo.MongoClient[dict[str, Any]]
     with pymongo.MongoClient(uri) as client:
         update = {"$set": {f"agents.agent.{_REMOVED}": count}}
-        before = client[DATABASE]["agent_sessions"].find_one_and_update({"_id": session_id}, update)
+        before: Any = client[DATABASE]["agent_sessions"].find_one_and_update({"_id": session_id}, update)
     return int(before["agents"]["agent"]["agent_data"]["conversation_manager_state"]["removed_message_count"])
 
 

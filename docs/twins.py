@@ -19,7 +19,8 @@ class Twins(griffe.Extension):
             self._declare(pkg[name].final_target, pkg["AsyncMongoDBSessionRepository"])
         for name in SYNCHRONOUS:
             self._copy(pkg[name], pkg[f"Async{name}"])
-        self._copy(pkg["MongoDBSessionManagerFactory"], pkg["MongoDBSessionManagerFactory"])
+        for factory in (pkg["MongoDBSessionManagerFactory"], pkg["_managers.hooked_methods.HookedMethods"]):
+            self._copy(factory, factory)
 
     def _copy(self, target: griffe.Class, origin: griffe.Class) -> None:
         for name, method in target.members.items():

@@ -2,7 +2,7 @@
 
 install: pip install 'mongodb-session-manager[embedded,fastapi]' python-multipart uvicorn
 run:     python example_fastapi_users.py
-expect:  Four workers on port 8000, and a page that tries each endpoint at http://127.0.0.1:8000/docs. In another
+expect:  Four workers on port 8000, and a page with a form for each endpoint at http://127.0.0.1:8000/docs. In another
          terminal:
 
     curl -s http://127.0.0.1:8000/token -d 'username=ada&password=engine' | cut -d '"' -f 4 > ada.token
@@ -68,7 +68,7 @@ NO_USER = ("", "")
 
 
 def hashed(password: str, salt: str) -> str:
-    """Return the hash of a password, which takes a fraction of a second on purpose."""
+    """Return the hash of a password; it is slow by design."""
     return hashlib.scrypt(password.encode(), salt=bytes.fromhex(salt), n=2**14, r=8, p=5, dklen=32).hex()
 
 
@@ -94,7 +94,7 @@ def token_for(user: str) -> str:
 
 
 def user_of(token: str) -> str | None:
-    """Return the user of a token; `None` if it is forged or has expired."""
+    """Return the user of a token; `None` if the token is forged or has expired."""
     payload = token.partition(".")[0]
     if not hmac.compare_digest(token.encode(), signed(payload).encode()):
         return None
@@ -130,7 +130,7 @@ app.include_router(sessions_router(owner=current_user))
 
 
 class Token(BaseModel):
-    """The answer to a login, as OAuth2 defines it."""
+    """The response to a login, as OAuth2 defines it."""
 
     access_token: str
     token_type: str = "bearer"

@@ -330,7 +330,7 @@ class Reader:
         known, expected, length = self._value or ("", -1, -1)
         require(key == known and size == expected and length == at, "it does not continue its value")
         length += len(data)
-        require(length <= size and bool(data or not size), "its value does not have its size")
+        require(length <= size and bool(data or not size), "its value does not have the given size")
         self._value = (known, size, length)
         if whole := length == size:
             self._value, self._last_key = None, known

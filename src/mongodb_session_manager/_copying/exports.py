@@ -72,7 +72,7 @@ class Export:
         yield [writer.end()]
 
     async def _value_lines(self, place: Place, left_out: Set[str], writer: Writer) -> AsyncGenerator[list[str], None]:
-        """Yield the lines of the values of the storage, without the ones that are to be removed."""
+        """Yield the lines of the values of the storage, except those that are about to be removed."""
         content = self._store.content
         async with self._connection.operation():
             keys = await content.keys(place, "")

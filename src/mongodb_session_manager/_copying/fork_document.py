@@ -83,8 +83,8 @@ def cut_fields(fields: Document, last: int, kept: int, count: int, usage: Mappin
     Args:
         fields: The fields of the agent in the session.
         last: The id of the last message that the fork has.
-        kept: How many messages the fork has.
-        count: How many messages the session has.
+        kept: The number of messages of the fork.
+        count: The number of messages of the session.
         usage: The usage of the messages that the fork does not have.
     """
     data = usable(dict, fields.get("agent_data"))

@@ -1,9 +1,9 @@
 """Copying a session, or its beginning, within a collection.
 
-A fork has the messages of the moment at which the session document was read: its heads are in the document, and the
-buckets below them are read one after the other. The messages pass through this process. Their attachments are copied on
-the server. If the attachments of a message are gone, the message was replaced: the fork gets the new message. If the
-archived messages are gone, the session was written back or rewound: the fork restarts.
+A fork has the messages that the session had when its document was read: the heads are in the document, and the buckets
+below them are read one after the other. Messages pass through this process; attachments are copied on the server. If
+the attachments of a message are gone, the message was replaced: the fork gets the new message. If the archived messages
+are gone, the session was written back or rewound: the fork restarts.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ _REMOVED_MESSAGE = (
     *_CALLS,
 )
 _REMOVED_BUCKET: Document = {"revision": 1, REMOVED: 1, **{f"messages.{name}": 1 for name in _REMOVED_MESSAGE}}
-"""The projection of what `usage_of`, `references_of` and `block_ids_of` read in a bucket."""
+"""The fields of a bucket that `usage_of`, `references_of` and `block_ids_of` read."""
 
 
 def checked_ends(at_message: object) -> int | dict[str, int]:
@@ -100,7 +100,7 @@ class Rewinder:
                 raise
 
     async def _remove_copy(self, copy: Place, source: Source) -> None:
-        """Remove the copy of a session that exists and was not rewound since it was read; log a failure."""
+        """Remove the copy, if the session still exists and was not rewound since it was read; log a failure."""
         place, removed = source.place, {"incarnation": copy.incarnation, **LIVE}
         try:
             life = await self._store.expiry.read_life(place.session_id)
@@ -109,7 +109,7 @@ class Rewinder:
                 await self._store.deletion.delete_matching(copy.session_id, removed)
         except MongoDBSessionError as error:
             logger.warning(
-                "session_id=<%r>, error=<%s> | the copy of a session that was not rewound was not removed",
+                "session_id=<%r>, error=<%s> | the session was not rewound, and its copy was not removed",
                 copy.session_id,
                 error,
             )
@@ -128,13 +128,13 @@ class _Rewind:
         self._id = ObjectId()
         self.source: Source
         self._cuts: list[Cut] = []
-        self._content: set[str | None] = set()  # the ids in the keys of the storage
+        self._content: set[str | None] = set()  # the block ids in the keys of the storage
 
     async def read(self) -> bool:
-        """Read the session and find what is to be removed.
+        """Read the session and compute its cuts.
 
         Returns:
-            `False` if the session is rewound already, by a statement whose acknowledgement was lost.
+            `False` if the session is already rewound, by a statement whose acknowledgement was lost.
 
         Raises:
             SessionBusyError: A manager holds the lease.
@@ -158,7 +158,7 @@ class _Rewind:
         raise self._changed_too_often()
 
     async def store(self, *, is_copied: bool = False) -> None:
-        """Rewind the session as it was read; with `is_copied`, only if no message was changed either.
+        """Rewind the session if no message was appended since it was read or, with `is_copied`, changed.
 
         Raises:
             SessionConflictError: Another writer has appended a message, or rewound the session.
@@ -187,15 +187,15 @@ class _Rewind:
         for old, new in zip(before, self._cuts, strict=True):
             if old.identity != new.identity or (is_copied and old.content != new.content):
                 raise SessionConflictError(
-                    f"agent {agent_id_of(old.key)!r}: another writer has changed its conversation meanwhile, so "
+                    f"agent {agent_id_of(old.key)!r}: another writer changed its conversation during the call, so "
                     f"session {self._session_id!r} was not rewound; read it again and repeat the request"
                 )
 
     async def _cut(self, key: str, last: int) -> Cut:
-        """Find what an agent loses.
+        """Return the cut of an agent.
 
         Raises:
-            MessageNotFoundError: The agent does not have the last message that stays.
+            MessageNotFoundError: The agent has no message with the id `last`.
             ReadAgainError: The archived messages were moved elsewhere after the session was read.
         """
         stored = self.source.agents[key]
@@ -267,8 +267,8 @@ class _Rewind:
                 await self._store.sessions.update(Update(own, without_removed_content(sorted(block_ids)), None))
         except MongoDBSessionError as error:
             logger.warning(
-                "session_id=<%r>, error=<%s> | messages and attachments after a rewind not removed, the next opening "
-                "tries again",
+                "session_id=<%r>, error=<%s> | removed messages and attachments were not deleted after a rewind; the "
+                "next opening tries again",
                 self._session_id,
                 error,
             )

@@ -1,8 +1,8 @@
 """The statement that rewinds agents of a session: it removes their messages after a given one. Pure.
 
-It matches the agents as they were read, and changes everything of them at once. An agent whose later messages are only
-in the session document keeps the beginning of its head. An agent that loses archived messages gets the kept messages of
-one bucket back as its head; that bucket and the later ones are removed afterwards, see `_format.buckets`.
+It matches the agents as they were read, and changes all of them at once. If the removed messages of an agent are all in
+the session document, the head is shortened. If some are archived, the kept messages of one bucket become the head; that
+bucket and the later ones are removed afterwards, see `_format.buckets`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Cut:
     """An agent that is rewound.
 
     Attributes:
-        key: Its key.
+        key: The key of the agent.
         stored: The agent as it was read.
-        last: The id of the last message that stays, -1 if none does.
-        kept: How many messages stay.
+        last: The id of the last message that stays, -1 if all are removed.
+        kept: The number of messages that stay.
         usage: The usage of the removed messages.
         references: The attachments of the removed messages.
         block_ids: The ids of the removed messages whose content is in the storage of the session.
@@ -60,12 +60,12 @@ class Cut:
 
     @property
     def count(self) -> int:
-        """How many messages the agent has."""
+        """The number of messages of the agent, before the rewind."""
         return number(self.stored, "archived") + len(self.head)
 
     @property
     def archived(self) -> int:
-        """How many messages stay in the archive."""
+        """The number of messages that stay in the archive."""
         return number(self.stored, "archived") if self.returned is None else self.kept - len(self.returned)
 
     @property
@@ -122,14 +122,14 @@ def compile_rewind(
         sets[REMOVED] = with_removed([sorted(references)])
     if block_ids:
         sets[REMOVED_CONTENT] = with_removed_content([sorted(block_ids)])
-    return Update(condition, [{"$set": sets | _told(session, rewound)}], None)
+    return Update(condition, [{"$set": sets | _orchestrator_revisions(session, rewound)}], None)
 
 
 _STATE = "agent_data.conversation_manager_state"
 
 
 def _unchanged(path: str, cut: Cut) -> Document:
-    """Return the condition that no message of an agent was appended, changed or moved since it was read."""
+    """Return the condition that no message of an agent has been appended, changed or moved since it was read."""
     stored, length = cut.stored, len(cut.head)
     return {
         f"{path}.created_at": stored.get("created_at"),
@@ -164,7 +164,7 @@ def _changed(path: str, cut: Cut, moment: datetime) -> Document:
 
 
 def _is_same(path: str, stored: Any, name: str) -> Document:
-    """Return the expression for whether a value of an agent is the one that was read."""
+    """Return the expression for whether a value of an agent is unchanged since it was read."""
     *outer, last = name.split(".")
     for part in outer:
         stored = usable(dict, stored.get(part))
@@ -184,8 +184,8 @@ def _is_left_out(event: str, cut: Cut) -> Document:
     }
 
 
-def _told(session: Mapping[str, Any], rewound: ObjectId) -> Document:
-    """Return new revisions of the orchestrators: a manager that has loaded one before can no longer write it."""
+def _orchestrator_revisions(session: Mapping[str, Any], rewound: ObjectId) -> Document:
+    """Return new revisions of the orchestrators, so that a manager that has loaded one can no longer write it."""
     sets: Document = {}
     for key, stored in usable(dict, session.get("multi_agents")).items():
         is_path = key and "." not in key and not key.startswith("$")

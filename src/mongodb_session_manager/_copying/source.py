@@ -87,7 +87,7 @@ def _agents_of(session_id: str, document: Mapping[str, Any]) -> dict[str, Docume
 
 
 async def is_rewound(store: SessionStore, session_id: str, loaded: Mapping[str, Loaded]) -> bool:
-    """Return whether an agent was rewound after it was loaded: its archive can hold other messages now."""
+    """Return whether an agent was rewound after it was loaded. Its archive can then hold other messages."""
     document = await store.sessions.find(session_id, {f"agents.{key}.rewound": 1 for key in loaded})
     agents = usable(dict, (document or {}).get("agents"))
     return any(key in agents and Loaded.of(agents[key]) != each for key, each in loaded.items())

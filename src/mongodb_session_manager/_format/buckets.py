@@ -300,12 +300,12 @@ def outrun(session_id: str, key: str, head: Head, revision: int) -> Update:
 
 
 def revision_above(revision: int) -> int:
-    """Return the revision of a head whose buckets, which have at most the given one, are to be removed."""
+    """Return a revision for a head that no bucket of at most the given revision can reach; these are then removed."""
     return revision + 1 + _STUCK_CHANGES
 
 
 def stale_buckets(place: Place, key: str, since: Any, archived: int, below: int) -> Document:
-    """Return the filter for the buckets that a write-back or a rewind has left; it never matches a later bucket."""
+    """Return the filter for the buckets that a write-back or a rewind left behind; it never matches a later bucket."""
     first, last = (place.bucket_id(key, position, since) for position in (archived, ALL))
     return {"_id": {"$gte": first, "$lte": last}, "revision": {"$lt": below}}
 

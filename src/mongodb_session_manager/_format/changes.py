@@ -248,7 +248,7 @@ class AgentWrite:
         attached: The references to the attachments that were stored for the messages.
         dates: The expiry of their files.
         outdated: The references of archived messages whose content is replaced next.
-        redacted: The ids of the content of archived messages that are redacted next, see `content`.
+        redacted: The content ids of archived messages that the next write redacts, see `content`.
         incarnation: The incarnation of the session.
         loaded: The agent as the writer has loaded it; `None` for a writer that has not loaded it.
     """

@@ -1,6 +1,6 @@
 """The fields of a session document about the content of its storage, see `_store.content`. Pure.
 
-has_content        true from before the first value is stored
+has_content        true once the storage has been used; set before the first value is stored
 removed_content    the ids of messages and tool calls whose content was removed, and must not be stored again
 
 Strands' context manager stores each block of a message under a key that contains the `tracking_id` of the message; of a
@@ -29,7 +29,7 @@ def block_ids_of(stored: object) -> list[str]:
 
 
 def block_ids(messages: Document) -> Document:
-    """Return the expression for the ids that `block_ids_of` returns, of several messages."""
+    """Return the expression for the `block_ids_of` several messages."""
     use_ids = array_at("$$this.message.content.toolResult.toolUseId")
     ids = {"$concatArrays": ["$$value", ["$$this.message.tracking_id"], use_ids]}
     found = {"$reduce": {"input": messages, "initialValue": [], "in": ids}}
@@ -84,7 +84,7 @@ def all_block_ids(messages: Iterable[object]) -> set[str]:
 
 
 def copied_key_at(path: str, source: str, target: str) -> Document | str:
-    """Return the expression for what `copied_key` returns for the key at a path."""
+    """Return the expression for the `copied_key` of the key at a path."""
     old, new = stash_prefix(source), stash_prefix(target)
     if old is None or new is None:
         return path

@@ -127,7 +127,7 @@ def usable_numbers(values: object) -> dict[str, Any]:
 
 
 def number(fields: Mapping[str, Any], name: str) -> int:
-    """Return a stored whole number; another value is read as 0."""
+    """Return a stored int; any other value is read as 0."""
     value = fields.get(name)
     return int(value) if isinstance(value, int) else 0
 

@@ -47,7 +47,7 @@ def prefix_range(prefix: str) -> Document:
 
 
 def block_id_of(key: str) -> str | None:
-    """Return the id in a key of Strands' context manager: that of a message, or of the call that a result is for.
+    """Return the id in a key of Strands' context manager: of a message, or of the tool call of a result.
 
     Such a key ends with `<id>_<index of the block>`. Other keys can have that form, too.
     """
@@ -58,7 +58,7 @@ def block_id_of(key: str) -> str | None:
 def stash_prefix(session_id: str) -> str | None:
     """Return the prefix of the keys under which Strands' context manager stores the blocks of a session's messages.
 
-    `None` if the id of the session cannot be a part of a key.
+    `None` if the session id cannot be part of a key.
     """
     try:
         return normalized_prefix(f"{_STASH}/{session_id}/")
@@ -67,7 +67,7 @@ def stash_prefix(session_id: str) -> str | None:
 
 
 def copied_key(key: str, source: str, target: str) -> str:
-    """Return the key of a value in a copy of its session: one of the context manager has the id of the copy."""
+    """Return the key of a value in a copy of its session; keys of the context manager contain the session id."""
     old, new = stash_prefix(source), stash_prefix(target)
     if old is None or new is None or not key.startswith(old):
         return key

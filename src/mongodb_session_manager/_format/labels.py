@@ -1,11 +1,11 @@
 """The owner, the title and the tags of a session. Pure.
 
-owner   the user whose session it is; set once, absent in a session without an owner
+owner   the user to whom the session belongs; set once, absent in a session without an owner
 title   absent in a session without a title
 tags    a list without duplicates; absent if it would be empty
 
-A guard is the condition on `owner` in each command of a caller who may only use the sessions of one owner. To such a
-command, a session of another owner, or of none, is the same as one that does not exist.
+A guard is the condition on `owner` in each command of a caller who may only use the sessions of one owner. Such a
+command treats a session of another owner, or of none, as if it did not exist.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def guard(owner: str | None) -> Document:
 
 
 def belongs_to(owner: str) -> Document:
-    """Return the condition for all sessions of an owner, whatever their state.
+    """Return the condition for all sessions of an owner, in any state.
 
     A list that an application has stored as the owner does not match, even if it contains the owner.
     """

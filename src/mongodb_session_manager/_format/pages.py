@@ -1,4 +1,4 @@
-"""`Page`: which messages of an agent are listed, by position, whether they are in the head or in the archive. Pure."""
+"""`Page`: selects messages of an agent by their position, in the head and in the archive. Pure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Page:
         )
 
     def bounds(self, upper: int) -> tuple[int, int]:
-        """Return the first position of the page and the one after its last, of messages at positions below `upper`."""
+        """Return the begin and the exclusive end of the page, within the positions below `upper`."""
         if self.newest_first:
             end = max(0, upper - self.offset)
             return 0 if self.limit is None else max(0, end - self.limit), end
@@ -50,7 +50,7 @@ class Page:
         return begin, upper if self.limit is None else {"$min": [upper, {"$add": [begin, self.limit]}]}
 
     def expressions(self, path: str) -> Document:
-        """Return the expressions for a page and fields of `Found.of`; `path` leads to the agent and begins with `$`."""
+        """Return the expressions that `Found.of` reads; `path` leads to the agent and begins with `$`."""
         messages, archived = array_at(f"{path}.messages"), number_at(f"{path}.archived")
         total, above = {"$add": [archived, {"$size": messages}]}, self._above(messages, archived)
         upper = {"$cond": [{"$lt": [above, 0]}, total, {"$add": [archived, above]}]}
@@ -86,14 +86,14 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The positions of a page, and the numbers of its agent that locate `before`.
+    """The positions of a page, and the values that locate `before` in the archive.
 
     Attributes:
         begin: The position of the first message.
         end: The position after the last message.
         archived: The position of the first message in the head.
-        gap: How many ids below the head no message has; 0 if the id of every message is its position.
-        is_below: Whether all messages of the page are in the archive, and `begin` and `end` are not known yet.
+        gap: The number of unused ids below the head; 0 if the id of every message is its position.
+        is_below: Whether all messages of the page are in the archive; `begin` and `end` are then not valid yet.
     """
 
     begin: int

@@ -119,9 +119,9 @@ class ContentOptions(TypedDict, total=False):
 
     Attributes:
         application_name: Stored in sessions that are created; it never changes afterwards.
-        owner: Whose sessions these are: stored in sessions that are created; it never changes afterwards. Sessions of
-            other owners, and of none, do not exist for a manager, factory or repository with an owner. With `None`,
-            all sessions can be used. At most 1,024 bytes.
+        owner: The owner of the sessions, at most 1,024 bytes: stored in sessions that are created, and never changed. A
+            manager, factory or repository with an owner treats sessions of other owners, and of none, as if they did
+            not exist. With `None`, it can use all sessions.
         metadata_fields: The fields of `metadata` to index, with one index each.
         max_inline_attachment_bytes: Images, documents and videos of a message that together are larger are stored in
             GridFS, in the bucket `<collection_name>_attachments`. Default 256 KiB.

@@ -224,10 +224,10 @@ class AsyncMongoDBSessionManager(SessionManagerBase):
         Args:
             agent_id: The agent.
             limit: The maximum number of messages; `None` returns all.
-            offset: The number of messages to skip, from the first one of the list.
+            offset: The number of messages to skip at the beginning of the list.
             newest_first: Whether the list begins with the newest message.
-            before: Only messages with a lower id than this one: for the next page from the end, the id of the last
-                message of this one.
+            before: Only messages with a lower id than this one. To page from the end, pass the id of the last message
+                of the previous page.
 
         Raises:
             AgentNotFoundError: The session has no such agent.

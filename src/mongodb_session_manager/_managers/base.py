@@ -127,7 +127,7 @@ class SessionManagerBase(SessionLifecycle):
         raise failure
 
     def _without_own_storage(self, agent: LocalAgent) -> LocalAgent:
-        """Return an agent as Strands' session logic may see it: it warns about a storage that it does not know."""
+        """Return the agent without the session's own storage, about which Strands' session logic would warn."""
         storage = getattr(agent, "storage", None)
         is_own = isinstance(storage, SessionStorage) and storage.session is self._session_storage.session
         return cast(LocalAgent, WithoutStorage(agent)) if is_own else agent

@@ -1,4 +1,4 @@
-"""The methods of a factory for the metadata and the feedback of a session that is not opened."""
+"""The methods of a factory for metadata and feedback, which do not open the session."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .user_hooks import Operation, call_hooked, run_hooked
 class HookedMethods:
     """Methods that go through the factory's hooks, as those of a manager do, and each take one command.
 
-    A hook can act before it calls `original_func`, or not call it. So it is called only if the session exists and
-    belongs to the owner, which takes a further command.
+    A hook can act before it calls `original_func`, or without calling it. So it is called only if the session exists
+    and belongs to the owner, which takes a further command.
     """
 
     _async: SharedRepository

@@ -43,8 +43,8 @@ class SessionOptions(ContentOptions, total=False):
         title: The title of a session that is created; `update_session` changes it. At most 1,000 characters.
         tags: The tags of a session that is created; `update_session` changes them. At most 100, of at most 200
             characters each.
-        must_exist: Whether opening never creates a session; default `False`. Without the session, it raises
-            `SessionNotFoundError`.
+        must_exist: Whether opening raises `SessionNotFoundError` if the session does not exist, instead of creating it;
+            default `False`.
         metadata_hook: Called around every use of metadata, `def` or `async def`.
         metadataHook: Another spelling of `metadata_hook`.
         feedback_hook: Called around every new feedback, `def` or `async def`.

@@ -1,4 +1,4 @@
-"""Restoring an agent by Strands: the agent as Strands sees it, and the error for a state that cannot be restored."""
+"""The view of an agent that Strands restores, and the error for a state that cannot be restored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESTORE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, Arithmetic
 
 
 class WithoutStorage:
-    """An agent without its storage: everything else is read from the agent and set on it."""
+    """A view of an agent without its storage; all other attributes are read from the agent and set on it."""
 
     storage = None
 

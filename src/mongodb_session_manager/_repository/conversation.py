@@ -45,10 +45,10 @@ class ConversationMethods(RepositoryMethods):
         Args:
             session_id: The session.
             owner: The owner of a new session; no session of another owner is opened.
-            must_exist: Whether no session is created.
+            must_exist: Whether a session that does not exist is an error; if not, it is created.
 
         Raises:
-            SessionNotFoundError: The session belongs to another owner, or does not exist and must.
+            SessionNotFoundError: The session belongs to another owner, or does not exist although `must_exist` is true.
             AttachmentError: An attachment is missing or damaged.
         """
         labels = labels_of(self._owner(owner))
@@ -69,7 +69,7 @@ class ConversationMethods(RepositoryMethods):
         """Open a session as `open_session` does, and take its lease; `title` and `tags` are those of a new session.
 
         Raises:
-            SessionNotFoundError: The session does not exist, and is not created, or it belongs to another owner.
+            SessionNotFoundError: The session belongs to another owner, or does not exist and `creates` is `False`.
         """
         labels, opening = labels_of(self._store.owner, title, tags), Opening(self._store)
         return await opening.open(checked_id(session_id, "session_id"), lease, caller, creates=creates, labels=labels)
@@ -112,10 +112,10 @@ class ConversationMethods(RepositoryMethods):
         for error in (await self._apply(session_id, (change,), owner=owner)).values():
             raise error
 
-    # The methods of Strands' `SessionRepository`. With an `owner`, sessions of others do not exist for them.
+    # The methods of Strands' `SessionRepository`. With an `owner`, they treat sessions of others as missing.
 
     async def create_session(self, session: Session, *, owner: str | None = None, **kwargs: Any) -> Session:
-        """Create a session, of `owner` if there is one.
+        """Create a session; `owner` becomes its owner.
 
         Raises:
             SessionExistsError: A session with that id exists.
@@ -299,14 +299,14 @@ class ConversationMethods(RepositoryMethods):
     ) -> list[SessionMessage]:
         """Return messages of an agent, oldest first, without elements of `messages` that are not messages.
 
-        The cost depends on the number of returned messages, not on their place in the conversation. Pages from the end:
-        pass `newest_first=True`, and as `before` the id of the last message of the page before.
+        The cost depends on the number of returned messages, not on their place in the conversation. To page from the
+        end, pass `newest_first=True`, and as `before` the id of the last message of the previous page.
 
         Args:
             session_id: The session.
             agent_id: The agent.
             limit: The maximum number of messages to return; `None` for all.
-            offset: The number of messages to skip, from the first one of the list.
+            offset: The number of messages to skip at the beginning of the list.
             newest_first: Whether the list begins with the newest message.
             before: Only messages with a lower id than this one.
             owner: Only messages of a session of this owner are returned.

@@ -20,10 +20,10 @@ _LAST = re.compile(rb'\s*{\s*"end"\s*:')
 
 
 def split_export(lines: Iterable[str | bytes]) -> Iterator[Iterator[str | bytes]]:
-    """Divide the lines that `export_owner` yielded into those of each session, which `import_session` reads.
+    """Split the lines that `export_owner` yielded by session; `import_session` reads the lines of one session.
 
-    The lines are read when they are needed, so memory does not grow with the export. Advancing to the next session
-    skips the lines of the former that were not read.
+    Lines are read lazily, so memory does not grow with the export. Advancing to the next session skips the unread lines
+    of the previous one.
 
     Args:
         lines: An open file, or another iterable of whole lines.
@@ -79,9 +79,9 @@ class CopyingMethods(RepositoryMethods):
     async def export_owner(self, owner: str) -> AsyncGenerator[str, None]:
         """Yield all sessions of an owner, oldest first, each as `export_session` yields it.
 
-        `split_export` divides the lines into those of each session, which `import_session` reads. The export contains
+        `split_export` splits the lines by session; `import_session` reads the lines of one session. The export contains
         the sessions that exist when the first line is requested, except those that are deleted or expire before the
-        export reaches them. Memory grows with the ids of the sessions only.
+        export reaches them. Memory grows only with the number of sessions.
 
         Args:
             owner: The owner; sessions of other owners, or of none, are not exported.
@@ -178,7 +178,7 @@ class CopyingMethods(RepositoryMethods):
     ) -> None:
         """Remove the messages of a session after a given one, to edit a question or to have it answered again.
 
-        The session is then as a fork that ends with that message: usage totals, guardrail events, live messages and
+        The session then equals a fork that ends with that message: usage totals, guardrail events, live messages and
         states are truncated as `fork_session` describes. The archived copies and the attachments of the removed
         messages are deleted. Metadata and feedback stay. Message ids are used again.
 
@@ -190,10 +190,9 @@ class CopyingMethods(RepositoryMethods):
             session_id: The session.
             at_message: The id of the last message that stays; -1 removes all messages. For a session with several
                 agents, a mapping of agent ids to message ids; agents that it does not name are not changed.
-            keep_as: The id of a new session with all messages as they were; `None` keeps no copy. If the call is
-                interrupted, there is either no copy and the session is unchanged, or the copy is complete. In the
-                latter case, a further call raises `SessionExistsError`; repeat it without `keep_as`. It gets the owner
-                of the session.
+            keep_as: The id of a new session with all messages as they were, of the same owner; `None` keeps no copy. If
+                the call is interrupted, there is either no copy and the session is unchanged, or the copy is complete.
+                In the latter case, a further call raises `SessionExistsError`; repeat it without `keep_as`.
             owner: Only a session of this owner is rewound.
 
         Raises:

@@ -25,7 +25,7 @@ class ErasureMethods(RepositoryMethods):
         every session that is still listed is complete. A cancelled call finishes the deletions that have begun, of at
         most eight sessions, in the background.
 
-        Memory grows with the ids of the sessions only, which the receipt lists.
+        Memory grows only with the number of sessions, because the receipt lists their ids.
 
         Args:
             owner: The owner; sessions of other owners, or of none, are not changed.

@@ -23,7 +23,7 @@ class LabelMethods(RepositoryMethods):
         tags: Sequence[str] | EllipsisType | None = ...,
         owner: str | None = None,
     ) -> None:
-        """Change the title and the tags of a session, in one command. An argument that is not given changes nothing.
+        """Change the title and the tags of a session, in one command; omitted arguments change nothing.
 
         Args:
             session_id: The session.
@@ -55,7 +55,8 @@ class LabelMethods(RepositoryMethods):
     async def claim_session(self, session_id: str, owner: str) -> None:
         """Set the owner of a session that has none, such as one of an earlier version, in one command.
 
-        It is not a use of the session: its date and its expiry stay. A session of that owner stays unchanged.
+        It does not count as a use of the session: its date and its expiry stay. A session that already has this owner
+        stays unchanged.
 
         Args:
             session_id: The session.

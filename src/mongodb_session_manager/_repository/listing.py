@@ -270,9 +270,9 @@ class ListingMethods(RepositoryMethods):
         """Return a page of the sessions that meet every criterion, without loading a message.
 
         The server reads only the sessions of the page and the next one, if the criteria name at most one of `owner`,
-        `application_name` and the `metadata_fields`, and no date other than that of `order`. With an `owner`, it
-        reads no session of another owner, whatever the criteria. A session that is written to between two pages ordered
-        by `updated_at` moves in the list.
+        `application_name` and the `metadata_fields`, and no date other than that of `order`. With an `owner`, it reads
+        no session of another owner, regardless of the other criteria. A session that is written to between two pages
+        ordered by `updated_at` moves in the list.
 
         Args:
             application_name: The name that the session was created with; `None` for any.
@@ -328,7 +328,7 @@ class ListingMethods(RepositoryMethods):
             return count - await self._store.collection.send(lambda collection: collection.count_documents(unfinished))
 
     async def get_session_summary(self, session_id: str, *, owner: str | None = None) -> SessionSummary:
-        """Return the entry that a session has in a list, without loading a message, in one command.
+        """Return the list entry of a session, in one command that loads no messages.
 
         Raises:
             SessionNotFoundError: The session does not exist, or belongs to another owner.

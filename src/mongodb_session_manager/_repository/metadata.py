@@ -1,7 +1,7 @@
 """The methods for metadata, feedback, and the configuration and usage of agents.
 
 Each method is one command. None of them changes `next_message_id`, so none conflicts with the conversation. With an
-`owner`, a session of another owner, or of none, does not exist for a method.
+`owner`, they treat a session of another owner, or of none, as if it did not exist.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class Archive:
         return head is None or head.is_regular
 
     async def find_bucket(self, place: Place, key: str, message_id: int, since: Any, archived: int) -> Document | None:
-        """Return the bucket that holds a message, whole."""
+        """Return the complete bucket that holds a message."""
         for condition in holding_message(place, key, message_id, since, below=archived):
             if (bucket := await self.collection.find_one(condition)) is not None:
                 return bucket

@@ -40,7 +40,7 @@ from .values import Values
 PIECE_BYTES = 2 * 1024 * 1024
 
 _AT_ONCE = 4
-"""The pieces that one command reads."""
+"""The number of pieces that one command reads."""
 
 _COPIED_AT_ONCE = 1024
 
@@ -84,13 +84,13 @@ class Content:
         await _values(self._collection, place).remove(place.value_id(key))
 
     async def remove(self, place: Place, block_ids: Iterable[str]) -> None:
-        """Remove the values with these ids, and pieces of values that were not completed."""
+        """Remove the values with these ids, including incomplete ones."""
         await self._collection.delete_many({"_id": place.content(), "block_id": {"$in": sorted(block_ids)}})
 
     # Copying.
 
     async def copy(self, source: Place, target: Place, left_out: Set[str]) -> None:
-        """Copy values to another session, except the ones with an id in `left_out`; small ones on the server."""
+        """Copy values to another session, except those with an id in `left_out`; small values on the server."""
         keys = [key for key in await self.keys(source, "") if block_id_of(key) not in left_out]
         for begin in range(0, len(keys), _COPIED_AT_ONCE):
             batch = {"_id": {"$in": [source.value_id(key) for key in keys[begin : begin + _COPIED_AT_ONCE]]}}
@@ -114,11 +114,11 @@ class Content:
         return upload.file
 
     def upload(self, place: Place, key: str, size: int) -> Upload:
-        """Return the means to store a value that arrives in parts, without an expiry date."""
+        """Return an upload, for a value that arrives in parts; the value has no expiry date."""
         return Upload(self._collection, place, key, size, None)
 
     async def _begin(self, place: Place, owner: str | None) -> Life:
-        """Announce in the session document that there is content."""
+        """Set `has_content` in the session document before the first value is stored."""
         life = await self._expiry.life(place.session_id, owner)
         if life.incarnation != place.incarnation:
             life = await self._expiry.read_life(place.session_id, owner)
@@ -132,7 +132,7 @@ class Content:
         return life
 
     async def _confirm(self, place: Place, key: str, file: ObjectId | None, dates: Dates, owner: str | None) -> None:
-        """Remove a stored value if its session is gone or its message was redacted; date it again if necessary."""
+        """Remove a value if its session is gone or its message was redacted; extend its expiry date if necessary."""
         block_id, session_id = block_id_of(key), place.session_id
         fields = {**LIFE, "is_removed": is_removed(block_id or "")}
         for _ in range(values.ROUNDS):

@@ -1,12 +1,12 @@
 """`Erasure`: deletes all sessions of an owner, a few at a time, and counts what is left of them.
 
 A step finds some sessions of the owner in any state: live and expired ones, unfinished copies, and deletions that were
-interrupted. It deletes them as `Deletion` does, and then counts the parts that are left at the places of the deleted
-ones. Parts that another process has stored meanwhile are removed, too. The erasure ends with the step that finds no
-session, so it includes sessions that are created while it runs.
+interrupted. It deletes them as `Deletion` does, and then counts the parts that remain of them. Parts that another
+process has stored in the meantime are removed, too. The erasure ends with the step that finds no session, so it
+includes sessions that are created while it runs.
 
 An erasure keeps no state on the server. The document of a session names its owner until the parts are removed, so a
-further erasure finds every session that an interrupted one has left.
+further erasure finds every session that an interrupted one has left behind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AT_ONCE = 8
 """The number of sessions that a step deletes, concurrently."""
 
 _ROUNDS = 4
-"""The number of times that parts are counted while other processes store new ones."""
+"""The maximum number of counts while other processes store new parts."""
 
 _OF_OWNER = "session documents with this owner"
 _OF_SESSIONS = "documents whose _id begins with the incarnation of an erased session, or with its id, as in 1.0.0"
@@ -41,7 +41,7 @@ class ErasureProgress(NamedTuple):
     """A session that was erased.
 
     Attributes:
-        done: The number of sessions that the call has erased, with this one.
+        done: The number of sessions that the call has erased, including this one.
         total: The number of sessions that the owner had when the call began, or `done` if that is larger.
         session_id: The session.
     """
@@ -64,7 +64,7 @@ class ErasureCheck(TypedDict):
 
 
 class ErasureReceipt(TypedDict):
-    """The result of `erase_owner`, as plain data that `json.dumps` takes.
+    """The result of `erase_owner`, as plain data that `json.dumps` accepts.
 
     It covers one call. Sessions that an interrupted call has erased are not in the receipt of the next one.
 
@@ -75,8 +75,8 @@ class ErasureReceipt(TypedDict):
         finished_at: The end by the server's clock, ISO 8601 in UTC.
         sessions: The ids of the erased sessions, in the order of their removal.
         removed: The number of removed documents by collection. After a lost connection, or if another process removes
-            the same session, parts of it can be missing in the numbers.
-        verified: What was looked for after the removal, and found, by collection.
+            the same session, the numbers can be too small.
+        verified: The check of each collection after the removal.
     """
 
     owner: str
@@ -89,7 +89,7 @@ class ErasureReceipt(TypedDict):
 
 
 class Erasure:
-    """A running erasure. Every `pull` is a step that ends by itself, so stopping between two steps leaves nothing open.
+    """A running erasure. Each `pull` is a complete step, so stopping between two steps leaks nothing.
 
     Raises:
         InvalidArgumentError: `progress` is not callable.
@@ -173,7 +173,7 @@ class Erasure:
 
 
 async def erase(portal: Portal, erasure: Erasure) -> ErasureReceipt:
-    """Carry out an erasure on the portal's loop; `progress` is called, and awaited, on the running one."""
+    """Carry out an erasure on the portal's loop; `progress` is called and awaited on the running loop."""
     while (done := await portal.run(erasure.pull)) is not None:
         for each in done:
             if inspect.isawaitable(waiting := erasure.progress(each)):
@@ -182,7 +182,7 @@ async def erase(portal: Portal, erasure: Erasure) -> ErasureReceipt:
 
 
 def erase_blocking(portal: Portal, erasure: Erasure) -> ErasureReceipt:
-    """Carry out an erasure; `progress` is called on this thread, and awaited on the portal's loop."""
+    """Carry out an erasure; `progress` is called on this thread and awaited on the portal's loop."""
     while (done := portal.call(erasure.pull)) is not None:
         for each in done:
             if inspect.isawaitable(waiting := erasure.progress(each)):

@@ -49,7 +49,7 @@ class Lease:
         waits: Whether the manager waits for a busy session; if not, it raises `SessionBusyError`.
         busy_timeout: The longest wait, in seconds.
         seconds: The time after which the lease expires if it is not renewed.
-        owner: The owner of the session. The lease of a session of another owner is neither taken nor waited for.
+        owner: The owner of the session. The lease of another owner's session is neither taken nor awaited.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Lease:
         self._connection = store.connection
         self._session_id = session_id
         self._owner = owner
-        # Not the queue of the owner's managers, which would show that the session exists.
+        # Each owner has a queue of its own: waiting in a shared one would show that the session exists.
         self._key = store.collection.database, store.collection.name, session_id, owner
         self._waits = waits
         self._timeout = busy_timeout

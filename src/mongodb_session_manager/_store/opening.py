@@ -172,7 +172,7 @@ class Opening:
 
         Raises:
             SessionBusyError: Another manager has its turn.
-            SessionNotFoundError: The session does not exist, and is not created, or it belongs to another owner.
+            SessionNotFoundError: The session belongs to another owner, or does not exist and `creates` is `False`.
         """
         query = _Query(session_id, _RESTORE, lease, caller, creates, labels or {})
         try:
@@ -243,7 +243,7 @@ class Opening:
                     await self._store.content.remove(place, content)
         except MongoDBSessionError as error:
             logger.warning(
-                "session_id=<%r>, error=<%s> | messages and attachments of earlier content not removed; the next "
+                "session_id=<%r>, error=<%s> | replaced or removed messages and attachments were not deleted; the next "
                 "opening tries again",
                 place.session_id,
                 error,
@@ -296,7 +296,7 @@ class Opening:
         """Return the live session with an id; create it if there is none.
 
         Raises:
-            SessionNotFoundError: There is none, and it is not created, or it belongs to another owner.
+            SessionNotFoundError: The session belongs to another owner, or does not exist and must not be created.
             SessionConflictError: The session is being imported or forked.
         """
         session_id, lease, caller = query.session_id, query.lease, query.caller

@@ -38,7 +38,7 @@ class Room:
                 return await self._expiry.update(update, command)
             except MessageTooLargeError as error:
                 refusal = error
-            # The driver also refuses a statement of its own accord, whether or not the session belongs to the owner.
+            # The driver can refuse a statement without sending it, whether or not the session belongs to the owner.
             if owner is not None and await self._sessions.find(session_id, {"_id": 1}, owner) is None:
                 return None
             if not await self._mover.make_room(session_id, refusal):

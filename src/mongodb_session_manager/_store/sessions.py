@@ -30,7 +30,7 @@ def missing_session(session_id: str) -> SessionNotFoundError:
 
 
 def naming_session(error: ErrorT, session_id: str, what: str) -> ErrorT:
-    """Return a copy of an error that an operation on several sessions raises; its text names the session."""
+    """Return a copy of an error whose message names the session, for operations on several sessions."""
     text = str(error)
     return again(error, text if f"session {session_id!r}" in text else f"session {session_id!r} {what}: {text}")
 
@@ -43,7 +43,7 @@ class Sessions:
         self.connection = collection.connection
 
     async def find(self, session_id: str, projection: Document, owner: str | None = None) -> Document | None:
-        """Return fields of a session; of those of an owner only, if one is given."""
+        """Return fields of a session, which must belong to `owner` if one is given."""
         checked_id(session_id, "session_id")
         async with self.connection.operation():
             condition = {"_id": session_id, **guard(owner), **live_at(self.connection.now())}

@@ -1,4 +1,4 @@
-"""`Values`: bytes under ids in a collection; large ones are in files, which are complete before a document names them.
+"""`Values`: bytes under ids in a collection. The file of a large value is complete before a document refers to it.
 
     {_id, size, ..., data}    a value in its document
     {_id, size, ..., file}    `file` is the id of a file

@@ -1,4 +1,4 @@
-"""The answers to clients for errors: HTTP statuses and close codes of WebSockets."""
+"""The responses to errors: HTTP statuses and WebSocket close codes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
-    """The answer to a client for an error. It describes what the client can do and contains no details of the server.
+    """The response to an error. It says what the client can do and contains no details of the server.
 
     Attributes:
         status: The HTTP status.
         close_code: The close code of a WebSocket.
-        detail: The text. It is empty for an invalid argument, because that error names the argument and the reason.
+        detail: The text; empty for an invalid argument, because that error names the argument and the reason itself.
     """
 
     status: int
@@ -35,8 +35,8 @@ class Answer(NamedTuple):
 RETRY_AFTER = {"Retry-After": "1"}
 
 
-# The status of an invalid argument is 422, as in FastAPI's own validation. The close codes of a WebSocket are 1008 (the
-# client must send another request), 1013 (try again later) and 1011 (an error of the server).
+# The status of an invalid argument is 422, as in FastAPI's own validation. The WebSocket close codes are 1008 (the
+# client must send another request), 1013 (try again later) and 1011 (server error).
 ANSWERS: dict[type[errors.MongoDBSessionError], Answer] = {
     errors.SessionBusyError: Answer(409, 1013, "the session is busy with another request: repeat this one later"),
     errors.SessionConflictError: Answer(409, 1013, "another request changed the session concurrently: repeat this one"),
@@ -54,17 +54,17 @@ ANSWERS: dict[type[errors.MongoDBSessionError], Answer] = {
     errors.ConfigurationError: Answer(500, 1011, "the server is not configured correctly"),
 }
 UNEXPECTED = Answer(500, 1011, "the request failed")
-"""The answer for an error that is not one of this library: a bug of the application."""
+"""The response to any other error, which is a bug of the application."""
 
 
 class ErrorDetail(BaseModel):
-    """The body of a response to a request that failed."""
+    """The body of an error response."""
 
     detail: str
 
 
 class InvalidRequest(BaseModel):
-    """The body of a response to an invalid request: a text, or the list of FastAPI's own validation."""
+    """The body of a response to an invalid request: a text, or the list of errors of FastAPI's validation."""
 
     detail: str | list[dict[str, Any]]
 
@@ -84,7 +84,7 @@ responses: dict[int | str, dict[str, Any]] = {
     422: {"model": InvalidRequest, "description": "The request is invalid."},
     503: {"model": ErrorDetail, "description": "The database is unreachable or too slow.", "headers": _REPEATABLE},
 }
-"""The statuses of `add_session_support` for OpenAPI: `FastAPI(responses=responses)`, or for a router or a route."""
+"""The statuses of `add_session_support` for OpenAPI, as `responses` of an application, a router or a route."""
 
 
 def original(error: BaseException) -> BaseException:

@@ -65,7 +65,7 @@ class FeedbackList(BaseModel):
 
 
 class Feedback(BaseModel):
-    """Feedback. It can have further fields, and is stamped with the current time as `created_at`."""
+    """Feedback, stamped with the current time as `created_at`. Any further fields are allowed."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,7 +81,7 @@ class Usage(BaseModel):
 
 
 class SessionChanges(BaseModel):
-    """New labels of a session. A field that is not given stays, null removes it."""
+    """New labels of a session. Omitted fields stay; null removes a label."""
 
     model_config = ConfigDict(extra="forbid")
 

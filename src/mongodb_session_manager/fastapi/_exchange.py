@@ -1,4 +1,4 @@
-"""The request that is being served: the messages of its client, and the sessions to close after the response."""
+"""The current request: the messages of its client, and the sessions to close after the response."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ T = TypeVar("T")
 class Inbox:
     """The messages that a server sends to the application during a request.
 
-    A watch for the client's disconnection reads messages ahead. They are kept for `receive`, so that it takes no part
-    of a body from the endpoint. A read that has begun is never cancelled: that could lose a message.
+    Watching for the disconnection of the client reads messages ahead. They are kept for `receive`, so that the endpoint
+    gets the complete body. A read that has begun is not cancelled during the request, because that could lose a
+    message.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -47,7 +48,7 @@ class Inbox:
         return message
 
     async def disconnection(self) -> None:
-        """Wait until the client disconnects, or forever if the endpoint must read the rest of a body before."""
+        """Wait until the client disconnects, or forever if the endpoint must first read the rest of a body."""
         position = 0
         while not self.is_disconnected:
             if position == len(self._kept):
@@ -58,7 +59,7 @@ class Inbox:
             position += 1
 
     def close(self) -> None:
-        """Cancel a read that nobody waits for."""
+        """Cancel pending reads."""
         for message in self._kept:
             message.cancel()
 
@@ -77,7 +78,7 @@ class Exchange:
         self._is_websocket = is_websocket
 
     async def enter(self, session: AbstractAsyncContextManager[T]) -> T:
-        """Open a session until the end of the response, and stop opening it if the client disconnects."""
+        """Open a session until the end of the response; cancel the opening if the client disconnects."""
         with anyio.CancelScope() as scope:
             watch = asyncio.create_task(self._cancel_on_disconnection(scope))
             try:
@@ -91,7 +92,7 @@ class Exchange:
         scope.cancel()
 
     def _end(self) -> NoReturn:
-        """End the endpoint of a client that has disconnected: nothing reads the response."""
+        """End the endpoint after the client has disconnected; the response is not read."""
         if self._is_websocket:
             raise WebSocketDisconnect(1006)
         raise HTTPException(499, "the client has disconnected")
@@ -104,5 +105,5 @@ exchanges: ContextVar[Exchange | None] = ContextVar("mongodb_session_manager_exc
 def current_exchange(purpose: str) -> Exchange:
     """Return the current request, or raise `RuntimeError` if `add_session_support` was not called."""
     if (exchange := exchanges.get()) is None:
-        raise RuntimeError(f"nothing would {purpose}: call add_session_support(app) before the app starts")
+        raise RuntimeError(f"call add_session_support(app) before the app starts: without it, nothing would {purpose}")
     return exchange

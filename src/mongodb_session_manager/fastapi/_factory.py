@@ -114,7 +114,7 @@ Factory = Annotated[MongoDBSessionManagerFactory, Depends(get_factory)]
 
 
 async def live() -> JSONResponse:
-    """An endpoint: answer 200 while the application runs, without asking the database."""
+    """An endpoint: answer 200 while the application runs, without a command to the database."""
     return JSONResponse({"status": "ok"})
 
 
@@ -133,4 +133,4 @@ async def ready(connection: HTTPConnection = None) -> JSONResponse:  # type: ign
 
 
 health = ready
-"""Another name of `ready`."""
+"""Another name for `ready`."""

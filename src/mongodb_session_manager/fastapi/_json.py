@@ -1,12 +1,12 @@
-"""Stored values as JSON. A session can hold values that JSON has no form for, and a response must not fail on them.
+"""Stored values as JSON. A session can hold values that JSON cannot represent, and a response must not fail on them.
 
-bytes               base64 text, of the alphabet that a `data:` URL takes
+bytes               base64 text, in the standard alphabet, as in `data:` URLs
 date, time          text, ISO 8601
 timedelta           seconds
 NaN, infinity       null
 int beyond 64 bits  text
 tuple, set          a list
-any other value     text, like the digits of a `Decimal`
+any other value     `str(value)`, for example of a `Decimal`
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ async def json_response(content: Any, status: int = 200, headers: Mapping[str, s
 
 
 def _encoded(content: Any) -> bytes:
-    # With ASCII only, half of a surrogate pair, which a model can send, is valid JSON.
+    # json.dumps escapes non-ASCII characters, so that a lone surrogate, which a model can send, is valid JSON.
     return json.dumps(_plain(content), allow_nan=False, separators=(",", ":")).encode()
 
 

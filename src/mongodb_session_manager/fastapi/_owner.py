@@ -1,4 +1,4 @@
-"""The owner that an application's dependency returns."""
+"""The check of the owner that an application's dependency returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def checked_owner(owner: object) -> str:
     """
     if not isinstance(owner, str):
         raise ConfigurationError(
-            f"the owner's dependency must return the owner's id, a str, and returned {type(owner).__name__}: for a "
-            "request without an owner, raise HTTPException(401)"
+            f"the owner's dependency must return the owner's id, a str, and returned {type(owner).__name__}: raise "
+            "HTTPException(401) for a request without an owner"
         )
     return owner

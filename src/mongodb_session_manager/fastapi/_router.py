@@ -41,7 +41,7 @@ _OWNER = "mongodb_session_manager.owner"
 """The key, in the scope of a request, of the owner whose sessions it may use; `None` for all sessions."""
 
 _MAX_ERRORS = 10
-"""The maximum number of invalid fields that an answer names."""
+"""The maximum number of invalid fields that a response names."""
 
 
 class _Caller(NamedTuple):
@@ -52,7 +52,7 @@ class _Caller(NamedTuple):
 
 
 async def _caller(connection: HTTPConnection) -> _Caller:
-    current_exchange("answer errors")
+    current_exchange("handle errors")
     return _Caller(get_factory(connection), connection.scope[_OWNER])
 
 
@@ -61,7 +61,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 def _authentication(owner: Callable[..., Any] | None) -> Callable[..., Coroutine[Any, Any, None]]:
-    """Return the first dependency of all endpoints, which finds the owner."""
+    """Return the dependency that finds the owner; it runs before the others of an endpoint."""
     if owner is None:
 
         async def administrate(connection: HTTPConnection) -> None:
@@ -78,7 +78,7 @@ def _authentication(owner: Callable[..., Any] | None) -> Callable[..., Coroutine
 async def list_sessions(
     caller: Caller,
     limit: Limit = 20,
-    cursor: Annotated[str | None, Query(description="The `next_cursor` of the page before.")] = None,
+    cursor: Annotated[str | None, Query(description="The `next_cursor` of the previous page.")] = None,
     order: Order = "-updated_at",
     tags: Annotated[list[str] | None, Query(description="Only sessions with all of these tags.")] = None,
     application_name: str | None = None,
@@ -113,9 +113,9 @@ async def delete_session(session_id: str, caller: Caller) -> None:
 async def list_messages(
     session_id: str,
     caller: Caller,
-    agent_id: Annotated[str | None, Query(description="Needed for a session with several agents.")] = None,
+    agent_id: Annotated[str | None, Query(description="Required for a session with several agents.")] = None,
     limit: Limit = 20,
-    before: Annotated[int | None, Query(ge=0, description="The `next_before` of the page before.")] = None,
+    before: Annotated[int | None, Query(ge=0, description="The `next_before` of the previous page.")] = None,
 ) -> Response:
     """List the messages of an agent, newest first."""
     found: list[SessionMessage] = []
@@ -199,7 +199,7 @@ async def fork_session(session_id: str, fork: Fork, caller: Caller) -> Response:
 
 @dataclass(frozen=True)
 class _Operation:
-    """An endpoint, and what OpenAPI documents of it.
+    """An endpoint and its OpenAPI documentation.
 
     Attributes:
         endpoint: The function.
@@ -217,7 +217,7 @@ class _Operation:
 
     @property
     def errors(self) -> dict[int | str, dict[str, Any]]:
-        """The documented answers for errors."""
+        """The documented error responses."""
         statuses = [503]
         if self.path:
             statuses += [404]
@@ -245,7 +245,7 @@ _OPERATIONS = (
 
 
 class _Route(APIRoute):
-    """A route whose answer for an invalid parameter has the form of all answers for errors, and repeats no content."""
+    """A route that answers an invalid parameter like any other error, and does not repeat its value."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -266,7 +266,7 @@ def _named(error: RequestValidationError) -> str:
         where, *within = map(str, each["loc"])
         name = ".".join(within) if within and each["type"] != "json_invalid" else where
         fields.append(f"{name[:100]}: {each['msg']}")
-    return "; ".join(fields).encode("utf-8", "replace").decode()  # a key can hold half of a surrogate pair
+    return "; ".join(fields).encode("utf-8", "replace").decode()  # a key can contain a lone surrogate
 
 
 def _fields(model: type[BaseModel], value: object) -> dict[str, Any]:
@@ -300,26 +300,26 @@ def sessions_router(
     | `rewind_session` | `POST .../rewind` `{at_message, keep_as}` | 204 |
     | `fork_session` | `POST .../fork` `{new_id, at_message}` | 201 with the id, and its address in `Location` |
 
-    A session of another owner, or of none, is answered as one that does not exist: 404, by the command that the
-    endpoint sends anyway. `add_session_support` lists the other errors; call it for the application. `agent_id` can be
-    omitted if the session has one agent. Lists have at most 100 entries, default 20.
+    A session of another owner, or of none, is answered with 404, as if it did not exist; this takes no further command.
+    `add_session_support` lists the other errors; call it for the application. `agent_id` can be omitted if the session
+    has one agent. Lists have at most 100 entries, default 20.
 
     Messages contain tool calls and their results. The bytes of images and documents are base64 text; dates are ISO 8601
     text; NaN is null. The hooks of the factory apply to metadata and feedback. A user can change all metadata of a
-    session: exclude `update_metadata` if your application trusts it. A session id with a slash does not fit into a
-    path.
+    session: exclude `update_metadata` if your application trusts it. A session whose id contains a slash
+    cannot be addressed.
 
     Args:
-        owner: A dependency that returns the id of the authenticated user, like a function that reads a token. It runs
-            first: if it raises `HTTPException(401)`, no command is sent. `None` gives every caller access to all
+        owner: A dependency that returns the id of the authenticated user, such as a function that reads a token. It
+            runs first: if it raises `HTTPException(401)`, no command is sent. `None` gives every caller access to all
             sessions, or to those of the owner of the factory: for administration.
-        prefix: The path of the list.
+        prefix: The path of the list, with which all other paths begin.
         exclude: The names of operations to leave out.
         **options: As for `APIRouter`, like `dependencies`, `responses` or `include_in_schema`. `tags`, which group
             endpoints in the documentation, default to `["sessions"]`.
 
     Raises:
-        ConfigurationError: `exclude` names an unknown operation, or `owner` is not a function.
+        ConfigurationError: `exclude` names an unknown operation, or `owner` is not callable.
     """
     if owner is not None and not callable(owner):
         raise ConfigurationError(f"owner must be a dependency that returns the owner, or None, got {owner!r}")

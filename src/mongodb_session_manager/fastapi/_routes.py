@@ -11,12 +11,12 @@ from fastapi import FastAPI
 from ..errors import ConfigurationError
 from ._sessions import SessionOpener
 
-# FastAPI copied the routes of included routers into the application before it had this function.
+# Versions of FastAPI without this function copy the routes of included routers into the application.
 _flat = getattr(fastapi.routing, "iter_route_contexts", iter)
 
 
 def check_routes(app: FastAPI) -> None:
-    """Check that each route has the path parameters of its sessions, also in routers and mounted applications.
+    """Check that each route, of routers and mounted applications too, has the path parameters of its sessions.
 
     Raises:
         ConfigurationError: A route lacks a path parameter.

@@ -46,7 +46,7 @@ class SessionOpener:
     """
 
     def __init__(self, path: str, owner: Callable[..., Any] | None, options: DependencyOptions) -> None:
-        Options().replaced(options)  # refuses invalid options now, and not at each request
+        Options().replaced(options)  # refuses invalid options now instead of at each request
         self.path = path
         self._options = options
         self._has_owner = owner is not None
@@ -87,8 +87,8 @@ def session_dependency(
     The session is closed when the whole response is sent, including the last part of a stream, or when the client
     disconnects. A client that disconnects while its request waits for a busy session gives up its place.
 
-    Use one dependency for a session in a request, as a type that endpoints share. Two different ones open the session
-    twice, and the second waits for the first.
+    Share one dependency, such as the type above, between all parameters of a request: two different ones open the
+    session twice, and the second waits for the first.
 
     Args:
         path: The name of the path parameter that is the id of the session. The application does not start if a route

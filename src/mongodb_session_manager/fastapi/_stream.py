@@ -134,7 +134,7 @@ class _Turn:
     async def as_text(self) -> AsyncIterator[bytes]:
         async for event in self._events():
             if event.name == "text":
-                yield event.data.encode("utf-8", "replace")  # a model can send half of a surrogate pair
+                yield event.data.encode("utf-8", "replace")  # a model can send a lone surrogate
 
     async def stop(self) -> None:
         """Stop the agent if it still runs, and wait for its end."""

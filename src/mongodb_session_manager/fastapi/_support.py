@@ -1,4 +1,4 @@
-"""The support of an application: sessions are closed after responses, and errors are answered."""
+"""`add_session_support`: closes sessions after responses, and handles errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._routes import check_routes
 
 
 def add_session_support(app: FastAPI) -> None:
-    """Close the sessions that dependencies open, stop the agents of `stream`, and answer errors.
+    """Close the sessions that dependencies open, stop the agents of `stream`, and handle errors.
 
     | status | WebSocket | error |
     |---|---|---|
@@ -29,12 +29,12 @@ def add_session_support(app: FastAPI) -> None:
     | 413 | 1008 | `MessageTooLargeError`, `StateTooLargeError` |
     | 422 | 1008 | `InvalidArgumentError`, `EncodingError` |
     | 503 | 1013 | `DatabaseUnavailableError`, `DatabaseTimeoutError` |
-    | 500 | 1011 | `DatabaseError`, `ConfigurationError`, `AccessDeniedError`: trying again does not help |
+    | 500 | 1011 | `DatabaseError`, `ConfigurationError`, `AccessDeniedError`: repeating the request does not help |
 
     The body is `{"detail": "..."}`, as for FastAPI's own errors; `responses` documents it in OpenAPI. Errors with the
     code 1013 have the header `Retry-After: 1`. 500 and 503 are logged in one line. All other errors are bugs of the
     application: FastAPI answers 500 and the server logs the traceback. A WebSocket is closed with the code and a short
-    reason; one that is not accepted yet is accepted first, because a browser shows no code otherwise.
+    reason; one that is not accepted yet is accepted first, because otherwise a browser shows no code.
 
     After a 503 it is unknown whether the request's messages are stored: closing the session retries once. If that fails
     too, the error is raised, and the server logs it.
@@ -103,7 +103,7 @@ class _SessionSupport:
             await self._app(scope, inbox.receive, sending)
         except Exception as error:
             if inbox.is_disconnected and isinstance(error, WebSocketDisconnect):
-                return  # the client has left, which is no error
+                return  # the client has disconnected, which is no error
             answer = answer_to(error)
             if not (ended or inbox.is_disconnected):
                 if not accepted:
