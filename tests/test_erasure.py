@@ -13,12 +13,12 @@ from typing import Any
 
 import pymongo
 import pytest
-from bson import ObjectId
+from bson import Binary, Code, ObjectId
 
 from fix_archive import documents_of, emptied, store_again
 from fix_deletion import PICTURE, failing_after
 from fix_erasure import ADA, OWNERS, SMALL, check_listed, documents_by, fill_all, left, others
-from fix_finding import Stored, session
+from fix_finding import START, Stored, session
 from fix_overtaking import overtake
 from from_v100 import EXPECTED, load
 from mongodb_session_manager import (
@@ -125,6 +125,32 @@ def test_a_list_of_owners_is_no_owner(stored: Stored, repository: MongoDBSession
     assert repository.erase_owner(ADA)["sessions"] == [f"{ADA}-1"]
     assert list(stored.find()) == [shared]
     assert list(repository.export_owner(ADA)) == []
+
+
+@pytest.mark.parametrize("owner", ["$owner", "$$ROOT", ".*", "^ada", "a.b", "{}", " ada", "ADA", "ada\n"])
+def test_an_owner_that_looks_like_an_expression_is_a_name(
+    stored: Stored, repository: MongoDBSessionRepository, owner: str
+) -> None:
+    stored.insert_many([session("bob", owner="ada"), session("free"), session("odd", owner=1)])
+    repository.open_session("hers", owner=owner)
+    lines = list(repository.export_owner(owner))
+    repository.import_session(lines, "copy")
+    repository.fork_session("hers", "fork", owner=owner)
+    assert sorted(repository.erase_owner(owner)["sessions"]) == ["copy", "fork", "hers"]
+    assert {each["_id"] for each in stored.find()} == {"bob", "free", "odd"}
+
+
+def test_the_id_of_a_session_can_be_of_any_type(stored: Stored, repository: MongoDBSessionRepository) -> None:
+    """An application has stored it."""
+    values: list[Any] = [1, 1.5, float("nan"), None, "", b"s", Binary(bytes(16), 4), ObjectId(), True, START]
+    values += [{"a": {"b": 1}}, {}, Code("s"), Code("s", {})]
+    stored.insert_many({**session("s"), "_id": value, "owner": ADA} for value in values)
+    stored.insert_many({**session("s"), "_id": value, "owner": "bob"} for value in (2, {"a": {"b": 2}}))
+    receipt = repository.erase_owner(ADA)
+    assert sorted(receipt["sessions"]) == sorted(map(str, values))
+    assert json.loads(json.dumps(receipt)) == receipt
+    assert stored.count_documents({"owner": ADA}) == 0
+    assert stored.count_documents({}) == 2
 
 
 # The receipt.
