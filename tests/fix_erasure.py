@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pymongo
@@ -10,7 +11,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo.database import Database
 
 from fix_deletion import COUNT, fill, wait_for_moves
-from mongodb_session_manager import MongoDBSessionRepository
+from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from support import eventually, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
@@ -25,12 +26,17 @@ SMALL: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_byte
 
 
 def fill_all(server: str, database: Database[dict[str, Any]], owners: dict[str, str | None] = OWNERS) -> None:
-    """Store sessions, each with archived messages and with attachments."""
+    """Store sessions, each with archived messages, with attachments, and with values in its storage."""
     for session_id, owner in owners.items():
         with MongoDBSessionRepository(server, database.name, owner=owner, **SMALL) as repository:
             fill(repository, session_id, text=f"{owner} said")
             wait_for_moves(database["agent_sessions"], session_id)
             eventually(lambda: not repository._async._connection._tasks)
+    with MongoDBSessionManagerFactory(server, database.name) as factory:
+        for session_id, owner in owners.items():
+            storage = factory.create_session_manager(session_id, owner=owner).storage
+            for key in ("own", f"context/{session_id}/scopes/agent/agent/{owner} said3_0"):
+                asyncio.run(storage.write(key, f"{owner} said".encode() * 10))
 
 
 def documents_by(database: Database[dict[str, Any]], *texts: str, of_owner: bool) -> dict[str, list[bytes]]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pymongo
 import pytest
-from bson import ObjectId
+from bson import Binary, Code, ObjectId
 
 from fix_archive import documents_of, emptied, store_again
 from fix_deletion import PICTURE, failing_after
 from fix_erasure import ADA, OWNERS, SMALL, check_listed, documents_by, fill_all, left, others
-from fix_finding import Stored, session
+from fix_finding import START, Stored, session
 from fix_overtaking import overtake
 from from_v100 import EXPECTED, load
 from mongodb_session_manager import (
@@ -38,7 +38,12 @@ from support import CommandLog, agent, eventually, fail_point, sampled
 Driver = pymongo.MongoClient[dict[str, Any]]
 
 HERS = [session_id for session_id, owner in OWNERS.items() if owner == ADA]
-PARTS = ("agent_sessions_archive", "agent_sessions_attachments.files", "agent_sessions_attachments.chunks")
+PARTS = (
+    "agent_sessions_archive",
+    "agent_sessions_attachments.files",
+    "agent_sessions_attachments.chunks",
+    "agent_sessions_content",
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +125,32 @@ def test_a_list_of_owners_is_no_owner(stored: Stored, repository: MongoDBSession
     assert repository.erase_owner(ADA)["sessions"] == [f"{ADA}-1"]
     assert list(stored.find()) == [shared]
     assert list(repository.export_owner(ADA)) == []
+
+
+@pytest.mark.parametrize("owner", ["$owner", "$$ROOT", ".*", "^ada", "a.b", "{}", " ada", "ADA", "ada\n"])
+def test_an_owner_that_looks_like_an_expression_is_a_name(
+    stored: Stored, repository: MongoDBSessionRepository, owner: str
+) -> None:
+    stored.insert_many([session("bob", owner="ada"), session("free"), session("odd", owner=1)])
+    repository.open_session("hers", owner=owner)
+    lines = list(repository.export_owner(owner))
+    repository.import_session(lines, "copy")
+    repository.fork_session("hers", "fork", owner=owner)
+    assert sorted(repository.erase_owner(owner)["sessions"]) == ["copy", "fork", "hers"]
+    assert {each["_id"] for each in stored.find()} == {"bob", "free", "odd"}
+
+
+def test_the_id_of_a_session_can_be_of_any_type(stored: Stored, repository: MongoDBSessionRepository) -> None:
+    """An application has stored it."""
+    values: list[Any] = [1, 1.5, float("nan"), None, "", b"s", Binary(bytes(16), 4), ObjectId(), True, START]
+    values += [{"a": {"b": 1}}, {}, Code("s"), Code("s", {})]
+    stored.insert_many({**session("s"), "_id": value, "owner": ADA} for value in values)
+    stored.insert_many({**session("s"), "_id": value, "owner": "bob"} for value in (2, {"a": {"b": 2}}))
+    receipt = repository.erase_owner(ADA)
+    assert sorted(receipt["sessions"]) == sorted(map(str, values))
+    assert json.loads(json.dumps(receipt)) == receipt
+    assert stored.count_documents({"owner": ADA}) == 0
+    assert stored.count_documents({}) == 2
 
 
 # The receipt.
@@ -285,11 +316,11 @@ def test_a_progress_that_cannot_be_called_is_refused(
 
 # Interruptions.
 
-COMMANDS = 30
+COMMANDS = 37
 """The number of commands that erase three sessions."""
 
 
-@pytest.mark.parametrize("done", sampled(range(COMMANDS), 1, 3, 6, 13, 23, 27, 29))
+@pytest.mark.parametrize("done", sampled(range(COMMANDS), 1, 3, 6, 13, 23, 31, 36))
 def test_an_erasure_that_is_interrupted_is_finished_by_the_next(
     full: Stored, server: str, repository: MongoDBSessionRepository, done: int
 ) -> None:
@@ -399,7 +430,7 @@ def test_sessions_of_version_1_0_0_that_were_claimed_are_erased(server: str, dri
         for session_id in claimed:
             repository.claim_session(session_id, ADA)
         repository.claim_session("v100-plain", "bob")
-        assert documents_by(driver[database], *ids, of_owner=True).keys() == {"agent_sessions", *PARTS}
+        assert documents_by(driver[database], *ids, of_owner=True).keys() == {"agent_sessions", *PARTS[:3]}
         of_others = documents_by(driver[database], *ids, of_owner=False)
         receipt = repository.erase_owner(ADA)
     assert sorted(receipt["sessions"]) == sorted(claimed)
@@ -442,6 +473,7 @@ def test_no_command_reads_the_sessions_of_others(factory: MongoDBSessionManagerF
                 "file": {"incarnation": incarnation, "sha256": "5a", "token": "1"},
                 "n": 0,
             },
+            PARTS[3]: lambda incarnation: {"incarnation": incarnation, "key": "own"},
         }[name]
         all_of_them = {**incarnations, **hers}.items()
         database[name].insert_many(

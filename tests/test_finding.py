@@ -576,6 +576,15 @@ def test_counting_reads_no_document(many: Any, criteria: dict[str, Any], expecte
     assert keys <= expected + 1
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_list_that_an_application_has_stored_is_no_owner(
+    factory: MongoDBSessionManagerFactory, stored: Stored, order: str
+) -> None:
+    owners = ["bob", ["bob", "alice"], "bob", ["bob"]]
+    stored.insert_many(session(f"s{number}", owner=owner) for number, owner in enumerate(owners))
+    assert sorted(all_pages(factory, owner="bob", order=order, limit=1)) == ["s0", "s2"]
+
+
 def test_whether_one_of_100_000_exists_reads_no_other(many: Any) -> None:
     factory, sent, database = many
     sent.commands.clear()

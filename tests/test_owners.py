@@ -179,7 +179,7 @@ class Attacker:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("of", alternating("bob", None))
+@pytest.mark.parametrize("of", alternating("bob", None, ["alice", "bob"]))
 @pytest.mark.parametrize("how", alternating("argument", "option"))
 @pytest.mark.parametrize("ttl", alternating({}, {"session_ttl": timedelta(hours=1)}))
 def test_a_session_of_another_is_one_that_does_not_exist(
@@ -188,11 +188,14 @@ def test_a_session_of_another_is_one_that_does_not_exist(
     stored: Stored,
     commands: CommandLog,
     cls: type,
-    of: str | None,
+    of: Any,
     how: str,
     ttl: dict[str, Any],
 ) -> None:
-    """The same error with the same text after as many commands, and nothing has changed."""
+    """The same error with the same text after as many commands, and nothing has changed.
+
+    A list that an application has stored as the owner is no owner, even if it contains the caller.
+    """
     with MongoDBSessionRepository(
         server, database, max_embedded_messages=4, max_inline_attachment_bytes=1024, **ttl
     ) as repository:
@@ -200,6 +203,8 @@ def test_a_session_of_another_is_one_that_does_not_exist(
         eventually(lambda: not repository._async._connection._tasks)
     if of is None:
         stored.update_one({"_id": THEIRS}, {"$unset": {"owner": ""}})
+    elif of != "bob":
+        stored.update_one({"_id": THEIRS}, {"$set": {"owner": of}})
     option, argument = ({"owner": "alice"}, {}) if how == "option" else ({}, {"owner": "alice"})
     attacker = Attacker(cls, server, database, commands, **option, **ttl)
     try:
@@ -207,7 +212,7 @@ def test_a_session_of_another_is_one_that_does_not_exist(
             attacker.outcome("session_exists", THEIRS)
             # What this process knows of the session must not help either.
             name = "write_back" if cls is MongoDBSessionManagerFactory else "update_message"
-            attacker.outcome(name, THEIRS, **({} if of is None else {"owner": "bob"}))
+            attacker.outcome(name, THEIRS, **({"owner": "bob"} if of == "bob" else {}))
         before = everything(stored)
         for name in methods_of(cls):
             base = name.removesuffix("_async")

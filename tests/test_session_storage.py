@@ -18,6 +18,7 @@ from strands.types.exceptions import StorageError
 
 from fix_archive import SECRET, SMALL, redacted, said
 from fix_copying import left_of
+from fix_overtaking import overtake
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     InvalidArgumentError,
@@ -618,6 +619,45 @@ def test_a_copy_does_not_revive_removed_content(
     copied(factory, way)
     keys = asyncio.run(factory.create_session_manager("t/2").storage.list(""))
     assert keys == [*(key_of(n, "t/2") for n in (0, 2, 3)), "own"]
+
+
+@WAYS
+def test_a_copy_of_a_message_that_is_redacted_meanwhile_has_none_of_its_content(
+    server: str, database: str, factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, way: str
+) -> None:
+    """The session was read before the redaction, and its archive during the redaction."""
+    fill(factory, repository)
+    waiting = iter([3])
+
+    def redact_in_part(message_id: int) -> None:
+        with fail_point(server, failCommands=["delete"], errorCode=8000, times=20), pytest.raises(MongoDBSessionError):
+            repository.update_message("s", "agent", redacted(message_id))
+
+    async def redact() -> None:
+        for message_id in waiting:
+            await asyncio.to_thread(redact_in_part, message_id)
+
+    with MongoDBSessionManagerFactory(server, database) as copying:
+        overtake(copying._async._store.archive, "read_bucket", redact)
+        copied(copying, way)
+    assert next(waiting, None) is None
+    messages = repository.list_messages("t/2", "agent")
+    assert texts([messages[3].to_message()]) == ["[redacted]"]
+    keys = asyncio.run(factory.create_session_manager("t/2").storage.list(""))
+    assert sorted(keys) == sorted([*(key_of(n, "t/2") for n in range(24) if n != 3), "own"])
+
+
+@WAYS
+def test_a_session_that_is_deleted_while_its_values_are_copied_is_not_copied(
+    server: str, database: str, stored: Stored, way: str
+) -> None:
+    with MongoDBSessionManagerFactory(server, database) as factory:
+        with factory.create_session_manager("s") as manager:
+            write(manager.storage, {"a": b"1", "b": b"2"})
+        overtake(factory._async._store.content, "keys", lambda: factory._async.delete_session("s"))
+        with pytest.raises(SessionNotFoundError, match="session 's' no longer exists"):
+            copied(factory, way)
+    assert left_of(stored, "t/2") == []
 
 
 def test_a_fork_of_the_beginning_has_the_content_of_its_messages(

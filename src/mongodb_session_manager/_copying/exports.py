@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Iterable, Set
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from .._format.attachment_refs import Reference, references_of
 from .._format.changes import Loaded
-from .._format.content import HAS_CONTENT, removed_ids
+from .._format.content import HAS_CONTENT
 from .._format.dates import now
 from .._format.documents import Document
 from .._format.ids import ExportedIds, agent_id_of, agent_key, checked_id
@@ -65,16 +65,21 @@ class Export:
             async for lines in self._agent_lines(source, key, agents.pop(key), writer):
                 yield lines
         if document.get(HAS_CONTENT) is True:
-            async for lines in self._value_lines(source.place, set(removed_ids(document)), writer):
+            async for lines in self._value_lines(source.place, writer):
                 yield lines
         if has_archive:
             await self._check_rewound(source)
         yield [writer.end()]
 
-    async def _value_lines(self, place: Place, left_out: Set[str], writer: Writer) -> AsyncGenerator[list[str], None]:
-        """Yield the lines of the values of the storage, except those that are about to be removed."""
+    async def _value_lines(self, place: Place, writer: Writer) -> AsyncGenerator[list[str], None]:
+        """Yield the lines of the values of the storage, except those that are about to be removed.
+
+        Raises:
+            SessionNotFoundError: The session no longer exists.
+        """
         content = self._store.content
         async with self._connection.operation():
+            left_out = await content.removed(place)  # now: messages can be redacted since the session was read
             keys = await content.keys(place, "")
         for key in keys:
             if block_id_of(key) in left_out:
@@ -83,6 +88,7 @@ class Export:
                 data = await content.read(place, key)
             if data is not None:
                 yield await asyncio.to_thread(list, writer.value(key, data))
+        await content.removed(place)
 
     async def _agent_lines(
         self, source: _Source, key: str, agent: Document, writer: Writer

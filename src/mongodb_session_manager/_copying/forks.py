@@ -87,7 +87,7 @@ class _Fork:
             raise ReadAgainError
         await self._store.attachments.remove_unnamed(self._staging.place, self._replaced)
         if self._has_content:
-            await self._store.content.copy(self._source.place, self._staging.place, self._left_out)
+            await self._copy_content()
         seconds = self._store.expiry.session_ttl or Life.of(document).time_to_live
         # A `state` of the session is a field of the application.
         sets = {**await self._staging.date(seconds), **{k: document[k] for k in ("state",) if k in document}}
@@ -125,6 +125,13 @@ class _Fork:
         else:
             self._left_out |= cut - stays
             agent.fields = cut_fields(agent.fields, last, agent.count, count, usage)
+
+    async def _copy_content(self) -> None:
+        content, source, target = self._store.content, self._source.place, self._staging.place
+        await content.copy(source, target, self._left_out)
+        # A message that was redacted since the session was read can be redacted in the fork.
+        if late := await content.removed(source) - self._left_out:
+            await content.remove(target, late)
 
     async def _batches(self, key: str) -> AsyncGenerator[list[Sized], None]:
         batch: list[Sized] = []

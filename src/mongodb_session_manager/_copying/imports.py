@@ -15,7 +15,7 @@ from .._format.content import HAS_CONTENT
 from .._format.documents import Document, config_set
 from .._format.ids import agent_key
 from .._format.keys import copied_key
-from .._format.labels import guard, owner_of
+from .._format.labels import labels_of, owner_of
 from .._io.portal import Portal
 from .._store.attachments import CHUNK_BYTES
 from .._store.content import Upload
@@ -114,7 +114,7 @@ class Import:
         self._exported_id = found.session_id
         staging = Staging(self._store, session_id)
         origin = {"session_id": found.session_id, "at": self._store.connection.now()}
-        fields = {**found.fields, **guard(self._owner), "copy_of": origin}
+        fields = {**found.fields, **labels_of(self._owner), "copy_of": origin}
         self._builder = SessionBuilder(self._store, staging, fields)
         await staging.begin(owner_of(fields))
 

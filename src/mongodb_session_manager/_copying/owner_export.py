@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from .._format.labels import belongs_to
+from .._format.labels import guard
 from .._format.layout import live_at
 from .._store.sessions import naming_session
 from .._store.store import SessionStore
@@ -39,6 +39,6 @@ class OwnerExport:
     async def _session_ids(self) -> list[Any]:
         async with self._store.connection.operation():
             self._store.ensure_indexes()
-            condition = {**belongs_to(self._owner), **live_at(self._store.connection.now())}
+            condition = {**guard(self._owner), **live_at(self._store.connection.now())}
             sort = [("created_at", 1), ("_id", 1)]
             return [each["_id"] for each in await self._store.collection.find(condition, {"_id": 1}, sort=sort)]

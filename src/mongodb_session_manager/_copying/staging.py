@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from bson import ObjectId
 
 from .._format.documents import Document
-from .._format.labels import guard
+from .._format.labels import labels_of
 from .._format.layout import LIVE, Place
 from .._format.retention import next_date
 from .._io.driver_errors import DuplicateKeyError
@@ -61,7 +61,7 @@ class Staging:
 
     async def begin(self, owner: str | None = None) -> None:
         """Insert the document of the copy, and start to renew its lease; raise `SessionExistsError` if it cannot."""
-        document = {**self.own, "session_id": self.session_id, **guard(owner), "state_until": self.lease()}
+        document = {**self.own, "session_id": self.session_id, **labels_of(owner), "state_until": self.lease()}
         for _ in range(_ROUNDS):
             try:
                 self._has_begun = True

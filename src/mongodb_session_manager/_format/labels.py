@@ -53,17 +53,16 @@ def checked_tags(tags: object) -> list[str]:
     return found
 
 
+NO_LIST: Document = {"owner.0": {"$exists": False}}
+"""The condition that `owner` is not a list. No index answers it."""
+
+
 def guard(owner: str | None) -> Document:
-    """Return the condition that a session belongs to an owner; `None` allows every session."""
-    return {} if owner is None else {"owner": owner}
-
-
-def belongs_to(owner: str) -> Document:
-    """Return the condition for all sessions of an owner, in any state.
+    """Return the condition that a session belongs to an owner; `None` allows every session.
 
     A list that an application has stored as the owner does not match, even if it contains the owner.
     """
-    return {"owner": {"$eq": owner, "$not": {"$type": "array"}}}
+    return {} if owner is None else {"owner": owner, **NO_LIST}
 
 
 def labels_of(owner: str | None, title: str | None = None, tags: Sequence[str] | None = None) -> Document:

@@ -7,7 +7,7 @@ from types import EllipsisType
 
 from .._format.documents import Document
 from .._format.ids import checked_id
-from .._format.labels import checked_owner, guard, label_changes
+from .._format.labels import NO_LIST, checked_owner, guard, label_changes
 from .._format.statements import Update
 from .._store.expiry import matched
 from .._store.sessions import missing_session
@@ -67,7 +67,7 @@ class LabelMethods(RepositoryMethods):
             SessionNotFoundError: The session does not exist, or belongs to another owner.
         """
         claimed = checked_owner(owner)
-        condition = {"_id": checked_id(session_id, "session_id"), "owner": {"$in": [None, claimed]}}
+        condition = {"_id": checked_id(session_id, "session_id"), "owner": {"$in": [None, claimed]}, **NO_LIST}
         async with self._connection.operation():
             if not await self._store.sessions.update(Update(condition, {"$set": {"owner": claimed}}, None)):
                 raise missing_session(session_id)

@@ -18,7 +18,7 @@ from .._format.dates import date_from, to_date
 from .._format.documents import USAGE, Document, usable_numbers
 from .._format.expressions import array_at, entries_at, number_at
 from .._format.ids import agent_id_of, checked_id, checked_text
-from .._format.labels import checked_tags, guard, owner_of, tags_of, title_of
+from .._format.labels import NO_LIST, checked_tags, labels_of, owner_of, tags_of, title_of
 from .._format.layout import LIVE, UNFINISHED
 from .._format.malformed import usable_field
 from .._format.metadata import checked_metadata, decode_values, encoded, name_of
@@ -102,7 +102,7 @@ def criteria(
     tags: object,
 ) -> Document:
     """Return the filter for the sessions that meet every criterion: values, never operators."""
-    meant: Document = guard(owner)
+    meant: Document = labels_of(owner)
     if tags is not None and (wanted := checked_tags(tags)):
         meant["tags"] = {"$all": wanted}
     if application_name is not None:
@@ -181,6 +181,7 @@ def page_query(wanted: Document, order: Order, position: Position | None, metada
     direction = -1 if backwards else 1
     hint = None
     if "owner" in meant:  # its index has the order, and an owner has few sessions
+        query |= NO_LIST  # not in the branches, where it would be checked before they are merged
         hint = [(path, 1) for path in ("owner", date, "_id")]
     elif len(meant) < 2:
         indexed = {"application_name", *(f"metadata.{field}" for field in metadata_fields)}

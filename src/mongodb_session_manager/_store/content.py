@@ -21,7 +21,7 @@ from itertools import takewhile
 from bson import ObjectId
 
 from .._format.bounded import Bounded
-from .._format.content import CONTENT_BEGINS, copied_key_at, is_removed
+from .._format.content import CONTENT_BEGINS, REMOVED_CONTENT, copied_key_at, is_removed, removed_ids
 from .._format.documents import Document
 from .._format.keys import block_id_of, copied_key, prefix_range
 from .._format.labels import guard
@@ -86,6 +86,13 @@ class Content:
     async def remove(self, place: Place, block_ids: Iterable[str]) -> None:
         """Remove the values with these ids, including incomplete ones."""
         await self._collection.delete_many({"_id": place.content(), "block_id": {"$in": sorted(block_ids)}})
+
+    async def removed(self, place: Place) -> set[str]:
+        """Return the ids whose values are removed, or will be; raise `SessionNotFoundError` if the session is gone."""
+        document = await self._sessions.find(place.session_id, {"incarnation": 1, REMOVED_CONTENT: 1})
+        if document is None or document.get("incarnation") != place.incarnation:
+            raise SessionNotFoundError(f"session {place.session_id!r} no longer exists")
+        return set(removed_ids(document))
 
     # Copying.
 

@@ -89,7 +89,8 @@ class Deletion:
     async def remove_matching(self, session_id: str, condition: Document) -> Removed | None:
         """Delete a session as `delete_matching` does; return what was removed."""
         token = uuid.uuid4().hex
-        self._expiry.forget(session_id, condition.get("owner"))
+        if type(session_id) is str:  # an application can have stored an id that is not hashable
+            self._expiry.forget(session_id, condition.get("owner"))
         state = {
             "_id": "$_id",
             "session_id": {"$literal": session_id},

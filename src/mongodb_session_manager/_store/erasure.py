@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, TypedDict
 
 from .._format.dates import to_iso
-from .._format.labels import belongs_to
+from .._format.labels import guard
 from .._format.layout import OUTSIDE
 from .._io.portal import Portal
 from ..errors import InvalidArgumentError, MongoDBSessionError, raise_alone
@@ -121,7 +121,7 @@ class Erasure:
                 self._begun = self._store.connection.now()
                 self._store.ensure_indexes()
                 self._total = await self._collection.count({"owner": self._owner})
-            found = await self._collection.find(belongs_to(self._owner), {"_id": 1}, limit=AT_ONCE)
+            found = await self._collection.find(guard(self._owner), {"_id": 1}, limit=AT_ONCE)
             if not found:
                 self._ended = self._store.connection.now()
                 return None
@@ -135,7 +135,7 @@ class Erasure:
 
     async def _erase(self, session_id: Any) -> Removed | None:
         try:
-            return await self._store.deletion.remove_matching(session_id, belongs_to(self._owner))
+            return await self._store.deletion.remove_matching(session_id, guard(self._owner))
         except MongoDBSessionError as error:
             raise_alone(naming_session(error, session_id, "was not erased completely"))
 
