@@ -182,7 +182,10 @@ class Chat:
             if prompt.after is not None:
                 await self._factory.rewind_session_async(session_id, {AGENT_ID: prompt.after}, owner=user)
             title = prompt.text and prompt.text[:80]  # of a new session
-            async with self._factory.create_session_manager_async(session_id, owner=user, title=title) as session:
+            must_exist = prompt.text is None
+            async with self._factory.create_session_manager_async(
+                session_id, owner=user, title=title, must_exist=must_exist
+            ) as session:
                 try:
                     await self._run(session, user, prompt.text, turn)
                 except Exception as error:

@@ -167,7 +167,13 @@ def main() -> None:
     options = parser.parse_args()
     demo_server("users-data")  # sets MONGODB_URI, which the workers inherit, like TOKEN_SECRET
     os.environ.setdefault("TOKEN_SECRET", secrets.token_hex(32))
-    uvicorn.run("example_fastapi_users:app", port=options.port, workers=options.workers)
+    # uvicorn replaces a worker that does not answer in time, and a worker imports this file before it answers.
+    uvicorn.run(
+        "example_fastapi_users:app",
+        port=options.port,
+        workers=options.workers,
+        timeout_worker_healthcheck=60,
+    )
 
 
 if __name__ == "__main__":

@@ -324,6 +324,7 @@ BAD_KEYS = {
     "$": r"metadata contains the key '\$'",
     "a\0b": r"metadata contains the key 'a\\x00b'",
     "a.\ud83d": "metadata contains a key with a lone surrogate",
+    "a" + ".b" * 90: "metadata contains a key of 91 segments between dots; at most 90 are allowed",
     5: "every key of metadata must be a str, not int",
     None: "every key of metadata must be a str, not NoneType",
     ("a",): "every key of metadata must be a str, not tuple",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from mongodb_session_manager.fastapi import (
     stream,
 )
 from mongodb_session_manager.fastapi._answers import ANSWERS
+from mongodb_session_manager.fastapi._exchange import Inbox
 from support import CommandLog, agent, eventually, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
@@ -70,6 +72,12 @@ def blocking_user(authorization: Annotated[str | None, Header()] = None) -> str:
 
 async def yielded_user(user: Annotated[str, Depends(current_user)]) -> AsyncIterator[str]:
     yield user
+
+
+async def checked_user(
+    key: Annotated[str, Header()], expiry: Annotated[int, Header()], user: Annotated[str, Depends(current_user)]
+) -> str:
+    return user
 
 
 def no_user() -> None:
@@ -126,6 +134,12 @@ class Application:
         @app.post("/yield/{session_id}")
         async def answer_in_yield(
             session: Annotated[Manager, session_dependency(owner=yielded_user)], prompt: Prompt
+        ) -> Response:
+            return await answered(session, prompt)
+
+        @app.post("/checked/{session_id}")
+        async def answer_checked(
+            session: Annotated[Manager, session_dependency(owner=checked_user)], prompt: Prompt
         ) -> Response:
             return await answered(session, prompt)
 
@@ -227,6 +241,16 @@ def test_who_is_not_authenticated_creates_nothing_and_sends_no_command(
     assert client.post("/sessions/new", content=b"no JSON").status_code in (401, 422)
     assert log.names == []
     assert [each["_id"] for each in stored.find()] == ["s"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Key": "k"}, {"Key": "k", "Expiry": "tomorrow"}])
+def test_who_lacks_a_header_that_the_owner_requires_creates_nothing(
+    client: httpx.Client, application: Application, log: CommandLog, headers: dict[str, str]
+) -> None:
+    log.clear()
+    assert say(client, path="/checked/s", headers=headers).status_code == 422
+    assert log.names == []
+    assert application.opened == []
 
 
 def test_another_users_session_is_answered_like_a_missing_one(
@@ -350,6 +374,21 @@ def test_waiting_takes_no_part_of_a_body_that_the_endpoint_reads(
         elsewhere.close()
         go_on.set()
         assert sizes.result() == 1_100_000
+
+
+@pytest.mark.anyio
+async def test_waiting_reads_only_one_message_ahead_of_a_client_that_sends_many() -> None:
+    sent = itertools.count()
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return {"type": "websocket.receive", "text": str(next(sent))}
+
+    inbox = Inbox(receive)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(inbox.disconnection(), 0.1)
+    assert next(sent) == 1
+    assert [(await inbox.receive())["text"] for _ in range(2)] == ["0", "2"]
 
 
 # WebSockets.

@@ -43,12 +43,17 @@ def optional_user(authorization: Annotated[str | None, Header()] = None) -> str 
     return authorization
 
 
+async def user_of_a_required_header(x_user: Annotated[str, Header()]) -> str:
+    return x_user
+
+
 def application() -> FastAPI:
     app = FastAPI()
     add_session_support(app)
     app.include_router(sessions_router(owner=current_user))
     app.include_router(sessions_router(owner=None), prefix="/admin")
     app.include_router(sessions_router(owner=optional_user), prefix="/optional")
+    app.include_router(sessions_router(owner=user_of_a_required_header), prefix="/required")
     return app
 
 
@@ -149,6 +154,15 @@ def test_a_dependency_that_finds_no_owner_does_not_give_access_to_every_session(
 ) -> None:
     answer = ask(anybody, name, prefix="/optional")
     assert (answer.status_code, answer.json()) == (500, {"detail": "the server is not configured correctly"})
+    assert commands.names == []
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_header_that_the_owners_dependency_requires_is_named(
+    anybody: User, factory: MongoDBSessionManagerFactory, commands: CommandLog, name: str
+) -> None:
+    answer = ask(anybody, name, prefix="/required")
+    assert (answer.status_code, answer.json()) == (422, {"detail": "x-user: Field required"})
     assert commands.names == []
 
 
@@ -403,6 +417,13 @@ def test_feedback_has_any_fields_and_a_date_of_the_server(
     assert second["created_at"] > first["created_at"] > "2"
 
 
+@pytest.mark.parametrize("rating", ["up", True, 1, 0.5, None])
+def test_a_rating_is_stored_as_it_was_sent(ada: User, factory: MongoDBSessionManagerFactory, rating: Any) -> None:
+    with_content(factory)
+    ada("POST", "/sessions/s/feedback", json={"rating": rating})
+    assert json.dumps(ada("GET", "/sessions/s/feedback").json()["feedbacks"][-1]["rating"]) == json.dumps(rating)
+
+
 def test_usage_is_by_agent_and_overall(ada: User, factory: MongoDBSessionManagerFactory) -> None:
     with_content(factory)
     usage = ada("GET", "/sessions/s/usage").json()
@@ -480,6 +501,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "no object": ("PATCH", "/s/metadata", {"json": [1]}, "body: Input should be a valid dictionary or object"),
     "no body": ("POST", "/s/rewind", {}, "body: Field required"),
     "an operator": ("PATCH", "/s/metadata", {"json": {"metadata": {"$set": 1}}}, "metadata contains the key '$set'"),
+    "a deep key": ("PATCH", "/s/metadata", {"json": {"metadata": {"a" + ".b" * 200: 1}}}, "metadata contains a key of"),
     "a value": ("PATCH", "/s/metadata", {"content": '{"metadata": NaN}'}, "metadata: Input should be a valid dict"),
     "no list": ("POST", "/s/feedback", {"json": ["good"]}, "body: Input should be a valid dictionary or object"),
     "a comment": ("POST", "/s/feedback", {"json": {"comment": {"$ne": 1}}}, "comment: Input should be a valid string"),
@@ -488,6 +510,13 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "a low message": ("POST", "/s/rewind", {"json": {"at_message": -2}}, "at_message"),
     "a high message": ("POST", "/s/fork", {"json": {"at_message": 2**70, "new_id": "t"}}, "at_message"),
     "an id": ("POST", "/s/fork", {"json": {"new_id": ""}}, "new_id must not be empty"),
+    "a long id": ("POST", "/s/fork", {"json": {"new_id": "x" * 1001}}, "new_id: String should have at most 1000 char"),
+    "a long id to keep": (
+        "POST",
+        "/s/rewind",
+        {"json": {"at_message": 1, "keep_as": "x" * 1001}},
+        "keep_as: String should have at most 1000 characters",
+    ),
     "an object": ("POST", "/s/fork", {"json": {"new_id": {"$ne": 1}}}, "new_id: Input should be a valid string"),
 }  # fmt: skip
 

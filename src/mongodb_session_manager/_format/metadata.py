@@ -19,6 +19,9 @@ _RESERVED = frozenset({MARKER, "__bytes_encoded__"})
 
 _VALUE_DEPTH = 2  # document, metadata or agent_data, value
 
+_MAX_SEGMENTS = 90
+"""The maximum number of segments of a key; each is a level of the document, and `MAX_LEVELS` holds for all of them."""
+
 
 def checked_metadata(metadata: object, name: str = "metadata") -> dict[str, Any]:
     if not isinstance(metadata, dict):
@@ -54,6 +57,10 @@ def _checked_paths(paths: Iterable[object], name: str) -> None:
             raise InvalidArgumentError(
                 f"{name} contains the key {path!r}: a key must not be empty, contain NUL, or have a segment between "
                 "dots that is empty or begins with $"
+            )
+        if len(parts) > _MAX_SEGMENTS:
+            raise InvalidArgumentError(
+                f"{name} contains a key of {len(parts)} segments between dots; at most {_MAX_SEGMENTS} are allowed"
             )
         if _RESERVED.intersection(parts):
             raise InvalidArgumentError(f"{name} contains the key {path!r}, a segment of which marks encoded values")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+NewId = Annotated[str, Field(max_length=1000)]
+"""The id of a new session, which must fit into a path."""
 
 
 class SessionEntry(BaseModel):
@@ -69,7 +72,7 @@ class Feedback(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    rating: str | int | float | None = Field(None, description="Usually `up` or `down`.")
+    rating: str | bool | int | float | None = Field(None, description="Usually `up` or `down`.")
     comment: str | None = None
 
 
@@ -97,7 +100,7 @@ class Rewind(BaseModel):
     at_message: StrictInt | dict[str, StrictInt] = Field(
         description="The id of the last message that stays, -1 for none; for several agents, ids by agent id."
     )
-    keep_as: str | None = Field(None, description="The id of a new session with all messages as they were.")
+    keep_as: NewId | None = Field(None, description="The id of a new session with all messages as they were.")
 
 
 class Fork(BaseModel):
@@ -105,7 +108,7 @@ class Fork(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    new_id: str
+    new_id: NewId
     at_message: StrictInt | dict[str, StrictInt] | None = Field(
         None, description="The id of the last message that is copied; for several agents, ids by agent id."
     )

@@ -48,13 +48,17 @@ class Inbox:
         return message
 
     async def disconnection(self) -> None:
-        """Wait until the client disconnects, or forever if the endpoint must first read the rest of a body."""
+        """Wait until the client disconnects, or forever if the endpoint must first read other messages.
+
+        These are the rest of a body, and what an accepted WebSocket receives: memory must not fill with them.
+        """
         position = 0
         while not self.is_disconnected:
             if position == len(self._kept):
                 self._kept.append(asyncio.ensure_future(self._read()))
             await asyncio.wait([self._kept[position]])
-            if self._kept[position].result().get("more_body"):
+            message = self._kept[position].result()
+            if message.get("more_body") or message["type"] == "websocket.receive":
                 await asyncio.Event().wait()
             position += 1
 

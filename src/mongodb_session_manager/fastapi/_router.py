@@ -14,6 +14,7 @@ from fastapi.requests import HTTPConnection
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.types import Scope
 from strands.types.session import SessionMessage
 
 from .. import MongoDBSessionManagerFactory, Order
@@ -48,12 +49,18 @@ class _Caller(NamedTuple):
     """The factory of a request, and the owner whose sessions the request may use."""
 
     factory: MongoDBSessionManagerFactory
-    owner: str | None
+    scope: Scope
+
+    @property
+    def owner(self) -> str | None:
+        found: str | None = self.scope[_OWNER]
+        return found
 
 
 async def _caller(connection: HTTPConnection) -> _Caller:
     current_exchange("handle errors")
-    return _Caller(get_factory(connection), connection.scope[_OWNER])
+    # There is no owner yet if a parameter of its dependency is invalid: FastAPI calls this dependency all the same.
+    return _Caller(get_factory(connection), connection.scope)
 
 
 Caller = Annotated[_Caller, Depends(_caller)]
