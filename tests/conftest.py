@@ -71,12 +71,16 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 LONGEST = """
-chat_page process fastapi from_v100 embedded docs view copying retention storage connection forking archive_faults
-import_streams matrix waiting examples_run deletion staging failover life write_back archive attachments state_too_large
-odd_documents multi_agents replaced_attachments life_model factory lease exactness model attachments_too_large
-server_clock cancellation access errors finding conformance loop open_manager metadata
+chat_page from_v100 process view copying rewinding embedded forking docs write_back life archive_faults examples_run
+retention storage fastapi import_streams matrix connection attachments failover session_storage staging owners erasure
+deletion archive waiting state_too_large odd_documents multi_agents replaced_attachments life_model factory lease
+sessions_router exactness model attachments_too_large server_clock message_pages cancellation access errors finding
+conformance owner_export session_dependency killed_erasure loop open_manager metadata
 """
-"""The longest modules, without `test_`. They run first, so that none is still running when other workers are idle."""
+"""The longest modules, without `test_`. They run first, so that none is still running when other workers are idle.
+
+Modules that mostly wait, as `chat_page` and `process` do, alternate with modules that compute.
+"""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -27,11 +27,13 @@ SMALL: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_byte
 
 def fill_all(server: str, database: Database[dict[str, Any]], owners: dict[str, str | None] = OWNERS) -> None:
     """Store sessions, each with archived messages, with attachments, and with values in its storage."""
-    for session_id, owner in owners.items():
-        with MongoDBSessionRepository(server, database.name, owner=owner, **SMALL) as repository:
+    with MongoDBSessionRepository(server, database.name, **SMALL) as repository:
+        for session_id, owner in owners.items():
             fill(repository, session_id, text=f"{owner} said")
+            if owner is not None:
+                repository.claim_session(session_id, owner)
             wait_for_moves(database["agent_sessions"], session_id)
-            eventually(lambda: not repository._async._connection._tasks)
+        eventually(lambda: not repository._async._connection._tasks)
     with MongoDBSessionManagerFactory(server, database.name) as factory:
         for session_id, owner in owners.items():
             storage = factory.create_session_manager(session_id, owner=owner).storage

@@ -69,11 +69,12 @@ class CommandLog(monitoring.CommandListener):
 
 
 def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Wait until `condition()` is true."""
-    end = time.monotonic() + seconds
+    """Wait until `condition()` is true, and ask less often the longer that takes."""
+    begun = time.monotonic()
     while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
+        waited = time.monotonic() - begun
+        assert waited < seconds, "it never happened"
+        time.sleep(min(0.1, max(0.01, waited / 10)))
 
 
 def sampled(cases: Iterable[Any], *chosen: Any) -> list[Any]:

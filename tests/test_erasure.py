@@ -33,7 +33,7 @@ from mongodb_session_manager import (
     SessionConflictError,
     SessionNotFoundError,
 )
-from support import CommandLog, agent, eventually, fail_point, sampled
+from support import CommandLog, agent, alternating, eventually, fail_point
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 
@@ -203,8 +203,8 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("cls", "name"), FORMS)
-@pytest.mark.parametrize("is_awaited", [False, True])
+@pytest.mark.parametrize(("cls", "name"), alternating(*FORMS))
+@pytest.mark.parametrize("is_awaited", alternating(False, True))
 def test_the_progress_is_told(
     server: str, database: str, stored: Stored, cls: Any, name: str, is_awaited: bool
 ) -> None:
@@ -320,25 +320,31 @@ COMMANDS = 37
 """The number of commands that erase three sessions."""
 
 
-@pytest.mark.parametrize("done", sampled(range(COMMANDS), 1, 3, 6, 13, 23, 31, 36))
 def test_an_erasure_that_is_interrupted_is_finished_by_the_next(
-    full: Stored, server: str, repository: MongoDBSessionRepository, done: int
+    documents: dict[str, list[Any]],
+    stored: Stored,
+    server: str,
+    repository: MongoDBSessionRepository,
+    some: Callable[[Any, int], list[int]],
 ) -> None:
     """Every session that is listed meanwhile is whole."""
-    of_others, commands = others(full.database), ["aggregate", "find", "findAndModify", "delete"]
-    with MongoDBSessionRepository(f"{server}&appName=erasing", full.database.name, **SMALL) as erasing:
-        erasing.list_sessions()
-        eventually(lambda: not erasing._async._connection._tasks)
-        with (
-            failing_after(server, done, failCommands=commands, errorCode=8000, appName="erasing"),
-            pytest.raises(MongoDBSessionError),
-        ):
-            erasing.erase_owner(ADA)
-    check_listed(repository)
-    receipt = repository.erase_owner(ADA)
-    assert left(full.database) == {}
-    assert others(full.database) == of_others
-    assert found_later(receipt) == {}
+    database, commands = stored.database, ["aggregate", "find", "findAndModify", "delete"]
+    with MongoDBSessionRepository(f"{server}&appName=erasing", database.name, **SMALL) as erasing:
+        for done in some(range(COMMANDS), 3):
+            store_again(emptied(stored), documents)
+            of_others = others(database)
+            erasing.list_sessions()
+            eventually(lambda: not erasing._async._connection._tasks)
+            with (
+                failing_after(server, done, failCommands=commands, errorCode=8000, appName="erasing"),
+                pytest.raises(MongoDBSessionError),
+            ):
+                erasing.erase_owner(ADA)
+            check_listed(repository)
+            receipt = repository.erase_owner(ADA)
+            assert left(database) == {}, done
+            assert others(database) == of_others, done
+            assert found_later(receipt) == {}, done
 
 
 def test_an_error_names_the_session(full: Stored, server: str, repository: MongoDBSessionRepository) -> None:

@@ -21,7 +21,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._format.sizes import LARGE, is_large, least_size
 from mongodb_session_manager._io.loop import io_portal
-from support import CommandLog, agent
+from support import CommandLog, agent, alternating
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
@@ -110,7 +110,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", alternating(*CALLS))
 def test_the_io_loop_serves_others_while_a_large_value_is_on_its_way(
     factory: MongoDBSessionManagerFactory, stored: Documents, name: str
 ) -> None:
@@ -134,7 +134,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", alternating(*REFUSED))
 def test_a_value_that_no_document_can_hold_is_refused_before_anything_is_sent(
     factory: MongoDBSessionManagerFactory, commands: CommandLog, name: str
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bson import Decimal128, ObjectId
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pymongo.collection import Collection
 from pymongo.errors import ConnectionFailure
@@ -435,6 +435,7 @@ def test_no_key_leads_out_of_metadata(
 
     before = outside()
 
+    @settings(max_examples=settings.default.max_examples // 3)
     @given(REQUESTS)
     def attack(requests: list[dict[str, Any]]) -> None:
         for result in call_directly(session.manager, requests, allowed_keys=allowed_keys):

@@ -40,7 +40,7 @@ from mongodb_session_manager.fastapi import (
 )
 from mongodb_session_manager.fastapi._answers import ANSWERS
 from mongodb_session_manager.fastapi._exchange import Inbox
-from support import CommandLog, agent, eventually, texts
+from support import CommandLog, agent, alternating, eventually, texts
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -184,21 +184,33 @@ class Application:
         return 0 if leases is None else sum(len(queue.waiters) for queue in tuple(leases.queues.values()))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def log() -> CommandLog:
     return CommandLog()
 
 
-@pytest.fixture
-def application(server: str, database: str, log: CommandLog) -> Application:
-    return Application(server, database, event_listeners=[log])
-
-
-@pytest.fixture
-def client(application: Application) -> Iterator[httpx.Client]:
+@pytest.fixture(scope="module")
+def served(server: str, shared_database: str, log: CommandLog) -> Iterator[tuple[Application, httpx.Client]]:
+    application = Application(server, shared_database, event_listeners=[log])
     with serving(application.app, ws="websockets-sansio") as client:
-        client.headers["Authorization"] = "ada"
-        yield client
+        yield application, client
+
+
+@pytest.fixture
+def application(served: tuple[Application, httpx.Client], database: str, stored: Stored) -> Iterator[Application]:
+    application, _ = served
+    application.opened.clear()
+    application.go.set()
+    yield application
+    application.app.dependency_overrides.clear()
+    application.wait_until_idle(stored)
+
+
+@pytest.fixture
+def client(served: tuple[Application, httpx.Client], application: Application) -> httpx.Client:
+    _, client = served
+    client.headers["Authorization"] = "ada"
+    return client
 
 
 @pytest.fixture
@@ -220,7 +232,7 @@ def conversation(stored: Stored, session_id: str = "s") -> list[str]:
 # Owners.
 
 
-@pytest.mark.parametrize("path", ["/sessions/s", "/def/s", "/yield/s"])
+@pytest.mark.parametrize("path", alternating("/sessions/s", "/def/s", "/yield/s"))
 def test_a_session_belongs_to_the_user_who_created_it(client: httpx.Client, stored: Stored, path: str) -> None:
     assert say(client, path=path).status_code == 200
     assert (stored.find_one({"_id": "s"}) or {})["owner"] == "ada"

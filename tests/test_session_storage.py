@@ -11,12 +11,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from pymongo import MongoClient
 from pymongo.collection import Collection
 from strands import Agent, tool
 from strands.storage import InMemoryStorage
 from strands.types.exceptions import StorageError
 
-from fix_archive import SECRET, SMALL, redacted, said
+from fix_archive import SECRET, SMALL, appends, documents_of, emptied, redacted, said, store_again
 from fix_copying import left_of
 from fix_overtaking import overtake
 from mongodb_session_manager import (
@@ -35,7 +36,7 @@ from mongodb_session_manager._store import content as _content
 from mongodb_session_manager._store import values as _values
 from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
-from support import CommandLog, Session, agent, alternating, bson_of, eventually, fail_point, texts
+from support import CommandLog, Session, agent, alternating, apply, bson_of, eventually, fail_point, sampled, texts
 
 Stored = Collection[dict[str, Any]]
 
@@ -115,7 +116,11 @@ def invoked(live: Agent, text: str) -> None:
     asyncio.run(live.invoke_async(text))
 
 
-TURNS = pytest.mark.parametrize("turn", alternating(lambda live, text: live(text), invoked), ids=["sync", "async"])
+def called(live: Agent, text: str) -> None:
+    live(text)
+
+
+TURNS = pytest.mark.parametrize("turn", alternating(called, invoked))
 
 
 @TURNS
@@ -184,8 +189,10 @@ SAVE_ON = pytest.mark.parametrize("save_on", ["message", "overlap", "invocation"
 
 
 @SAVE_ON
-@TURNS
-@pytest.mark.parametrize("on_busy", alternating("conflict", "wait"))
+@pytest.mark.parametrize(
+    ("turn", "on_busy"),
+    [*alternating((called, "conflict"), (invoked, "wait")), *sampled([(called, "wait"), (invoked, "conflict")])],
+)
 def test_nothing_of_a_redacted_prompt_is_left(
     session: Session, stored: Stored, save_on: str, turn: Callable[..., Any], on_busy: str
 ) -> None:
@@ -235,28 +242,47 @@ def test_an_explicit_redaction_removes_the_content(session: Session, stored: Sto
     assert len(values_of(session.manager.storage)) == 1
 
 
-@pytest.fixture
-def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, **SMALL) as repository:
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
         yield repository
+
+
+@pytest.fixture
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
+    yield shared_repository
+    eventually(lambda: not shared_repository._async._connection._tasks)
 
 
 def key_of(message_id: int, session_id: str = "s") -> str:
     return f"context/{session_id}/scopes/agent/agent/t{message_id}_0"
 
 
-def fill(factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, count: int = 24) -> None:
-    """Make a session with archived messages, and a value for each message and one of its own."""
-    with factory.create_session_manager("s") as manager:
-        agent(manager)
-    for number in range(count):
-        repository.create_message("s", "agent", said(number))
-    eventually(lambda: not repository._async._connection._tasks)
-    with factory.create_session_manager("s") as manager:
-        write(manager.storage, {**{key_of(n): b"block %d" % n for n in range(count)}, "own": b"value"})
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def documents(server: str, shared_database: str, driver: MongoClient[dict[str, Any]]) -> dict[str, list[Any]]:
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    with MongoDBSessionManagerFactory(server, shared_database, **SMALL) as factory:
+        with factory.create_session_manager("s") as manager:
+            agent(manager)
+        with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
+            apply(repository, "s", appends(range(COUNT)))
+            eventually(lambda: not repository._async._connection._tasks)
+        with factory.create_session_manager("s") as manager:
+            write(manager.storage, {**{key_of(n): b"block %d" % n for n in range(COUNT)}, "own": b"value"})
+    return documents_of(stored)
+
+
+@pytest.fixture
+def filled(stored: Stored, documents: dict[str, list[Any]]) -> None:
+    """Store a session with archived messages, and a value for each message and one of its own."""
+    store_again(stored, documents)
 
 
 @pytest.mark.parametrize("message_id", [3, 23], ids=["archived", "in the document"])
+@pytest.mark.usefixtures("filled")
 def test_a_message_that_is_redacted_later_loses_its_content(
     factory: MongoDBSessionManagerFactory,
     repository: MongoDBSessionRepository,
@@ -264,7 +290,6 @@ def test_a_message_that_is_redacted_later_loses_its_content(
     message_id: int,
     small_files: None,
 ) -> None:
-    fill(factory, repository)
     manager = factory.create_session_manager("s")
     repository.update_message("s", "agent", redacted(message_id))
     expected = {key_of(n): b"block %d" % n for n in range(24) if n != message_id} | {"own": b"value"}
@@ -304,15 +329,13 @@ async def test_a_write_and_a_redaction_at_the_same_time(
         repository = other._async
         agent(manager)
         await manager.flush()
-        for number in range(24):
-            await other._portal.run(repository.create_message, "s", "agent", said(number))
-        await other.ping_async()
+        await other._portal.run(repository._apply, "s", appends(range(12)))
 
         async def write_late(number: int) -> None:
-            await asyncio.sleep(number % 12 / 3000)
+            await asyncio.sleep(number / 3000)
             await manager.storage.write(key_of(number), SECRET.encode())
 
-        for number in range(24):
+        for number in range(12):
             redaction = other._portal.run(repository.update_message, "s", "agent", redacted(number))
             await asyncio.gather(write_late(number), redaction)
         assert await manager.storage.list("") == []
@@ -340,16 +363,17 @@ async def test_a_write_and_a_deletion_at_the_same_time(
             assert left_of(stored, "s") == []
 
 
+@pytest.mark.usefixtures("filled")
 def test_other_replacements_keep_the_content(
-    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, commands: CommandLog
+    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository
 ) -> None:
-    fill(factory, repository, 4)
     repository.update_message("s", "agent", said(2, "another text"))
     manager = factory.create_session_manager("s")
     assert values_of(manager.storage)[key_of(2)] == b"block 2"
 
 
 @pytest.mark.parametrize("message_id", alternating(3, 23), ids=["archived", "in the document"])
+@pytest.mark.usefixtures("filled")
 def test_the_next_opening_finishes_the_removal_of_content(
     server: str,
     factory: MongoDBSessionManagerFactory,
@@ -357,7 +381,6 @@ def test_the_next_opening_finishes_the_removal_of_content(
     content: Stored,
     message_id: int,
 ) -> None:
-    fill(factory, repository)
     with (
         fail_point(server, failCommands=["delete"], errorCode=8000, times=20),
         pytest.raises(MongoDBSessionError),
@@ -478,10 +501,10 @@ def test_a_value_expires_with_its_session_and_not_before(
     assert "expires_at_1" in content.index_information()
 
 
+@pytest.mark.usefixtures("filled")
 def test_values_stay_when_a_session_is_written_back(
     factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository
 ) -> None:
-    fill(factory, repository)
     repository.write_back("s")
     assert len(values_of(factory.create_session_manager("s").storage)) == 25
 
@@ -607,26 +630,26 @@ def test_a_copy_removes_the_content_of_a_message_that_is_redacted_in_it(
 
 
 @WAYS
+@pytest.mark.usefixtures("filled")
 def test_a_copy_does_not_revive_removed_content(
     server: str,
     factory: MongoDBSessionManagerFactory,
     repository: MongoDBSessionRepository,
     way: str,
 ) -> None:
-    fill(factory, repository, 4)
     with fail_point(server, failCommands=["delete"], errorCode=8000, times=20), pytest.raises(MongoDBSessionError):
         repository.update_message("s", "agent", redacted(1))
     copied(factory, way)
     keys = asyncio.run(factory.create_session_manager("t/2").storage.list(""))
-    assert keys == [*(key_of(n, "t/2") for n in (0, 2, 3)), "own"]
+    assert keys == sorted([*(key_of(n, "t/2") for n in range(COUNT) if n != 1), "own"])
 
 
 @WAYS
+@pytest.mark.usefixtures("filled")
 def test_a_copy_of_a_message_that_is_redacted_meanwhile_has_none_of_its_content(
-    server: str, database: str, factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, way: str
+    server: str, database: str, repository: MongoDBSessionRepository, way: str
 ) -> None:
     """The session was read before the redaction, and its archive during the redaction."""
-    fill(factory, repository)
     waiting = iter([3])
 
     def redact_in_part(message_id: int) -> None:
@@ -640,11 +663,11 @@ def test_a_copy_of_a_message_that_is_redacted_meanwhile_has_none_of_its_content(
     with MongoDBSessionManagerFactory(server, database) as copying:
         overtake(copying._async._store.archive, "read_bucket", redact)
         copied(copying, way)
-    assert next(waiting, None) is None
-    messages = repository.list_messages("t/2", "agent")
-    assert texts([messages[3].to_message()]) == ["[redacted]"]
-    keys = asyncio.run(factory.create_session_manager("t/2").storage.list(""))
-    assert sorted(keys) == sorted([*(key_of(n, "t/2") for n in range(24) if n != 3), "own"])
+        assert next(waiting, None) is None
+        messages = repository.list_messages("t/2", "agent")
+        assert texts([messages[3].to_message()]) == ["[redacted]"]
+        keys = asyncio.run(copying.create_session_manager("t/2").storage.list(""))
+    assert sorted(keys) == sorted([*(key_of(n, "t/2") for n in range(COUNT) if n != 3), "own"])
 
 
 @WAYS
@@ -660,20 +683,20 @@ def test_a_session_that_is_deleted_while_its_values_are_copied_is_not_copied(
     assert left_of(stored, "t/2") == []
 
 
+@pytest.mark.usefixtures("filled")
 def test_a_fork_of_the_beginning_has_the_content_of_its_messages(
     factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository
 ) -> None:
-    fill(factory, repository)
     factory.fork_session("s", "t", 4)
     keys = asyncio.run(factory.create_session_manager("t").storage.list(""))
     assert keys == [*(key_of(n, "t") for n in range(5)), "own"]
 
 
 @pytest.mark.parametrize("last", [-1, 3, 21])
+@pytest.mark.usefixtures("filled")
 def test_a_rewind_removes_the_content_of_the_removed_messages(
     factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored, last: int
 ) -> None:
-    fill(factory, repository)
     repository.rewind_session("s", last, keep_as="kept")
     manager = factory.create_session_manager("s")
     keys = sorted([*(key_of(n) for n in range(last + 1)), "own"])
@@ -684,10 +707,10 @@ def test_a_rewind_removes_the_content_of_the_removed_messages(
     assert len(asyncio.run(manager.storage.list(""))) == len(keys) + 1
 
 
+@pytest.mark.usefixtures("filled")
 def test_the_next_opening_finishes_the_removal_after_a_rewind(
     server: str, factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, content: Stored
 ) -> None:
-    fill(factory, repository)
     with fail_point(server, failCommands=["delete"], errorCode=8000, times=20):
         repository.rewind_session("s", 3)
     assert content.count_documents({}) == 25
@@ -730,7 +753,7 @@ def line(key: Any, data: str = "MTIz", size: Any = 3, at: Any = 0) -> str:
 
 @pytest.mark.parametrize(
     ("lines", "reason"),
-    [
+    alternating(
         ([line("a\\b")], "key must not contain a backslash"),
         ([line("../a")], "key must not contain the segment"),
         ([line("/a")], "its key is not valid"),
@@ -750,7 +773,7 @@ def line(key: Any, data: str = "MTIz", size: Any = 3, at: Any = 0) -> str:
         ([line("a", size=2**70)], "damaged|64|unknown"),
         ([line("a", size=6)], "the value before it is not complete"),
         ([], "its counts do not match"),
-    ],
+    ),
 )
 def test_damaged_values_are_refused_and_leave_nothing(
     factory: MongoDBSessionManagerFactory, stored: Stored, small_files: None, lines: list[str], reason: str

@@ -27,7 +27,7 @@ from fix_fastapi import serving
 from fix_finding import session
 from mongodb_session_manager import ConfigurationError, MongoDBSessionManagerFactory, MongoDBSessionRepository
 from mongodb_session_manager.fastapi import add_session_support, sessions_router
-from support import CommandLog, agent, eventually
+from support import CommandLog, agent, alternating, eventually
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -183,8 +183,8 @@ def test_every_endpoint_serves_the_owner_and_the_administration(
             assert answer.content == b""
 
 
-@pytest.mark.parametrize("of", ["ada", None], ids=["another owner", "no owner"])
-@pytest.mark.parametrize("name", OF_A_SESSION)
+@pytest.mark.parametrize("of", alternating("ada", None), ids=["another owner", "no owner"])
+@pytest.mark.parametrize("name", alternating(*OF_A_SESSION))
 def test_a_session_of_another_is_one_that_does_not_exist(
     bob: User,
     factory: MongoDBSessionManagerFactory,
@@ -521,7 +521,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", alternating(*REFUSED))
 def test_what_a_client_does_wrong_is_named_before_anything_is_sent(
     ada: User, factory: MongoDBSessionManagerFactory, commands: CommandLog, what: str
 ) -> None:
@@ -549,9 +549,14 @@ def documented(router: Any) -> dict[str, Any]:
     return app.openapi()
 
 
+@pytest.fixture(scope="module")
+def openapi() -> dict[str, Any]:
+    return documented(sessions_router(owner=current_user))
+
+
 @pytest.mark.parametrize("name", ROUTES)
-def test_every_status_is_documented(name: str) -> None:
-    found = documented(sessions_router(owner=current_user))
+def test_every_status_is_documented(openapi: dict[str, Any], name: str) -> None:
+    found = openapi
     (method,) = ROUTES[name].methods
     operation = found["paths"][ROUTES[name].path][method.lower()]
     expected = {str(ROUTES[name].status_code), "422", "503"}

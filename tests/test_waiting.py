@@ -140,8 +140,9 @@ async def test_a_health_check_waits_behind_no_other_command(server: str, databas
     async with MongoDBSessionManagerFactory(server, database, event_listeners=[log], **options) as factory:
         manager = await factory.create_session_manager_async("s")
         await asyncio.to_thread(log.wait_for_start)
+        await asyncio.gather(*(manager.get_metadata() for _ in range(150)))  # connecting takes longer than a command
         log.clear()
-        with fail_point(server, failCommands=["find"], times=under_way, blockConnection=True, blockTimeMS=4000):
+        with fail_point(server, failCommands=["find"], times=under_way, blockConnection=True, blockTimeMS=5000):
             slow = [asyncio.create_task(manager.get_metadata()) for _ in range(150)]
             await asyncio.to_thread(eventually, lambda: len(log.names) == under_way)
             await factory.ping_async()

@@ -51,7 +51,7 @@ def test_a_process_is_killed_between_any_two_commands_of_an_erasure(
     whole = erased(server, database, "whole", None, False)
     assert sorted(*whole.has_said("erased")) == [f"whole-{n}" for n in range(COUNT)]
     assert left(stored, "whole") == {}
-    points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"), most=4)
+    points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"), most=2)
     for n, after in points:
         prepare(owner := f"killed-{n}-{after}.")
         of_others = others(stored, owner)

@@ -476,7 +476,7 @@ def test_a_process_is_killed_between_any_two_commands(
     prepare(["uninterrupted"])
     whole = interrupted(operation, context, "uninterrupted", None, False)
     assert whole.commands
-    points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"))
+    points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"), most=2)
     prepare([f"killed-{n}-{after}" for n, after in points])
     children = {(n, after): interrupted(operation, context, f"killed-{n}-{after}", n, after) for n, after in points}
     assert sum(child.killed for child in children.values()) >= len(points) // 2

@@ -72,8 +72,13 @@ def endpoint(moto: str) -> Iterator[Endpoint]:
 
 @pytest.fixture(autouse=True)
 def a_dispatcher_of_its_own() -> Iterator[None]:
-    """End what a test left behind, so that no other test waits for it."""
+    """End what a test left behind, so that no other test waits for it, and what another module's test left behind."""
+    end_dispatcher()
     yield
+    end_dispatcher()
+
+
+def end_dispatcher() -> None:
     if (dispatcher := notify._dispatcher) is not None:
         notify._dispatcher = None
         dispatcher.portal.call(dispatcher.aclose, 0)
