@@ -261,7 +261,7 @@ def test_fastapi(example: Example) -> None:
 def test_users_see_only_their_own_sessions_in_any_worker(example: Example, workers: int) -> None:
     with example.serving("example_fastapi_users.py", "--workers", workers) as address:
         with httpx.Client(base_url=address, timeout=60) as client:
-            eventually(lambda: is_live(client))  # uvicorn names its address before its workers listen
+            eventually(lambda: is_live(client), 60)  # uvicorn names its address before its workers have imported it
 
             def log_in(user: str, password: str) -> httpx.Response:
                 return client.post("/token", data={"username": user, "password": password})

@@ -304,6 +304,25 @@ def test_what_has_no_stored_form_is_refused(session: Blocking, stored: Stored, c
     assert metadata_of(stored) == {}
 
 
+def test_a_key_and_its_value_share_the_levels_that_an_import_takes(
+    factory: MongoDBSessionManagerFactory,
+) -> None:
+    factory.create_session_manager("s").close()
+    key = ".".join("k" * 60)
+    with pytest.raises(EncodingError, match="nested deeper"):
+        factory.update_metadata("s", {key: nested(200)})
+    factory.update_metadata("s", {key: nested(190)})
+    factory.import_session(list(factory.export_session("s")), "t")
+    assert factory.get_metadata("t") == factory.get_metadata("s")
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def test_what_has_no_end_is_refused(session: Blocking, commands: CommandLog) -> None:
     endless: dict[str, Any] = {}
     endless["self"] = endless

@@ -36,20 +36,21 @@ _MAX_PACKED: Final = 16
 """The maximum number of packed forms within each other that `encode` writes, rounded up."""
 
 
-def encode(value: Any, *, depth: int = 0, name: str = "value") -> Any:
+def encode(value: Any, *, depth: int = 0, name: str = "value", nesting: int = MAX_NESTING) -> Any:
     """Return a copy of a value in a form that MongoDB stores.
 
     Args:
         value: The value; later changes of it do not affect the copy.
         depth: Levels from the document's root to the value; 1 for the value of a top-level field.
         name: The name of the value in errors, like `message`.
+        nesting: The maximum number of levels of the value.
 
     Raises:
-        EncodingError: The value holds an unsupported type, is nested deeper than `MAX_NESTING` or Python's stack, or
+        EncodingError: The value holds an unsupported type, is nested deeper than `nesting` or Python's stack, or
             raises an error when it is read.
     """
     try:
-        return encoded(value, MAX_LEVELS - depth, MAX_NESTING)
+        return encoded(value, MAX_LEVELS - depth, nesting)
     except RefusedError as refused:
         raise_alone(EncodingError(f"cannot store {refused.reason}, at {name}{refused.path_to()}{refused.advice}"))
     except RecursionError:

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from ..errors import EncodingError, InvalidArgumentError, raise_alone
-from .codec import MARKER, decode, encode, subscript
+from .codec import MARKER, MAX_NESTING, decode, encode, subscript
 from .dates import to_date
 from .documents import Document
 from .sizes import refuse_unstorable
@@ -84,13 +84,13 @@ def name_of(key: str) -> str:
     return "metadata" + "".join(map(subscript, key.split(".")))
 
 
-def encoded(value: Any, depth: int, name: str, *, arrays: bool = True) -> Any:
+def encoded(value: Any, depth: int, name: str, *, arrays: bool = True, nesting: int = MAX_NESTING) -> Any:
     """Encode a value that users query: every datetime as a BSON date, UTC and whole milliseconds.
 
     With `arrays`, tuples and sets become arrays, so that queries find their elements; they come back as lists.
     """
     try:
-        return encode(_queryable(value, arrays), depth=depth, name=name)
+        return encode(_queryable(value, arrays), depth=depth, name=name, nesting=nesting)
     except RecursionError:
         raise_alone(EncodingError("cannot store a value nested deeper than Python's stack allows here"))
 
@@ -123,10 +123,12 @@ def _place(member: Any) -> tuple[str, Any]:
 def encoded_metadata(session_id: str, metadata: object) -> Document:
     if isinstance(metadata, dict):
         refuse_unstorable(session_id, "metadata", metadata)
-    return {
-        f"metadata.{key}": encoded(value, _VALUE_DEPTH + key.count("."), name_of(key))
-        for key, value in checked_metadata(metadata).items()
-    }
+    sets = {}
+    for key, value in checked_metadata(metadata).items():
+        levels = key.count(".")  # those of the key count as levels of the value, because an import reads both as one
+        name, nesting = name_of(key), MAX_NESTING - levels
+        sets[f"metadata.{key}"] = encoded(value, _VALUE_DEPTH + levels, name, nesting=nesting)
+    return sets
 
 
 def encoded_feedback(session_id: str, feedback: Document) -> Document:
