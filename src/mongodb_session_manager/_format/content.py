@@ -21,11 +21,11 @@ REMOVED_CONTENT = "removed_content"
 
 
 def block_ids_of(stored: object) -> list[str]:
-    """Return the ids under which the context manager stores the blocks of a stored message."""
+    """Return the ids under which the context manager stores the blocks of a stored message, as in `block_id_of`."""
     message = usable(dict, usable(dict, stored).get("message"))
     blocks = [usable(dict, block) for block in usable(list, message.get("content"))]
     found = [message.get("tracking_id"), *(usable(dict, block.get("toolResult")).get("toolUseId") for block in blocks)]
-    return [each for each in found if type(each) is str]
+    return [each.rpartition("/")[2] for each in found if type(each) is str]
 
 
 def block_ids(messages: Document) -> Document:
@@ -33,7 +33,8 @@ def block_ids(messages: Document) -> Document:
     use_ids = array_at("$$this.message.content.toolResult.toolUseId")
     ids = {"$concatArrays": ["$$value", ["$$this.message.tracking_id"], use_ids]}
     found = {"$reduce": {"input": messages, "initialValue": [], "in": ids}}
-    return {"$filter": {"input": found, "cond": {"$eq": [{"$type": "$$this"}, "string"]}}}
+    texts = {"$filter": {"input": found, "cond": {"$eq": [{"$type": "$$this"}, "string"]}}}
+    return {"$map": {"input": texts, "in": {"$arrayElemAt": [{"$split": ["$$this", "/"]}, -1]}}}
 
 
 _REDACTED: Document = {"$filter": {"input": array_at("$$agent.v.messages"), "cond": is_object("$$this.redact_message")}}
