@@ -538,6 +538,18 @@ async def test_before_the_session_is_open_and_after_it_is_closed(server: str, da
     await missing.close()
 
 
+async def test_a_session_that_was_created_again_before_it_is_open(server: str, database: str) -> None:
+    early = AsyncMongoDBSessionManager("s", server, database)
+    for value in (b"1", b"2"):
+        async with AsyncMongoDBSessionManager("s", server, database) as manager:
+            await manager.storage.write("key", value)
+        assert await early.storage.read("key") == value
+        assert await early.storage.list("") == ["key"]
+        async with MongoDBSessionManagerFactory(server, database) as factory:
+            await factory.delete_session_async("s")
+    await early.close()
+
+
 async def test_a_closed_manager_of_a_factory_has_no_storage(factory: MongoDBSessionManagerFactory) -> None:
     async with factory.create_session_manager_async("s") as manager:
         await manager.storage.write("key", b"value")

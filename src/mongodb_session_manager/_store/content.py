@@ -61,7 +61,7 @@ class Content:
 
     async def place(self, session_id: str, owner: str | None) -> Place:
         """Return the place of the content of a session, or raise `SessionNotFoundError`."""
-        return Place(session_id, (await self._expiry.life(session_id, owner)).incarnation)
+        return Place(session_id, (await self._expiry.read_life(session_id, owner)).incarnation)
 
     async def read(self, place: Place, key: str) -> bytes | None:
         return await _values(self._collection, place).read(place.value_id(key))
