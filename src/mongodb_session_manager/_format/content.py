@@ -1,7 +1,8 @@
 """The fields of a session document about the content of its storage, see `_store.content`. Pure.
 
 has_content        true from before the first value is stored
-removed_content    the ids of messages and tool calls whose content was removed, and must not be stored again
+removed_content    the ids of redacted messages and tool calls, whose content must not be stored again; also in a
+                   session without content, because an agent that was loaded before can store the first value
 
 Strands' context manager stores each block of a message under a key that contains the `tracking_id` of the message; of a
 tool result, under a key that contains the `toolUseId` of the call.
@@ -47,20 +48,22 @@ _REDACTED_OF_AGENTS: Document = {
 }
 
 
-def _removed_with(lists: Sequence[Document | list[str]]) -> Document:
+def with_removed_content(lists: Sequence[Document | list[str]]) -> Document:
+    """Return the expression for `REMOVED_CONTENT` with further ids."""
     more = [{"$literal": each} if isinstance(each, list) else each for each in lists]
     union = {"$setUnion": [array_at(f"${REMOVED_CONTENT}"), *more]}
     return {"$let": {"vars": {"ids": union}, "in": {"$cond": [{"$eq": ["$$ids", []]}, "$$REMOVE", "$$ids"]}}}
 
 
-CONTENT_BEGINS: list[Document] = [{"$set": {HAS_CONTENT: True, REMOVED_CONTENT: _removed_with([_REDACTED_OF_AGENTS])}}]
-"""The update before the first value is stored; it records the ids of messages that were redacted before."""
+CONTENT_BEGINS: list[Document] = [
+    {"$set": {HAS_CONTENT: True, REMOVED_CONTENT: with_removed_content([_REDACTED_OF_AGENTS])}}
+]
+"""The update before the first value is stored; it records the ids of messages that earlier versions have redacted."""
 
-
-def with_removed_content(lists: Sequence[Document | list[str]]) -> Document:
-    """Return the expression for `REMOVED_CONTENT` with further ids; without content, it does not change."""
-    has_content: Document = {"$eq": [f"${HAS_CONTENT}", True]}
-    return {"$cond": [has_content, _removed_with(lists), f"${REMOVED_CONTENT}"]}
+CONTENT_TO_REMOVE: Document = {
+    REMOVED_CONTENT: {"$cond": [{"$eq": [f"${HAS_CONTENT}", True]}, array_at(f"${REMOVED_CONTENT}"), []]}
+}
+"""The projection of the ids in `REMOVED_CONTENT` of a session that has content."""
 
 
 def without_removed_content(ids: Sequence[str]) -> list[Document]:
