@@ -736,6 +736,30 @@ def test_a_rewind_removes_the_content_of_the_removed_messages(
     assert len(asyncio.run(manager.storage.list(""))) == len(keys) + 1
 
 
+async def test_a_rewind_while_a_large_value_is_written_damages_no_export(
+    server: str, database: str, small_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewind removes the pieces that are there; the value would be stored without them."""
+    async with MongoDBSessionManagerFactory(server, database, **SMALL) as factory:
+        async with factory.create_session_manager_async("s") as manager:
+            agent(manager)
+            await manager.flush()
+            for number in range(4):
+                await factory._portal.run(factory._async.create_message, "s", "agent", said(number))
+            await manager.storage.write(f"{STASH}/t3_0", b"small")
+            finish = _content.Upload.finish
+
+            async def rewind_first(upload: _content.Upload) -> None:
+                monkeypatch.setattr(_content.Upload, "finish", finish)
+                await factory._async.rewind_session("s", 1)
+                await finish(upload)
+
+            monkeypatch.setattr(_content.Upload, "finish", rewind_first)
+            await manager.storage.write(f"{STASH}/t3_1", bytes(500))
+            assert await manager.storage.list("") == []
+        assert len([line async for line in factory.export_session_async("s")]) > 3
+
+
 def test_the_next_opening_finishes_the_removal_after_a_rewind(
     server: str, factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, content: Stored
 ) -> None:
