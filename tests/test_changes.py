@@ -646,7 +646,8 @@ def stored_after(stored: Collection[dict[str, Any]], statements: Iterable[Sequen
 
 
 def without_revisions(session: Any) -> Any:
-    """Leave out what counts the statements that replaced something."""
+    """Leave out what counts the statements that replaced something, and what they have redacted for a moment."""
+    session.pop("removed_content", None)
     for agent in session["agents"].values():
         agent.pop("revision", None)
     return session

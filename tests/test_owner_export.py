@@ -67,12 +67,15 @@ def test_what_was_exported_and_erased_can_be_imported_again(
     full: Stored, repository: MongoDBSessionRepository, tmp_path: Path
 ) -> None:
     before = {session_id: all_of(repository, session_id) for session_id in HERS}
-    with (tmp_path / "ada.jsonl").open("w") as file:
-        file.writelines(repository.export_owner(ADA))
+    lines = list(repository.export_owner(ADA))
+    assert any(line.startswith('{"content"') for line in lines)
+    (tmp_path / "ada.jsonl").write_text("".join(lines))
     repository.erase_owner(ADA)
     with (tmp_path / "ada.jsonl").open() as file:
         assert [repository.import_session(lines, owner=ADA) for lines in split_export(file)] == HERS
     assert {session_id: all_of(repository, session_id) for session_id in HERS} == before
+    again = without_times(list(repository.export_owner(ADA)))
+    assert list(map(json.loads, again)) == list(map(json.loads, without_times(lines)))
     assert [each.session_id for each in repository.list_sessions(owner=ADA, order="created_at").sessions] == HERS
 
 

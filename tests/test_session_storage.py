@@ -302,20 +302,32 @@ def test_a_message_that_is_redacted_later_loses_its_content(
     assert texts([repository.read_message("s", "agent", message_id).to_message()]) == ["[redacted]"]
 
 
+@pytest.mark.parametrize("count", alternating(2, 24))
+@pytest.mark.parametrize("later", alternating(0, 24))
 def test_a_message_that_was_redacted_before_the_first_value_has_no_content(
-    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
+    factory: MongoDBSessionManagerFactory,
+    repository: MongoDBSessionRepository,
+    commands: CommandLog,
+    count: int,
+    later: int,
 ) -> None:
+    """Whether it was or is in the archive, and whether its replacement has a tracking id, as that of Strands has."""
     manager = factory.create_session_manager("s")
     agent(manager)
     manager.flush()
-    for number in range(3):
+    for number in range(count):
         repository.create_message("s", "agent", said(number))
-    message: Any = redacted(1)
-    message.redact_message["tracking_id"] = "t1"  # as Strands redacts
-    repository.update_message("s", "agent", message)
-    assert "removed_content" not in (stored.find_one() or {})
-    write(manager.storage, {key_of(n): SECRET.encode() for n in (1,)} | {key_of(0): b"block"})
-    assert values_of(manager.storage) == {key_of(0): b"block"}
+    eventually(lambda: not repository._async._connection._tasks)
+    for number in (0, 1):
+        message: Any = redacted(number)
+        if number:
+            message.redact_message["tracking_id"] = "t1"
+        repository.update_message("s", "agent", message)
+    for number in range(count, count + later):
+        repository.create_message("s", "agent", said(number))
+    eventually(lambda: not repository._async._connection._tasks)
+    write(manager.storage, {key_of(n): SECRET.encode() for n in (0, 1)} | {key_of(2): b"block"})
+    assert values_of(manager.storage) == {key_of(2): b"block"}
 
 
 async def test_a_write_and_a_redaction_at_the_same_time(
@@ -363,6 +375,33 @@ async def test_a_write_and_a_deletion_at_the_same_time(
             assert left_of(stored, "s") == []
 
 
+@pytest.mark.parametrize("tool_use_id", ["functions/report", "a//b/", "/a", "", "a_1", "$a.b"])
+@pytest.mark.parametrize("message_id", alternating(3, 23), ids=["archived", "in the document"])
+def test_a_redacted_result_loses_its_content_whatever_the_id_of_the_call(
+    factory: MongoDBSessionManagerFactory,
+    repository: MongoDBSessionRepository,
+    stored: Stored,
+    tool_use_id: str,
+    message_id: int,
+) -> None:
+    """Providers choose the ids; Strands makes them a part of the keys."""
+    with factory.create_session_manager("s") as manager:
+        agent(manager)
+    for number in range(24):
+        message = said(number)
+        if number == message_id:
+            result: Any = {"toolUseId": tool_use_id, "status": "success", "content": [{"text": SECRET}]}
+            message.message["content"] = [{"toolResult": result}]
+        repository.create_message("s", "agent", message)
+    eventually(lambda: not repository._async._connection._tasks)
+    storage = factory.create_session_manager("s").storage
+    write(storage, {f"{STASH}/{tool_use_id}_0": SECRET.encode(), f"{STASH}/other_0": b"kept"})
+    repository.update_message("s", "agent", redacted(message_id))
+    assert [*values_of(storage)] == [f"{STASH}/other_0"]
+    write(storage, {f"{STASH}/{tool_use_id}_1": SECRET.encode()})
+    assert not holds(stored, SECRET.encode())
+
+
 @pytest.mark.usefixtures("filled")
 def test_other_replacements_keep_the_content(
     factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository
@@ -392,14 +431,15 @@ def test_the_next_opening_finishes_the_removal_of_content(
     assert content.count_documents({}) == 24
 
 
-def test_a_session_without_content_has_no_trace_of_it(
+def test_a_session_without_content_costs_nothing_for_it(
     factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog
 ) -> None:
     with factory.create_session_manager("s") as manager:
         live = agent(manager, Redaction("[removed]"))
         live(SECRET)
-    document = stored.find_one() or {}
-    assert not {"has_content", "removed_content"} & document.keys()
+    with factory.create_session_manager("s") as manager:
+        agent(manager)
+    assert "has_content" not in (stored.find_one() or {})
     assert "delete" not in commands.names
     assert not re.search(r'"(has_|removed_)?content": ?[^\[]', "".join(factory.export_session("s")))
 
@@ -532,6 +572,18 @@ async def test_before_the_session_is_open_and_after_it_is_closed(server: str, da
         with pytest.raises(SessionNotFoundError):
             await operation
     await missing.close()
+
+
+async def test_a_session_that_was_created_again_before_it_is_open(server: str, database: str) -> None:
+    early = AsyncMongoDBSessionManager("s", server, database)
+    for value in (b"1", b"2"):
+        async with AsyncMongoDBSessionManager("s", server, database) as manager:
+            await manager.storage.write("key", value)
+        assert await early.storage.read("key") == value
+        assert await early.storage.list("") == ["key"]
+        async with MongoDBSessionManagerFactory(server, database) as factory:
+            await factory.delete_session_async("s")
+    await early.close()
 
 
 async def test_a_closed_manager_of_a_factory_has_no_storage(factory: MongoDBSessionManagerFactory) -> None:
@@ -707,6 +759,30 @@ def test_a_rewind_removes_the_content_of_the_removed_messages(
     assert len(asyncio.run(manager.storage.list(""))) == len(keys) + 1
 
 
+async def test_a_rewind_while_a_large_value_is_written_damages_no_export(
+    server: str, database: str, small_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewind removes the pieces that are there; the value would be stored without them."""
+    async with MongoDBSessionManagerFactory(server, database, **SMALL) as factory:
+        async with factory.create_session_manager_async("s") as manager:
+            agent(manager)
+            await manager.flush()
+            for number in range(4):
+                await factory._portal.run(factory._async.create_message, "s", "agent", said(number))
+            await manager.storage.write(f"{STASH}/t3_0", b"small")
+            finish = _content.Upload.finish
+
+            async def rewind_first(upload: _content.Upload) -> None:
+                monkeypatch.setattr(_content.Upload, "finish", finish)
+                await factory._async.rewind_session("s", 1)
+                await finish(upload)
+
+            monkeypatch.setattr(_content.Upload, "finish", rewind_first)
+            await manager.storage.write(f"{STASH}/t3_1", bytes(500))
+            assert await manager.storage.list("") == []
+        assert len([line async for line in factory.export_session_async("s")]) > 3
+
+
 @pytest.mark.usefixtures("filled")
 def test_the_next_opening_finishes_the_removal_after_a_rewind(
     server: str, factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, content: Stored
@@ -812,8 +888,8 @@ def test_an_export_without_values_is_what_it_was(factory: MongoDBSessionManagerF
         ("tooluse_x_12", "tooluse_x"),
         ("a/b_c", None),
         ("a_1/b", None),
-        ("_1", None),
-        ("a/_1", None),
+        ("_1", ""),
+        ("a/_1", ""),
         ("ab", None),
         ("a\n_1", "a\n"),
     ],

@@ -1,7 +1,8 @@
 """The fields of a session document about the content of its storage, see `_store.content`. Pure.
 
 has_content        true once the storage has been used; set before the first value is stored
-removed_content    the ids of messages and tool calls whose content was removed, and must not be stored again
+removed_content    the ids of messages and tool calls whose content was removed, and must not be stored again; also in a
+                   session without content, because an agent that was loaded before can store the first value
 
 Strands' context manager stores each block of a message under a key that contains the `tracking_id` of the message; of a
 tool result, under a key that contains the `toolUseId` of the call.
@@ -21,11 +22,11 @@ REMOVED_CONTENT = "removed_content"
 
 
 def block_ids_of(stored: object) -> list[str]:
-    """Return the ids under which the context manager stores the blocks of a stored message."""
+    """Return the ids under which the context manager stores the blocks of a stored message, as in `block_id_of`."""
     message = usable(dict, usable(dict, stored).get("message"))
     blocks = [usable(dict, block) for block in usable(list, message.get("content"))]
     found = [message.get("tracking_id"), *(usable(dict, block.get("toolResult")).get("toolUseId") for block in blocks)]
-    return [each for each in found if type(each) is str]
+    return [each.rpartition("/")[2] for each in found if type(each) is str]
 
 
 def block_ids(messages: Document) -> Document:
@@ -33,7 +34,8 @@ def block_ids(messages: Document) -> Document:
     use_ids = array_at("$$this.message.content.toolResult.toolUseId")
     ids = {"$concatArrays": ["$$value", ["$$this.message.tracking_id"], use_ids]}
     found = {"$reduce": {"input": messages, "initialValue": [], "in": ids}}
-    return {"$filter": {"input": found, "cond": {"$eq": [{"$type": "$$this"}, "string"]}}}
+    texts = {"$filter": {"input": found, "cond": {"$eq": [{"$type": "$$this"}, "string"]}}}
+    return {"$map": {"input": texts, "in": {"$arrayElemAt": [{"$split": ["$$this", "/"]}, -1]}}}
 
 
 _REDACTED: Document = {"$filter": {"input": array_at("$$agent.v.messages"), "cond": is_object("$$this.redact_message")}}
@@ -46,20 +48,22 @@ _REDACTED_OF_AGENTS: Document = {
 }
 
 
-def _removed_with(lists: Sequence[Document | list[str]]) -> Document:
+def with_removed_content(lists: Sequence[Document | list[str]]) -> Document:
+    """Return the expression for `REMOVED_CONTENT` with further ids."""
     more = [{"$literal": each} if isinstance(each, list) else each for each in lists]
     union = {"$setUnion": [array_at(f"${REMOVED_CONTENT}"), *more]}
     return {"$let": {"vars": {"ids": union}, "in": {"$cond": [{"$eq": ["$$ids", []]}, "$$REMOVE", "$$ids"]}}}
 
 
-CONTENT_BEGINS: list[Document] = [{"$set": {HAS_CONTENT: True, REMOVED_CONTENT: _removed_with([_REDACTED_OF_AGENTS])}}]
-"""The update before the first value is stored; it records the ids of messages that were redacted before."""
+CONTENT_BEGINS: list[Document] = [
+    {"$set": {HAS_CONTENT: True, REMOVED_CONTENT: with_removed_content([_REDACTED_OF_AGENTS])}}
+]
+"""The update before the first value is stored; it records the ids of messages that earlier versions have redacted."""
 
-
-def with_removed_content(lists: Sequence[Document | list[str]]) -> Document:
-    """Return the expression for `REMOVED_CONTENT` with further ids; without content, it does not change."""
-    has_content: Document = {"$eq": [f"${HAS_CONTENT}", True]}
-    return {"$cond": [has_content, _removed_with(lists), f"${REMOVED_CONTENT}"]}
+CONTENT_TO_REMOVE: Document = {
+    REMOVED_CONTENT: {"$cond": [{"$eq": [f"${HAS_CONTENT}", True]}, array_at(f"${REMOVED_CONTENT}"), []]}
+}
+"""The projection of the ids in `REMOVED_CONTENT` of a session that has content."""
 
 
 def without_removed_content(ids: Sequence[str]) -> list[Document]:

@@ -11,7 +11,7 @@ from .ids import checked_text
 _STASH = "context"
 """The first segment of the keys of Strands' context manager; the second one is the session id."""
 
-_BLOCK = re.compile(r"(?:.*/)?([^/]+)_[0-9]+", re.DOTALL)
+_BLOCK = re.compile(r"(?:.*/)?([^/]*)_[0-9]+", re.DOTALL)
 
 
 def normalized_key(key: object) -> str:
@@ -49,7 +49,8 @@ def prefix_range(prefix: str) -> Document:
 def block_id_of(key: str) -> str | None:
     """Return the id in a key of Strands' context manager: of a message, or of the tool call of a result.
 
-    Such a key ends with `<id>_<index of the block>`. Other keys can have that form, too.
+    Such a key ends with `<id>_<index of the block>`. Other keys can have that form, too. Of an id that contains `/`, it
+    is the part after the last one: the normal form of a key does not show where the id begins.
     """
     match = _BLOCK.fullmatch(key)
     return None if match is None else match[1]

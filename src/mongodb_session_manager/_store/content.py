@@ -61,7 +61,7 @@ class Content:
 
     async def place(self, session_id: str, owner: str | None) -> Place:
         """Return the place of the content of a session, or raise `SessionNotFoundError`."""
-        return Place(session_id, (await self._expiry.life(session_id, owner)).incarnation)
+        return Place(session_id, (await self._expiry.read_life(session_id, owner)).incarnation)
 
     async def read(self, place: Place, key: str) -> bytes | None:
         return await _values(self._collection, place).read(place.value_id(key))
@@ -79,6 +79,8 @@ class Content:
         dates = self._expiry.dates(await self._begin(place, owner))
         file = await self.put(place, key, data, dates.expires_at)
         await self._confirm(place, key, file, dates, owner)
+        if file is not None:
+            await self._remove_damaged(place, key, file)
 
     async def delete(self, place: Place, key: str) -> None:
         await _values(self._collection, place).remove(place.value_id(key))
@@ -159,6 +161,12 @@ class Content:
                 update = {"$max": {"expires_at": dates.expires_at}}
                 await self._collection.update_many({"$or": _stored(place, key, file)}, update)
         raise DatabaseError(f"session {session_id!r} kept changing while its content was written: try again later")
+
+    async def _remove_damaged(self, place: Place, key: str, file: ObjectId) -> None:
+        """Remove a large value if a rewind has removed its first pieces before the value was stored."""
+        if await self._collection.find_one({"_id": place.piece_id(file, 0)}, {"_id": 1}) is None:
+            own = [{"_id": place.value_id(key), "file": file}, {"_id": place.pieces_of(file)}]
+            await self._collection.delete_many({"$or": own})
 
     async def _discard(self, place: Place, key: str, file: ObjectId | None) -> None:
         await self._collection.delete_many({"$or": _stored(place, key, file)})

@@ -13,7 +13,7 @@ from bson import ObjectId
 from pymongo import ReturnDocument
 
 from .._format.buckets import Head, head_numbers
-from .._format.content import REMOVED_CONTENT, removed_ids
+from .._format.content import CONTENT_TO_REMOVE, REMOVED_CONTENT, removed_ids
 from .._format.documents import Document, needs_upgrade, removed_messages
 from .._format.expressions import (
     MALFORMED_AGENTS,
@@ -66,7 +66,7 @@ _RESTORE: Document = {
     "multi_agents": 1,
     **LIFE,
     "removed_attachments": 1,
-    REMOVED_CONTENT: 1,
+    **CONTENT_TO_REMOVE,
     **dict.fromkeys(OF_V1, 1),
     "has_parts": {"$and": [{"$eq": [{"$type": "$incarnation"}, "missing"]}, HAS_PARTS]},
     "malformed_agents": MALFORMED_AGENTS,

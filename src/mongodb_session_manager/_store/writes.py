@@ -9,7 +9,7 @@ from bson import ObjectId
 
 from .._format.changes import AgentWrite, Change, Loaded, fold, in_parts
 from .._format.comparison import StoredView, known_messages, positions, reconcile, renumbered
-from .._format.content import REMOVED_CONTENT, removed_ids
+from .._format.content import CONTENT_TO_REMOVE, removed_ids
 from .._format.documents import Document
 from .._format.ids import agent_key, is_message_id, is_numbered, stored_id
 from .._format.layout import Place
@@ -105,7 +105,9 @@ class Writer:
 
 
 async def _matched_with_removed(collection: AsyncCollection, update: Update) -> Document | None:
-    return await find_and_modify(collection, update.filter, update.update, {REMOVED: 1, REMOVED_CONTENT: 1, "lease": 1})
+    return await find_and_modify(
+        collection, update.filter, update.update, {REMOVED: 1, "lease": 1, **CONTENT_TO_REMOVE}
+    )
 
 
 class Flush:
@@ -368,7 +370,7 @@ def _compared_fields(writes: Iterable[str]) -> Document:
     names = ("created_at", "next_message_id", "archived", "revision", "rewound")
     parts = ("messages.message_id", "messages.message", "messages.created_at")
     fields = [f"agents.{agent_key(agent_id)}.{name}" for agent_id in writes for name in (*names, *parts)]
-    return {**dict.fromkeys(fields, 1), **LIFE, REMOVED_CONTENT: 1, "lease": 1}
+    return {**dict.fromkeys(fields, 1), **LIFE, "lease": 1, **CONTENT_TO_REMOVE}
 
 
 def _compared_agents(session_id: str, document: Document) -> dict[str, Document]:
