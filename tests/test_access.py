@@ -30,6 +30,7 @@ from mongodb_session_manager import (
     create_mongodb_session_manager_async,
 )
 from secured import PASSWORD, certificates, mongod, unused_port, with_users
+from support import alternating
 
 WRONG = "hunter3wrong"
 
@@ -103,10 +104,10 @@ def test_a_wrong_password_is_one_sentence_at_any_first_use(secured: str, use: Ca
     assert isinstance(raised.value, PermissionError)
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("use", alternating(*USES.values()), ids=USES)
 @pytest.mark.parametrize(
     ("connection_string", "words"),
-    [
+    alternating(
         (lambda host: uri(host, "nobody"), ["'nobody'", "authenticate"]),
         (lambda host: uri(host, "reader").replace("authSource=admin", "authSource=other"), ["'other'", "authSource"]),
         (lambda host: uri(host, "reader", authMechanism="PLAIN"), ["'reader'", "authMechanism"]),
@@ -115,7 +116,7 @@ def test_a_wrong_password_is_one_sentence_at_any_first_use(secured: str, use: Ca
             ["requires authentication", "connection_string"],
         ),
         (lambda host: uri(host, "stranger"), ["'stranger'", "'support'", "readWrite"]),
-    ],
+    ),
     ids=["user", "authSource", "mechanism", "no user", "no role"],
 )
 def test_another_refusal_is_one_sentence(

@@ -168,7 +168,7 @@ def test_two_writers_of_attachments_again_and_again(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("read", ["open_session", "list_messages", "read_message"])
+@pytest.mark.parametrize("read", alternating("open_session", "list_messages", "read_message"))
 def test_reading_while_messages_are_redacted_as_fast_as_possible(
     request: pytest.FixtureRequest, long: MongoDBSessionRepository, server: str, database: str, read: str
 ) -> None:

@@ -16,7 +16,7 @@ from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadat
 from mongodb_session_manager._notifications import dispatcher, notify
 from support import CommandLog
 
-MOST = 600
+MOST = 300
 """How many may wait here, instead of 10,000."""
 
 
