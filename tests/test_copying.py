@@ -185,7 +185,7 @@ def test_a_session_comes_back_as_it_was(server: str, database: str, stored: Stor
         assert all_of(repository, "t") == all_of(repository, "s")
     before, after = (stored.find_one({"_id": session_id}) for session_id in "st")
     assert after["application_name"] == "chat"
-    own = {"_id", "session_id", "agents", "incarnation"}
+    own = {"_id", "session_id", "agents", "incarnation", "removed_content"}
     assert {name: after[name] for name in before.keys() - own} == {name: before[name] for name in before.keys() - own}
     assert after.keys() - before.keys() == {"copy_of"}
     assert after["incarnation"] != before["incarnation"]

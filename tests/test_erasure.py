@@ -421,6 +421,20 @@ def test_an_import_under_way_is_removed(full: Stored, repository: MongoDBSession
     assert left(full.database) == {}
 
 
+@pytest.mark.anyio
+async def test_a_fork_that_has_read_its_session_before_the_erasure_fails(
+    server: str, stored: Stored, repository: MongoDBSessionRepository
+) -> None:
+    """The session is small enough to be read with one command."""
+    stored.insert_one(session(f"{ADA}-1", owner=ADA))
+    async with AsyncMongoDBSessionRepository(server, stored.database.name, **SMALL) as forking:
+        await forking.open_session(f"{ADA}-1", owner=ADA)
+        overtake(forking._store.collection, "insert_one", lambda: asyncio.to_thread(repository.erase_owner, ADA))
+        with pytest.raises(SessionNotFoundError, match=f"session '{ADA}-1' no longer exists"):
+            await forking.fork_session(f"{ADA}-1", f"{ADA}-2", owner=ADA)
+    assert left(stored.database) == {}
+
+
 # Sessions of 1.0.0.
 
 

@@ -86,8 +86,7 @@ class _Fork:
         if any(number(agent, "archived") for agent in agents.values()) and await self._is_rewound():
             raise ReadAgainError
         await self._store.attachments.remove_unnamed(self._staging.place, self._replaced)
-        if self._has_content:
-            await self._copy_content()
+        await self._copy_content()
         seconds = self._store.expiry.session_ttl or Life.of(document).time_to_live
         # A `state` of the session is a field of the application.
         sets = {**await self._staging.date(seconds), **{k: document[k] for k in ("state",) if k in document}}
@@ -127,10 +126,18 @@ class _Fork:
             agent.fields = cut_fields(agent.fields, last, agent.count, count, usage)
 
     async def _copy_content(self) -> None:
+        """Copy the values of the storage.
+
+        Raises:
+            SessionNotFoundError: The session no longer exists. It can have been removed before the copy began, so that
+                an erasure of its owner did not find the copy.
+        """
         content, source, target = self._store.content, self._source.place, self._staging.place
-        await content.copy(source, target, self._left_out)
+        if self._has_content:
+            await content.copy(source, target, self._left_out)
         # A message that was redacted since the session was read can be redacted in the fork.
-        if late := await content.removed(source) - self._left_out:
+        late = await content.removed(source) - self._left_out
+        if late and self._has_content:
             await content.remove(target, late)
 
     async def _batches(self, key: str) -> AsyncGenerator[list[Sized], None]:
