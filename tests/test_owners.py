@@ -156,13 +156,13 @@ class Attacker:
     async def _awaited(self, result: Any) -> Any:
         return await result
 
-    def outcome(self, name: str, session_id: str, **owner: str) -> tuple[Any, list[str]]:
+    def outcome(self, name: str, session_id: str, **given: Any) -> tuple[Any, list[str]]:
         """Return what a call returns or raises, and the commands that it sends."""
         self._commands.clear()
-        arguments = ARGUMENTS[name.removesuffix("_async")]()
+        arguments = ARGUMENTS[name.removesuffix("_async")]() | given
         result: Any
         try:
-            result = self.run(getattr(self.target, name), session_id=session_id, **arguments, **owner)
+            result = self.run(getattr(self.target, name), session_id=session_id, **arguments)
         except Exception as error:
             result = type(error), str(error).replace(session_id, "<id>")
         self.settle()
@@ -225,6 +225,10 @@ def test_a_session_of_another_is_one_that_does_not_exist(
             given = {"owner": "alice"} if base == "claim_session" else argument
             assert attacker.outcome(name, THEIRS, **given) == attacker.outcome(name, ABSENT, **given), name
         assert everything(stored) == before
+        if cls is not MongoDBSessionManagerFactory:  # a message in the session document
+            given = {"message_id": 10, **argument}
+            outcomes = [attacker.outcome("read_message", session_id, **given) for session_id in (THEIRS, ABSENT)]
+            assert outcomes[0][0] == outcomes[1][0]
     finally:
         attacker.close()
 

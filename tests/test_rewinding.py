@@ -920,6 +920,9 @@ def test_what_an_interrupted_rewind_has_left_is_not_read_and_does_not_hold_files
         long.update_message("s", "agent", redacted(10))
         assert left_of(stored, "s").count("agent_sessions_attachments.files") == 1
     assert told(long.list_messages("s", "agent")) == [*expected(10), "[redacted]"]
+    long.open_session("s")
+    eventually(lambda: "stale_below" not in head(stored))
+    assert all(bucket["_id"]["first"] < head(stored)["archived"] for bucket in archive_of(stored).find())
 
 
 GONE = (SessionNotFoundError, SessionConflictError, MessageNotFoundError)
