@@ -13,8 +13,8 @@ expect:  A server on port 8000. In another terminal, these commands tell the age
     curl 'http://127.0.0.1:8000/sessions' -H 'X-User: ada'
     curl 'http://127.0.0.1:8000/ready'
 
-The header X-User is that of a reverse proxy that authenticates the users, and that removes the header from what they
-send. `example_fastapi_users.py` authenticates users itself.
+A reverse proxy must authenticate the users, set the header X-User, and remove it from what the users send.
+`example_fastapi_users.py` authenticates users itself.
 
 The data stays in the directory `fastapi-data`: restart the server, and the agent still knows the name. To use your own
 server, set the environment variable MONGODB_URI; several processes and machines can then serve the same sessions.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import random
 import threading
@@ -371,6 +372,26 @@ async def test_who_is_overtaken_in_between_changes_nothing_in_the_archive(
         refused = await repository._apply("s", changes)
     assert isinstance(refused["agent"], SessionConflictError)
     assert everything(stored) == [*expected(20), "theirs"]
+
+
+@pytest.mark.anyio
+async def test_an_append_while_the_head_is_read_starts_a_move(server: str, database: str, stored: Stored) -> None:
+    """The read has not seen it, and no later append follows."""
+    async with AsyncMongoDBSessionRepository(server, database) as other:
+        await other.create_session(Session("s", "AGENT", MOMENT, MOMENT))
+        await other.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
+    async with AsyncMongoDBSessionRepository(server, database, **SMALL) as repository:
+        mover, batches = repository._store.mover, iter([appends(range(1, 20))])
+
+        async def append_once() -> None:
+            for batch in batches:
+                assert await repository._apply("s", batch) == {}
+
+        mover._collection = copy.copy(mover._collection)
+        overtake(mover._collection, "find_one", append_once, after=True)
+        await repository.create_message("s", "agent", said(0))
+        await asyncio.to_thread(eventually, lambda: head(stored).get("archived", 0) > 0)
+    assert everything(stored) == expected(20)
 
 
 def test_appending_replacing_redacting_and_reading_while_everything_moves(
