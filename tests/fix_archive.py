@@ -62,14 +62,22 @@ def expected(count: int, begin: int = 0) -> list[str]:
     return [f"text {n}" for n in range(begin, count)]
 
 
-def document_of(stored: Stored) -> dict[str, Any]:
-    (document,) = stored.find({"_id": "s"})
+def with_agent(stored: Stored, agent_id: str) -> dict[str, Any]:
+    """Return the session document with the one agent."""
+    (document,) = stored.find({"_id": "s"}, {"incarnation": 1, f"agents.{agent_key(agent_id)}": 1})
     return document
 
 
 def head(stored: Stored, agent_id: str = "agent") -> dict[str, Any]:
-    found: dict[str, Any] = document_of(stored)["agents"][agent_key(agent_id)]
+    found: dict[str, Any] = with_agent(stored, agent_id)["agents"][agent_key(agent_id)]
     return found
+
+
+def document_size(stored: Stored) -> int:
+    """Return the size of the session document in bytes."""
+    (found,) = stored.aggregate([{"$match": {"_id": "s"}}, {"$project": {"size": {"$bsonSize": "$$ROOT"}}}])
+    size: int = found["size"]
+    return size
 
 
 def archive_of(stored: Stored) -> Stored:
@@ -78,9 +86,9 @@ def archive_of(stored: Stored) -> Stored:
 
 def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
     """Read what is stored, without the library: the valid buckets in order, then the head."""
-    document = head(stored, agent_id)
-    incarnation = document_of(stored)["incarnation"]
-    condition = {"_id.incarnation": incarnation, "_id.agent": agent_key(agent_id)}
+    session = with_agent(stored, agent_id)
+    document = session["agents"][agent_key(agent_id)]
+    condition = {"_id.incarnation": session["incarnation"], "_id.agent": agent_key(agent_id)}
     buckets = sorted(archive_of(stored).find(condition), key=lambda bucket: bucket["_id"]["first"])
     valid = [bucket for bucket in buckets if bucket["_id"]["first"] < document.get("archived", 0)]
     return texts([message for part in [*valid, document] for message in part["messages"]])
