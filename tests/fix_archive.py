@@ -11,17 +11,16 @@ import pymongo
 from bson import ObjectId
 from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
+from strands import tool
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
-from mongodb_session_manager import (
-    MongoDBSessionRepository,
-)
+from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
 from mongodb_session_manager._format.changes import AppendMessage
 from mongodb_session_manager._format.documents import stored_message
 from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.retention import UNDATED
-from support import bson_of, eventually, texts
+from support import agent, bson_of, eventually, texts
 
 Stored = Collection[dict[str, Any]]
 
@@ -145,6 +144,24 @@ def append(repository: MongoDBSessionRepository, *message_ids: int, agent_id: st
 def appends(message_ids: Iterable[int], text: str = "text {}", agent_id: str = "agent") -> list[AppendMessage]:
     """The changes that append messages, to be stored with `apply` in one command."""
     return [AppendMessage(agent_id, stored_message(said(n, text.format(n)), n)) for n in message_ids]
+
+
+def talk(factory: MongoDBSessionManagerFactory, turns: int, **options: Any) -> None:
+    """Let an agent of the session "s" answer q0, q1, ... with a0, a1, ..."""
+    with factory.create_session_manager("s") as manager:
+        one = agent(manager, *[f"a{n}" for n in range(turns)], **options)
+        for n in range(turns):
+            one(f"q{n}")
+
+
+def said_in(turns: int) -> list[str]:
+    return [text for n in range(turns) for text in (f"q{n}", f"a{n}")]
+
+
+@tool
+def weather(city: str) -> str:
+    """Tell the weather."""
+    return f"It rains in {city}."
 
 
 FIVES = [range(first, end) for first, end in itertools.pairwise((0, 9, 14, 19, 24, 29, 30))]
