@@ -674,7 +674,7 @@ def test_whatever_happens_between_two_commands_of_a_fork(
         "delete": lambda: repository.delete_session("s"),
         "again": lambda: [repository.delete_session("s"), store_again(stored, prepared[2])],
     }
-    for last, number in some([(last, number) for last in (None, 28, 10) for number in range(18)], 2):
+    for last, number in some([(last, number) for last in (None, 28, 10) for number in range(20)], 2):
         store_again(stored, prepared[1])
         before = {message.message_id: message for message in repository.list_messages("s", "agent")}
         at.before(number, acts[what])
