@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bson
@@ -11,6 +12,7 @@ import pymongo
 from bson import ObjectId
 from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
+from pymongo.monitoring import CommandListener
 from strands import tool
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
@@ -96,6 +98,25 @@ def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
 def settled(stored: Stored, limit: int = 8, agent_id: str = "agent") -> None:
     """Wait until the head is within its limit."""
     eventually(lambda: len(head(stored, agent_id)["messages"]) <= limit)
+
+
+def idle(of: MongoDBSessionRepository | MongoDBSessionManagerFactory) -> None:
+    """Wait until nothing runs in the background."""
+    connection = (of._async if isinstance(of, MongoDBSessionRepository) else of)._connection
+    eventually(lambda: not connection._tasks)
+
+
+@contextmanager
+def started(
+    server: str, database: str, listener: CommandListener | None = None, **options: Any
+) -> Iterator[MongoDBSessionRepository]:
+    """Yield the repository of a process that has sent the commands that it sends once."""
+    with MongoDBSessionRepository(
+        server, database, event_listeners=[] if listener is None else [listener], **options
+    ) as repository:
+        repository.list_sessions()
+        idle(repository)
+        yield repository
 
 
 def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bool:

@@ -36,10 +36,12 @@ from fix_archive import (
     everything,
     expected,
     head,
+    idle,
     in_database,
     redacted,
     said,
     settled,
+    started,
     store_again,
     told,
 )
@@ -64,8 +66,7 @@ Logged = tuple[MongoDBSessionRepository, CommandLog]
 @pytest.fixture(scope="module")
 def logged_repository(server: str, shared_database: str) -> Iterator[Logged]:
     log = CommandLog()
-    with MongoDBSessionRepository(server, shared_database, event_listeners=[log], **SMALL) as repository:
-        repository.list_sessions()
+    with started(server, shared_database, log, **SMALL) as repository:
         yield repository, log
 
 
@@ -79,7 +80,7 @@ def commands(request: pytest.FixtureRequest, commands: CommandLog, logged_reposi
 def repository(database: str, logged_repository: Logged) -> Iterator[MongoDBSessionRepository]:
     repository = logged_repository[0]
     yield repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
 
 
 def store_thirty(repository: MongoDBSessionRepository, stored: Stored) -> None:
@@ -89,7 +90,7 @@ def store_thirty(repository: MongoDBSessionRepository, stored: Stored) -> None:
         apply(repository, "s", appends(part))
         settled(stored)
     assert head(stored)["archived"] == 25
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
 
 
 @pytest.fixture(scope="module")

@@ -35,10 +35,12 @@ from fix_archive import (
     everything,
     expected,
     head,
+    idle,
     in_database,
     redacted,
     said,
     settled,
+    started,
     told,
 )
 from fix_overtaking import overtake
@@ -73,8 +75,7 @@ Logged = tuple[MongoDBSessionRepository, CommandLog]
 @pytest.fixture(scope="module")
 def logged_repository(server: str, shared_database: str) -> Iterator[Logged]:
     log = CommandLog()
-    with MongoDBSessionRepository(server, shared_database, event_listeners=[log]) as repository:
-        repository.list_sessions()
+    with started(server, shared_database, log) as repository:
         yield repository, log
 
 
@@ -89,7 +90,7 @@ def repository(database: str, logged_repository: Logged) -> Iterator[MongoDBSess
     """A repository that archives nothing of the short conversations here."""
     repository = logged_repository[0]
     yield repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def shared_archiving(server: str, shared_database: str) -> Iterator[MongoDBSessi
 @pytest.fixture
 def archiving(database: str, shared_archiving: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
     yield shared_archiving
-    eventually(lambda: not shared_archiving._async._connection._tasks)
+    idle(shared_archiving)
 
 
 # Crashes between the two commands.
@@ -290,12 +291,12 @@ def test_whatever_fails_the_conversation_goes_on_and_the_next_append_moves(
         append(repository, 9)
         assert repository.get_message_count("s", "agent") == 10
         assert told(repository.list_messages("s", "agent")) == [SECRET, *expected(10, 1)]
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     append(repository, 10)
     settled(stored)
     assert told(repository.list_messages("s", "agent")) == [SECRET, *expected(11, 1)]
     assert everything(stored) == [SECRET, *expected(11, 1)]
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     assert SECRET not in caplog.text
 
 
@@ -305,11 +306,11 @@ def test_a_move_whose_acknowledgement_is_lost_is_done_once(place: Place, lost: s
     with Proxy(uri) as proxy, MongoDBSessionRepository(proxy.uri, stored.database.name, **SMALL) as repository:
         begin(repository)
         apply(repository, "s", appends(range(8)))
-        eventually(lambda: not repository._async._connection._tasks)
+        idle(repository)
         proxy.drop_after_request(command(lost))
         append(repository, 8)
         settled(stored)
-        eventually(lambda: not repository._async._connection._tasks)
+        idle(repository)
         assert proxy.dropped == 1
         assert head(stored)["archived"] == 5
         assert everything(stored) == told(repository.list_messages("s", "agent")) == expected(9)
@@ -322,7 +323,7 @@ def test_who_may_not_write_the_archive_keeps_everything_in_the_session(
     try:
         begin(archiving)
         append(archiving, *range(12))
-        eventually(lambda: not archiving._async._connection._tasks)
+        idle(archiving)
     finally:
         stored.database.command("collMod", "agent_sessions_archive", validator={})
     assert told(archiving.list_messages("s", "agent")) == expected(12)
@@ -539,7 +540,7 @@ def test_five_megabytes_come_under_the_bound_with_the_first_append(
     commands.clear()
     repository.create_message("s", "agent", said(1250))
     eventually(lambda: document_size(stored) < 300_000)
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     assert commands.names.count("aggregate") <= 6
     assert repository.get_message_count("s", "agent") == 1251
     assert everything(stored) == [*old, "text 1250"]

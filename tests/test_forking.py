@@ -23,10 +23,12 @@ from fix_archive import (
     documents_of,
     expected,
     head,
+    idle,
     redacted,
     said,
     said_in,
     settled,
+    started,
     store_again,
     talk,
     told,
@@ -74,9 +76,7 @@ LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 1000}
 @pytest.fixture(scope="module")
 def logged_repository(server: str, shared_database: str) -> Iterator[tuple[MongoDBSessionRepository, CommandLog]]:
     log = CommandLog()
-    with MongoDBSessionRepository(server, shared_database, event_listeners=[log], **LIMITS) as repository:
-        repository.list_sessions()
-        eventually(lambda: not repository._async._connection._tasks)
+    with started(server, shared_database, log, **LIMITS) as repository:
         yield repository, log
 
 
@@ -94,7 +94,7 @@ def repository(
 ) -> Iterator[MongoDBSessionRepository]:
     repository = logged_repository[0]
     yield repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def small_factory(server: str, shared_database: str) -> Iterator[MongoDBSessionM
 def small(database: str, small_factory: MongoDBSessionManagerFactory) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory that archives what is older than eight messages."""
     yield small_factory
-    eventually(lambda: not small_factory._connection._tasks)
+    idle(small_factory)
 
 
 IMAGES = {3: content(65 * KIB, 3), 28: content(5000, 28)}
@@ -588,9 +588,7 @@ def at() -> AtCommand:
 @pytest.fixture(scope="module")
 def forking(server: str, shared_database: str, at: AtCommand) -> Iterator[MongoDBSessionRepository]:
     """Another process, whose commands `at` awaits."""
-    with MongoDBSessionRepository(server, shared_database, **SMALL, event_listeners=[at]) as repository:
-        repository.session_exists("warm-up")
-        eventually(lambda: not repository._async._connection._tasks)
+    with started(server, shared_database, at, **SMALL) as repository:
         yield repository
 
 

@@ -38,11 +38,13 @@ from fix_archive import (
     emptied,
     expected,
     head,
+    idle,
     in_database,
     redacted,
     said,
     said_in,
     settled,
+    started,
     store_again,
     talk,
     told,
@@ -83,14 +85,13 @@ def shared_small(server: str, shared_database: str) -> Iterator[MongoDBSessionMa
 def small(database: str, shared_small: MongoDBSessionManagerFactory) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory that archives what is older than eight messages."""
     yield shared_small
-    eventually(lambda: not shared_small._connection._tasks)
+    idle(shared_small)
 
 
 @pytest.fixture(scope="module")
 def shared_repository(server: str, shared_database: str) -> Iterator[tuple[MongoDBSessionRepository, CommandLog]]:
     log = CommandLog()
-    with MongoDBSessionRepository(server, shared_database, event_listeners=[log], **LIMITS) as repository:
-        repository.list_sessions()
+    with started(server, shared_database, log, **LIMITS) as repository:
         yield repository, log
 
 
@@ -99,10 +100,10 @@ def repository(
     database: str, shared_repository: tuple[MongoDBSessionRepository, CommandLog]
 ) -> Iterator[MongoDBSessionRepository]:
     repository, log = shared_repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     log.clear()
     yield repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
 
 
 @pytest.fixture
@@ -119,9 +120,7 @@ def at() -> AtCommand:
 @pytest.fixture(scope="module")
 def rewinding(server: str, shared_database: str, at: AtCommand) -> Iterator[MongoDBSessionRepository]:
     """Another process, whose commands `at` awaits."""
-    with MongoDBSessionRepository(server, shared_database, **LIMITS, event_listeners=[at]) as repository:
-        repository.session_exists("warm-up")
-        eventually(lambda: not repository._async._connection._tasks)
+    with started(server, shared_database, at, **LIMITS) as repository:
         yield repository
 
 
@@ -130,7 +129,7 @@ def stopping(server: str, shared_database: str) -> Iterator[MongoDBSessionReposi
     """Another process, the application `copying`, whose commands fail."""
     with copying(server, shared_database) as repository:
         repository.session_exists("warm-up")
-        eventually(lambda: not repository._async._connection._tasks)
+        idle(repository)
         yield repository
 
 
@@ -642,7 +641,7 @@ def test_what_a_rewind_costs(long: MongoDBSessionRepository, stored: Stored, sen
 def whole(repository: MongoDBSessionRepository, stored: Stored, last: int) -> None:
     """The session is rewound, and opening it leaves nothing of what was removed."""
     repository.open_session("s")
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     assert told(repository.list_messages("s", "agent")) == expected(last + 1)
     images = sum(n <= last for n in IMAGES)
     assert left_of(stored, "s").count("agent_sessions_attachments.files") == images
@@ -997,7 +996,7 @@ def check_session(
     else:
         assert len(found) == {"rewind": 21, "again": 12, "append": 50}.get(what, 30)
     repository.open_session("s")
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     if what == "redact":
         shown = [told([message]) for message in found if message.redact_message is not None]
         assert all(each == ["[redacted]"] for each in shown)
@@ -1103,7 +1102,7 @@ def test_a_rewound_session_is_as_a_fork(
                 take_step(manager, window_size, step, number)
         if "agent" not in stored.find_one({"_id": "s"})["agents"]:
             break
-        eventually(lambda: not small._connection._tasks)
+        idle(small)
         count = repository.get_message_count("s", "agent")
         as_a_fork(repository, min(int(place * count), count - 1), keep_fork=True)
         session, fork = (stored.find_one({"_id": session_id}) for session_id in ("s", "fork"))
@@ -1115,7 +1114,7 @@ def test_a_rewound_session_is_as_a_fork(
         for session_id in ("s", "fork"):
             with small.create_session_manager(session_id) as manager:
                 take_step(manager, window_size, "use a tool", 1000)
-        eventually(lambda: not small._connection._tasks)
+        idle(small)
         told_by = [told(repository.list_messages(session_id, "agent")) for session_id in ("s", "fork")]
         assert told_by[0] == told_by[1]
         assert repository.get_usage("s") == repository.get_usage("fork")

@@ -25,7 +25,7 @@ from strands.storage import InMemoryStorage
 from strands.types.exceptions import ContextWindowOverflowException
 from strands.types.session import SessionMessage
 
-from fix_archive import told
+from fix_archive import idle, told
 from mongodb_session_manager import (
     EncodingError,
     InvalidArgumentError,
@@ -34,7 +34,7 @@ from mongodb_session_manager import (
     StateTooLargeError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent, alternating, eventually, fail_point, sampled, texts
+from support import CommandLog, agent, alternating, fail_point, sampled, texts
 
 Documents = Any
 
@@ -443,7 +443,7 @@ def test_archived_messages_of_a_view_take_one_more_command(
     factory: MongoDBSessionManagerFactory, commands: CommandLog
 ) -> None:
     manager, live = turns(factory, 12, max_embedded_messages=4, conversation_manager=NullConversationManager())
-    eventually(lambda: not factory._connection._tasks)
+    idle(factory)
     manager.close()
     live = restored(factory, conversation_manager=NullConversationManager())
     manager = live._session_manager
@@ -462,7 +462,7 @@ def test_archived_messages_of_a_view_that_are_missing_are_counted(
     manager, live = turns(factory, 12, max_embedded_messages=4, conversation_manager=NullConversationManager())
     live.messages[0:18] = [live.messages[9], live.messages[3]]
     manager.close()
-    eventually(lambda: not factory._connection._tasks)
+    idle(factory)
     assert stored.database["agent_sessions_archive"].delete_many({"_id.first": {"$lte": 9}}).deleted_count
     again = restored(factory, conversation_manager=NullConversationManager())
     assert 0 < len(again.messages) < len(live.messages)
@@ -626,7 +626,7 @@ def test_copies_restore_the_live_messages(
     manager, live = turns(factory, 4, max_embedded_messages=2, conversation_manager=NullConversationManager())
     edit(live.messages)
     manager.close()
-    eventually(lambda: not factory._connection._tasks)
+    idle(factory)
     if copy_of == "fork":
         factory.fork_session("s", "t")
     elif copy_of == "export":

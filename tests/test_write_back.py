@@ -35,6 +35,7 @@ from fix_archive import (
     everything,
     expected,
     head,
+    idle,
     in_database,
     redacted,
     said,
@@ -60,7 +61,7 @@ from mongodb_session_manager._copying.write_back import WriteBack
 from mongodb_session_manager._format.changes import ReplaceMessage
 from mongodb_session_manager._format.layout import Place
 from proxy import Proxy, command
-from support import CommandLog, agent, apply, client_of, eventually, sampled, texts
+from support import CommandLog, agent, apply, client_of, sampled, texts
 
 LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 100}
 WITH_PICTURES = (2, 17, 29)
@@ -85,7 +86,7 @@ def fill(repository: MongoDBSessionRepository, stored: Stored) -> None:
         repository.update_message("s", "agent", shown(message_id))
     for message_id in (4, 28):
         repository.update_message("s", "agent", redacted(message_id))
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     assert archive_of(stored).count_documents({}) >= 8
 
 
@@ -114,7 +115,7 @@ WANTED = [*expected(4), "[redacted]", *expected(28, 5), "[redacted]", "text 29"]
 @pytest.fixture
 def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
     yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
+    idle(shared_repository)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +305,7 @@ def everything_stored(stored: Stored) -> list[Any]:
 def test_a_session_that_does_not_fit_is_refused_and_stays(filled: MongoDBSessionRepository, stored: Stored) -> None:
     filled.create_message("s", "agent", said(30, "x" * 8_500_000))
     filled.create_message("s", "agent", shown(31, 8_500_000))
-    eventually(lambda: not filled._async._connection._tasks)
+    idle(filled)
     before = everything_stored(stored)
     with pytest.raises(StateTooLargeError, match=r"'s'.* would take 170\d{5} bytes.* 16777216"):
         filled.write_back("s")
@@ -676,7 +677,8 @@ def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
         for future in work:
             future.result()
         assert backs[0] > 0
-        eventually(lambda: not (writer._async._connection._tasks or changer._async._connection._tasks))
+        idle(writer)
+        idle(changer)
         wanted = [changed.get(n, f"text {n}") for n in range(total)]
         assert told(back.list_messages("s", "agent")) == everything(stored) == wanted
         back.write_back("s")
