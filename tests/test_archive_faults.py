@@ -526,10 +526,6 @@ def old_document(texts: list[str], *, ids: bool = True) -> dict[str, Any]:
     }
 
 
-def fifteen_megabytes() -> list[str]:
-    return [f"{n} " + "x" * 40_000 for n in range(375)]
-
-
 def test_five_megabytes_come_under_the_bound_with_the_first_append(
     repository: MongoDBSessionRepository, stored: Stored, commands: CommandLog
 ) -> None:
@@ -539,8 +535,8 @@ def test_five_megabytes_come_under_the_bound_with_the_first_append(
     repository.open_session("s")
     commands.clear()
     repository.create_message("s", "agent", said(1250))
-    eventually(lambda: document_size(stored) < 300_000)
     idle(repository)
+    assert document_size(stored) < 300_000
     assert commands.names.count("aggregate") <= 6
     assert repository.get_message_count("s", "agent") == 1251
     assert everything(stored) == [*old, "text 1250"]
@@ -551,16 +547,16 @@ def test_five_megabytes_come_under_the_bound_with_the_first_append(
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("room", alternating(10, 5_000))
 def test_a_document_without_room_gets_some(repository: MongoDBSessionRepository, stored: Stored, room: int) -> None:
-    old = fifteen_megabytes()
-    document = old_document(old)
-    old.append("y" * (16 * 1024 * 1024 - len(bson.encode(document)) - room - 300))
+    """Its messages take 4 MB of it."""
+    old = [f"{n} " + "x" * 40_000 for n in range(100)]
     document = old_document(old)
     document["filler"] = "z" * (16 * 1024 * 1024 - len(bson.encode(document)) - room - 13)
     stored.insert_one(document)
     repository.open_session("s")
-    for message_id, text in ((376, "question " + "a" * 3_000_000), (377, "answer " + "b" * 3_000_000)):
+    for message_id, text in ((100, "question " + "a" * 3_000_000), (101, "answer " + "b" * 3_000_000)):
         repository.create_message("s", "agent", said(message_id, text))
-    eventually(lambda: document_size(stored) < 8_000_000)
+    idle(repository)
+    assert document_size(stored) < len(document["filler"]) + 3_100_000
     after = everything(stored)
     assert [text[:8] for text in after[-2:]] == ["question", "answer b"]
     assert after[:-2] == old
