@@ -389,10 +389,11 @@ def test_a_call_that_stops_anywhere_leaves_a_whole_session(
 ) -> None:
     """The session is written back again, at once or after it was used."""
     step = 1 if request.config.getoption("--full-adversity") else 5
+    begins = range(random.randrange(step), 44 + step, step)
+    cases = [(done, goes_on) for done in begins for goes_on in (False, True) if step == 1 or goes_on == done % 2]
     uri, stored, _, stopping = targets["server"]
     with MongoDBSessionRepository(uri, stored.database.name, **LIMITS) as other:
-        for done in range(random.randrange(step), 44 + step, step):
-            goes_on = bool(done % 2)
+        for done, goes_on in cases:
             store_again(emptied(stored), documents)
             with stopped_after(uri, "target", done):
                 is_done = False
