@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bson
@@ -11,17 +12,17 @@ import pymongo
 from bson import ObjectId
 from bson.raw_bson import RawBSONDocument
 from pymongo.collection import Collection
+from pymongo.monitoring import CommandListener
+from strands import tool
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
-from mongodb_session_manager import (
-    MongoDBSessionRepository,
-)
+from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from mongodb_session_manager._format.buckets import Head, Limits, cut, merge
 from mongodb_session_manager._format.changes import AppendMessage
 from mongodb_session_manager._format.documents import stored_message
 from mongodb_session_manager._format.ids import agent_key
 from mongodb_session_manager._format.retention import UNDATED
-from support import bson_of, eventually, texts
+from support import agent, bson_of, eventually, texts
 
 Stored = Collection[dict[str, Any]]
 
@@ -62,14 +63,22 @@ def expected(count: int, begin: int = 0) -> list[str]:
     return [f"text {n}" for n in range(begin, count)]
 
 
-def document_of(stored: Stored) -> dict[str, Any]:
-    (document,) = stored.find({"_id": "s"})
+def with_agent(stored: Stored, agent_id: str) -> dict[str, Any]:
+    """Return the session document with the one agent."""
+    (document,) = stored.find({"_id": "s"}, {"incarnation": 1, f"agents.{agent_key(agent_id)}": 1})
     return document
 
 
 def head(stored: Stored, agent_id: str = "agent") -> dict[str, Any]:
-    found: dict[str, Any] = document_of(stored)["agents"][agent_key(agent_id)]
+    found: dict[str, Any] = with_agent(stored, agent_id)["agents"][agent_key(agent_id)]
     return found
+
+
+def document_size(stored: Stored) -> int:
+    """Return the size of the session document in bytes."""
+    (found,) = stored.aggregate([{"$match": {"_id": "s"}}, {"$project": {"size": {"$bsonSize": "$$ROOT"}}}])
+    size: int = found["size"]
+    return size
 
 
 def archive_of(stored: Stored) -> Stored:
@@ -78,9 +87,9 @@ def archive_of(stored: Stored) -> Stored:
 
 def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
     """Read what is stored, without the library: the valid buckets in order, then the head."""
-    document = head(stored, agent_id)
-    incarnation = document_of(stored)["incarnation"]
-    condition = {"_id.incarnation": incarnation, "_id.agent": agent_key(agent_id)}
+    session = with_agent(stored, agent_id)
+    document = session["agents"][agent_key(agent_id)]
+    condition = {"_id.incarnation": session["incarnation"], "_id.agent": agent_key(agent_id)}
     buckets = sorted(archive_of(stored).find(condition), key=lambda bucket: bucket["_id"]["first"])
     valid = [bucket for bucket in buckets if bucket["_id"]["first"] < document.get("archived", 0)]
     return texts([message for part in [*valid, document] for message in part["messages"]])
@@ -89,6 +98,25 @@ def everything(stored: Stored, agent_id: str = "agent") -> list[str]:
 def settled(stored: Stored, limit: int = 8, agent_id: str = "agent") -> None:
     """Wait until the head is within its limit."""
     eventually(lambda: len(head(stored, agent_id)["messages"]) <= limit)
+
+
+def idle(of: MongoDBSessionRepository | MongoDBSessionManagerFactory) -> None:
+    """Wait until nothing runs in the background."""
+    connection = (of._async if isinstance(of, MongoDBSessionRepository) else of)._connection
+    eventually(lambda: not connection._tasks)
+
+
+@contextmanager
+def started(
+    server: str, database: str, listener: CommandListener | None = None, **options: Any
+) -> Iterator[MongoDBSessionRepository]:
+    """Yield the repository of a process that has sent the commands that it sends once."""
+    with MongoDBSessionRepository(
+        server, database, event_listeners=[] if listener is None else [listener], **options
+    ) as repository:
+        repository.list_sessions()
+        idle(repository)
+        yield repository
 
 
 def in_database(driver: Driver, database: str, text: str = "card is 4111") -> bool:
@@ -137,6 +165,24 @@ def append(repository: MongoDBSessionRepository, *message_ids: int, agent_id: st
 def appends(message_ids: Iterable[int], text: str = "text {}", agent_id: str = "agent") -> list[AppendMessage]:
     """The changes that append messages, to be stored with `apply` in one command."""
     return [AppendMessage(agent_id, stored_message(said(n, text.format(n)), n)) for n in message_ids]
+
+
+def talk(factory: MongoDBSessionManagerFactory, turns: int, **options: Any) -> None:
+    """Let an agent of the session "s" answer q0, q1, ... with a0, a1, ..."""
+    with factory.create_session_manager("s") as manager:
+        one = agent(manager, *[f"a{n}" for n in range(turns)], **options)
+        for n in range(turns):
+            one(f"q{n}")
+
+
+def said_in(turns: int) -> list[str]:
+    return [text for n in range(turns) for text in (f"q{n}", f"a{n}")]
+
+
+@tool
+def weather(city: str) -> str:
+    """Tell the weather."""
+    return f"It rains in {city}."
 
 
 FIVES = [range(first, end) for first, end in itertools.pairwise((0, 9, 14, 19, 24, 29, 30))]

@@ -12,6 +12,7 @@ from strands.types.session import SessionMessage
 
 from fix_archive import SMALL, said
 from mongodb_session_manager import MongoDBSessionError, MongoDBSessionRepository
+from support import client_of
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
@@ -70,7 +71,7 @@ def fails_at(uri: str, number: int, **failure: Any) -> Iterator[None]:
     """Have the server fail the command of that number, from 0, that the application `copying` sends."""
     names = ["find", "update", "insert", "delete", "aggregate"]
     data = {"failCommands": names, "appName": "copying", **failure}
-    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+    with client_of(uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": number}, "data": data})
         try:
             yield

@@ -11,8 +11,6 @@ from typing import Any
 
 import pymongo
 import pytest
-from pymongo import monitoring
-from strands import tool
 from strands.agent.conversation_manager import SlidingWindowConversationManager, SummarizingConversationManager
 
 from fix_archive import (
@@ -25,14 +23,20 @@ from fix_archive import (
     documents_of,
     expected,
     head,
+    idle,
     redacted,
     said,
+    said_in,
     settled,
+    started,
     store_again,
+    talk,
     told,
+    weather,
 )
 from fix_copying import KIB, all_of, content, every_failure, left_of, same_content, with_image
 from fix_legacy import conversation, old_agent, old_session
+from fix_overtaking import AtCommand
 from mongodb_session_manager import (
     AgentNotFoundError,
     AsyncMongoDBSessionRepository,
@@ -72,9 +76,7 @@ LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 1000}
 @pytest.fixture(scope="module")
 def logged_repository(server: str, shared_database: str) -> Iterator[tuple[MongoDBSessionRepository, CommandLog]]:
     log = CommandLog()
-    with MongoDBSessionRepository(server, shared_database, event_listeners=[log], **LIMITS) as repository:
-        repository.list_sessions()
-        eventually(lambda: not repository._async._connection._tasks)
+    with started(server, shared_database, log, **LIMITS) as repository:
         yield repository, log
 
 
@@ -92,7 +94,7 @@ def repository(
 ) -> Iterator[MongoDBSessionRepository]:
     repository = logged_repository[0]
     yield repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def small_factory(server: str, shared_database: str) -> Iterator[MongoDBSessionM
 def small(database: str, small_factory: MongoDBSessionManagerFactory) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory that archives what is older than eight messages."""
     yield small_factory
-    eventually(lambda: not small_factory._connection._tasks)
+    idle(small_factory)
 
 
 IMAGES = {3: content(65 * KIB, 3), 28: content(5000, 28)}
@@ -148,17 +150,6 @@ def long(repository: MongoDBSessionRepository, stored: Stored, prepared: Prepare
     return repository
 
 
-def talk(factory: MongoDBSessionManagerFactory, turns: int, **options: Any) -> None:
-    with factory.create_session_manager("s") as manager:
-        one = agent(manager, *[f"a{n}" for n in range(turns)], **options)
-        for n in range(turns):
-            one(f"q{n}")
-
-
-def said_in(turns: int) -> list[str]:
-    return [text for n in range(turns) for text in (f"q{n}", f"a{n}")]
-
-
 def snapshot(stored: Stored) -> list[Any]:
     """Everything that is stored of the session."""
     database = stored.database
@@ -168,12 +159,6 @@ def snapshot(stored: Stored) -> list[Any]:
     ]
 
 
-@tool
-def weather(city: str) -> str:
-    """Tell the weather."""
-    return f"It rains in {city}."
-
-
 # Everything.
 
 
@@ -181,9 +166,9 @@ def test_a_fork_is_the_same_session(
     small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
     with small.create_session_manager("s") as manager:
-        one = agent(manager, *[f"a{n}" for n in range(12)], agent_id="a.b")
+        one = agent(manager, *[f"a{n}" for n in range(7)], agent_id="a.b")
         one([{"text": "q0"}, {"image": {"format": "png", "source": {"bytes": content(100 * KIB)}}}])
-        for n in range(1, 12):
+        for n in range(1, 7):
             one(f"q{n}")
         two = agent(manager, Redaction("[redacted]"), agent_id="two", system_prompt="Be brief.")
         two("my card")
@@ -209,27 +194,26 @@ def test_a_fork_is_the_same_session(
 
 
 def test_a_fork_and_its_session_go_their_own_ways(small: MongoDBSessionManagerFactory) -> None:
-    talk(small, 10)
+    talk(small, 6)
     small.fork_session("s", "t")
     for session_id, reply in (("s", "here"), ("t", "there")):
         with small.create_session_manager(session_id) as manager:
-            resumed = agent(manager, *[reply] * 10)
-            assert texts(resumed.messages) == said_in(10)
-            for _ in range(10):
+            resumed = agent(manager, *[reply] * 5)
+            assert texts(resumed.messages) == said_in(6)
+            for _ in range(5):
                 resumed("where?")
     for session_id, reply in (("s", "here"), ("t", "there")):
         with small.create_session_manager(session_id) as manager:
-            assert texts(agent(manager).messages) == said_in(10) + ["where?", reply] * 10
+            assert texts(agent(manager).messages) == said_in(6) + ["where?", reply] * 5
 
 
 def test_redacting_in_one_leaves_the_other(repository: MongoDBSessionRepository, stored: Stored) -> None:
     begin(repository)
     image = content(5000)
-    for message_id in range(20):
-        repository.create_message(
-            "s", "agent", with_image(message_id, image) if message_id in (2, 19) else said(message_id)
-        )
+    apply(repository, "s", appends(range(20)))
     settled(stored)
+    for message_id in (2, 19):
+        repository.update_message("s", "agent", with_image(message_id, image))
     repository.fork_session("s", "t")
     repository.fork_session("t", "u")
     for message_id in (2, 19):
@@ -242,13 +226,14 @@ def test_redacting_in_one_leaves_the_other(repository: MongoDBSessionRepository,
         assert [told(repository.list_messages(session_id, "agent"))[n] for n in (2, 19)] == ["[redacted]"] * 2
 
 
-@pytest.mark.parametrize("odd", [[], [1], "x", {"round": -1}], ids=repr)
 def test_what_an_application_has_stored_as_the_origin_of_a_session_is_replaced(
-    repository: MongoDBSessionRepository, stored: Stored, odd: Any
+    repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
-    stored.insert_one(old_session(agent=old_agent("agent", *conversation())) | {"copy_of": odd})
-    repository.fork_session("s", "fork")
-    assert stored.find_one({"_id": "fork"})["copy_of"].keys() == {"session_id", "at"}
+    stored.insert_one(old_session(agent=old_agent("agent", *conversation())))
+    for n, odd in enumerate(([], [1], "x", {"round": -1})):
+        stored.update_one({"_id": "s"}, {"$set": {"copy_of": odd}})
+        repository.fork_session("s", f"fork {n}")
+        assert stored.find_one({"_id": f"fork {n}"})["copy_of"].keys() == {"session_id", "at"}, odd
 
 
 def test_a_session_of_old_is_forked(repository: MongoDBSessionRepository, stored: Stored) -> None:
@@ -289,9 +274,9 @@ def test_a_fork_ends_with_a_message(long: MongoDBSessionRepository, stored: Stor
 
 
 def test_an_agent_goes_on_from_a_fork(small: MongoDBSessionManagerFactory, stored: Stored) -> None:
-    talk(small, 10)
+    talk(small, 7)
     eventually(lambda: len(head(stored)["messages"]) <= 8)
-    for turns in (1, 3, 8, 10):
+    for turns in (1, 3, 6, 7):
         small.fork_session("s", fork := f"t{turns}", 2 * turns - 1)
         with small.create_session_manager(fork) as manager:
             resumed = agent(manager, "another answer")
@@ -305,7 +290,7 @@ def test_an_agent_goes_on_from_a_fork(small: MongoDBSessionManagerFactory, store
 def test_the_totals_are_those_of_the_messages(
     small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
-    turns = range(1, 7)
+    turns = range(1, 5)
     with small.create_session_manager("s") as manager:
         replies = [r for n in turns for r in ({"tool": "weather", "input": {"city": "Oslo"}}, f"a{n}")]
         one = agent(manager, *replies, tools=[weather])
@@ -343,17 +328,18 @@ def test_several_agents_are_cut_by_name(
     assert repository.get_message_count("u", "a.b") == 4
 
 
-@pytest.mark.parametrize("last", [30, 31, 2**40])
-def test_a_message_that_is_not_there(long: MongoDBSessionRepository, stored: Stored, last: int) -> None:
-    with pytest.raises(MessageNotFoundError, match=f"agent 'agent' has no message {last}"):
-        long.fork_session("s", "t", last)
-    assert left_of(stored, "t") == []
+def test_a_message_that_is_not_there(long: MongoDBSessionRepository, stored: Stored) -> None:
+    for last in (30, 31, 2**40):
+        with pytest.raises(MessageNotFoundError, match=f"agent 'agent' has no message {last}"):
+            long.fork_session("s", "t", last)
+        assert left_of(stored, "t") == []
 
 
-@pytest.mark.parametrize("bad", [-1, True, "1", 1.5, [1], {"agent": "1"}, {"agent": None}, {1: 1}, {"": 1}], ids=repr)
-def test_what_is_no_message_id_is_refused(repository: MongoDBSessionRepository, commands: CommandLog, bad: Any) -> None:
-    with pytest.raises(InvalidArgumentError):
-        repository.fork_session("s", "t", bad)
+def test_what_is_no_message_id_is_refused(repository: MongoDBSessionRepository, commands: CommandLog) -> None:
+    wrong: list[Any] = [-1, True, "1", 1.5, [1], {"agent": "1"}, {"agent": None}, {1: 1}, {"": 1}]
+    for at_message in wrong:
+        with pytest.raises(InvalidArgumentError):
+            repository.fork_session("s", "t", at_message)
     assert commands.names == []
 
 
@@ -386,12 +372,10 @@ def test_guardrail_events_of_what_is_cut_off_are_left_behind(
 
 def test_attachments_of_what_is_cut_off_are_left_behind(repository: MongoDBSessionRepository, stored: Stored) -> None:
     begin(repository)
-    for message_id in range(20):
-        image = content(5000, message_id)
-        repository.create_message(
-            "s", "agent", with_image(message_id, image) if message_id in (2, 3, 18, 19) else said(message_id)
-        )
+    apply(repository, "s", appends(range(20)))
     settled(stored)
+    for message_id in (2, 3, 18, 19):
+        repository.update_message("s", "agent", with_image(message_id, content(5000, message_id)))
     for session_id, last, count in (("t", 2, 1), ("u", 17, 2), ("v", 18, 3)):
         repository.fork_session("s", session_id, last)
         assert left_of(stored, session_id).count("agent_sessions_attachments.files") == count
@@ -402,8 +386,8 @@ def test_attachments_of_what_is_cut_off_are_left_behind(repository: MongoDBSessi
 
 
 def test_a_window_is_as_long_as_it_was(small: MongoDBSessionManagerFactory) -> None:
-    talk(small, 10, conversation_manager=SlidingWindowConversationManager(window_size=4))
-    for turns, shown in ((10, 4), (9, 4), (2, 4), (1, 2)):
+    talk(small, 6, conversation_manager=SlidingWindowConversationManager(window_size=4))
+    for turns, shown in ((6, 4), (5, 4), (2, 4), (1, 2)):
         small.fork_session("s", fork := f"t{turns}", 2 * turns - 1)
         with small.create_session_manager(fork) as manager:
             resumed = agent(manager, "on", conversation_manager=SlidingWindowConversationManager(window_size=4))
@@ -517,33 +501,25 @@ def test_a_fork_may_stop_at_every_command(
         assert snapshot(stored) == before
 
     # Together, the three meet some commands, others in each run, and the last ones.
-    numbers = [*random.sample(range(15), 2), 15 + (None, 27, 10).index(last)]
+    numbers = [random.randrange(15), 15 + (None, 27, 10).index(last)]
     numbers = None if request.config.getoption("--full-adversity") else numbers
     every_failure(server, database, stored, lambda other: other.fork_session("s", "t", last), whole, 15, numbers)
 
 
-@pytest.mark.parametrize(
-    ("name", "times"),
-    sampled(
-        [(name, times) for name in ("find", "insert", "update", "aggregate") for times in (1, 3)],
-        *(("find", 3), ("insert", 1), ("update", 1), ("update", 3)),
-    ),
-)
-def test_a_fork_survives_a_lost_connection(
-    long: MongoDBSessionRepository, stored: Stored, server: str, database: str, name: str, times: int
-) -> None:
+def test_a_fork_survives_a_lost_connection(long: MongoDBSessionRepository, server: str, database: str) -> None:
     with MongoDBSessionRepository(server, database, appName="forking", retryReads=False, **SMALL) as other:
         other.session_exists("warm-up")
-        with fail_point(server, failCommands=[name], appName="forking", times=times, closeConnection=True):
-            other.fork_session("s", "t")
-    assert told(long.list_messages("t", "agent")) == expected(30)
+        for name, times in (("find", 1), ("find", 3), ("insert", 1), ("insert", 3), ("update", 1), ("update", 3)):
+            with fail_point(server, failCommands=[name], appName="forking", times=times, closeConnection=True):
+                other.fork_session("s", fork := f"{name} {times}")
+            assert told(long.list_messages(fork, "agent")) == expected(30)
 
 
 def test_forks_beside_a_writer_are_consistent(long: MongoDBSessionRepository, stored: Stored) -> None:
     done = threading.Event()
 
     def write() -> None:
-        for message_id in range(30, 70):
+        for message_id in range(30, 55):
             append(long, message_id)
         done.set()
 
@@ -604,72 +580,46 @@ def test_an_exported_fork_comes_back(long: MongoDBSessionRepository) -> None:
     same_content(long, "u", "t")
 
 
-class Meanwhile(monitoring.CommandListener):
-    """Does something just before the document of the session is read."""
-
-    def __init__(self, act: Callable[[], object]) -> None:
-        self.act: Callable[[], object] | None = act
-
-    def started(self, event: monitoring.CommandStartedEvent) -> None:
-        if event.command.get("find") == "agent_sessions" and self.act is not None:
-            act, self.act = self.act, None
-            act()
-
-    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
-    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+@pytest.fixture(scope="module")
+def at() -> AtCommand:
+    return AtCommand()
 
 
-@pytest.mark.parametrize("what", ["append", "move", "redact"])
+@pytest.fixture(scope="module")
+def forking(server: str, shared_database: str, at: AtCommand) -> Iterator[MongoDBSessionRepository]:
+    """Another process, whose commands `at` awaits."""
+    with started(server, shared_database, at, **SMALL) as repository:
+        yield repository
+
+
 def test_what_happens_just_before_the_fork_is_made_is_in_it(
-    server: str, database: str, stored: Stored, what: str
+    server: str, database: str, stored: Stored, forking: MongoDBSessionRepository, at: AtCommand
 ) -> None:
     image = content(5000)
+
+    def move() -> None:
+        other = Other(stored)
+        other.merge()
+        assert other.cut()
+
     with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=1000) as repository:
         begin(repository)
-        for message_id in range(4):
-            repository.create_message("s", "agent", with_image(3, image) if message_id == 3 else said(message_id))
-        apply(repository, "s", appends(range(4, 20)))
-
-        def move() -> None:
-            other = Other(stored)
-            other.merge()
-            assert other.cut()
-
-        acts = {
+        apply(repository, "s", appends(range(20)))
+        for message_id in (3, 12):
+            repository.update_message("s", "agent", with_image(message_id, image))
+        acts: dict[str, Callable[[], object]] = {
             "append": lambda: repository.create_message("s", "agent", with_image(20, image[:-4])),
+            "redact": lambda: repository.update_message("s", "agent", redacted(12)),
             "move": move,
-            "redact": lambda: repository.update_message("s", "agent", redacted(3)),
+            "redact in the archive": lambda: repository.update_message("s", "agent", redacted(3)),
         }
-        meanwhile = Meanwhile(acts[what])
-        with MongoDBSessionRepository(server, database, event_listeners=[meanwhile]) as forking:
-            forking.fork_session("s", "t")
-        assert meanwhile.act is None
-        same_messages = repository.list_messages("t", "agent")
-        assert same_messages == repository.list_messages("s", "agent")
-        assert len(same_messages) == (21 if what == "append" else 20)
-
-
-class AtCommand(monitoring.CommandListener):
-    """Does something before the command of a number, or between two steps of the server's, after it."""
-
-    def __init__(self) -> None:
-        self.left = 0
-        self.act: Callable[[], object] | None = None
-        self.error: BaseException | None = None  # which the driver would swallow
-
-    def started(self, event: monitoring.CommandStartedEvent) -> None:
-        if event.command_name in ("createIndexes", "hello", "endSessions"):
-            return
-        self.left -= 1
-        if self.left < 0 and self.act is not None:
-            act, self.act = self.act, None
-            try:
-                act()
-            except BaseException as error:
-                self.error = error
-
-    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
-    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+        for what, act in acts.items():
+            at.before(0, act)
+            forking.fork_session("s", what)
+            assert at.act is at.error is None
+            same_messages = repository.list_messages(what, "agent")
+            assert same_messages == repository.list_messages("s", "agent")
+            assert len(same_messages) == 21
 
 
 def check_fork(
@@ -695,93 +645,57 @@ def check_fork(
 
 
 EVENTS = ("append", "replace", "redact", "write back", "write back and go on", "delete", "again")
-LASTS = (None, 28, 10)
 
 
 @pytest.mark.parametrize("what", EVENTS)
 def test_whatever_happens_between_two_commands_of_a_fork(
-    request: pytest.FixtureRequest,
     repository: MongoDBSessionRepository,
-    server: str,
-    database: str,
+    forking: MongoDBSessionRepository,
+    at: AtCommand,
     stored: Stored,
     prepared: Prepared,
+    some: Callable[[Any, int], list[Any]],
     what: str,
 ) -> None:
-    if request.config.getoption("--full-adversity"):
-        for last in LASTS:
-            happens_between_two_commands(repository, server, database, stored, prepared, what, last)
-    else:
-        last, first = random.choice(LASTS), random.randrange(8)
-        happens_between_two_commands(repository, server, database, stored, prepared, what, last, first, 8)
-
-
-def happens_between_two_commands(
-    repository: MongoDBSessionRepository,
-    server: str,
-    database: str,
-    stored: Stored,
-    prepared: Prepared,
-    what: str,
-    last: int | None,
-    first: int = 0,
-    step: int = 1,
-) -> None:
-    """Let an event happen at every command of a fork, or at some of them."""
-
     def go_on() -> None:
         apply(repository, "s", appends(range(30, 50)))
         settled(stored)
 
-    def again() -> None:
-        repository.delete_session("s")
-        store_again(stored, prepared[2])
-
-    def act() -> None:
-        if what == "append":
-            go_on()
-        elif what == "replace":
-            for n in IMAGES:
-                repository.update_message("s", "agent", with_image(n, content(5000, n + 1)))
-        elif what == "redact":
-            for n in IMAGES:
-                repository.update_message("s", "agent", redacted(n))
-        elif what == "delete":
-            repository.delete_session("s")
-        elif what == "again":
-            again()
+    acts: dict[str, Callable[[], object]] = {
+        "append": go_on,
+        "replace": lambda: [
+            repository.update_message("s", "agent", with_image(n, content(5000, n + 1))) for n in IMAGES
+        ],
+        "redact": lambda: [repository.update_message("s", "agent", redacted(n)) for n in IMAGES],
+        "write back": lambda: repository.write_back("s"),
+        "write back and go on": lambda: [repository.write_back("s"), go_on()],
+        "delete": lambda: repository.delete_session("s"),
+        "again": lambda: [repository.delete_session("s"), store_again(stored, prepared[2])],
+    }
+    for last, number in some([(last, number) for last in (None, 28, 10) for number in range(20)], 2):
+        store_again(stored, prepared[1])
+        before = {message.message_id: message for message in repository.list_messages("s", "agent")}
+        at.before(number, acts[what])
+        try:
+            forking.fork_session("s", "t", last)
+            failed = False
+        except SessionNotFoundError:
+            failed = True
+        happened, at.act = at.act is None, None
+        print(what, last, number, happened, failed)
+        assert at.error is None
+        if failed:
+            assert happened
+            assert what in ("delete", "again")
+            assert left_of(stored, "t") == []
         else:
-            repository.write_back("s")
-            if what == "write back and go on":
-                go_on()
-
-    number, at = first, AtCommand()
-    before: dict[int, Any] = {}
-    with MongoDBSessionRepository(server, database, **SMALL, event_listeners=[at]) as forking:
-        forking.session_exists("warm-up")
-        while at.act is None:
-            store_again(stored, prepared[1])
-            before = before or {message.message_id: message for message in repository.list_messages("s", "agent")}
-            at.left, at.act = number, act
-            try:
-                forking.fork_session("s", "t", last)
-                failed = False
-            except SessionNotFoundError:
-                failed = True
-            assert at.error is None
-            if failed:
-                assert what in ("delete", "again")
-                assert left_of(stored, "t") == []
-            else:
-                exists = repository.session_exists("s")
-                after = {m.message_id: m for m in repository.list_messages("s", "agent")} if exists else {}
-                check_fork(repository, stored, 29 if last is None else last, [before, after], "write back" in what)
-                assert repository.delete_session("t")
-            repository.delete_session("s")
-            for name in stored.database.list_collection_names():
-                assert stored.database[name].count_documents({}) == 0, name
-            number += step
-    assert number > 8
+            exists = repository.session_exists("s")
+            after = {m.message_id: m for m in repository.list_messages("s", "agent")} if exists else {}
+            check_fork(repository, stored, 29 if last is None else last, [before, after], "write back" in what)
+            assert repository.delete_session("t")
+        repository.delete_session("s")
+        for name in stored.database.list_collection_names():
+            assert stored.database[name].count_documents({}) == 0, name
 
 
 # Documents that no version of this library has written, and damaged ones.
@@ -795,7 +709,7 @@ def happens_between_two_commands(
         {"$set": {"agents.agent.usage": {"inputTokens": "many", "toolCalls": 3}}},
         {"$set": {"agents.agent.usage": 3, "agents.agent.config_set": 3}},
         [{"$replaceWith": {"$mergeObjects": ["$$ROOT", {"$literal": {"$tag": 1, "my.tag": {"a": 1}}}]}}],
-        {"$set": {"metadata": {str(n): n for n in range(100_000)}}},
+        {"$set": {"metadata": {str(n): n for n in range(30_000)}}},
     ],
     ids=["message", "event", "number", "usage", "names", "fields"],
 )

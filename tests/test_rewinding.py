@@ -14,7 +14,6 @@ import pytest
 from bson import ObjectId
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pymongo import monitoring
 from strands import tool
 from strands.agent.conversation_manager import (
     NullConversationManager,
@@ -39,15 +38,21 @@ from fix_archive import (
     emptied,
     expected,
     head,
+    idle,
     in_database,
     redacted,
     said,
+    said_in,
     settled,
+    started,
     store_again,
+    talk,
     told,
+    weather,
 )
 from fix_copying import all_of, content, copying, fails_at, left_of, with_image
 from fix_legacy import conversation, old_agent, old_session
+from fix_overtaking import AtCommand
 from mongodb_session_manager import (
     AgentNotFoundError,
     AsyncMongoDBSessionRepository,
@@ -71,29 +76,22 @@ IMAGES = {3: content(5000, 3), 17: content(5000, 17), 28: content(5000, 28)}
 
 
 @pytest.fixture(scope="module")
-def shared_small(server: str, shared_database: str) -> Iterator[tuple[MongoDBSessionManagerFactory, CommandLog]]:
-    log = CommandLog()
-    with MongoDBSessionManagerFactory(server, shared_database, event_listeners=[log], **LIMITS) as factory:
-        yield factory, log
+def shared_small(server: str, shared_database: str) -> Iterator[MongoDBSessionManagerFactory]:
+    with MongoDBSessionManagerFactory(server, shared_database, **LIMITS) as factory:
+        yield factory
 
 
 @pytest.fixture
-def small(
-    database: str, shared_small: tuple[MongoDBSessionManagerFactory, CommandLog]
-) -> Iterator[MongoDBSessionManagerFactory]:
+def small(database: str, shared_small: MongoDBSessionManagerFactory) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory that archives what is older than eight messages."""
-    factory, log = shared_small
-    eventually(lambda: not factory._connection._tasks)
-    log.clear()
-    yield factory
-    eventually(lambda: not factory._connection._tasks)
+    yield shared_small
+    idle(shared_small)
 
 
 @pytest.fixture(scope="module")
 def shared_repository(server: str, shared_database: str) -> Iterator[tuple[MongoDBSessionRepository, CommandLog]]:
     log = CommandLog()
-    with MongoDBSessionRepository(server, shared_database, event_listeners=[log], **LIMITS) as repository:
-        repository.list_sessions()
+    with started(server, shared_database, log, **LIMITS) as repository:
         yield repository, log
 
 
@@ -102,16 +100,52 @@ def repository(
     database: str, shared_repository: tuple[MongoDBSessionRepository, CommandLog]
 ) -> Iterator[MongoDBSessionRepository]:
     repository, log = shared_repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     log.clear()
     yield repository
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
 
 
 @pytest.fixture
 def sent(shared_repository: tuple[MongoDBSessionRepository, CommandLog]) -> CommandLog:
     """The log of the commands of `repository`."""
     return shared_repository[1]
+
+
+@pytest.fixture(scope="module")
+def at() -> AtCommand:
+    return AtCommand()
+
+
+@pytest.fixture(scope="module")
+def rewinding(server: str, shared_database: str, at: AtCommand) -> Iterator[MongoDBSessionRepository]:
+    """Another process, whose commands `at` awaits."""
+    with started(server, shared_database, at, **LIMITS) as repository:
+        yield repository
+
+
+@pytest.fixture(scope="module")
+def stopping(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    """Another process, the application `copying`, whose commands fail."""
+    with copying(server, shared_database) as repository:
+        repository.session_exists("warm-up")
+        idle(repository)
+        yield repository
+
+
+@pytest.fixture(scope="module")
+def two_turns(
+    shared_factory: Callable[[], tuple[MongoDBSessionManagerFactory, CommandLog]], shared_database: str, driver: Driver
+) -> dict[str, list[Any]]:
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    talk(shared_factory()[0], 2)
+    return documents_of(stored)
+
+
+@pytest.fixture
+def talked(factory: MongoDBSessionManagerFactory, stored: Stored, two_turns: dict[str, list[Any]]) -> None:
+    """Store a session of two turns."""
+    store_again(stored, two_turns)
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +173,6 @@ def long(
 ) -> MongoDBSessionRepository:
     store_again(stored, documents)
     return repository
-
-
-def talk(factory: MongoDBSessionManagerFactory, turns: int, session_id: str = "s", **options: Any) -> None:
-    with factory.create_session_manager(session_id) as manager:
-        one = agent(manager, *[f"a{n}" for n in range(turns)], **options)
-        for n in range(turns):
-            one(f"q{n}")
-
-
-def said_in(turns: int) -> list[str]:
-    return [text for n in range(turns) for text in (f"q{n}", f"a{n}")]
 
 
 def as_a_fork(repository: MongoDBSessionRepository, at_message: Any, *, keep_fork: bool = False) -> None:
@@ -210,12 +233,6 @@ def test_nothing_removed_is_left_in_the_database(long: MongoDBSessionRepository,
         assert not in_database(driver, database, f"text {n}")
 
 
-@tool
-def weather(city: str) -> str:
-    """Tell the weather."""
-    return f"It rains in {city}."
-
-
 def test_totals_and_guardrail_events_are_those_of_the_messages(
     small: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
@@ -229,7 +246,7 @@ def test_totals_and_guardrail_events_are_those_of_the_messages(
             usage[n] = manager.get_usage()
         one("my card")
     settled(stored)
-    for n in reversed(turns):
+    for n in (6, 4, 1):
         as_a_fork(repository, 4 * n - 1)
         assert repository.get_usage("s") == usage[n]
         assert stored.find_one({"_id": "s"})["guardrail_events"] == []
@@ -241,17 +258,18 @@ def test_earlier_guardrail_events_stay(small: MongoDBSessionManagerFactory, stor
             one = agent(manager, Redaction("[redacted]"), "fine", Redaction("[redacted]"), agent_id=agent_id)
             for prompt in ("my card", "hello", "my card again"):
                 one(prompt)
-    small.rewind_session("s", {"agent": 3})
-    events = [(event["agent_id"], event["message_id"]) for event in stored.find_one({"_id": "s"})["guardrail_events"]]
-    assert events == [("agent", 0), ("other", 0), ("other", 4)]
+    for last, kept in ((4, [("agent", 0), ("agent", 4)]), (3, [("agent", 0)])):
+        small.rewind_session("s", {"agent": last})
+        events = stored.find_one({"_id": "s"})["guardrail_events"]
+        assert [(event["agent_id"], event["message_id"]) for event in events] == [*kept, ("other", 0), ("other", 4)]
 
 
 def test_a_window_is_as_long_as_it_was(small: MongoDBSessionManagerFactory) -> None:
     def window() -> Any:
         return SlidingWindowConversationManager(window_size=4)
 
-    talk(small, 10, conversation_manager=window())
-    for turns, shown in ((9, 4), (2, 4), (1, 2)):
+    talk(small, 6, conversation_manager=window())
+    for turns, shown in ((5, 4), (2, 4), (1, 2)):
         small.rewind_session("s", 2 * turns - 1)
         with small.create_session_manager("s") as manager:
             resumed = agent(manager, "on", conversation_manager=window())
@@ -325,8 +343,8 @@ def test_a_pending_interrupt_is_removed_and_the_state_stays(factory: MongoDBSess
         assert texts(resumed.messages) == ["q0"]
 
 
+@pytest.mark.usefixtures("talked")
 def test_a_question_is_answered_again(factory: MongoDBSessionManagerFactory) -> None:
-    talk(factory, 2)
     factory.rewind_session("s", 2)
     with factory.create_session_manager("s") as manager:
         assert str(agent(manager, "another answer")()).strip() == "another answer"
@@ -336,8 +354,8 @@ def test_a_question_is_answered_again(factory: MongoDBSessionManagerFactory) -> 
         assert [message.message_id for message in messages] == [0, 1, 2, 3]
 
 
+@pytest.mark.usefixtures("talked")
 def test_the_first_question_is_edited(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
-    talk(factory, 2)
     factory.rewind_session("s", -1)
     with factory.create_session_manager("s") as manager:
         assert manager.get_usage()["total"]["totalTokens"] == 0
@@ -347,8 +365,8 @@ def test_the_first_question_is_edited(factory: MongoDBSessionManagerFactory, sto
     assert texts(head(stored)["messages"]) == ["another question", "another answer"]
 
 
+@pytest.mark.usefixtures("talked")
 def test_metadata_feedback_and_dates_stay(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
-    talk(factory, 2)
     with factory.create_session_manager("s") as manager:
         manager.update_metadata({"tier": "gold"})
         manager.add_feedback({"rating": "up", "message_id": 3})
@@ -393,10 +411,11 @@ def test_several_agents_are_cut_by_name(
     assert counts == {"a.b": 2, "$two": 3, "three": 6}
 
 
-@pytest.mark.parametrize("bad", [None, {}, -2, True, "1", 1.5, [1], {"agent": "1"}, {"agent": None}, {1: 1}], ids=repr)
-def test_what_is_no_message_id_is_refused(repository: MongoDBSessionRepository, sent: CommandLog, bad: Any) -> None:
-    with pytest.raises(InvalidArgumentError):
-        repository.rewind_session("s", bad)
+def test_what_is_no_message_id_is_refused(repository: MongoDBSessionRepository, sent: CommandLog) -> None:
+    bad: list[Any] = [None, {}, -2, True, "1", 1.5, [1], {"agent": "1"}, {"agent": None}, {1: 1}]
+    for at_message in bad:
+        with pytest.raises(InvalidArgumentError):
+            repository.rewind_session("s", at_message)
     for wrong in ({"keep_as": ""}, {"keep_as": {"$ne": None}}):
         with pytest.raises(InvalidArgumentError, match="keep_as must"):
             repository.rewind_session("s", 1, **wrong)
@@ -424,10 +443,10 @@ def snapshot(stored: Stored) -> list[Any]:
 
 
 @pytest.mark.parametrize("save_on", ["message", "overlap", "invocation"])
+@pytest.mark.usefixtures("talked")
 def test_an_agent_that_was_loaded_before_is_refused(
     factory: MongoDBSessionManagerFactory, stored: Stored, save_on: Any
 ) -> None:
-    talk(factory, 2)
     stale_manager = factory.create_session_manager("s", save_on=save_on)
     stale = agent(stale_manager, "late", "later")
     factory.rewind_session("s", 1)
@@ -439,10 +458,10 @@ def test_an_agent_that_was_loaded_before_is_refused(
         stale("q3")
 
 
+@pytest.mark.usefixtures("talked")
 def test_it_is_refused_when_the_conversation_is_as_long_again(
     factory: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
-    talk(factory, 2)
     managers = [factory.create_session_manager("s") for _ in range(4)]
     says, syncs, redacts, views = (agent(manager, "late") for manager in managers)
     factory.rewind_session("s", 1)
@@ -463,8 +482,8 @@ def test_it_is_refused_when_the_conversation_is_as_long_again(
     assert head(stored) == before
 
 
+@pytest.mark.usefixtures("talked")
 def test_a_turn_that_is_under_way_is_refused(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
-    talk(factory, 2)
 
     @tool
     def rewind() -> str:
@@ -478,8 +497,8 @@ def test_a_turn_that_is_under_way_is_refused(factory: MongoDBSessionManagerFacto
     assert texts(head(stored)["messages"]) == ["q0"]
 
 
+@pytest.mark.usefixtures("talked")
 def test_reloading_continues_after_a_rewind(factory: MongoDBSessionManagerFactory) -> None:
-    talk(factory, 2)
     with factory.create_session_manager("s") as manager:
         live = agent(manager, "other")
         factory.rewind_session("s", 1)
@@ -500,10 +519,10 @@ def test_an_agent_that_the_same_manager_has_created_is_refused(factory: MongoDBS
         live("q1")
 
 
+@pytest.mark.usefixtures("talked")
 def test_an_orchestrator_that_was_loaded_before_is_refused(
     factory: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
-    talk(factory, 2)
     with factory.create_session_manager("s") as manager:
         pipeline(manager, node("one", "1"), node("two", "2"))("the task")
     stale = pipeline(factory.create_session_manager("s"), node("one", "3"), node("two", "4"))
@@ -519,9 +538,9 @@ def test_an_orchestrator_that_was_loaded_before_is_refused(
 # The lease.
 
 
+@pytest.mark.usefixtures("talked")
 def test_a_session_whose_lease_is_held_is_not_rewound(server: str, database: str, stored: Stored) -> None:
     with MongoDBSessionManagerFactory(server, database, on_busy="wait") as factory:
-        talk(factory, 2)
         with factory.create_session_manager("s") as manager:
             before = snapshot(stored)
             with pytest.raises(SessionBusyError, match="session 's' is busy: a manager has its turn"):
@@ -623,7 +642,7 @@ def test_what_a_rewind_costs(long: MongoDBSessionRepository, stored: Stored, sen
 def whole(repository: MongoDBSessionRepository, stored: Stored, last: int) -> None:
     """The session is rewound, and opening it leaves nothing of what was removed."""
     repository.open_session("s")
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     assert told(repository.list_messages("s", "agent")) == expected(last + 1)
     images = sum(n <= last for n in IMAGES)
     assert left_of(stored, "s").count("agent_sessions_attachments.files") == images
@@ -644,32 +663,30 @@ def test_a_rewind_may_stop_at_every_command(
     repository: MongoDBSessionRepository,
     stored: Stored,
     documents: dict[str, list[Any]],
+    stopping: MongoDBSessionRepository,
     server: str,
-    database: str,
     some: Callable[[Any, int], list[int]],
     last: int,
     keep_as: str | None,
 ) -> None:
     commands = {(None, 26): 7, (None, 10): 12, ("t", 26): 22, ("t", 10): 27}[keep_as, last]
-    with copying(server, database) as rewinding:
-        rewinding.session_exists("warm-up")
-        for number in [*some(range(commands - 2), 1), commands - 2, commands - 1]:
-            store_again(emptied(stored), documents)
-            messages = repository.list_messages("s", "agent")
-            with fails_at(server, number, errorCode=8000), contextlib.suppress(MongoDBSessionError):
-                rewinding.rewind_session("s", last, keep_as=keep_as)
-            is_rewound = head(stored)["next_message_id"] == last + 1
-            is_kept = keep_as is not None and repository.session_exists("t")
-            assert is_rewound or number < commands
-            assert is_kept or keep_as is None or not is_rewound
-            if is_kept:
-                assert repository.list_messages("t", "agent") == messages
-            if not is_rewound:
-                assert repository.list_messages("s", "agent") == messages
-                rewinding.rewind_session("s", last, keep_as=None if is_kept else keep_as)
-            if keep_as is not None:
-                assert repository.list_messages("t", "agent") == messages
-            whole(repository, stored, last)
+    for number in [*some(range(commands - 1), 1), commands - 1]:
+        store_again(emptied(stored), documents)
+        messages = repository.list_messages("s", "agent")
+        with fails_at(server, number, errorCode=8000), contextlib.suppress(MongoDBSessionError):
+            stopping.rewind_session("s", last, keep_as=keep_as)
+        is_rewound = head(stored)["next_message_id"] == last + 1
+        is_kept = keep_as is not None and repository.session_exists("t")
+        assert is_rewound or number < commands
+        assert is_kept or keep_as is None or not is_rewound
+        if is_kept:
+            assert repository.list_messages("t", "agent") == messages
+        if not is_rewound:
+            assert repository.list_messages("s", "agent") == messages
+            stopping.rewind_session("s", last, keep_as=None if is_kept else keep_as)
+        if keep_as is not None:
+            assert repository.list_messages("t", "agent") == messages
+        whole(repository, stored, last)
 
 
 @pytest.mark.parametrize(
@@ -678,32 +695,28 @@ def test_a_rewind_may_stop_at_every_command(
     ids=",".join,
 )
 def test_a_rewind_survives_a_lost_connection(
-    long: MongoDBSessionRepository, stored: Stored, server: str, names: list[str], database: str
+    long: MongoDBSessionRepository, stopping: MongoDBSessionRepository, stored: Stored, server: str, names: list[str]
 ) -> None:
-    with copying(server, database) as rewinding:
-        rewinding.session_exists("warm-up")
-        with fail_point(server, failCommands=names, appName="copying", times=2, closeConnection=True):
-            rewinding.rewind_session("s", 10)
+    with fail_point(server, failCommands=names, appName="copying", times=2, closeConnection=True):
+        stopping.rewind_session("s", 10)
     whole(long, stored, 10)
 
 
 @pytest.mark.parametrize("last", alternating(10, 26, -1))
 def test_a_rewind_whose_acknowledgement_is_lost_is_made_once(
-    long: MongoDBSessionRepository, stored: Stored, server: str, database: str, last: int
+    long: MongoDBSessionRepository, stopping: MongoDBSessionRepository, stored: Stored, server: str, last: int
 ) -> None:
     error = {"code": 91, "errmsg": "the acknowledgement is lost"}
-    with copying(server, database) as rewinding:
-        rewinding.session_exists("warm-up")
-        lost: Any = {"writeConcernError": error, "errorLabels": ["RetryableWriteError"], "appName": "copying"}
-        with fail_point(server, failCommands=["findAndModify"], times=2, **lost):
-            rewinding.rewind_session("s", last, keep_as="kept")
+    lost: Any = {"writeConcernError": error, "errorLabels": ["RetryableWriteError"], "appName": "copying"}
+    with fail_point(server, failCommands=["findAndModify"], times=2, **lost):
+        stopping.rewind_session("s", last, keep_as="kept")
     assert told(long.list_messages("kept", "agent")) == expected(30)
     whole(long, stored, last)
 
 
 def test_turns_and_rewinds_at_the_same_time_are_one_after_the_other(long: MongoDBSessionRepository) -> None:
     def rewind() -> None:
-        for last in (25, 12, 6, 3):
+        for last in (25, 9, 3):
             while True:
                 with contextlib.suppress(SessionConflictError):
                     long.rewind_session("s", last)
@@ -740,29 +753,6 @@ def test_of_several_rewinds_each_is_whole(long: MongoDBSessionRepository, stored
     whole(long, stored, min(done))
 
 
-class AtCommand(monitoring.CommandListener):
-    """Does something before the command of a number is sent."""
-
-    def __init__(self) -> None:
-        self.left = 0
-        self.act: Callable[[], object] | None = None
-        self.error: BaseException | None = None  # which the driver would swallow
-
-    def started(self, event: monitoring.CommandStartedEvent) -> None:
-        if event.command_name in ("createIndexes", "hello", "endSessions"):
-            return
-        self.left -= 1
-        if self.left < 0 and self.act is not None:
-            act, self.act = self.act, None
-            try:
-                act()
-            except BaseException as error:
-                self.error = error
-
-    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
-    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
-
-
 def window(removed: int) -> dict[str, Any]:
     return {"__name__": "SlidingWindowConversationManager", "removed_message_count": removed, "model_call_count": 0}
 
@@ -773,54 +763,47 @@ def move(stored: Stored) -> None:
     other.cut()
 
 
-class BeforeTheStatement(AtCommand):
-    """Does something between the reads of a rewind and its statement."""
-
-    def started(self, event: monitoring.CommandStartedEvent) -> None:
-        if event.command_name == "findAndModify":
-            super().started(event)
-
-
 @contextlib.contextmanager
-def overtaken(server: str, database: str, act: Callable[[], object]) -> Iterator[MongoDBSessionRepository]:
-    """A repository whose next rewind is overtaken."""
-    before = BeforeTheStatement()
-    with MongoDBSessionRepository(server, database, **LIMITS, event_listeners=[before]) as rewinding:
-        rewinding.session_exists("warm-up")
-        before.act = act
-        yield rewinding
-    assert before.act is None
-    assert before.error is None
+def overtaken(at: AtCommand, act: Callable[[], object]) -> Iterator[None]:
+    """Do something between the reads of the next rewind and its statement."""
+    at.before(0, act, "findAndModify")
+    yield
+    assert at.act is at.error is None
 
 
-@pytest.mark.parametrize("last", [10, 26])
+@pytest.mark.parametrize("last", alternating(10, 26))
 @pytest.mark.parametrize("keep_as", alternating(None, "t"))
-@pytest.mark.parametrize("what", ["append", "append by the original", "lease"])
 def test_a_rewind_that_is_overtaken_is_refused(
     long: MongoDBSessionRepository,
-    server: str,
-    database: str,
+    rewinding: MongoDBSessionRepository,
+    at: AtCommand,
     stored: Stored,
     last: int,
     keep_as: str | None,
-    what: str,
 ) -> None:
-    unnumbered = {**head(stored)["messages"][-1], "message_id": 30}
-    acts: dict[str, Callable[[], object]] = {
-        "append": lambda: append(long, 30),
-        "append by the original": lambda: stored.update_one({}, {"$push": {"agents.agent.messages": unnumbered}}),
-        "lease": lambda: hold_lease(stored, 60),
-    }
-    error = SessionBusyError if what == "lease" else SessionConflictError
-    with overtaken(server, database, acts[what]) as rewinding, pytest.raises(error):
-        rewinding.rewind_session("s", last, keep_as=keep_as)
-    assert len(long.list_messages("s", "agent")) == (30 if what == "lease" else 31)
-    assert left_of(stored, "t") == []
+    def refused(error: type[MongoDBSessionError], act: Callable[[], object], count: int) -> None:
+        with overtaken(at, act), pytest.raises(error):
+            rewinding.rewind_session("s", last, keep_as=keep_as)
+        assert len(long.list_messages("s", "agent")) == count
+        assert left_of(stored, "t") == []
+
+    unnumbered = {**head(stored)["messages"][-1], "message_id": 31}
+    refused(SessionBusyError, lambda: hold_lease(stored, 60), 30)
+    stored.update_one({"_id": "s"}, {"$unset": {"lease": ""}})
+    refused(SessionConflictError, lambda: append(long, 30), 31)
+    by_the_original = {"$push": {"agents.agent.messages": unnumbered}}
+    refused(SessionConflictError, lambda: stored.update_one({"_id": "s"}, by_the_original), 32)
 
 
 @pytest.mark.parametrize("last", alternating(10, 26))
 def test_a_message_that_is_redacted_meanwhile_stays_redacted(
-    long: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Stored, last: int
+    long: MongoDBSessionRepository,
+    rewinding: MongoDBSessionRepository,
+    at: AtCommand,
+    database: str,
+    driver: Driver,
+    stored: Stored,
+    last: int,
 ) -> None:
     stored.database["agent_sessions_archive"].update_many(
         {"messages.message_id": 10}, {"$set": {"messages.$.message.content.0.text": SECRET}}
@@ -830,7 +813,7 @@ def test_a_message_that_is_redacted_meanwhile_stays_redacted(
         long.update_message("s", "agent", redacted(10))
         long.update_message("s", "agent", redacted(26))
 
-    with overtaken(server, database, redact) as rewinding:
+    with overtaken(at, redact):
         rewinding.rewind_session("s", last)
     assert told(long.list_messages("s", "agent"))[10] == "[redacted]"
     assert not in_database(driver, database, SECRET)
@@ -839,37 +822,37 @@ def test_a_message_that_is_redacted_meanwhile_stays_redacted(
 
 
 def test_with_a_copy_a_message_that_is_redacted_meanwhile_refuses_the_rewind(
-    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+    long: MongoDBSessionRepository, rewinding: MongoDBSessionRepository, at: AtCommand, stored: Stored
 ) -> None:
     for message_id in (28, 12):
         redact = functools.partial(long.update_message, "s", "agent", redacted(message_id))
-        with overtaken(server, database, redact) as rewinding, pytest.raises(SessionConflictError):
+        with overtaken(at, redact), pytest.raises(SessionConflictError):
             rewinding.rewind_session("s", 10, keep_as="t")
         assert len(long.list_messages("s", "agent")) == 30
         assert left_of(stored, "t") == []
 
 
 def test_state_that_is_stored_meanwhile_is_cut(
-    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+    long: MongoDBSessionRepository, rewinding: MongoDBSessionRepository, at: AtCommand, stored: Stored
 ) -> None:
     def store() -> None:
         long.update_agent("s", SessionAgent("agent", {"language": "en"}, window(7), {}))
         view = {"after": 30, "items": [{"runs": [[0, 1], [20, 28]]}]}
         stored.update_one({"_id": "s"}, {"$set": {"agents.agent.view": view}})
 
-    with overtaken(server, database, store) as rewinding:
+    with overtaken(at, store):
         rewinding.rewind_session("s", 26)
     assert long.read_agent("s", "agent").conversation_manager_state == window(4)
     assert long.read_agent("s", "agent").state == {"language": "en"}
     assert head(stored)["view"] == {"after": 27, "items": [{"runs": [[0, 1], [20, 26]]}]}
-    with overtaken(server, database, lambda: stored.update_one({}, {"$unset": {"agents.agent.view": ""}})) as rewinding:
+    with overtaken(at, lambda: stored.update_one({}, {"$unset": {"agents.agent.view": ""}})):
         rewinding.rewind_session("s", 25)
     assert "view" not in head(stored)
 
     def store_state() -> None:
         long.update_agent("s", SessionAgent("agent", {}, window(2), {}))
 
-    with overtaken(server, database, store_state) as rewinding:
+    with overtaken(at, store_state):
         rewinding.rewind_session("s", 24)
     assert long.read_agent("s", "agent").conversation_manager_state == window(1)
 
@@ -906,19 +889,17 @@ def test_a_move_that_is_under_way_leaves_no_removed_message(
 
 
 def test_what_an_interrupted_rewind_has_left_is_not_read_and_does_not_hold_files(
-    long: MongoDBSessionRepository, server: str, database: str, stored: Stored
+    long: MongoDBSessionRepository, stopping: MongoDBSessionRepository, server: str, stored: Stored
 ) -> None:
-    with copying(server, database) as rewinding:
-        rewinding.session_exists("warm-up")
-        with fails_at(server, 3, errorCode=8000):
-            rewinding.rewind_session("s", 10)
-        assert "stale_below" in head(stored)
-        assert [long.read_message("s", "agent", n) for n in (11, 17, 24, 29)] == [None] * 4
-        with pytest.raises(MessageNotFoundError):
-            long.update_message("s", "agent", redacted(17))
-        assert left_of(stored, "s").count("agent_sessions_attachments.files") == 3
-        long.update_message("s", "agent", redacted(10))
-        assert left_of(stored, "s").count("agent_sessions_attachments.files") == 1
+    with fails_at(server, 3, errorCode=8000):
+        stopping.rewind_session("s", 10)
+    assert "stale_below" in head(stored)
+    assert [long.read_message("s", "agent", n) for n in (11, 17, 24, 29)] == [None] * 4
+    with pytest.raises(MessageNotFoundError):
+        long.update_message("s", "agent", redacted(17))
+    assert left_of(stored, "s").count("agent_sessions_attachments.files") == 3
+    long.update_message("s", "agent", redacted(10))
+    assert left_of(stored, "s").count("agent_sessions_attachments.files") == 1
     assert told(long.list_messages("s", "agent")) == [*expected(10), "[redacted]"]
     long.open_session("s")
     eventually(lambda: "stale_below" not in head(stored))
@@ -944,8 +925,8 @@ EVENTS: dict[str, Any] = {
 @pytest.mark.parametrize("what", EVENTS)
 def test_whatever_happens_between_two_commands_of_a_rewind(
     repository: MongoDBSessionRepository,
-    server: str,
-    database: str,
+    rewinding: MongoDBSessionRepository,
+    at: AtCommand,
     stored: Stored,
     documents: dict[str, list[Any]],
     some: Callable[[Any, int], list[Any]],
@@ -963,31 +944,28 @@ def test_whatever_happens_between_two_commands_of_a_rewind(
         "again": lambda: [repository.delete_session("s"), begin(repository), append(repository, *range(12))],
         "lease": lambda: hold_lease(stored, 60),
     }
-    at = AtCommand()
     cases = [(last, keep_as, n) for last in (26, 10) for keep_as in (None, "t") for n in range(25 if keep_as else 9)]
-    with MongoDBSessionRepository(server, database, **LIMITS, event_listeners=[at]) as rewinding:
-        rewinding.session_exists("warm-up")
-        for case in some(cases, 1):
-            last, keep_as, number = case
-            store_again(emptied(stored), documents)
-            repository._async._store.mover.forget("s", "agent")
-            before = {message.message_id: message.to_message() for message in repository.list_messages("s", "agent")}
-            at.left, at.act, at.error = number, acts[what], None
-            refusal = None
-            try:
-                rewinding.rewind_session("s", last, keep_as=keep_as)
-            except MongoDBSessionError as error:
-                refusal = error
-            happened, at.act = at.act is None, None
-            print(what, case, happened, repr(refusal), repr(at.error))
-            assert at.error is None or isinstance(at.error, GONE)
-            assert refusal is None or (happened and isinstance(refusal, EVENTS[what]))
-            check_copy(repository, what, before, refusal, keep_as)
-            if repository.session_exists("s"):
-                check_session(repository, stored, what, last, refusal)
-            else:
-                assert what == "delete"
-                assert left_of(stored, "s") == []
+    for case in some(cases, 1):
+        last, keep_as, number = case
+        store_again(emptied(stored), documents)
+        repository._async._store.mover.forget("s", "agent")
+        before = {message.message_id: message.to_message() for message in repository.list_messages("s", "agent")}
+        at.before(number, acts[what])
+        refusal = None
+        try:
+            rewinding.rewind_session("s", last, keep_as=keep_as)
+        except MongoDBSessionError as error:
+            refusal = error
+        happened, at.act = at.act is None, None
+        print(what, case, happened, repr(refusal), repr(at.error))
+        assert at.error is None or isinstance(at.error, GONE)
+        assert refusal is None or (happened and isinstance(refusal, EVENTS[what]))
+        check_copy(repository, what, before, refusal, keep_as)
+        if repository.session_exists("s"):
+            check_session(repository, stored, what, last, refusal)
+        else:
+            assert what == "delete"
+            assert left_of(stored, "s") == []
 
 
 def check_copy(
@@ -1019,7 +997,7 @@ def check_session(
     else:
         assert len(found) == {"rewind": 21, "again": 12, "append": 50}.get(what, 30)
     repository.open_session("s")
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     if what == "redact":
         shown = [told([message]) for message in found if message.redact_message is not None]
         assert all(each == ["[redacted]"] for each in shown)
@@ -1036,40 +1014,36 @@ def check_session(
 @pytest.mark.parametrize("kind", ["export", "fork"])
 def test_a_copy_that_is_made_during_a_rewind_holds_no_mixture(
     repository: MongoDBSessionRepository,
-    server: str,
-    database: str,
+    rewinding: MongoDBSessionRepository,
+    at: AtCommand,
     stored: Stored,
     documents: dict[str, list[Any]],
     some: Callable[[Any, int], list[int]],
     kind: str,
 ) -> None:
     def rewind_and_go_on() -> None:
-        with MongoDBSessionRepository(server, database, **LIMITS) as writer:
-            writer.rewind_session("s", 6)
-            for begin in range(7, 37, 5):
-                apply(writer, "s", appends(range(begin, begin + 5), "other {}"))
-                settled(stored)
+        repository.rewind_session("s", 6)
+        for first in range(7, 37, 5):
+            apply(repository, "s", appends(range(first, first + 5), "other {}"))
+            settled(stored)
 
-    at = AtCommand()
-    with MongoDBSessionRepository(server, database, **LIMITS, event_listeners=[at]) as copying:
-        copying.session_exists("warm-up")
-        for number in some(range(15), 2):
-            store_again(emptied(stored), documents)
-            at.left, at.act, at.error = number, rewind_and_go_on, None
-            try:
-                if kind == "fork":
-                    copying.fork_session("s", "t")
-                else:
-                    lines = list(copying.export_session("s"))
-                    at.act = None
-                    repository.import_session(lines, "t")
-            except SessionConflictError:
-                assert kind == "export"
-                continue
-            at.act = None
-            assert at.error is None
-            found = told(repository.list_messages("t", "agent"))
-            assert found in (expected(30), [*expected(7), *(f"other {n}" for n in range(7, 37))])
+    for number in some(range(15), 2):
+        store_again(emptied(stored), documents)
+        at.before(number, rewind_and_go_on)
+        try:
+            if kind == "fork":
+                rewinding.fork_session("s", "t")
+            else:
+                lines = list(rewinding.export_session("s"))
+                at.act = None
+                repository.import_session(lines, "t")
+        except SessionConflictError:
+            assert kind == "export"
+            continue
+        at.act = None
+        assert at.error is None
+        found = told(repository.list_messages("t", "agent"))
+        assert found in (expected(30), [*expected(7), *(f"other {n}" for n in range(7, 37))])
 
 
 # Against a fork, as a model.
@@ -1107,9 +1081,9 @@ def shown_of(factory: MongoDBSessionManagerFactory, session_id: str, window_size
         return [one.messages, one.conversation_manager.get_state(), one.state.get()]
 
 
-@settings(max_examples=settings.default.max_examples // 5)
+@settings(max_examples=settings.default.max_examples // 7)
 @given(
-    steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=8),
+    steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=6),
     places=st.lists(st.floats(0, 1), min_size=1, max_size=2),
     window_size=st.sampled_from([None, 2, 4]),
 )
@@ -1129,7 +1103,7 @@ def test_a_rewound_session_is_as_a_fork(
                 take_step(manager, window_size, step, number)
         if "agent" not in stored.find_one({"_id": "s"})["agents"]:
             break
-        eventually(lambda: not small._connection._tasks)
+        idle(small)
         count = repository.get_message_count("s", "agent")
         as_a_fork(repository, min(int(place * count), count - 1), keep_fork=True)
         session, fork = (stored.find_one({"_id": session_id}) for session_id in ("s", "fork"))
@@ -1141,7 +1115,7 @@ def test_a_rewound_session_is_as_a_fork(
         for session_id in ("s", "fork"):
             with small.create_session_manager(session_id) as manager:
                 take_step(manager, window_size, "use a tool", 1000)
-        eventually(lambda: not small._connection._tasks)
+        idle(small)
         told_by = [told(repository.list_messages(session_id, "agent")) for session_id in ("s", "fork")]
         assert told_by[0] == told_by[1]
         assert repository.get_usage("s") == repository.get_usage("fork")

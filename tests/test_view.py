@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from bson import ObjectId, json_util
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strands import Agent, tool
 from strands.agent.conversation_manager import (
@@ -26,7 +25,7 @@ from strands.storage import InMemoryStorage
 from strands.types.exceptions import ContextWindowOverflowException
 from strands.types.session import SessionMessage
 
-from fix_archive import told
+from fix_archive import idle, told
 from mongodb_session_manager import (
     EncodingError,
     InvalidArgumentError,
@@ -35,7 +34,7 @@ from mongodb_session_manager import (
     StateTooLargeError,
 )
 from mongodb_session_manager.demo import ScriptedModel
-from support import CommandLog, agent, alternating, eventually, fail_point, sampled, texts
+from support import CommandLog, agent, alternating, fail_point, sampled, texts
 
 Documents = Any
 
@@ -44,12 +43,23 @@ def restored(factory: MongoDBSessionManagerFactory, session_id: str = "s", **opt
     return agent(factory.create_session_manager(session_id), **options)
 
 
-def turns(factory: MongoDBSessionManagerFactory, count: int = 3, **options: Any) -> tuple[Any, Agent]:
-    """Return a manager and its agent after some turns, with the messages q0, a0, q1, a1, ..."""
-    manager = factory.create_session_manager("s")
-    live = agent(manager, *(f"a{n}" for n in range(count + 10)), **options)
-    for n in range(count):
-        live(f"q{n}")
+def tell_both(manager: Any, live: Agent, *texts: str) -> None:
+    """Append the texts of a user and of the agent in turn, as a turn does, which takes longer."""
+    for n, text in enumerate(texts):
+        role = ("user", "assistant")[n % 2]
+        message: Any = {"role": role, "content": [{"text": text}], "tracking_id": str(uuid.uuid4())}
+        live.messages.append(message)
+        manager.append_message(message, live)
+    manager.sync_agent(live)
+
+
+def turns(
+    factory: MongoDBSessionManagerFactory, count: int = 3, max_embedded_messages: int = 128, **options: Any
+) -> tuple[Any, Agent]:
+    """Return a manager and its agent with the messages q0, a0, q1, a1, ...; further turns go on with them."""
+    manager = factory.create_session_manager("s", max_embedded_messages=max_embedded_messages)
+    live = agent(manager, *(f"a{n}" for n in range(count, count + 10)), **options)
+    tell_both(manager, live, *(f"{kind}{n}" for n in range(count) for kind in "qa"))
     return manager, live
 
 
@@ -58,7 +68,9 @@ def view_of(stored: Documents) -> Any:
 
 
 def test_nothing_is_stored_while_nothing_was_edited(factory: MongoDBSessionManagerFactory, stored: Documents) -> None:
-    manager, live = turns(factory)
+    manager, live = turns(factory, 1)
+    live("q1")
+    live("q2")
     manager.close()
     assert view_of(stored) is None
     assert restored(factory).messages == live.messages
@@ -121,27 +133,19 @@ EDITS = [
 @pytest.mark.parametrize("edit", alternating(*EDITS))
 @pytest.mark.parametrize("manager_of", alternating(NullConversationManager, SlidingWindowConversationManager))
 def test_an_edit_is_restored(
-    factory: MongoDBSessionManagerFactory, edit: Callable[[list[Any]], None], manager_of: type
+    factory: MongoDBSessionManagerFactory, stored: Documents, edit: Callable[[list[Any]], None], manager_of: type
 ) -> None:
+    """After a restart, and between two turns."""
     manager, live = turns(factory, conversation_manager=manager_of())
     edit(live.messages)
     manager.close()
-    again = restored(factory, conversation_manager=manager_of())
+    again = agent(factory.create_session_manager("s"), "later", "at last", conversation_manager=manager_of())
     assert again.messages == live.messages
-    again = agent(factory.create_session_manager("s"), "later", conversation_manager=manager_of())
     again("and now?")
     assert restored(factory, conversation_manager=manager_of()).messages == again.messages
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edit_between_turns_is_restored(
-    factory: MongoDBSessionManagerFactory, stored: Documents, edit: Callable[[list[Any]], None]
-) -> None:
-    _, live = turns(factory)
-    edit(live.messages)
-    live("next")
-    live("and one more")
-    assert restored(factory).messages == live.messages
+    edit(again.messages)
+    again("really?")
+    assert restored(factory, conversation_manager=manager_of()).messages == again.messages
     assert texts(stored.find_one("s")["agents"]["agent"]["messages"])[:6] == ["q0", "a0", "q1", "a1", "q2", "a2"]
 
 
@@ -327,7 +331,7 @@ def test_an_edit_leaves_out_no_message_that_was_appended_to_the_session_alone(
 ) -> None:
     manager, live = turns(factory, 2)
     manager.append_message(said_apart("apart"), live)
-    live("q2")
+    tell_both(manager, live, "q2", "a2")
     edit(live.messages)
     manager.sync_agent(live)
     live("q3")
@@ -435,31 +439,32 @@ def test_restoring_a_view_takes_one_command(factory: MongoDBSessionManagerFactor
     assert commands.names == ["findAndModify"]
 
 
-def test_archived_messages_of_a_view_take_one_more_command(server: str, database: str, commands: CommandLog) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=4, event_listeners=[commands]) as factory:
-        manager, live = turns(factory, 12, conversation_manager=NullConversationManager())
-        manager.close()
-        live = restored(factory, conversation_manager=NullConversationManager())
-        manager = live._session_manager
-        pin_message(live.messages, 0)
-        live.messages[1:18] = [live.messages[9], live.messages[3]]
-        manager.close()
-        commands.clear()
-        again = restored(factory, conversation_manager=NullConversationManager())
-        assert again.messages == live.messages
-        assert [name for name in commands.names if name != "aggregate"] == ["findAndModify", "find"]
+def test_archived_messages_of_a_view_take_one_more_command(
+    factory: MongoDBSessionManagerFactory, commands: CommandLog
+) -> None:
+    manager, live = turns(factory, 12, max_embedded_messages=4, conversation_manager=NullConversationManager())
+    idle(factory)
+    manager.close()
+    live = restored(factory, conversation_manager=NullConversationManager())
+    manager = live._session_manager
+    pin_message(live.messages, 0)
+    live.messages[1:18] = [live.messages[9], live.messages[3]]
+    manager.close()
+    commands.clear()
+    again = restored(factory, conversation_manager=NullConversationManager())
+    assert again.messages == live.messages
+    assert commands.names == ["findAndModify", "find"]
 
 
 def test_archived_messages_of_a_view_that_are_missing_are_counted(
-    server: str, database: str, stored: Any, caplog: pytest.LogCaptureFixture
+    factory: MongoDBSessionManagerFactory, stored: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=4) as factory:
-        manager, live = turns(factory, 12, conversation_manager=NullConversationManager())
-        live.messages[0:18] = [live.messages[9], live.messages[3]]
-        manager.close()
-        eventually(lambda: not factory._connection._tasks)
-        assert stored.database["agent_sessions_archive"].delete_many({"_id.first": {"$lte": 9}}).deleted_count
-        again = restored(factory, conversation_manager=NullConversationManager())
+    manager, live = turns(factory, 12, max_embedded_messages=4, conversation_manager=NullConversationManager())
+    live.messages[0:18] = [live.messages[9], live.messages[3]]
+    manager.close()
+    idle(factory)
+    assert stored.database["agent_sessions_archive"].delete_many({"_id.first": {"$lte": 9}}).deleted_count
+    again = restored(factory, conversation_manager=NullConversationManager())
     assert 0 < len(again.messages) < len(live.messages)
     missing = len(live.messages) - len(again.messages)
     assert f"missing=<{missing}> | restoring an agent without messages that are missing in the archive" in caplog.text
@@ -470,7 +475,8 @@ def test_another_hook_edits_after_the_invocation(factory: MongoDBSessionManagerF
         def register_hooks(self, registry: Any, **kwargs: Any) -> None:
             registry.add_callback(AfterInvocationEvent, lambda event: event.agent.messages.__delitem__(slice(0, -2)))
 
-    manager, live = turns(factory, hooks=[Trims()])
+    manager, live = turns(factory, 2, hooks=[Trims()])
+    live("q2")
     assert texts(live.messages) == ["q2", "a2"]
     manager.close()
     assert texts(restored(factory).messages) == ["q2", "a2"]
@@ -510,9 +516,9 @@ def test_a_view_that_is_too_large_is_refused_by_name(
     manager, live = turns(factory, 1)
     live.messages += [{"role": "user", "content": [{"text": "x" * (9 << 20)}]} for _ in range(2)]
     with pytest.raises(StateTooLargeError, match="view of agent 'agent' was not stored"):
-        live("next")
+        tell_both(manager, live, "next", "a1")
     assert view_of(stored) is None
-    live("told once")
+    tell_both(manager, live, "told once", "a2")
     assert told(factory._portal.call(factory._async.list_messages, "s", "agent"))[-2:] == ["told once", "a2"]
     del live.messages[2:4]
     live("smaller")
@@ -537,45 +543,43 @@ def everything(stored: Documents) -> str:
     return str([list(database[name].find()) for name in database.list_collection_names()])
 
 
-def edited_secret(factory: MongoDBSessionManagerFactory) -> tuple[Any, Agent]:
-    manager = factory.create_session_manager("s")
-    live = agent(manager, *(f"a{n}" for n in range(12)), conversation_manager=NullConversationManager())
-    live(SECRET)
-    live("q1")
+def edited_secret(factory: MongoDBSessionManagerFactory, in_document: int = 128) -> tuple[Any, Agent]:
+    manager = factory.create_session_manager("s", max_embedded_messages=in_document)
+    live = agent(manager, *(f"a{n}" for n in range(2, 12)), conversation_manager=NullConversationManager())
+    tell_both(manager, live, SECRET, "a0", "q1", "a1")
     live.messages[0]["content"] = [{"text": "shortened: " + SECRET[:-3]}]
     live("q2")
     return manager, live
 
 
 @pytest.mark.parametrize("in_document", [1, 128])
-def test_redacting_a_message_reaches_the_view(server: str, database: str, stored: Documents, in_document: int) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=in_document) as factory:
-        manager, live = edited_secret(factory)
-        manager.close()
-        assert restored(factory, conversation_manager=NullConversationManager()).messages == live.messages
-        assert "shortened" in str(view_of(stored))
-        redact(factory, 0)
-        assert "swordfish" not in everything(stored)
-        again = restored(factory, conversation_manager=NullConversationManager())
-        assert texts(again.messages) == ["[redacted]", "a0", "q1", "a1", "q2", "a2"]
+def test_redacting_a_message_reaches_the_view(
+    factory: MongoDBSessionManagerFactory, stored: Documents, in_document: int
+) -> None:
+    manager, live = edited_secret(factory, in_document)
+    manager.close()
+    assert restored(factory, conversation_manager=NullConversationManager()).messages == live.messages
+    assert "shortened" in str(view_of(stored))
+    redact(factory, 0)
+    assert "swordfish" not in everything(stored)
+    again = restored(factory, conversation_manager=NullConversationManager())
+    assert texts(again.messages) == ["[redacted]", "a0", "q1", "a1", "q2", "a2"]
 
 
 @pytest.mark.parametrize("in_document", [1, 128])
 @pytest.mark.parametrize("is_later", [False, True])
 def test_a_message_that_somebody_else_redacts_does_not_come_back(
-    server: str, database: str, stored: Documents, in_document: int, is_later: bool
+    factory: MongoDBSessionManagerFactory, stored: Documents, in_document: int, is_later: bool
 ) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=in_document) as factory:
-        _, live = edited_secret(factory)
-        redact(factory, 0)
-        if is_later:
-            live.messages[0]["content"] = [{"text": "shorter: " + SECRET[:-5]}]
-        live.messages.insert(1, {"role": "assistant", "content": [{"text": "inserted"}]})
-        live("q3")
-        assert "swordfish" not in everything(stored)
-        assert texts(restored(factory, conversation_manager=NullConversationManager()).messages)[:3] == [
-            *("[redacted]", "inserted", "a0")
-        ]
+    _, live = edited_secret(factory, in_document)
+    redact(factory, 0)
+    if is_later:
+        live.messages[0]["content"] = [{"text": "shorter: " + SECRET[:-5]}]
+    live.messages.insert(1, {"role": "assistant", "content": [{"text": "inserted"}]})
+    live("q3")
+    assert "swordfish" not in everything(stored)
+    again = restored(factory, conversation_manager=NullConversationManager())
+    assert texts(again.messages)[:3] == ["[redacted]", "inserted", "a0"]
 
 
 def test_a_message_that_the_manager_replaces_is_restored_with_the_new_content(
@@ -617,46 +621,52 @@ COPIES = [(edit, copy_of) for edit in EDITS for copy_of in ("fork", "export", "w
     sampled(COPIES, (pin, "fork"), (merge, "fork"), (merge, "export"), (clear, "export"), (say, "write back")),
 )
 def test_copies_restore_the_live_messages(
-    server: str, database: str, edit: Callable[[list[Any]], None], copy_of: str
+    factory: MongoDBSessionManagerFactory, edit: Callable[[list[Any]], None], copy_of: str
 ) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_embedded_messages=2) as factory:
-        manager, live = turns(factory, 4, conversation_manager=NullConversationManager())
-        edit(live.messages)
-        manager.close()
-        if copy_of == "fork":
-            factory.fork_session("s", "t")
-        elif copy_of == "export":
-            factory.import_session(factory.export_session("s"), session_id="t")
-        else:
-            factory.write_back("s")
-        copied = "s" if copy_of == "write back" else "t"
-        again = agent(factory.create_session_manager(copied), "b", conversation_manager=NullConversationManager())
-        assert again.messages == live.messages
-        again("later")
-        assert restored(factory, copied, conversation_manager=NullConversationManager()).messages == again.messages
+    manager, live = turns(factory, 4, max_embedded_messages=2, conversation_manager=NullConversationManager())
+    edit(live.messages)
+    manager.close()
+    idle(factory)
+    if copy_of == "fork":
+        factory.fork_session("s", "t")
+    elif copy_of == "export":
+        factory.import_session(factory.export_session("s"), session_id="t")
+    else:
+        factory.write_back("s")
+    copied = "s" if copy_of == "write back" else "t"
+    again = agent(factory.create_session_manager(copied), "b", conversation_manager=NullConversationManager())
+    assert again.messages == live.messages
+    again("later")
+    assert restored(factory, copied, conversation_manager=NullConversationManager()).messages == again.messages
 
 
 @pytest.mark.parametrize(
-    ("kept", "at_message", "expected"),
+    ("kept", "restored_at"),
     [
-        ([0, 2, 3, 6, 7], 7, ["q0", "q1", "a1", "q3", "a3"]),
-        ([0, 2, 3, 6, 7], 6, ["q0", "q1", "a1", "q3"]),
-        ([0, 2, 3, 6, 7], 2, ["q0", "q1"]),
-        ([0, 2, 3, 6, 7], 1, ["q0", "a0"]),  # not live: the original conversation
-        ([3, 5, 0], 3, ["a1"]),
+        (
+            [0, 2, 3, 6, 7],
+            {
+                7: ["q0", "q1", "a1", "q3", "a3"],
+                6: ["q0", "q1", "a1", "q3"],
+                2: ["q0", "q1"],
+                1: ["q0", "a0"],  # not live: the original conversation
+            },
+        ),
+        ([3, 5, 0], {3: ["a1"]}),
     ],
 )
 def test_a_fork_that_is_cut_restores_the_live_messages_until_there(
-    factory: MongoDBSessionManagerFactory, kept: list[int], at_message: int, expected: list[str]
+    factory: MongoDBSessionManagerFactory, kept: list[int], restored_at: dict[int, list[str]]
 ) -> None:
     manager, live = turns(factory, 4)
     live.messages[:] = [live.messages[n] for n in kept]
     manager.close()
-    factory.fork_session("s", "t", at_message=at_message)
-    again = agent(factory.create_session_manager("t"), "later")
-    assert texts(again.messages) == expected
-    again("more")
-    assert texts(restored(factory, "t").messages) == [*expected, "more", "later"]
+    for at_message, expected in restored_at.items():
+        factory.fork_session("s", fork := f"until {at_message}", at_message=at_message)
+        again = agent(factory.create_session_manager(fork), "later")
+        assert texts(again.messages) == expected
+        again("more")
+        assert texts(restored(factory, fork).messages) == [*expected, "more", "later"]
 
 
 # Attachments.
@@ -671,26 +681,25 @@ def picture() -> Any:
 @pytest.mark.parametrize("inline", alternating(0, 1 << 20))
 @pytest.mark.parametrize("copy_of", alternating(None, "fork", "export", "write back"))
 def test_an_edited_message_keeps_its_attachment(
-    server: str, database: str, stored: Documents, inline: int, copy_of: str | None
+    factory: MongoDBSessionManagerFactory, stored: Documents, inline: int, copy_of: str | None
 ) -> None:
-    with MongoDBSessionManagerFactory(server, database, max_inline_attachment_bytes=inline) as factory:
-        manager = factory.create_session_manager("s")
-        live = agent(manager, *"abc")
-        live([{"text": "what is it?"}, picture()])
-        live([{"text": "and this?"}, picture()])
-        pin_message(live.messages, 0)
-        live.messages[2]["content"][0] = {"text": "edited"}
-        live("thanks")
-        manager.close()
-        assert len(str(view_of(stored))) < 2000
-        session_id = "s"
-        if copy_of == "fork":
-            factory.fork_session("s", session_id := "t")
-        elif copy_of == "export":
-            factory.import_session(factory.export_session("s"), session_id=(session_id := "t"))
-        elif copy_of == "write back":
-            factory.write_back("s")
-        assert restored(factory, session_id).messages == live.messages
+    manager = factory.create_session_manager("s", max_inline_attachment_bytes=inline)
+    live = agent(manager, *"abc")
+    live([{"text": "what is it?"}, picture()])
+    live([{"text": "and this?"}, picture()])
+    pin_message(live.messages, 0)
+    live.messages[2]["content"][0] = {"text": "edited"}
+    live("thanks")
+    manager.close()
+    assert len(str(view_of(stored))) < 2000
+    session_id = "s"
+    if copy_of == "fork":
+        factory.fork_session("s", session_id := "t")
+    elif copy_of == "export":
+        factory.import_session(factory.export_session("s"), session_id=(session_id := "t"))
+    elif copy_of == "write back":
+        factory.write_back("s")
+    assert restored(factory, session_id).messages == live.messages
 
 
 # Other writers.
@@ -857,29 +866,28 @@ def test_a_view_that_does_not_fit_restores_as_much_as_there_is(
         session["agents"]["agent"]["view"] = view
         stored.insert_one(session)
         caplog.clear()
-        again = agent(factory.create_session_manager(session_id), "later")
+        manager = factory.create_session_manager(session_id)
+        again = agent(manager)
         assert (view, texts(again.messages)) == (view, expected)
         assert (view, bool(caplog.records)) == (view, view != {"after": 6, "items": []})
-        again("more")
+        tell_both(manager, again, "more", "later")
         assert (view, restored(factory, session_id).messages) == (view, again.messages)
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
+def test_a_view_that_cannot_be_restored_is_not_imported(factory: MongoDBSessionManagerFactory) -> None:
+    turns(factory)[0].close()
+    lines = [json.loads(line) for line in factory.export_session("s")]
+    del lines[-1]["end"]["sha256"]
+    views: list[Any] = [
         3,
         {"after": -1, "items": []},
         {"after": 1, "items": [{"runs": [[0, 2**31 - 1]]}]},
         {"after": 1, "items": [{"of": [], "at": [], "uses": [], "message": {"role": "user"}}]},
-    ],
-)
-def test_a_view_that_cannot_be_restored_is_not_imported(factory: MongoDBSessionManagerFactory, view: Any) -> None:
-    turns(factory)[0].close()
-    lines = [json.loads(line) for line in factory.export_session("s")]
-    lines[2]["fields"]["view"] = json.loads(json_util.dumps(view))
-    del lines[-1]["end"]["sha256"]
-    with pytest.raises(InvalidArgumentError, match="view"):
-        factory.import_session([json.dumps(line) + "\n" for line in lines], session_id="t")
+    ]
+    for view in views:
+        lines[2]["fields"]["view"] = json.loads(json_util.dumps(view))
+        with pytest.raises(InvalidArgumentError, match="view"):
+            factory.import_session([json.dumps(line) + "\n" for line in lines], session_id="t")
 
 
 # Random edits.
@@ -928,33 +936,23 @@ class Within:
         self.edits = []
 
 
-@pytest.fixture(scope="module")
-def keeping(server: str, shared_database: str) -> Iterator[dict[int, MongoDBSessionManagerFactory]]:
-    """Factories by the number of messages that a session document keeps."""
-    with ExitStack() as stack:
-        yield {
-            kept: stack.enter_context(MongoDBSessionManagerFactory(server, shared_database, max_embedded_messages=kept))
-            for kept in (1, 3, 128)
-        }
-
-
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     script=st.lists(steps, min_size=3, max_size=10),
     window=st.sampled_from([None, 4]),
     in_document=st.sampled_from([1, 3, 128]),
 )
 def test_whatever_is_edited_is_restored_and_nothing_that_was_said_is_lost(
-    keeping: dict[int, MongoDBSessionManagerFactory], script: list[Any], window: int | None, in_document: int
+    factory: MongoDBSessionManagerFactory, script: list[Any], window: int | None, in_document: int
 ) -> None:
     session_id = uuid.uuid4().hex
-    factory = keeping[in_document]
     said: list[Any] = []
     within = Within()
 
     def start() -> tuple[Any, Agent]:
         size = {} if window is None else {"window_size": window}
         keeper = NullConversationManager() if window is None else SlidingWindowConversationManager(**size)
-        manager = factory.create_session_manager(session_id)
+        manager = factory.create_session_manager(session_id, max_embedded_messages=in_document)
         return manager, agent(manager, *"abcdefghijklmno", conversation_manager=keeper, hooks=[within])
 
     manager, live = start()

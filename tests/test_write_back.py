@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-import bson
-import pymongo
 import pytest
 from strands.types.session import Session, SessionAgent, SessionMessage
 
@@ -30,11 +29,13 @@ from fix_archive import (
     appends,
     archive_of,
     begin,
+    document_size,
     documents_of,
     emptied,
     everything,
     expected,
     head,
+    idle,
     in_database,
     redacted,
     said,
@@ -60,7 +61,7 @@ from mongodb_session_manager._copying.write_back import WriteBack
 from mongodb_session_manager._format.changes import ReplaceMessage
 from mongodb_session_manager._format.layout import Place
 from proxy import Proxy, command
-from support import CommandLog, agent, apply, eventually, sampled, texts
+from support import CommandLog, agent, apply, client_of, sampled, texts
 
 LIMITS: dict[str, Any] = {**SMALL, "max_inline_attachment_bytes": 100}
 WITH_PICTURES = (2, 17, 29)
@@ -85,7 +86,7 @@ def fill(repository: MongoDBSessionRepository, stored: Stored) -> None:
         repository.update_message("s", "agent", shown(message_id))
     for message_id in (4, 28):
         repository.update_message("s", "agent", redacted(message_id))
-    eventually(lambda: not repository._async._connection._tasks)
+    idle(repository)
     assert archive_of(stored).count_documents({}) >= 8
 
 
@@ -114,7 +115,14 @@ WANTED = [*expected(4), "[redacted]", *expected(28, 5), "[redacted]", "text 29"]
 @pytest.fixture
 def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
     yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
+    idle(shared_repository)
+
+
+@pytest.fixture(scope="module")
+def back(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    """Another process, which archives nothing here."""
+    with MongoDBSessionRepository(server, shared_database) as repository:
+        yield repository
 
 
 @pytest.fixture
@@ -162,24 +170,15 @@ def test_the_original_restores_a_long_session_that_was_written_back(
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["factory", "factory, async"])
-def test_a_factory_writes_a_session_back(
-    factory: MongoDBSessionManagerFactory, stored: Stored, server: str, database: str, is_async: bool
-) -> None:
-    with factory.create_session_manager("s", **LIMITS) as manager:
-        live = agent(manager, *["answer"] * 10)
-        live(picture())
-        for n in range(9):
-            live(f"question {n}")
-    assert head(stored)["archived"] > 0
+@pytest.mark.usefixtures("filled")
+def test_a_factory_writes_a_session_back(factory: MongoDBSessionManagerFactory, stored: Stored, is_async: bool) -> None:
     if is_async:
         assert asyncio.run(factory.write_back_async("s")) is None  # type: ignore[func-returns-value]
     else:
         assert factory.write_back("s") is None  # type: ignore[func-returns-value]
-    _, messages = restored_by_the_original(stored)
-    assert len(messages) == 20
-    assert counts(stored) == [0, 0, 0]
+    assert_in_one_document(stored)
     with factory.create_session_manager("s") as manager:
-        assert len(agent(manager).messages) == 20
+        assert texts(agent(manager).messages) == WANTED
 
 
 @pytest.mark.anyio
@@ -260,7 +259,7 @@ def test_buckets_that_1_0_0_has_not_removed_are_removed(
 
 
 def test_this_version_goes_on_and_archives_again(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+    filled: MongoDBSessionRepository, back: MongoDBSessionRepository, stored: Stored
 ) -> None:
     filled.write_back("s")
     append(filled, 30)
@@ -271,10 +270,9 @@ def test_this_version_goes_on_and_archives_again(
         settled(stored)
     filled.update_message("s", "agent", said(7, "changed"))
     wanted = [*WANTED[:7], "changed", *WANTED[8:], *expected(50, 30)]
-    with MongoDBSessionRepository(server, database) as other:
-        assert everything(stored) == told(other.list_messages("s", "agent")) == wanted
-        other.write_back("s")
-        assert everything(stored) == told(other.list_messages("s", "agent")) == wanted
+    assert everything(stored) == told(back.list_messages("s", "agent")) == wanted
+    back.write_back("s")
+    assert everything(stored) == told(back.list_messages("s", "agent")) == wanted
     assert counts(stored) == [0, 0, 0]
 
 
@@ -305,33 +303,28 @@ def everything_stored(stored: Stored) -> list[Any]:
 
 
 def test_a_session_that_does_not_fit_is_refused_and_stays(filled: MongoDBSessionRepository, stored: Stored) -> None:
-    for message_id in (30, 31):
-        filled.create_message("s", "agent", said(message_id, f"{message_id}" + "x" * 5_000_000))
-    for message_id in (32, 33):
-        filled.create_message("s", "agent", shown(message_id, 5_000_000))
-    eventually(lambda: not filled._async._connection._tasks)
+    filled.create_message("s", "agent", said(30, "x" * 8_500_000))
+    filled.create_message("s", "agent", shown(31, 8_500_000))
+    idle(filled)
     before = everything_stored(stored)
-    with pytest.raises(StateTooLargeError, match=r"'s'.* would take 200\d{5} bytes.* 16777216"):
+    with pytest.raises(StateTooLargeError, match=r"'s'.* would take 170\d{5} bytes.* 16777216"):
         filled.write_back("s")
     assert everything_stored(stored) == before
 
 
 @pytest.mark.usefixtures("large")
 def test_the_size_is_known_to_the_byte(filled: MongoDBSessionRepository, stored: Stored) -> None:
-    filled.create_message("s", "agent", shown(30, 4_000_000))
-    eventually(lambda: not filled._async._connection._tasks)
-    document = stored.find_one({"_id": "s"})
-    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * 13_000_000}})
+    archived = head(stored)["archived"]
+    archive_of(stored).update_many({"_id.agent": "agent"}, {"$set": {"messages.$[].latency_ms": "x" * 600_000}})
+    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * 2_000_000}})
     with pytest.raises(StateTooLargeError) as refused:
         filled.write_back("s")
     size = int(str(refused.value).partition("would take ")[2].partition(" ")[0])
-    fitting = 13_000_000 - size + 16 * 1024 * 1024
-    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * (fitting + 1)}})
-    with pytest.raises(StateTooLargeError, match="16777217"):
-        filled.write_back("s")
-    assert head(stored)["archived"] == document["agents"]["agent"]["archived"]
-    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * fitting}})
+    assert head(stored)["archived"] == archived
+    stored.update_one({"_id": "s"}, {"$set": {"filler": "z" * (2_000_000 - size + 16 * 1024 * 1024)}})
     filled.write_back("s")
+    assert 0 < 16 * 1024 * 1024 - document_size(stored) < 500  # the list of the attachments that are now removed
+    assert told(restored_by_the_original(stored)[1]) == WANTED
     assert counts(stored) == [0, 0, 0]
 
 
@@ -358,7 +351,7 @@ def test_a_missing_bucket_or_attachment_is_an_error_and_changes_nothing(
 def stopped_after(uri: str, appname: str, done: int) -> Iterator[None]:
     """Have the server refuse all commands of a client but the first ones, as if its process ended there."""
     data = {"failCommands": COMMANDS, "appName": appname, "errorCode": 8000}
-    with pymongo.MongoClient(uri) as client:
+    with client_of(uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": done}, "data": data})
         try:
             yield
@@ -366,39 +359,43 @@ def stopped_after(uri: str, appname: str, done: int) -> Iterator[None]:
             client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
+class Target(NamedTuple):
+    """The sessions of a database, with its indexes, and their repository behind a proxy, the application `target`."""
+
+    uri: str
+    stored: Stored
+    proxy: Proxy
+    repository: MongoDBSessionRepository
+
+
 @pytest.fixture(scope="module")
-def places(embedded: str, standalone: str) -> Iterator[dict[str, Stored]]:
-    """The sessions of a database, with its indexes, on each of the two servers."""
+def targets(embedded: str, standalone: str) -> Iterator[dict[str, Target]]:
+    """A target on each of the two servers."""
     name = f"test_{uuid.uuid4().hex}"
     with contextlib.ExitStack() as stack:
         found = {}
         for where, uri in (("server", embedded), ("standalone", standalone)):
-            client = stack.enter_context(pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True))
+            client = stack.enter_context(client_of(uri))
             stack.callback(client.drop_database, name)
-            with MongoDBSessionRepository(uri, name) as repository:
-                repository.create_session(Session("s", "AGENT"))
-            found[where] = client[name]["agent_sessions"]
+            proxy = stack.enter_context(Proxy(uri))
+            repository = stack.enter_context(MongoDBSessionRepository(proxy.uri, name, appname="target", **LIMITS))
+            repository.create_session(Session("s", "AGENT"))
+            found[where] = Target(uri, client[name]["agent_sessions"], proxy, repository)
         yield found
 
 
-@pytest.mark.parametrize("goes_on", [False, True], ids=["called again", "used again"])
 def test_a_call_that_stops_anywhere_leaves_a_whole_session(
-    request: pytest.FixtureRequest,
-    embedded: str,
-    places: dict[str, Stored],
-    documents: dict[str, list[Any]],
-    goes_on: bool,
+    request: pytest.FixtureRequest, targets: dict[str, Target], documents: dict[str, list[Any]]
 ) -> None:
-    step = 1 if request.config.getoption("--full-adversity") else 8
-    stored = places["server"]
-    database = stored.database.name
-    with MongoDBSessionRepository(embedded, database, **LIMITS) as other:
-        for done in range(random.randrange(step), 44 + step, step):
+    """The session is written back again, at once or after it was used."""
+    step = 1 if request.config.getoption("--full-adversity") else 5
+    begins = range(random.randrange(step), 44 + step, step)
+    cases = [(done, goes_on) for done in begins for goes_on in (False, True) if step == 1 or goes_on == done % 2]
+    uri, stored, _, stopping = targets["server"]
+    with MongoDBSessionRepository(uri, stored.database.name, **LIMITS) as other:
+        for done, goes_on in cases:
             store_again(emptied(stored), documents)
-            with (
-                MongoDBSessionRepository(embedded, database, appname=database, **LIMITS) as stopping,
-                stopped_after(embedded, database, done),
-            ):
+            with stopped_after(uri, "target", done):
                 is_done = False
                 with contextlib.suppress(MongoDBSessionError):
                     stopping.write_back("s")
@@ -444,85 +441,65 @@ def go_on(repository: MongoDBSessionRepository, stored: Stored) -> list[str]:
     ),
 )
 def test_a_command_that_is_lost_or_whose_reply_is_lost_is_done_once(
-    request: pytest.FixtureRequest,
-    places: dict[str, Stored],
-    documents: dict[str, list[Any]],
-    lost: str,
-    where: str,
-    when: str,
+    targets: dict[str, Target], documents: dict[str, list[Any]], lost: str, where: str, when: str
 ) -> None:
-    stored = emptied(places[where])
-    store_again(stored, documents)
-    with (
-        Proxy(request.getfixturevalue("embedded" if where == "server" else where)) as proxy,
-        MongoDBSessionRepository(proxy.uri, stored.database.name, **LIMITS) as repository,
-    ):
-        drop = proxy.drop_before_request if when == "before" else proxy.drop_after_request
-        drop(command(lost), 2)
-        repository.write_back("s")
-        assert proxy.dropped == 2
-        assert_in_one_document(stored)
+    _, stored, proxy, repository = targets[where]
+    store_again(emptied(stored), documents)
+    proxy.reset()
+    drop = proxy.drop_before_request if when == "before" else proxy.drop_after_request
+    drop(command(lost), 2)
+    repository.write_back("s")
+    assert proxy.dropped == 2
+    assert_in_one_document(stored)
 
 
 # Other writers.
 
 
-class Overtaken(AsyncMongoDBSessionRepository):
-    """Finds that somebody else has written between its reads and its update, or before its reads."""
+def write_back_overtaken_by(
+    back: MongoDBSessionRepository, other: Callable[[], object], rounds: int = 1, *, after: bool = True
+) -> None:
+    """Write the session back while somebody else writes between its reads and its update, or before its reads."""
+    left = iter(range(rounds))
 
-    other: Any
-    rounds = 1
-    after = True
+    async def overtaken() -> None:
+        if next(left, None) is not None:
+            await asyncio.to_thread(other)
 
-    async def write_back(self, session_id: str) -> None:
-        work = WriteBack(self._store)
-        overtake(work, "_gather", self._overtaken, after=self.after)
-        await work.write_back(session_id)
+    async def write_back() -> None:
+        work = WriteBack(back._async._store)
+        overtake(work, "_gather", overtaken, after=after)
+        await work.write_back("s")
 
-    async def _overtaken(self) -> None:
-        if self.rounds:
-            self.rounds -= 1
-            await asyncio.to_thread(self.other)
-
-
-def overtaken_by(server: str, database: str, other: Any, rounds: int = 1, *, after: bool = True) -> Overtaken:
-    repository = Overtaken(server, database)
-    repository.other, repository.rounds, repository.after = other, rounds, after
-    return repository
+    back._portal.call(write_back)
 
 
 @pytest.mark.parametrize("message_id", [7, 27], ids=["archived", "in the document"])
 def test_a_redaction_meanwhile_is_kept(
-    filled: MongoDBSessionRepository, stored: Stored, driver: Driver, server: str, database: str, message_id: int
+    filled: MongoDBSessionRepository,
+    back: MongoDBSessionRepository,
+    stored: Stored,
+    driver: Driver,
+    database: str,
+    message_id: int,
 ) -> None:
     filled.update_message("s", "agent", said(message_id, SECRET))
-
-    async def write_back() -> None:
-        async with overtaken_by(
-            server, database, lambda: filled.update_message("s", "agent", redacted(message_id))
-        ) as r:
-            await r.write_back("s")
-
-    asyncio.run(write_back())
+    write_back_overtaken_by(back, lambda: filled.update_message("s", "agent", redacted(message_id)))
     wanted = [*WANTED[:message_id], "[redacted]", *WANTED[message_id + 1 :]]
     assert_in_one_document(stored, wanted)
     assert not in_database(driver, database)
 
 
 def test_an_append_with_an_attachment_meanwhile_is_written_back_too(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+    filled: MongoDBSessionRepository, back: MongoDBSessionRepository, stored: Stored, server: str, database: str
 ) -> None:
-    async def write_back() -> None:
-        async with overtaken_by(server, database, lambda: quiet.create_message("s", "agent", shown(30))) as r:
-            await r.write_back("s")
-
     with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=100) as quiet:
-        asyncio.run(write_back())
+        write_back_overtaken_by(back, lambda: quiet.create_message("s", "agent", shown(30)))
     assert_in_one_document(stored, [*WANTED, "text 30"])
 
 
 def test_nothing_of_a_session_that_is_deleted_meanwhile_comes_back_in_a_later_one(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+    filled: MongoDBSessionRepository, back: MongoDBSessionRepository, stored: Stored
 ) -> None:
     def replace() -> None:
         filled.delete_session("s")
@@ -532,28 +509,18 @@ def test_nothing_of_a_session_that_is_deleted_meanwhile_comes_back_in_a_later_on
     filled.fork_session("s", "like it")
     filled.update_message("s", "agent", said(7, SECRET))
     filled.update_message("like it", "agent", said(7, "hello"))
-
-    async def write_back() -> None:
-        async with overtaken_by(server, database, replace) as r:
-            await r.write_back("s")
-
-    asyncio.run(write_back())
+    write_back_overtaken_by(back, replace)
     assert_in_one_document(stored, [*WANTED[:7], "hello", *WANTED[8:]])
 
 
-def test_a_move_meanwhile_is_written_back_too(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
-) -> None:
+@pytest.mark.usefixtures("filled")
+def test_a_move_meanwhile_is_written_back_too(back: MongoDBSessionRepository, stored: Stored) -> None:
     def move() -> None:
         other = Other(stored, 4)
         other.merge()
         assert other.cut()
 
-    async def write_back() -> None:
-        async with overtaken_by(server, database, move) as r:
-            await r.write_back("s")
-
-    asyncio.run(write_back())
+    write_back_overtaken_by(back, move)
     assert_in_one_document(stored)
 
 
@@ -612,54 +579,39 @@ async def test_what_reads_the_archive_meanwhile_finds_every_message(
     await asyncio.to_thread(assert_in_one_document, stored, wanted)
 
 
-def test_two_calls_at_once(filled: MongoDBSessionRepository, stored: Stored, server: str, database: str) -> None:
-    async def write_back() -> None:
-        async with overtaken_by(server, database, lambda: filled.write_back("s")) as r:
-            await r.write_back("s")
-
-    asyncio.run(write_back())
-    assert_in_one_document(stored)
-
-
-def test_the_other_call_has_removed_the_buckets(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+@pytest.mark.parametrize("after", [True, False], ids=["before the update", "before the buckets are read"])
+def test_two_calls_at_once(
+    filled: MongoDBSessionRepository, back: MongoDBSessionRepository, stored: Stored, after: bool
 ) -> None:
-    async def write_back() -> None:
-        async with overtaken_by(server, database, lambda: filled.write_back("s"), after=False) as r:
-            await r.write_back("s")
-
-    asyncio.run(write_back())
+    write_back_overtaken_by(back, lambda: filled.write_back("s"), after=after)
     assert_in_one_document(stored)
 
 
 def test_a_session_that_is_deleted_meanwhile_stays_deleted(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+    filled: MongoDBSessionRepository, back: MongoDBSessionRepository, stored: Stored
 ) -> None:
-    async def write_back() -> None:
-        async with overtaken_by(server, database, lambda: filled.delete_session("s")) as r:
-            await r.write_back("s")
-
     with pytest.raises(SessionNotFoundError):
-        asyncio.run(write_back())
+        write_back_overtaken_by(back, lambda: filled.delete_session("s"))
     assert everything_stored(stored) == [[], [], [], []]
 
 
 def test_a_session_that_always_changes_is_an_error(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str
+    filled: MongoDBSessionRepository, back: MongoDBSessionRepository, stored: Stored
 ) -> None:
-    async def write_back() -> None:
-        change = lambda: filled.update_message("s", "agent", said(28, "text 28"))  # noqa: E731
-        async with overtaken_by(server, database, change, rounds=100) as r:
-            await r.write_back("s")
-
+    change = functools.partial(filled.update_message, "s", "agent", said(28, "text 28"))
     with pytest.raises(DatabaseError, match="kept changing"):
-        asyncio.run(write_back())
+        write_back_overtaken_by(back, change, rounds=100)
     assert everything(stored) == [*WANTED[:28], "text 28", "text 29"]
 
 
 @pytest.mark.parametrize("fields", ["message", "metrics"])
 def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
-    filled: MongoDBSessionRepository, stored: Stored, server: str, database: str, fields: str
+    filled: MongoDBSessionRepository,
+    back: MongoDBSessionRepository,
+    stored: Stored,
+    server: str,
+    database: str,
+    fields: str,
 ) -> None:
     """The change reaches the bucket after it was read, and counts only after the update."""
     read, changed = threading.Event(), threading.Event()
@@ -667,10 +619,6 @@ def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
     def between_read_and_update() -> None:
         read.set()
         assert changed.wait(30)
-
-    async def write_back() -> None:
-        async with overtaken_by(server, database, between_read_and_update) as r:
-            await r.write_back("s")
 
     async def change() -> dict[str, Any]:
         async with AsyncMongoDBSessionRepository(server, database) as slow:
@@ -688,20 +636,19 @@ def test_a_change_of_a_message_that_is_written_back_meanwhile_is_kept(
             return await slow._apply("s", [ReplaceMessage("agent", 7, new)])
 
     with ThreadPoolExecutor(1) as threads:
-        writing = threads.submit(lambda: asyncio.run(write_back()))
+        writing = threads.submit(write_back_overtaken_by, back, between_read_and_update)
         assert asyncio.run(change()) == {}
     assert head(stored)["messages"][7]["event_loop_metrics"] == {"n": 1}
     assert_in_one_document(stored, [*WANTED[:7], "changed", *WANTED[8:]] if fields == "message" else WANTED)
 
 
 def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
-    server: str, database: str, stored: Stored
+    server: str, database: str, back: MongoDBSessionRepository, stored: Stored
 ) -> None:
-    total = 40
+    total = 30
     with (
         MongoDBSessionRepository(server, database, **SMALL) as writer,
         MongoDBSessionRepository(server, database, max_embedded_messages=6) as changer,
-        MongoDBSessionRepository(server, database) as back,
         ThreadPoolExecutor(2) as threads,
     ):
         begin(writer)
@@ -731,7 +678,8 @@ def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
         for future in work:
             future.result()
         assert backs[0] > 0
-        eventually(lambda: not (writer._async._connection._tasks or changer._async._connection._tasks))
+        idle(writer)
+        idle(changer)
         wanted = [changed.get(n, f"text {n}") for n in range(total)]
         assert told(back.list_messages("s", "agent")) == everything(stored) == wanted
         back.write_back("s")
@@ -741,49 +689,34 @@ def test_writers_and_readers_go_on_while_it_is_written_back_again_and_again(
 
 @pytest.mark.parametrize("is_archived", [False, True])
 def test_no_bucket_of_an_interrupted_move_is_left(
-    server: str, database: str, stored: Stored, is_archived: bool
+    back: MongoDBSessionRepository, stored: Stored, is_archived: bool
 ) -> None:
-    with MongoDBSessionRepository(server, database) as repository:
-        begin(repository)
-        append(repository, *range(10))
-        if is_archived:
-            other = Other(stored)
-            other.merge()
-            assert other.cut()
-        killed = Other(stored, 3)
-        killed.merge()
-        repository.write_back("s")
-        assert counts(stored) == [0, 0, 0]
-        assert not killed.cut()
-        assert told(restored_by_the_original(stored)[1]) == everything(stored) == expected(10)
-        append(repository, 10)
-        assert told(repository.list_messages("s", "agent")) == expected(11)
+    begin(back)
+    apply(back, "s", appends(range(10)))
+    if is_archived:
+        other = Other(stored)
+        other.merge()
+        assert other.cut()
+    killed = Other(stored, 3)
+    killed.merge()
+    back.write_back("s")
+    assert counts(stored) == [0, 0, 0]
+    assert not killed.cut()
+    assert told(restored_by_the_original(stored)[1]) == everything(stored) == expected(10)
+    append(back, 10)
+    assert told(back.list_messages("s", "agent")) == expected(11)
 
 
 def test_an_open_manager_goes_on_after_its_session_was_written_back(
     factory: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
     with factory.create_session_manager("s", **SMALL) as manager:
-        live = agent(manager, *["answer"] * 20)
-        for n in range(10):
+        live = agent(manager, *["answer"] * 12)
+        for n in range(6):
             live(f"question {n}")
         factory.write_back("s")
         assert "archived" not in head(stored)
-        for n in range(10, 20):
+        for n in range(6, 12):
             live(f"question {n}")
         settled(stored)
-    assert everything(stored) == [text for n in range(20) for text in (f"question {n}", "answer")]
-
-
-@pytest.mark.usefixtures("large")
-def test_a_document_that_is_nearly_full(server: str, database: str, stored: Stored) -> None:
-    with MongoDBSessionRepository(server, database) as large:
-        large.create_session(Session("s", "AGENT", MOMENT, MOMENT))
-        large.create_agent("s", SessionAgent("agent", {}, {}, {}, MOMENT, MOMENT))
-        for message_id in range(15):
-            large.create_message("s", "agent", said(message_id, "x" * 1_000_000))
-        eventually(lambda: not large._async._connection._tasks)
-        assert head(stored)["archived"] > 10
-        large.write_back("s")
-    assert len(bson.encode(stored.find_one({"_id": "s"}))) > 15_000_000
-    assert [len(text) for text in texts([m.to_message() for m in restored_by_the_original(stored)[1]])] == [10**6] * 15
+    assert everything(stored) == [text for n in range(12) for text in (f"question {n}", "answer")]

@@ -17,7 +17,7 @@ from leaks import nothing_left
 from operations import Api, Async, Session, Sync, message
 from sites import Site, answers
 
-from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
+from mongodb_session_manager import MongoDBSessionManagerFactory
 from proxy import command
 from support import agent, alternating, eventually, texts
 
@@ -59,9 +59,8 @@ def is_moving(factory: MongoDBSessionManagerFactory) -> bool:
     return bool(factory._connection._tasks)
 
 
-def everything(session_id: str, site: Site) -> list[str]:
-    with closing(MongoDBSessionRepository(site.proxy.uri, site.database)) as repository:
-        listed = repository.list_messages(session_id, "agent")
+def everything(factory: MongoDBSessionManagerFactory, session_id: str) -> list[str]:
+    listed = factory._portal.call(factory._async.list_messages, session_id, "agent")
     assert [one.message_id for one in listed] == list(range(len(listed)))
     return texts([one.to_message() for one in listed])
 
@@ -96,11 +95,11 @@ def check(name: str, fault: str, expected: str, api: Api, site: Site) -> None:
             eventually(lambda: not is_moving(factory))
             assert archived(session) == {"moved": 2, "kept": 0}[expected]
         eventually(lambda: answers(factory))
-        assert everything(session_id, site) == ["hi", "hello", "third"]
+        assert everything(factory, session_id) == ["hi", "hello", "third"]
         api.run(append(session, "fourth"))
         api.run(append(session, "fifth"))
         eventually(lambda: archived(session) >= 2 and not is_moving(factory))
-        assert everything(session_id, site) == ["hi", "hello", "third", "fourth", "fifth"]
+        assert everything(factory, session_id) == ["hi", "hello", "third", "fourth", "fifth"]
         api.run(session.close())
         assert api.tasks() == set()
 
