@@ -26,7 +26,7 @@ from strands.agent.conversation_manager import (
 from strands.experimental.context_manager import Offload
 from strands.hooks import MessageAddedEvent
 
-from conversations import CONVERSATIONS, TOOLS, Conversation, Turn
+from conversations import CONVERSATIONS, TOOLS, Conversation, Turn, user
 from mongodb_session_manager import MongoDBSessionManagerFactory
 from recording_model import RecordingModel, comparable, overflow
 from support import run_random
@@ -111,9 +111,10 @@ def kind(request: pytest.FixtureRequest, module_factory: tuple[MongoDBSessionMan
     return made
 
 
-# Conversation managers. Each conversation begins with some turns and ends with one that overflows the context window.
+# Conversation managers. Each conversation begins with four messages and ends with an overflow of the context window.
 
-BEFORE = (["hello", "my name is Ada"], ["Hello.", "Hello Ada."])
+GREETING = [user("hello"), {"role": "assistant", "content": [{"text": "Hello."}]}, user("my name is Ada")]
+BEFORE = ([GREETING], ["Hello Ada."])
 AFTER = (["what is my name?", "bye"], [overflow(), "You are Ada.", "Ada.", "Bye."])
 
 
@@ -244,8 +245,9 @@ class Play:
 class Reference(Play):
     """A play with a session manager. `cuts` are the copies of the session after each write."""
 
-    async def copy_all(self, session_id: str, stored: Stored) -> None:
-        self._session_id, self._stored = session_id, stored
+    async def copy_all(self, session_id: str, stored: Stored, end_of: int) -> None:
+        """Play, and copy the session from the end of a turn on; with -1, from its beginning."""
+        self._session_id, self._stored, self._end_of = session_id, stored, end_of
         self._told: Any = None
         self._turn = self._count = 0
         self.cuts: list[Cut] = []
@@ -255,7 +257,7 @@ class Reference(Play):
 
     def _added(self, event: MessageAddedEvent) -> None:
         self._count += 1
-        if not self.turns[self._turn].whole:
+        if self._turn > self._end_of and not self.turns[self._turn].whole:
             self._cut(is_over=False)
 
     def has_taken(self, number: int) -> None:
@@ -263,7 +265,8 @@ class Reference(Play):
         was_last = last is not None and not last.is_over and last.calls == len(self.model.calls)
         if was_last and not any("toolUse" in block for block in last.messages[-1]["content"]):
             self.cuts.pop()  # that message ended the turn, but the cut is marked as unfinished
-        self._cut(is_over=True)
+        if number >= self._end_of:
+            self._cut(is_over=True)
         self._turn, self._count = number + 1, 0
 
     def _cut(self, *, is_over: bool) -> None:
@@ -324,14 +327,13 @@ async def test_a_conversation_cut_at_any_message(
     some: Callable[[list[Cut], int], list[Cut]],
 ) -> None:
     alone, reference = await played_alone(kind, conversation, management), Reference(kind, conversation, management)
-    await reference.copy_all(f"{conversation.name}, {management}, {uuid.uuid4().hex}", stored)
+    # The turn that all conversations begin with is only cut in the first conversation.
+    end_of = -1 if conversation is CONVERSATIONS[0] else len(BEFORE[0]) - 1
+    await reference.copy_all(f"{conversation.name}, {management}, {uuid.uuid4().hex}", stored, end_of)
     assert comparable(reference.model.calls) == comparable(alone.model.calls)
     assert reference.outcomes == alone.outcomes
-    # The turns that all conversations begin with are only cut in the first conversation.
-    first = 0 if conversation is CONVERSATIONS[0] else len(BEFORE[0]) - 1
-    cuts = [cut for cut in reference.cuts if cut.turn > first or (cut.turn == first and cut.is_over) or not first]
-    assert len(cuts) > len(conversation.turns)
-    cuts = some(cuts, (len(cuts) + 1) // 2)
+    assert len(reference.cuts) > len(conversation.turns)
+    cuts = some(reference.cuts, (len(reference.cuts) + 1) // 2)
     stored.insert_many(cut.document for cut in cuts)
 
     async def go_on(cut: Cut) -> None:
