@@ -152,7 +152,7 @@ def weather(city: str) -> str:
 
 def test_a_session_comes_back_as_it_was(server: str, database: str, stored: Stored) -> None:
     options = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 1000}
-    image = content(3 * MIB)
+    image = content(3 * KIB)
     with MongoDBSessionManagerFactory(server, database, application_name="chat", **options) as factory:
         with factory.create_session_manager("s") as manager:
             replies = ["hi", {"tool": "weather", "input": {"city": "Oslo", "$date": 1, "a.b": 2}}, "rain", "a picture"]
@@ -779,8 +779,9 @@ def test_an_import_may_stop_at_every_command(
 
     def whole(other: MongoDBSessionRepository) -> None:
         assert all_of(other, "t") == should
-        assert left_of(stored, "t").count("agent_sessions_attachments.files") == 2
-        assert left_of(stored, "t").count("agent_sessions_attachments.chunks") == 3
+        left = left_of(stored, "t")
+        assert left.count("agent_sessions_attachments.files") == 2
+        assert left.count("agent_sessions_attachments.chunks") == 3
 
     log = CommandLog()
     with MongoDBSessionRepository(server, database, event_listeners=[log], **SMALL) as counting:
@@ -820,8 +821,9 @@ def test_an_import_survives_a_lost_connection(
         with fail_point(server, failCommands=[name], appName="copying", times=3, **failure):
             other.import_session(lines, "t")
         same_content(other, "t", "s")
-    assert left_of(stored, "t").count("agent_sessions") == 1
-    assert left_of(stored, "t").count("agent_sessions_attachments.files") == 2
+    left = left_of(stored, "t")
+    assert left.count("agent_sessions") == 1
+    assert left.count("agent_sessions_attachments.files") == 2
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["lost", "unacknowledged"])

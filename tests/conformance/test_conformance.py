@@ -8,8 +8,8 @@ play it to its end. The model must receive the same requests as without the inte
 from __future__ import annotations
 
 import asyncio
-import copy
 import itertools
+import pickle
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +35,11 @@ Stored = pymongo.collection.Collection[dict[str, Any]]
 
 # The constructor of an agent reads files on the event loop.
 pytestmark = [pytest.mark.anyio, pytest.mark.may_block]
+
+
+def copied(value: Any) -> Any:
+    """Return a copy, in a tenth of the time of `deepcopy`."""
+    return pickle.loads(pickle.dumps(value))
 
 
 # Kinds of managers and agents.
@@ -212,7 +217,7 @@ class Play:
             )
 
         self.agent = self.model.agent = await self._kind.make(build)
-        self.restored = copy.deepcopy(self.agent.messages)
+        self.restored = copied(self.agent.messages)
         return self.agent
 
     async def play(self) -> None:
@@ -220,7 +225,7 @@ class Play:
         result = None
         for number, turn in enumerate(self.turns):
             self.prompts.append(turn.prompt(result) if callable(turn.prompt) else turn.prompt)
-            result = await self.take(turn, copy.deepcopy(self.prompts[-1]))
+            result = await self.take(turn, copied(self.prompts[-1]))
             self.has_taken(number)
 
     def has_taken(self, number: int) -> None:
@@ -277,7 +282,7 @@ class Reference(Play):
             return  # the last message is stored at the end of the turn: a process killed here leaves the previous copy
         self._told = told
         document["_id"] = document["session_id"] = f"{self._session_id}/{self._turn}/{self._count}/{is_over}"
-        messages = copy.deepcopy(self.agent.messages)
+        messages = copied(self.agent.messages)
         self.cuts.append(Cut(document, self._turn, is_over, self._count, len(self.model.calls), messages))
 
 
@@ -291,9 +296,9 @@ async def resumed(kind: Kind, conversation: Conversation, management: str, refer
         prompt = reference.prompts[cut.turn]
         is_messages = isinstance(prompt, list) and "role" in prompt[0]
         rest = prompt[cut.added :] if is_messages else []
-        await play.take(play.turns[cut.turn], copy.deepcopy(rest) or None)
+        await play.take(play.turns[cut.turn], copied(rest) or None)
     for number in range(first, len(play.turns)):
-        await play.take(play.turns[number], copy.deepcopy(reference.prompts[number]))
+        await play.take(play.turns[number], copied(reference.prompts[number]))
     return play
 
 
