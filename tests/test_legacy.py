@@ -284,6 +284,9 @@ def test_an_agent_whose_id_holds_a_percent_sign(
     assert texts(first.messages) == ["Hey", "Sure?", "Yes."]
     (again,) = use(factory, "never said", "50%")
     assert texts(again.messages) == ["Hey", "Sure?", "Yes."]
+    after = stored.find_one({"_id": "s"})
+    assert after is not None
+    assert after["agents"].keys() == {"50%25"}
 
 
 def test_a_message_of_old_can_be_redacted(server: str, database: str, stored: Collection[Any]) -> None:
