@@ -334,7 +334,7 @@ odd_values = st.sampled_from(ODD + ODDER) | st.recursive(
 )
 
 
-@settings(max_examples=settings.default.max_examples // 3)
+@settings(max_examples=settings.default.max_examples // 5)
 @example([("agents.agent.messages.1.message_id", [])])
 @example([("migrating", None), ("agents.agent.messages.4.attachments", [])])
 @example([("migrating", [[]])])

@@ -338,7 +338,7 @@ async def test_a_conversation_cut_at_any_message(
     assert comparable(reference.model.calls) == comparable(alone.model.calls)
     assert reference.outcomes == alone.outcomes
     assert len(reference.cuts) > len(conversation.turns)
-    cuts = some(reference.cuts, (len(reference.cuts) + 1) // 2)
+    cuts = some(reference.cuts, (len(reference.cuts) + 2) // 3)
     stored.insert_many(cut.document for cut in cuts)
 
     async def go_on(cut: Cut) -> None:
