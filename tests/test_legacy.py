@@ -15,7 +15,7 @@ from strands.types.session import SessionMessage
 
 from fix_legacy import CREATED, PNG, SECRET, conversation, old_agent, old_message, old_session
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
-from support import CommandLog, agent, message_ids, texts
+from support import CommandLog, agent, alternating, message_ids, texts
 
 
 def restored_conversation() -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def restored(manager: Any, reply: str, agent_id: str) -> Agent:
     )
 
 
-@pytest.fixture(params=[with_the_sync_manager, with_the_async_manager], ids=["sync", "async"])
+@pytest.fixture(params=alternating(with_the_sync_manager, with_the_async_manager), ids=["sync", "async"])
 def use(request: pytest.FixtureRequest) -> Use:
     return request.param
 
@@ -284,6 +284,9 @@ def test_an_agent_whose_id_holds_a_percent_sign(
     assert texts(first.messages) == ["Hey", "Sure?", "Yes."]
     (again,) = use(factory, "never said", "50%")
     assert texts(again.messages) == ["Hey", "Sure?", "Yes."]
+    after = stored.find_one({"_id": "s"})
+    assert after is not None
+    assert after["agents"].keys() == {"50%25"}
 
 
 def test_a_message_of_old_can_be_redacted(server: str, database: str, stored: Collection[Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,30 +69,38 @@ def manager(factory: MongoDBSessionManagerFactory) -> MongoDBSessionManager:
     return manager
 
 
-@pytest.fixture
-def repository(server: str, database: str) -> Any:
-    with MongoDBSessionRepository(server, database) as repository:
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database) as repository:
         yield repository
 
 
-@pytest.mark.parametrize(("call", "result"), SAME.values(), ids=SAME)
-def test_what_is_the_same(
-    manager: MongoDBSessionManager, repository: MongoDBSessionRepository, call: Call, result: Any
-) -> None:
-    assert call(manager, repository) == result
+@pytest.fixture
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
+    return shared_repository
 
 
-@pytest.mark.parametrize(("call", "error"), DIFFERENT.values(), ids=DIFFERENT)
+def test_what_is_the_same(manager: MongoDBSessionManager, repository: MongoDBSessionRepository) -> None:
+    assert {name: call(manager, repository) for name, (call, _) in SAME.items()} == {
+        name: result for name, (_, result) in SAME.items()
+    }
+
+
+def error_of(call: Call, *args: Any) -> type[Exception] | None:
+    try:
+        call(*args)
+    except Exception as error:
+        return type(error)
+    return None
+
+
 def test_what_is_an_error_here(
-    manager: MongoDBSessionManager,
-    repository: MongoDBSessionRepository,
-    stored: Stored,
-    call: Call,
-    error: type[Exception],
+    manager: MongoDBSessionManager, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
     before = stored.find_one({"_id": "s"})
-    with pytest.raises(error):
-        call(manager, repository)
+    assert {name: error_of(call, manager, repository) for name, (call, _) in DIFFERENT.items()} == {
+        name: error for name, (_, error) in DIFFERENT.items()
+    }
     assert stored.find_one({"_id": "s"}) == before
 
 

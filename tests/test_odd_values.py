@@ -16,7 +16,7 @@ import pytest
 from strands import Agent, tool
 
 from mongodb_session_manager import EncodingError, MongoDBSessionManagerFactory
-from support import agent, texts
+from support import agent, alternating, texts
 
 RESULTS: dict[str, tuple[Any, type]] = {
     "bytearray": (bytearray(b"\x00x"), bytearray),
@@ -70,7 +70,7 @@ def open_async(factory: MongoDBSessionManagerFactory, **options: Any) -> Any:
 
 WAYS = pytest.mark.parametrize(
     ("open_", "ask", "save_on"),
-    [(open_sync, ask, "message"), (open_async, ask_async, "message"), (open_async, ask_async, "invocation")],
+    alternating((open_sync, ask, "message"), (open_async, ask_async, "message"), (open_async, ask_async, "invocation")),
 )
 
 
@@ -118,7 +118,7 @@ def test_a_large_bytearray_is_kept_outside_and_comes_back(factory: MongoDBSessio
 
 
 @WAYS
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", alternating(*REFUSED))
 def test_a_tool_result_that_cannot_be_stored_is_named(
     factory: MongoDBSessionManagerFactory, open_: Callable[..., Any], ask: Callable[..., None], save_on: str, name: str
 ) -> None:

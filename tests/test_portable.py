@@ -401,7 +401,8 @@ def test_an_attachment_may_end_early_if_nobody_refers_to_it() -> None:
     assert [piece.whole for piece in pieces] == [False]
 
 
-def test_an_attachment_may_come_again_after_many_others() -> None:
+def test_an_attachment_may_come_again_after_many_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "REMEMBERED", 64)
     writer = Writer()
     lines = [*writer.head("s", {}, MOMENT), writer.agent("a", {})]
     blobs = [str(n).encode() for n in range(portable.REMEMBERED + 1)]

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import pymongo
 import pytest
 from strands import tool
 from strands.types.session import SessionAgent
 
+from fix_archive import documents_of, emptied, store_again
 from fix_rollback import AGENT_FIELDS, Stored, as_1_0_0, picture, restored_by_the_original
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
-from support import CommandLog, agent, texts
+from support import CommandLog, agent, alternating, texts
+
+
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, max_inline_attachment_bytes=100) as repository:
+        yield repository
+
+
+@pytest.fixture
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
+    return shared_repository
 
 
 @tool
@@ -46,8 +61,8 @@ async def use_async(factory: MongoDBSessionManagerFactory, save_on: str) -> None
         await manager.add_feedback({"rating": "up"})
 
 
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
-@pytest.mark.parametrize("is_async", [False, True], ids=["manager", "async manager"])
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
+@pytest.mark.parametrize("is_async", alternating(False, True), ids=["manager", "async manager"])
 def test_the_original_restores_a_session_of_this_version(
     factory: MongoDBSessionManagerFactory, stored: Stored, is_async: bool, save_on: str
 ) -> None:
@@ -66,18 +81,17 @@ def test_the_original_restores_a_session_of_this_version(
 
 
 def test_the_original_restores_a_message_whose_attachment_was_redacted(
-    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Stored
+    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
     with factory.create_session_manager("s", max_inline_attachment_bytes=100) as manager:
         live = agent(manager, "a cat", "a dog")
         live(picture())
         live("and now?")
-    with MongoDBSessionRepository(server, database, max_inline_attachment_bytes=100) as repository:
-        for message_id in (0, 3):  # one with an attachment, and one of a session that has some
-            message = repository.read_message("s", "agent", message_id)
-            assert message is not None
-            message.redact_message = GONE
-            repository.update_message("s", "agent", message)
+    for message_id in (0, 3):  # one with an attachment, and one of a session that has some
+        message = repository.read_message("s", "agent", message_id)
+        assert message is not None
+        message.redact_message = GONE
+        repository.update_message("s", "agent", message)
     _, messages = restored_by_the_original(stored)
     assert texts([message.to_message() for message in messages]) == ["[gone]", "a cat", "and now?", "[gone]"]
 
@@ -95,18 +109,17 @@ def test_the_original_restores_a_message_that_a_manager_redacted_with_its_attach
 
 
 def test_the_original_restores_what_was_imported_and_forked(
-    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Stored
+    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
     use_sync(factory, "message")
-    with MongoDBSessionRepository(server, database) as repository:
-        lines = "".join(repository.export_session("s"))
-        repository.delete_session("s")
-        repository.import_session(io.StringIO(lines))
-        found, messages = restored_by_the_original(stored)
-        assert len(messages) == 6
-        repository.fork_session("s", "fork", 3)
-        repository.delete_session("s")
-        repository.fork_session("fork", "s")
+    lines = "".join(repository.export_session("s"))
+    repository.delete_session("s")
+    repository.import_session(io.StringIO(lines))
+    found, messages = restored_by_the_original(stored)
+    assert len(messages) == 6
+    repository.fork_session("s", "fork", 3)
+    repository.delete_session("s")
+    repository.fork_session("fork", "s")
     found, messages = restored_by_the_original(stored)
     assert found.state == {"k": {"a.b": 1}}
     assert len(messages) == 4
@@ -115,14 +128,26 @@ def test_the_original_restores_what_was_imported_and_forked(
 # Documents of 1.0.0, which kept some fields in other places.
 
 
-@pytest.fixture
-def earlier(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
-    with factory.create_session_manager("s") as manager:
+@pytest.fixture(scope="module")
+def two_turns(
+    shared_factory: Callable[[], tuple[MongoDBSessionManagerFactory, CommandLog]],
+    shared_database: str,
+    driver: pymongo.MongoClient[dict[str, Any]],
+) -> dict[str, list[Any]]:
+    """The documents of a session of two turns."""
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    with shared_factory()[0].create_session_manager("s") as manager:
         live = agent(manager, "first", "second")
         live("one")
         live("two")
         manager.update_agent_config("agent", model="better", system_prompt="Be kind.")
     as_1_0_0(stored)
+    return documents_of(stored)
+
+
+@pytest.fixture
+def earlier(two_turns: dict[str, list[Any]], stored: Stored) -> None:
+    store_again(stored, two_turns)
 
 
 @pytest.mark.usefixtures("earlier")
@@ -148,11 +173,10 @@ def test_what_a_user_set_in_1_0_0_stays_and_moves(
 @pytest.mark.parametrize("set_now", ["model", "system_prompt"])
 @pytest.mark.usefixtures("earlier")
 def test_what_is_set_before_the_session_is_opened_is_added(
-    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Stored, set_now: str
+    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored, set_now: str
 ) -> None:
     stored.update_one({"_id": "s"}, {"$set": {"agents.agent.agent_data.config_set": ["system_prompt"]}})
-    with MongoDBSessionRepository(server, database) as repository:
-        repository.update_agent_config("s", "agent", **{set_now: "mine"})
+    repository.update_agent_config("s", "agent", **{set_now: "mine"})
     with factory.create_session_manager("s") as manager:
         agent(manager, "third", system_prompt="Be rude.")("three")
     found = stored.find_one({"_id": "s"})["agents"]["agent"]
@@ -177,7 +201,7 @@ def test_a_user_sets_it_through_1_0_0_while_a_manager_is_open(
 
 @pytest.mark.usefixtures("earlier")
 def test_the_usage_of_messages_of_1_0_0_is_subtracted_from_a_fork(
-    factory: MongoDBSessionManagerFactory, server: str, database: str, stored: Stored
+    factory: MongoDBSessionManagerFactory, repository: MongoDBSessionRepository, stored: Stored
 ) -> None:
     with factory.create_session_manager("s") as manager:
         agent(manager, "third")("three")
@@ -186,21 +210,19 @@ def test_the_usage_of_messages_of_1_0_0_is_subtracted_from_a_fork(
     own = [message.get("usage") or message["event_loop_metrics"]["message_usage"] for message in found[1::2]]
     assert "usage" in found[1]
     assert "usage" not in found[5]
-    with MongoDBSessionRepository(server, database) as repository:
-        for last, kept in ((1, own[:1]), (3, own[:2]), (5, own)):
-            repository.fork_session("s", f"fork{last}", last)
-            usage = repository.get_usage(f"fork{last}")["total"]
-            assert usage["totalTokens"] == sum(each["totalTokens"] for each in kept)
-            assert usage["invocations"] == len(kept)
-        assert repository.get_usage("s")["total"] == total
+    for last, kept in ((1, own[:1]), (3, own[:2]), (5, own)):
+        repository.fork_session("s", f"fork{last}", last)
+        usage = repository.get_usage(f"fork{last}")["total"]
+        assert usage["totalTokens"] == sum(each["totalTokens"] for each in kept)
+        assert usage["invocations"] == len(kept)
+    assert repository.get_usage("s")["total"] == total
 
 
 @pytest.mark.usefixtures("earlier")
-def test_a_session_of_1_0_0_is_exported_and_imported(server: str, database: str, stored: Stored) -> None:
-    with MongoDBSessionRepository(server, database) as repository:
-        repository.import_session(io.StringIO("".join(repository.export_session("s"))), "copy")
-        assert repository.get_usage("copy") == repository.get_usage("s")
-        assert repository.get_agent_config("copy", "agent") == repository.get_agent_config("s", "agent")
+def test_a_session_of_1_0_0_is_exported_and_imported(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    repository.import_session(io.StringIO("".join(repository.export_session("s"))), "copy")
+    assert repository.get_usage("copy") == repository.get_usage("s")
+    assert repository.get_agent_config("copy", "agent") == repository.get_agent_config("s", "agent")
     found = stored.find_one({"_id": "copy"})["agents"]["agent"]
     assert "config_set" not in found["agent_data"]
     assert sorted(found["config_set"]) == ["model", "system_prompt"]

@@ -374,15 +374,14 @@ def doubled(two_turns: dict[str, list[Any]], factory: MongoDBSessionManagerFacto
 
 
 @pytest.mark.usefixtures("doubled")
-@pytest.mark.parametrize("position", range(6))
-def test_the_repository_redacts_the_message_it_has_read(
-    repository: MongoDBSessionRepository, stored: Stored, position: int
-) -> None:
-    before = said(stored)
-    message = repository.list_messages("s", "agent")[position]
-    message.redact_message = told("[gone]")
-    repository.update_message("s", "agent", message)
-    assert said(stored) == [*before[:position], "[gone]", *before[position + 1 :]]
+def test_the_repository_redacts_the_message_it_has_read(repository: MongoDBSessionRepository, stored: Stored) -> None:
+    wanted = said(stored)
+    for position in (3, 5, 0, 4, 2, 1):  # of messages with one id, once the first one and once the second one first
+        message = repository.list_messages("s", "agent")[position]
+        message.redact_message = told(f"[gone {position}]")
+        repository.update_message("s", "agent", message)
+        wanted[position] = f"[gone {position}]"
+        assert said(stored) == wanted
 
 
 @pytest.mark.usefixtures("doubled")
@@ -487,7 +486,7 @@ def test_a_rolling_deployment_loses_doubles_and_overwrites_nothing(
         one_turn(factory, "begin", "begun", session)
         expected[session] += ["begin", "begun"]
         old[session] = OldWriter(stored, session)
-    for turn in range(7):
+    for turn in range(5):
         for number, session in enumerate(sessions):
             question, answer = f"q{turn}", f"a{turn}"
             if (turn + number) % 2:
@@ -508,18 +507,18 @@ def test_a_rolling_deployment_loses_doubles_and_overwrites_nothing(
         expected[session] += ["end", "ended"]
         assert texts(live.messages) == expected[session]
         assert said(stored, session) == expected[session]
-        assert ids(stored, session) == list(range(18))
-        assert next_id(stored, session) == 18
+        assert ids(stored, session) == list(range(14))
+        assert next_id(stored, session) == 14
 
 
 def test_a_live_manager_through_a_rolling_deployment(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
     expected = []
     with factory.create_session_manager("s") as manager:
-        live = agent(manager, *(f"a{turn}" for turn in range(10)))
+        live = agent(manager, *(f"a{turn}" for turn in range(6)))
         live("begin")
         expected += ["begin", "a0"]
         old = OldWriter(stored)
-        for turn in range(1, 10):
+        for turn in range(1, 6):
             old.turn(f"old{turn}", f"older{turn}")
             live(f"q{turn}")
             manager.redact_latest_message(told(f"[redacted {turn}]", "assistant"), live)
