@@ -24,7 +24,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._io import clock as _clock
 from proxy import Proxy
-from support import agent, alternating, eventually
+from support import agent, alternating
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
@@ -300,14 +300,3 @@ def test_a_session_lives_as_long_as_it_should(
         parts = list(stored.database[f"agent_sessions_{name}"].find({}, {"expires_at": 1}))
         assert parts
         assert all(date <= part["expires_at"] < date + timedelta(minutes=40) for part in parts)
-
-
-def test_a_machine_whose_clock_is_behind_keeps_a_session_alive(expiring: str, behind: Machine) -> None:
-    with pymongo.MongoClient(expiring) as client:
-        behind.run(live_for_half_an_hour, expiring, "behind", "s", False)
-        behind.run(live_for_half_an_hour, expiring, "behind", "witness", False)
-        stored = client["behind"]["agent_sessions"]
-        stored.update_one({"_id": "witness"}, {"$set": {"expires_at": datetime(2020, 1, 1, tzinfo=UTC)}})
-        eventually(lambda: not stored.count_documents({"_id": "witness"}))
-        assert stored.count_documents({"_id": "s"}) == 1
-        client.drop_database("behind")
