@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,9 +138,16 @@ def documents_of(stored: Stored) -> dict[str, list[Any]]:
     return {name: found for name in names if (found := list(stored.database[name].find()))}
 
 
-def store_again(stored: Stored, documents: dict[str, list[Any]]) -> None:
-    """Store documents again, each session with a new incarnation, so that it is another one for every client."""
+def store_again(stored: Stored, documents: dict[str, list[Any]], renamed: Mapping[str, str] | None = None) -> None:
+    """Store documents again, each session with a new incarnation, so that it is another one for every client.
+
+    Args:
+        stored: The sessions.
+        documents: The documents, by collection.
+        renamed: New ids of sessions, as long as the old ones, which must occur nowhere else.
+    """
     new = {each["incarnation"].binary: ObjectId().binary for each in documents["agent_sessions"]}
+    new |= {before.encode(): after.encode() for before, after in (renamed or {}).items()}
 
     def renewed(document: Any) -> RawBSONDocument:
         data = bson.encode(document)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -653,37 +653,33 @@ def without_revisions(session: Any) -> Any:
     return session
 
 
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database) as repository:
+        yield repository
+
+
 @given(cut_histories())
-def test_folded_changes_say_what_they_said_one_by_one(
-    stored: Collection[dict[str, Any]], history: tuple[list[Change], list[list[Change]]]
+def test_changes_that_are_folded_or_sent_again_say_what_they_said_one_by_one(
+    shared_repository: MongoDBSessionRepository,
+    stored: Collection[dict[str, Any]],
+    history: tuple[list[Change], list[list[Change]]],
 ) -> None:
     changes, pieces = history
     # Each change is later than the one before, so that dates are equal too.
     one_by_one = without_revisions(stored_after(stored, ([change] for change in changes)))
     assert without_revisions(stored_after(stored, pieces)) == one_by_one
     assert without_revisions(stored_after(stored, [changes] if changes else [])) == one_by_one
-
-
-@given(cut_histories())
-def test_changes_whose_acknowledgement_was_lost_are_stored_once(
-    server: str,
-    database: str,
-    stored: Collection[dict[str, Any]],
-    history: tuple[list[Change], list[list[Change]]],
-) -> None:
-    """After a flush of unknown outcome the next one sends the same changes and those recorded since."""
-    changes, pieces = history
-    one_by_one = stored_after(stored, ([change] for change in changes))
+    # After a flush of unknown outcome, the next one sends the same changes and those recorded since.
     stored.replace_one({"_id": "s"}, earlier_session())
-    with MongoDBSessionRepository(server, database) as repository:
-        sent: list[Change] = []
-        for piece in pieces:
-            sent += piece
-            assert apply(repository, "s", sent) == {}
-        assert apply(repository, "s", sent) == {}
+    sent: list[Change] = []
+    for piece in pieces:
+        sent += piece
+        assert apply(shared_repository, "s", sent) == {}
+    assert apply(shared_repository, "s", sent) == {}
     # When the session and its agents changed last may be told by the first or by the last of these commands.
     left = without_revisions(stored.find_one({"_id": "s"}))
-    assert without_dates(left) == without_dates(without_revisions(one_by_one))
+    assert without_dates(left) == without_dates(one_by_one)
 
 
 def without_dates(session: Any) -> Any:
@@ -692,10 +688,11 @@ def without_dates(session: Any) -> Any:
 
 
 @pytest.fixture
-def repository(server: str, database: str, stored: Collection[dict[str, Any]]) -> Iterable[MongoDBSessionRepository]:
+def repository(
+    shared_repository: MongoDBSessionRepository, stored: Collection[dict[str, Any]]
+) -> MongoDBSessionRepository:
     stored.insert_one(earlier_session())
-    with MongoDBSessionRepository(server, database) as repository:
-        yield repository
+    return shared_repository
 
 
 def messages(stored: Collection[dict[str, Any]], agent_id: str = "a.b") -> list[Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from mongodb_session_manager._io.loop import io_portal
 from proxy import Proxy
@@ -23,7 +25,7 @@ def nothing_left(proxy: Proxy) -> Iterator[None]:
     def left() -> list[object]:
         threads = [thread for thread in threading.enumerate() if thread not in before and not _is_idle(thread)]
         tasks = [task for task in tasks_of_the_library() if task not in before]
-        return [*threads, *tasks, *sockets_through(proxy), *[proxy] * proxy.open_connections]
+        return [*threads, *tasks, *[proxy] * proxy.open_connections] or sockets_through(proxy)
 
     yield
     gone(left)
@@ -56,20 +58,14 @@ def sockets_through(proxy: Proxy) -> list[object]:
     """Return this process's connections to or from the proxy's clients, including those that the peer has closed."""
     if sys.platform != "linux":
         return []
-    port = f":{proxy.port:04X}"
-    lines = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
-    # local address, remote address, state (0A is listening), inode
-    known = {line[9]: f"{line[1]} -> {line[2]}" for line in lines if line[3] != "0A" and port in line[1] + line[2]}
-    return [known[inode] for inode in _open_sockets() if inode in known]
+    return [ends for ends in _open_connections() if proxy.port in (ends[0][1], ends[1][1])]
 
 
-def _open_sockets() -> list[str]:
-    inodes = []
-    for descriptor in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{descriptor}")
-        except FileNotFoundError:  # closed in the meantime
-            continue
-        if target.startswith("socket:["):
-            inodes.append(target[8:-1])
-    return inodes
+def _open_connections() -> Iterator[tuple[Any, Any]]:
+    """Yield the local and the remote address of each open connection of this process."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # closed in the meantime, or not connected
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as copy:
+                    if copy.family == socket.AF_INET:
+                        yield copy.getsockname(), copy.getpeername()

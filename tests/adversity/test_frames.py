@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operations import message
 from sites import Site
+from strands import Agent
 
 from mongodb_session_manager import DatabaseTimeoutError, MongoDBSessionManager, MongoDBSessionManagerFactory
 from proxy import command
@@ -33,40 +34,47 @@ def line(request: pytest.FixtureRequest) -> Iterator[Line]:
         yield Line(site, factory)
 
 
-def append(manager: MongoDBSessionManager) -> None:
-    manager.append_message(message("op"), agent(manager))
+Act = Callable[[MongoDBSessionManager, Agent, int], object]
 
-
-OPERATIONS = {
-    "append": (append, "update"),
-    "metadata": (lambda manager: manager.update_metadata({"n": 1}), "update"),
-    "feedback": (lambda manager: manager.add_feedback({"rating": "up"}), "update"),
-    "read": (lambda manager: manager.get_metadata(), "find"),
+OPERATIONS: dict[str, tuple[Act, str]] = {
+    "append": (lambda manager, asked, n: manager.append_message(message(f"op {n}"), asked), "update"),
+    "metadata": (lambda manager, _, n: manager.update_metadata({"n": n}), "update"),
+    "feedback": (lambda manager, _, n: manager.add_feedback({"n": n}), "update"),
+    "read": (lambda manager, _, n: manager.get_metadata(), "find"),
 }
+"""What is done with a session for the nth time, and the command that it sends."""
 
 HEADER = [0, 1, 3, 4, 8, 12, 15, 16, 17, 20, 21, 25, -1, -2, -5]
 
 
 @pytest.mark.parametrize("way", ["request", "reply"])
 @pytest.mark.parametrize("name", OPERATIONS)
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(kept=st.sampled_from(HEADER) | st.integers(-400, 400))
-def test_a_connection_cut_within_a_message(line: Line, name: str, way: str, kept: int) -> None:
+def test_a_connection_cut_within_a_message(line: Line, name: str, way: str) -> None:
     session_id = f"s-{uuid.uuid4().hex}"
     act, sent = OPERATIONS[name]
     line.site.copy_template(session_id)
     manager = line.factory.create_session_manager(session_id)
-    line.site.proxy.reset()
-    cut = line.site.proxy.cut_request if way == "request" else line.site.proxy.cut_reply
-    cut(command(sent), kept)
-    act(manager)
-    assert line.site.proxy.dropped == 1
-    document: Any = line.site.collection.find_one({"_id": session_id})
-    conversation = ["hi", "hello", "op"] if name == "append" else ["hi", "hello"]
-    assert texts(document["agents"]["agent"]["messages"]) == conversation
-    assert message_ids(document) == list(range(len(conversation)))
-    assert document["metadata"] == ({"n": 1} if name == "metadata" else {})
-    assert len(document["feedbacks"]) == (name == "feedback")
+    asked = agent(manager)
+    done = 0
+
+    @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(kept=st.sampled_from(HEADER) | st.integers(-400, 400))
+    def cut_and_act(kept: int) -> None:
+        nonlocal done
+        line.site.proxy.reset()
+        cut = line.site.proxy.cut_request if way == "request" else line.site.proxy.cut_reply
+        cut(command(sent), kept)
+        act(manager, asked, done)
+        done += 1
+        assert line.site.proxy.dropped == 1
+        document: Any = line.site.collection.find_one({"_id": session_id})
+        conversation = ["hi", "hello", *[f"op {number}" for number in range(done) if name == "append"]]
+        assert texts(document["agents"]["agent"]["messages"]) == conversation
+        assert message_ids(document) == list(range(len(conversation)))
+        assert document["metadata"] == ({"n": done - 1} if name == "metadata" else {})
+        assert [each["n"] for each in document["feedbacks"]] == [*range(done)] * (name == "feedback")
+
+    cut_and_act()
     manager.close()
 
 

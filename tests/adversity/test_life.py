@@ -15,9 +15,10 @@ import pytest
 from pymongo.database import Database
 from strands.types.session import Session, SessionAgent, SessionMessage
 
+from fix_archive import documents_of, emptied, store_again
 from from_v100 import EXPECTED, load_as, shown
 from from_v100 import OUTSIDE as OUTSIDE_OF_V1
-from killing import Child, Killer, kill_points, start
+from killing import Child, Killer, start
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from mongodb_session_manager._format.layout import OUTSIDE
 from mongodb_session_manager._store import content as _content
@@ -34,6 +35,7 @@ MOMENT = "2026-01-05T09:30:00+00:00"
 COUNT = 12
 TTL = timedelta(hours=8)
 V1 = "v100-attachments"
+SOURCE = "source-0000"
 
 
 def picture(seed: object) -> bytes:
@@ -69,14 +71,25 @@ TEXTS = [f"text {n}" for n in range(COUNT)]
 
 @dataclass(frozen=True)
 class Context:
-    """The database and clients of an operation and its check."""
+    """The database of an operation, and the session that it uses: what is stored of it, and its export."""
 
     uri: str
     database: Database[dict[str, Any]]
+    documents: dict[str, list[Any]]
     lines: list[str]
 
-    def repository(self, **options: Any) -> MongoDBSessionRepository:
-        return MongoDBSessionRepository(self.uri, self.database.name, **{**LIMITS, **options})
+    def store(self, session_id: str) -> None:
+        """Store the session under an id."""
+        store_again(self.database["agent_sessions"], self.documents, {SOURCE: session_id})
+
+
+@dataclass(frozen=True)
+class Later:
+    """The database and the clients of the check."""
+
+    database: Database[dict[str, Any]]
+    repository: MongoDBSessionRepository
+    factory: MongoDBSessionManagerFactory
 
 
 def content(repository: MongoDBSessionRepository, session_id: str) -> list[tuple[str, list[bytes]]]:
@@ -91,15 +104,14 @@ STORED = {"large": random.Random("large").randbytes(200)}
 OTHER = random.Random("other").randbytes(150)
 
 
-def values_of(context: Context, session_id: str) -> tuple[set[str], dict[str, bytes]]:
+def values_of(later: Later, session_id: str) -> tuple[set[str], dict[str, bytes]]:
     """The blocks of messages in the storage of a session, and its other values."""
 
     async def read() -> tuple[set[str], dict[str, bytes]]:
         prefix = f"context/{session_id}/"
-        async with MongoDBSessionManagerFactory(context.uri, context.database.name) as factory:
-            storage = (await factory.create_session_manager_async(session_id, must_exist=True)).storage
-            keys = await storage.list()
-            values = {key: await storage.read(key) or b"" for key in keys}
+        async with later.factory.create_session_manager_async(session_id, must_exist=True) as manager:
+            keys = await manager.storage.list()
+            values = {key: await manager.storage.read(key) or b"" for key in keys}
         blocks = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         return blocks, {key: data for key, data in values.items() if not key.startswith(prefix)}
 
@@ -125,9 +137,9 @@ class Operation:
     removes = False
     options: dict[str, Any] = {}  # noqa: RUF012
 
-    def prepare(self, context: Context, repository: MongoDBSessionRepository, session_id: str) -> None:
+    def prepare(self, context: Context, session_id: str) -> None:
         if not self.makes:
-            repository.import_session(context.lines, session_id)
+            context.store(session_id)
 
     def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
         raise NotImplementedError
@@ -136,7 +148,7 @@ class Operation:
         """Check the content of the session if it exists."""
         assert found == WHOLE
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
         """Check the session after another process has opened it."""
 
 
@@ -187,18 +199,17 @@ class Replace(Operation):
         replaced = [*WHOLE[:1], ("replaced", [picture("new")]), *WHOLE[2:]]
         assert found == replaced or (not child.has_said("acknowledged") and found == WHOLE)
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
-        incarnation = context.database["agent_sessions"].find_one({"_id": session_id})["incarnation"]
-        chunks = context.database["agent_sessions_attachments.chunks"]
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
+        incarnation = later.database["agent_sessions"].find_one({"_id": session_id})["incarnation"]
+        chunks = later.database["agent_sessions_attachments.chunks"]
 
         def old() -> int:
             return chunks.count_documents({"_id.file.incarnation": incarnation, "data": picture(1)})
 
-        with context.repository() as repository:
-            if content(repository, session_id)[1][0] == "replaced":
-                eventually(lambda: not old())
-            else:
-                assert old() == 1
+        if content(later.repository, session_id)[1][0] == "replaced":
+            eventually(lambda: not old())
+        else:
+            assert old() == 1
 
 
 class Redact(Operation):
@@ -216,11 +227,10 @@ class Redact(Operation):
         redacted = [*WHOLE[:1], ("gone", []), *WHOLE[2:]]
         assert found == redacted or (not child.has_said("acknowledged") and found == WHOLE)
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
-        values, mine = values_of(context, session_id)
-        with context.repository() as repository:
-            if content(repository, session_id)[1][0] == "gone":
-                assert "t1_0" not in values
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
+        values, mine = values_of(later, session_id)
+        if content(later.repository, session_id)[1][0] == "gone":
+            assert "t1_0" not in values
         assert values | {"t1_0"} == {f"t{n}_0" for n in range(COUNT)}
         assert mine == STORED
 
@@ -234,8 +244,8 @@ class Store(Operation):
             asyncio.run(manager.storage.write("new", b"new"))
         say("acknowledged", 1)
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
-        _, mine = values_of(context, session_id)
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
+        _, mine = values_of(later, session_id)
         assert mine in (STORED, {"large": OTHER}, {"large": OTHER, "new": b"new"})
         assert not child.has_said("acknowledged") or len(mine) == 2
 
@@ -244,7 +254,7 @@ class Fork(Operation):
     makes = True
 
     def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
-        factory.fork_session("source", session_id)
+        factory.fork_session(SOURCE, session_id)
 
 
 class Import(Operation):
@@ -266,10 +276,10 @@ class Renew(Operation):
 
     options = {"session_ttl": TTL}  # noqa: RUF012
 
-    def prepare(self, context: Context, repository: MongoDBSessionRepository, session_id: str) -> None:
-        super().prepare(context, repository, session_id)
-        with context.repository(session_ttl=TTL) as own:
-            own.update_metadata(session_id, {"n": 1})
+    def prepare(self, context: Context, session_id: str) -> None:
+        super().prepare(context, session_id)
+        with MongoDBSessionRepository(context.uri, context.database.name, session_ttl=TTL, **LIMITS) as repository:
+            repository.update_metadata(session_id, {"n": 1})
         date = {"$set": {"expires_at": datetime.now(UTC) + timedelta(minutes=5)}}
         for suffix in ("", *OUTSIDE):
             changed = context.database[f"agent_sessions{suffix}"].update_many({"session_id": session_id}, date)
@@ -280,19 +290,19 @@ class Renew(Operation):
             manager.update_metadata({"n": 2})
             say("acknowledged", 1)
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
-        found = context.database["agent_sessions"].find_one({"_id": session_id})
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
+        found = later.database["agent_sessions"].find_one({"_id": session_id})
         if child.has_said("acknowledged"):
             assert found["expires_at"] > datetime.now(UTC) + timedelta(hours=7, minutes=50)
         for suffix in OUTSIDE:
-            for part in context.database[f"agent_sessions{suffix}"].find({"session_id": session_id}):
+            for part in later.database[f"agent_sessions{suffix}"].find({"session_id": session_id}):
                 assert part["expires_at"] >= found["expires_at"]
 
 
 class Migrate(Operation):
     """Opens a session that 1.0.0 has stored, and writes to it."""
 
-    def prepare(self, context: Context, repository: MongoDBSessionRepository, session_id: str) -> None:
+    def prepare(self, context: Context, session_id: str) -> None:
         load_as(context.database, V1, session_id)
 
     def work(self, factory: MongoDBSessionManagerFactory, context: Context, session_id: str, say: Say) -> None:
@@ -307,9 +317,9 @@ class Migrate(Operation):
             0 if each["redact_message"] else count for each, count in zip(wanted, counts, strict=True)
         ]
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
         for suffix, path in zip(OUTSIDE_OF_V1, ("_id", "_id", "_id.file"), strict=True):
-            found = context.database[f"agent_sessions{suffix}"]
+            found = later.database[f"agent_sessions{suffix}"]
             eventually(lambda found=found, path=path: not found.count_documents({f"{path}.session_id": session_id}))
 
 
@@ -318,9 +328,9 @@ class WriteBack(Operation):
         factory.write_back(session_id)
         say("acknowledged", 1)
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
         if child.has_said("acknowledged"):
-            found = context.database["agent_sessions"].find_one({"_id": session_id})
+            found = later.database["agent_sessions"].find_one({"_id": session_id})
             assert len(found["agents"]["agent"]["messages"]) == COUNT
 
 
@@ -334,22 +344,19 @@ class Rewind(Operation):
     def check(self, found: list[tuple[str, list[bytes]]], child: Child) -> None:
         assert found == WHOLE[:5] or (not child.has_said("acknowledged") and found == WHOLE)
 
-    def check_opened(self, context: Context, session_id: str, child: Child) -> None:
-        kept, sessions = f"{session_id}-kept", context.database["agent_sessions"]
+    def check_opened(self, later: Later, session_id: str, child: Child) -> None:
+        kept, sessions = f"{session_id}-kept", later.database["agent_sessions"]
         sessions.update_many({"_id": kept, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
-        with context.repository() as repository:
-            if len(content(repository, session_id)) == 5:
-                assert content(repository, kept) == WHOLE
-                own = sessions.find_one({"_id": session_id})["incarnation"]
-                of_agent = {"_id.incarnation": own, "_id.first": {"$gte": 5}}
-                assert not context.database["agent_sessions_archive"].count_documents(of_agent)
-                assert (
-                    context.database["agent_sessions_attachments.files"].count_documents({"_id.incarnation": own}) == 1
-                )
-            elif repository.session_exists(kept):
-                assert content(repository, kept) == WHOLE
-            repository.delete_session(kept)
-        assert parts_of(context, kept) == []
+        if len(content(later.repository, session_id)) == 5:
+            assert content(later.repository, kept) == WHOLE
+            own = sessions.find_one({"_id": session_id})["incarnation"]
+            of_agent = {"_id.incarnation": own, "_id.first": {"$gte": 5}}
+            assert not later.database["agent_sessions_archive"].count_documents(of_agent)
+            assert later.database["agent_sessions_attachments.files"].count_documents({"_id.incarnation": own}) == 1
+        elif later.repository.session_exists(kept):
+            assert content(later.repository, kept) == WHOLE
+        later.repository.delete_session(kept)
+        assert parts_of(later.database, kept) == []
 
 
 OPERATIONS = [
@@ -383,61 +390,49 @@ def interrupted(operation: Operation, context: Context, session_id: str, at: int
     return start(work, at, after).wait()
 
 
-def parts_of(context: Context, session_id: str) -> list[Any]:
+def parts_of(database: Database[dict[str, Any]], session_id: str) -> list[Any]:
     """All stored parts of a session, live or not."""
-    found: list[Any] = [*context.database["agent_sessions"].find({"_id": session_id}, {"state": 1})]
+    found: list[Any] = [*database["agent_sessions"].find({"_id": session_id}, {"state": 1})]
     for suffix in OUTSIDE:
         paths = ("session_id", "_id.session_id", "_id.file.session_id")
         condition = {"$or": [{path: session_id} for path in paths]}
-        found += context.database[f"agent_sessions{suffix}"].find(condition, {"_id": 1})
+        found += database[f"agent_sessions{suffix}"].find(condition, {"_id": 1})
     return found
 
 
-def check(
-    operation: Operation,
-    context: Context,
-    repository: MongoDBSessionRepository,
-    factory: MongoDBSessionManagerFactory,
-    session_id: str,
-    child: Child,
-) -> None:
-    sessions = context.database["agent_sessions"]
+def check(operation: Operation, later: Later, lines: list[str], session_id: str, child: Child) -> None:
+    sessions, repository, factory = later.database["agent_sessions"], later.repository, later.factory
     is_there = repository.session_exists(session_id)
     if not child.killed:
         assert is_there is not operation.removes
+    before: list[tuple[str, list[bytes]]] = []
     if is_there:
-        has_agent = bool(repository.list_agents(session_id))
-        operation.check(content(repository, session_id) if has_agent else [], child)
+        before = content(repository, session_id) if repository.list_agents(session_id) else []
+        operation.check(before, child)
     else:
         assert operation.makes or operation.removes
         assert session_id not in {found.session_id for found in repository.list_sessions(limit=1000).sessions}
     # A lease lasts a minute; the test does not wait until it expires.
     sessions.update_many({"_id": session_id, "state": "copying"}, {"$set": {"state_until": datetime(2020, 1, 1)}})
     with factory.create_session_manager(session_id) as manager:
-        live = agent(manager)
-        assert texts(live.messages) == (texts_of(repository, session_id) if is_there else [])
-        if not is_there:
-            assert live.messages == []
+        assert texts(agent(manager).messages) == [text for text, _ in before]
     eventually(lambda: not factory._connection._tasks)
     assert not sessions.count_documents({"_id": session_id, "state": {"$exists": True}})
-    operation.check_opened(context, session_id, child)
+    operation.check_opened(later, session_id, child)
     if is_there:
-        before = content(repository, session_id) if repository.list_agents(session_id) else []
+        after = content(repository, session_id) if repository.list_agents(session_id) else []
+        assert after == before
         factory.fork_session(session_id, "again")
-        assert (content(repository, "again") if before else []) == before
+        assert (content(repository, "again") if after else []) == after
         assert factory.delete_session("again")
-        assert parts_of(context, "again") == []
+        assert parts_of(later.database, "again") == []
     if operation.makes and not is_there:
         assert repository.delete_session(session_id)
-        repository.import_session(context.lines, session_id)
+        repository.import_session(lines, session_id)
         assert content(repository, session_id) == WHOLE
     assert repository.delete_session(session_id)
     assert not repository.delete_session(session_id)
-    assert parts_of(context, session_id) == []
-
-
-def texts_of(repository: MongoDBSessionRepository, session_id: str) -> list[str]:
-    return [text for text, _ in content(repository, session_id)] if repository.list_agents(session_id) else []
+    assert parts_of(later.database, session_id) == []
 
 
 @pytest.fixture(scope="module")
@@ -450,48 +445,56 @@ def small_values() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def lines(small_values: None, server: str, shared_database: str) -> list[str]:
-    """The export of the session that the operations use."""
-    with MongoDBSessionRepository(server, shared_database, **LIMITS) as repository:
-        fill(repository, "source")
-        with MongoDBSessionManagerFactory(server, shared_database, **LIMITS) as factory:
-            asyncio.run(store(factory, "source"))
-        return list(repository.export_session("source"))
+def source(
+    small_values: None, server: str, driver: Driver, shared_database: str
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """What is stored of the session that the operations use, and its export."""
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    with (
+        MongoDBSessionRepository(server, shared_database, **LIMITS) as repository,
+        MongoDBSessionManagerFactory(server, shared_database, **LIMITS) as factory,
+    ):
+        fill(repository, SOURCE)
+        asyncio.run(store(factory, SOURCE))
+        lines = list(repository.export_session(SOURCE))
+    return documents_of(stored), lines
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: type(operation).__name__)
 def test_a_process_is_killed_between_any_two_commands(
-    server: str, driver: Driver, database: str, lines: list[str], operation: Operation, pytestconfig: pytest.Config
+    server: str,
+    driver: Driver,
+    database: str,
+    source: tuple[dict[str, list[Any]], list[str]],
+    operation: Operation,
+    some: Callable[[Any, int], list[Any]],
 ) -> None:
-    with MongoDBSessionRepository(server, database, **LIMITS) as repository:
-        repository.import_session(lines, "source")
-    context = Context(server, driver[database], lines)
-
-    def prepare(session_ids: list[str]) -> None:
-        with context.repository() as repository:
-            for session_id in session_ids:
-                operation.prepare(context, repository, session_id)
-
-    prepare(["uninterrupted"])
-    whole = interrupted(operation, context, "uninterrupted", None, False)
-    assert whole.commands
-    points = kill_points(len(whole.commands), pytestconfig.getoption("--full-adversity"), most=2)
-    prepare([f"killed-{n}-{after}" for n, after in points])
-    children = {(n, after): interrupted(operation, context, f"killed-{n}-{after}", n, after) for n, after in points}
-    assert sum(child.killed for child in children.values()) >= len(points) // 2
+    context = Context(server, driver[database], *source)
+    context.store(SOURCE)
+    operation.prepare(context, "not-killed-")
+    children = {"not-killed-": interrupted(operation, context, "not-killed-", None, False)}
+    count = len(children["not-killed-"].commands)
+    assert count
+    # Killed when its last command was answered, it leaves what it leaves if it is not killed.
+    points = [(number, after) for number in range(1, count + 1) for after in (False, True)][:-1]
+    for number, after in some(points, 1):
+        session_id = f"{('before', 'after-')[after]}-{number:04}"
+        operation.prepare(context, session_id)
+        children[session_id] = child = interrupted(operation, context, session_id, number, after)
+        assert child.killed or len(child.commands) < number
     with (
-        context.repository() as repository,
-        MongoDBSessionManagerFactory(context.uri, context.database.name, **LIMITS) as factory,
+        MongoDBSessionRepository(server, database, **LIMITS) as repository,
+        MongoDBSessionManagerFactory(server, database, **LIMITS) as factory,
     ):
-        check(operation, context, repository, factory, "uninterrupted", whole)
-        for (n, after), child in children.items():
+        later = Later(context.database, repository, factory)
+        for session_id, child in children.items():
             try:
-                check(operation, context, repository, factory, f"killed-{n}-{after}", child)
+                check(operation, later, context.lines, session_id, child)
             except BaseException as error:
-                error.add_note(f"killed {('before', 'after')[after]} the {n}th command, {child.commands}")
+                error.add_note(f"killed at the command {session_id}: {child.commands}")
                 raise
-        assert content(repository, "source") == WHOLE
-        assert repository.delete_session("source")
+        assert content(repository, SOURCE) == WHOLE
+        assert repository.delete_session(SOURCE)
     for suffix in ("", *OUTSIDE):
         assert context.database[f"agent_sessions{suffix}"].count_documents({}) == 0
