@@ -460,6 +460,7 @@ def test_a_damaged_attachment_is_an_error(
 ) -> None:
     repository.create_message("s", "agent", said())
     repository.create_message("s", "agent", said(document(TWO_CHUNKS), message_id=1))
+    repository.create_message("s", "agent", said(image(SMALL), message_id=2))
     damage(driver[database][CHUNKS])
     reads: list[Callable[[], Any]] = [
         lambda: repository.read_message("s", "agent", 1),
