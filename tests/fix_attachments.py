@@ -33,7 +33,9 @@ def content(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-SMALL, LARGE, LARGER = content(10 * KIB, 1), content(300 * KIB, 2), content(5 * MIB, 3)
+SMALL, LARGE, ANOTHER = content(10 * KIB, 1), content(300 * KIB, 2), content(300 * KIB, 4)
+LARGER = content(4 * MIB + KIB, 3)
+"""Three chunks; `LARGE` and `ANOTHER` are one each, `SMALL` stays in its message."""
 
 
 def image(data: bytes) -> Any:

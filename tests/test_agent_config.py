@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
+import pymongo
 import pytest
 from pymongo import monitoring
 from pymongo.collection import Collection
 from strands import Agent
 
+from fix_archive import documents_of, emptied, store_again
 from mongodb_session_manager import (
     AgentNotFoundError,
     AsyncMongoDBSessionRepository,
@@ -26,6 +27,7 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from support import CommandLog, agent, alternating
 
+Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
 
 
@@ -59,50 +61,75 @@ class Blocking:
         return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runner() -> Iterator[asyncio.Runner]:
     with asyncio.Runner() as runner:
         yield runner
 
 
-@pytest.fixture
-def replies() -> Replies:
+@pytest.fixture(scope="module")
+def shared_replies() -> Replies:
     return Replies()
+
+
+@pytest.fixture(scope="module")
+def listened(
+    server: str,
+    shared_database: str,
+    shared_factory: Callable[[], Any],
+    shared_replies: Replies,
+    runner: asyncio.Runner,
+) -> Iterator[dict[str, Any]]:
+    """What gives access to the session, by kind; the commands and replies of each are logged."""
+    options: dict[str, Any] = {"event_listeners": [shared_factory()[1], shared_replies]}
+    with (
+        MongoDBSessionManagerFactory(server, shared_database, **options) as factory,
+        MongoDBSessionRepository(server, shared_database, **options) as repository,
+    ):
+        async_repository = AsyncMongoDBSessionRepository(server, shared_database, **options)
+        yield {"manager": factory, "repository": repository, "async repository": async_repository}
+        runner.run(async_repository.close())
+
+
+@pytest.fixture(scope="module")
+def prepared(shared_factory: Callable[[], Any], shared_database: str, driver: Driver) -> dict[str, list[Any]]:
+    """The documents of the session "s", in which "agent" has had two turns."""
+    stored = emptied(driver[shared_database]["agent_sessions"])
+    with shared_factory()[0].create_session_manager("s") as manager:
+        live = agent(manager, "one", "two", system_prompt="Be brief.")
+        live("Tell me of Oslo.")
+        live("And of Rome.")
+    return documents_of(stored)
+
+
+@pytest.fixture
+def replies(session: Blocking, shared_replies: Replies) -> Replies:
+    return shared_replies
 
 
 @pytest.fixture(params=alternating("manager", "async manager", "async repository", "repository"))
 def session(
     request: pytest.FixtureRequest,
+    prepared: dict[str, list[Any]],
+    listened: dict[str, Any],
     factory: MongoDBSessionManagerFactory,
-    server: str,
-    database: str,
+    stored: Stored,
     commands: CommandLog,
-    replies: Replies,
+    shared_replies: Replies,
     runner: asyncio.Runner,
-) -> Iterator[Blocking]:
+) -> Blocking:
     """The session "s", in which "agent" has had two turns, through each class that gives access to it."""
-    with ExitStack() as stack:
-        manager = factory.create_session_manager("s")
-        live = agent(manager, "one", "two", system_prompt="Be brief.")
-        live("Tell me of Oslo.")
-        live("And of Rome.")
-        manager.close()
-        if request.param.endswith("manager"):
-            own = stack.enter_context(
-                MongoDBSessionManagerFactory(server, database, event_listeners=[commands, replies])
-            )
-            if request.param == "manager":
-                session = Blocking(own.create_session_manager("s"), runner)
-            else:
-                session = Blocking(runner.run(own.create_session_manager_async("s")), runner)
-        else:
-            kind = MongoDBSessionRepository if request.param == "repository" else AsyncMongoDBSessionRepository
-            session = Blocking(kind(server, database, event_listeners=[commands, replies]), runner, "s")
-            stack.callback(Blocking(session.target, runner).close)
-        session.get_usage()  # connects
-        commands.clear()
-        replies.texts.clear()
-        yield session
+    store_again(stored, prepared)
+    if request.param == "manager":
+        session = Blocking(listened["manager"].create_session_manager("s"), runner)
+    elif request.param == "async manager":
+        session = Blocking(runner.run(listened["manager"].create_session_manager_async("s")), runner)
+    else:
+        session = Blocking(listened[request.param], runner, "s")
+    session.get_usage()  # connects
+    commands.clear()
+    shared_replies.texts.clear()
+    return session
 
 
 CONFIG = {"agent_id": "agent", "model": "scripted", "system_prompt": "Be brief.", "prompt_metadata": None}
@@ -269,7 +296,7 @@ class Managers:
         return Blocking(manager, self._runner)
 
 
-@pytest.fixture(params=[False, True], ids=["manager", "async manager"])
+@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
 def managers(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Managers:
     return Managers(factory, runner, request.param)
 
@@ -288,7 +315,7 @@ def set_all(session: Blocking) -> None:
     session.set_prompt_metadata("agent", {"version": 1})
 
 
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 def test_what_users_set_survives_everything_the_agent_does(managers: Managers, save_on: str) -> None:
     session = managers.open(save_on=save_on)
     live = agent_of(session)
@@ -316,7 +343,7 @@ def test_what_users_set_survives_everything_the_agent_does(managers: Managers, s
     assert again.state.get("mood") == "good"
 
 
-@pytest.mark.parametrize("save_on", ["message", "invocation"])
+@pytest.mark.parametrize("save_on", alternating("message", "invocation"))
 def test_what_users_set_elsewhere_survives_a_manager_opened_before(managers: Managers, save_on: str) -> None:
     session = managers.open(save_on=save_on)
     live = agent_of(session)

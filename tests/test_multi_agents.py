@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,15 +36,23 @@ from mongodb_session_manager import (
 from mongodb_session_manager.demo import ScriptedModel
 from orchestrators import Async, Odd, Streaming, Sync, handoff, join, node, pipeline, sent, team
 from proxy import Proxy, command
-from support import CommandLog, agent, alternating, eventually, fail_point, texts
+from support import CommandLog, agent, alternating, eventually, fail_point, texts, untraced
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
 OPEN, WRITE = "findAndModify", "update"
 IMAGE = {"image": {"format": "png", "source": {"bytes": b"\x89PNG\0\xff"}}}
-# A swarm that is restored to begin again makes an `Agent()`, and with it a Bedrock client that reads files.
+# A swarm that is restored to begin again makes an `Agent()`, which reads files.
 SWARM = pytest.mark.may_block
 BOTH = pytest.mark.parametrize("kind", ["graph", pytest.param("swarm", marks=SWARM)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def that_agent_has_no_bedrock_client() -> Iterator[None]:
+    """It is never asked, and such a client loads megabytes of JSON."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("strands.agent.agent.BedrockModel", ScriptedModel)
+        yield
 
 
 @pytest.fixture(params=alternating(Sync, Async, Streaming), ids=["sync", "async", "streamed"])
@@ -92,16 +101,23 @@ def without_ids(messages: Any) -> Any:
     return [without_ids(each) for each in messages] if isinstance(messages, list) else messages
 
 
-def run_without_manager(kind: str, task: Any = "the task") -> Trio:
+@functools.cache
+def sent_without_manager(kind: str, with_image: bool = False) -> list[Any]:
+    """What the models of all nodes are sent without a session manager."""
     trio = Trio(kind)
-    asyncio.run(trio.build(None).invoke_async(task))
-    return trio
+    trio.build(None)([{"text": "what is it?"}, IMAGE] if with_image else "the task")
+    return trio.sent
+
+
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database) as repository:
+        yield repository
 
 
 @pytest.fixture
-def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database) as repository:
-        yield repository
+def repository(shared_repository: MongoDBSessionRepository, database: str) -> MongoDBSessionRepository:
+    return shared_repository
 
 
 def in_another_process(factory: MongoDBSessionManagerFactory) -> Any:
@@ -306,7 +322,7 @@ def test_a_graph_goes_on_after_an_exception(
         result = api.run(open_manager(), resumed.build, "the task")
         assert result.status == Status.FAILED
         assert resumed.worked == ["second", "third"]
-        assert resumed.sent[1:] == run_without_manager("graph").sent[1:]
+        assert resumed.sent[1:] == sent_without_manager("graph")[1:]
         assert [each.node_id for each in result.execution_order] == ["first", "second", "third"]
 
 
@@ -354,7 +370,7 @@ def test_it_goes_on_after_it_was_cancelled(
     result = resumed.build(in_another_process(factory))("the task")
     assert result.status == Status.COMPLETED
     assert resumed.worked == ["second", "third"]
-    assert resumed.sent[1:] == run_without_manager(kind).sent[1:]
+    assert resumed.sent[1:] == sent_without_manager(kind)[1:]
 
 
 class Waiting(ScriptedModel):
@@ -417,7 +433,7 @@ def test_it_goes_on_after_its_process_was_killed(
     result = resumed.build(in_another_process(factory))("the task")
     assert result.status == Status.COMPLETED
     assert resumed.worked == ["second", "third"]
-    assert resumed.sent[1:] == run_without_manager(kind).sent[1:]
+    assert resumed.sent[1:] == sent_without_manager(kind)[1:]
     assert state_of(stored, KEY[kind])["status"] == "completed"
 
 
@@ -481,7 +497,7 @@ def test_a_human_answers_in_another_process(
     result = api.run(api.open(factory), resumed.build, answered(result, "yes"))
     assert result.status == Status.COMPLETED
     assert resumed.worked == ["second", "third"]
-    assert resumed.sent[1:] == run_without_manager(kind, [{"text": "what is it?"}, IMAGE]).sent[1:]
+    assert resumed.sent[1:] == sent_without_manager(kind, with_image=True)[1:]
 
 
 @tool(context=True)
@@ -640,21 +656,31 @@ def test_it_is_removed_meanwhile(factory: MongoDBSessionManagerFactory, stored: 
 # What gets lost on the way.
 
 
-@pytest.fixture
-def proxy(server: str) -> Iterator[Proxy]:
+@pytest.fixture(scope="module")
+def shared_proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def behind_proxy(
-    proxy: Proxy, database: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[MongoDBSessionManagerFactory]:
+def proxy(shared_proxy: Proxy) -> Proxy:
+    shared_proxy.reset()
+    return shared_proxy
+
+
+@pytest.fixture(scope="module")
+def shared_behind_proxy(shared_proxy: Proxy, shared_database: str) -> Iterator[MongoDBSessionManagerFactory]:
     with MongoDBSessionManagerFactory(
-        proxy.uri, database, serverMonitoringMode="poll", serverSelectionTimeoutMS=300
+        shared_proxy.uri, shared_database, serverMonitoringMode="poll", serverSelectionTimeoutMS=300
     ) as factory:
-        factory.create_session_manager("warm-up").close()
+        factory.ping()
         yield factory
+
+
+@pytest.fixture
+def behind_proxy(shared_behind_proxy: MongoDBSessionManagerFactory, database: str) -> MongoDBSessionManagerFactory:
+    """A factory of the proxy, with which it is connected."""
+    return shared_behind_proxy
 
 
 @BOTH
@@ -709,7 +735,7 @@ def test_an_outage_stops_it_where_it_happened(
     result = resumed.build(in_another_process(behind_proxy))("the task")
     assert result.status == Status.COMPLETED
     assert resumed.worked == ["third"]
-    assert resumed.sent[2] == run_without_manager(kind).sent[2]
+    assert resumed.sent[2] == sent_without_manager(kind)[2]
 
 
 def flushed(manager: Any) -> bool:
@@ -739,7 +765,7 @@ def test_a_state_too_large_to_store_stops_it_and_leaves_the_last_one(
     api: Any, factory: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
     manager = api.open(factory)
-    with pytest.raises(StateTooLargeError):
+    with untraced(), pytest.raises(StateTooLargeError):
         api.run(manager, Trio("graph", second="x" * 17_000_000).build, "the task")
     assert state_of(stored, "pipeline")["next_nodes_to_execute"] == ["second"]
     assistant = agent(manager, "hello")
@@ -786,9 +812,7 @@ def test_the_repository(factory: MongoDBSessionManagerFactory, repository: Mongo
 
 
 @pytest.mark.parametrize("write", ["create", "update"])
-def test_a_lost_acknowledgement_of_the_repository(
-    proxy: Proxy, behind_proxy: MongoDBSessionManagerFactory, database: str, stored: Stored, write: str
-) -> None:
+def test_a_lost_acknowledgement_of_the_repository(proxy: Proxy, database: str, stored: Stored, write: str) -> None:
     with MongoDBSessionRepository(proxy.uri, database) as repository:
         repository.open_session("s")
         if write == "update":

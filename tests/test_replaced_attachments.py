@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import pymongo
 import pytest
 from pymongo import monitoring
 from strands.types.session import Session, SessionAgent, SessionType
 
 import interpreter
-from fix_archive import documents_of, store_again
+from fix_archive import documents_of, emptied, store_again
 from fix_attachments import (
     CHUNKS,
     LARGE,
@@ -38,7 +40,7 @@ from mongodb_session_manager import (
     SessionNotFoundError,
 )
 from proxy import Proxy, command
-from support import agent, alternating, eventually, run_random, sampled
+from support import agent, alternating, client_of, eventually, run_random, sampled
 
 OPTIONS: dict[str, Any] = {"max_inline_attachment_bytes": 1000, "max_embedded_messages": 4}
 ARCHIVED, IN_HEAD = 0, 6
@@ -72,9 +74,7 @@ def fill(repository: MongoDBSessionRepository, *with_pictures: int) -> None:
 @pytest.fixture(scope="module")
 def prepared(repository: MongoDBSessionRepository, driver: Driver, shared_database: str) -> dict[str, list[Any]]:
     """The documents of the session that `long` begins with, by collection."""
-    stored = driver[shared_database]["agent_sessions"]
-    for name in stored.database.list_collection_names(filter={"name": {"$regex": "^agent_sessions"}}):
-        stored.database[name].delete_many({})
+    stored = emptied(driver[shared_database]["agent_sessions"])
     fill(repository, ARCHIVED, 1, IN_HEAD)
     assert stored.find_one()["agents"]["agent"].get("archived", 0) > 1
     documents = documents_of(stored)
@@ -167,10 +167,45 @@ def test_two_writers_of_attachments_again_and_again(
 # Reading while messages are redacted.
 
 
+READS: dict[str, Callable[[MongoDBSessionRepository], list[Any]]] = {
+    "open_session": lambda of: [each["message"] for each in of.open_session("s")["agents"]["agent"]["messages"]],
+    "list_messages": lambda of: [each.message for each in of.list_messages("s", "agent")],
+    "read_message": lambda of: [of.read_message("s", "agent", each).message for each in (ARCHIVED, 1, IN_HEAD)],
+}
+
+
+class BeforeChunks(monitoring.CommandListener):
+    """Does something before each of the first reads of chunks."""
+
+    def __init__(self, *actions: Callable[[], object]) -> None:
+        self.actions = list(actions)
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if self.actions and event.command.get("find", "").endswith(".chunks"):
+            self.actions.pop(0)()
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+@pytest.mark.may_block  # the listener waits for another repository
+@pytest.mark.parametrize("message_id", alternating(ARCHIVED, IN_HEAD), ids=["archived", "in the head"])
+@pytest.mark.parametrize("read", alternating(*READS))
+def test_a_message_that_is_replaced_after_it_was_read_is_read_again(
+    long: MongoDBSessionRepository, server: str, database: str, read: str, message_id: int
+) -> None:
+    """Twice, because other attachments are then missing when it is read again."""
+    replaced = [said(image(picture(seed)), message_id=message_id) for seed in (20, 21)]
+    at = BeforeChunks(*(partial(long.update_message, "s", "agent", each) for each in replaced))
+    with MongoDBSessionRepository(server, database, event_listeners=[at], **OPTIONS) as repository:
+        found = READS[read](repository)
+    assert at.actions == []
+    assert replaced[1].message in found
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("read", alternating("open_session", "list_messages", "read_message"))
 def test_reading_while_messages_are_redacted_as_fast_as_possible(
-    request: pytest.FixtureRequest, long: MongoDBSessionRepository, server: str, database: str, read: str
+    request: pytest.FixtureRequest, long: MongoDBSessionRepository, server: str, database: str
 ) -> None:
     stop, times = threading.Event(), {ARCHIVED: 0, 1: 0, IN_HEAD: 0}
 
@@ -181,19 +216,13 @@ def test_reading_while_messages_are_redacted_as_fast_as_possible(
                 repository.update_message("s", "agent", said(image(picture(times[message_id])), message_id=message_id))
                 repository.update_message("s", "agent", redacted(message_id))
 
-    def reads(repository: MongoDBSessionRepository, number: int) -> object:
-        if read == "open_session":
-            return repository.open_session("s")
-        if read == "list_messages":
-            return repository.list_messages("s", "agent")
-        return repository.read_message("s", "agent", (ARCHIVED, 1, IN_HEAD)[number % 3])
-
     with ThreadPoolExecutor(3) as threads:
         redacting = [threads.submit(redact, message_id) for message_id in times]
         try:
-            rounds = 300 if request.config.getoption("--full-adversity") else 15
-            for number in itertools.takewhile(lambda n: n < rounds or min(times.values()) < 5, itertools.count()):
-                assert reads(long, number)
+            rounds = 900 if request.config.getoption("--full-adversity") else 12
+            reads = itertools.cycle(READS.values())
+            for _ in itertools.takewhile(lambda n: n < rounds or min(times.values()) < 5, itertools.count()):
+                assert next(reads)(long)
         finally:
             stop.set()
         for future in redacting:
@@ -267,8 +296,8 @@ def redact_and_be_killed(server: str, database: str, at: str, message_id: int) -
     assert process.returncode == -signal.SIGKILL, errors
 
 
-@pytest.mark.parametrize("at", [".chunks", ".files"])
-@pytest.mark.parametrize("message_id", [ARCHIVED, IN_HEAD], ids=["archived", "in the head"])
+@pytest.mark.parametrize("at", alternating(".chunks", ".files"))
+@pytest.mark.parametrize("message_id", alternating(ARCHIVED, IN_HEAD), ids=["archived", "in the head"])
 def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
     long: MongoDBSessionRepository,
     server: str,
@@ -281,8 +310,8 @@ def test_what_a_killed_process_had_to_remove_is_removed_by_the_next_opening(
     redact_and_be_killed(server, database, at, message_id)
     assert len(ids(driver, database, CHUNKS)) == 3
     assert long.read_message("s", "agent", message_id).to_message() == redacted().to_message()
-    with MongoDBSessionRepository(server, database, **OPTIONS) as repository:
-        repository.open_session("s")
+    long.open_session("s")
+    eventually(lambda: not long._async._connection._tasks)
     kept = {0, 1, 6} - {message_id}
     assert hashes(driver, database) == of(*map(picture, kept))
     assert "removed_attachments" not in stored.find_one()
@@ -298,31 +327,48 @@ def test_a_redaction_that_is_repeated_removes_what_a_killed_process_had_to_remov
     eventually(lambda: removed_lists(stored) == [])
 
 
+@dataclass
+class Site:
+    """A server behind a proxy, and a repository that reaches it through the proxy."""
+
+    proxy: Proxy
+    repository: MongoDBSessionRepository
+    stored: Any
+
+
+@pytest.fixture(scope="module")
+def sites(request: pytest.FixtureRequest, shared_database: str) -> Iterator[Callable[[str], Site]]:
+    """Return a getter of the site of a server, which is made once."""
+    with ExitStack() as stack:
+
+        @functools.cache
+        def site(where: str) -> Site:
+            uri = request.getfixturevalue(where)
+            stored = stack.enter_context(client_of(uri))[shared_database]["agent_sessions"]
+            proxy = stack.enter_context(Proxy(uri))
+            repository = MongoDBSessionRepository(proxy.uri, shared_database, serverMonitoringMode="poll", **OPTIONS)
+            stack.enter_context(repository).list_sessions()
+            return Site(proxy, repository, stored)
+
+        yield site
+
+
 @pytest.mark.parametrize("message_id", alternating(ARCHIVED, IN_HEAD), ids=["archived", "in the head"])
 @pytest.mark.parametrize("lost", alternating("request", "acknowledgement"))
 @pytest.mark.parametrize("where", alternating("server", "standalone"))
 def test_a_replaced_message_keeps_its_attachment_when_a_reply_is_lost(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, message_id: int, lost: str, where: str
+    sites: Callable[[str], Site], prepared: dict[str, list[Any]], database: str, message_id: int, lost: str, where: str
 ) -> None:
     """A statement that is sent again replaces what it has stored itself."""
-    monkeypatch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.02)
-    uri, database = request.getfixturevalue(where), f"test_{uuid.uuid4().hex}"
-    with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client:
-        stored = client[database]["agent_sessions"]
-        with MongoDBSessionRepository(uri, database, **OPTIONS) as repository:
-            fill(repository, message_id)
-        assert stored.find_one()["agents"]["agent"]["archived"] > 0
-        with (
-            Proxy(uri) as proxy,
-            MongoDBSessionRepository(proxy.uri, database, serverMonitoringMode="poll", **OPTIONS) as repository,
-        ):
-            repository.read_message("s", "agent", 1)
-            drop = proxy.drop_before_request if lost == "request" else proxy.drop_after_request
-            drop(command("findAndModify"), 1 if where == "standalone" else 2)
-            repository.update_message("s", "agent", said(image(picture(20)), message_id=message_id))
-            assert proxy.dropped > 0
-            found = repository.read_message("s", "agent", message_id)
-        assert found.message["content"][1] == image(picture(20))
-        assert hashes(client, database) == of(picture(20))
-        assert removed_lists(stored) == []
-        client.drop_database(database)
+    site = sites(where)
+    site.proxy.reset()
+    store_again(emptied(site.stored), prepared)
+    drop = site.proxy.drop_before_request if lost == "request" else site.proxy.drop_after_request
+    drop(command("findAndModify"), 1 if where == "standalone" else 2)
+    site.repository.update_message("s", "agent", said(image(picture(20)), message_id=message_id))
+    assert site.proxy.dropped > 0
+    found = site.repository.read_message("s", "agent", message_id)
+    assert found.message["content"][1] == image(picture(20))
+    kept = {0, 1, 6} - {message_id}
+    assert hashes(site.stored.database.client, database) == of(picture(20), *map(picture, kept))
+    assert removed_lists(site.stored) == []

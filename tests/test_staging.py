@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import threading
 import time
@@ -409,7 +411,7 @@ def test_a_busy_session_with_many_attachments_is_forked(
     def message(number: int, seed: int) -> Any:
         return said(number, seed.to_bytes(4, "big") + picture, f"version {seed}:")
 
-    for number in range(30):
+    for number in range(12):
         repository.create_message(ID, "agent", message(number, number))
     stop = threading.Event()
 
@@ -422,7 +424,7 @@ def test_a_busy_session_with_many_attachments_is_forked(
     def replace() -> None:
         seed = 1000
         while not stop.is_set():
-            repository.update_message(ID, "agent", message(random.randrange(30), seed))
+            repository.update_message(ID, "agent", message(random.randrange(12), seed))
             seed += 1
 
     log = CommandLog()
@@ -438,7 +440,7 @@ def test_a_busy_session_with_many_attachments_is_forked(
                 each.result()
         for number in range(2):
             messages = other.list_messages(f"fork {number}", "agent")
-            assert len(messages) == 30
+            assert len(messages) == 12
             other.list_messages(f"fork {number}", "other")
             for each in messages:
                 text, image = each.message["content"]
@@ -456,33 +458,57 @@ def test_a_busy_session_with_many_attachments_is_forked(
 KILLED = Path(__file__).with_name("killed_copy.py")
 
 
-def killed_copies(server: str, database: str, what: str, lines: Path, step: int) -> list[int]:
-    """Make copies in processes that are killed at some of their commands; return the numbers that are in their ids."""
-    shown, _ = interpreter.run(KILLED, server, database, what, lines, step)
-    return [int(number) for number in shown.split()]
+Killed = tuple[list[int], dict[str, list[Any]]]
+
+
+@pytest.fixture(scope="module")
+def killed(
+    request: pytest.FixtureRequest,
+    shared_repository: MongoDBSessionRepository,
+    full_documents: dict[str, list[Any]],
+    server: str,
+    shared_database: str,
+    driver: Driver,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Killed]:
+    """Return a function that makes copies in processes that are killed at some of their commands.
+
+    It returns the numbers that are in the ids of the copies, and all documents that are left then.
+    """
+    stored = driver[shared_database]["agent_sessions"]
+    step = 1 if request.config.getoption("--full-adversity") else 5
+
+    @functools.cache
+    def killed(what: str) -> Killed:
+        store_again(emptied(stored), full_documents)
+        lines = tmp_path_factory.mktemp("killed") / "lines"
+        lines.write_text("".join(shared_repository.export_session(ID)))
+        shown, _ = interpreter.run(KILLED, server, shared_database, what, lines, step)
+        return [int(number) for number in shown.split()], documents_of(stored)
+
+    return killed
 
 
 @pytest.mark.parametrize("what", ["fork", "import"])
 def test_a_process_can_be_killed_at_every_command_of_a_copy(
-    request: pytest.FixtureRequest,
-    full: MongoDBSessionRepository,
+    killed: Callable[[str], Killed],
+    repository: MongoDBSessionRepository,
     server: str,
     database: str,
     driver: Driver,
     stored: Stored,
-    tmp_path: Path,
     what: str,
 ) -> None:
-    lines = tmp_path / "lines"
-    lines.write_text("".join(full.export_session(ID)))
-    numbers = killed_copies(server, database, what, lines, 1 if request.config.getoption("--full-adversity") else 5)
+    numbers, documents = killed(what)
+    store_again(emptied(stored), documents)
     assert numbers[-1] > 12
-    live = {each.session_id for each in full.list_sessions(limit=100).sessions} - {ID}
+    live = {each.session_id for each in repository.list_sessions(limit=100).sessions} - {ID}
     assert {f"{what}-whole", f"{what}-{numbers[-1]}"} <= live, "one killed after its last command has made it"
     assert len(live) <= 4
-    assert all(is_whole(full, session_id) for session_id in live)
+    assert all(is_whole(repository, session_id) for session_id in live)
     left = {each["_id"] for each in unfinished(stored)}
     assert len(left) >= len(numbers) - len(live) - 2
+    stored.update_many({"state": "copying"}, {"$set": {"state_until": datetime.now(UTC) + timedelta(minutes=1)}})
     start_process(server, database)  # a lease is respected
     assert {each["_id"] for each in unfinished(stored)} == left
     end_leases(stored)
@@ -490,10 +516,10 @@ def test_a_process_can_be_killed_at_every_command_of_a_copy(
     assert unfinished(stored) == []
     assert {each["session_id"] for each in [*stored.find(), *all_parts(stored)]} == {*live, ID}
     for session_id in live:
-        assert is_whole(full, session_id)
-        assert full.delete_session(session_id)
+        assert is_whole(repository, session_id)
+        assert repository.delete_session(session_id)
         assert traces(driver, database, f"{session_id}\0") == set()
-    assert is_whole(full)
+    assert is_whole(repository)
 
 
 def start_process(server: str, database: str) -> None:
@@ -515,26 +541,30 @@ def all_parts(stored: Stored) -> list[dict[str, Any]]:
 
 
 def test_who_needs_the_id_finishes_a_killed_copy(
-    full: MongoDBSessionRepository, server: str, database: str, driver: Driver, stored: Stored, tmp_path: Path
+    killed: Callable[[str], Killed],
+    repository: MongoDBSessionRepository,
+    database: str,
+    driver: Driver,
+    stored: Stored,
 ) -> None:
-    lines = tmp_path / "lines"
-    lines.write_text("".join(full.export_session(ID)))
-    numbers = killed_copies(server, database, "import", lines, 3)
+    numbers, documents = killed("import")
+    store_again(emptied(stored), documents)
     end_leases(stored)
     act: dict[str, Callable[[str], object]] = {
-        "open": full.open_session,
-        "delete": full.delete_session,
-        "import": lambda session_id: export_and_import(full, session_id),
-        "fork": lambda session_id: fork(full, session_id),
+        "open": repository.open_session,
+        "delete": repository.delete_session,
+        "import": lambda session_id: export_and_import(repository, session_id),
+        "fork": lambda session_id: fork(repository, session_id),
     }
-    for position, number in enumerate(numbers[:-3]):
-        session_id, finisher = f"import-{number}", tuple(act)[position % len(act)]
+    finishers = itertools.cycle(random.sample(list(act), len(act)))
+    for number, finisher in zip(numbers[:-3], finishers, strict=False):
+        session_id = f"import-{number}"
         act[finisher](session_id)
         if finisher == "open":
             assert parts_of(stored, session_id) == []
-            assert full.get_metadata(session_id) == {"metadata": {}}
+            assert repository.get_metadata(session_id) == {"metadata": {}}
         elif finisher == "delete":
             assert traces(driver, database, f"{session_id}\0") == set()
         else:
-            assert is_whole(full, session_id)
+            assert is_whole(repository, session_id)
             assert len(incarnations(stored, session_id)) == 1
