@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -196,14 +194,7 @@ client.close()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_after_a_fork_the_child_is_told_to_make_its_own(server: str, database: str, stored: Documents) -> None:
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, server, database],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    assert interpreter.run(FORK, server, database, warnings=(interpreter.FORK_WARNING,)) == ("", "")
     assert {each["_id"] for each in stored.find({}, {"_id": 1})} == {"parent", "child", "parent again"}
 
 
