@@ -12,7 +12,7 @@ from typing import Any
 import aioboto3
 import pytest
 
-from arrivals import Queue, Topics
+from arrivals import Queue, Topic
 from endpoint import Endpoint
 from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
@@ -138,8 +138,7 @@ def test_three_failures_and_then_it_arrives(
     assert (stats["retried"], stats["delivered"], stats["failed"]) == (3, 2, 0)
 
 
-def test_feedback_too(factory: MongoDBSessionManagerFactory, endpoint: Endpoint, topics: Topics) -> None:
-    topic = topics.new()
+def test_feedback_too(factory: MongoDBSessionManagerFactory, endpoint: Endpoint, topic: Topic) -> None:
     endpoint.answers(500, 500, 500, "pass")
     hook = create_feedback_sns_hook(topic.arn, "none", "none", endpoint_url=endpoint.url)
     with factory.create_session_manager("s", feedback_hook=hook) as manager:
