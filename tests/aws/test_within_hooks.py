@@ -6,7 +6,7 @@ import asyncio
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,15 +21,34 @@ from mongodb_session_manager import (
     create_metadata_sqs_hook,
     create_metadata_websocket_hook,
 )
-from support import CommandLog, Session, alternating, eventually, sampled
+from support import CommandLog, Session, alternating, eventually, with_managers
 
 Hook = Callable[..., Any]
 
 
-@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
-def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory) -> Iterator[Session]:
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
     with asyncio.Runner() as runner:
-        yield Session(factory, runner, request.param)
+        yield runner
+
+
+@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
+def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
+    return Session(factory, runner, request.param)
+
+
+@pytest.fixture
+def with_each(
+    factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, some: Callable[..., list[Any]], stored: Any
+) -> Callable[[Iterable[str]], Iterator[tuple[str, Session]]]:
+    """Return a function that yields each name with a new session; see `with_managers`."""
+
+    def sessions(names: Iterable[str]) -> Iterator[tuple[str, Session]]:
+        for name, session in with_managers(names, factory, runner, some):
+            stored.delete_one({"_id": "s"})
+            yield name, session
+
+    return sessions
 
 
 def called(aws: Hook) -> Hook:
@@ -128,36 +147,41 @@ DISTINCT = ("def", "async def", "def that ignores the result", "chain in a def",
 FORMS_THAT_RETURN_NOTHING = ("def that ignores the result", "chain with an async def, dropped")
 
 
-@pytest.mark.parametrize("form_name", alternating(*FORMS))
 def test_metadata_is_stored_and_the_browser_told(
-    session: Session, endpoint: Endpoint, stored: Any, commands: CommandLog, form_name: str
+    with_each: Any, endpoint: Endpoint, stored: Any, commands: CommandLog
 ) -> None:
     endpoint.answers(200)
-    session.open(metadata_hook=FORMS[form_name](create_metadata_websocket_hook(endpoint.url)))
-    commands.clear()
-    session.update_metadata({"connection_id": "c-1", "status": "busy"})
-    session.update_metadata({"status": "done"})
-    session.delete_metadata(["status"])
-    assert commands.names == ["findAndModify"] * 3
-    read = None if form_name in FORMS_THAT_RETURN_NOTHING else {"metadata": {"connection_id": "c-1"}}
-    assert session.get_metadata() == read
-    session.close()
-    assert stored.find_one({"_id": "s"})["metadata"] == {"connection_id": "c-1"}
-    assert told(endpoint) == [
-        ("c-1", "update", {"status": "busy"}),
-        ("c-1", "update", {"status": "done"}),
-        ("c-1", "delete", {"status": None}),
-    ]
+    websocket = create_metadata_websocket_hook(endpoint.url)
+    for name, session in with_each(FORMS):
+        endpoint.requests.clear()
+        session.open(metadata_hook=FORMS[name](websocket))
+        commands.clear()
+        session.update_metadata({"connection_id": "c-1", "status": "busy"})
+        session.update_metadata({"status": "done"})
+        session.delete_metadata(["status"])
+        assert commands.names == ["findAndModify"] * 3, name
+        read = None if name in FORMS_THAT_RETURN_NOTHING else {"metadata": {"connection_id": "c-1"}}
+        assert session.get_metadata() == read, name
+        session.close()
+        assert stored.find_one({"_id": "s"})["metadata"] == {"connection_id": "c-1"}, name
+        assert told(endpoint) == [
+            ("c-1", "update", {"status": "busy"}),
+            ("c-1", "update", {"status": "done"}),
+            ("c-1", "delete", {"status": None}),
+        ], name
 
 
-@pytest.mark.parametrize("form_name", sampled(FORMS, *DISTINCT))
-def test_feedback_is_stored_and_published(session: Session, moto: str, topic: Topic, form_name: str) -> None:
-    hook = create_feedback_sns_hook(topic.arn, "none", "none", endpoint_url=moto)
-    session.open(feedback_hook=FORMS[form_name](hook))
-    session.add_feedback({"rating": "up", "comment": "Great"})
-    assert [feedback["comment"] for feedback in session.get_feedbacks()] == ["Great"]
-    session.close()
-    assert [message["Message"] for message in topic.arrived()] == ["Session: s\n\nGreat"]
+def test_feedback_is_stored_and_published(
+    with_each: Any, moto: str, topic: Topic, request: pytest.FixtureRequest
+) -> None:
+    sns = create_feedback_sns_hook(topic.arn, "none", "none", endpoint_url=moto)
+    names = FORMS if request.config.getoption("--full-adversity") else DISTINCT
+    for name, session in with_each(names):
+        session.open(feedback_hook=FORMS[name](sns))
+        session.add_feedback({"rating": "up", "comment": name})
+        assert [feedback["comment"] for feedback in session.get_feedbacks()] == [name]
+        session.close()
+    assert {message["Message"] for message in topic.arrived()} == {f"Session: s\n\n{name}" for name in names}
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
