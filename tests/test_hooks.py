@@ -738,7 +738,7 @@ async def test_def_hook_of_the_async_manager_calls_the_manager(
 
 @NO_DEADLOCK
 @pytest.mark.anyio
-@pytest.mark.parametrize("way", alternating(from_the_loop, on_a_new_loop))
+@pytest.mark.parametrize("way", [from_the_loop, on_a_new_loop])
 async def test_many_def_hooks_of_the_async_manager_call_the_manager_at_once(
     factory: MongoDBSessionManagerFactory, way: Callable[..., Any]
 ) -> None:

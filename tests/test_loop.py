@@ -528,17 +528,21 @@ import sys, threading
 for name in [name for name in sys.modules if name.startswith("mongodb_session_manager")]:
     del sys.modules[name]  # this process is a fork of one that has imported them
 assert threading.active_count() == 1, threading.enumerate()
-from mongodb_session_manager._io.loop import io_portal
+from mongodb_session_manager._io import loop
 sys.setswitchinterval(1e-6)
 assert threading.active_count() == 1, threading.enumerate()
 together, portals = threading.Barrier(50), []
 def ask():
     together.wait()
-    portals.append(io_portal())
-threads = [threading.Thread(target=ask) for _ in range(50)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-print(len(portals), len(set(map(id, portals))), *(t.name for t in threading.enumerate() if t.daemon))
+    portals.append(loop.io_portal())
+for _ in range(5):  # the threads do not always meet
+    loop._thread = None
+    portals.clear()
+    threads = [threading.Thread(target=ask) for _ in range(50)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    print(len(portals), len(set(map(id, portals))))
+print(*(t.name for t in threading.enumerate() if t.daemon))
 """
 
 FIRST_USE_AT_EXIT = """
@@ -585,7 +589,7 @@ def run_script(script: str) -> str:
 
 
 def test_importing_starts_no_thread_and_first_users_at_once_start_one() -> None:
-    assert run_script(FIRST_USE) == f"50 1 {NAME}\n"
+    assert run_script(FIRST_USE) == "50 1\n" * 5 + " ".join([NAME] * 5) + "\n"
 
 
 def test_first_use_while_the_interpreter_ends_is_refused_with_a_sentence() -> None:
