@@ -210,6 +210,21 @@ class Session:
         return functools.partial(self.run, getattr(self.manager, name))
 
 
+def with_managers(
+    values: Iterable[Any],
+    factory: MongoDBSessionManagerFactory,
+    runner: asyncio.Runner,
+    some: Callable[[Iterable[Any], int], list[Any]],
+) -> Iterator[tuple[Any, Session]]:
+    """Yield each value with a session through one of the managers, and the next value with one through the other.
+
+    Each run draws anew which manager comes first; `--full-adversity` yields each value with both.
+    """
+    for first in some((0, 1), 1):
+        for number, value in enumerate(values, first):
+            yield value, Session(factory, runner, bool(number % 2))
+
+
 def apply(repository: MongoDBSessionRepository, session_id: str, changes: Iterable[Change]) -> dict[str, Any]:
     """Store recorded changes, as a manager does; return the errors of refused agents."""
     return repository._portal.call(repository._async._apply, session_id, changes)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +35,16 @@ Documents = pymongo.collection.Collection[dict[str, Any]]
 IMAGE = {"image": {"format": "png", "source": {"bytes": b"\x89" * 300_000}}}
 
 
-@pytest.fixture
-def client(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
+@pytest.fixture(scope="module")
+def applications_client(server: str) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
     with pymongo.MongoClient(server) as client:
         yield client
-        assert client.admin.command("ping")["ok"] == 1  # it is never closed but by its owner
+
+
+@pytest.fixture
+def client(applications_client: pymongo.MongoClient[dict[str, Any]]) -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
+    yield applications_client
+    assert applications_client.admin.command("ping")["ok"] == 1  # it is never closed but by its owner
 
 
 def conversation(stored: Documents, session_id: str = "s") -> list[str]:
@@ -89,12 +92,12 @@ def test_one_factory_over_it_serves_several_loops_and_threads(client: Any, datab
     for number in range(2):
         asyncio.run(turn(f"s{number}"))
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda number: asyncio.run(turn(f"t{number}")), range(8)))
-    assert factory.count_sessions() == 10
+        list(threads.map(lambda number: asyncio.run(turn(f"t{number}")), range(4)))
+    assert factory.count_sessions() == 6
     factory.check()
     assert factory.get_connection_stats()["status"] == "connected"
     factory.close()
-    assert stored.count_documents({}) == 10
+    assert stored.count_documents({}) == 6
 
 
 @pytest.mark.anyio
@@ -109,8 +112,8 @@ async def test_a_repository_over_it_on_the_applications_loop(client: Any, databa
 def test_cursors_gridfs_and_archives_over_it(client: Any, database: str, stored: Documents) -> None:
     options = {"client": client, "database_name": database, "max_embedded_messages": 4}
     with MongoDBSessionManager("s", **options) as manager:
-        live = agent(manager, *map(str, range(6)))
-        for number in range(5):
+        live = agent(manager, *map(str, range(4)))
+        for number in range(3):
             live(f"question {number}")
         live([{"text": "look"}, IMAGE])
     with MongoDBSessionManager("s", **options) as manager:
@@ -122,7 +125,7 @@ def test_cursors_gridfs_and_archives_over_it(client: Any, database: str, stored:
         lines = list(repository.export_session("s"))
         repository.import_session(lines, "copy")
         repository.fork_session("s", "fork")
-        assert len(repository.list_messages("copy", "agent")) == 12
+        assert len(repository.list_messages("copy", "agent")) == 8
         assert repository.delete_session("s")
 
 
@@ -196,14 +199,7 @@ client.close()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_after_a_fork_the_child_is_told_to_make_its_own(server: str, database: str, stored: Documents) -> None:
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, server, database],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    assert interpreter.run(FORK, server, database, warnings=(interpreter.FORK_WARNING,)) == ("", "")
     assert {each["_id"] for each in stored.find({}, {"_id": 1})} == {"parent", "child", "parent again"}
 
 

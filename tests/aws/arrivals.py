@@ -7,6 +7,9 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+MOST_AT_ONCE = 10
+"""How many messages SQS gives out at a time."""
+
 
 @dataclass
 class Message:
@@ -42,15 +45,21 @@ class Queue:
         messages: list[Message] = []
         while True:
             answer = self._client.receive_message(
-                QueueUrl=self.url, MaxNumberOfMessages=10, AttributeNames=["All"], MessageAttributeNames=["All"]
+                QueueUrl=self.url,
+                MaxNumberOfMessages=MOST_AT_ONCE,
+                AttributeNames=["All"],
+                MessageAttributeNames=["All"],
             )
-            if not (received := answer.get("Messages")):
-                return messages
+            received = answer.get("Messages", [])
             for message in received:
-                self._client.delete_message(QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"])
                 attributes = message.get("MessageAttributes", {})
                 told = {name: value["StringValue"] for name, value in attributes.items()}
                 messages.append(Message(message["Body"], told, message["Attributes"]))
+            if received:
+                entries = [{"Id": str(n), "ReceiptHandle": each["ReceiptHandle"]} for n, each in enumerate(received)]
+                self._client.delete_message_batch(QueueUrl=self.url, Entries=entries)
+            if len(received) < MOST_AT_ONCE:
+                return messages
 
 
 @dataclass
@@ -70,6 +79,15 @@ class Topics:
 
     def __init__(self, sns: Any, sqs: Any) -> None:
         self._sns, self._sqs = sns, sqs
+        self._made: dict[str, Topic] = {}
+
+    def empty(self, name: str) -> Topic:
+        """Return the topic of a name, which is made once, with an empty queue."""
+        if name in self._made:
+            self._made[name].arrived()
+        else:
+            self._made[name] = self.new()
+        return self._made[name]
 
     def new(self, suffix: str = "") -> Topic:
         fifo = {"FifoTopic": "true"} if suffix == ".fifo" else {}

@@ -4,6 +4,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import botocore.loaders
 import botocore.session
 import certifi
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
-from arrivals import Queue, Topics
+from arrivals import Queue, Topic, Topics
 from endpoint import Endpoint
 from mongodb_session_manager._notifications import notify
 from mongodb_session_manager.hooks import _aws
@@ -54,13 +56,22 @@ def descriptions_are_read_once() -> Iterator[None]:
 def moto(credentials: dict[str, str]) -> Iterator[str]:
     """The URL of a server that does what AWS does."""
     from moto.server import ThreadedMotoServer  # half a second, in one of the workers
+    from moto.sns.models import Subscription
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Subscription, "private_key", lambda _: signing_key())
+        yield f"http://{host}:{port}"
     server.stop()
+
+
+@cache
+def signing_key() -> rsa.RSAPrivateKey:
+    """Return the key that signs SNS messages: one for all subscriptions, because making one takes 0.1 s."""
+    return rsa.generate_private_key(public_exponent=65537, key_size=1024)
 
 
 @pytest.fixture
@@ -109,3 +120,9 @@ def topics(moto: str, sqs: Any) -> Iterator[Topics]:
     client = boto3.client("sns", endpoint_url=moto)
     yield Topics(client, sqs)
     client.close()
+
+
+@pytest.fixture
+def topic(topics: Topics) -> Topic:
+    """A topic of which nobody has been notified."""
+    return topics.empty("topic")

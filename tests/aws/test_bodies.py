@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from arrivals import Queue, Topics
+from arrivals import Queue, Topic
 from endpoint import Endpoint
 from mongodb_session_manager import (
     create_feedback_sns_hook,
@@ -51,13 +51,15 @@ FEEDBACK: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
 }
 
 
-def test_feedback(factory: Any, moto: str, topics: Topics) -> None:
-    topic = topics.new()
-    for name, (feedback, prefixes, subject, body, rating) in FEEDBACK.items():
-        hook = create_feedback_sns_hook(topic.arn, topic.arn, topic.arn, **prefixes, endpoint_url=moto)
+def test_feedback(factory: Any, moto: str, topic: Topic) -> None:
+    hooks = [  # all at once, so that they share a client
+        create_feedback_sns_hook(topic.arn, topic.arn, topic.arn, **prefixes, endpoint_url=moto)
+        for _, prefixes, *_ in FEEDBACK.values()
+    ]
+    for hook, (feedback, *_) in zip(hooks, FEEDBACK.values(), strict=True):
         with factory.create_session_manager("s-1", feedback_hook=hook) as manager:
             manager.add_feedback(feedback)
-        [message] = topic.arrived()
+    for message, (name, (_, _, subject, body, rating)) in zip(topic.arrived(), FEEDBACK.items(), strict=True):
         assert (message["Subject"], message["Message"]) == (subject, body), name
         assert message["MessageAttributes"] == {
             "session_id": {"Type": "String", "Value": "s-1"},
@@ -89,19 +91,22 @@ CHANGES: dict[str, tuple[list[str] | None, str, Any, str]] = {
 
 
 def test_metadata(factory: Any, stored: Any, moto: str, queue: Queue, endpoint: Endpoint) -> None:
-    for name, (fields, action, changed, metadata) in CHANGES.items():
+    endpoint.answers(200)
+    hooks = [  # all at once, so that they share two clients
+        (
+            create_metadata_sqs_hook(queue.url, each[0], endpoint_url=moto),
+            create_metadata_websocket_hook(endpoint.url, each[0]),
+        )
+        for each in CHANGES.values()
+    ]
+    for pair, (_, action, changed, _) in zip(hooks, CHANGES.values(), strict=True):
         stored.delete_one({"_id": "s-1"})
-        endpoint.requests.clear()
         factory.create_session_manager("s-1").update_metadata({"connection_id": "c-1"})
-        endpoint.answers(200)
-        for hook in (
-            create_metadata_sqs_hook(queue.url, fields, endpoint_url=moto),
-            create_metadata_websocket_hook(endpoint.url, fields),
-        ):
+        for hook in pair:
             with factory.create_session_manager("s-1", metadata_hook=hook) as manager:
                 getattr(manager, f"{action}_metadata")(changed)
-        [message] = queue.arrived()
-        [(_, posted)] = endpoint.requests
+    arrived = zip(queue.arrived(), endpoint.requests, CHANGES.items(), strict=True)
+    for message, (_, posted), (name, (_, action, _, metadata)) in arrived:
         rest = f'"operation": "{action}", "metadata": {metadata}, NOW}}'
         assert MOMENT.sub("NOW", message.body) == f'{{"session_id": "s-1", "event": "metadata_update", {rest}', name
         assert MOMENT.sub("NOW", posted.decode()) == f'{{"event": "metadata_update", "session_id": "s-1", {rest}', name
@@ -109,9 +114,8 @@ def test_metadata(factory: Any, stored: Any, moto: str, queue: Queue, endpoint: 
 
 
 def test_the_password_of_a_stored_session_never_leaves(
-    factory: Any, stored: Any, moto: str, topics: Topics, queue: Queue
+    factory: Any, stored: Any, moto: str, topic: Topic, queue: Queue
 ) -> None:
-    topic = topics.new()
     sns = create_feedback_sns_hook(topic.arn, topic.arn, topic.arn, body_prefix_neutral="{x}", endpoint_url=moto)
     factory.create_session_manager("s-1").close()
     stored.update_one({"_id": "s-1"}, {"$set": {"session_viewer_password": "s3cret"}})

@@ -14,7 +14,7 @@ from endpoint import Endpoint
 from mongodb_session_manager import MongoDBSessionManagerFactory, create_metadata_sqs_hook
 from support import alternating
 
-UPDATES = 20
+UPDATES = 10
 
 SLOW = 60.0
 """Seconds that a busy machine may take for what is bounded by five otherwise."""
@@ -43,7 +43,7 @@ def test_close_right_after_many_updates_delivers_them_all(
 ) -> None:
     hook = create_metadata_sqs_hook(queue.url, endpoint_url=moto)
     with MongoDBSessionManagerFactory(server, database) as factory:
-        sessions = 1 if kind == "manager" else 10
+        sessions = 1 if kind == "manager" else 5
         managers = [factory.create_session_manager(f"s {n}", metadata_hook=hook) for n in range(sessions)]
         for number in range(UPDATES):
             managers[number % sessions].update_metadata({"n": number})

@@ -12,7 +12,7 @@ from typing import Any
 import aioboto3
 import pytest
 
-from arrivals import Queue, Topics
+from arrivals import Queue, Topic
 from endpoint import Endpoint
 from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
@@ -74,18 +74,18 @@ def test_a_sync_caller_does_not_notice(
     for name, hooks in (("plain", {}), ("hooked", {"metadata_hook": hook, "feedback_hook": feedback_hook})):
         manager = distant.create_session_manager(name, **hooks)
         commands.clear()
-        for number in range(5):
+        for number in range(3):
             assert manager.update_metadata({"n": number}) is None
             assert manager.add_feedback({"rating": "up", "comment": str(number)}) is None
             order.append(name)
         sent[name] = list(commands.names)
-        assert manager.get_metadata() == {"metadata": {"n": 4}}
-        assert [feedback["comment"] for feedback in manager.get_feedbacks()] == list("01234")
+        assert manager.get_metadata() == {"metadata": {"n": 2}}
+        assert [feedback["comment"] for feedback in manager.get_feedbacks()] == list("012")
     # The callers are through, each with the same commands, and AWS has taken nothing yet.
-    assert order == ["plain"] * 5 + ["hooked"] * 5
-    assert sent["hooked"] == sent["plain"] == ["update"] * 10
+    assert order == ["plain"] * 3 + ["hooked"] * 3
+    assert sent["hooked"] == sent["plain"] == ["update"] * 6
     stats = distant.get_notification_stats()
-    assert stats["submitted"] == 10
+    assert stats["submitted"] == 6
     assert stats["delivered"] == 0
 
 
@@ -97,13 +97,13 @@ async def test_an_async_caller_does_not_notice(
     hook = create_metadata_sqs_hook(queue.url, endpoint_url=outage(kind, endpoint))
     manager = await distant.create_session_manager_async("s", metadata_hook=hook)
     commands.clear()
-    for number in range(5):
+    for number in range(3):
         assert await manager.update_metadata({"n": number}) is None
-    assert commands.names == ["update"] * 5
+    assert commands.names == ["update"] * 3
     assert distant.get_notification_stats()["delivered"] == 0
     if kind in ("down", "failing"):
         await asyncio.to_thread(eventually, lambda: distant.get_notification_stats()["retried"])
-    assert await manager.get_metadata() == {"metadata": {"n": 4}}
+    assert await manager.get_metadata() == {"metadata": {"n": 2}}
 
 
 def test_what_hangs_arrives_once_it_hangs_no_more(
@@ -138,8 +138,7 @@ def test_three_failures_and_then_it_arrives(
     assert (stats["retried"], stats["delivered"], stats["failed"]) == (3, 2, 0)
 
 
-def test_feedback_too(factory: MongoDBSessionManagerFactory, endpoint: Endpoint, topics: Topics) -> None:
-    topic = topics.new()
+def test_feedback_too(factory: MongoDBSessionManagerFactory, endpoint: Endpoint, topic: Topic) -> None:
     endpoint.answers(500, 500, 500, "pass")
     hook = create_feedback_sns_hook(topic.arn, "none", "none", endpoint_url=endpoint.url)
     with factory.create_session_manager("s", feedback_hook=hook) as manager:

@@ -6,13 +6,13 @@ import asyncio
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from arrivals import Queue, Topics
+from arrivals import Queue, Topic
 from endpoint import Endpoint, told
 from mongodb_session_manager import (
     MongoDBSessionManagerFactory,
@@ -21,15 +21,34 @@ from mongodb_session_manager import (
     create_metadata_sqs_hook,
     create_metadata_websocket_hook,
 )
-from support import CommandLog, Session, alternating, eventually, sampled
+from support import CommandLog, Session, alternating, eventually, with_managers
 
 Hook = Callable[..., Any]
 
 
-@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
-def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory) -> Iterator[Session]:
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
     with asyncio.Runner() as runner:
-        yield Session(factory, runner, request.param)
+        yield runner
+
+
+@pytest.fixture(params=alternating(False, True), ids=["manager", "async manager"])
+def session(request: pytest.FixtureRequest, factory: MongoDBSessionManagerFactory, runner: asyncio.Runner) -> Session:
+    return Session(factory, runner, request.param)
+
+
+@pytest.fixture
+def with_each(
+    factory: MongoDBSessionManagerFactory, runner: asyncio.Runner, some: Callable[..., list[Any]], stored: Any
+) -> Callable[[Iterable[str]], Iterator[tuple[str, Session]]]:
+    """Return a function that yields each name with a new session; see `with_managers`."""
+
+    def sessions(names: Iterable[str]) -> Iterator[tuple[str, Session]]:
+        for name, session in with_managers(names, factory, runner, some):
+            stored.delete_one({"_id": "s"})
+            yield name, session
+
+    return sessions
 
 
 def called(aws: Hook) -> Hook:
@@ -125,50 +144,44 @@ async def plain_async(original_func: Any, action: str, session_id: str, **argume
 DISTINCT = ("def", "async def", "def that ignores the result", "chain in a def", "chain with a def in an async def")
 """Forms of which no two call the AWS hook in the same way."""
 
-FORM = pytest.mark.parametrize("form", alternating(*FORMS.values()), ids=FORMS)
-SAMPLED_FORM = pytest.mark.parametrize("form_name", sampled(FORMS, *DISTINCT))
+FORMS_THAT_RETURN_NOTHING = ("def that ignores the result", "chain with an async def, dropped")
 
 
-@FORM
 def test_metadata_is_stored_and_the_browser_told(
-    session: Session, endpoint: Endpoint, commands: CommandLog, form: Callable[[Hook], Hook]
+    with_each: Any, endpoint: Endpoint, stored: Any, commands: CommandLog
 ) -> None:
     endpoint.answers(200)
-    session.open(metadata_hook=form(create_metadata_websocket_hook(endpoint.url)))
-    commands.clear()
-    session.update_metadata({"connection_id": "c-1", "status": "busy"})
-    session.update_metadata({"status": "done"})
-    session.delete_metadata(["status"])
-    assert commands.names == ["findAndModify"] * 3
-    session.close()
-    assert session.open().get_metadata() == {"metadata": {"connection_id": "c-1"}}
-    assert told(endpoint) == [
-        ("c-1", "update", {"status": "busy"}),
-        ("c-1", "update", {"status": "done"}),
-        ("c-1", "delete", {"status": None}),
-    ]
+    websocket = create_metadata_websocket_hook(endpoint.url)
+    for name, session in with_each(FORMS):
+        endpoint.requests.clear()
+        session.open(metadata_hook=FORMS[name](websocket))
+        commands.clear()
+        session.update_metadata({"connection_id": "c-1", "status": "busy"})
+        session.update_metadata({"status": "done"})
+        session.delete_metadata(["status"])
+        assert commands.names == ["findAndModify"] * 3, name
+        read = None if name in FORMS_THAT_RETURN_NOTHING else {"metadata": {"connection_id": "c-1"}}
+        assert session.get_metadata() == read, name
+        session.close()
+        assert stored.find_one({"_id": "s"})["metadata"] == {"connection_id": "c-1"}, name
+        assert told(endpoint) == [
+            ("c-1", "update", {"status": "busy"}),
+            ("c-1", "update", {"status": "done"}),
+            ("c-1", "delete", {"status": None}),
+        ], name
 
 
-@SAMPLED_FORM
-def test_feedback_is_stored_and_published(session: Session, moto: str, topics: Topics, form_name: str) -> None:
-    form = FORMS[form_name]
-    topic = topics.new()
-    hook = create_feedback_sns_hook(topic.arn, "none", "none", endpoint_url=moto)
-    session.open(feedback_hook=form(hook))
-    session.add_feedback({"rating": "up", "comment": "Great"})
-    assert [feedback["comment"] for feedback in session.get_feedbacks()] == ["Great"]
-    session.close()
-    assert [message["Message"] for message in topic.arrived()] == ["Session: s\n\nGreat"]
-
-
-@SAMPLED_FORM
-def test_reading_metadata_returns_it(session: Session, moto: str, form_name: str) -> None:
-    form = FORMS[form_name]
-    session.open().update_metadata({"a": 1})
-    ignores = form is called_for_nothing or form is FORMS["chain with an async def, dropped"]
-    hook = create_metadata_sqs_hook("https://sqs.eu-west-1.amazonaws.com/1/q", endpoint_url=moto)
-    session.open(metadata_hook=form(hook))
-    assert session.get_metadata() == (None if ignores else {"metadata": {"a": 1}})
+def test_feedback_is_stored_and_published(
+    with_each: Any, moto: str, topic: Topic, request: pytest.FixtureRequest
+) -> None:
+    sns = create_feedback_sns_hook(topic.arn, "none", "none", endpoint_url=moto)
+    names = FORMS if request.config.getoption("--full-adversity") else DISTINCT
+    for name, session in with_each(names):
+        session.open(feedback_hook=FORMS[name](sns))
+        session.add_feedback({"rating": "up", "comment": name})
+        assert [feedback["comment"] for feedback in session.get_feedbacks()] == [name]
+        session.close()
+    assert {message["Message"] for message in topic.arrived()} == {f"Session: s\n\n{name}" for name in names}
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
@@ -239,13 +252,11 @@ CONTEXTS: dict[str, Callable[[Hook], Hook]] = {
 
 @pytest.mark.parametrize("context", alternating(*CONTEXTS))
 def test_chains_of_every_mixture(
-    request: pytest.FixtureRequest, session: Session, endpoint: Endpoint, context: str
+    some: Callable[[list[Any], int], list[Any]], session: Session, endpoint: Endpoint, context: str
 ) -> None:
     endpoint.answers(200)
     websocket = create_metadata_websocket_hook(endpoint.url)
-    mixtures = [mixture for mixture in itertools.product(MEMBERS, repeat=3) if mixture.count("aws") == 1]
-    if not request.config.getoption("--full-adversity"):  # together, the four contexts meet every mixture
-        mixtures = mixtures[list(CONTEXTS).index(context) :: len(CONTEXTS)]
+    mixtures = some([each for each in itertools.product(MEMBERS, repeat=3) if each.count("aws") == 1], 6)
     for number, mixture in enumerate(mixtures):
         chain = chain_hooks(*(MEMBERS[name](websocket) for name in mixture))
         session.open(metadata_hook=CONTEXTS[context](chain))
