@@ -421,6 +421,7 @@ def test_every_error_is_public_and_of_the_one_root() -> None:
 # Imports.
 
 
+@cache
 def modules() -> dict[str, Path]:
     """The modules of the package by the name that `ORDER` gives them; those of a subpackage by the subpackage's."""
     return {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
@@ -443,12 +444,15 @@ def imports(module: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def own_imports(module: str) -> set[str]:
+@cache
+def own_imports(module: str) -> frozenset[str]:
     """The modules of the package that a module imports."""
     known = modules()
     prefix = f"{package.__name__}."
     names = {name.removeprefix(prefix) for name in imports(module) if name.startswith(prefix)}
-    return {known_name for name in names for known_name in (name, f"{name}.__init__") if known_name in known} - {module}
+    return frozenset(
+        {known_name for name in names for known_name in (name, f"{name}.__init__") if known_name in known} - {module}
+    )
 
 
 def imported_by(name: str) -> set[str]:
