@@ -144,8 +144,42 @@ asyncio.run(main())
         check_exit(script, server, database, stored, kind)
 
 
-def test_exit_of_an_interpreter_that_was_not_forked(server: str, database: str, stored: Documents) -> None:
-    script = """
+def test_an_interpreter_that_was_not_forked_imports_nothing_on_an_event_loop_and_exits(
+    server: str, database: str, stored: Documents
+) -> None:
+    program = """
+import asyncio, sys
+
+refused = True
+
+def refuse(event, arguments):
+    if event == "import" and refused and asyncio._get_running_loop() is not None:
+        raise RuntimeError(f"{arguments[0]} is imported on an event loop")
+
+sys.addaudithook(refuse)
+from blockbuster import blockbuster_ctx
+from pymongo import MongoClient
+from mongodb_session_manager import *
+
+def hook(original, action, session_id, /, **argument):
+    return original(**argument)
+
+async def use(lent):
+    async with MongoDBSessionManagerFactory(uri, database) as factory:
+        async with await factory.create_session_manager_async("first", metadata_hook=hook) as manager:
+            await manager.update_metadata({"a": 1})
+        lines = [line async for line in factory.export_session_async("first")]
+        await factory.import_session_async(lines, "second")
+        await factory.fork_session_async("first", "third")
+    async with AsyncMongoDBSessionRepository(client=lent, database_name=database) as repository:
+        print(await repository.count_sessions())
+
+uri, database = sys.argv[1:]
+with MongoClient(uri) as lent, blockbuster_ctx():
+    asyncio.run(use(lent))
+refused = False
+
+from support import agent
 agent(MongoDBSessionManager("s", uri, database), "hello")("hi")
 
 async def work():
@@ -154,45 +188,11 @@ async def work():
 
 asyncio.run(work())
 """
-    command = interpreter.python("-c", PRELUDE + script, server, database)
-    ended = subprocess.run(command, env=interpreter.environment(), capture_output=True, text=True, timeout=100)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-    for session in ("s", "t"):
-        assert conversation(stored, session) == ["hi", "hello"]
-
-
-def test_the_first_use_imports_nothing_on_an_event_loop(server: str, database: str) -> None:
-    program = """
-import asyncio, sys
-
-def refuse(event, arguments):
-    if event == "import" and asyncio._get_running_loop() is not None:
-        raise RuntimeError(f"{arguments[0]} is imported on an event loop")
-
-sys.addaudithook(refuse)
-from blockbuster import blockbuster_ctx
-from pymongo import MongoClient
-from mongodb_session_manager import AsyncMongoDBSessionRepository, MongoDBSessionManagerFactory
-
-def hook(original, action, session_id, /, **argument):
-    return original(**argument)
-
-async def main(uri, database, lent):
-    async with MongoDBSessionManagerFactory(uri, database) as factory:
-        async with await factory.create_session_manager_async("s", metadata_hook=hook) as manager:
-            await manager.update_metadata({"a": 1})
-        lines = [line async for line in factory.export_session_async("s")]
-        await factory.import_session_async(lines, "t")
-        await factory.fork_session_async("s", "u")
-    async with AsyncMongoDBSessionRepository(client=lent, database_name=database) as repository:
-        print(await repository.count_sessions())
-
-with MongoClient(sys.argv[1]) as lent, blockbuster_ctx():
-    asyncio.run(main(*sys.argv[1:], lent))
-"""
     command = interpreter.python("-c", program, server, database)
     ended = subprocess.run(command, env=interpreter.environment(), capture_output=True, text=True, timeout=100)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "3\n", "")
+    for session in ("s", "t"):
+        assert conversation(stored, session) == ["hi", "hello"]
 
 
 def test_exit_between_several_event_loops(server: str, database: str, stored: Documents) -> None:
