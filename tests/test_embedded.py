@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -122,22 +120,37 @@ def test_default_is_a_replica_set_of_one_that_survives_its_death_and_leaves_noth
     assert not server.data_directory.exists()
 
 
-def test_start_and_stop_are_idempotent_and_can_be_repeated() -> None:
+def test_start_and_stop_are_idempotent_and_can_be_repeated_also_in_a_cancelled_scope() -> None:
     server = EmbeddedMongoDB(standalone=True)
     server.stop()
-    for frozen in (False, True):
+    pids = []
+
+    async def use() -> None:
+        with anyio.CancelScope() as scope:
+            async with server as entered:
+                assert entered is server
+                await anyio.to_thread.run_sync(write)
+                scope.cancel()
+                await anyio.sleep_forever()
+        assert scope.cancelled_caught
+
+    def write() -> None:
+        pids.append(server._pid)
         server.start()
-        pid = server._pid
-        server.start()
-        assert server._pid == pid
+        assert server._pid == pids[-1]
         with connected(server.connection_string) as client:
             assert client.db.things.count_documents({}) == 0
             client.db.things.insert_one({})
-        if frozen:
-            os.kill(pid, signal.SIGSTOP)
-        server.stop()
-        server.stop()
-        assert not runs(pid)
+
+    anyio.run(use)
+    assert not runs(pids[0])
+    assert not server.data_directory.exists()
+    server.start()
+    write()
+    os.kill(server._pid, signal.SIGSTOP)
+    server.stop()
+    server.stop()
+    assert not runs(pids[1])
 
 
 def test_before_the_start_there_is_nothing_to_ask_for() -> None:
@@ -205,11 +218,6 @@ def test_a_given_directory_is_made_for_its_owner_and_kept_and_found_again_also_o
         client.db.things.insert_one({"_id": 2})
         assert client.db.things.count_documents({}) == 2
         assert client.admin.command("hello")["hosts"] == [f"127.0.0.1:{server.port}"]
-    with (
-        EmbeddedMongoDB(data_directory=directory, standalone=True) as server,
-        connected(server.connection_string) as client,
-    ):
-        assert client.db.things.count_documents({}) == 2
 
 
 def test_an_explicit_binary_comes_before_the_environment_before_the_path(
@@ -281,16 +289,25 @@ def test_a_given_port_in_use_is_an_error_that_says_so(standalone_server: Server)
     assert runs(standalone_server.pid)
 
 
-def test_a_free_port_that_was_lost_to_somebody_else_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_free_port_that_was_lost_is_replaced_and_a_server_left_to_the_garbage_collector_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         free = _server._free_port()
         ports = [taken.getsockname()[1], free]
         monkeypatch.setattr(_server, "_free_port", lambda: ports.pop(0))
-        with EmbeddedMongoDB(standalone=True) as server, connected(server.connection_string) as client:
-            assert server.port == free
-            client.db.things.insert_one({})
+        servers = [EmbeddedMongoDB(standalone=True)]
+        servers[0].start()
+    with connected(servers[0].connection_string) as client:
+        assert servers[0].port == free
+        client.db.things.insert_one({})
+    pid = servers[0]._pid
+    with pytest.warns(ResourceWarning):
+        servers.clear()
+    gc.collect()
+    eventually(lambda: not runs(pid), "the end of mongod")
 
 
 def test_a_server_that_dies_while_starting_shows_its_exit_code_and_log() -> None:
@@ -312,23 +329,11 @@ def test_a_directory_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
         EmbeddedMongoDB(data_directory=tmp_path / "file").start()
 
 
-def test_a_server_left_to_the_garbage_collector_ends() -> None:
-    server = EmbeddedMongoDB(standalone=True)
-    server.start()
-    pid = server._pid
-    servers = [server]
-    del server
-    with pytest.warns(ResourceWarning):
-        servers.clear()
-    gc.collect()
-    eventually(lambda: not runs(pid), "the end of mongod")
-
-
 @pytest.mark.parametrize(
     "end",
     sampled(
         ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(3)", "sys.exit()", "1 / 0"],
-        *("os.kill(os.getpid(), signal.SIGKILL)", "sys.exit()"),
+        "sys.exit()",  # killed owners: see the test of a forked child
     ),
 )
 def test_the_server_ends_with_its_owner(end: str, temporary: Path) -> None:
@@ -409,24 +414,6 @@ def test_async_with_passes_on_the_error_of_a_failed_start(tmp_path: Path) -> Non
         anyio.run(use)
 
 
-def test_async_with_ends_the_server_also_in_a_cancelled_scope() -> None:
-    server = EmbeddedMongoDB(standalone=True)
-    pids = []
-
-    async def use() -> None:
-        with anyio.CancelScope() as scope:
-            async with server as entered:
-                assert entered is server
-                pids.append(server._pid)
-                scope.cancel()
-                await anyio.sleep_forever()
-        assert scope.cancelled_caught
-
-    anyio.run(use)
-    assert not runs(pids[0])
-    assert not server.data_directory.exists()
-
-
 def has_ports(server: EmbeddedMongoDB) -> bool:
     with contextlib.suppress(EmbeddedServerError):
         return bool(server.port)
@@ -461,20 +448,17 @@ def test_a_start_that_is_cancelled_leaves_nothing(cancel: str) -> None:
 
 
 @contextlib.contextmanager
-def command_line(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mongodb_session_manager.embedded", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process, process.stdout.readline().removesuffix("\n")
-        finally:
-            process.kill()
+def command_line(*arguments: str) -> Iterator[Process]:
+    """`python -m mongodb_session_manager.embedded`, with warnings as errors."""
+    script = "import runpy; runpy.run_module('mongodb_session_manager.embedded', run_name='__main__', alter_sys=True)"
+    with interpreter.start(script, *arguments) as process:
+        yield process
 
 
 @pytest.mark.parametrize("number", sampled([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_command_line_serves_until_a_signal(number: signal.Signals, temporary: Path) -> None:
-    with command_line() as (process, uri):
-        with connected(uri) as client:
+    with command_line() as process:
+        with connected(process.stdout.readline().strip()) as client:
             client.db.things.insert_one({})
             pid = client.admin.command("serverStatus")["pid"]
         process.send_signal(number)
@@ -483,15 +467,8 @@ def test_command_line_serves_until_a_signal(number: signal.Signals, temporary: P
         assert not list(temporary.iterdir())
 
 
-@contextlib.contextmanager
-def forked_command_line(*arguments: str) -> Iterator[Process]:
-    script = "import sys; from mongodb_session_manager.embedded import main; sys.exit(main(sys.argv[1:]))"
-    with interpreter.start(script, *arguments) as process:
-        yield process
-
-
 def test_command_line_is_stopped_while_it_starts(temporary: Path) -> None:
-    with forked_command_line() as process:
+    with command_line() as process:
         eventually(lambda: list(temporary.glob("*/*.log")), "a starting mongod")
         process.send_signal(signal.SIGTERM)
         assert process.wait(BOUND) == 0
@@ -501,7 +478,7 @@ def test_command_line_is_stopped_while_it_starts(temporary: Path) -> None:
 def test_command_line_options_and_an_error_when_the_server_dies(tmp_path: Path) -> None:
     port = _server._free_port()
     options = ["--standalone", "--port", str(port), "--data-directory", str(tmp_path / "data")]
-    with forked_command_line(*options, "--binary", str(find_mongod())) as process:
+    with command_line(*options, "--binary", str(find_mongod())) as process:
         uri = process.stdout.readline().strip()
         assert uri == f"mongodb://127.0.0.1:{port}/?directConnection=true"
         with connected(uri) as client:
@@ -521,27 +498,27 @@ def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert caught.value.code == 2
 
 
-def test_waits_for_the_server_of_an_owner_that_ended_a_moment_ago(tmp_path: Path) -> None:
-    script = (
-        "import os, sys; from mongodb_session_manager.embedded import EmbeddedMongoDB\n"
-        "server = EmbeddedMongoDB(data_directory=sys.argv[1], standalone=True); server.start(); os._exit(0)"
-    )
-    interpreter.run(script, tmp_path)
-    with (
-        EmbeddedMongoDB(data_directory=tmp_path, standalone=True) as server,
-        connected(server.connection_string) as client,
-    ):
-        assert client.admin.command("ping")["ok"]
-
-
 @pytest.mark.usefixtures("open_umask")
-def test_what_an_earlier_version_made_is_closed_and_the_users_directory_stays_as_it_is(tmp_path: Path) -> None:
+def test_the_users_directory_stays_as_it_is_and_another_kind_of_server_waits_for_that_of_a_killed_owner(
+    tmp_path: Path,
+) -> None:
     directory = tmp_path / "data"
     (directory / "member-0").mkdir(parents=True)
-    (directory / "member-0.log").touch()
+    (directory / "member-0.log").touch()  # as an earlier version made them
     assert {oct(mode) for mode in modes(directory).values()} == {"0o755", "0o644"}
-    with EmbeddedMongoDB(data_directory=directory, standalone=True):
+    script = (
+        "import os, sys; from pymongo import MongoClient\n"
+        "from mongodb_session_manager.embedded import EmbeddedMongoDB\n"
+        "server = EmbeddedMongoDB(data_directory=sys.argv[1]); server.start()\n"
+        "MongoClient(server.connection_string).db.things.insert_one({}); os._exit(0)"
+    )
+    interpreter.run(script, directory)
+    with (
+        EmbeddedMongoDB(data_directory=directory, standalone=True) as server,
+        connected(server.connection_string) as client,
+    ):
         opened = {path: oct(mode) for path, mode in modes(directory).items() if mode & 0o077}
+        assert client.db.things.count_documents({}) == 1
     assert opened == {str(directory): "0o755"}
 
 

@@ -23,6 +23,8 @@ import interpreter
 from documented import ROOT, uri_of
 from support import eventually
 
+Documents = pymongo.collection.Collection[dict[str, Any]]
+
 EXAMPLES = ROOT / "examples"
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 UVICORN = "import runpy, sys; sys.argv[0] = 'uvicorn'; runpy.run_module('uvicorn', run_name='__main__')"
@@ -93,19 +95,13 @@ def test_examples_import_no_module_of_this_checkout() -> None:
         assert not {module.partition(".")[0] for module in imports} & ours, name
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_example_says_what_to_install_to_run_and_to_expect(name: str) -> None:
-    source = (EXAMPLES / name).read_text()
-    assert re.search(
-        rf"^install: pip install '.+\nrun:     (python {name}|uvicorn {name.removesuffix('.py')}:app).*\nexpect:  \w",
-        source,
-        re.MULTILINE,
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_example_says_where_another_model_goes(name: str) -> None:
-    assert re.search(r"# In place of ScriptedModel, a.* BedrockModel\(", (EXAMPLES / name).read_text())
+def test_every_example_says_what_to_install_to_run_and_to_expect_and_where_another_model_goes() -> None:
+    for name in NAMES:
+        source = (EXAMPLES / name).read_text()
+        run = rf"(python {name}|uvicorn {name.removesuffix('.py')}:app)"
+        first_lines = rf"^install: pip install '.+\nrun:     {run}.*\nexpect:  \w"
+        assert re.search(first_lines, source, re.MULTILINE), name
+        assert re.search(r"# In place of ScriptedModel, a.* BedrockModel\(", source), name
 
 
 def test_the_table_of_examples_is_complete() -> None:
@@ -220,29 +216,32 @@ def test_sync_script(example: Example) -> None:
     assert "messages: 8" in second
 
 
-def curl(line: str, address: str) -> httpx.Response:
-    """Send what a line of curl would, to another address."""
-    arguments = shlex.split(line.replace("http://127.0.0.1:8000", address))
+def curl(line: str, client: httpx.Client) -> httpx.Response:
+    """Send what a line of curl would, to the address of a client."""
+    arguments = shlex.split(line)
     values = {name: value for name, value in itertools.pairwise(arguments) if name in ("--json", "-H")}
     body = json.loads(values["--json"]) if "--json" in values else None
     headers = dict([values["-H"].split(": ")]) if "-H" in values else {}
     url = next(argument for argument in arguments if argument.startswith("http"))
-    return httpx.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=60)
+    path = url.removeprefix("http://127.0.0.1:8000")
+    return client.request("GET" if body is None else "POST", path, json=body, headers=headers)
 
 
-def test_fastapi(example: Example) -> None:
+def test_fastapi(example: Example, stored: Documents) -> None:
     lines = re.findall(r"^    (curl .*)$", (EXAMPLES / "example_fastapi.py").read_text(), re.MULTILINE)
-    with example.serving("example_fastapi.py") as address:
-        said, asked, _, feedback, usage, listed, ready = answers = [curl(line, address) for line in lines]
-        bad = curl("curl http://127.0.0.1:8000/sessions/a%00b -H 'X-User: ada'", address)
-        unauthenticated = curl("""curl http://127.0.0.1:8000/sessions/b/messages --json '{"text": "Hello"}'""", address)
+    with (
+        example.serving("example_fastapi.py") as address,
+        httpx.Client(base_url=address, timeout=60, verify=False) as client,
+    ):
+        said, asked, _, feedback, usage, listed, ready = answers = [curl(line, client) for line in lines]
+        bad = curl("curl http://127.0.0.1:8000/sessions/a%00b -H 'X-User: ada'", client)
+        unauthenticated = curl("""curl http://127.0.0.1:8000/sessions/b/messages --json '{"text": "Hello"}'""", client)
         unknown = [
-            curl("curl http://127.0.0.1:8000/sessions/unknown -H 'X-User: ada'", address),
-            curl("curl http://127.0.0.1:8000/sessions/ada-1 -H 'X-User: bob'", address),
-            *(curl(line.replace("X-User: ada", "X-User: bob"), address) for line in lines[:5]),
+            curl("curl http://127.0.0.1:8000/sessions/unknown -H 'X-User: ada'", client),
+            curl("curl http://127.0.0.1:8000/sessions/ada-1 -H 'X-User: bob'", client),
+            *(curl(line.replace("X-User: ada", "X-User: bob"), client) for line in lines[:5]),
         ]
-    with pymongo.MongoClient(example.uri) as client:
-        assert client.get_default_database()["agent_sessions"].distinct("_id") == ["ada-1"]
+    assert stored.distinct("_id") == ["ada-1"]
     assert {(answer.status_code, answer.json()["detail"]) for answer in unknown} == {
         (404, "the session does not exist")
     }
@@ -258,9 +257,9 @@ def test_fastapi(example: Example) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full_adversity)])
-def test_users_see_only_their_own_sessions_in_any_worker(example: Example, workers: int) -> None:
+def test_users_see_only_their_own_sessions_in_any_worker(example: Example, stored: Documents, workers: int) -> None:
     with example.serving("example_fastapi_users.py", "--workers", workers) as address:
-        with httpx.Client(base_url=address, timeout=60) as client:
+        with httpx.Client(base_url=address, timeout=60, verify=False) as client:
             eventually(lambda: is_live(client), 60)  # uvicorn names its address before its workers have imported it
 
             def log_in(user: str, password: str) -> httpx.Response:
@@ -280,9 +279,7 @@ def test_users_see_only_their_own_sessions_in_any_worker(example: Example, worke
             forged = [None, "x.y", f"{ada}0", ada[1:], grace.partition(".")[0] + "." + ada.partition(".")[2]]
             refused = [ask("/sessions/new/messages", token, text="Hello") for token in forged]
             refused += [ask("/sessions", token) for token in forged]
-        with pymongo.MongoClient(example.uri) as database:
-            stored = database.get_default_database()["agent_sessions"]
-            assert sorted(stored.distinct("_id")) == ["a", "g"]
+        assert sorted(stored.distinct("_id")) == ["a", "g"]
         printed = as_its_first_lines_say("example_fastapi_users.py", address) if shutil.which("curl") else None
     assert {answer.status_code for answer in (*wrong, *refused)} == {401}
     assert {answer.status_code for answer in answers} == {200}

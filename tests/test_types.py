@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import get_type_hints
 
 import pymongo
 import pytest
-from mypy import api
 
 import mongodb_session_manager as package
 
@@ -158,13 +160,15 @@ follow_imports_for_stubs = True
 
 
 @pytest.mark.timeout(600)
-def test_a_users_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_program(tmp_path: Path) -> None:
     program, config = tmp_path / "program.py", tmp_path / "mypy.ini"
     program.write_text(PROGRAM)
     config.write_text(CONFIG)
-    monkeypatch.setenv("MYPYPATH", str(Path(__file__).parents[1] / "src"))
-    report, errors, _ = api.run([f"--config-file={config}", "--cache-dir=/dev/null", str(program)])
-    assert errors == ""
+    command = [sys.executable, "-m", "mypy", f"--config-file={config}", "--cache-dir=/dev/null", program]
+    environment = {**os.environ, "MYPYPATH": str(Path(__file__).parents[1] / "src")}
+    checked = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert checked.stderr == ""
+    report = checked.stdout
     found = {int(line): text for line, text in re.findall(r"program\.py:(\d+): error: (.*)", report)}
     expected = {
         number: line.partition("# error: ")[2]

@@ -31,7 +31,7 @@ IN_LINE: dict[str, Any] = {"on_busy": "wait", "busy_timeout": 120, "lease": 20, 
 SHARED = "shared"
 """The session whose users wait for each other's turns."""
 
-PAUSE = (0.2, 0.5)
+PAUSE = (0.5, 1.0)
 """Seconds between a user's turns: shorter ones keep the processor busy and show nothing more."""
 
 
