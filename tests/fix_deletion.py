@@ -14,7 +14,7 @@ from strands.types.session import Session, SessionAgent, SessionMessage, Session
 from mongodb_session_manager import MongoDBSessionRepository
 from mongodb_session_manager._format.changes import AppendMessage
 from mongodb_session_manager._format.documents import stored_message
-from support import apply, bson_of, eventually, texts
+from support import apply, bson_of, client_of, eventually, texts
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
@@ -79,7 +79,7 @@ EVERYWHERE = {
 @contextmanager
 def failing_after(uri: str, skipped: int, **data: Any) -> Iterator[None]:
     """Let the first so many of some commands pass, and none that follow."""
-    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+    with client_of(uri) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": {"skip": skipped}, "data": data})
         try:
             yield

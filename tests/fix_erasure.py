@@ -10,6 +10,7 @@ from bson import CodecOptions
 from bson.raw_bson import RawBSONDocument
 from pymongo.database import Database
 
+from fix_archive import documents_of, emptied
 from fix_deletion import COUNT, fill, wait_for_moves
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from support import eventually, texts
@@ -21,6 +22,8 @@ ADA = "ada-7f3a91"
 
 OWNERS = {f"{ADA}-1": ADA, f"{ADA}-2": ADA, f"{ADA}-3": ADA, "bob-1": "bob", "free-1": None}
 """The owner of each session."""
+
+HERS = [session_id for session_id, owner in OWNERS.items() if owner == ADA]
 
 SMALL: dict[str, Any] = {"max_embedded_messages": 8, "max_inline_attachment_bytes": 1000}
 
@@ -39,6 +42,13 @@ def fill_all(server: str, database: Database[dict[str, Any]], owners: dict[str, 
             storage = factory.create_session_manager(session_id, owner=owner).storage
             for key in ("own", f"context/{session_id}/scopes/agent/agent/{owner} said3_0"):
                 asyncio.run(storage.write(key, f"{owner} said".encode() * 10))
+
+
+def prepared(server: str, database: Database[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the documents of the sessions of `OWNERS`, by collection."""
+    stored = emptied(database["agent_sessions"])
+    fill_all(server, database)
+    return documents_of(stored)
 
 
 def documents_by(database: Database[dict[str, Any]], *texts: str, of_owner: bool) -> dict[str, list[bytes]]:

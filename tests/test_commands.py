@@ -49,7 +49,6 @@ TURNS = pytest.mark.parametrize(
 @TURNS
 @ON_BUSY
 @LABELS
-@pytest.mark.parametrize("resumed", alternating(False, True))
 def test_sync_turn(
     factory: MongoDBSessionManagerFactory,
     commands: CommandLog,
@@ -58,23 +57,19 @@ def test_sync_turn(
     save_on: str,
     replies: list,
     writes: int,
-    resumed: bool,
 ) -> None:
-    if resumed:
-        with factory.create_session_manager("s", **labels) as earlier:
-            agent(earlier, "before", tools=[add])("earlier")
+    for _ in ("created", "resumed"):
         commands.clear()
-    manager = factory.create_session_manager("s", save_on=save_on, on_busy=on_busy, **labels)
-    first = agent(manager, *replies, tools=[add])
-    first("one")
-    manager.sync_agent(first)
-    assert sent(commands) == [OPEN] + [WRITE] * writes
+        with factory.create_session_manager("s", save_on=save_on, on_busy=on_busy, **labels) as manager:
+            first = agent(manager, *replies, tools=[add])
+            first("one")
+            manager.sync_agent(first)
+            assert sent(commands) == [OPEN] + [WRITE] * writes
 
 
 @TURNS
 @ON_BUSY
 @LABELS
-@pytest.mark.parametrize("resumed", alternating(False, True))
 async def test_async_turn(
     factory: MongoDBSessionManagerFactory,
     commands: CommandLog,
@@ -83,18 +78,15 @@ async def test_async_turn(
     save_on: str,
     replies: list,
     writes: int,
-    resumed: bool,
 ) -> None:
-    if resumed:
-        async with await factory.create_session_manager_async("s", **labels) as earlier:
-            await agent(earlier, "before", tools=[add]).invoke_async("earlier")
+    for _ in ("created", "resumed"):
         commands.clear()
-    manager = await factory.create_session_manager_async("s", save_on=save_on, on_busy=on_busy, **labels)
-    first = agent(manager, *replies, tools=[add])
-    await first.invoke_async("one")
-    manager.sync_agent(first)
-    await manager.flush()
-    assert sent(commands) == [OPEN] + [WRITE] * writes
+        async with factory.create_session_manager_async("s", save_on=save_on, on_busy=on_busy, **labels) as manager:
+            first = agent(manager, *replies, tools=[add])
+            await first.invoke_async("one")
+            manager.sync_agent(first)
+            await manager.flush()
+            assert sent(commands) == [OPEN] + [WRITE] * writes
 
 
 @pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])

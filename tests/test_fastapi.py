@@ -8,6 +8,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import httpx
@@ -86,7 +87,7 @@ class Prompt(BaseModel):
 
 
 class Application:
-    """A FastAPI application around `session_lifespan(*args, **kwargs)`, whose sessions `opened` opens.
+    """A FastAPI application with a lifespan or without one, whose sessions `opened` opens.
 
     Attributes:
         sessions: The managers that its requests were given, oldest first.
@@ -98,15 +99,9 @@ class Application:
         ended: Whether the session of each was open when its turn ended.
     """
 
-    def __init__(self, *args: Any, opened: Any = OPENED, **kwargs: Any) -> None:
-        self.app = FastAPI(lifespan=session_lifespan(*args, **kwargs))
-        self.sessions: list[AsyncMongoDBSessionManager] = []
-        self.before_answering: Callable[[], object] = lambda: None
-        self.before_responding: Callable[[], object] = lambda: None
-        self.script: list[Any] = []
-        self.options: dict[str, Any] = {}
-        self.agents: list[Any] = []
-        self.ended: list[str] = []
+    def __init__(self, lifespan: Any = None, opened: Any = OPENED) -> None:
+        self.app = FastAPI(lifespan=lifespan)
+        self.begin()
         add_session_support(self.app)
         self.app.get("/health")(health)
         self.app.get("/live")(live)
@@ -138,16 +133,46 @@ class Application:
         async def plain(prompt: Prompt, session: AsyncMongoDBSessionManager = opened) -> Response:
             return await answer_in_parts(session, prompt, "text")
 
+    def begin(self) -> None:
+        """Forget what earlier tests have set, and their sessions."""
+        self.sessions: list[AsyncMongoDBSessionManager] = []
+        self.before_answering: Callable[[], object] = lambda: None
+        self.before_responding: Callable[[], object] = lambda: None
+        self.script: list[Any] = []
+        self.options: dict[str, Any] = {}
+        self.agents: list[Any] = []
+        self.ended: list[str] = []
 
-@pytest.fixture
-def application(server: str, database: str) -> Application:
-    return Application(server, database, application_name="tested")
+
+def connected(*args: Any, **kwargs: Any) -> Application:
+    """Return an application with a factory of its own: around `session_lifespan(*args, **kwargs)`."""
+    return Application(session_lifespan(*args, **kwargs))
 
 
-@pytest.fixture
-def client(application: Application) -> Iterator[httpx.Client]:
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Application, httpx.Client]]:
+    application = Application()
     with serving(application.app) as client:
-        yield client
+        yield application, client
+
+
+@pytest.fixture
+def application(
+    served: tuple[Application, httpx.Client], factory: MongoDBSessionManagerFactory
+) -> Iterator[Application]:
+    """The application that `client` asks, with the factory of the module."""
+    application, client = served
+    application.begin()
+    application.app.state.mongodb_session_factory = factory
+    yield application
+    eventually(lambda: all("closed" in repr(session) for session in application.sessions))
+    with suppress(httpx.TransportError):  # after a bug of the application, the server closes the connection
+        client.get("/live")  # is answered after the server has logged the errors of earlier requests
+
+
+@pytest.fixture
+def client(served: tuple[Application, httpx.Client], application: Application) -> httpx.Client:
+    return served[1]
 
 
 def conversation(stored: Stored, session_id: str = "s") -> list[str]:
@@ -446,24 +471,27 @@ EVERY_WAY = pytest.mark.parametrize("path", ["messages", "sse", "text"])
 TWO_WAYS = pytest.mark.parametrize("path", sampled(["messages", "sse", "text"], "messages", "sse"))
 
 
-@EVERY_WAY
-def test_a_conflict_is_409(server: str, database: str, stored: Stored, path: str) -> None:
-    application = Application(server, database, opened=session_dependency(on_busy="conflict"))
+def test_a_conflict_is_409(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+    application = Application(opened=session_dependency(on_busy="conflict"))
+    application.app.state.mongodb_session_factory = factory
     with serving(application.app) as client:
 
-        def another_request() -> None:
+        def ask(path: str, text: str, session_id: str) -> httpx.Response:
+            return client.post(f"/sessions/{session_id}/{path}", json={"text": text})
+
+        def another_request(session_id: str) -> None:
             application.before_answering = lambda: None
-            assert client.post("/sessions/s/messages", json={"text": "first"}).status_code == 200
+            assert ask("messages", "first", session_id).status_code == 200
 
-        application.before_answering = another_request
-        answer = client.post(f"/sessions/s/{path}", json={"text": "a secret"})
-        assert answer.status_code == 409
-        assert answer.json() == {"detail": "another request changed the session concurrently: repeat this one"}
-        assert answer.headers["retry-after"] == "1"
-        assert conversation(stored) == ["first", "Hello! I have been sent 1 message."]
-
-        again = client.post("/sessions/s/messages", json={"text": "a secret"})
-        assert again.json()["answer"] == "Hello! I have been sent 3 messages."
+        for path in ("messages", "sse", "text"):
+            application.before_answering = partial(another_request, path)
+            answer = ask(path, "a secret", session_id=path)
+            assert answer.status_code == 409, path
+            assert answer.json() == {"detail": "another request changed the session concurrently: repeat this one"}
+            assert answer.headers["retry-after"] == "1"
+            assert conversation(stored, path) == ["first", "Hello! I have been sent 1 message."]
+            again = ask("messages", "a secret", session_id=path)
+            assert again.json()["answer"] == "Hello! I have been sent 3 messages."
 
 
 @EVERY_WAY
@@ -504,21 +532,21 @@ def test_a_value_that_cannot_be_stored_is_422(client: httpx.Client, application:
     assert answer.json() == {"detail": "a value cannot be stored"}
 
 
-@pytest.mark.parametrize("format", [None, "sse"])
-def test_a_message_that_is_too_large_is_413(client: httpx.Client, application: Application, format: Any) -> None:
-    @application.app.post("/sessions/{session_id}/essay")
-    async def essay(session: Session) -> Any:
-        asked, text = agent(session), "word " * 4_000_000
-        return str(await asked.invoke_async(text)) if format is None else await stream(asked, text, format=format)
+def test_a_message_that_is_too_large_is_413(client: httpx.Client, application: Application) -> None:
+    @application.app.post("/sessions/{session_id}/essay/{format}")
+    async def essay(session: Session, format: Any) -> Any:
+        asked, text = agent(session), "word " * 3_400_000
+        return str(await asked.invoke_async(text)) if format == "json" else await stream(asked, text, format=format)
 
-    answer = client.post("/sessions/s/essay")
-    assert answer.status_code == 413
-    assert answer.json() == {"detail": "the message is too large"}
+    for format in ("json", "sse"):
+        answer = client.post(f"/sessions/s/essay/{format}")
+        assert answer.status_code == 413, format
+        assert answer.json() == {"detail": "the message is too large"}
 
 
 @TWO_WAYS
 def test_a_database_that_is_away_is_503(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(Application(NOBODY, check=False, serverSelectionTimeoutMS=50).app) as client:
+    with serving(connected(NOBODY, check=False, serverSelectionTimeoutMS=50).app) as client:
         answer = client.post(f"/sessions/s/{path}", json={"text": "a secret"})
     assert answer.status_code == 503
     assert answer.json() == {"detail": "the database is unreachable: try again later"}
@@ -532,7 +560,7 @@ def test_a_database_that_is_away_is_503(path: str, caplog: pytest.LogCaptureFixt
 @TWO_WAYS
 def test_a_database_that_is_too_slow_is_503(server: str, database: str, path: str) -> None:
     with Proxy(server) as proxy:
-        application = Application(proxy.uri, database, socketTimeoutMS=300)
+        application = connected(proxy.uri, database, socketTimeoutMS=300)
         with serving(application.app) as client:
             assert client.post("/sessions/s/messages", json={"text": "hi"}).status_code == 200
             proxy.freeze()
@@ -550,7 +578,7 @@ def test_what_closing_cannot_store_after_a_503_is_logged(
         return [record for record in caplog.records if record.levelno >= logging.ERROR]
 
     with Proxy(server) as proxy:
-        application = Application(proxy.uri, database, socketTimeoutMS=300)
+        application = connected(proxy.uri, database, socketTimeoutMS=300)
         with serving(application.app) as client:
             application.before_answering = proxy.freeze
             assert client.post(f"/sessions/s/{path}", json={"text": "a secret"}).status_code == 503
@@ -610,34 +638,33 @@ async def over_websocket(app: FastAPI, path: str) -> tuple[list[dict[str, Any]],
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("kind", "answer"), ANSWERS.items(), ids=[kind.__name__ for kind in ANSWERS])
-async def test_how_an_error_closes_a_websocket(
-    caplog: pytest.LogCaptureFixture, kind: type[MongoDBSessionError], answer: tuple[int, int, str | None]
-) -> None:
-    app = FastAPI()
+async def test_how_an_error_closes_a_websocket(caplog: pytest.LogCaptureFixture) -> None:
+    app, kinds = FastAPI(), {kind.__name__: kind for kind in ANSWERS}
     add_session_support(app)
 
-    @app.websocket("/before")
-    async def fail_before(socket: WebSocket) -> None:
-        raise kind("of this error")
+    @app.websocket("/before/{name}")
+    async def fail_before(socket: WebSocket, name: str) -> None:
+        raise kinds[name]("of this error")
 
-    @app.websocket("/after")
-    async def fail_after(socket: WebSocket) -> None:
+    @app.websocket("/after/{name}")
+    async def fail_after(socket: WebSocket, name: str) -> None:
         await socket.accept()
-        raise kind("of this error")
+        raise kinds[name]("of this error")
 
-    status, code, detail = answer
-    closed = {"type": "websocket.close", "code": code, "reason": detail or "the request failed"}
-    sent, error = await over_websocket(app, "/before")
-    # Accepted first: without that, or without a subprotocol that it asked for, a browser sees no code.
-    assert sent == [{"type": "websocket.accept", "subprotocol": "chat"}, closed]
-    assert type(error) is (type(None) if detail else kind)
-    sent, error = await over_websocket(app, "/after")
-    assert [message["type"] for message in sent] == ["websocket.accept", "websocket.close"]
-    assert sent[1] == closed
-    line = f"path=<'/{{}}'>, error=<of this error> | answered {status}"
-    expected = [line.format("before"), line.format("after")] if status >= 500 and detail else []
-    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == expected
+    for kind, (status, code, detail) in ANSWERS.items():
+        caplog.clear()
+        before, after = f"/before/{kind.__name__}", f"/after/{kind.__name__}"
+        closed = {"type": "websocket.close", "code": code, "reason": detail or "the request failed"}
+        sent, error = await over_websocket(app, before)
+        # Accepted first: without that, or without a subprotocol that it asked for, a browser sees no code.
+        assert sent == [{"type": "websocket.accept", "subprotocol": "chat"}, closed], kind
+        assert type(error) is (type(None) if detail else kind)
+        sent, error = await over_websocket(app, after)
+        assert [message["type"] for message in sent] == ["websocket.accept", "websocket.close"], kind
+        assert sent[1] == closed, kind
+        paths = [before, after] if status >= 500 and detail else []
+        expected = [f"path=<{path!r}>, error=<of this error> | answered {status}" for path in paths]
+        assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == expected, kind
 
 
 @pytest.mark.anyio
@@ -668,7 +695,7 @@ def test_a_websocket_client_sees_the_code(application: Application) -> None:
 
 
 def test_a_session_behind_a_websocket(application: Application, stored: Stored) -> None:
-    @application.app.websocket("/sessions/{session_id}")
+    @application.app.websocket("/talk/{session_id}")
     async def talk(socket: WebSocket, session: Session) -> None:
         application.sessions.append(session)
         await socket.accept()
@@ -677,7 +704,7 @@ def test_a_session_behind_a_websocket(application: Application, stored: Stored) 
             await socket.send_text(str(await asked.invoke_async(await socket.receive_text())).strip())
 
     with TestClient(application.app) as talking:
-        with talking.websocket_connect("/sessions/s") as socket:
+        with talking.websocket_connect("/talk/s") as socket:
             socket.send_text("hi")
             assert socket.receive_text() == "Hello! I have been sent 1 message."
             stored.delete_one({"_id": "s"})
@@ -686,7 +713,7 @@ def test_a_session_behind_a_websocket(application: Application, stored: Stored) 
                 socket.receive_text()
         assert (closed.value.code, closed.value.reason) == (1008, "the session does not exist")
         eventually(lambda: "closed" in repr(application.sessions[0]))
-        with talking.websocket_connect("/sessions/a%00b") as socket, pytest.raises(WebSocketDisconnect) as closed:
+        with talking.websocket_connect("/talk/a%00b") as socket, pytest.raises(WebSocketDisconnect) as closed:
             socket.receive_text()
         assert (closed.value.code, closed.value.reason) == (1008, "session_id must not contain a NUL character")
 
@@ -774,7 +801,7 @@ def test_what_a_client_does_wrong_is_never_500(client: httpx.Client, application
 def test_refused_credentials_are_not_told_to_try_again_later(
     server: str, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    application = Application(with_credentials(server, "ada", "hunter2"), database, check=False)
+    application = connected(with_credentials(server, "ada", "hunter2"), database, check=False)
     with serving(application.app) as client:
         answer = client.post("/sessions/s/messages", json={"text": "a secret"})
     assert answer.status_code == 500
@@ -812,17 +839,17 @@ def test_an_application_that_would_not_close_sessions_is_refused(server: str, da
 # Health.
 
 
-@pytest.mark.parametrize("path", ["live", "ready", "health"])
-def test_health(client: httpx.Client, path: str) -> None:
-    answer = client.get(f"/{path}")
-    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+def test_health(client: httpx.Client) -> None:
+    for path in ("live", "ready", "health"):
+        answer = client.get(f"/{path}")
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"}), path
 
 
 def test_health_of_a_database_that_does_not_answer(
     server: str, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     patience: dict[str, Any] = {"socketTimeoutMS": 600_000, "connectTimeoutMS": 600_000}
-    with Proxy(server) as proxy, serving(Application(proxy.uri, database, **patience).app) as client:
+    with Proxy(server) as proxy, serving(connected(proxy.uri, database, **patience).app) as client:
         assert client.get("/health").status_code == 200
         proxy.freeze()
         answer = client.get("/ready")
@@ -843,7 +870,8 @@ async def test_health_without_a_factory() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_factory_lives_as_long_as_the_application(application: Application) -> None:
+async def test_the_factory_lives_as_long_as_the_application(server: str, database: str) -> None:
+    application = connected(server, database, application_name="tested")
     with pytest.raises(FactoryNotInitializedError):
         get_global_factory()
     async with application.app.router.lifespan_context(application.app):
@@ -855,7 +883,8 @@ async def test_the_factory_lives_as_long_as_the_application(application: Applica
 
 
 @pytest.mark.anyio
-async def test_a_global_factory_is_left_alone(server: str, database: str, application: Application) -> None:
+async def test_a_global_factory_is_left_alone(server: str, database: str) -> None:
+    application = connected(server, database)
     earlier = await asyncio.to_thread(initialize_global_factory, server, database)
     async with application.app.router.lifespan_context(application.app):
         assert get_global_factory() is earlier
@@ -873,7 +902,7 @@ def other_database(drop_later: Callable[[str], None]) -> Iterator[str]:
 def test_two_applications_of_a_process_have_a_database_each(
     server: str, database: str, other_database: str, driver: pymongo.MongoClient[dict[str, Any]]
 ) -> None:
-    first, second = Application(server, database), Application(server, other_database)
+    first, second = connected(server, database), connected(server, other_database)
     with serving(first.app) as one:
         with serving(second.app) as two:
             for client, session_id in ((one, "first"), (two, "second")):
@@ -896,7 +925,7 @@ def test_a_mounted_application(
     driver: pymongo.MongoClient[dict[str, Any]],
     own_factory: bool,
 ) -> None:
-    mounted = Application(server, other_database)
+    mounted = connected(server, other_database)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # a mounted application's own lifespan is never run
@@ -929,7 +958,7 @@ def test_an_endpoint_is_given_the_factory_of_its_application(client: httpx.Clien
 
 
 def test_an_application_without_a_lifespan_uses_the_global_factory(server: str, database: str, stored: Stored) -> None:
-    application = Application(server, database)
+    application = connected(server, database)
     application.app.router.lifespan_context = FastAPI().router.lifespan_context
     initialize_global_factory(server, database)
     with serving(application.app) as client:
@@ -976,7 +1005,7 @@ def test_an_application_whose_credentials_are_refused_does_not_start(server: str
 
 
 def test_an_application_can_start_without_its_database() -> None:
-    application = Application(NOBODY, check=False, serverSelectionTimeoutMS=50)
+    application = connected(NOBODY, check=False, serverSelectionTimeoutMS=50)
     with serving(application.app) as client:
         assert client.get("/health").status_code == 503
 

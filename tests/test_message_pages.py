@@ -38,15 +38,20 @@ class Reads(monitoring.CommandListener):
     def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reads() -> Reads:
     return Reads()
 
 
-@pytest.fixture
-def repository(server: str, database: str, reads: Reads) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, event_listeners=[reads]) as repository:
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str, reads: Reads) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, event_listeners=[reads]) as repository:
         yield repository
+
+
+@pytest.fixture
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
+    return shared_repository
 
 
 def element(message_id: Any) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import pymongo
 import pytest
 from bson import ObjectId
 
-from fix_archive import documents_of, emptied, store_again
+from fix_archive import store_again
 from fix_copying import all_of
-from fix_erasure import ADA, OWNERS, SMALL, fill_all
+from fix_erasure import ADA, HERS, SMALL, prepared
 from fix_finding import START, Stored, session
 from mongodb_session_manager import (
     AsyncMongoDBSessionRepository,
@@ -30,14 +29,10 @@ from support import CommandLog, eventually
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 
-HERS = [session_id for session_id, owner in OWNERS.items() if owner == ADA]
-
 
 @pytest.fixture(scope="module")
 def documents(server: str, shared_database: str, driver: Driver) -> dict[str, list[Any]]:
-    stored = emptied(driver[shared_database]["agent_sessions"])
-    fill_all(server, stored.database)
-    return documents_of(stored)
+    return prepared(server, driver[shared_database])
 
 
 @pytest.fixture
@@ -79,35 +74,28 @@ def test_what_was_exported_and_erased_can_be_imported_again(
     assert [each.session_id for each in repository.list_sessions(owner=ADA, order="created_at").sessions] == HERS
 
 
-FORMS = [
-    (MongoDBSessionRepository, "export_owner"),
-    (AsyncMongoDBSessionRepository, "export_owner"),
-    (MongoDBSessionManagerFactory, "export_owner"),
-    (MongoDBSessionManagerFactory, "export_owner_async"),
-]
-
-
-@pytest.mark.parametrize(("cls", "name"), FORMS)
 def test_each_session_is_exported_as_by_itself(
-    server: str, full: Stored, repository: MongoDBSessionRepository, cls: Any, name: str
+    server: str, full: Stored, repository: MongoDBSessionRepository, factory: MongoDBSessionManagerFactory
 ) -> None:
-    target = cls(server, full.database.name)
+    """By every method that exports an owner."""
 
-    async def listed() -> list[str]:
-        lines = [line async for line in getattr(target, name)(ADA)]
-        if cls is AsyncMongoDBSessionRepository:
-            await target.close()
-        return lines
+    async def listed(lines: AsyncIterator[str]) -> list[str]:
+        return [line async for line in lines]
 
-    with asyncio.Runner() as runner:
-        is_async = inspect.isasyncgenfunction(getattr(cls, name))
-        lines = runner.run(listed()) if is_async else list(target.export_owner(ADA))
-    if cls is not AsyncMongoDBSessionRepository:
-        target.close()
+    async def of_an_async_repository() -> list[str]:
+        async with AsyncMongoDBSessionRepository(server, full.database.name) as target:
+            return await listed(target.export_owner(ADA))
+
     alone = [line for session_id in HERS for line in repository.export_session(session_id)]
-    assert without_times(lines) == without_times(alone)
-    assert [json.loads(line)["session_id"] for line in lines if line.startswith('{"format"')] == HERS
-    assert len(lines) == len(alone)
+    for lines in (
+        list(repository.export_owner(ADA)),
+        list(factory.export_owner(ADA)),
+        asyncio.run(of_an_async_repository()),
+        asyncio.run(listed(factory.export_owner_async(ADA))),
+    ):
+        assert without_times(lines) == without_times(alone)
+        assert [json.loads(line)["session_id"] for line in lines if line.startswith('{"format"')] == HERS
+        assert len(lines) == len(alone)
 
 
 def test_nobodys_export_is_empty(full: Stored, repository: MongoDBSessionRepository) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from bson import ObjectId
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
-from fix_archive import appends, said
+from fix_archive import appends, documents_of, emptied, said, store_again
 from fix_copying import content, left_of, with_image
 from fix_finding import Stored, idle, session
 from mongodb_session_manager import (
@@ -39,6 +40,8 @@ from orchestrators import node, pipeline
 from support import CommandLog, agent, alternating, apply, eventually, fail_point, sampled, texts
 
 pytestmark = pytest.mark.anyio
+
+Driver = pymongo.MongoClient[dict[str, Any]]
 
 THEIRS, ABSENT = "theirs", "absent"
 
@@ -127,6 +130,49 @@ def with_content(repository: MongoDBSessionRepository) -> None:
     repository.update_session(THEIRS, title="secret", tags=["secret"])
 
 
+@pytest.fixture(scope="module")
+def documents(server: str, shared_database: str, driver: Driver) -> dict[str, dict[str, list[Any]]]:
+    """The documents of the session, by collection: of one that lasts, and of one that expires."""
+    stored, found = emptied(driver[shared_database]["agent_sessions"]), {}
+    for name, options in (("lasts", {}), ("expires", EXPIRING)):
+        with MongoDBSessionRepository(
+            server, shared_database, max_embedded_messages=4, max_inline_attachment_bytes=1024, **options
+        ) as repository:
+            with_content(repository)
+            eventually(lambda: not repository._async._connection._tasks)
+            found[name] = documents_of(stored)
+            repository.delete_session(THEIRS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[tuple[MongoDBSessionRepository, CommandLog]]:
+    log = CommandLog()
+    with MongoDBSessionRepository(
+        server, shared_database, event_listeners=[log], max_embedded_messages=4
+    ) as repository:
+        yield repository, log
+
+
+@pytest.fixture
+def repository(
+    database: str, shared_repository: tuple[MongoDBSessionRepository, CommandLog]
+) -> Iterator[MongoDBSessionRepository]:
+    repository, _ = shared_repository
+    repository.open_session(THEIRS, owner="bob")
+    eventually(lambda: not repository._async._connection._tasks)
+    yield repository
+    eventually(lambda: not repository._async._connection._tasks)
+
+
+@pytest.fixture
+def log(
+    repository: MongoDBSessionRepository, shared_repository: tuple[MongoDBSessionRepository, CommandLog]
+) -> CommandLog:
+    """The commands of `repository`."""
+    return shared_repository[1]
+
+
 def everything(stored: Stored) -> dict[str, list[dict[str, Any]]]:
     names = stored.database.list_collection_names(filter={"name": {"$regex": r"^(?!system\.)"}})
     return {name: list(stored.database[name].find({}, sort=[("_id", 1)])) for name in sorted(names)}
@@ -191,6 +237,7 @@ def test_a_session_of_another_is_one_that_does_not_exist(
     database: str,
     stored: Stored,
     commands: CommandLog,
+    documents: dict[str, dict[str, list[Any]]],
     cls: type,
     of: Any,
     how: str,
@@ -200,11 +247,7 @@ def test_a_session_of_another_is_one_that_does_not_exist(
 
     A list that an application has stored as the owner is no owner, even if it contains the caller.
     """
-    with MongoDBSessionRepository(
-        server, database, max_embedded_messages=4, max_inline_attachment_bytes=1024, **ttl
-    ) as repository:
-        with_content(repository)
-        eventually(lambda: not repository._async._connection._tasks)
+    store_again(stored, documents["expires" if ttl else "lasts"])
     if of is None:
         stored.update_one({"_id": THEIRS}, {"$unset": {"owner": ""}})
     elif of != "bob":
@@ -242,50 +285,41 @@ def outcome_of(call: Callable[..., object], session_id: str, commands: CommandLo
 
 
 def test_a_value_that_no_statement_can_hold_does_not_show_the_session(
-    server: str, database: str, commands: CommandLog
+    repository: MongoDBSessionRepository, log: CommandLog
 ) -> None:
     """The driver refuses it before the server has looked for the session."""
     metadata = {"k" * 20_000 + ".v": "x" * (16 * 1024 * 1024 - 21_000)}
-    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
-        repository.open_session(THEIRS, owner="bob")
-        eventually(lambda: not repository._async._connection._tasks)
 
-        def update(session_id: str) -> None:
-            repository.update_metadata(session_id, metadata, owner="eve")
+    def update(session_id: str) -> None:
+        repository.update_metadata(session_id, metadata, owner="eve")
 
-        assert outcome_of(update, THEIRS, commands) == outcome_of(update, ABSENT, commands)
-        with pytest.raises(StateTooLargeError, match="metadata was not stored"):
-            repository.update_metadata(THEIRS, metadata, owner="bob")
+    assert outcome_of(update, THEIRS, log) == outcome_of(update, ABSENT, log)
+    with pytest.raises(StateTooLargeError, match="metadata was not stored"):
+        repository.update_metadata(THEIRS, metadata, owner="bob")
 
 
 def test_a_statement_that_the_server_refuses_does_not_show_the_session(
-    server: str, database: str, commands: CommandLog, stored: Stored
+    repository: MongoDBSessionRepository, log: CommandLog, server: str, stored: Stored
 ) -> None:
-    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
-        repository.open_session(THEIRS, owner="bob")
-        eventually(lambda: not repository._async._connection._tasks)
-        stored.update_one({"_id": THEIRS}, {"$set": {"feedbacks": "of an application"}})
+    stored.update_one({"_id": THEIRS}, {"$set": {"feedbacks": "of an application"}})
 
-        def add(session_id: str) -> None:
-            with fail_point(server, failCommands=["update"], errorCode=8):
-                repository.add_feedback(session_id, {"rating": "up"}, owner="eve")
+    def add(session_id: str) -> None:
+        with fail_point(server, failCommands=["update"], errorCode=8):
+            repository.add_feedback(session_id, {"rating": "up"}, owner="eve")
 
-        assert outcome_of(add, THEIRS, commands) == outcome_of(add, ABSENT, commands)
+    assert outcome_of(add, THEIRS, log) == outcome_of(add, ABSENT, log)
 
 
-def test_what_another_tries_costs_the_owner_nothing(server: str, database: str, commands: CommandLog) -> None:
-    with MongoDBSessionRepository(server, database, event_listeners=[commands]) as repository:
-        repository.open_session(THEIRS, owner="bob")
-        repository.create_agent(THEIRS, SessionAgent("agent", {}, {}), owner="bob")
-        eventually(lambda: not repository._async._connection._tasks)
-        for name in methods_of(MongoDBSessionRepository):
-            if name not in CREATES:
-                with suppress(MongoDBSessionError):
-                    result = getattr(repository, name)(THEIRS, **{"owner": "eve", **ARGUMENTS[name]()})
-                    list(result if inspect.isgenerator(result) else ())
-        commands.clear()
-        repository.create_message(THEIRS, "agent", a_message(), owner="bob")
-        assert commands.names == ["update"]
+def test_what_another_tries_costs_the_owner_nothing(repository: MongoDBSessionRepository, log: CommandLog) -> None:
+    repository.create_agent(THEIRS, SessionAgent("agent", {}, {}), owner="bob")
+    for name in methods_of(MongoDBSessionRepository):
+        if name not in CREATES:
+            with suppress(MongoDBSessionError):
+                result = getattr(repository, name)(THEIRS, **{"owner": "eve", **ARGUMENTS[name]()})
+                list(result if inspect.isgenerator(result) else ())
+    log.clear()
+    repository.create_message(THEIRS, "agent", a_message(), owner="bob")
+    assert log.names == ["update"]
 
 
 def test_the_repository_of_an_open_session_is_for_its_owner(factory: MongoDBSessionManagerFactory) -> None:
@@ -469,29 +503,28 @@ def test_the_pool_of_the_process_has_no_owner(server: str) -> None:
         MongoDBConnectionPool.initialize(server, owner="alice")  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize(
-    "owner", alternating("", "a\0b", "\ud800", "x" * 1025, 5, True, b"alice", {"$ne": None}, ["alice"])
-)
 def test_an_owner_that_is_none_is_refused_and_nothing_is_sent(
-    factory: MongoDBSessionManagerFactory, commands: CommandLog, owner: Any
+    factory: MongoDBSessionManagerFactory, commands: CommandLog
 ) -> None:
-    for call in (
-        lambda: factory.create_session_manager("s", owner=owner),
-        lambda: factory.list_sessions(owner=owner),
-        lambda: factory.count_sessions(owner=owner),
-        lambda: factory.session_exists("s", owner=owner),
-        lambda: factory.delete_session("s", owner=owner),
-        lambda: factory.claim_session("s", owner),
-        lambda: factory.update_session("s", title="t", owner=owner),
-        lambda: list(factory.export_session("s", owner=owner)),
-        lambda: factory.import_session([], owner=owner),
-        lambda: factory.fork_session("s", "t", owner=owner),
-        lambda: factory.rewind_session("s", 1, owner=owner),
-        lambda: MongoDBSessionManagerFactory(factory._connection.settings.connection_string, owner=owner),
-    ):
+    calls: list[Callable[[Any], object]] = [
+        lambda owner: factory.create_session_manager("s", owner=owner),
+        lambda owner: factory.list_sessions(owner=owner),
+        lambda owner: factory.count_sessions(owner=owner),
+        lambda owner: factory.session_exists("s", owner=owner),
+        lambda owner: factory.delete_session("s", owner=owner),
+        lambda owner: factory.claim_session("s", owner),
+        lambda owner: factory.update_session("s", title="t", owner=owner),
+        lambda owner: list(factory.export_session("s", owner=owner)),
+        lambda owner: factory.import_session([], owner=owner),
+        lambda owner: factory.fork_session("s", "t", owner=owner),
+        lambda owner: factory.rewind_session("s", 1, owner=owner),
+        lambda owner: MongoDBSessionManagerFactory(factory._connection.settings.connection_string, owner=owner),
+    ]
+    owners: list[Any] = ["", "a\0b", "\ud800", "x" * 1025, 5, True, b"alice", {"$ne": None}, ["alice"]]
+    for owner, call in itertools.product(owners, calls):
         with pytest.raises(InvalidArgumentError, match="owner"):
-            call()
-    assert commands.names == []
+            call(owner)
+        assert commands.names == [], owner
 
 
 def test_must_exist_never_creates(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
@@ -545,11 +578,7 @@ def test_a_session_that_is_claimed_while_it_is_open_goes_on(server: str, databas
 # Deleting, and copying.
 
 
-@pytest.mark.own_database
-def test_a_deletion_that_was_interrupted_is_finished_by_its_owner(
-    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]]
-) -> None:
-    stored = driver[database]["agent_sessions"]
+def test_a_deletion_that_was_interrupted_is_finished_by_its_owner(server: str, database: str, stored: Stored) -> None:
     with MongoDBSessionRepository(server, database, max_embedded_messages=4, retryWrites=False) as repository:
         with_content(repository)
         with fail_point(server, failCommands=["delete"], errorCode=13, times=100), pytest.raises(AccessDeniedError):

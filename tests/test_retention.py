@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,7 +18,7 @@ from pymongo.collection import Collection
 from strands.multiagent import Swarm
 from strands.types.session import Session, SessionAgent, SessionMessage
 
-from fix_archive import documents_of, store_again
+from fix_archive import documents_of, emptied, store_again
 from fix_deletion import ID, PICTURE, SMALL, failing_after, said, traces
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
@@ -43,6 +43,8 @@ from support import CommandLog, agent, alternating, eventually, fail_point, run_
 Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = Collection[dict[str, Any]]
 
+Repositories = dict[timedelta | None, MongoDBSessionRepository]
+
 TTL = timedelta(hours=8)
 EIGHTH = TTL / 8
 PARTS = ("archive", "attachments.files", "attachments.chunks", "content")
@@ -64,17 +66,39 @@ def soon_removed(expiring_driver: Driver) -> Iterator[Stored]:
         database[name].delete_many({})
 
 
-@pytest.fixture
-def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, session_ttl=TTL, **SMALL) as repository:
-        yield repository
+@pytest.fixture(scope="module")
+def repositories(server: str, shared_database: str) -> Iterator[Repositories]:
+    """The repositories of the module, by `session_ttl`."""
+    with ExitStack() as stack:
+        ttls: list[timedelta | None] = [TTL, TTL / 10, None]
+        yield {
+            ttl: stack.enter_context(MongoDBSessionRepository(server, shared_database, session_ttl=ttl, **SMALL))
+            for ttl in ttls
+        }
+
+
+def settled(repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
+    """Yield a repository that knows nothing of the session; then wait for what it does in the background."""
+    repository._async._store.expiry.forget(ID)
+    yield repository
+    eventually(lambda: not repository._async._connection._tasks)
 
 
 @pytest.fixture
-def lasting(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
+def repository(database: str, repositories: Repositories) -> Iterator[MongoDBSessionRepository]:
+    yield from settled(repositories[TTL])
+
+
+@pytest.fixture
+def brief(database: str, repositories: Repositories) -> Iterator[MongoDBSessionRepository]:
+    """A repository with a tenth of the time to live."""
+    yield from settled(repositories[TTL / 10])
+
+
+@pytest.fixture
+def lasting(database: str, repositories: Repositories) -> Iterator[MongoDBSessionRepository]:
     """A repository without `session_ttl`."""
-    with MongoDBSessionRepository(server, database, **SMALL) as repository:
-        yield repository
+    yield from settled(repositories[None])
 
 
 def begin(repository: MongoDBSessionRepository, session_id: str = ID) -> None:
@@ -87,27 +111,7 @@ def fill(repository: MongoDBSessionRepository, session_id: str = ID) -> None:
     begin(repository, session_id)
     for n in range(12):
         repository.create_message(session_id, "agent", said(n, PICTURE[n:] if n in (2, 11) else None))
-    stored = in_background(repository)
-    eventually(lambda: len(stored.find_one({"_id": session_id})["agents"]["agent"]["messages"]) <= 8)
-
-
-def in_background(repository: MongoDBSessionRepository) -> Stored:
-    """The collection of a repository, through a client of the test's."""
-    core = repository._async
-    uri = core._connection.settings.connection_string
-    if uri not in _clients:
-        _clients[uri] = pymongo.MongoClient(uri, tz_aware=True)
-    return _clients[uri][core._store.collection.database][core._store.collection.name]
-
-
-_clients: dict[str, Driver] = {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def clients_are_closed() -> Iterator[None]:
-    yield
-    while _clients:
-        _clients.popitem()[1].close()
+    eventually(lambda: not repository._async._connection._tasks)
 
 
 def parts_of(stored: Stored, session: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -159,16 +163,13 @@ Documents = dict[str, list[Any]]
 
 
 @pytest.fixture(scope="module")
-def prepared(server: str, driver: Driver, shared_database: str) -> dict[timedelta | None, Documents]:
+def prepared(repositories: Repositories, driver: Driver, shared_database: str) -> dict[timedelta | None, Documents]:
     """The documents of a filled session, by collection, for each time to live; `None`: it does not expire."""
-    for name in COLLECTIONS:
-        driver[shared_database][name].delete_many({})
-    found = {}
-    for ttl in (TTL, TTL / 10, None):
-        with MongoDBSessionRepository(server, shared_database, session_ttl=ttl, **SMALL) as repository:
-            fill(repository)
-            found[ttl] = documents_of(driver[shared_database]["agent_sessions"])
-            repository.delete_session(ID)
+    stored, found = emptied(driver[shared_database]["agent_sessions"]), {}
+    for ttl, repository in repositories.items():
+        fill(repository)
+        found[ttl] = documents_of(stored)
+        repository.delete_session(ID)
     return found
 
 
@@ -187,27 +188,24 @@ def lasts(prepared: dict[timedelta | None, Documents], stored: Stored) -> None:
 # Configuration.
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [0, 3600, "1h", True, timedelta(0), timedelta(milliseconds=999), timedelta(days=-1), timedelta(days=36500)],
-)
-def test_what_cannot_be_a_ttl_is_refused(server: str, database: str, bad: Any) -> None:
-    for make in (
-        MongoDBSessionRepository,
-        AsyncMongoDBSessionRepository,
-        MongoDBSessionManagerFactory,
-        initialize_global_factory,
-    ):
+NO_TTLS: list[Any] = [0, 3600, "1h", True, *(timedelta(days=days) for days in (0, -1, 36500)), timedelta(seconds=0.999)]
+
+
+def test_what_cannot_be_a_ttl_is_refused(server: str, database: str, factory: MongoDBSessionManagerFactory) -> None:
+    for bad in NO_TTLS:
+        for make in (
+            MongoDBSessionRepository,
+            AsyncMongoDBSessionRepository,
+            MongoDBSessionManagerFactory,
+            initialize_global_factory,
+        ):
+            with pytest.raises(ConfigurationError, match="session_ttl"):
+                make(server, database, session_ttl=bad)
+        for open_one in (MongoDBSessionManager, AsyncMongoDBSessionManager, create_mongodb_session_manager):
+            with pytest.raises(ConfigurationError, match="session_ttl"):
+                open_one(ID, server, database, session_ttl=bad)
         with pytest.raises(ConfigurationError, match="session_ttl"):
-            make(server, database, session_ttl=bad)
-    for open_one in (MongoDBSessionManager, AsyncMongoDBSessionManager, create_mongodb_session_manager):
-        with pytest.raises(ConfigurationError, match="session_ttl"):
-            open_one(ID, server, database, session_ttl=bad)
-    with (
-        MongoDBSessionManagerFactory(server, database) as factory,
-        pytest.raises(ConfigurationError, match="session_ttl"),
-    ):
-        factory.create_session_manager(ID, session_ttl=bad)
+            factory.create_session_manager(ID, session_ttl=bad)
 
 
 def ttl_of(stored: Stored, session_id: str = ID) -> Any:
@@ -241,14 +239,14 @@ def test_everybody_who_blocks_takes_a_ttl(server: str, database: str, stored: St
 def test_a_session_expires_with_all_that_belongs_to_it(
     expiring: str, expiring_driver: Driver, soon_removed: Stored
 ) -> None:
-    stored, database = soon_removed, soon_removed.database.name
+    stored, database, ttl = soon_removed, soon_removed.database.name, timedelta(seconds=4)
     with (
-        MongoDBSessionRepository(expiring, database, session_ttl=timedelta(seconds=6), **SMALL) as repository,
+        MongoDBSessionRepository(expiring, database, session_ttl=ttl, **SMALL) as repository,
         MongoDBSessionRepository(expiring, database, **SMALL) as lasting,
     ):
         fill(lasting, "lasting")
         fill(repository)
-        time.sleep(5)  # without asking meanwhile
+        time.sleep(2 * ttl.total_seconds())  # without asking meanwhile
         eventually(lambda: not stored.count_documents({"_id": ID}))
         eventually(lambda: not traces(expiring_driver, database))
         # A session without a time to live stays, with all of it.
@@ -419,16 +417,14 @@ def test_lists_use_their_own_indexes(repository: MongoDBSessionRepository, store
 
 
 @pytest.mark.parametrize(("save_on", "writes"), [("message", 2), ("invocation", 1)])
-@pytest.mark.parametrize("resumed", [False, True])
 def test_a_turn_costs_what_it_costs_without(
-    server: str, database: str, stored: Stored, save_on: str, writes: int, resumed: bool
+    server: str, database: str, stored: Stored, save_on: str, writes: int
 ) -> None:
     commands = CommandLog()
     with MongoDBSessionManagerFactory(server, database, event_listeners=[commands], session_ttl=TTL) as factory:
         factory.create_session_manager("warm-up").close()
         eventually(lambda: not factory._connection._tasks)
-        if resumed:
-            agent(factory.create_session_manager(ID), "before")("earlier")
+        agent(factory.create_session_manager(ID), "before")("earlier")
         commands.clear()
         manager = factory.create_session_manager(ID, save_on=save_on)
         live = agent(manager, "hello", "again")
@@ -620,27 +616,31 @@ def test_a_writer_that_ends_while_a_session_gets_a_ttl_loses_nothing(
 
 @pytest.mark.parametrize("done", sampled(range(9), *run_random().sample(range(9), 3)))
 def test_a_part_that_is_stored_while_its_session_gets_a_longer_ttl_does_not_expire_before_it(
-    server: str, database: str, stored: Stored, prepared: dict[timedelta | None, Documents], done: int
+    server: str,
+    stored: Stored,
+    prepared: dict[timedelta | None, Documents],
+    brief: MongoDBSessionRepository,
+    repository: MongoDBSessionRepository,
+    done: int,
 ) -> None:
     """Wherever the writer with the longer one ends; the other one has read the session before."""
-    short = TTL / 10
-    with (
-        MongoDBSessionRepository(server, database, session_ttl=short, **SMALL) as earlier,
-        MongoDBSessionRepository(server, database, session_ttl=TTL, **SMALL) as later,
-    ):
-        store_again(stored, prepared[TTL / 10])
-        earlier.session_exists(ID)
-        with failing_after(server, done, failCommands=["update"], errorCode=8000), suppress(MongoDBSessionError):
-            later.update_metadata(ID, {"longer": True})
-        earlier.create_message(ID, "agent", said(12, PICTURE[5:]))
-        check_dates(stored)
-        later.update_metadata(ID, {"longer": True})
-        assert stored.find_one({"_id": ID})["expires_at"] >= datetime.now(UTC) + TTL - timedelta(minutes=1)
-        check_all_dated(stored)
+    store_again(stored, prepared[TTL / 10])
+    brief.session_exists(ID)
+    with failing_after(server, done, failCommands=["update"], errorCode=8000), suppress(MongoDBSessionError):
+        repository.update_metadata(ID, {"longer": True})
+    brief.create_message(ID, "agent", said(12, PICTURE[5:]))
+    check_dates(stored)
+    repository.update_metadata(ID, {"longer": True})
+    assert stored.find_one({"_id": ID})["expires_at"] >= datetime.now(UTC) + TTL - timedelta(minutes=1)
+    check_all_dated(stored)
 
 
 def test_a_part_that_is_stored_between_the_dates_of_a_longer_ttl_does_not_expire_before_its_session(
-    server: str, database: str, stored: Stored, prepared: dict[timedelta | None, Documents]
+    server: str,
+    database: str,
+    stored: Stored,
+    prepared: dict[timedelta | None, Documents],
+    brief: MongoDBSessionRepository,
 ) -> None:
     """Even if the writer with the longer one ends at once: the other one has read the session before."""
     found: list[dict[str, Any]] = []
@@ -653,7 +653,7 @@ def test_a_part_that_is_stored_between_the_dates_of_a_longer_ttl_does_not_expire
         def started(self, event: monitoring.CommandStartedEvent) -> None:
             if event.command.get("update") == "agent_sessions" and not self.statement:
                 self.statement = event.request_id
-                earlier.create_message(ID, "agent", said(12, PICTURE[5:]))
+                brief.create_message(ID, "agent", said(12, PICTURE[5:]))
 
         def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
             if event.request_id == self.statement:
@@ -662,12 +662,9 @@ def test_a_part_that_is_stored_between_the_dates_of_a_longer_ttl_does_not_expire
 
         def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
 
-    with (
-        MongoDBSessionRepository(server, database, session_ttl=TTL / 10, **SMALL) as earlier,
-        MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[Meanwhile()], **SMALL) as later,
-    ):
+    with MongoDBSessionRepository(server, database, session_ttl=TTL, event_listeners=[Meanwhile()], **SMALL) as later:
         store_again(stored, prepared[TTL / 10])
-        earlier.session_exists(ID)
+        brief.session_exists(ID)
         later.update_metadata(ID, {"longer": True})
         session, *parts = found
         assert session["metadata"] == {"longer": True}
@@ -795,15 +792,15 @@ def test_many_writers_at_once(server: str, database: str, stored: Stored) -> Non
         with MongoDBSessionRepository(
             server, database, session_ttl=ttl, max_embedded_messages=4, max_inline_attachment_bytes=1000
         ) as repository:
-            for n in range(40):
+            for n in range(30):
                 repository.create_message(ID, "agent", said(n, PICTURE[n % 8 :] if n % 5 == 0 else None))
-                time.sleep(0.01)
+                time.sleep(0.02)
 
     def annotate(options: dict[str, Any]) -> None:
         with MongoDBSessionRepository(server, database, **options) as repository:
             while not done.is_set():
                 repository.update_metadata(ID, {"n": time.time()})
-                time.sleep(0.005)
+                time.sleep(0.01)
 
     def watch() -> None:
         try:
@@ -827,32 +824,26 @@ def test_many_writers_at_once(server: str, database: str, stored: Stored) -> Non
     assert failures == []
     check_dates(stored)
     with MongoDBSessionRepository(server, database) as repository:
-        assert len(repository.list_messages(ID, "agent")) == 40
+        assert len(repository.list_messages(ID, "agent")) == 30
 
 
 def test_a_refused_write_of_somebody_with_a_ttl_has_no_part_of_a_session_expire_before_it(
-    server: str, database: str, stored: Stored
+    lasts: None, factory: MongoDBSessionManagerFactory, stored: Stored
 ) -> None:
-    small: dict[str, Any] = {"max_embedded_messages": 4, "max_inline_attachment_bytes": 100}
-    with (
-        MongoDBSessionManagerFactory(server, database, **small) as lasting,
-        MongoDBSessionManagerFactory(server, database, **small, session_ttl=timedelta(hours=8)) as expiring,
-    ):
-        with lasting.create_session_manager("s") as manager:
-            live = agent(manager, *"abcdef")
-            for number in range(6):
-                live([{"text": str(number)}, {"image": {"format": "png", "source": {"bytes": bytes([number]) * 200}}}])
-        eventually(lambda: stored.find_one({"_id": "s"})["agents"]["agent"].get("archived"))
-        with expiring.create_session_manager("s") as manager:
-            late = agent(manager, "late")
-            with lasting.create_session_manager("s") as other:
-                agent(other, "before")("meanwhile")
-            with pytest.raises(SessionConflictError):
-                late("refused")
-    found = stored.find_one({"_id": "s"})
-    for suffix in ("_archive", "_attachments.files", "_attachments.chunks"):
-        for part in stored.database[f"agent_sessions{suffix}"].find():
-            assert "expires_at" not in part or part["expires_at"] >= found["expires_at"]
+    def opened(**options: Any) -> MongoDBSessionManager:
+        return factory.create_session_manager(ID, **options)
+
+    with opened() as manager:
+        agent(manager, "before", agent_id="another")("earlier")
+    with opened(session_ttl=TTL) as manager:
+        late = agent(manager, "late", agent_id="another")
+        with opened() as other:
+            agent(other, "before", agent_id="another")("meanwhile")
+        with pytest.raises(SessionConflictError):
+            late("refused")
+    found, parts = stored.find_one({"_id": ID}), parts_of(stored)
+    assert len(parts) >= 3
+    assert [part["_id"] for part in parts if "expires_at" in part and part["expires_at"] < found["expires_at"]] == []
 
 
 def test_a_date_that_an_application_has_stored_removes_no_session(expiring: str, soon_removed: Stored) -> None:

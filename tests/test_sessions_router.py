@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -29,6 +30,7 @@ from mongodb_session_manager import ConfigurationError, MongoDBSessionManagerFac
 from mongodb_session_manager.fastapi import add_session_support, sessions_router
 from support import CommandLog, agent, alternating, eventually
 
+Driver = pymongo.MongoClient[dict[str, Any]]
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
 bearer = OAuth2PasswordBearer("token")
@@ -95,10 +97,16 @@ def bob(anybody: User) -> User:
     return User(anybody.client, "bob")
 
 
-@pytest.fixture
-def repository(server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database, max_embedded_messages=8) as repository:
+@pytest.fixture(scope="module")
+def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database, max_embedded_messages=8) as repository:
         yield repository
+
+
+@pytest.fixture
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
+    yield shared_repository
+    eventually(lambda: not shared_repository._async._connection._tasks)
 
 
 # Every endpoint.
@@ -123,13 +131,33 @@ def ask(user: User, name: str, session_id: str = "s", prefix: str = "") -> httpx
     return user(method, path, json=BODIES[name]) if method in ("POST", "PATCH") else user(method, path)
 
 
-def with_content(factory: MongoDBSessionManagerFactory, session_id: str = "s", owner: str | None = "ada") -> None:
-    with factory.create_session_manager(session_id, owner=owner, title="secret", tags=["secret"]) as manager:
+@pytest.fixture(scope="module")
+def document(server: str, shared_database: str, driver: Driver) -> dict[str, Any]:
+    """A stored session with two turns, metadata and feedback."""
+    with (
+        MongoDBSessionManagerFactory(server, shared_database) as factory,
+        factory.create_session_manager("prepared", title="secret", tags=["secret"]) as manager,
+    ):
         live = agent(manager, "a0", "a1")
         live("q0")
         live("q1")
         manager.update_metadata({"a": {"b": "secret"}})
         manager.add_feedback({"rating": "up", "comment": "secret"})
+    return driver[shared_database]["agent_sessions"].find_one({"_id": "prepared"}) or {}
+
+
+Store = Callable[..., None]
+
+
+@pytest.fixture
+def with_content(document: dict[str, Any], stored: Stored) -> Store:
+    """Return a function that stores the prepared session under an id, with an owner or none."""
+
+    def store(session_id: str = "s", owner: str | None = "ada") -> None:
+        own = {"_id": session_id, "session_id": session_id, "incarnation": ObjectId()}
+        stored.insert_one({**document, **own, **({} if owner is None else {"owner": owner})})
+
+    return store
 
 
 def everything(stored: Stored) -> list[Any]:
@@ -137,42 +165,37 @@ def everything(stored: Stored) -> list[Any]:
     return [list(stored.database[name].find(sort=[("_id", 1)])) for name in sorted(names)]
 
 
-@pytest.mark.parametrize("name", ROUTES)
 def test_nobody_who_is_not_authenticated_gets_to_the_database(
-    anybody: User, factory: MongoDBSessionManagerFactory, commands: CommandLog, stored: Stored, name: str
+    anybody: User, commands: CommandLog, stored: Stored
 ) -> None:
-    for session_id in ("s", "a%00b"):
+    for name, session_id in itertools.product(ROUTES, ("s", "a%00b")):
         answer = ask(anybody, name, session_id)
-        assert (answer.status_code, answer.json()) == (401, {"detail": "Not authenticated"})
-    assert commands.names == []
+        assert (answer.status_code, answer.json()) == (401, {"detail": "Not authenticated"}), name
+        assert commands.names == [], name
     assert stored.find_one() is None
 
 
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize(
+    ("prefix", "status", "detail"),
+    [("/optional", 500, "the server is not configured correctly"), ("/required", 422, "x-user: Field required")],
+    ids=["an owner of None", "a header that is missing"],
+)
 def test_a_dependency_that_finds_no_owner_does_not_give_access_to_every_session(
-    anybody: User, factory: MongoDBSessionManagerFactory, commands: CommandLog, name: str
+    anybody: User, commands: CommandLog, prefix: str, status: int, detail: str
 ) -> None:
-    answer = ask(anybody, name, prefix="/optional")
-    assert (answer.status_code, answer.json()) == (500, {"detail": "the server is not configured correctly"})
-    assert commands.names == []
-
-
-@pytest.mark.parametrize("name", ROUTES)
-def test_a_header_that_the_owners_dependency_requires_is_named(
-    anybody: User, factory: MongoDBSessionManagerFactory, commands: CommandLog, name: str
-) -> None:
-    answer = ask(anybody, name, prefix="/required")
-    assert (answer.status_code, answer.json()) == (422, {"detail": "x-user: Field required"})
-    assert commands.names == []
+    for name in ROUTES:
+        answer = ask(anybody, name, prefix=prefix)
+        assert (answer.status_code, answer.json()) == (status, {"detail": detail}), name
+        assert commands.names == [], name
 
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_every_endpoint_serves_the_owner_and_the_administration(
-    ada: User, anybody: User, factory: MongoDBSessionManagerFactory, name: str
+    ada: User, anybody: User, factory: MongoDBSessionManagerFactory, with_content: Store, name: str
 ) -> None:
     for user, prefix, session_id in ((ada, "", "s"), (anybody, "/admin", "t")):
         factory.delete_session(BODIES.get(name, {}).get("new_id") or "kept")
-        with_content(factory, session_id)
+        with_content(session_id)
         answer = ask(user, name, session_id, prefix)
         assert answer.status_code == ROUTES[name].status_code, answer.text
         if answer.status_code != 204:
@@ -190,11 +213,12 @@ def test_a_session_of_another_is_one_that_does_not_exist(
     factory: MongoDBSessionManagerFactory,
     commands: CommandLog,
     stored: Stored,
+    with_content: Store,
     name: str,
     of: str | None,
 ) -> None:
     """The same answer after as many commands, and nothing has changed."""
-    with_content(factory, owner=of)
+    with_content(owner=of)
     eventually(lambda: not factory._connection._tasks)
     before = everything(stored)
     outcomes = []
@@ -231,8 +255,8 @@ def test_a_user_lists_the_own_sessions_in_pages(
     assert len(anybody("GET", "/admin/sessions").json()["sessions"]) == 7
 
 
-def test_a_list_shows_labels_and_counts(ada: User, factory: MongoDBSessionManagerFactory) -> None:
-    with_content(factory)
+def test_a_list_shows_labels_and_counts(ada: User, factory: MongoDBSessionManagerFactory, with_content: Store) -> None:
+    with_content()
     with factory.create_session_manager("other", owner="ada", tags=["a", "b"]):
         pass
     (shown,) = ada("GET", "/sessions", params={"tags": ["secret"]}).json()["sessions"]
@@ -246,8 +270,8 @@ def test_a_list_shows_labels_and_counts(ada: User, factory: MongoDBSessionManage
     assert len(ada("GET", "/sessions", params={"tags": ["b", "a"]}).json()["sessions"]) == 1
 
 
-def test_labels_are_changed_and_removed(ada: User, factory: MongoDBSessionManagerFactory) -> None:
-    with_content(factory)
+def test_labels_are_changed_and_removed(ada: User, with_content: Store) -> None:
+    with_content()
     assert ada("PATCH", "/sessions/s", json={"title": "Lisbon"}).status_code == 204
     assert ada("PATCH", "/sessions/s", json={}).status_code == 204
     shown = ada("GET", "/sessions/s").json()
@@ -288,8 +312,8 @@ def test_messages_are_paged_from_the_end_through_the_archive(
     assert ada("GET", "/sessions/s/messages", params={"before": 0}).json()["messages"] == []
 
 
-def test_a_message_is_shown_with_its_role_and_dates(ada: User, factory: MongoDBSessionManagerFactory) -> None:
-    with_content(factory)
+def test_a_message_is_shown_with_its_role_and_dates(ada: User, with_content: Store) -> None:
+    with_content()
     page = ada("GET", "/sessions/s/messages", params={"limit": 1}).json()
     (message,) = page["messages"]
     assert (page["agent_id"], page["next_before"]) == ("agent", 3)
@@ -370,9 +394,9 @@ ODD: dict[str, tuple[Any, Any]] = {
 
 
 def test_values_that_json_has_no_form_for_are_shown(
-    ada: User, repository: MongoDBSessionRepository, factory: MongoDBSessionManagerFactory
+    ada: User, repository: MongoDBSessionRepository, with_content: Store
 ) -> None:
-    with_content(factory)
+    with_content()
     values = {name: value for name, (value, _) in ODD.items()}
     nested: Any = "deep"
     for _ in range(200):
@@ -392,8 +416,8 @@ def test_values_that_json_has_no_form_for_are_shown(
     assert newest["content"][1]["toolResult"]["content"][0]["json"] == as_json
 
 
-def test_metadata_is_set_by_key(ada: User, factory: MongoDBSessionManagerFactory, commands: CommandLog) -> None:
-    with_content(factory)
+def test_metadata_is_set_by_key(ada: User, with_content: Store, commands: CommandLog) -> None:
+    with_content()
     commands.clear()
     changes = {"a.c": [1, "\ud83d"], "d": None}
     answer = ada("PATCH", "/sessions/s/metadata", content=json.dumps({"metadata": changes}))
@@ -403,10 +427,8 @@ def test_metadata_is_set_by_key(ada: User, factory: MongoDBSessionManagerFactory
     assert ada("GET", "/sessions/s/metadata").json() == {"metadata": expected}
 
 
-def test_feedback_has_any_fields_and_a_date_of_the_server(
-    ada: User, factory: MongoDBSessionManagerFactory, commands: CommandLog
-) -> None:
-    with_content(factory)
+def test_feedback_has_any_fields_and_a_date_of_the_server(ada: User, with_content: Store, commands: CommandLog) -> None:
+    with_content()
     commands.clear()
     given = {"rating": "down", "message_id": 3, "created_at": "1970-01-01T00:00:00Z"}
     assert ada("POST", "/sessions/s/feedback", json=given).status_code == 204
@@ -417,15 +439,17 @@ def test_feedback_has_any_fields_and_a_date_of_the_server(
     assert second["created_at"] > first["created_at"] > "2"
 
 
-@pytest.mark.parametrize("rating", ["up", True, 1, 0.5, None])
-def test_a_rating_is_stored_as_it_was_sent(ada: User, factory: MongoDBSessionManagerFactory, rating: Any) -> None:
-    with_content(factory)
-    ada("POST", "/sessions/s/feedback", json={"rating": rating})
-    assert json.dumps(ada("GET", "/sessions/s/feedback").json()["feedbacks"][-1]["rating"]) == json.dumps(rating)
+def test_a_rating_is_stored_as_it_was_sent(ada: User, with_content: Store) -> None:
+    with_content()
+    ratings = ["up", True, 1, 0.5, None]
+    for rating in ratings:
+        ada("POST", "/sessions/s/feedback", json={"rating": rating})
+    shown = [each["rating"] for each in ada("GET", "/sessions/s/feedback").json()["feedbacks"]]
+    assert json.dumps(shown) == json.dumps(["up", *ratings])
 
 
-def test_usage_is_by_agent_and_overall(ada: User, factory: MongoDBSessionManagerFactory) -> None:
-    with_content(factory)
+def test_usage_is_by_agent_and_overall(ada: User, with_content: Store) -> None:
+    with_content()
     usage = ada("GET", "/sessions/s/usage").json()
     assert usage["agents"]["agent"] == usage["total"]
     assert usage["total"]["invocations"] == 2
@@ -434,8 +458,8 @@ def test_usage_is_by_agent_and_overall(ada: User, factory: MongoDBSessionManager
 # Rewind, fork, delete.
 
 
-def test_a_question_is_edited(ada: User, factory: MongoDBSessionManagerFactory) -> None:
-    with_content(factory)
+def test_a_question_is_edited(ada: User, with_content: Store) -> None:
+    with_content()
     answer = ada("POST", "/sessions/s/rewind", json={"at_message": 1, "keep_as": "before"})
     assert answer.status_code == 204, answer.text
     assert told(ada("GET", "/sessions/s/messages").json()["messages"]) == ["a0", "q0"]
@@ -446,8 +470,10 @@ def test_a_question_is_edited(ada: User, factory: MongoDBSessionManagerFactory) 
     assert (answer.status_code, answer.json()) == (404, {"detail": "the agent has no such message"})
 
 
-def test_a_session_is_not_rewound_during_a_turn(ada: User, factory: MongoDBSessionManagerFactory) -> None:
-    with_content(factory)
+def test_a_session_is_not_rewound_during_a_turn(
+    ada: User, factory: MongoDBSessionManagerFactory, with_content: Store
+) -> None:
+    with_content()
     with factory.create_session_manager("s", on_busy="wait"):
         answer = ada("POST", "/sessions/s/rewind", json={"at_message": 1})
     assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
@@ -455,8 +481,8 @@ def test_a_session_is_not_rewound_during_a_turn(ada: User, factory: MongoDBSessi
     assert len(ada("GET", "/sessions/s/messages").json()["messages"]) == 4
 
 
-def test_a_fork_tells_its_address(ada: User, bob: User, factory: MongoDBSessionManagerFactory) -> None:
-    with_content(factory)
+def test_a_fork_tells_its_address(ada: User, bob: User, with_content: Store) -> None:
+    with_content()
     answer = ada("POST", "/sessions/s/fork", json={"new_id": "what if?", "at_message": 1})
     assert (answer.status_code, answer.json()) == (201, {"session_id": "what if?"})
     address = urljoin(str(answer.url), answer.headers["location"])
@@ -467,8 +493,8 @@ def test_a_fork_tells_its_address(ada: User, bob: User, factory: MongoDBSessionM
     assert (answer.status_code, answer.json()) == (409, {"detail": "a session with that id already exists"})
 
 
-def test_a_deleted_session_is_gone(ada: User, factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
-    with_content(factory)
+def test_a_deleted_session_is_gone(ada: User, with_content: Store, stored: Stored) -> None:
+    with_content()
     assert ada("DELETE", "/sessions/s").status_code == 204
     assert stored.find_one() is None
     assert ada("DELETE", "/sessions/s").status_code == 404
@@ -521,16 +547,13 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", alternating(*REFUSED))
-def test_what_a_client_does_wrong_is_named_before_anything_is_sent(
-    ada: User, factory: MongoDBSessionManagerFactory, commands: CommandLog, what: str
-) -> None:
-    method, path, options, detail = REFUSED[what]
-    answer = ada(method, f"/sessions{path}", **options)
-    assert answer.status_code == 422, answer.text
-    assert answer.json()["detail"].startswith(detail)
-    assert answer.json().keys() == {"detail"}
-    assert commands.names == []
+def test_what_a_client_does_wrong_is_named_before_anything_is_sent(ada: User, commands: CommandLog) -> None:
+    for what, (method, path, options, detail) in REFUSED.items():
+        answer = ada(method, f"/sessions{path}", **options)
+        assert answer.status_code == 422, (what, answer.text)
+        assert answer.json()["detail"].startswith(detail), what
+        assert answer.json().keys() == {"detail"}, what
+        assert commands.names == [], what
 
 
 def test_no_answer_for_an_invalid_request_is_as_long_as_the_request(ada: User) -> None:
@@ -554,34 +577,32 @@ def openapi() -> dict[str, Any]:
     return documented(sessions_router(owner=current_user))
 
 
-@pytest.mark.parametrize("name", ROUTES)
-def test_every_status_is_documented(openapi: dict[str, Any], name: str) -> None:
-    found = openapi
-    (method,) = ROUTES[name].methods
-    operation = found["paths"][ROUTES[name].path][method.lower()]
-    expected = {str(ROUTES[name].status_code), "422", "503"}
-    expected |= {"404"} if name in OF_A_SESSION else set()
-    expected |= {"409", "413"} if method != "GET" else set()
-    assert operation["responses"].keys() == expected
-    for status, answer in operation["responses"].items():
-        assert answer["description"]
-        if status == "204":
-            assert "content" not in answer
-            continue
-        schema = answer["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        assert ("Retry-After" in answer.get("headers", {})) == (status in ("409", "503"))
-        if status >= "400":
-            assert found["components"]["schemas"][schema]["properties"]["detail"]["type"] == "string"
-    assert operation["summary"]
-    assert operation["tags"] == ["sessions"]
-    assert operation["security"] == [{"OAuth2PasswordBearer": []}]
-    assert ("requestBody" in operation) == (name in BODIES)
+def test_every_status_is_documented(openapi: dict[str, Any]) -> None:
+    for name, route in ROUTES.items():
+        (method,) = route.methods
+        operation = openapi["paths"][route.path][method.lower()]
+        expected = {str(route.status_code), "422", "503"}
+        expected |= {"404"} if name in OF_A_SESSION else set()
+        expected |= {"409", "413"} if method != "GET" else set()
+        assert operation["responses"].keys() == expected, name
+        for status, answer in operation["responses"].items():
+            assert answer["description"]
+            if status == "204":
+                assert "content" not in answer
+                continue
+            schema = answer["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            assert ("Retry-After" in answer.get("headers", {})) == (status in ("409", "503"))
+            if status >= "400":
+                assert openapi["components"]["schemas"][schema]["properties"]["detail"]["type"] == "string"
+        assert operation["summary"], name
+        assert operation["tags"] == ["sessions"], name
+        assert operation["security"] == [{"OAuth2PasswordBearer": []}], name
+        assert ("requestBody" in operation) == (name in BODIES), name
 
 
-def test_a_page_has_at_most_100_entries_in_openapi() -> None:
-    found = documented(sessions_router(owner=None))
+def test_a_page_has_at_most_100_entries_in_openapi(openapi: dict[str, Any]) -> None:
     for path in ("/sessions", "/sessions/{session_id}/messages"):
-        parameters = {each["name"]: each for each in found["paths"][path]["get"]["parameters"]}
+        parameters = {each["name"]: each for each in openapi["paths"][path]["get"]["parameters"]}
         schema = parameters["limit"]["schema"]
         assert (schema["minimum"], schema["maximum"], schema["default"]) == (1, 100, 20)
 
