@@ -293,20 +293,20 @@ def test_one_manager_serves_threads_and_loops(
         asyncio.run(worker.invoke_async("thanks"))
 
     async def on_a_loop(name: str) -> None:
-        members = [agent(manager, CALL_ADD, "three", agent_id=f"{name}-{n}", tools=[add]) for n in range(3)]
+        members = [agent(manager, CALL_ADD, "three", agent_id=f"{name}-{n}", tools=[add]) for n in range(2)]
         await asyncio.gather(*(member.invoke_async("1 + 2?") for member in members))
 
     with ThreadPoolExecutor(12) as threads:
-        work = [threads.submit(in_a_thread, number) for number in range(10)]
+        work = [threads.submit(in_a_thread, number) for number in range(5)]
         work += [threads.submit(lambda name=name: asyncio.run(on_a_loop(name))) for name in ("left", "right")]
         for done in work:
             done.result()
     lead("four")
     assert conversation(stored, "lead") == ["one", "1", "two", "2", "three", "3", "four", "4"]
-    for number in range(10):
+    for number in range(5):
         assert conversation(stored, f"worker-{number}") == ["1 + 2?", "", "", "three", "thanks", "bye"]
     for name in ("left", "right"):
-        for number in range(3):
+        for number in range(2):
             assert conversation(stored, f"{name}-{number}") == ["1 + 2?", "", "", "three"]
 
 
@@ -319,7 +319,7 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
             manager.flush()
 
     def create(worker: int) -> None:
-        for number in range(80):
+        for number in range(40):
             agent(manager, agent_id=f"agent-{worker}-{number}")
 
     interval = sys.getswitchinterval()
@@ -336,7 +336,7 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
     finally:
         sys.setswitchinterval(interval)
     manager.flush()
-    assert len(stored.find_one({"_id": "s"})["agents"]) == 160
+    assert len(stored.find_one({"_id": "s"})["agents"]) == 80
 
 
 # What becomes of messages.

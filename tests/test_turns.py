@@ -62,6 +62,20 @@ def restored(factory: MongoDBSessionManagerFactory, **options: Any) -> Agent:
     return agent(factory.create_session_manager("s"), **options)
 
 
+def said(factory: MongoDBSessionManagerFactory, window_size: int = 40, **options: Any) -> None:
+    """Store a conversation of ten messages, whose conversation manager removes those before its window."""
+    window = SlidingWindowConversationManager(window_size=window_size)
+    with factory.create_session_manager("s", **options) as manager:
+        live = agent(manager, conversation_manager=window)
+        for text in "a1b2c3d4e5":
+            message: Any = {"role": "user" if text.isalpha() else "assistant", "content": [{"text": text}]}
+            live.messages.append(message)
+            manager.append_message(message, live)
+        window.apply_management(live)
+        manager.sync_agent(live)
+    assert window.removed_message_count == max(0, 10 - window_size)
+
+
 # A message that is passed again.
 
 
@@ -149,13 +163,13 @@ async def test_a_constant_that_a_hook_resumes_with(factory: MongoDBSessionManage
     assert stored_texts(stored) == ["start", "one", "go on", "two", "go on", "three"]
 
 
-def test_six_turns_with_the_same_list_behind_a_window(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
+def test_turns_with_the_same_list_behind_a_window(factory: MongoDBSessionManagerFactory, stored: Stored) -> None:
     prompt = question("again")
     with factory.create_session_manager("s") as manager:
-        live = agent(manager, *"123456", conversation_manager=SlidingWindowConversationManager(window_size=4))
-        for _ in range(6):
+        live = agent(manager, *"1234", conversation_manager=SlidingWindowConversationManager(window_size=4))
+        for _ in range(4):
             live(prompt)
-    assert stored_texts(stored) == ["again", "1", "again", "2", "again", "3", "again", "4", "again", "5", "again", "6"]
+    assert stored_texts(stored) == ["again", "1", "again", "2", "again", "3", "again", "4"]
     resumed = restored(factory, conversation_manager=SlidingWindowConversationManager(window_size=4))
     assert resumed.messages == live.messages
     assert len(resumed.messages) == 4
@@ -218,10 +232,7 @@ def test_more_messages_removed_than_stored(
 def test_more_messages_removed_than_archived_and_stored(
     factory: MongoDBSessionManagerFactory, stored: Stored, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with factory.create_session_manager("s", max_embedded_messages=2) as manager:
-        live = agent(manager, *"12345", conversation_manager=SlidingWindowConversationManager(window_size=40))
-        for letter in "abcde":
-            live(letter)
+    said(factory, max_embedded_messages=2)
     eventually(lambda: len(stored.find_one({"_id": "s"})["agents"]["agent"]["messages"]) < 4)
     stored.update_one(
         {"_id": "s"}, {"$set": {"agents.agent.agent_data.conversation_manager_state.removed_message_count": 11}}
@@ -239,10 +250,7 @@ def test_fewer_messages_archived_than_counted(
     stored: Stored,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with factory.create_session_manager("s", max_embedded_messages=2) as manager:
-        live = agent(manager, *"12345")
-        for letter in "abcde":
-            live(letter)
+    said(factory, max_embedded_messages=2)
     archive = driver[database]["agent_sessions_archive"]
     eventually(lambda: archive.count_documents({}) > 2)
     lost = archive.find({}, sort=[("_id", 1)])[1]
@@ -264,21 +272,12 @@ class Forgetful(NullConversationManager):
         return None
 
 
-def removing(factory: MongoDBSessionManagerFactory, **options: Any) -> None:
-    """Store a conversation of ten messages, of which the conversation manager has removed eight."""
-    with factory.create_session_manager("s", **options) as manager:
-        live = agent(manager, *"12345", conversation_manager=SlidingWindowConversationManager(window_size=2))
-        for letter in "abcde":
-            live(letter)
-        assert live.conversation_manager.removed_message_count == 8
-
-
 @pytest.mark.parametrize("archived", alternating(False, True))
 @pytest.mark.parametrize("count", alternating(0, 3, 8, 9))
 def test_a_conversation_manager_gets_the_messages_it_asks_for(
     factory: MongoDBSessionManagerFactory, archived: bool, count: int
 ) -> None:
-    removing(factory, **({"max_embedded_messages": 2} if archived else {}))
+    said(factory, 2, **({"max_embedded_messages": 2} if archived else {}))
     asking = Forgetful()
     asking.removed_message_count = count
     with factory.create_session_manager("s") as manager:
@@ -297,7 +296,7 @@ def manager_messages(factory: MongoDBSessionManagerFactory) -> list[Any]:
 async def test_an_agent_built_on_an_event_loop_gets_the_messages_it_asks_for(
     factory: MongoDBSessionManagerFactory,
 ) -> None:
-    await asyncio.to_thread(removing, factory)
+    await asyncio.to_thread(said, factory, 2)
     async with await factory.create_session_manager_async("s") as manager:
         resumed = agent(manager, conversation_manager=Forgetful())
         assert texts(resumed.messages) == list("a1b2c3d4e5")
@@ -307,7 +306,7 @@ async def test_an_agent_built_on_an_event_loop_gets_the_messages_it_asks_for(
 async def test_on_the_loop_of_a_borrowed_client_the_agent_is_to_be_built_in_a_thread(
     factory: MongoDBSessionManagerFactory, server: str, database: str
 ) -> None:
-    await asyncio.to_thread(removing, factory)
+    await asyncio.to_thread(said, factory, 2)
     async with (
         pymongo.AsyncMongoClient(server) as client,
         MongoDBSessionManagerFactory(client=client, database_name=database) as borrowing,
