@@ -1049,13 +1049,15 @@ def test_content_is_in_no_conflict(factory: MongoDBSessionManagerFactory, logged
     check_content(logged, raised.value)
 
 
-def test_content_too_large_is_in_no_error(
+def test_content_too_large_is_in_no_error_and_taken_out(
     factory: MongoDBSessionManagerFactory, logged: pytest.LogCaptureFixture
 ) -> None:
     live = agent(factory.create_session_manager("s"), "hello")
     with pytest.raises(MessageTooLargeError) as raised:
         live(CONTENT + "x" * (17 << 20))
     check_content(logged, raised.value)
+    live("hi")
+    assert texts(live.messages) == ["hi", "hello"]
 
 
 def test_content_refused_by_a_validator_is_in_no_message(

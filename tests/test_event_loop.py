@@ -68,25 +68,40 @@ class Ticks(monitoring.CommandListener):
     def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
 
 
-@pytest.fixture
-def ticks() -> Ticks:
-    return Ticks()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def connected(proxy: Proxy, shared_database: str) -> Iterator[tuple[MongoDBSessionManagerFactory, Ticks]]:
+    """A factory behind the proxy, for the whole module."""
+    ticks = Ticks()
+    with MongoDBSessionManagerFactory(proxy.uri, shared_database, event_listeners=[ticks]) as factory:
+        yield factory, ticks
+
+
 @pytest.fixture
-def remote(proxy: Proxy, database: str, ticks: Ticks) -> Iterator[MongoDBSessionManagerFactory]:
+def ticks(connected: tuple[MongoDBSessionManagerFactory, Ticks]) -> Ticks:
+    return connected[1]
+
+
+@pytest.fixture
+def remote(
+    connected: tuple[MongoDBSessionManagerFactory, Ticks], proxy: Proxy, database: str
+) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory behind the proxy, its client connected and its indexes built."""
-    with MongoDBSessionManagerFactory(proxy.uri, database, event_listeners=[ticks]) as factory:
-        factory.create_session_manager("warm-up").close()
-        eventually(lambda: not factory._connection._tasks)
-        ticks.during.clear()
-        yield factory
+    factory, ticks = connected
+    factory.create_session_manager("warm-up").close()
+    eventually(lambda: not factory._connection._tasks)
+    ticks.during.clear()
+    ticks.pushed.clear()
+    yield factory
+    proxy.delay = 0
+    proxy.thaw()
+    # before the next test empties the database
+    eventually(lambda: not factory._connection._tasks and not factory._connection._operations)
 
 
 class Kind:
@@ -565,7 +580,7 @@ async def test_a_sliding_window_over_turns_and_resumes(
 ) -> None:
     expected: list[str] = []
     remembered: list[Any] = []
-    for resume in range(3):
+    for resume in range(2):
         window = SlidingWindowConversationManager(window_size=size)
         resumed = agent(await kind.open(factory), conversation_manager=window)
         assert resumed.messages == remembered
