@@ -409,14 +409,15 @@ MARKED = [2**70, "half \ud83d", Decimal("1.10"), date(2026, 1, 2)]
 def test_a_dot_does_not_lead_through_a_scalar(session: Blocking, stored: Stored) -> None:
     scalars = {f"a{number}": scalar for number, scalar in enumerate(NATIVE + MARKED)}
     keys = [f"{name}.{below}" for name in scalars for below in ("b", "v", "b.c")]
-    session.update_metadata({**scalars, "other": 1})
+    session.update_metadata({**scalars, "other": 1, "gone": 1})
     before = metadata_of(stored)
     for key in keys:
         with pytest.raises(InvalidArgumentError):
             session.update_metadata({key: 2, "other": 2})
     assert metadata_of(stored) == before
     for below in ("b", "v", "b.c"):
-        session.delete_metadata([f"{name}.{below}" for name in scalars])
+        session.delete_metadata([*(f"{name}.{below}" for name in scalars), "gone"])
+    del before["gone"]
     assert metadata_of(stored) == before
     assert session.get_metadata() == {"metadata": {**scalars, "other": 1}}
 

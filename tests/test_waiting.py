@@ -135,10 +135,11 @@ async def test_a_health_check_waits_behind_no_other_command(server: str, databas
     log = CommandLog()
     options: dict[str, Any] = {} if size == 100 else {"maxPoolSize": size}
     under_way, queued = size - 1, 10
+    milliseconds = 5000 if size == 100 else 2000  # so many commands begin one after the other
     async with MongoDBSessionManagerFactory(server, database, event_listeners=[log], **options) as factory:
         manager = await factory.create_session_manager_async("s")
         log.clear()
-        with fail_point(server, failCommands=["find"], times=under_way, blockConnection=True, blockTimeMS=3000):
+        with fail_point(server, failCommands=["find"], times=under_way, blockConnection=True, blockTimeMS=milliseconds):
             slow = [asyncio.create_task(manager.get_metadata()) for _ in range(under_way + queued)]
             await asyncio.to_thread(eventually, lambda: len(log.names) == under_way)
             await factory.ping_async()
