@@ -17,7 +17,7 @@ from strands.types.session import SessionAgent
 
 from mongodb_session_manager import AsyncMongoDBSessionManager, MongoDBSessionManagerFactory
 from proxy import Proxy
-from support import agent, eventually, message_ids
+from support import agent, alternating, eventually, message_ids
 
 pytestmark = pytest.mark.anyio
 
@@ -38,18 +38,26 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
         proxy.delay = 0.002
         yield proxy
 
 
-@pytest.fixture
-def factory(proxy: Proxy, database: str) -> Iterator[MongoDBSessionManagerFactory]:
-    with MongoDBSessionManagerFactory(proxy.uri, database) as factory:
-        factory.create_session_manager("warm-up").close()
+@pytest.fixture(scope="module")
+def connected(proxy: Proxy, shared_database: str) -> Iterator[MongoDBSessionManagerFactory]:
+    """A factory behind the proxy, for the whole module."""
+    with MongoDBSessionManagerFactory(proxy.uri, shared_database) as factory:
         yield factory
+
+
+@pytest.fixture
+def factory(connected: MongoDBSessionManagerFactory, database: str) -> Iterator[MongoDBSessionManagerFactory]:
+    connected.create_session_manager("warm-up").close()
+    yield connected
+    # before the next test empties the database
+    eventually(lambda: not connected._connection._operations and not connected._connection._tasks)
 
 
 def outline(messages: list[Any]) -> list[str]:
@@ -419,21 +427,21 @@ async def test_opening_a_session_cancelled_at_every_await(
 
 
 @pytest.mark.parametrize("when", ["at once", "when done"])
-async def test_a_manager_whose_opening_is_cancelled_leaves_no_connection(
-    proxy: Proxy, database: str, when: str
-) -> None:
-    step, cancelled = 0, True
-    while cancelled:
-        manager = AsyncMongoDBSessionManager("s", proxy.uri, database)
-        cancelled = await interrupted(manager.open(), step, when)
-        step += 1
-    await manager.close()
-    assert step > 1
-    await asyncio.to_thread(eventually, lambda: not proxy.open_connections)
+async def test_a_manager_whose_opening_is_cancelled_leaves_no_connection(server: str, database: str, when: str) -> None:
+    with Proxy(server) as proxy:
+        proxy.delay = 0.002
+        step, cancelled = 0, True
+        while cancelled:
+            manager = AsyncMongoDBSessionManager("s", proxy.uri, database)
+            cancelled = await interrupted(manager.open(), step, when)
+            step += 1
+        await manager.close()
+        assert step > 1
+        await asyncio.to_thread(eventually, lambda: not proxy.open_connections)
 
 
-@pytest.mark.parametrize("when", ["at once", "when done"])
-@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("when", alternating("at once", "when done"))
+@pytest.mark.parametrize("owned", alternating(False, True))
 async def test_closing_cancelled_at_every_await(
     factory: MongoDBSessionManagerFactory, proxy: Proxy, database: str, stored: Stored, when: str, owned: bool
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import socket
@@ -10,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import pymongo
@@ -40,11 +41,13 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager._io.loop import io_portal
 from support import (
+    CLIENTS,
     CommandLog,
     agent,
     alternating,
     assert_no_driver_error,
     chained,
+    client_of,
     eventually,
     fail_point,
     sampled,
@@ -152,7 +155,7 @@ async def test_a_factory_over_a_borrowed_client_leaves_it_open(
 ) -> None:
     async with borrowed(driver_class, server, used=used) as client:
         async with MongoDBSessionManagerFactory(client=client, database_name=database) as factory:
-            managers = await asyncio.gather(*(factory.create_session_manager_async(f"s{n}") for n in range(10)))
+            managers = await asyncio.gather(*(factory.create_session_manager_async(f"s{n}") for n in range(3)))
             await asyncio.gather(*(agent(manager, "hello").invoke_async("hi") for manager in managers))
             await factory.ping_async()
             assert (await factory.get_connection_stats_async())["status"] == "connected"
@@ -161,7 +164,7 @@ async def test_a_factory_over_a_borrowed_client_leaves_it_open(
         assert (await client.admin.command("ping"))["ok"] == 1
         with pytest.raises(SessionClosedError):
             await factory.create_session_manager_async("s0")
-    for number in range(10):
+    for number in range(3):
         assert conversation(stored, f"s{number}") == ["hi", "hello"]
 
 
@@ -580,7 +583,7 @@ BAD_URIS = [
 ]
 
 
-@pytest.mark.parametrize("uri", BAD_URIS, ids=range(len(BAD_URIS)))
+@pytest.mark.parametrize("uri", alternating(*BAD_URIS), ids=range(len(BAD_URIS)))
 def test_a_bad_connection_string_shows_no_password(
     uri: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -668,7 +671,7 @@ def check_unavailable(error: BaseException, address: str) -> None:
 
 
 def test_no_server_sync(nowhere: str) -> None:
-    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300"
+    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100"
     with pytest.raises(DatabaseUnavailableError) as raised:
         MongoDBSessionManager("s", uri)
     check_unavailable(raised.value, nowhere)
@@ -690,7 +693,7 @@ def test_no_server_sync(nowhere: str) -> None:
 
 @pytest.mark.anyio
 async def test_no_server_async(nowhere: str) -> None:
-    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300"
+    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100"
     with pytest.raises(DatabaseUnavailableError) as raised:
         await create_mongodb_session_manager_async("s", uri)
     check_unavailable(raised.value, nowhere)
@@ -710,7 +713,7 @@ async def test_no_server_async(nowhere: str) -> None:
 @FRESH_DRIVERS
 @pytest.mark.anyio
 async def test_no_server_borrowed(nowhere: str, driver_class: Any) -> None:
-    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300"
+    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100"
     async with borrowed(driver_class, uri) as client:
         with pytest.raises(DatabaseUnavailableError) as raised:
             await create_mongodb_session_manager_async("s", client=client)
@@ -727,17 +730,38 @@ def test_a_wrong_password_is_not_shown(server: str, database: str) -> None:
 # What the driver raises, as ours.
 
 
+@pytest.fixture(scope="module")
+def standalone_client(standalone: str) -> Iterator[str]:
+    """The connection string of the standalone server, to which one client of the module is connected."""
+    with pymongo.MongoClient[dict[str, Any]](standalone, tz_aware=True) as client:
+        CLIENTS[standalone] = client
+        yield standalone
+        del CLIENTS[standalone]
+
+
 @pytest.fixture(params=alternating("replica set", "standalone"))
 def any_server(request: pytest.FixtureRequest) -> str:
-    return str(request.getfixturevalue("server" if request.param == "replica set" else "standalone"))
+    return str(request.getfixturevalue("server" if request.param == "replica set" else "standalone_client"))
 
 
 @pytest.fixture
 def at(any_server: str, database: str) -> Iterator[Documents]:
     """The sessions of the test at `any_server`."""
-    with pymongo.MongoClient(any_server, tz_aware=True) as client:
+    with client_of(any_server) as client:
         client[database]["agent_sessions"].delete_many({})
         yield client[database]["agent_sessions"]
+
+
+@pytest.fixture(scope="module")
+def hurried(shared_database: str) -> Iterator[Callable[..., Any]]:
+    """Return the factory, or the repository, of the module at a server; its client finds a lost server at once."""
+    with ExitStack() as stack:
+
+        @functools.cache
+        def hurried(uri: str, kind: Any = MongoDBSessionManagerFactory) -> Any:
+            return stack.enter_context(kind(uri, shared_database, **HURRY))
+
+        yield hurried
 
 
 ALWAYS = 1_000_000
@@ -764,68 +788,67 @@ def check_mapped(error: BaseException, expected: type[MongoDBSessionError]) -> N
 
 @PERSISTENT
 def test_opening_fails(
-    any_server: str, database: str, failure: dict[str, Any], expected: type[MongoDBSessionError]
+    any_server: str, at: Documents, hurried: Any, failure: dict[str, Any], expected: type[MongoDBSessionError]
 ) -> None:
-    with MongoDBSessionManagerFactory(any_server, database, **HURRY) as factory:
-        with (
-            fail_point(any_server, failCommands=["findAndModify"], times=ALWAYS, **failure),
-            pytest.raises(MongoDBSessionError) as raised,
-        ):
-            factory.create_session_manager("s")
-        check_mapped(raised.value, expected)
+    factory = hurried(any_server)
+    with (
+        fail_point(any_server, failCommands=["findAndModify"], times=ALWAYS, **failure),
+        pytest.raises(MongoDBSessionError) as raised,
+    ):
         factory.create_session_manager("s")
+    check_mapped(raised.value, expected)
+    factory.create_session_manager("s")
+    assert at.count_documents({"_id": "s"}) == 1
 
 
 @PERSISTENT
 def test_reading_fails(
-    server: str, database: str, failure: dict[str, Any], expected: type[MongoDBSessionError]
+    server: str, database: str, hurried: Any, failure: dict[str, Any], expected: type[MongoDBSessionError]
 ) -> None:
-    with MongoDBSessionRepository(server, database, **HURRY) as repository:
-        repository.open_session("s")
-        with (
-            fail_point(server, failCommands=["find"], times=ALWAYS, **failure),
-            pytest.raises(MongoDBSessionError) as raised,
-        ):
-            repository.read_session("s")
-        check_mapped(raised.value, expected)
-        session = repository.read_session("s")
-        assert session is not None
-        assert session.session_id == "s"
+    repository = hurried(server, MongoDBSessionRepository)
+    repository.open_session("s")
+    with (
+        fail_point(server, failCommands=["find"], times=ALWAYS, **failure),
+        pytest.raises(MongoDBSessionError) as raised,
+    ):
+        repository.read_session("s")
+    check_mapped(raised.value, expected)
+    session = repository.read_session("s")
+    assert session is not None
+    assert session.session_id == "s"
 
 
 @PERSISTENT
 def test_writing_fails(
-    any_server: str, database: str, at: Documents, failure: dict[str, Any], expected: type[MongoDBSessionError]
+    any_server: str, at: Documents, hurried: Any, failure: dict[str, Any], expected: type[MongoDBSessionError]
 ) -> None:
-    with MongoDBSessionManagerFactory(any_server, database, **HURRY) as factory:
-        manager = factory.create_session_manager("s")
-        live = agent(manager, "hello")
-        with (
-            fail_point(any_server, failCommands=["update"], times=ALWAYS, **failure),
-            pytest.raises(MongoDBSessionError) as raised,
-        ):
-            live("hi")
-        check_mapped(raised.value, expected)
-        manager.flush()
-        assert conversation(at) == ["hi"]
+    manager = hurried(any_server).create_session_manager("s")
+    live = agent(manager, "hello")
+    with (
+        fail_point(any_server, failCommands=["update"], times=ALWAYS, **failure),
+        pytest.raises(MongoDBSessionError) as raised,
+    ):
+        live("hi")
+    check_mapped(raised.value, expected)
+    manager.flush()
+    assert conversation(at) == ["hi"]
 
 
 @PERSISTENT
 @pytest.mark.anyio
 async def test_writing_fails_async(
-    server: str, database: str, stored: Documents, failure: dict[str, Any], expected: type[MongoDBSessionError]
+    server: str, stored: Documents, hurried: Any, failure: dict[str, Any], expected: type[MongoDBSessionError]
 ) -> None:
-    async with MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
-        manager = await factory.create_session_manager_async("s")
-        live = agent(manager, "hello")
-        with (
-            fail_point(server, failCommands=["update"], times=ALWAYS, **failure),
-            pytest.raises(MongoDBSessionError) as raised,
-        ):
-            await live.invoke_async("hi")
-        check_mapped(raised.value, expected)
-        await manager.flush()
-        assert conversation(stored) == ["hi"]
+    manager = await hurried(server).create_session_manager_async("s")
+    live = agent(manager, "hello")
+    with (
+        fail_point(server, failCommands=["update"], times=ALWAYS, **failure),
+        pytest.raises(MongoDBSessionError) as raised,
+    ):
+        await live.invoke_async("hi")
+    check_mapped(raised.value, expected)
+    await manager.flush()
+    assert conversation(stored) == ["hi"]
 
 
 TRANSIENT: list[dict[str, Any]] = [
@@ -847,19 +870,16 @@ TRANSIENT: list[dict[str, Any]] = [
     ids=["NotWritablePrimary", "InterruptedAtShutdown", "connection", "connection thrice"],
 )
 def test_what_passes_is_not_noticed(
-    any_server: str, database: str, at: Documents, failure: dict[str, Any], times: int
+    any_server: str, at: Documents, hurried: Any, failure: dict[str, Any], times: int
 ) -> None:
-    with MongoDBSessionManagerFactory(any_server, database, **HURRY) as factory:
-        with fail_point(any_server, failCommands=["findAndModify"], times=times, **failure):
-            manager = factory.create_session_manager("s")
-        live = agent(manager, "hello", "bye")
-        with fail_point(any_server, failCommands=["update"], times=times, **failure):
-            live("hi")
-        live("I am off")
-        with fail_point(any_server, failCommands=["find"], times=times, **failure):
-            repository = MongoDBSessionRepository(any_server, database, **HURRY)
-            with repository:
-                assert repository.read_session("s") is not None
+    with fail_point(any_server, failCommands=["findAndModify"], times=times, **failure):
+        manager = hurried(any_server).create_session_manager("s")
+    live = agent(manager, "hello", "bye")
+    with fail_point(any_server, failCommands=["update"], times=times, **failure):
+        live("hi")
+    live("I am off")
+    with fail_point(any_server, failCommands=["find"], times=times, **failure):
+        assert hurried(any_server, MongoDBSessionRepository).read_session("s") is not None
     assert conversation(at) == ["hi", "hello", "I am off", "bye"]
 
 
@@ -918,43 +938,40 @@ async def test_writing_fails_for_who_borrows(
 TIMED_OUT = {"code": 64, "codeName": "WriteConcernTimeout", "errmsg": "timed out", "errInfo": {"wtimeout": True}}
 
 
-def test_an_unconfirmed_write_is_a_timeout_and_is_stored_once(server: str, database: str, stored: Documents) -> None:
-    with MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
-        manager = factory.create_session_manager("s")
-        live = agent(manager, "hello", "bye")
-        with (
-            fail_point(server, failCommands=["update"], times=ALWAYS, writeConcernError=TIMED_OUT),
-            pytest.raises(DatabaseTimeoutError) as raised,
-        ):
-            live("hi")
-        check_mapped(raised.value, DatabaseTimeoutError)
-        manager.flush()
-        assert conversation(stored) == ["hi"]
-        live("and on")
-        assert conversation(stored) == ["hi", "and on", "hello"]
+def test_an_unconfirmed_write_is_a_timeout_and_is_stored_once(server: str, stored: Documents, hurried: Any) -> None:
+    manager = hurried(server).create_session_manager("s")
+    live = agent(manager, "hello", "bye")
+    with (
+        fail_point(server, failCommands=["update"], times=ALWAYS, writeConcernError=TIMED_OUT),
+        pytest.raises(DatabaseTimeoutError) as raised,
+    ):
+        live("hi")
+    check_mapped(raised.value, DatabaseTimeoutError)
+    manager.flush()
+    assert conversation(stored) == ["hi"]
+    live("and on")
+    assert conversation(stored) == ["hi", "and on", "hello"]
 
 
-def test_an_opening_unconfirmed_is_a_timeout(server: str, database: str, stored: Documents) -> None:
-    with MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
-        with (
-            fail_point(server, failCommands=["findAndModify"], times=ALWAYS, writeConcernError=TIMED_OUT),
-            pytest.raises(DatabaseTimeoutError),
-        ):
-            factory.create_session_manager("s")
-        agent(factory.create_session_manager("s"), "hello")("hi")
+def test_an_opening_unconfirmed_is_a_timeout(server: str, stored: Documents, hurried: Any) -> None:
+    factory = hurried(server)
+    with (
+        fail_point(server, failCommands=["findAndModify"], times=ALWAYS, writeConcernError=TIMED_OUT),
+        pytest.raises(DatabaseTimeoutError),
+    ):
+        factory.create_session_manager("s")
+    agent(factory.create_session_manager("s"), "hello")("hi")
     assert conversation(stored) == ["hi", "hello"]
 
 
-@pytest.mark.own_database
 def test_waiting_too_long_for_a_free_connection(server: str, database: str) -> None:
     log = CommandLog()
-    options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 1000, "event_listeners": [log]}
+    options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 500, "event_listeners": [log]}
     with MongoDBSessionRepository(server, database, **options) as repository:
         repository.open_session("s")
-        log.wait_for("createIndexes")
         eventually(lambda: repository.read_session("s"))
         log.clear()
-        with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=3000):
+        with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=2500):
             held = threading.Thread(target=repository.read_session, args=("s",))
             held.start()
             log.wait_for("find")
@@ -978,6 +995,15 @@ def test_a_server_slower_than_the_socket_timeout(server: str, database: str) -> 
 # Content.
 
 CONTENT = "a7f3-content-of-a-conversation"
+OURS = ("mongodb_session_manager", "asyncio")
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What is logged, with debug messages of the package and of asyncio; those of PyMongo are slow."""
+    for name in OURS:
+        caplog.set_level(logging.DEBUG, logger=name)
+    return caplog
 
 
 @pytest.mark.parametrize(
@@ -994,78 +1020,71 @@ CONTENT = "a7f3-content-of-a-conversation"
     ids=str,
 )
 def test_content_is_in_no_error_and_no_log(
-    server: str, database: str, caplog: pytest.LogCaptureFixture, failure: dict[str, Any]
+    server: str, database: str, hurried: Any, logged: pytest.LogCaptureFixture, failure: dict[str, Any]
 ) -> None:
-    caplog.set_level(logging.DEBUG)
-    with MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
-        manager = factory.create_session_manager("s")
-        live = agent(manager, CONTENT, system_prompt=CONTENT, state={"key": CONTENT})
-        errors: list[MongoDBSessionError] = []
-        with fail_point(server, failCommands=["update"], times=ALWAYS, **failure):
-            for call in (lambda: live(CONTENT), manager.close):
-                with pytest.raises(MongoDBSessionError) as raised:
-                    call()
-                errors.append(raised.value)
-    check_content(caplog, *errors)
+    manager = hurried(server).create_session_manager("s")
+    live = agent(manager, CONTENT, system_prompt=CONTENT, state={"key": CONTENT})
+    errors: list[MongoDBSessionError] = []
+    with fail_point(server, failCommands=["update"], times=ALWAYS, **failure):
+        for call in (lambda: live(CONTENT), manager.close):
+            with pytest.raises(MongoDBSessionError) as raised:
+                call()
+            errors.append(raised.value)
+    check_content(logged, *errors)
 
 
 def check_content(caplog: pytest.LogCaptureFixture, *errors: BaseException) -> None:
     for error in errors:
         assert CONTENT not in all_text(error)
-    ours = [record for record in caplog.records if record.name.startswith(("mongodb_session_manager", "asyncio"))]
+    ours = [record for record in caplog.records if record.name.startswith(OURS)]
     assert [record for record in ours if CONTENT in record.getMessage() or CONTENT in str(record.exc_info)] == []
 
 
-def test_content_is_in_no_conflict(server: str, database: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    with MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
-        one, other = factory.create_session_manager("s"), factory.create_session_manager("s")
-        first, second = agent(one, CONTENT), agent(other, CONTENT)
-        first(CONTENT)
-        with pytest.raises(SessionConflictError) as raised:
-            second(CONTENT)
-    check_content(caplog, raised.value)
+def test_content_is_in_no_conflict(factory: MongoDBSessionManagerFactory, logged: pytest.LogCaptureFixture) -> None:
+    one, other = factory.create_session_manager("s"), factory.create_session_manager("s")
+    first, second = agent(one, CONTENT), agent(other, CONTENT)
+    first(CONTENT)
+    with pytest.raises(SessionConflictError) as raised:
+        second(CONTENT)
+    check_content(logged, raised.value)
 
 
-def test_content_too_large_is_in_no_error(server: str, database: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, logger="mongodb_session_manager")
-    with MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
-        live = agent(factory.create_session_manager("s"), "hello")
-        with pytest.raises(MessageTooLargeError) as raised:
-            live(CONTENT + "x" * (17 << 20))
-    check_content(caplog, raised.value)
-
-
-@pytest.mark.own_database
-def test_content_refused_by_a_validator_is_in_no_message(
-    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]], caplog: pytest.LogCaptureFixture
+def test_content_too_large_is_in_no_error_and_taken_out(
+    factory: MongoDBSessionManagerFactory, logged: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG)
-    with MongoDBSessionManagerFactory(server, database) as earlier:
-        earlier.create_session_manager("s")  # closing waits for the indexes, during which validators cannot change
-    with MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
-        live = agent(factory.create_session_manager("s"), "hello")
-        driver[database].command(
-            "collMod", "agent_sessions", validator={"agents.agent.messages.message.content.text": {"$ne": CONTENT}}
-        )
+    live = agent(factory.create_session_manager("s"), "hello")
+    with pytest.raises(MessageTooLargeError) as raised:
+        live(CONTENT + "x" * (17 << 20))
+    check_content(logged, raised.value)
+    live("hi")
+    assert texts(live.messages) == ["hi", "hello"]
+
+
+def test_content_refused_by_a_validator_is_in_no_message(
+    factory: MongoDBSessionManagerFactory,
+    database: str,
+    driver: pymongo.MongoClient[dict[str, Any]],
+    logged: pytest.LogCaptureFixture,
+) -> None:
+    live = agent(factory.create_session_manager("s"), "hello")
+    refused = {"agents.agent.messages.message.content.text": {"$ne": CONTENT}}
+    driver[database].command("collMod", "agent_sessions", validator=refused)
+    try:
         with pytest.raises(DatabaseError) as raised:
             live(CONTENT)
-    check_content(caplog, raised.value)
+    finally:
+        driver[database].command("collMod", "agent_sessions", validator={})
+    check_content(logged, raised.value)
     assert "121" in str(raised.value)
-    assert [
-        record for record in caplog.records if record.name.startswith("mongodb") and CONTENT in record.message
-    ] == []
 
 
 # Statistics.
 
 
-@pytest.mark.own_database
 def test_statistics_count_what_the_pool_does(server: str, database: str) -> None:
     log = CommandLog()
     with MongoDBSessionManagerFactory(server, database, maxPoolSize=2, event_listeners=[log]) as factory:
         factory.create_session_manager("s")
-        log.wait_for("createIndexes")
         eventually(lambda: factory.get_connection_stats()["connections_in_use"] == 0)
         log.clear()
         threads = [threading.Thread(target=factory.create_session_manager, args=(f"s{n}",)) for n in range(5)]
@@ -1107,26 +1126,24 @@ def test_statistics_name_configuration_and_version(
     assert stats["pool_config"] == options
 
 
-def test_statistics_of_a_server_that_does_not_tell_its_version(server: str, database: str) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        factory.ping()
-        for code in (13, 59, 323):
-            with fail_point(server, failCommands=["buildInfo"], errorCode=code):
-                stats = factory.get_connection_stats()
-            assert (stats["status"], stats["error"], stats["server_version"]) == ("connected", None, None)
-
-
-def test_statistics_of_a_server_that_refuses_everything(server: str, database: str) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        factory.ping()
-        with fail_point(server, failCommands=["buildInfo", "ping"], errorCode=18, times=2):
+def test_statistics_of_a_server_that_does_not_tell_its_version(
+    server: str, factory: MongoDBSessionManagerFactory
+) -> None:
+    for code in (13, 59, 323):
+        with fail_point(server, failCommands=["buildInfo"], errorCode=code):
             stats = factory.get_connection_stats()
+        assert (stats["status"], stats["error"], stats["server_version"]) == ("connected", None, None)
+
+
+def test_statistics_of_a_server_that_refuses_everything(server: str, factory: MongoDBSessionManagerFactory) -> None:
+    with fail_point(server, failCommands=["buildInfo", "ping"], errorCode=18, times=2):
+        stats = factory.get_connection_stats()
     assert stats["status"] == "disconnected"
     assert "18" in (stats["error"] or "")
 
 
 def test_statistics_without_a_server(nowhere: str) -> None:
-    with MongoDBSessionManagerFactory(f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300") as factory:
+    with MongoDBSessionManagerFactory(f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100") as factory:
         stats = factory.get_connection_stats()
     assert stats["status"] == "disconnected"
     assert nowhere in (stats["error"] or "")
@@ -1166,17 +1183,18 @@ def aggregated(pipeline: list[Any]) -> dict[str, Any]:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("command", "name"), FEATURES.values(), ids=FEATURES)
 async def test_a_feature_that_the_server_does_not_know_is_named_with_its_version(
-    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]], command: Any, name: str
+    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]]
 ) -> None:
     version = driver.server_info()["version"]
     driver[database]["agent_sessions"].insert_one({"_id": "s"})
     async with AsyncMongoDBSessionRepository(server, database) as repository:
-        with pytest.raises(DatabaseError) as refused:
-            await repository._store.collection.send(command)
-    assert str(refused.value).startswith(f"the server, MongoDB {version}, does not support {name} (code ")
-    assert SECRET not in str(refused.value)
+        for feature, (command, name) in FEATURES.items():
+            with pytest.raises(DatabaseError) as refused:
+                await repository._store.collection.send(command)
+            told = str(refused.value)
+            assert told.startswith(f"the server, MongoDB {version}, does not support {name} (code "), feature
+            assert SECRET not in told
 
 
 @pytest.mark.anyio

@@ -13,7 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pymongo
 import pytest
@@ -36,13 +36,12 @@ from mongodb_session_manager import (
     MongoDBStorage,
     SessionConflictError,
     StateTooLargeError,
-    create_mongodb_session_manager_async,
     notify_later,
 )
 from mongodb_session_manager._format.multi_agents import MultiAgents, first_write
 from mongodb_session_manager._io.driver_errors import driver_errors
 from mongodb_session_manager.demo import ScriptedModel
-from support import agent, assert_no_driver_error, chained, eventually, fail_point, texts
+from support import agent, alternating, assert_no_driver_error, chained, client_of, eventually, fail_point, texts
 
 Documents = pymongo.collection.Collection[dict[str, Any]]
 
@@ -50,9 +49,20 @@ SECRET = "x7q-" + "said-by-a-user"
 ALWAYS = 1_000_000
 
 
+Nodes = TypeVar("Nodes", bound=ast.AST)
+
+
 @functools.cache
-def sources() -> dict[Path, ast.Module]:
-    return {path: ast.parse(path.read_text()) for path in sorted(Path(package.__file__).parent.rglob("*.py"))}
+def sources() -> list[tuple[Path, ast.AST]]:
+    """Return the exception handlers, calls and imports of the package, each with its file."""
+    kinds = (ast.ExceptHandler, ast.Call, ast.ImportFrom)
+    files = sorted(Path(package.__file__).parent.rglob("*.py"))
+    return [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)]
+
+
+def nodes(kind: type[Nodes]) -> Iterator[tuple[Path, Nodes]]:
+    """Yield the nodes of one of the kinds, each with its file."""
+    yield from ((file, node) for file, node in sources() if isinstance(node, kind))
 
 
 def check_silent(error: BaseException, secret: str = SECRET) -> None:
@@ -69,6 +79,17 @@ def check_silent(error: BaseException, secret: str = SECRET) -> None:
     assert secret not in "".join(parts)
 
 
+# The driver takes a server that says so for one that is gone until it has asked it again; asked so, it answers at once.
+HURRY: dict[str, Any] = {"serverMonitoringMode": "poll", "serverSelectionTimeoutMS": 10_000}
+
+
+@pytest.fixture(scope="module")
+def repository(server: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, "test_errors", **HURRY) as repository:
+        repository.open_session("s")
+        yield repository
+
+
 # The driver's error hangs on none of ours.
 
 
@@ -81,9 +102,9 @@ def test_a_refused_metadata_key_does_not_show_the_stored_value(factory: MongoDBS
     assert (raised.value.code, raised.value.operation) == (28, "update_one")
 
 
-def test_a_refused_metadata_key_does_not_show_the_stored_value_async(server: str, database: str) -> None:
+def test_a_refused_metadata_key_does_not_show_the_stored_value_async(factory: MongoDBSessionManagerFactory) -> None:
     async def run() -> MongoDBSessionError:
-        async with await create_mongodb_session_manager_async("s", server, database) as manager:
+        async with await factory.create_session_manager_async("s") as manager:
             await manager.update_metadata({"a": SECRET})
             with pytest.raises(InvalidArgumentError) as raised:
                 await manager.update_metadata({"a.b": 1})
@@ -95,22 +116,27 @@ def test_a_refused_metadata_key_does_not_show_the_stored_value_async(server: str
 
 
 @pytest.fixture
-def refusing(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> Callable[[str], None]:
+def refuse(driver: pymongo.MongoClient[dict[str, Any]], database: str) -> Iterator[Callable[..., None]]:
     """Have the server refuse every write to a collection; its answer quotes what it refused."""
+    refusing: list[str] = []
 
-    def refuse(name: str) -> None:
-        driver[database].create_collection(name, validator={"never": {"$exists": True}})
+    def refuse(name: str, path: str = "never") -> None:
+        if name not in driver[database].list_collection_names():
+            driver[database].create_collection(name)
+        refusing.append(name)
+        driver[database].command("collMod", name, validator={path: {"$size": 99}})
 
-    return refuse
+    yield refuse
+    for name in refusing:
+        driver[database].command("collMod", name, validator={})
 
 
-@pytest.mark.own_database
-def test_a_refused_blob_is_in_no_traceback(server: str, database: str, refusing: Callable[[str], None]) -> None:
-    refusing("values_blobs.chunks")
+def test_a_refused_blob_is_in_no_traceback(server: str, database: str, refuse: Callable[..., None]) -> None:
+    refuse("refused_blobs.chunks")
     data = SECRET.encode() * 300_000
 
     async def run() -> MongoDBSessionError:
-        async with MongoDBStorage(server, database, collection_name="values") as storage:
+        async with MongoDBStorage(server, database, collection_name="refused") as storage:
             with pytest.raises(DatabaseError) as raised:
                 await storage.write("key", data)
         return raised.value
@@ -121,45 +147,41 @@ def test_a_refused_blob_is_in_no_traceback(server: str, database: str, refusing:
     assert sum(len(line) for line in traceback.format_exception(error)) < 20_000
 
 
-@pytest.mark.own_database
-def test_a_refused_attachment_is_in_no_traceback(server: str, database: str, refusing: Callable[[str], None]) -> None:
-    refusing("agent_sessions_attachments.chunks")
+def test_a_refused_attachment_is_in_no_traceback(
+    factory: MongoDBSessionManagerFactory, refuse: Callable[..., None]
+) -> None:
+    refuse("agent_sessions_attachments.chunks")
     document = {"document": {"format": "txt", "name": "d", "source": {"bytes": SECRET.encode() * 100_000}}}
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        live = agent(factory.create_session_manager("s"), "hello")
-        with pytest.raises(DatabaseError) as raised:
-            live([{"text": "hi"}, document])  # type: ignore[list-item]
+    live = agent(factory.create_session_manager("s"), "hello")
+    with pytest.raises(DatabaseError) as raised:
+        live([{"text": "hi"}, document])  # type: ignore[list-item]
     check_silent(raised.value)
     assert raised.value.code == 121
 
 
-@pytest.mark.own_database
-@pytest.mark.parametrize("called", ["synchronously", "asynchronously"])
 def test_a_refused_message_is_in_no_traceback_of_an_agent(
-    server: str, database: str, driver: pymongo.MongoClient[dict[str, Any]], called: str
+    factory: MongoDBSessionManagerFactory, refuse: Callable[..., None]
 ) -> None:
-    with MongoDBSessionManagerFactory(server, database) as earlier:
-        earlier.create_session_manager("s")  # closing waits for the indexes, during which validators cannot change
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        live = agent(factory.create_session_manager("s"), "hello")
-        driver[database].command("collMod", "agent_sessions", validator={"agents.agent.messages": {"$size": 99}})
-        call = live if called == "synchronously" else lambda prompt: asyncio.run(live.invoke_async(prompt))
+    live, other = (agent(factory.create_session_manager(name), "hello") for name in ("s", "t"))
+    refuse("agent_sessions", "agents.agent.messages")
+    for call in (live, lambda prompt: asyncio.run(other.invoke_async(prompt))):
         with pytest.raises(DatabaseError) as raised:
             call(SECRET)
-    check_silent(raised.value)
-    assert (raised.value.code, raised.value.operation) == (121, "update_one")
+        check_silent(raised.value)
+        assert (raised.value.code, raised.value.operation) == (121, "update_one")
 
 
-@pytest.mark.own_database
 def test_a_unique_index_of_the_users_own_does_not_show_what_is_stored_twice(
-    server: str, database: str, stored: Documents
+    factory: MongoDBSessionManagerFactory, stored: Documents
 ) -> None:
-    stored.create_index("metadata.mail", unique=True, sparse=True)
-    with MongoDBSessionManagerFactory(server, database) as factory:
+    name = stored.create_index("metadata.mail", unique=True, sparse=True)
+    try:
         factory.create_session_manager("one").update_metadata({"mail": SECRET})
         other = factory.create_session_manager("other")
         with pytest.raises(MongoDBSessionError) as raised:
             other.update_metadata({"mail": SECRET})
+    finally:
+        stored.drop_index(name)
     check_silent(raised.value)
     assert isinstance(raised.value, DatabaseError)
     assert raised.value.code == 11000
@@ -174,25 +196,25 @@ def test_what_bson_cannot_hold_is_in_no_traceback(driver: pymongo.MongoClient[di
     check_silent(raised.value)
 
 
-def test_text_that_is_no_unicode_is_in_no_traceback(server: str, database: str) -> None:
+def test_text_that_is_no_unicode_is_in_no_traceback(
+    server: str, database: str, repository: MongoDBSessionRepository
+) -> None:
     broken = SECRET + "\ud800"
 
     def storage(key: str) -> None:
         asyncio.run(MongoDBStorage(server, database).read(key))
 
-    with MongoDBSessionRepository(server, database) as repository:
-        repository.open_session("s")
-        calls: list[Callable[[], object]] = [
-            lambda: MongoDBSessionManager(broken, server, database),
-            lambda: repository.update_metadata("s", {broken: 1}),
-            lambda: repository.list_sessions(application_name=broken),
-            lambda: repository.get_agent_config("s", broken),
-            lambda: storage(broken),
-        ]
-        for call in calls:
-            with pytest.raises(InvalidArgumentError) as raised:
-                call()
-            check_silent(raised.value)
+    calls: list[Callable[[], object]] = [
+        lambda: MongoDBSessionManager(broken, server, database),
+        lambda: repository.update_metadata("s", {broken: 1}),
+        lambda: repository.list_sessions(application_name=broken),
+        lambda: repository.get_agent_config("s", broken),
+        lambda: storage(broken),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgumentError) as raised:
+            call()
+        check_silent(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +222,8 @@ def test_text_that_is_no_unicode_is_in_no_traceback(server: str, database: str) 
     [SECRET, '{"said": "' + SECRET, '{"a": {"$date": "' + SECRET + '"}}', SECRET.encode() + b"\xff"],
     ids=range(4),
 )
-def test_a_damaged_export_is_in_no_traceback(server: str, database: str, line: Any) -> None:
-    with MongoDBSessionRepository(server, database) as repository, pytest.raises(InvalidArgumentError) as raised:
+def test_a_damaged_export_is_in_no_traceback(repository: MongoDBSessionRepository, line: Any) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
         repository.import_session([line])
     check_silent(raised.value)
 
@@ -212,17 +234,14 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
     harmless |= {name for name in dir(package) if name.endswith("Error")} | {"RefusedError"}
     harmless |= {"importlib", "metadata", "PackageNotFoundError"}
     raising = []
-    for path, tree in sources().items():
-        for handler in ast.walk(tree):
-            if not isinstance(handler, ast.ExceptHandler):
-                continue
-            caught = {"everything"} if handler.type is None else set(re.findall(r"\w+", ast.unparse(handler.type)))
-            raising += [
-                f"{path.stem}: {ast.unparse(node)}"
-                for statement in handler.body
-                for node in ast.walk(statement)
-                if isinstance(node, ast.Raise) and node.exc is not None and caught - harmless
-            ]
+    for path, handler in nodes(ast.ExceptHandler):
+        caught = {"everything"} if handler.type is None else set(re.findall(r"\w+", ast.unparse(handler.type)))
+        raising += [
+            f"{path.stem}: {ast.unparse(node)}"
+            for statement in (handler.body if caught - harmless else ())
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Raise) and node.exc is not None
+        ]
     caught_by_the_codec = {
         "marked: raise RecursionError(str(error)) from error",
         "encoder: raise RefusedError(f'a {_type_name(value)} that cannot be read ({type(error).__name__})') from None",
@@ -233,10 +252,9 @@ def test_what_raises_within_an_except_block_raises_alone() -> None:
 def test_only_what_translates_the_drivers_errors_names_them() -> None:
     knowing = {
         path.stem
-        for path, tree in sources().items()
-        for node in ast.walk(tree)
-        if (isinstance(node, ast.ImportFrom) and node.module == "pymongo.errors")
-        or (isinstance(node, ast.ImportFrom) and node.module == "pymongo" and "errors" in [n.name for n in node.names])
+        for path, node in nodes(ast.ImportFrom)
+        if node.module == "pymongo.errors"
+        or (node.module == "pymongo" and "errors" in [name.name for name in node.names])
     }
     assert knowing == {"driver_errors", "drivers", "settings", "connection", "collection", "gridfs", "gate", "_server"}
 
@@ -244,35 +262,33 @@ def test_only_what_translates_the_drivers_errors_names_them() -> None:
 # What an error keeps.
 
 
-def test_an_error_says_what_the_server_said(server: str, database: str) -> None:
-    with MongoDBSessionRepository(server, database) as repository:
-        repository.open_session("s")
-        calls: dict[str, tuple[str, Callable[[], object]]] = {
-            "findAndModify": ("find_one_and_update", lambda: repository.open_session("t")),
-            "find": ("find_one", lambda: repository.read_session("s")),
-            "update": ("update_one", lambda: repository.update_metadata("s", {"a": 1})),
-            "aggregate": ("count_documents", repository.count_sessions),
-        }
-        for command, (operation, call) in calls.items():
-            with fail_point(server, failCommands=[command], errorCode=17), pytest.raises(DatabaseError) as raised:
-                call()
-            error = raised.value
-            assert (error.code, error.code_name, error.operation) == (17, "ProtocolError", operation), command
-            assert not error.outcome_unknown
-            assert str(error) == "MongoDB refused the command: ProtocolError (code 17)"
+def test_an_error_says_what_the_server_said(server: str, repository: MongoDBSessionRepository) -> None:
+    calls: dict[str, tuple[str, Callable[[], object]]] = {
+        "findAndModify": ("find_one_and_update", lambda: repository.open_session("t")),
+        "find": ("find_one", lambda: repository.read_session("s")),
+        "update": ("update_one", lambda: repository.update_metadata("s", {"a": 1})),
+        "aggregate": ("count_documents", repository.count_sessions),
+    }
+    for command, (operation, call) in calls.items():
+        with fail_point(server, failCommands=[command], errorCode=17), pytest.raises(DatabaseError) as raised:
+            call()
+        error = raised.value
+        assert (error.code, error.code_name, error.operation) == (17, "ProtocolError", operation), command
+        assert not error.outcome_unknown
+        assert str(error) == "MongoDB refused the command: ProtocolError (code 17)"
 
 
 @pytest.mark.parametrize("code", [365, 388])
-def test_a_write_that_found_the_cache_of_the_server_full_is_sent_again(server: str, database: str, code: int) -> None:
-    with MongoDBSessionRepository(server, database) as repository:
-        repository.open_session("s")
-        with fail_point(server, failCommands=["update"], errorCode=code, times=3):
-            repository.update_metadata("s", {"a": 1})
-        assert repository.get_metadata("s") == {"metadata": {"a": 1}}
-        with fail_point(server, failCommands=["update"], errorCode=code, times=4):
-            with pytest.raises(DatabaseError) as raised:
-                repository.update_metadata("s", {"a": 2})
-            assert (raised.value.code, raised.value.outcome_unknown) == (code, False)
+def test_a_write_that_found_the_cache_of_the_server_full_is_sent_again(
+    server: str, repository: MongoDBSessionRepository, code: int
+) -> None:
+    with fail_point(server, failCommands=["update"], errorCode=code, times=3):
+        repository.update_metadata("s", {"a": code})
+    assert repository.get_metadata("s") == {"metadata": {"a": code}}
+    with fail_point(server, failCommands=["update"], errorCode=code, times=4):
+        with pytest.raises(DatabaseError) as raised:
+            repository.update_metadata("s", {"a": 2})
+        assert (raised.value.code, raised.value.outcome_unknown) == (code, False)
 
 
 def test_an_error_of_arguments_has_no_code(factory: MongoDBSessionManagerFactory) -> None:
@@ -296,15 +312,16 @@ def test_a_copy_of_an_error_is_equal(kind: type[MongoDBSessionError]) -> None:
         assert vars(copied) == vars(error)
 
 
-def test_a_refusal_that_is_raised_again_keeps_what_the_server_said(server: str, database: str) -> None:
-    with MongoDBSessionManagerFactory(server, database) as factory:
-        live = agent(factory.create_session_manager("s"), "hello", "bye")
-        errors = []
-        with fail_point(server, failCommands=["update"], errorCode=17419, times=ALWAYS):
-            for prompt in ("hi", "and"):
-                with pytest.raises(StateTooLargeError) as raised:
-                    live(prompt)
-                errors.append(raised.value)
+def test_a_refusal_that_is_raised_again_keeps_what_the_server_said(
+    server: str, factory: MongoDBSessionManagerFactory
+) -> None:
+    live = agent(factory.create_session_manager("s"), "hello", "bye")
+    errors = []
+    with fail_point(server, failCommands=["update"], errorCode=17419, times=ALWAYS):
+        for prompt in ("hi", "and"):
+            with pytest.raises(StateTooLargeError) as raised:
+                live(prompt)
+            errors.append(raised.value)
     assert [(error.code, error.operation) for error in errors] == [(17419, "update_one")] * 2
     assert errors[0] is not errors[1]
 
@@ -345,25 +362,14 @@ TOO_SLOW = {
 }
 
 
-# The driver takes a server that says so for one that is gone until it has asked it again; asked so, it answers at once.
-HURRY: dict[str, Any] = {"serverMonitoringMode": "poll", "serverSelectionTimeoutMS": 10_000}
-
-
-@pytest.fixture(scope="module")
-def repository(server: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, "test_errors", **HURRY) as repository:
-        repository.open_session("s")
-        yield repository
-
-
 @pytest.mark.parametrize(
     ("code", "name", "expected"),
-    [
+    alternating(
         *((code, name, DatabaseUnavailableError) for code, name in UNAVAILABLE.items()),
         *((code, name, DatabaseTimeoutError) for code, name in TOO_SLOW.items()),
         (79, "UnknownReplWriteConcern", DatabaseError),
         (100, "UnsatisfiableWriteConcern", DatabaseError),
-    ],
+    ),
 )
 def test_a_write_concern_error_is_of_its_kind(
     server: str, repository: MongoDBSessionRepository, code: int, name: str, expected: type[MongoDBSessionError]
@@ -415,7 +421,7 @@ def test_a_deletion_or_redaction_that_is_not_confirmed_is_an_error(
     assert not repository.session_exists("t")
 
 
-@pytest.mark.parametrize("code", UNAVAILABLE)
+@pytest.mark.parametrize("code", alternating(*UNAVAILABLE))
 def test_a_write_concern_error_that_passes_is_not_noticed(
     server: str, repository: MongoDBSessionRepository, code: int
 ) -> None:
@@ -425,21 +431,20 @@ def test_a_write_concern_error_that_passes_is_not_noticed(
     assert [each["code"] for each in repository.get_feedbacks("s")].count(code) == 1
 
 
-@pytest.mark.own_database
 @pytest.mark.parametrize("kind", ["server", "standalone"])
 def test_a_turn_that_is_not_confirmed_at_first_is_stored_once(
     request: pytest.FixtureRequest, database: str, kind: str
 ) -> None:
     server = request.getfixturevalue(kind)
     failure = {"code": 11602, "codeName": UNAVAILABLE[11602], "errmsg": "it passes"}
-    with pymongo.MongoClient(server) as client, MongoDBSessionManagerFactory(server, database, **HURRY) as factory:
+    session_id = f"unconfirmed-{kind}"
+    with MongoDBSessionManagerFactory(server, database, **HURRY) as factory, client_of(server) as client:
         with fail_point(server, failCommands=["findAndModify"], writeConcernError=failure):
-            live = agent(factory.create_session_manager("s"), "hello", "bye")
+            live = agent(factory.create_session_manager(session_id), "hello", "bye")
         with fail_point(server, failCommands=["update"], times=2, writeConcernError=failure):
             live("hi")
         live("I am off")
-        document = client[database]["agent_sessions"].find_one({"_id": "s"})
-        client.drop_database(database)
+        document = client[database]["agent_sessions"].find_one({"_id": session_id})
     assert document is not None
     assert texts(document["agents"]["agent"]["messages"]) == ["hi", "hello", "I am off", "bye"]
 
@@ -470,12 +475,10 @@ def test_an_encoding_error_names_the_place_in_a_message(factory: MongoDBSessionM
         live([{"text": object()}])  # type: ignore[list-item, typeddict-item]
 
 
-def test_an_encoding_error_names_the_place_in_the_state(server: str, database: str) -> None:
-    with MongoDBSessionRepository(server, database) as repository:
-        repository.open_session("s")
-        restored = SessionAgent("agent", state={"k": object()}, conversation_manager_state={})
-        with pytest.raises(EncodingError, match=re.escape("at state['k']: ")):
-            repository.create_agent("s", restored)
+def test_an_encoding_error_names_the_place_in_the_state(repository: MongoDBSessionRepository) -> None:
+    restored = SessionAgent("agent", state={"k": object()}, conversation_manager_state={})
+    with pytest.raises(EncodingError, match=re.escape("at state['k']: ")):
+        repository.create_agent("s", restored)
 
 
 def test_a_first_message_that_comes_too_late_names_no_message_before_it(factory: MongoDBSessionManagerFactory) -> None:
@@ -545,25 +548,24 @@ def called(expression: ast.expr) -> str:
 def test_every_log_line_escapes_what_comes_from_outside() -> None:
     unescaped = []
     calls = 0
-    for path, tree in sources().items():
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
-                continue
-            if "log" not in ast.unparse(node.func.value):
-                continue
-            calls += 1
-            place = f"{path.name}:{node.lineno}"
-            line = node.args[0]
-            if not (isinstance(line, ast.Constant) and isinstance(line.value, str)):
-                unescaped.append(f"{place} is formatted before it is logged")
-                continue
-            forms = re.findall(r"%[-+ #0-9.]*([a-zA-Z])", line.value)
-            assert len(forms) == len(node.args) - 1, place
-            unescaped += [
-                f"{place} {ast.unparse(value)}"
-                for form, value in zip(forms, node.args[1:], strict=True)
-                if form == "s" and FROM_OUTSIDE.search(called(value))
-            ]
+    for path, node in nodes(ast.Call):
+        if not (isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
+            continue
+        if "log" not in ast.unparse(node.func.value):
+            continue
+        calls += 1
+        place = f"{path.name}:{node.lineno}"
+        line = node.args[0]
+        if not (isinstance(line, ast.Constant) and isinstance(line.value, str)):
+            unescaped.append(f"{place} is formatted before it is logged")
+            continue
+        forms = re.findall(r"%[-+ #0-9.]*([a-zA-Z])", line.value)
+        assert len(forms) == len(node.args) - 1, place
+        unescaped += [
+            f"{place} {ast.unparse(value)}"
+            for form, value in zip(forms, node.args[1:], strict=True)
+            if form == "s" and FROM_OUTSIDE.search(called(value))
+        ]
     assert calls > 10
     assert unescaped == []
 
@@ -571,9 +573,8 @@ def test_every_log_line_escapes_what_comes_from_outside() -> None:
 def test_every_error_escapes_what_comes_from_outside() -> None:
     unescaped = [
         f"{path.stem}: {ast.unparse(value)}"
-        for path, tree in sources().items()
-        for error in ast.walk(tree)
-        if isinstance(error, ast.Call) and re.search(r"Error$", called(error.func))
+        for path, error in nodes(ast.Call)
+        if called(error.func).endswith("Error")
         for text in error.args
         for value in ast.walk(text)
         if isinstance(value, ast.FormattedValue)

@@ -68,25 +68,40 @@ class Ticks(monitoring.CommandListener):
     def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
 
 
-@pytest.fixture
-def ticks() -> Ticks:
-    return Ticks()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def connected(proxy: Proxy, shared_database: str) -> Iterator[tuple[MongoDBSessionManagerFactory, Ticks]]:
+    """A factory behind the proxy, for the whole module."""
+    ticks = Ticks()
+    with MongoDBSessionManagerFactory(proxy.uri, shared_database, event_listeners=[ticks]) as factory:
+        yield factory, ticks
+
+
 @pytest.fixture
-def remote(proxy: Proxy, database: str, ticks: Ticks) -> Iterator[MongoDBSessionManagerFactory]:
+def ticks(connected: tuple[MongoDBSessionManagerFactory, Ticks]) -> Ticks:
+    return connected[1]
+
+
+@pytest.fixture
+def remote(
+    connected: tuple[MongoDBSessionManagerFactory, Ticks], proxy: Proxy, database: str
+) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory behind the proxy, its client connected and its indexes built."""
-    with MongoDBSessionManagerFactory(proxy.uri, database, event_listeners=[ticks]) as factory:
-        factory.create_session_manager("warm-up").close()
-        eventually(lambda: not factory._connection._tasks)
-        ticks.during.clear()
-        yield factory
+    factory, ticks = connected
+    factory.create_session_manager("warm-up").close()
+    eventually(lambda: not factory._connection._tasks)
+    ticks.during.clear()
+    ticks.pushed.clear()
+    yield factory
+    proxy.delay = 0
+    proxy.thaw()
+    # before the next test empties the database
+    eventually(lambda: not factory._connection._tasks and not factory._connection._operations)
 
 
 class Kind:
@@ -293,20 +308,20 @@ def test_one_manager_serves_threads_and_loops(
         asyncio.run(worker.invoke_async("thanks"))
 
     async def on_a_loop(name: str) -> None:
-        members = [agent(manager, CALL_ADD, "three", agent_id=f"{name}-{n}", tools=[add]) for n in range(3)]
+        members = [agent(manager, CALL_ADD, "three", agent_id=f"{name}-{n}", tools=[add]) for n in range(2)]
         await asyncio.gather(*(member.invoke_async("1 + 2?") for member in members))
 
     with ThreadPoolExecutor(12) as threads:
-        work = [threads.submit(in_a_thread, number) for number in range(10)]
+        work = [threads.submit(in_a_thread, number) for number in range(5)]
         work += [threads.submit(lambda name=name: asyncio.run(on_a_loop(name))) for name in ("left", "right")]
         for done in work:
             done.result()
     lead("four")
     assert conversation(stored, "lead") == ["one", "1", "two", "2", "three", "3", "four", "4"]
-    for number in range(10):
+    for number in range(5):
         assert conversation(stored, f"worker-{number}") == ["1 + 2?", "", "", "three", "thanks", "bye"]
     for name in ("left", "right"):
-        for number in range(3):
+        for number in range(2):
             assert conversation(stored, f"{name}-{number}") == ["1 + 2?", "", "", "three"]
 
 
@@ -319,7 +334,7 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
             manager.flush()
 
     def create(worker: int) -> None:
-        for number in range(80):
+        for number in range(40):
             agent(manager, agent_id=f"agent-{worker}-{number}")
 
     interval = sys.getswitchinterval()
@@ -336,7 +351,7 @@ def test_flushing_while_other_threads_create_agents(factory: MongoDBSessionManag
     finally:
         sys.setswitchinterval(interval)
     manager.flush()
-    assert len(stored.find_one({"_id": "s"})["agents"]) == 160
+    assert len(stored.find_one({"_id": "s"})["agents"]) == 80
 
 
 # What becomes of messages.
@@ -565,7 +580,7 @@ async def test_a_sliding_window_over_turns_and_resumes(
 ) -> None:
     expected: list[str] = []
     remembered: list[Any] = []
-    for resume in range(3):
+    for resume in range(2):
         window = SlidingWindowConversationManager(window_size=size)
         resumed = agent(await kind.open(factory), conversation_manager=window)
         assert resumed.messages == remembered

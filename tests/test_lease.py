@@ -35,20 +35,34 @@ from mongodb_session_manager._store.lease import Lease
 from mongodb_session_manager._store.lease_queue import of_connections
 from mongodb_session_manager._store.opening import Opening
 from orchestrators import node, pipeline, team
-from support import CommandLog, Paused, agent, eventually, message_ids, texts
+from support import Paused, agent, alternating, eventually, message_ids, texts
 
 pytestmark = pytest.mark.anyio
 
 Stored = pymongo.collection.Collection[dict[str, Any]]
 
 
+@pytest.fixture(scope="module")
+def factories() -> Iterator[list[MongoDBSessionManagerFactory]]:
+    """The factories of `waiting`; only the last one can be open."""
+    factories: list[MongoDBSessionManagerFactory] = []
+    yield factories
+    for factory in factories:
+        factory.close()
+
+
 @pytest.fixture
-def waiting(server: str, database: str, commands: CommandLog) -> Iterator[MongoDBSessionManagerFactory]:
-    with MongoDBSessionManagerFactory(server, database, event_listeners=[commands], on_busy="wait") as factory:
-        factory.list_sessions()
-        eventually(lambda: not factory._connection._tasks)
-        commands.clear()
-        yield factory
+def waiting(
+    server: str, database: str, factories: list[MongoDBSessionManagerFactory]
+) -> Iterator[MongoDBSessionManagerFactory]:
+    """A factory whose managers wait; shared by the tests that do not close it, each with new counters."""
+    if not factories or factories[-1]._connection.closed:
+        factories.append(MongoDBSessionManagerFactory(server, database, on_busy="wait"))
+    factory, connection = factories[-1], factories[-1]._connection
+    yield factory
+    if (leases := of_connections.pop(connection, None)) is not None and not connection.closed:
+        connection.portal.call(leases.close)
+    eventually(lambda: not connection._tasks and not connection._operations)  # before the next test begins
 
 
 async def begin_turn(
@@ -64,11 +78,11 @@ async def begin_turn(
     return model, turn
 
 
-async def happens(condition: Callable[[], object], seconds: float = 30.0) -> None:
+async def happens(condition: Callable[[], object], seconds: float = 30.0, pause: float = 0.01) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not become true in time"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
 
 
 def waits(factory: MongoDBSessionManagerFactory) -> int:
@@ -89,7 +103,7 @@ def lease_of(stored: Stored) -> dict[str, Any]:
 async def is_renewed(stored: Stored) -> None:
     """Wait until a manager renews its lease."""
     until = lease_of(stored)["until"]
-    await happens(lambda: lease_of(stored)["until"] > until)
+    await happens(lambda: lease_of(stored)["until"] > until, pause=0.1)
 
 
 def take_lease(stored: Stored, seconds: float) -> None:
@@ -211,8 +225,8 @@ async def test_a_further_turn_takes_the_lease_again(waiting: MongoDBSessionManag
     assert await request(waiting, "third", "three") == ["first", "one", "second", "two", "third"]
 
 
-@pytest.mark.parametrize("on_busy", ["wait", "refuse"])
-@pytest.mark.parametrize("save_on", ["message", "overlap"])
+@pytest.mark.parametrize("on_busy", alternating("wait", "refuse"))
+@pytest.mark.parametrize("save_on", alternating("message", "overlap"))
 async def test_a_further_turn_of_a_busy_session_sends_nothing_to_a_model(
     factory: MongoDBSessionManagerFactory, stored: Stored, on_busy: str, save_on: str
 ) -> None:
@@ -345,7 +359,7 @@ async def test_orchestrators_take_turns(waiting: MongoDBSessionManagerFactory, s
             result = await multi_agent.invoke_async("go")
             assert result.status.value == "completed"
 
-    await asyncio.gather(run(), run(), run())
+    await asyncio.gather(run(), run())
     assert "token" not in lease_of(stored)
 
 
@@ -766,7 +780,6 @@ def test_a_holder_whose_event_loop_has_ended(server: str, database: str, stored:
     del holder
 
 
-@pytest.mark.own_database  # no test empties the shared one on this server
 def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
     with MongoDBSessionManagerFactory(standalone, database, on_busy="wait") as factory:
 
@@ -787,9 +800,7 @@ def test_turns_on_a_standalone_server(standalone: str, database: str) -> None:
 
 
 @pytest.mark.parametrize("on_busy", ["wait", "refuse"])
-def test_an_expired_session_is_not_busy(
-    factory: MongoDBSessionManagerFactory, stored: Stored, commands: CommandLog, on_busy: Any
-) -> None:
+def test_an_expired_session_is_not_busy(factory: MongoDBSessionManagerFactory, stored: Stored, on_busy: Any) -> None:
     options: dict[str, Any] = {"on_busy": on_busy, "session_ttl": timedelta(hours=1)}
     manager = factory.create_session_manager("s", **options)
     agent(manager, "one")("first")

@@ -78,9 +78,11 @@ class Session:
         assert len(answers) == len(inputs)
         return answers
 
-    def ask_directly(self, given: Any, **policy: Any) -> str:
-        """Return what the tool answers, without an agent."""
-        return self.run(self.manager.get_metadata_tool(**policy), **given)
+    def ask_directly(self, *inputs: Any, **policy: Any) -> list[str]:
+        """Call the tool with each of the inputs as an agent does, without a model; return the answers."""
+        live = agent(None, tools=[self.manager.get_metadata_tool(**policy)], record_direct_tool_call=False)
+        results = [live.tool.manage_metadata(**given) for given in inputs]
+        return [block["text"] for result in results for block in result["content"]]
 
     def ask_one(self, given: Any, **policy: Any) -> str:
         return self.ask(given, **policy)[0]
@@ -133,9 +135,9 @@ def test_every_action(session: Session) -> None:
 
 
 def test_actions_in_any_case(session: Session) -> None:
-    session.ask({"action": "SET", "metadata": {"a": 1}}, {"action": " Update ", "metadata": {"b": 2}})
-    assert session.ask_one({"action": "Get"}) == 'Metadata: {"a": 1, "b": 2}'
-    session.ask({"action": "DELETE", "keys": ["a"]})
+    session.ask_directly({"action": "SET", "metadata": {"a": 1}}, {"action": " Update ", "metadata": {"b": 2}})
+    assert session.ask_directly({"action": "Get"}) == ['Metadata: {"a": 1, "b": 2}']
+    session.ask_directly({"action": "DELETE", "keys": ["a"]})
     assert session.metadata == {"b": 2}
 
 
@@ -192,17 +194,16 @@ def test_nonsense_is_answered_and_changes_nothing(
     session: Session, some: Callable[[list[Any], int], list[Any]]
 ) -> None:
     session.update_metadata({"kept": "text"})
-    for request, result in zip(NONSENSE, call_directly(session.manager, NONSENSE), strict=True):
-        (content,) = result["content"]
-        assert content["text"].startswith("Error: "), (request, content)
-    asked = some(NONSENSE, 6)
+    for request, answer in zip(NONSENSE, session.ask_directly(*NONSENSE), strict=True):
+        assert answer.startswith("Error: "), (request, answer)
+    asked = some(NONSENSE, 3)
     for request, answer in zip(asked, session.ask(*asked), strict=True):
         assert answer.startswith("Error: "), (request, answer)
     assert session.metadata == {"kept": "text"}
 
 
 def test_errors_say_what_to_do(session: Session) -> None:
-    answers = session.ask(
+    answers = session.ask_directly(
         {"action": "replace"},
         {"action": "set"},
         {"action": "delete"},
@@ -249,7 +250,7 @@ def test_whatever_is_stored_can_be_shown(session: Session) -> None:
 
 def test_read_only(session: Session) -> None:
     session.update_metadata({"a": 1})
-    answers = session.ask(
+    answers = session.ask_directly(
         {"action": "get"},
         {"action": "set", "metadata": {"a": 2}},
         {"action": "UPDATE", "metadata": {"b": 2}},
@@ -262,7 +263,7 @@ def test_read_only(session: Session) -> None:
 
 def test_allowed_keys(session: Session) -> None:
     session.update_metadata({"profile": {"name": "Ada", "plan": "pro"}, "profiles": 1, "secret": "x"})
-    answers = session.ask(
+    answers = session.ask_directly(
         {"action": "get"},
         {"action": "get", "keys": ["profile.name", "profile.plan"]},
         {"action": "get", "keys": ["secret"]},
@@ -299,7 +300,7 @@ def test_allowed_keys(session: Session) -> None:
 
 def test_no_allowed_keys_at_all(session: Session) -> None:
     session.update_metadata({"a": 1})
-    answers = session.ask({"action": "get"}, {"action": "set", "metadata": {"a": 2}}, allowed_keys=[])
+    answers = session.ask_directly({"action": "get"}, {"action": "set", "metadata": {"a": 2}}, allowed_keys=[])
     assert answers[0] == "There is no metadata."
     assert answers[1].startswith("Error: ")
     assert session.metadata == {"a": 1}
@@ -399,12 +400,6 @@ REQUESTS = st.lists(
 )
 
 
-def call_directly(manager: Any, requests: list[dict[str, Any]], **policy: Any) -> list[Any]:
-    """Call the tool as an agent does, without a conversation of its own."""
-    live = agent(None, tools=[manager.get_metadata_tool(**policy)], record_direct_tool_call=False)
-    return [live.tool.manage_metadata(**request) for request in requests]
-
-
 @pytest.mark.parametrize("is_async", alternating(False, True), ids=["manager", "async manager"])
 @pytest.mark.parametrize("allowed_keys", alternating(None, ["a.b", "_id"]), ids=["all keys", "some keys"])
 def test_no_key_leads_out_of_metadata(
@@ -416,7 +411,7 @@ def test_no_key_leads_out_of_metadata(
 ) -> None:
     session = Session(factory, runner, is_async, False).open()
     session.add_feedback({"rating": "up"})
-    session.ask({"action": "set", "metadata": {"a": {"c": "kept"}, "kept": 1}})
+    session.ask_directly({"action": "set", "metadata": {"a": {"c": "kept"}, "kept": 1}})
     factory.create_session_manager("other").update_metadata({"other": 1})
 
     def outside() -> Any:
@@ -438,8 +433,8 @@ def test_no_key_leads_out_of_metadata(
     @settings(max_examples=settings.default.max_examples // 3)
     @given(REQUESTS)
     def attack(requests: list[dict[str, Any]]) -> None:
-        for result in call_directly(session.manager, requests, allowed_keys=allowed_keys):
-            assert result["status"] == "success" or result["content"][0]["text"].startswith("Error: ")
+        answers = session.ask_directly(*requests, allowed_keys=allowed_keys)
+        assert all(answer.startswith(("Error: ", "Metadata", "There is no metadata.")) for answer in answers)
         assert outside() == before
         assert isinstance(session.metadata, dict)
 
@@ -470,9 +465,12 @@ PROTECTED: list[Any] = [
 ]
 
 
-def test_a_model_cannot_redirect_notifications(session: Session, stored: Stored, commands: CommandLog) -> None:
+def test_a_model_cannot_redirect_notifications(session: Session, some: Callable[[list[Any], int], list[Any]]) -> None:
     session.update_metadata({"connection_id": "c-1", "topic": "travel"})
-    for request, answer in zip(PROTECTED, session.ask(*PROTECTED), strict=True):
+    asked = some(PROTECTED, 3)
+    for request, answer in zip(
+        [*asked, *PROTECTED], session.ask(*asked) + session.ask_directly(*PROTECTED), strict=True
+    ):
         assert answer.startswith("Error: the key '"), (request, answer)
         assert answer.endswith("' cannot be changed here"), (request, answer)
     assert session.metadata == {"connection_id": "c-1", "topic": "travel"}
@@ -480,15 +478,17 @@ def test_a_model_cannot_redirect_notifications(session: Session, stored: Stored,
 
 
 def test_keys_that_only_look_alike_are_free(session: Session) -> None:
-    session.ask({"action": "set", "metadata": {"connection": 1, "connection_ids": 2, "my": {"connection_id": 3}}})
+    session.ask_directly(
+        {"action": "set", "metadata": {"connection": 1, "connection_ids": 2, "my": {"connection_id": 3}}}
+    )
     assert session.metadata == {"connection": 1, "connection_ids": 2, "my": {"connection_id": 3}}
 
 
 @pytest.mark.parametrize("allowed", ["connection_id", "connection_id.x"])
 def test_a_key_that_is_named_for_the_model_is_writable(session: Session, allowed: str) -> None:
-    session.ask({"action": "set", "metadata": {allowed: "c-2"}}, allowed_keys=["topic", allowed])
+    session.ask_directly({"action": "set", "metadata": {allowed: "c-2"}}, allowed_keys=["topic", allowed])
     assert session.metadata == {"connection_id": "c-2" if allowed == "connection_id" else {"x": "c-2"}}
-    session.ask({"action": "delete", "keys": [allowed]}, allowed_keys=[allowed])
+    session.ask_directly({"action": "delete", "keys": [allowed]}, allowed_keys=[allowed])
     assert session.metadata == ({} if allowed == "connection_id" else {"connection_id": {}})
 
 
@@ -537,7 +537,7 @@ def test_whatever_fails_is_answered_without_content(
         answers = [f"Error: the metadata could not be used ({name})"] * 3
         if len(errors) == 1:
             assert session.ask(*ACTIONS) == answers
-        assert [session.ask_directly(action) for action in ACTIONS] == answers
+        assert session.ask_directly(*ACTIONS) == answers
         assert "4111" not in caplog.text
         assert "s3cret" not in caplog.text
         assert name in caplog.text or "exist" in caplog.text or "no usable" in caplog.text
@@ -545,10 +545,10 @@ def test_whatever_fails_is_answered_without_content(
 
 def test_what_the_database_refuses_is_answered(session: Session, server: str) -> None:
     with fail_point(server, failCommands=["update"], errorCode=2, times=4):
-        answer = session.ask_directly({"action": "set", "metadata": {"a": 1}})
+        (answer,) = session.ask_directly(ACTIONS[1])
     assert answer == "Error: the metadata could not be used (DatabaseError)"
     session.run(session.manager.close)
-    answer = session.ask_directly({"action": "set", "metadata": {"a": 1}})
+    (answer,) = session.ask_directly(ACTIONS[1])
     assert answer == "Error: the metadata could not be used (SessionClosedError)"
 
 

@@ -13,7 +13,7 @@ from strands import tool
 from strands.agent.conversation_manager import SlidingWindowConversationManager
 from strands.types.session import Session, SessionAgent, SessionMessage, SessionType
 
-from fix_archive import SMALL, Stored, archive_of, settled
+from fix_archive import Stored, archive_of, settled
 from mongodb_session_manager import (
     AgentNotFoundError,
     AsyncMongoDBSessionManager,
@@ -28,7 +28,7 @@ from mongodb_session_manager import (
 )
 from mongodb_session_manager.demo import Redaction
 from orchestrators import node, pipeline
-from support import CommandLog, Paused, agent, texts
+from support import CommandLog, Paused, agent, alternating, texts
 from support import Session as Opened
 
 pytestmark = pytest.mark.anyio
@@ -41,17 +41,18 @@ def add(a: int, b: int) -> int:
 
 
 CALL_ADD = {"tool": "add", "input": {"a": 1, "b": 2}}
+SMALL: dict[str, Any] = {"max_embedded_messages": 4}
 
 
-@pytest.fixture(params=[False, True], ids=["sync", "async"])
+@pytest.fixture(params=alternating(False, True), ids=["sync", "async"])
 def session(factory: MongoDBSessionManagerFactory, request: pytest.FixtureRequest) -> Iterator[Opened]:
     with asyncio.Runner() as runner:
         yield Opened(factory, runner, request.param)
 
 
-@pytest.fixture
-def repository(factory: MongoDBSessionManagerFactory, server: str, database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, database) as repository:
+@pytest.fixture(scope="module")
+def repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
+    with MongoDBSessionRepository(server, shared_database) as repository:
         yield repository
 
 
@@ -169,19 +170,19 @@ def test_messages_that_the_conversation_manager_removed_are_read_from_the_databa
         return agent(session.manager, *replies, conversation_manager=SlidingWindowConversationManager(window_size=4))
 
     session.open(**SMALL)
-    live = windowed(*(f"reply {n}" for n in range(12)))
-    for n in range(12):
+    live = windowed(*(f"reply {n}" for n in range(6)))
+    for n in range(6):
         live(f"prompt {n}")
-        settled(stored)
+        settled(stored, 4)
     assert archive_of(stored).count_documents({}) > 0
-    everything = [text for n in range(12) for text in (f"prompt {n}", f"reply {n}")]
+    everything = [text for n in range(6) for text in (f"prompt {n}", f"reply {n}")]
     for _ in range(2):
         opened = session.manager.session_repository
         assert said(opened.list_messages("s", "agent")) == everything
         assert said(opened.list_messages("s", "agent", 3, 1)) == everything[1:4]
         assert opened.read_message("s", "agent", 2).message["content"] == [{"text": "prompt 1"}]
         commands.clear()
-        assert said(opened.list_messages("s", "agent", offset=20)) == everything[20:]
+        assert said(opened.list_messages("s", "agent", offset=8)) == everything[8:]
         assert commands.names == []
         session.close()
         session.open(**SMALL)
@@ -189,13 +190,13 @@ def test_messages_that_the_conversation_manager_removed_are_read_from_the_databa
 
 
 def test_a_live_agent_keeps_no_more_stored_messages_in_memory_than_live_ones(session: Opened) -> None:
-    live = agent(session.open().manager, *(["hello"] * 30))
-    for _ in range(20):
+    live = agent(session.open().manager, *(["hello"] * 6))
+    for _ in range(6):
         live("hi")
         live.messages.clear()
     _, kept = session.manager._unit.agent("agent").stored._known
     assert len(kept) <= 2
-    assert len(session.manager.session_repository.list_messages("s", "agent")) == 40
+    assert len(session.manager.session_repository.list_messages("s", "agent")) == 12
 
 
 @pytest.mark.may_block  # the client connects on the loop of the test
@@ -259,16 +260,16 @@ def test_an_agent_that_is_restored_later_has_what_was_changed_before(session: Op
 def test_an_archived_message_is_updated(session: Opened, stored: Stored, repository: MongoDBSessionRepository) -> None:
     session.open(**SMALL)
     window = SlidingWindowConversationManager(window_size=4)
-    live = agent(session.manager, *(f"reply {n}" for n in range(13)), conversation_manager=window)
-    for n in range(12):
+    live = agent(session.manager, *(f"reply {n}" for n in range(7)), conversation_manager=window)
+    for n in range(6):
         live(f"prompt {n}")
-        settled(stored)
+        settled(stored, 4)
     opened = session.manager.session_repository
     opened.update_message("s", "agent", changed(opened.list_messages("s", "agent")[2], "changed"))
     expected = ["prompt 0", "reply 0", "changed", "reply 1"]
     assert said(opened.list_messages("s", "agent", 4)) == said(repository.list_messages("s", "agent", 4)) == expected
     live("and on")
-    assert said(repository.list_messages("s", "agent", offset=24)) == ["and on", "reply 12"]
+    assert said(repository.list_messages("s", "agent", offset=12)) == ["and on", "reply 6"]
 
 
 def test_an_unknown_message_is_refused_and_the_agent_continues(session: Opened) -> None:
