@@ -614,27 +614,17 @@ def test_the_server_fails_a_write(site: Site, failure: dict[str, Any]) -> None:
 # An outage.
 
 
-@pytest.fixture(scope="module")
-def shared_unreliable(server: str, shared_database: str) -> Iterator[tuple[Proxy, MongoDBSessionManagerFactory]]:
-    with (
-        Proxy(server) as proxy,
-        MongoDBSessionManagerFactory(proxy.uri, shared_database, serverSelectionTimeoutMS=200) as factory,
-    ):
-        yield proxy, factory
+@pytest.fixture
+def proxy(server: str) -> Iterator[Proxy]:
+    with Proxy(server) as proxy:
+        yield proxy
 
 
 @pytest.fixture
-def proxy(shared_unreliable: tuple[Proxy, MongoDBSessionManagerFactory], database: str) -> Proxy:
-    shared_unreliable[0].reset()
-    return shared_unreliable[0]
-
-
-@pytest.fixture
-def unreliable(
-    shared_unreliable: tuple[Proxy, MongoDBSessionManagerFactory], proxy: Proxy
-) -> MongoDBSessionManagerFactory:
+def unreliable(proxy: Proxy, database: str) -> Iterator[MongoDBSessionManagerFactory]:
     """A factory behind the proxy that gives up soon."""
-    return shared_unreliable[1]
+    with MongoDBSessionManagerFactory(proxy.uri, database, serverSelectionTimeoutMS=200) as factory:
+        yield factory
 
 
 def test_several_failed_flushes_and_then_recovery(
