@@ -671,7 +671,7 @@ def check_unavailable(error: BaseException, address: str) -> None:
 
 
 def test_no_server_sync(nowhere: str) -> None:
-    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100"
+    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300"
     with pytest.raises(DatabaseUnavailableError) as raised:
         MongoDBSessionManager("s", uri)
     check_unavailable(raised.value, nowhere)
@@ -693,7 +693,7 @@ def test_no_server_sync(nowhere: str) -> None:
 
 @pytest.mark.anyio
 async def test_no_server_async(nowhere: str) -> None:
-    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100"
+    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300"
     with pytest.raises(DatabaseUnavailableError) as raised:
         await create_mongodb_session_manager_async("s", uri)
     check_unavailable(raised.value, nowhere)
@@ -713,7 +713,7 @@ async def test_no_server_async(nowhere: str) -> None:
 @FRESH_DRIVERS
 @pytest.mark.anyio
 async def test_no_server_borrowed(nowhere: str, driver_class: Any) -> None:
-    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100"
+    uri = f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300"
     async with borrowed(driver_class, uri) as client:
         with pytest.raises(DatabaseUnavailableError) as raised:
             await create_mongodb_session_manager_async("s", client=client)
@@ -966,12 +966,12 @@ def test_an_opening_unconfirmed_is_a_timeout(server: str, stored: Documents, hur
 
 def test_waiting_too_long_for_a_free_connection(server: str, database: str) -> None:
     log = CommandLog()
-    options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 500, "event_listeners": [log]}
+    options: dict[str, Any] = {"maxPoolSize": 1, "waitQueueTimeoutMS": 1000, "event_listeners": [log]}
     with MongoDBSessionRepository(server, database, **options) as repository:
         repository.open_session("s")
         eventually(lambda: repository.read_session("s"))
         log.clear()
-        with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=2500):
+        with fail_point(server, failCommands=["find"], blockConnection=True, blockTimeMS=3000):
             held = threading.Thread(target=repository.read_session, args=("s",))
             held.start()
             log.wait_for("find")
@@ -1143,7 +1143,7 @@ def test_statistics_of_a_server_that_refuses_everything(server: str, factory: Mo
 
 
 def test_statistics_without_a_server(nowhere: str) -> None:
-    with MongoDBSessionManagerFactory(f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=100") as factory:
+    with MongoDBSessionManagerFactory(f"mongodb://user:{SECRET}@{nowhere}/?serverSelectionTimeoutMS=300") as factory:
         stats = factory.get_connection_stats()
     assert stats["status"] == "disconnected"
     assert nowhere in (stats["error"] or "")
