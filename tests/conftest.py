@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from fix_progress import Progress
 from fix_servers import Server
-from mongodb_session_manager import MongoDBSessionManagerFactory
+from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
 from support import CLIENTS, CommandLog, eventually, run_random
 
 SharedFactory = tuple[MongoDBSessionManagerFactory, CommandLog]
@@ -279,12 +279,12 @@ def database(request: pytest.FixtureRequest, driver: pymongo.MongoClient[dict[st
 
 def not_empty(database: pymongo.database.Database[dict[str, Any]], collections: list[str]) -> list[str]:
     """Return the collections that hold a document: one command, which costs less than one per collection."""
-    first, *others = ([{"$limit": 1}, {"$project": {"_id": name}}] for name in collections)
+    pipelines: list[list[dict[str, Any]]] = [[{"$limit": 1}, {"$project": {"_id": name}}] for name in collections]
     unions = [
         {"$unionWith": {"coll": name, "pipeline": pipeline}}
-        for name, pipeline in zip(collections[1:], others, strict=True)
+        for name, pipeline in zip(collections[1:], pipelines[1:], strict=True)
     ]
-    return [found["_id"] for found in database[collections[0]].aggregate([*first, *unions])]
+    return [found["_id"] for found in database[collections[0]].aggregate([*pipelines[0], *unions])]
 
 
 @pytest.fixture
@@ -346,6 +346,28 @@ def factory(
         commands.clear()
         yield factory
         eventually(lambda: not factory._connection._tasks)  # before the next test empties the database
+
+
+@pytest.fixture(scope="module")
+def repository_options() -> dict[str, Any]:
+    """The options of `shared_repository`, for a module that needs others than the defaults."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared_repository(
+    server: str, shared_database: str, repository_options: dict[str, Any]
+) -> Iterator[MongoDBSessionRepository]:
+    """The one repository of the module, because a new one takes as long as twenty operations."""
+    with MongoDBSessionRepository(server, shared_database, **repository_options) as repository:
+        yield repository
+
+
+@pytest.fixture
+def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
+    """The repository of the module, over the empty database."""
+    yield shared_repository
+    eventually(lambda: not shared_repository._async._connection._tasks)  # before the next test empties the database
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -208,16 +208,15 @@ async def test_a_borrowed_client(driver_class: Any, server: str, database: str, 
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, max_inline_attachment_bytes=1000) as repository:
-        yield repository
+def repository_options() -> dict[str, Any]:
+    return {"max_inline_attachment_bytes": 1000}
 
 
 @pytest.fixture
-def repository(shared_repository: MongoDBSessionRepository, database: str) -> MongoDBSessionRepository:
-    shared_repository.create_session(Session("s", SessionType.AGENT))
-    shared_repository.create_agent("s", SessionAgent("agent", {}, {}))
-    return shared_repository
+def repository(repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
+    repository.create_session(Session("s", SessionType.AGENT))
+    repository.create_agent("s", SessionAgent("agent", {}, {}))
+    return repository
 
 
 def test_the_repository_reads_them_back(repository: MongoDBSessionRepository, driver: Driver, database: str) -> None:

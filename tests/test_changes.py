@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -653,12 +653,6 @@ def without_revisions(session: Any) -> Any:
     return session
 
 
-@pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database) as repository:
-        yield repository
-
-
 @given(cut_histories())
 def test_changes_that_are_folded_or_sent_again_say_what_they_said_one_by_one(
     shared_repository: MongoDBSessionRepository,
@@ -688,11 +682,9 @@ def without_dates(session: Any) -> Any:
 
 
 @pytest.fixture
-def repository(
-    shared_repository: MongoDBSessionRepository, stored: Collection[dict[str, Any]]
-) -> MongoDBSessionRepository:
+def repository(repository: MongoDBSessionRepository, stored: Collection[dict[str, Any]]) -> MongoDBSessionRepository:
     stored.insert_one(earlier_session())
-    return shared_repository
+    return repository
 
 
 def messages(stored: Collection[dict[str, Any]], agent_id: str = "a.b") -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -49,16 +49,8 @@ Stored = Collection[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
-        repository.list_sessions()
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
-    yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
+def repository_options() -> dict[str, Any]:
+    return SMALL
 
 
 @pytest.fixture(scope="module")

@@ -42,17 +42,6 @@ def ids(page: SessionPage) -> list[str]:
     return [summary.session_id for summary in page.sessions]
 
 
-@pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
-    return shared_repository
-
-
 def all_pages(repository: Any, **arguments: Any) -> list[str]:
     """Return the ids of all pages, each of which is full but the last."""
     found, cursor = [], None

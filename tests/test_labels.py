@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -18,21 +17,9 @@ from mongodb_session_manager import (
     SessionNotFoundError,
     StateTooLargeError,
 )
-from support import CommandLog, agent, eventually
+from support import CommandLog, agent
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
-    yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
 
 
 def labels(target: Any, session_id: str = "s") -> tuple[str | None, tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -44,14 +43,8 @@ def reads() -> Reads:
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str, reads: Reads) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, event_listeners=[reads]) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
-    return shared_repository
+def repository_options(reads: Reads) -> dict[str, Any]:
+    return {"event_listeners": [reads]}
 
 
 def element(message_id: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -67,17 +67,6 @@ def manager(factory: MongoDBSessionManagerFactory) -> MongoDBSessionManager:
     manager = factory.create_session_manager("s", metadata_fields=["customer"])
     agent(manager, "Hello.", agent_id="ag")("Hi.")
     return manager
-
-
-@pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
-    return shared_repository
 
 
 def test_what_is_the_same(manager: MongoDBSessionManager, repository: MongoDBSessionRepository) -> None:

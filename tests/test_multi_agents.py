@@ -109,17 +109,6 @@ def sent_without_manager(kind: str, with_image: bool = False) -> list[Any]:
     return trio.sent
 
 
-@pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(shared_repository: MongoDBSessionRepository, database: str) -> MongoDBSessionRepository:
-    return shared_repository
-
-
 def in_another_process(factory: MongoDBSessionManagerFactory) -> Any:
     """A manager that shares nothing with any other one but the database."""
     return factory.create_session_manager("s")

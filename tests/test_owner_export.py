@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mongodb_session_manager import (
     SessionNotFoundError,
     split_export,
 )
-from support import CommandLog, eventually
+from support import CommandLog
 
 Driver = pymongo.MongoClient[dict[str, Any]]
 
@@ -42,15 +42,8 @@ def full(documents: dict[str, list[Any]], stored: Stored) -> Stored:
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
-    yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
+def repository_options() -> dict[str, Any]:
+    return SMALL
 
 
 def without_times(lines: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pymongo
@@ -19,14 +19,8 @@ from support import CommandLog, agent, alternating, texts
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, max_inline_attachment_bytes=100) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
-    return shared_repository
+def repository_options() -> dict[str, Any]:
+    return {"max_inline_attachment_bytes": 100}
 
 
 @tool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -117,17 +117,6 @@ def one_turn(factory: MongoDBSessionManagerFactory, question: str, answer: str, 
         live = agent(manager, answer)
         live(question)
     return live
-
-
-@pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> MongoDBSessionRepository:
-    return shared_repository
 
 
 @pytest.fixture(scope="module")

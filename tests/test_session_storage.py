@@ -232,15 +232,8 @@ def test_an_explicit_redaction_removes_the_content(session: Session, stored: Sto
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
-    yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
+def repository_options() -> dict[str, Any]:
+    return SMALL
 
 
 def key_of(message_id: int, session_id: str = "s") -> str:

@@ -98,15 +98,8 @@ def bob(anybody: User) -> User:
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, max_embedded_messages=8) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
-    yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
+def repository_options() -> dict[str, Any]:
+    return {"max_embedded_messages": 8}
 
 
 # Every endpoint.

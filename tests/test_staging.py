@@ -38,16 +38,8 @@ LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, **SMALL) as repository:
-        repository.list_sessions()
-        yield repository
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
-    yield shared_repository
-    eventually(lambda: not shared_repository._async._connection._tasks)
+def repository_options() -> dict[str, Any]:
+    return SMALL
 
 
 @pytest.fixture

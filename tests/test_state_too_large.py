@@ -37,17 +37,6 @@ def nothing_is_traced() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database) as repository:
-        yield repository
-
-
-@pytest.fixture
-def repository(shared_repository: MongoDBSessionRepository, database: str) -> MongoDBSessionRepository:
-    return shared_repository
-
-
 def ask(live: Agent, text: Any) -> None:
     live(text)
 

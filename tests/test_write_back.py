@@ -94,9 +94,8 @@ COLLECTIONS = ("agent_sessions", "agent_sessions_archive", FILES, CHUNKS)
 
 
 @pytest.fixture(scope="module")
-def shared_repository(server: str, shared_database: str) -> Iterator[MongoDBSessionRepository]:
-    with MongoDBSessionRepository(server, shared_database, **LIMITS) as repository:
-        yield repository
+def repository_options() -> dict[str, Any]:
+    return LIMITS
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +109,6 @@ def documents(
 
 
 WANTED = [*expected(4), "[redacted]", *expected(28, 5), "[redacted]", "text 29"]
-
-
-@pytest.fixture
-def repository(database: str, shared_repository: MongoDBSessionRepository) -> Iterator[MongoDBSessionRepository]:
-    yield shared_repository
-    idle(shared_repository)
 
 
 @pytest.fixture(scope="module")
