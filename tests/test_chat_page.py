@@ -258,6 +258,8 @@ def test_sessions_are_listed_and_switched_and_deleted_when_that_is_meant(page: A
     page.go_back()
     expect(page.locator(".said").first).to_have_text("second chat")
 
+    deleted: list[str] = []
+    page.on("request", note := lambda request: request.method == "DELETE" and deleted.append(request.url))
     delete = page.get_by_role("button", name="Delete second chat")
     delete.click()
     page.get_by_role("button", name="Keep").click()
@@ -267,6 +269,8 @@ def test_sessions_are_listed_and_switched_and_deleted_when_that_is_meant(page: A
     expect(names).to_have_text(["first chat"])
     expect(page.locator(".said")).to_have_count(0)
     assert [document["title"] for document in stored.find()] == ["first chat"]
+    page.remove_listener("request", note)
+    assert len(deleted) == 1
 
 
 def test_a_fork_goes_its_own_way(page: Any) -> None:
