@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib
 import os
 import random
 import shutil
+import socket
 import sys
 import uuid
 import warnings
+from asyncio.selector_events import BaseSelectorEventLoop
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -191,6 +194,23 @@ def retries_come_fast() -> Iterator[None]:
         patch.setattr("pymongo.common.MIN_HEARTBEAT_INTERVAL", 0.05)  # less would wake idle clients too often
         patch.setattr("pymongo.network_layer._POLL_TIMEOUT", 0.05)
         patch.setattr("mongodb_session_manager._io.collection._PAUSES", (0.01, 0.02, 0.05))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cancelled_connection_attempts_close_their_sockets() -> Iterator[None]:
+    """Close what `AsyncMongoClient.close` leaves open when it cancels a connection attempt: later tests would warn."""
+    connect = BaseSelectorEventLoop.sock_connect
+
+    async def connect_or_close(loop: BaseSelectorEventLoop, connecting: socket.socket, address: Any) -> None:
+        try:
+            await connect(loop, connecting, address)
+        except asyncio.CancelledError:
+            connecting.close()
+            raise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseSelectorEventLoop, "sock_connect", connect_or_close)
         yield
 
 
