@@ -21,7 +21,8 @@ from typing import Any
 import pymongo
 import pytest
 from blockbuster import BlockBuster
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fix_progress import Progress
 from fix_servers import Server
@@ -151,8 +152,16 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         gc.enable()
 
 
+@settings(max_examples=1, database=None)
+@given(st.text())
+def prepare_hypothesis(_: str) -> None:
+    """Draw a text, for which Hypothesis stores a table of characters and the constants of the library."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        prepare_hypothesis()  # takes two seconds in a new checkout, and would take each worker that long
     if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is not None:
         session.config.pluginmanager.register(Progress(reporter))
 
