@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from fix_progress import Progress
 from fix_servers import Server
 from mongodb_session_manager import MongoDBSessionManagerFactory, MongoDBSessionRepository
-from support import CLIENTS, CommandLog, eventually, run_random
+from support import CLIENTS, CommandLog, client_of, eventually, run_random
 
 SharedFactory = tuple[MongoDBSessionManagerFactory, CommandLog]
 
@@ -120,6 +120,7 @@ def not_drawn(items: list[pytest.Item]) -> Iterator[pytest.Item]:
 
 
 sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 """Write bytecode even if the environment forbids it: compiling takes a worker longer than collecting all tests."""
 
 
@@ -235,7 +236,8 @@ def kept_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded(kept_in_memory: None) -> Iterator[str]:
-    with Server(server_parameters={"enableTestCommands": 1}) as server:
+    parameters = {"enableTestCommands": 1, "ttlMonitorEnabled": "false", "ttlMonitorSleepSecs": 1}
+    with Server(server_parameters=parameters) as server:
         server.acknowledge_before_journaling()
         yield server.connection_string
 
@@ -253,11 +255,13 @@ def standalone(kept_in_memory: None) -> Iterator[str]:
         yield server.connection_string
 
 
-@pytest.fixture(scope="session")
-def expiring(kept_in_memory: None) -> Iterator[str]:
-    """The connection string of a server that removes expired documents every second."""
-    with Server(server_parameters={"enableTestCommands": 1, "ttlMonitorSleepSecs": 1}) as server:
-        yield server.connection_string
+@pytest.fixture
+def expiring(embedded: str) -> Iterator[str]:
+    """The connection string of a server that removes expired documents every second during the test."""
+    with client_of(embedded) as client:
+        client.admin.command("setParameter", ttlMonitorEnabled=True)
+        yield embedded
+        client.admin.command("setParameter", ttlMonitorEnabled=False)
 
 
 @pytest.fixture(scope="session")

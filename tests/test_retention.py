@@ -51,7 +51,7 @@ PARTS = ("archive", "attachments.files", "attachments.chunks", "content")
 COLLECTIONS = ("agent_sessions", *(f"agent_sessions_{name}" for name in PARTS))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def expiring_driver(expiring: str) -> Iterator[Driver]:
     with pymongo.MongoClient(expiring, tz_aware=True) as client:
         yield client
