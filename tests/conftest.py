@@ -236,7 +236,11 @@ def kept_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded(kept_in_memory: None) -> Iterator[str]:
-    parameters = {"enableTestCommands": 1, "ttlMonitorEnabled": "false", "ttlMonitorSleepSecs": 1}
+    parameters: dict[str, str | int] = {
+        "enableTestCommands": 1,
+        "ttlMonitorEnabled": "false",
+        "ttlMonitorSleepSecs": 1,
+    }
     with Server(server_parameters=parameters) as server:
         server.acknowledge_before_journaling()
         yield server.connection_string
