@@ -645,31 +645,20 @@ def test_it_is_removed_meanwhile(factory: MongoDBSessionManagerFactory, stored: 
 # What gets lost on the way.
 
 
-@pytest.fixture(scope="module")
-def shared_proxy(server: str) -> Iterator[Proxy]:
+@pytest.fixture
+def proxy(server: str) -> Iterator[Proxy]:
     with Proxy(server) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def proxy(shared_proxy: Proxy) -> Proxy:
-    shared_proxy.reset()
-    return shared_proxy
-
-
-@pytest.fixture(scope="module")
-def shared_behind_proxy(shared_proxy: Proxy, shared_database: str) -> Iterator[MongoDBSessionManagerFactory]:
+def behind_proxy(proxy: Proxy, database: str) -> Iterator[MongoDBSessionManagerFactory]:
+    """A factory of the proxy, with which it is connected."""
     with MongoDBSessionManagerFactory(
-        shared_proxy.uri, shared_database, serverMonitoringMode="poll", serverSelectionTimeoutMS=300
+        proxy.uri, database, serverMonitoringMode="poll", serverSelectionTimeoutMS=300
     ) as factory:
         factory.ping()
         yield factory
-
-
-@pytest.fixture
-def behind_proxy(shared_behind_proxy: MongoDBSessionManagerFactory, database: str) -> MongoDBSessionManagerFactory:
-    """A factory of the proxy, with which it is connected."""
-    return shared_behind_proxy
 
 
 @BOTH
