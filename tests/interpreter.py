@@ -13,6 +13,7 @@ Tests of an import or of an interpreter's start need a real one; `python` return
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -196,6 +197,7 @@ def _template() -> socket.socket:
         try:
             connection.connect(str(ADDRESS))
             if connection.recv(1):
+                atexit.register(connection.close)
                 return _connections.setdefault(os.getpid(), connection)
         except OSError:
             subprocess.run(
