@@ -119,9 +119,9 @@ def not_drawn(items: list[pytest.Item]) -> Iterator[pytest.Item]:
         yield from (item for half, item in cases[test] if half != drawn)
 
 
+# Write bytecode even if the environment forbids it: compiling takes a worker longer than collecting all tests.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-"""Write bytecode even if the environment forbids it: compiling takes a worker longer than collecting all tests."""
 
 
 def _compile_in_parallel(config: pytest.Config) -> None:
@@ -236,6 +236,7 @@ def kept_in_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def embedded(kept_in_memory: None) -> Iterator[str]:
+    """The connection string of an embedded server that removes expired documents only during `expiring`."""
     parameters: dict[str, str | int] = {
         "enableTestCommands": 1,
         "ttlMonitorEnabled": "false",

@@ -56,13 +56,13 @@ class Server(EmbeddedMongoDB):
     def acknowledge_before_journaling(self) -> None:
         """Acknowledge writes to a majority before they are in the journal, if no test kills the server.
 
-        Writing the journal for each of them, and ten times a second, takes half of the server's processor time.
+        Writing the journal for each of them takes half of the server's processor time.
         """
         with self._client() as client:
             config = client.admin.command("replSetGetConfig")["config"]
             config |= {"version": config["version"] + 1, "writeConcernMajorityJournalDefault": False}
             client.admin.command("replSetReconfig", config)
-            client.admin.command("setParameter", journalCommitInterval=500)  # milliseconds, the longest
+            client.admin.command("setParameter", journalCommitInterval=500)  # milliseconds; the default is 100
 
 
 class _Member(Server):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
-from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -19,6 +15,7 @@ from bson import Decimal128, ObjectId
 from pymongo.collection import Collection
 from strands import tool
 
+from fix_kinds import KINDS, Blocking, repositories_of_kinds, session_of_kind
 from mongodb_session_manager import (
     AsyncMongoDBSessionManager,
     AsyncMongoDBSessionRepository,
@@ -35,39 +32,11 @@ from support import CommandLog, agent, alternating, message_ids, texts
 Stored = Collection[dict[str, Any]]
 
 
-class Blocking:
-    """An object whose coroutine methods are called like ordinary ones."""
-
-    def __init__(self, target: Any, runner: asyncio.Runner, *first: Any) -> None:
-        self.target, self._runner, self._first = target, runner, first
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = partial(getattr(self.target, name), *self._first)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            return self._runner.run(result) if inspect.iscoroutine(result) else result
-
-        return call
-
-
-KINDS = alternating("manager", "async manager", "async repository", "repository")
-
-
 @pytest.fixture(scope="module")
 def repository_of_kind(
     server: str, shared_database: str, shared_factory: Callable[[], tuple[Any, CommandLog]]
 ) -> Iterator[Callable[[str], Blocking]]:
-    """Return the repository of the module of a kind; the session is "s"."""
-    with asyncio.Runner() as runner, ExitStack() as stack:
-
-        @functools.cache
-        def repository_of_kind(kind: str) -> Blocking:
-            repository = MongoDBSessionRepository if kind == "repository" else AsyncMongoDBSessionRepository
-            target = repository(server, shared_database, event_listeners=[shared_factory()[1]])
-            stack.callback(Blocking(target, runner).close)
-            return Blocking(target, runner, "s")
-
+    with repositories_of_kinds(server, shared_database, shared_factory()[1]) as repository_of_kind:
         yield repository_of_kind
 
 
@@ -78,16 +47,7 @@ def session(
     commands: CommandLog,
     repository_of_kind: Callable[[str], Blocking],
 ) -> Iterator[Blocking]:
-    """The session "s" through each class that gives access to it."""
-    with asyncio.Runner() as runner:
-        manager = factory.create_session_manager("s")
-        if request.param == "manager":
-            session = Blocking(manager, runner)
-        elif request.param == "async manager":
-            session = Blocking(runner.run(factory.create_session_manager_async("s")), runner)
-        else:
-            session = repository_of_kind(request.param)
-        session.get_metadata()  # connects
+    with session_of_kind(request.param, factory, repository_of_kind) as session:
         commands.clear()
         yield session
 
