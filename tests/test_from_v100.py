@@ -550,19 +550,19 @@ def test_many_open_and_write_at_the_same_time(
             factory.ping()
             for session_id in sessions:
                 barrier.wait(60)
-                with factory.create_session_manager(session_id) as manager:
-                    manager.update_metadata({f"n{number}": number})
-                    # A full window would drop messages as soon as the other one has stored a turn.
-                    window = SlidingWindowConversationManager(window_size=1000)
-                    agent_id = "agent" if number < 2 else f"agent {number}"
-                    live = agent(manager, "further", agent_id=agent_id, conversation_manager=window)
-                    if number < 2:
-                        assert texts(live.messages)[: len(wanted[session_id])] == wanted[session_id]
-                    try:
+                try:
+                    with factory.create_session_manager(session_id) as manager:
+                        manager.update_metadata({f"n{number}": number})
+                        # A full window would drop messages as soon as the other one has stored a turn.
+                        window = SlidingWindowConversationManager(window_size=1000)
+                        agent_id = "agent" if number < 2 else f"agent {number}"
+                        live = agent(manager, "further", agent_id=agent_id, conversation_manager=window)
+                        if number < 2:
+                            assert texts(live.messages)[: len(wanted[session_id])] == wanted[session_id]
                         live(f"from {number}")
-                        stored.append(session_id)
-                    except SessionConflictError:
-                        assert number < 2
+                    stored.append(session_id)
+                except SessionConflictError:  # of the turn, or told by closing
+                    assert number < 2
         return stored
 
     wanted = {session_id: shown(EXPECTED[session_id]["messages"]["agent"]) for session_id in sessions}
