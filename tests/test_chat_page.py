@@ -594,6 +594,9 @@ def test_a_question_is_edited(page: Any, stored: Any) -> None:
     ask(page, "another two", "Hello! I have been sent 3 messages.")
     shown = ["one", "Hello! I have been sent 1 message.", "another two", "Hello! I have been sent 3 messages."]
     expect(page.locator(".said")).to_have_text(shown)
+    # The answer before the edit said the same, so `ask` did not wait for this one to be complete.
+    answered(page)
+    expect(page.locator(".message").last.get_by_role("button", name="Good answer")).to_be_visible()
     expect(page.locator("#editing")).to_be_hidden()
     expect(box).to_have_value("half a thought")
 
